@@ -1,0 +1,105 @@
+"""steerkit: steer Hugging Face language models from inside.
+
+One road: prompts -> activations -> fitted method -> vector file -> steer -> generate, evaluate, bake.
+
+Importing this package loads neither torch nor transformers; a name loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerkit import methods
+    from steerkit.activations import Activations, record
+    from steerkit.data import ContrastSet, Conversation
+    from steerkit.errors import (
+        DataError,
+        FitError,
+        ModelError,
+        RecipeError,
+        ScopeError,
+        SiteError,
+        SteerError,
+        StrengthError,
+        UnknownNameError,
+        VectorFileError,
+        VectorMismatchError,
+    )
+    from steerkit.fitting import fit
+    from steerkit.generation import generate
+    from steerkit.models import load_model
+    from steerkit.sites import Site
+    from steerkit.steering import Steering, steer
+    from steerkit.vector import SteeringVector
+    from steerkit.weights import edited
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Activations": "activations",
+    "ContrastSet": "data",
+    "Conversation": "data",
+    "DataError": "errors",
+    "FitError": "errors",
+    "ModelError": "errors",
+    "RecipeError": "errors",
+    "ScopeError": "errors",
+    "Site": "sites",
+    "SiteError": "errors",
+    "SteerError": "errors",
+    "Steering": "steering",
+    "SteeringVector": "vector",
+    "StrengthError": "errors",
+    "UnknownNameError": "errors",
+    "VectorFileError": "errors",
+    "VectorMismatchError": "errors",
+    "edited": "weights",
+    "fit": "fitting",
+    "generate": "generation",
+    "load_model": "models",
+    "record": "activations",
+    "steer": "steering",
+}
+
+__all__ = [
+    "Activations",
+    "ContrastSet",
+    "Conversation",
+    "DataError",
+    "FitError",
+    "ModelError",
+    "RecipeError",
+    "ScopeError",
+    "Site",
+    "SiteError",
+    "SteerError",
+    "Steering",
+    "SteeringVector",
+    "StrengthError",
+    "UnknownNameError",
+    "VectorFileError",
+    "VectorMismatchError",
+    "edited",
+    "fit",
+    "generate",
+    "load_model",
+    "methods",
+    "record",
+    "steer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return importlib.import_module("steerkit.methods")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"steerkit.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'steerkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

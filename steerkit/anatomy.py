@@ -1,0 +1,378 @@
+"""What stands where inside one block, read off a trace of one pass over three tokens.
+
+No table of module names: in Llama `post_attention_layernorm` is the norm before the MLP, in Gemma the one after
+attention, and Bloom adds the residual inside its sub-blocks. The roles follow from which module read what which other
+module gave. A *half* is a part of the block that computes something to add to the residual stream; a norm belongs to
+the half that reads it; and what a half adds is the tensor for which
+
+    resid_post = resid_pre + what attention adds + what the MLP adds
+
+holds in numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import SiteError
+from steerkit.probe_block import Call, Seen, Trace
+
+__all__ = ["Anatomy", "Place"]
+
+# A sum computed in one order against another, relative to the sizes of the summands, element by element.
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Names of transformers' config.layer_types for blocks that carry a state instead of keys and values.
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid", "hybrid_sliding")
+
+
+def _tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(recurse), module.buffers(recurse))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A module that holds at most a weight and a bias for each channel."""
+    dims = [tensor.dim() for tensor in _tensors(module)]
+    return max(dims, default=0) < 2 and (bool(dims) or "norm" in type(module).__name__.lower())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer of any make: nn.Linear, Conv1D, quantised, or wrapped by peft."""
+    for wrapped in (getattr(module, "base_layer", None), getattr(module, "original_module", None)):
+        if isinstance(wrapped, nn.Module):
+            return _is_linear(wrapped)
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)) or any(True for _ in module.children()):
+        return False
+    return hasattr(module, "in_features") or any(tensor.dim() == 2 for tensor in _tensors(module, recurse=False))
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """A module that holds one matrix for each of several experts."""
+    convolves = isinstance(module, nn.modules.conv._ConvNd)
+    return not convolves and any(min(p.shape) > 1 and p.dim() >= 3 for p in module.parameters(recurse=False))
+
+
+def _computes(module: nn.Module) -> bool:
+    return _is_linear(module) or any(tensor.dim() >= 2 for tensor in _tensors(module))
+
+
+def _outermost(calls: list[Call]) -> list[Call]:
+    """The calls that stand inside no other of the calls."""
+    names = {call.name for call in calls}
+    return [
+        call
+        for call in calls
+        if not any(call.name[:dot] in names for dot, letter in enumerate(call.name) if letter == ".")
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """A part of a block that computes something for the residual stream: one module, or linears in a row (OPT).
+
+    Attributes:
+        calls: the module, or the linears that stand on the block itself, in the order they ran.
+        linears: the linear layers in it, in the order they ran.
+    """
+
+    calls: tuple[Call, ...]
+    linears: tuple[Call, ...]
+
+    @property
+    def first(self) -> Call:
+        """The module that reads."""
+        return self.calls[0]
+
+    @property
+    def last(self) -> Call:
+        """The module that gives."""
+        return self.calls[-1]
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether it takes an attention mask, as attention and state-space modules do and MLPs do not."""
+        module = getattr(self.first.module, "_orig_mod", self.first.module)
+        return any("mask" in name for name in inspect.signature(type(module).forward).parameters)
+
+    @property
+    def experts(self) -> str | None:
+        """The name of routed experts inside it, whose tokens are neither all there nor in order."""
+        for name, module in self.first.module.named_modules():
+            if name.split(".")[-1] == "experts" or (_is_stack(module) and not self.mixes_tokens):
+                return f"{self.first.name}.{name}".rstrip(".")
+        return None
+
+    def __str__(self) -> str:
+        return f"`{self.first.name}`" if len(self.calls) == 1 else f"`{self.first.name}` to `{self.last.name}`"
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where one tensor of a block is to be had.
+
+    Attributes:
+        kind: the canonical kind of site it is.
+        name: the module's name inside the block.
+        module: the module itself.
+        side: whether the tensor is what the module reads or what it gives.
+        flat: whether it is `[b*t, width]` instead of `[b, t, width]`.
+        width: its last dimension.
+    """
+
+    kind: str
+    name: str
+    module: nn.Module
+    side: Literal["input", "output"]
+    flat: bool
+    width: int
+
+
+class Anatomy:
+    """The roles of the modules of one block.
+
+    Args:
+        trace: what the block did in the probe.
+        layer: its index.
+        owner: the name of the model's class, for messages.
+        layer_type: the config's word for this block, where it has one.
+    """
+
+    def __init__(self, trace: Trace, layer: int, owner: str, layer_type: str | None = None) -> None:
+        if trace.entered is None or trace.left is None:
+            raise SiteError(f"block {layer} of {owner} did not run, or gave no tensor, in a pass over plain text")
+        self.layer = layer
+        self.owner = owner
+        self.entered = trace.entered
+        self.left = trace.left
+        calls = trace.calls
+        parts = _outermost(calls)
+        while len(parts) == 1 and self.entered.same_as(parts[0].read) and self.left.same_as(parts[0].gave):
+            calls = [call for call in calls if call.inside(parts[0])]  # a wrapper around the block (torch.compile)
+            parts = _outermost(calls)
+        self.parts = parts
+        self.halves = _halves(parts, calls)
+        # Where no module takes a mask, the one that runs first moves information between tokens.
+        self.mixers = [half for half in self.halves if half.mixes_tokens] or self.halves[: len(self.halves) > 1]
+        self.mlps = [half for half in self.halves if half not in self.mixers]
+        self.recurrent = bool(self.mixers) and _is_recurrent(self.mixers[0], layer_type)
+        self._times_called = [call.name for call in calls]
+
+    def find(self, kind: str) -> Place:
+        """Say where the tensor of one kind is.
+
+        Args:
+            kind: any kind but resid_pre and resid_post.
+
+        Returns:
+            The place, under its canonical kind: attn_raw and mlp_raw are attn_out and mlp_out where no norm comes
+            after the half.
+
+        Raises:
+            SiteError: this block has no such tensor; the message says what there is instead.
+        """
+        half = self._half(kind)
+        if kind.endswith("_in"):
+            return self._place(kind, self._norm_before(kind, half), "output")
+        if kind in ("z", "mlp_post"):
+            return self._place(kind, self._last_linear(kind, half), "input")
+        added, raw = self._added(kind)[self.halves.index(half)]
+        if kind.endswith("_raw") and raw is not added:
+            return self._place(kind, raw, "output")
+        return self._place(kind.replace("_raw", "_out"), added, "output")
+
+    def _refuse(self, kind: str, reason: str) -> SiteError:
+        return SiteError(f"{kind}.{self.layer}: {reason} (block {self.layer} of {self.owner})")
+
+    def _half(self, kind: str) -> Half:
+        """The half that a kind is about.
+
+        Raises:
+            SiteError: there is none or more than one, or it goes by another name here.
+        """
+        of_mlp = kind in ("mlp_in", "mlp_out", "mlp_raw", "mlp_post")
+        halves = self.halves[:1] if kind == "block_in" else self.mlps if of_mlp else self.mixers
+        names = " and ".join(str(half) for half in halves)
+        if len(halves) > 1:
+            raise self._refuse(kind, f"{names} run in one block, so the name would mean several tensors")
+        if not halves:
+            there_is = "mixer_out" if self.recurrent else "attn_out" if self.mixers else "mlp_out"
+            rest = " and ".join(str(half) for half in self.halves) or "no part that computes"
+            missing = "MLP" if of_mlp else "attention"
+            raise self._refuse(kind, f"the block has no {missing}, only {rest}; ask for {there_is}.{self.layer}")
+        if kind in ("attn_out", "attn_raw") and self.recurrent:
+            what = f"{names} is a state-space, convolution or linear-attention module, not attention"
+            raise self._refuse(kind, f"{what}; ask for mixer_out.{self.layer}")
+        if kind == "mixer_out" and not self.recurrent:
+            raise self._refuse(kind, f"{names} is attention; ask for attn_out.{self.layer}")
+        return halves[0]
+
+    def _norm_before(self, kind: str, half: Half) -> Call:
+        """The norm whose output is read by this half alone, or by all halves for block_in.
+
+        Raises:
+            SiteError: there is no such norm.
+        """
+        read = half.first.read
+        source = next((call for call in self.parts if _is_norm(call.module) and _gives(call, read)), None)
+        if source is None:
+            own = read is not None and read.same_as(self.entered)
+            what = f"resid_pre.{self.layer} itself" if own else "the residual stream, which no module gives out here"
+            raise self._refuse(kind, f"{half} reads {what}; there is no norm before it")
+        if self._post_norm:
+            what = f"`{source.name}`, which is the residual stream itself where norms come after the sum"
+            raise self._refuse(kind, f"{half} reads the output of {what}")
+        readers = [other for other in self.halves if _gives(source, other.first.read)]
+        shared = readers == self.halves and (len(readers) > 1 or self.recurrent)
+        if shared and kind != "block_in":
+            what = " and ".join(str(reader) for reader in readers)
+            raise self._refuse(kind, f"`{source.name}` is all that {what} read; ask for block_in.{self.layer}")
+        if kind == "block_in" and not shared:
+            raise self._refuse(kind, "each half reads a norm of its own; ask for attn_in or mlp_in")
+        return source
+
+    def _last_linear(self, kind: str, half: Half) -> Call:
+        """The output projection of a half.
+
+        Raises:
+            SiteError: the half has none, routes its tokens to experts, or has no heads.
+        """
+        if half.experts:
+            raise self._refuse(kind, f"{half} routes tokens to `{half.experts}`, so no one layer reads all of them")
+        call = next((linear for linear in half.linears if _gives(linear, half.last.gave)), None)
+        if call is None and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
+            call = half.linears[-1]  # Bloom: the half gives the sum with the residual, not what this layer gives
+        if call is None or call.read is None or call.read.values.shape[:-1].numel() != self._tokens:
+            raise self._refuse(kind, f"{half} does not end in one linear layer that reads every token")
+        if kind == "z" and self.recurrent and not any("head" in name for name in vars(half.first.module)):
+            raise self._refuse(kind, f"{half} has no heads; ask for mixer_out.{self.layer}")
+        return call
+
+    @property
+    def _tokens(self) -> int:
+        return self.left.values.shape[:-1].numel()
+
+    @cached_property
+    def _post_norm(self) -> bool:
+        """Whether the block's output is a norm's: there the norms stand on the stream, after each sum."""
+        return any(_is_norm(call.module) and _gives(call, self.left) for call in self.parts)
+
+    def _added(self, kind: str) -> list[tuple[Call, Call]]:
+        """For each half, the module that gives what it adds to the stream, and the one before a post-norm.
+
+        Raises:
+            SiteError: the block's output is not the sum of such parts.
+        """
+        chains = [self._chain(half) for half in self.halves]
+        chosen = self._sum_before_norms(chains) if self._post_norm else self._best_sum(chains)
+        if chosen is None:
+            parts = " and ".join(str(half) for half in self.halves)
+            what = f"what comes out of the block is not its input plus the output of {parts}"
+            raise self._refuse(kind, f"{what}, so what each adds is not to be had; use resid_post.{self.layer}")
+        return chosen
+
+    def _chain(self, half: Half) -> list[tuple[Call, Call]]:
+        """Where a half's contribution may be had, furthest downstream first, each with its form before any norm."""
+        chain = [(half.last, half.last)]
+        for call in self.parts[self.parts.index(half.last) + 1 :]:
+            last, raw = chain[-1]
+            if not _gives(last, call.read):
+                continue
+            if self._times_called.count(call.name) > 1:  # Phi's one dropout for both halves
+                continue
+            if call.gave is not None and call.gave.same_as(call.read):  # dropout, at rest in this pass
+                chain.append((call, call if raw is last else raw))
+            elif _is_norm(call.module) and not any(_gives(call, other.first.read) for other in self.halves):
+                chain.append((call, raw))
+        inner = [call for call in half.linears[-1:] if call is not half.last]  # Bloom adds the residual itself
+        candidates = [*reversed(chain), *((call, call) for call in inner)]
+        size = self.left.values.numel()
+        return [pair for pair in candidates if pair[0].gave is not None and pair[0].gave.values.numel() == size]
+
+    def _best_sum(self, chains: list[list[tuple[Call, Call]]]) -> list[tuple[Call, Call]] | None:
+        """The choice of one place for each half that adds up best, if it does."""
+        best, least = None, math.inf
+        for choice in itertools.product(*chains):
+            excess = self._excess(self.entered, [call for call, _ in choice], self.left)
+            if excess < least:
+                best, least = list(choice), excess
+        return best if least <= 1 else None
+
+    def _sum_before_norms(self, chains: list[list[tuple[Call, Call]]]) -> list[tuple[Call, Call]] | None:
+        """The same where each sum goes through a norm: the norm must read the stream plus the half's output."""
+        chosen = []
+        stream: Seen | None = self.entered
+        norms = [call for call in self.parts if _is_norm(call.module) and call.read is not None]
+        for chain in chains:
+            fits = [
+                (pair, norm)
+                for pair, norm in itertools.product(chain, norms)
+                if stream is not None and norm.read is not None and self._excess(stream, [pair[0]], norm.read) <= 1
+            ]
+            if not fits:
+                return None
+            chosen.append(fits[0][0])
+            stream = fits[0][1].gave
+        return chosen
+
+    def _excess(self, start: Seen, parts: list[Call], end: Seen) -> float:
+        """How far `end` is from `start` plus the parts, in units of what rounding explains; at most 1 is equal."""
+        seen = [start, *(call.gave for call in parts if call.gave is not None)]
+        shape = end.values.shape
+        values = [one.values.reshape(shape) for one in seen]
+        tolerance = max(_TOLERANCE.get(one.tensor.dtype, 1e-4) for one in (*seen, end))
+        # Element by element: one huge channel, as real models have, must not hide the others.
+        size = torch.stack(values).abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+        gap = (end.values - torch.stack(values).sum(0)).abs() / size
+        worst = gap.max().item() / tolerance
+        return worst if math.isfinite(worst) else math.inf
+
+    def _place(self, kind: str, call: Call, side: Literal["input", "output"]) -> Place:
+        """Write down a place.
+
+        Raises:
+            SiteError: its module runs more than once in the block, so that an edit there would be made twice.
+        """
+        if self._times_called.count(call.name) > 1:
+            raise self._refuse(kind, f"`{call.name}` runs more than once in a pass")
+        seen = call.read if side == "input" else call.gave
+        assert seen is not None
+        return Place(kind, call.name, call.module, side, seen.tensor.dim() == 2, seen.tensor.shape[-1])
+
+
+def _gives(call: Call, read: Seen | None) -> bool:
+    """Whether what the call gave is what was read."""
+    return call.gave is not None and call.gave.same_as(read)
+
+
+def _halves(parts: list[Call], calls: list[Call]) -> list[Half]:
+    """The parts that hold matrices; linears in a row on the block itself are one half."""
+    groups: list[list[Call]] = []
+    for part in parts:
+        if not _computes(part.module):
+            continue
+        if groups and _is_linear(part.module) and _is_linear(groups[-1][-1].module):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return [Half(tuple(group), tuple(_linears(group, calls))) for group in groups]
+
+
+def _linears(group: list[Call], calls: list[Call]) -> list[Call]:
+    inside = [call for call in calls if call in group or any(call.inside(part) for part in group)]
+    return _outermost([call for call in inside if _is_linear(call.module)])
+
+
+def _is_recurrent(half: Half, layer_type: str | None) -> bool:
+    """Whether a half that mixes tokens carries a state: the config says so, or it convolves over time."""
+    if layer_type is not None:
+        return layer_type in _RECURRENT
+    convolves = any(isinstance(module, nn.Conv1d) for module in half.first.module.modules())
+    return convolves or not half.mixes_tokens

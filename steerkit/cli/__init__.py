@@ -1,0 +1,54 @@
+"""The command line. Nothing heavy is imported before the command that needs it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import steerkit
+from steerkit.cli import demo, extract, generate, inspect, methods, recipes
+from steerkit.cli._program import Program
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="steerkit",
+    cls=Program,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (demo, extract, generate, inspect, methods, recipes):
+    app.command(_command.__name__.rpartition(".")[2])(_command.run)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"steerkit {steerkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", envvar="STEERKIT_DEBUG", help="Show the traceback of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Steer Hugging Face language models from inside: learn a direction, apply it, measure what it does.
+
+    Results go to stdout, progress and warnings to stderr. Exit codes: 0 fine, 1 an error in one line, 2 wrong usage,
+    130 interrupted.
+    """
+
+
+def main() -> None:
+    """Run the program and leave with its exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app(prog_name="steerkit")

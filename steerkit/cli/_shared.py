@@ -1,0 +1,114 @@
+"""What the commands share: options, consoles, JSON, and how a vector's sites are shown."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "BatchSize",
+    "Json",
+    "Unit",
+    "number",
+    "print_json",
+    "sites_table",
+    "stderr",
+    "stdout",
+    "table",
+    "usage_line",
+    "wrong_usage",
+]
+
+DEFAULT_MODEL = "smollm2-135m"
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per pass.")]
+
+
+class Unit(StrEnum):
+    """What a strength counts in."""
+
+    paper = "paper"
+    norm = "norm"
+
+
+def stdout() -> Console:
+    """The console for results. Text of models and users is never read as markup."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def stderr() -> Console:
+    """The console for progress; anything transient shows on terminals only."""
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def print_json(data: Any) -> None:
+    """Print an answer as JSON."""
+    is_unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=not is_unicode))
+
+
+def wrong_usage(message: str) -> typer.BadParameter:
+    """The error for options that do not go together: exit code 2."""
+    return typer.BadParameter(message)
+
+
+def table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+    """An empty table with a line under its header; columns named in `right` hold numbers."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left")
+    return made
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number for people; a dash where there is none."""
+    return f"{value:.{digits}g}" if isinstance(value, int | float) else "-"
+
+
+def sites_table(described: Mapping[str, Any]) -> Table:
+    """The sites of a vector: norms, strength in both units, separation on held-out items."""
+    columns = ("site", "direction\nnorm", "activation\nnorm", "strength\npaper", "strength\nnorm", "held-out\nAUC", "\nd")
+    made = table(*columns, right=columns[1:])
+    measured = (described["held_out"] or {}).get("sites", {})
+    for site in described["sites"]:
+        separation = measured.get(site["site"], {})
+        made.add_row(
+            site["site"],
+            number(site["direction_norm"]),
+            number(site["activation_norm"]),
+            number(site["strength"]["paper"]),
+            number(site["strength"]["norm"]),
+            number(separation.get("auc")),
+            number(separation.get("cohens_d")),
+        )
+    return made
+
+
+def usage_line(prompt: str, vector: str, strength: float | None, model: str, *more: str) -> str:
+    """A command that uses a vector, to be copied into a shell."""
+    words = [shlex.quote(prompt).replace("'", '"') if "'" not in prompt else shlex.quote(prompt)]
+    words += ["--vector", shlex.quote(vector)]
+    if strength is not None:
+        words += ["--strength", f"{strength:g}"]
+    if model != DEFAULT_MODEL:
+        words += ["--model", shlex.quote(model)]
+    return " ".join(["steerkit generate", *words, *more])

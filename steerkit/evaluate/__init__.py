@@ -1,0 +1,1 @@
+"""Whether steering worked, and what it cost."""

@@ -1,0 +1,369 @@
+"""`fit`: a method, a contrast set and a model in; a `SteeringVector` out, with what is needed to use it right."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import steerkit
+from steerkit.activations import (
+    Activations,
+    Readout,
+    execution_device,
+    forward_body,
+    record,
+    record_ids,
+    stream,
+)
+from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
+from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
+from steerkit.methods._base import Method
+from steerkit.moments import NormMedian
+from steerkit.registry import resolve
+from steerkit.sites import Decoder, Site, find_decoder, locate, parse_layers
+from steerkit.steering import steer
+from steerkit.vector import SteeringVector
+
+__all__ = ["Subject", "fit", "separation"]
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    data: ContrastSet,
+    *,
+    method: str | Method = "caa",
+    layers: str | int | Sequence[int] | None = None,
+    sites: Sequence[Site | str] | None = None,
+    readout: str | int | tuple[int, int] | None = None,
+    batch_size: int = 16,
+    held_out: ContrastSet | None = None,
+    settings: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> SteeringVector:
+    """Learn a steering vector from a contrast set.
+
+    Args:
+        model: any decoder-only transformers model; unchanged afterwards.
+        tokenizer: its tokenizer; unchanged afterwards.
+        data: the contrast set (for `actadd`: one pair of raw prompts).
+        method: a name of `steerkit methods`, or a method with its settings.
+        layers: blocks counted from 0, such as ``[11, 12]`` or ``"11-13"`` (both ends included), at the method's own
+            kind of site.
+        sites: exact sites instead of layers, such as ``["attn_out.4"]``.
+        readout: which tokens are read; None takes the method's own.
+        batch_size: rows per pass.
+        held_out: items to measure the separation on; the figures go into the file.
+        settings: the method's settings where `method` is a name.
+        chat_template_kwargs: passed on to the chat template.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The fitted vector, with norms, digests and settings.
+
+    Raises:
+        UnknownNameError: no such method or setting.
+        SiteError: a layer or site does not exist in this model, or both were given.
+        DataError: the data has no token to read, or `actadd` got more than one pair.
+        FitError: the sides do not differ, or activations are not finite; the site is named.
+    """
+    chosen = _method(method, settings)
+    decoder = find_decoder(model)
+    places = list(locate(model, _sites(chosen, decoder, layers, sites)))
+    subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs)
+    acts: Activations | None = None
+    if chosen.readout is not None:
+        reading = chosen.readout if readout is None else readout
+        acts = _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
+    elif readout is not None:
+        raise DataError(f"{chosen.name} reads for itself; leave readout={readout!r} out")
+    tensors = chosen.fit(acts, subject, places)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FitError(f"{chosen.name}: {name} is not finite; load the model in float32 or bfloat16")
+    norms = acts.norms if acts is not None else subject.norms(places)
+    config: Any = decoder.model.config
+    vector = SteeringVector(
+        method=chosen.name,
+        tensors=tensors,
+        sites=tuple(places),
+        edit=chosen.edit_name,
+        scope=chosen.default_scope,
+        unit="paper",
+        model_type=config.get_text_config().model_type,
+        hidden_size=decoder.hidden_size,
+        num_layers=decoder.num_layers,
+        settings=chosen.settings,
+        norms={site: norm for site, norm in norms.items() if math.isfinite(norm)},
+        model_id=getattr(config, "_name_or_path", "") or None,
+        model_revision=getattr(config, "_commit_hash", None),
+        chat_template_sha256=_sha256(getattr(tokenizer, "chat_template", None)),
+        tokenizer_sha256=_tokenizer_sha256(tokenizer),
+        readout=acts.readout if acts is not None else None,
+        data_digest=data.digest,
+        data_source=data.source or None,
+        paper=chosen.paper,
+        steerkit_version=steerkit.__version__,
+    )
+    if held_out is None or acts is None:
+        return vector
+    measured = separation(
+        model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
+    return replace(vector, held_out=measured)
+
+
+def separation(
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: ContrastSet,
+    vector: SteeringVector,
+    *,
+    batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """How well each site's direction separates items it was not fitted on.
+
+    Args:
+        model: the model the vector was fitted on, unsteered.
+        tokenizer: its tokenizer.
+        held_out: items the vector has not seen.
+        vector: the vector.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+
+    Returns:
+        ``{"items": n, "data_digest": ..., "sites": {site: {"auc", "cohens_d"}}}``; `auc` is the share of (positive,
+        negative) couples in which the positive one lies further along the direction, ties counted half.
+
+    Raises:
+        DataError: an item has no token to be read.
+    """
+    method = resolve(vector.method).from_settings(vector.settings)
+    acts = record(
+        model,
+        tokenizer,
+        held_out,
+        vector.sites,
+        readout=Readout.parse(vector.readout or "last"),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    sites: dict[str, dict[str, float]] = {}
+    for site in vector.sites:
+        direction = method.direction(vector.params(site))
+        if direction is None:
+            continue
+        along = direction.float() / torch.linalg.vector_norm(direction.float())
+        positive, negative = acts.positive[site] @ along, acts.negative[site] @ along
+        wins = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
+        spread = math.sqrt((float(positive.var()) + float(negative.var())) / 2) if min(len(positive), len(negative)) > 1 else 0.0
+        gap = float(positive.mean() - negative.mean())
+        sites[str(site)] = {
+            "auc": round(float(wins.mean()), 4),
+            "cohens_d": round(gap / spread, 3) if spread > 0 else 0.0,
+        }
+    return {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
+
+
+class Subject:
+    """The only door through which a method's `fit` reaches the model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        data: ContrastSet,
+        decoder: Decoder,
+        batch_size: int,
+        chat_template_kwargs: Mapping[str, Any] | None,
+    ) -> None:
+        self._model, self._tokenizer, self._data = model, tokenizer, data
+        self._batch_size, self._chat = batch_size, chat_template_kwargs
+        self._decoder = decoder
+        self._norms: dict[Site, float] = {}
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model's decoder."""
+        return self._decoder
+
+    def record(
+        self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = "last", under: SteeringVector | None = None
+    ) -> Activations:
+        """Read activations of texts.
+
+        Args:
+            items: prompts, conversations or rendered texts.
+            sites: where to read.
+            readout: which tokens.
+            under: a vector to steer with meanwhile; the prompt's ends are known.
+
+        Returns:
+            One row per item and site.
+        """
+        rendered = self._rendered(items)
+        if under is None:
+            return record(self._model, self._tokenizer, rendered, sites, readout=readout, batch_size=self._batch_size)
+        # One batch at a time, so that every pass has the prompt lengths of its own rows.
+        parts: list[tuple[tuple[int, ...], Activations]] = []
+        for batch in self._batches(rendered):
+            rows = [rendered[row] for row in batch.rows]
+            with steer(self._model, under, prompt_lengths=batch.prompt_lengths):
+                part = record(self._model, self._tokenizer, rows, sites, readout=readout, batch_size=len(rows))
+            parts.append((batch.rows, part))
+        order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+        joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
+        return Activations(positive=joined, negative={}, norms=parts[0][1].norms, readout=parts[0][1].readout)
+
+    def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
+        """Next-token logits behind each item.
+
+        Args:
+            items: prompts, conversations or rendered texts.
+            under: a vector to steer with meanwhile.
+
+        Returns:
+            [n, v] float32, on the CPU, in the order of the items.
+        """
+        rendered = self._rendered(items)
+        device = execution_device(self._decoder)
+        rows: list[Tensor] = [torch.empty(0)] * len(rendered)
+        for batch in self._batches(rendered):
+            context: Any = steer(self._model, under, prompt_lengths=batch.prompt_lengths) if under else torch.no_grad()
+            mask = batch.attention_mask.to(device)
+            with context, torch.no_grad():
+                out = self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
+            last = mask.sum(dim=1) - 1
+            picked = out.logits[torch.arange(len(batch.rows), device=out.logits.device), last.to(out.logits.device)]
+            for row, logits in zip(batch.rows, picked.float().cpu(), strict=True):
+                rows[row] = logits
+        return torch.stack(rows)
+
+    def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of the one pair of prompts the method is fitted on.
+
+        Raises:
+            DataError: the data is not exactly one pair of prompts.
+        """
+        if len(self._data.positive) != 1 or len(self._data.negative) != 1:
+            raise DataError(
+                f"this method takes one pair of prompts, got {len(self._data.positive)} positive and "
+                f"{len(self._data.negative)} negative ones; give one of each"
+            )
+        plus, minus = self._rendered([self._data.positive[0], self._data.negative[0]])
+        return plus.ids, minus.ids
+
+    def filler_id(self, text: str) -> int:
+        """Id of the one token that `text` is.
+
+        Raises:
+            DataError: the tokenizer makes none or several tokens of it.
+        """
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise DataError(f"filler {text!r} is {len(ids)} tokens for this tokenizer; choose one that is a single token")
+        return int(ids[0])
+
+    def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
+        """Activations [t, d] of every token of each row of ids, none of them masked.
+
+        Args:
+            rows: token ids.
+            sites: where to read.
+        """
+        found = record_ids(self._model, rows, sites)
+        for site, tensors in found.items():
+            median = NormMedian()
+            for tensor in tensors:
+                counted = torch.ones(1, len(tensor))
+                counted[0, 0] = 0.0
+                median.update(tensor[None], counted)
+            self._norms[site] = median.result()
+        return found
+
+    def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
+        """Median token norms at sites this subject has read whole rows at."""
+        return {site: self._norms[site] for site in sites if site in self._norms}
+
+    def _rendered(self, items: Sequence[Any]) -> list[Rendered]:
+        return [
+            item
+            if isinstance(item, Rendered)
+            else render(self._tokenizer, Conversation.of(item), chat_template_kwargs=self._chat)
+            for item in items
+        ]
+
+    def _batches(self, rendered: Sequence[Rendered]) -> list[Any]:
+        return batches(rendered, self._batch_size, pad_id=pad_token_id(self._tokenizer))
+
+
+def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
+    if isinstance(method, str):
+        return resolve(method).from_settings(settings or {})
+    if settings:
+        raise UnknownNameError(f"{method.name}: give settings to the method itself, not beside it")
+    return method
+
+
+def _sites(
+    method: Method,
+    decoder: Decoder,
+    layers: str | int | Sequence[int] | None,
+    sites: Sequence[Site | str] | None,
+) -> list[Site]:
+    if layers is not None and sites is not None:
+        raise SiteError("fit: got both layers and sites; give one of them")
+    if sites is not None:
+        chosen = [Site.parse(site) if isinstance(site, str) else site for site in sites]
+    elif layers is not None:
+        listed = [layers] if isinstance(layers, int) else layers
+        kind = method.sites(decoder)[0].kind
+        chosen = [Site(layer, kind) for layer in parse_layers(listed, decoder.num_layers)]
+    else:
+        chosen = method.sites(decoder)
+    if not chosen:
+        raise SiteError("fit: got no site; give at least one layer")
+    return chosen
+
+
+def _read(
+    model: nn.Module,
+    tokenizer: Any,
+    data: ContrastSet,
+    method: Method,
+    places: Sequence[Site],
+    readout: Any,
+    batch_size: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    progress: bool,
+) -> Activations:
+    """Stream where the method needs only statistics, keep the samples where it needs them."""
+    common: dict[str, Any] = {
+        "readout": readout,
+        "batch_size": batch_size,
+        "chat_template_kwargs": chat_template_kwargs,
+        "progress": progress,
+    }
+    streams = {site: method.statistics(site) for site in places}
+    kept = {site: accumulator for site, accumulator in streams.items() if accumulator is not None}
+    if len(kept) == len(places):
+        return stream(model, tokenizer, data, kept, **common)
+    return record(model, tokenizer, data, places, **common)
+
+
+def _sha256(text: Any) -> str | None:
+    return hashlib.sha256(str(text).encode()).hexdigest() if text else None
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    """Digest of the vocabulary, the one thing every tokenizer has."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256("\n".join(f"{index} {token}" for token, index in vocabulary).encode()).hexdigest()

@@ -1,0 +1,289 @@
+"""What a method is: how it turns activations into tensors, and how those tensors change activations.
+
+Most methods write `fit_site` and nothing else; `AddDirection` brings the plain addition that many papers share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steerkit import edits
+from steerkit.errors import FitError, SiteError, StrengthError, UnknownNameError, near_miss
+from steerkit.sites import Decoder, Site, locate
+from steerkit.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from steerkit.activations import Activations
+    from steerkit.moments import Accumulator
+    from steerkit.tokens import Tokens
+
+__all__ = ["AddDirection", "Subject", "Method", "Params", "Prepared", "WeightUpdate"]
+
+Params = Mapping[str, Tensor]
+Prepared = Mapping[str, Tensor]
+
+
+class WeightUpdate(NamedTuple):
+    """One exact change of a parameter.
+
+    Attributes:
+        name: the parameter's name in the transformers model; it may be a bias that is absent so far.
+        update: from the old weight in float32 (None where the bias is absent) to the new one.
+    """
+
+    name: str
+    update: Callable[[Tensor | None], Tensor]
+
+
+class Subject(Protocol):
+    """The only door through which `Method.fit` reaches the model; `steerkit.fitting` gives it."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model's decoder."""
+
+    def record(
+        self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = "last", under: SteeringVector | None = None
+    ) -> Activations:
+        """Read activations of texts, steered by `under` where given."""
+
+    def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
+        """Next-token logits [n, v] behind each item, steered by `under` where given."""
+
+    def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of the one pair of prompts the method is fitted on."""
+
+    def filler_id(self, text: str) -> int:
+        """Id of the one token that `text` is."""
+
+    def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
+        """Activations [t, d] of every token of each row of ids, none of them masked."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. The dataclass fields of a subclass are its settings.
+
+    Class attributes:
+        name: what it is called on the command line and in vector files; the file's name.
+        title, paper: how it is shown.
+        readout: default tokens read; None where the method records for itself.
+        scope, scopes: default tokens written, and all that are allowed.
+        neutral: the strength at which it is the exact identity; None where no strength is.
+        data: what it is fitted on, for the table of methods.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    data: ClassVar[str] = "contrast set"
+    readout: ClassVar[str | None] = "last"
+    scope: ClassVar[str] = "all"
+    scopes: ClassVar[tuple[str, ...]] = ("all", "prompt", "response", "generated", "first")
+    neutral: ClassVar[float | None] = 0.0
+
+    @property
+    def edit_name(self) -> str:
+        """The operation that vector files of this method name."""
+        return "add"
+
+    @property
+    def default_scope(self) -> str:
+        """Tokens written where nobody says otherwise."""
+        return self.scope
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The dataclass fields, as stored in a vector file."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Method:
+        """Build the method with the settings a vector file or recipe names.
+
+        Args:
+            settings: field name to value; a list stands for a tuple.
+
+        Raises:
+            UnknownNameError: a setting this method does not have.
+        """
+        known = {entry.name for entry in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise UnknownNameError(f"{cls.name}: unknown setting {name!r}; {near_miss(name, known)}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+
+    def sites(self, decoder: Decoder) -> list[Site]:
+        """Where the method reads and writes when nobody says: the output of the block at 40 % of the depth.
+
+        Args:
+            decoder: the model's decoder.
+        """
+        return [Site(round(0.4 * (decoder.num_layers - 1)), "resid_post")]
+
+    def statistics(self, site: Site) -> Accumulator | None:
+        """An accumulator that streams what `fit_site` needs; None keeps the samples.
+
+        Args:
+            site: where it will accumulate.
+        """
+        return None
+
+    def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
+        """Turn the activations of one site into the tensors to be stored.
+
+        Args:
+            positive: [n, d] float32, one row per positive prompt (or what `statistics` gives for them).
+            negative: [m, d] float32.
+
+        Returns:
+            parameter name to tensor.
+
+        Raises:
+            FitError: no direction can be had from these activations.
+        """
+        raise NotImplementedError
+
+    def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
+        """Fit all sites; override where sites are coupled or the model is needed.
+
+        Args:
+            acts: activations of both sides at every site; None where `readout` is None.
+            subject: the only door to the model.
+            sites: where to fit.
+
+        Returns:
+            ``"<site>/<param>"`` and ``"shared/<param>"`` to tensor.
+
+        Raises:
+            FitError: no direction can be had, with the site named.
+        """
+        assert acts is not None
+        tensors: dict[str, Tensor] = {}
+        for site in sites:
+            try:
+                params = self.fit_site(acts.positive[site], acts.negative[site])
+            except FitError as error:
+                raise FitError(f"{self.name} at {site}: {error}") from None
+            tensors.update({f"{site}/{name}": value for name, value in params.items()})
+        return tensors
+
+    def direction(self, params: Params) -> Tensor | None:
+        """The single direction [d] on which held-out activations are projected; None where there is none.
+
+        Args:
+            params: the tensors of one site.
+        """
+        direction = params.get("direction")
+        return direction if direction is not None and direction.dim() == 1 else None
+
+    def length(self, params: Params) -> float | None:
+        """How far strength 1 moves a token, in activation units; None where the method has no length.
+
+        Args:
+            params: the tensors of one site.
+        """
+        return None
+
+    def minimum_prompt(self, params: Params) -> int:
+        """Prompt tokens a row needs at the least.
+
+        Args:
+            params: the tensors of one site.
+        """
+        return 0
+
+    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Do once what every pass would repeat. Called when attached and when the strength changes.
+
+        Args:
+            params: the tensors of one site, on the CPU.
+            strength: float32 on `device`, a single number [] or one per row [b, 1, 1].
+            dtype: of the activations.
+            device: of the activations.
+
+        Returns:
+            name to tensor; the shapes may not depend on the strength's value.
+        """
+        raise NotImplementedError
+
+    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
+        """Change the activations of one pass, without touching `h`.
+
+        Args:
+            h: [b, t, d] activations.
+            prepared: what `prepare` gave.
+            tokens: `tokens.position[b, t]` counts from each row's first real token. Which tokens are finally
+                written, and the dtype of the result, are the caller's business.
+
+        Returns:
+            [b, t, d]
+        """
+        raise NotImplementedError
+
+    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
+        """The same change as weights, where that is exact.
+
+        Args:
+            model: the transformers model.
+            vector: a vector of this method.
+            strength: in the vector's paper unit.
+
+        Raises:
+            StrengthError: the method has no exact weight form.
+        """
+        raise StrengthError(f"{self.name} has no exact weight form; steer with hooks instead")
+
+
+@dataclass(frozen=True)
+class AddDirection(Method):
+    """Shared by the methods that add `strength * direction` to every written token."""
+
+    def length(self, params: Params) -> float | None:
+        """Norm of the direction."""
+        return float(torch.linalg.vector_norm(params["direction"].float()))
+
+    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """`strength * direction`, multiplied in float32 and rounded once."""
+        return {"direction": (strength * params["direction"].to(device).float()).to(dtype)}
+
+    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
+        """`h + strength * direction`."""
+        return edits.add(h, prepared["direction"])
+
+    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
+        """A constant at a block's output is a bias of the last linear layer that writes to it.
+
+        Raises:
+            SiteError: the block has no linear layer of its MLP behind which nothing changes the sum.
+        """
+        updates = []
+        for site in vector.sites:
+            if site.kind != "resid_post":
+                raise SiteError(f"{site}: only additions at resid_post have an exact weight form; steer with hooks")
+            shift = strength * vector.params(site)["direction"].float()
+            updates.append(WeightUpdate(f"{_last_linear(model, site)}.bias", _shifted(shift)))
+        return updates
+
+
+def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:
+    def update(old: Tensor | None) -> Tensor:
+        return shift.clone() if old is None else old + shift.to(old.device)
+
+    return update
+
+
+def _last_linear(model: nn.Module, site: Site) -> str:
+    """Name of the MLP's down projection, where its output joins the stream as it is."""
+    try:
+        down, written = locate(model, [Site(site.layer, "mlp_post"), Site(site.layer, "mlp_raw")]).items()
+    except SiteError as error:
+        raise SiteError(f"{site}: an addition here has no exact weight form ({error})") from None
+    if written[0].kind != "mlp_out":
+        raise SiteError(f"{site}: this family norms the MLP's output, so a bias before it is not the same addition")
+    return down[1].name

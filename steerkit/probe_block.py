@@ -1,0 +1,164 @@
+"""One pass over a few tokens that notes what every module of some blocks reads and gives.
+
+Only watching happens here; `anatomy.py` says what it means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Call", "Seen", "Trace", "argument_of", "probe_blocks", "tensor_of"]
+
+
+def tensor_of(output: Any) -> Any:
+    """The tensor a module gives: its output, or the first entry of a tuple, a list or a ModelOutput."""
+    if isinstance(output, Mapping):
+        return next(iter(output.values()), None)
+    if isinstance(output, (tuple, list)):
+        return output[0] if output else None
+    return output
+
+
+def argument_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The tensor a module reads: its first positional argument, or the keyword `hidden_states`."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A tensor as a hook saw it.
+
+    Attributes:
+        tensor: the object itself, kept so that its memory is not used again and it can be recognised.
+        values: a float32 copy on the CPU, because some blocks overwrite theirs in place (Falcon).
+    """
+
+    tensor: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, value: Any) -> Seen | None:
+        """Note a floating-point tensor; None for anything else."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return None
+        return cls(value, value.detach().to("cpu", torch.float32, copy=True))
+
+    def same_as(self, other: Seen | None) -> bool:
+        """Whether both are the same numbers in the same memory; views of another shape count."""
+        if other is None or self.tensor.numel() != other.tensor.numel():
+            return False
+        if self.tensor.device != other.tensor.device:  # accelerate moved it between two devices
+            return torch.equal(self.values.flatten(), other.values.flatten())
+        return self.tensor.data_ptr() == other.tensor.data_ptr()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of one module inside a block: its name there, what it read and what it gave."""
+
+    name: str
+    module: nn.Module
+    read: Seen | None
+    gave: Seen | None
+
+    def inside(self, other: Call) -> bool:
+        """Whether this module stands inside the other one."""
+        return self.name.startswith(f"{other.name}.")
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one block did in the probe; `entered` and `left` are its input and output, None if it did not run."""
+
+    calls: list[Call] = field(default_factory=list)
+    entered: Seen | None = None
+    left: Seen | None = None
+
+
+class _Stop(BaseException):
+    """Ends the probe once the deepest block asked about has run."""
+
+
+def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Tensor) -> dict[int, Trace]:
+    """Run the decoder body once and note what the modules of some blocks read and give.
+
+    The model is left as it was: hooks, training flags, random state, gradients. Hooks of others stay in force; the
+    probe sees values as they flow on inside a block, and the block's own output before anybody else changes it.
+
+    Args:
+        body: the decoder without its head.
+        blocks: the blocks to watch, by layer; later blocks than the deepest of them do not run.
+        input_ids: token ids `[1, t]`, on the device where the embedding runs.
+
+    Returns:
+        One trace for each block asked.
+    """
+    traces = {layer: Trace() for layer in blocks}
+    devices = {parameter.device.index for parameter in body.parameters() if parameter.device.type == "cuda"}
+    options = {"output_hidden_states": False} if getattr(body.config, "output_hidden_states", False) else {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=sorted(device or 0 for device in devices)))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_evaluation_mode(body))
+        if "torch._dynamo" in sys.modules:  # otherwise nothing can have been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer, block in blocks.items():
+            stack.enter_context(_watch(block, traces[layer], last=layer == max(blocks)))
+        with contextlib.suppress(_Stop):
+            body(input_ids=input_ids, use_cache=False, **options)
+    return traces
+
+
+@contextlib.contextmanager
+def _evaluation_mode(body: nn.Module) -> Iterator[None]:
+    """Switch dropout off, flag by flag: `train()` and `eval()` are overridden by some modules."""
+    training = [module for module in body.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
+    """Attach the probe's hooks to one block and everything in it."""
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trace.entered = Seen.of(argument_of(args, kwargs))
+
+    def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        trace.left = Seen.of(tensor_of(output))
+        if last:
+            raise _Stop
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = Call(name, module, Seen.of(argument_of(args, kwargs)), Seen.of(tensor_of(output)))
+            trace.calls.append(call)
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(enter, with_kwargs=True),
+        block.register_forward_hook(leave, prepend=True),
+    ]
+    handles += [
+        module.register_forward_hook(note(name), with_kwargs=True)
+        for name, module in block.named_modules()
+        if module is not block
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

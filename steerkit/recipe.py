@@ -1,0 +1,296 @@
+"""Recipes: one TOML file says which data, model and method make a vector, and how it is meant to be used.
+
+Plain data: no code, no interpolation, unknown keys are errors. `Recipe.resolved()` is the recipe with every default
+filled in; it travels in the vector file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from steerkit.data import ContrastSet
+from steerkit.errors import DataError, RecipeError, near_miss, unknown_name
+from steerkit.fitting import fit
+from steerkit.methods._base import Method
+from steerkit.shipped import recipe_path, recipes
+from steerkit.vector import SteeringVector
+
+__all__ = ["ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "Recipe", "find_recipe"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """Which model the recipe was made on."""
+
+    name: str = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Which prompts, relative to the recipe's folder, and how much of them is held out."""
+
+    file: str
+    held_out: float = 0.25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MethodPart:
+    """How the vector is fitted."""
+
+    name: str = "caa"
+    layers: tuple[int, ...] | None = None
+    sites: tuple[str, ...] | None = None
+    readout: str | int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ApplyPart:
+    """How the vector is meant to be used: suggested strength, useful range, tokens, unit."""
+
+    strength: float = 1.0
+    range: tuple[float, float] | None = None
+    scope: str | None = None
+    unit: str = "paper"
+
+
+@dataclass(frozen=True)
+class EvaluatePart:
+    """What shows its effect: strengths of the dose-response curve, and questions answered before and after."""
+
+    strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    questions: tuple[str, ...] = ("How was your day?",)
+
+
+_PARTS: dict[str, type] = {
+    "model": ModelPart,
+    "data": DataPart,
+    "method": MethodPart,
+    "apply": ApplyPart,
+    "evaluate": EvaluatePart,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe, checked.
+
+    Attributes:
+        name: the file's name without its ending.
+        behaviour: what the vector brings about.
+        title: one line on the two sides.
+        default: this recipe answers to its behaviour's bare name.
+        source: the file it was read from.
+    """
+
+    name: str
+    behaviour: str
+    data: DataPart
+    title: str = ""
+    default: bool = False
+    model: ModelPart = ModelPart()
+    method: MethodPart = MethodPart()
+    apply: ApplyPart = ApplyPart()
+    evaluate: EvaluatePart = EvaluatePart()
+    source: Path = Path()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and check a recipe file.
+
+        Args:
+            path: a .toml file.
+
+        Raises:
+            RecipeError: missing or malformed file, unknown key (with near misses), wrong type, newer format.
+        """
+        path = Path(path)
+        try:
+            text = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not a TOML file ({error})") from None
+        number = text.pop("format", None)
+        if number != FORMAT:
+            raise RecipeError(f"{path}: format {number!r} is not {FORMAT}, the one this version reads; upgrade steerkit-hf")
+        _check_keys(path, "", text, {"behaviour", "title", "default", *_PARTS})
+        if not isinstance(text.get("behaviour"), str) or not text["behaviour"]:
+            raise RecipeError(f"{path}: behaviour is missing; name what the vector brings about")
+        parts = {name: _part(path, name, kind, text.get(name)) for name, kind in _PARTS.items()}
+        recipe = cls(
+            name=path.stem,
+            behaviour=text["behaviour"],
+            title=str(text.get("title", "")),
+            default=bool(text.get("default", False)),
+            source=path,
+            **parts,
+        )
+        if recipe.apply.unit not in ("paper", "norm"):
+            raise RecipeError(f"{path}: [apply] unit {recipe.apply.unit!r} is neither 'paper' nor 'norm'")
+        return recipe
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain data."""
+        plain = {name: asdict(getattr(self, name)) for name in _PARTS}
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "behaviour": self.behaviour,
+            "title": self.title,
+            **{name: {key: _plain(value) for key, value in part.items()} for name, part in plain.items()},
+        }
+
+    def split(self) -> tuple[ContrastSet, ContrastSet]:
+        """The items to fit on and the items held out.
+
+        Raises:
+            RecipeError: the prompt file is missing or malformed.
+        """
+        try:
+            data = ContrastSet.from_jsonl(self.source.parent / self.data.file)
+        except DataError as error:
+            raise RecipeError(f"{self.source}: [data] {error}") from None
+        return data.split(held_out=self.data.held_out, seed=self.data.seed)
+
+    def extract(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        method: str | Method | None = None,
+        layers: str | Sequence[int] | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> SteeringVector:
+        """Fit the recipe's vector and measure its separation on the held-out items.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            method: another method than the recipe's.
+            layers: other layers than the recipe's.
+            batch_size: rows per pass.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            The vector, with the recipe's suggested strength.
+
+        Raises:
+            SteerError: see `steerkit.fit`.
+        """
+        train, held_out = self.split()
+        same = method is None or method == self.method.name
+        vector = fit(
+            model,
+            tokenizer,
+            train,
+            method=self.method.name if method is None else method,
+            settings=self.method.settings if same else None,
+            layers=layers if layers is not None else self.method.layers,
+            sites=self.method.sites if layers is None else None,
+            readout=self.method.readout,
+            batch_size=batch_size,
+            held_out=held_out,
+            progress=progress,
+        )
+        return replace(
+            vector,
+            scope=self.apply.scope or vector.scope,
+            unit=self.apply.unit,
+            suggested_strength=self.apply.strength,
+            seed=self.data.seed,
+            data_source=self.data.file,
+            recipe=self.resolved(),
+        )
+
+
+def find_recipe(name: str) -> Recipe:
+    """Find a recipe by path, by its file's name, or by its behaviour where one recipe of it is the default.
+
+    Args:
+        name: ``optimism-caa``, ``optimism`` or a path.
+
+    Raises:
+        UnknownNameError: nothing answers to it, or several recipes of the behaviour and none is the default.
+        RecipeError: the file has a mistake in it.
+    """
+    if name in recipes() or Path(name).suffix == ".toml":
+        return Recipe.load(recipe_path(name))
+    of_behaviour = [recipe for recipe in map(Recipe.load, recipes().values()) if recipe.behaviour == name]
+    chosen = [recipe for recipe in of_behaviour if recipe.default]
+    if len(chosen) == 1:
+        return chosen[0]
+    if of_behaviour:
+        raise unknown_name("recipe", name, [recipe.name for recipe in of_behaviour])
+    raise unknown_name("recipe", name, recipes())
+
+
+def _part(path: Path, name: str, kind: type, given: Any) -> Any:
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise RecipeError(f"{path}: [{name}] is {type(given).__name__}, not a table")
+    known = {entry.name: entry for entry in fields(kind)}
+    _check_keys(path, name, given, set(known))
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    for key, value in values.items():
+        problem = _wrong_type(str(known[key].type), value)
+        if problem:
+            raise RecipeError(f"{path}: [{name}] {key} = {value!r}: {problem}")
+    try:
+        return kind(**values)
+    except TypeError:
+        missing = [key for key, entry in known.items() if key not in values and _required(entry)]
+        raise RecipeError(f"{path}: [{name}] lacks {', '.join(missing)}") from None
+
+
+def _required(entry: Any) -> bool:
+    from dataclasses import MISSING
+
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _wrong_type(annotation: str, value: Any) -> str | None:
+    """What is wrong with a value, by the part's annotation; TOML has few types, so few rules do."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation.startswith("tuple"):
+        items = value if isinstance(value, tuple) else None
+        if items is None:
+            return "a list is wanted"
+        if "str" in annotation and not all(isinstance(item, str) for item in items):
+            return "a list of texts is wanted"
+        if "int" in annotation and not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            return "a list of whole numbers is wanted"
+        if "float" in annotation and not all(isinstance(item, int | float) and not isinstance(item, bool) for item in items):
+            return "a list of numbers is wanted"
+        return None
+    if annotation.startswith("float"):
+        return None if number else "a number is wanted"
+    if annotation.startswith("int"):
+        return None if number and isinstance(value, int) else "a whole number is wanted"
+    if annotation.startswith("str | int"):
+        return None if isinstance(value, str | int) else "a text or a whole number is wanted"
+    if annotation.startswith("str"):
+        return None if isinstance(value, str) else "a text is wanted"
+    return None
+
+
+def _check_keys(path: Path, table: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            place = f"[{table}] " if table else ""
+            raise RecipeError(f"{path}: {place}unknown key {key!r}; {near_miss(key, known)}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

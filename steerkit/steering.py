@@ -1,0 +1,397 @@
+"""`steer`: run a model with its activations changed. The only file that attaches hooks that change anything.
+
+Everything is planned and checked before anything is touched; then all hooks are attached or none, and they always come
+off. Each hooked module gets one dispatcher with an ordered list of edits, so that nested contexts and several vectors
+keep their order; it is prepended, so that `output_hidden_states` and other people's hooks see the steered value.
+Steering belongs to the model, whichever thread runs it; the state of a pass belongs to its thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import ModelError, ScopeError, StrengthError
+from steerkit.methods._base import Method, Params
+from steerkit.registry import method_of
+from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
+from steerkit.tokens import PassClock, PromptLengths, Scope, expand_rows, inert
+from steerkit.vector import SteeringVector
+
+__all__ = ["Steering", "steer"]
+
+Strength = float | Sequence[float] | Tensor
+_ATTACH = threading.RLock()
+
+
+def steer(
+    model: nn.Module,
+    vectors: SteeringVector | Sequence[SteeringVector],
+    strength: Strength | None = None,
+    *,
+    scope: str | None = None,
+    unit: Literal["paper", "norm"] | None = None,
+    prompt_lengths: Sequence[int] | Tensor | int | None = None,
+) -> Steering:
+    """Steer a model inside a `with` block.
+
+    Args:
+        model: any decoder-only transformers model, wrapped by PEFT or not. Its class, attributes and weights stay.
+        vectors: one vector or several; at one site they are applied in this order.
+        strength: one number, or one per row of the batch (each repeated where `generate` expands its row into beams or
+            returned sequences). None takes each file's suggested strength, else 1. A vector's own (`vector.at(...)`)
+            comes first.
+        scope: which tokens are written; None takes each vector's own.
+        unit: `paper` (1 is the method's own coefficient 1) or `norm` (1 is as long as a typical activation at the
+            site); None takes each vector's own.
+        prompt_lengths: real prompt tokens of each row, for forward passes outside `generate`, which cannot tell where
+            the prompt ends.
+
+    Returns:
+        A context manager. Its `strength` can be changed while it is active.
+
+    Raises:
+        VectorMismatchError: a vector was fitted on a model of another width or depth.
+        SiteError: the model lacks a site.
+        ScopeError: a scope that the method does not allow, or that this model cannot know.
+        StrengthError: a strength that is not finite, or a unit that the method has no length for.
+        ModelError: a state of the model in which hooks would not be right.
+
+    Example:
+        with steerkit.steer(model, vector, strength=2.0):
+            out = model.generate(**inputs, max_new_tokens=40)
+    """
+    listed = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
+    if not listed:
+        raise StrengthError("steer: got no vector; give at least one")
+    decoder = find_decoder(model)
+    only_all = _prompt_learning(model)
+    lengths = None if prompt_lengths is None else PromptLengths(prompt_lengths)
+    doses = [_Dose(vector, strength) for vector in listed]
+    edits: list[_Edit] = []
+    for vector, dose in zip(listed, doses, strict=True):
+        vector.check(model)
+        edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all)
+    return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
+
+
+class Steering:
+    """A planned steering; attach it with `with`. Made by `steer`."""
+
+    def __init__(self, decoder: Decoder, edits: Sequence[_Edit], doses: Sequence[_Dose]) -> None:
+        self._decoder, self._edits, self._doses = decoder, tuple(edits), tuple(doses)
+        self._entered: list[contextlib.ExitStack] = []
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the model is written, in the order of the vectors."""
+        return tuple(edit.tap.site for edit in self._edits)
+
+    @property
+    def strength(self) -> float | tuple[float, ...] | None:
+        """The strength in use; None where every vector has its own."""
+        return self._doses[0].value if self._doses else None
+
+    @strength.setter
+    def strength(self, value: Strength) -> None:
+        """Change the strength in place; a compiled model is not compiled again.
+
+        Raises:
+            StrengthError: every vector has its own strength, or the value is not finite.
+        """
+        if not self._doses:
+            raise StrengthError("strength: every vector has its own (vector.at); make new ones")
+        checked = _strength_value(value)
+        for dose in self._doses:
+            dose.value = checked
+        for edit in self._edits:
+            if any(edit.dose is dose for dose in self._doses):
+                edit.refresh()
+
+    def __enter__(self) -> Steering:
+        with _ATTACH, contextlib.ExitStack() as stack:
+            model = self._decoder.model
+            clock = PassClock.of(model) or PassClock(model, self._decoder.body)
+            if clock.users and clock.owner != threading.get_ident():
+                raise ModelError(
+                    "steer: this model object is being steered from another thread; leave that context first, "
+                    "or load the model twice"
+                )
+            _make_compiled_code_see_hooks()
+            clock.attach()
+            stack.callback(clock.detach)
+            for edit in self._edits:
+                edit.clock = clock
+                edit.refresh()
+                stack.enter_context(_attached(edit))
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _ATTACH:
+            self._entered.pop().close()
+
+
+class _Dose:
+    """The strength of one vector: given with `steer`, on the vector, or suggested by its file."""
+
+    def __init__(self, vector: SteeringVector, strength: Strength | None) -> None:
+        self.fixed = vector.strength is not None
+        given = vector.strength if self.fixed else strength
+        if given is None:
+            given = 1.0 if vector.suggested_strength is None else vector.suggested_strength
+        self.value = _strength_value(given)
+
+
+@dataclass(eq=False)
+class _Edit:
+    """One vector at one site."""
+
+    method: Method
+    params: Params
+    tap: Tap
+    scope: Scope
+    dose: _Dose
+    factor: float
+    lengths: PromptLengths | None
+    block: nn.Module | None
+    clock: PassClock | None = None
+
+    def __post_init__(self) -> None:
+        self._ready: dict[tuple[torch.device, torch.dtype, int], tuple[dict[str, Tensor], Tensor]] = {}
+        self._minimum = self.method.minimum_prompt(self.params)
+        self._inert = False
+        self._some_inert = False
+
+    def refresh(self) -> None:
+        """Bring everything prepared to the present strength, in place."""
+        rows = self.dose.value if isinstance(self.dose.value, tuple) else (self.dose.value,)
+        neutral = self.method.neutral
+        inert_rows = [neutral is not None and value * self.factor == neutral for value in rows]
+        self._inert, self._some_inert = all(inert_rows), any(inert_rows)
+        for device, dtype, batch in list(self._ready):
+            old, old_active = self._ready[device, dtype, batch]
+            try:
+                new, new_active = self._prepare(device, dtype, batch)
+            except ScopeError:  # the number of rows changed; the next pass says so if it is wrong
+                new, new_active = {}, old_active
+            if {name: value.shape for name, value in old.items()} != {name: value.shape for name, value in new.items()}:
+                del self._ready[device, dtype, batch]
+                continue
+            for name, value in new.items():
+                old[name].copy_(value)
+            old_active.copy_(new_active)
+        if not self._ready:
+            device, dtype = _guess_place(self.tap.module)
+            if device.type != "meta" and not isinstance(self.dose.value, tuple):
+                self._ready[device, dtype, 0] = self._prepare(device, dtype, 0)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Write the tokens of this pass that the scope means."""
+        compiling = torch.compiler.is_compiling()
+        if self._inert and not compiling:
+            return h
+        assert self.clock is not None
+        if self.clock.is_suspended:
+            return h
+        shape = h.shape
+        facts = self.clock.now
+        if facts is None:
+            raise ScopeError(
+                f"{self.tap.site}: this module was called on its own, outside a forward pass of its model; "
+                "call the model (or its decoder) instead"
+            )
+        if self.block is not None and self.block.training and getattr(self.block, "gradient_checkpointing", False):
+            raise ScopeError(
+                f"{self.tap.site}: a site inside a block cannot be steered under gradient checkpointing, whose second "
+                "run comes after the pass; steer at resid_pre or resid_post, or switch checkpointing off"
+            )
+        tokens = facts.tokens(self.scope, self.lengths)
+        if tokens.nothing:
+            return h
+        if self._minimum:
+            tokens.require_prompt(self._minimum)
+        if h.dim() == 2:  # OPT flattens rows and tokens around its MLP
+            h = h.reshape(facts.batch, facts.width, h.shape[-1])
+        per_row = isinstance(self.dose.value, tuple)
+        key = (h.device, h.dtype, h.shape[0] if per_row else 0)
+        if key not in self._ready:
+            self._ready[key] = self._prepare(*key)
+        prepared, active = self._ready[key]
+        edited = self.method.edit(h, prepared, tokens).to(h.dtype)
+        written = None if tokens.written is None else tokens.written[..., None]
+        if self._some_inert or compiling:
+            written = active if written is None else written & active
+        if written is not None:
+            edited = torch.where(written, edited, h)
+        return edited.reshape(shape)
+
+    def _prepare(self, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[dict[str, Tensor], Tensor]:
+        # Not under inference_mode or autograd of whoever happens to run the first pass.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
+            if value.dim() == 1:
+                value = expand_rows(value, batch, "strength")[:, None, None]
+            neutral = self.method.neutral
+            active = torch.ones_like(value, dtype=torch.bool) if neutral is None else value != neutral
+            return self.method.prepare(self.params, value, dtype, device), active
+
+
+class _Dispatcher:
+    """The one steering hook of a module and side: applies its edits in order. A copy of it does nothing."""
+
+    def __init__(self) -> None:
+        self.edits: list[_Edit] = []
+        self.handle: Any = None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_hook, ()
+
+
+def _inert_hook() -> Any:
+    return inert
+
+
+class _InputDispatcher(_Dispatcher):
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for edit in self.edits:
+            h = edit.tap.read(args, kwargs)
+            args, kwargs = edit.tap.write_input(args, kwargs, edit(h))
+        return args, kwargs
+
+
+class _OutputDispatcher(_Dispatcher):
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        for edit in self.edits:
+            h = edit.tap.read((), {}, output)
+            output = edit.tap.write_output(output, edit(h))
+        return output
+
+
+@contextlib.contextmanager
+def _attached(edit: _Edit) -> Iterator[None]:
+    """Append an edit to its module's dispatcher, which comes with its first edit and goes with its last."""
+    module, is_input = edit.tap.module, edit.tap.side == "input"
+    kind = _InputDispatcher if is_input else _OutputDispatcher
+    hooks = module._forward_pre_hooks if is_input else module._forward_hooks
+    dispatcher = next((hook for hook in hooks.values() if isinstance(hook, kind)), None)
+    if dispatcher is None:
+        dispatcher = kind()
+        dispatcher.handle = (
+            module.register_forward_pre_hook(dispatcher, prepend=True, with_kwargs=True)
+            if is_input
+            else module.register_forward_hook(dispatcher, prepend=True)
+        )
+    dispatcher.edits.append(edit)
+    try:
+        yield
+    finally:
+        # By identity and from the end: one plan may be attached twice.
+        place = max(index for index, other in enumerate(dispatcher.edits) if other is edit)
+        del dispatcher.edits[place]
+        if not dispatcher.edits:
+            dispatcher.handle.remove()
+
+
+def _plan(
+    decoder: Decoder,
+    vector: SteeringVector,
+    dose: _Dose,
+    scope: str | None,
+    unit: str | None,
+    lengths: PromptLengths | None,
+    only_all: str | None,
+) -> list[_Edit]:
+    """Turn one vector into edits, checking all that can be checked."""
+    method = method_of(vector)
+    written = Scope.parse(vector.scope if vector.own_scope or scope is None else scope)
+    if written.kind not in method.scopes:
+        raise ScopeError(f"{method.name}: scope '{written}' is not one of its own: {', '.join(method.scopes)}")
+    if only_all is not None and written.kind != "all":
+        raise ScopeError(f"scope '{written}': {only_all}; use scope='all'")
+    counted = vector.unit if vector.own_unit or unit is None else unit
+    edits = []
+    for site, tap in zip(vector.sites, locate(decoder.model, vector.sites).values(), strict=True):
+        params = vector.params(site)
+        factor = 1.0 if counted == "paper" else _norm_factor(method, vector, site, params)
+        block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
+        edits.append(_Edit(method, params, tap, written, dose, factor, lengths, block))
+    return edits
+
+
+def _norm_factor(method: Method, vector: SteeringVector, site: Site, params: Params) -> float:
+    """What one typical activation norm at the site is in the method's own strength."""
+    length, norm = method.length(params), vector.norms.get(site)
+    if not length:
+        raise StrengthError(
+            f"{method.name}: unit 'norm' needs an edit with a length, which this one has not; use 'paper'"
+        )
+    if norm is None or not math.isfinite(norm):
+        raise StrengthError(f"{site}: the vector file holds no activation norm, so unit 'norm' is unknown; use 'paper'")
+    return norm / length
+
+
+def _strength_value(value: Strength) -> float | tuple[float, ...]:
+    """A finite number, or a tuple of them, one per row.
+
+    Raises:
+        StrengthError: not a number, not finite, or no row.
+    """
+    listed: Any = value.tolist() if isinstance(value, Tensor) else value
+    rows = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed]
+    for row in rows:
+        if isinstance(row, bool) or not isinstance(row, int | float) or not math.isfinite(row):
+            raise StrengthError(f"strength: got {row!r}; give a finite number, or one per row of the batch")
+    if not rows:
+        raise StrengthError("strength: got an empty list; give a finite number, or one per row of the batch")
+    return tuple(map(float, rows)) if isinstance(listed, Sequence) else float(rows[0])
+
+
+def _prompt_learning(model: nn.Module) -> str | None:
+    """Why only scope `all` is known on this model, if so: virtual tokens stand before the text."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if config is not None and getattr(config, "is_prompt_learning", False):
+        return f"a {config.peft_type} adapter puts virtual tokens before the text, so positions are not known"
+    return None
+
+
+def _guess_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the module runs and in which dtype, as far as its parameters tell; the first pass knows for certain."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    floats = (entry for entry in module.parameters() if entry.is_floating_point())
+    first = next(floats, None)
+    if first is None:
+        return torch.device("meta"), torch.float32
+    return torch.device(first.device if device is None else device), first.dtype
+
+
+def _make_compiled_code_see_hooks() -> None:
+    """Make compiled code look at hooks; by default code compiled before they were attached ignores them silently.
+
+    torch.compile skips guards on hooks unless told otherwise before it compiles, so what is compiled already has to go
+    (once per process). torch 2.13 keeps this setting per thread, hence the default as well: streamers run `generate`
+    in a thread of their own.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None or not dynamo.config.skip_nnmodule_hook_guards:
+        return
+    dynamo.config.skip_nnmodule_hook_guards = False
+    entries: Mapping[str, Any] = getattr(dynamo.config, "_config", {})
+    if "skip_nnmodule_hook_guards" in entries:
+        with contextlib.suppress(AttributeError):
+            entries["skip_nnmodule_hook_guards"].default = False
+    dynamo.reset()

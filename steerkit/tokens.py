@@ -1,0 +1,686 @@
+"""Which tokens a forward pass holds, and which of them a scope means.
+
+This is the only file that knows about positions. A `PassClock` hooks the outermost transformers model (and its decoder
+body, for people who call that one alone) and notes, before every forward pass, which columns of the sequence the pass
+carries, which of them are real tokens, and where the prompt ends. A `Scope` is then a question to that `Pass`.
+
+Columns count from the left edge of the padded sequence; positions count from each row's first real token. Where the
+prompt ends is certain inside `generate`: the expanded prompt is a local variable of the outermost `generate` frame, in
+every mode (beams, chunked prefill, assisted decoding, `use_cache=False`, ...). In any other forward pass nobody can
+know, so scopes that depend on it need `prompt_lengths`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import ModelError, ScopeError, near_miss
+
+__all__ = ["Pass", "PassClock", "PromptLengths", "Scope", "Tokens", "inert"]
+
+SCOPES = ("all", "prompt", "response", "generated", "first(n)", "front", "mid", "back")
+_COUNTED = re.compile(r"first\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which tokens are written.
+
+    `all`; `prompt` (up to and with the last prompt token); `response` (from the last prompt token on: every position
+    whose output is a generated token); `generated` (one later); `first(n)` (counted from each row's first real token);
+    `front`, `mid` and `back` (a window of the prompt as long as the vector, for methods that store one row per
+    position). Pads are never written.
+    """
+
+    kind: str
+    count: int = 0
+
+    @classmethod
+    def parse(cls, text: str | Scope) -> Scope:
+        """Read a scope from its text form.
+
+        Args:
+            text: ``"all"``, ``"response"``, ``"first(4)"``, ...
+
+        Raises:
+            ScopeError: the text names no scope, or `first` counts less than one token.
+        """
+        if isinstance(text, Scope):
+            return text
+        name = text.replace(" ", "")
+        counted = _COUNTED.fullmatch(name)
+        if counted:
+            if int(counted[1]) < 1:
+                raise ScopeError(f"scope {text!r}: first(n) needs n of at least 1")
+            return cls("first", int(counted[1]))
+        if name not in SCOPES or name == "first(n)":
+            raise ScopeError(f"unknown scope {text!r}; {near_miss(name, SCOPES)}")
+        return cls(name)
+
+    def __str__(self) -> str:
+        return f"first({self.count})" if self.kind == "first" else self.kind
+
+    @property
+    def needs_prompt_end(self) -> bool:
+        """Whether this scope means nothing until it is known where the prompt ends."""
+        return self.kind in ("prompt", "response", "generated", "mid", "back")
+
+
+class PromptLengths:
+    """Real prompt tokens of each row, given by the caller for passes that cannot tell.
+
+    Args:
+        lengths: one number per row of the batch (without pads), or one for all rows.
+
+    Raises:
+        ScopeError: a length is not a whole number of at least 1, or there is none.
+    """
+
+    def __init__(self, lengths: Sequence[int] | Tensor | int) -> None:
+        listed: Any = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        values = [listed] if isinstance(listed, int) else list(listed)
+        wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 1]
+        if not values or wrong:
+            got = repr(wrong[0]) if wrong else "none"
+            raise ScopeError(f"prompt_lengths: got {got}; give the number of real prompt tokens (>= 1) of every row")
+        self.values = tuple(values)
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device, batch: int) -> Tensor:
+        """The lengths as a tensor [b], each repeated where `generate` expanded the rows.
+
+        Args:
+            device: where the pass runs.
+            batch: rows of the pass; beams and returned sequences of one item are adjacent.
+
+        Raises:
+            ScopeError: the rows of the pass are not a multiple of the lengths given.
+        """
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor(self.values, dtype=torch.long, device=device)
+        return expand_rows(self._tensors[device], batch, "prompt_lengths")
+
+
+def expand_rows(values: Tensor, batch: int, what: str) -> Tensor:
+    """Repeat one value per item for the adjacent rows that beams and returned sequences make of it.
+
+    Args:
+        values: [rows, ...], one per item.
+        batch: rows of the pass.
+        what: the argument's name, for the error.
+
+    Returns:
+        [batch, ...]
+
+    Raises:
+        ScopeError: `batch` is not a multiple of the number of values.
+    """
+    rows = values.shape[0]
+    if rows == batch:
+        return values
+    if batch % rows:
+        raise ScopeError(f"{what}: got {rows} values for a pass of {batch} rows; give one per row of the batch")
+    return values.repeat_interleave(batch // rows, dim=0)
+
+
+class Pass:
+    """The facts of one forward pass.
+
+    Attributes:
+        batch: rows.
+        width: columns this pass carries.
+        past: columns before them, in the cache.
+        boundary: the first column after the prompt, None where this pass cannot tell.
+        decode: this pass is one decoding step of a `generate` call (all rows are past their prompt).
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        width: int,
+        past: int | Tensor,
+        device: torch.device,
+        attention: Tensor | None = None,
+        real: Tensor | None = None,
+        first: Tensor | None = None,
+        boundary: int | None = None,
+        decode: bool = False,
+        packed: bool = False,
+        position_ids: Tensor | None = None,
+    ) -> None:
+        self.batch, self.width, self.past, self.device = batch, width, past, device
+        self.boundary, self.decode, self.packed = boundary, decode, packed
+        self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
+        self._tokens: dict[tuple[Scope, int], Tokens] = {}
+
+    @property
+    def columns(self) -> Tensor:
+        """[t] column of every token of this pass."""
+        return torch.arange(self.width, device=self.device) + self.past
+
+    @property
+    def real(self) -> Tensor | None:
+        """[b, t] True where a token is no pad; None where every token of this pass is real."""
+        if self._real is None and self._attention is not None and not self.decode:
+            self._real = _columns_of(self._attention, self.past, self.width) != 0
+        return self._real
+
+    @property
+    def first(self) -> Tensor | None:
+        """[b] column of every row's first real token; None where no row starts with a pad."""
+        if self._first is None and self._attention is not None:
+            self._first = (self._attention != 0).long().argmax(dim=1)
+        return self._first
+
+    @property
+    def position(self) -> Tensor:
+        """[b, t] place of every token counted from its row's first real token."""
+        columns = self.columns[None, :].expand(self.batch, -1)
+        return columns if self.first is None else columns - self.first[:, None]
+
+    def tokens(self, scope: Scope, lengths: PromptLengths | None = None) -> Tokens:
+        """Answer which tokens of this pass a scope means.
+
+        Args:
+            scope: the scope asked for.
+            lengths: real prompt tokens per row, where the caller knows them.
+
+        Raises:
+            ScopeError: the scope depends on something this pass cannot tell.
+        """
+        key = (scope, id(lengths))
+        if key not in self._tokens:
+            self._tokens[key] = Tokens(self, scope, lengths)
+        return self._tokens[key]
+
+    def check_unpacked(self, scope: Scope) -> None:
+        """Refuse a scope other than `all` where several texts share one row.
+
+        Raises:
+            ScopeError: the row is packed.
+        """
+        packed = self.packed
+        ids = self._position_ids
+        if not packed and ids is not None and ids.shape[-1] > 1 and not torch.compiler.is_compiling():
+            # One synchronisation per scoring pass of a single unpadded row; never in a decoding step.
+            packed = bool((ids[..., 1:] <= ids[..., :-1]).any())
+        if packed:
+            raise ScopeError(
+                f"scope '{scope}': this pass packs several texts into one row (or batches requests continuously), "
+                "where only scope 'all' is known; use scope='all' or pad the texts instead"
+            )
+
+
+class Tokens:
+    """The tokens of one pass as one scope sees them; what a method's `edit` receives.
+
+    Attributes:
+        nothing: no token of this pass is written.
+        written: [b, t] True where a token is written; None where all are.
+    """
+
+    def __init__(self, facts: Pass, scope: Scope, lengths: PromptLengths | None) -> None:
+        self._pass, self.scope, self._lengths = facts, scope, lengths
+        chosen = self._choose()
+        self.nothing = chosen is False
+        self.written: Tensor | None = None if isinstance(chosen, bool) else chosen
+
+    @property
+    def position(self) -> Tensor:
+        """[b, t] place of every token counted from its row's first real token."""
+        return self._pass.position
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of this pass."""
+        return self._pass.batch, self._pass.width
+
+    @property
+    def prompt_length(self) -> Tensor:
+        """[b, 1] real prompt tokens of every row; the whole row where nobody said where the prompt ends.
+
+        Raises:
+            ScopeError: `mid` or `back` in a pass that cannot tell where the prompt ends.
+        """
+        facts = self._pass
+        if self._lengths is not None:
+            return self._lengths.on(facts.device, facts.batch)[:, None]
+        first: Tensor | int = 0 if facts.first is None else facts.first[:, None]
+        if facts.boundary is None and facts.real is not None:
+            return facts.real.sum(dim=1, keepdim=True)
+        end = facts.past + facts.width if facts.boundary is None else facts.boundary
+        return torch.zeros(facts.batch, 1, dtype=torch.long, device=facts.device) + end - first
+
+    def require_prompt(self, count: int) -> None:
+        """Refuse a prompt shorter than the window to be written.
+
+        Looks once per prompt (the first pass of a sequence) and costs one synchronisation there.
+
+        Raises:
+            ScopeError: a row's prompt has fewer real tokens than `count`.
+        """
+        past = self._pass.past
+        if self._pass.decode or torch.compiler.is_compiling() or not isinstance(past, int) or past > 0:
+            return
+        shortest = int(self.prompt_length.min())
+        if shortest < count:
+            raise ScopeError(
+                f"scope '{self.scope}': the vector covers {count} prompt positions but a prompt of this batch has "
+                f"{shortest} tokens; use a longer prompt or a shorter pair"
+            )
+
+    def _choose(self) -> Tensor | bool:
+        """The mask [b, t], True for every token, False for none."""
+        facts, scope = self._pass, self.scope
+        if scope.kind == "all":
+            return _mask_or_all(facts.real)
+        facts.check_unpacked(scope)
+        if scope.kind == "first":
+            return self._choose_first(scope.count)
+        if facts.decode and self._lengths is None:
+            return scope.kind in ("response", "generated")
+        end = self._end()
+        if scope.kind in ("front", "mid", "back"):
+            past_prompt = isinstance(facts.past, int) and isinstance(end, int) and facts.past >= end
+            return False if past_prompt else _mask_or_all(facts.real)
+        return self._choose_side(scope.kind, end)
+
+    def _choose_first(self, count: int) -> Tensor | bool:
+        facts = self._pass
+        if facts.first is None and isinstance(facts.past, int):
+            if facts.past >= count:
+                return False
+            if facts.past + facts.width <= count:
+                return _mask_or_all(facts.real)
+        return _both(facts.position < count, facts.real)
+
+    def _choose_side(self, kind: str, end: int | Tensor | None) -> Tensor | bool:
+        facts = self._pass
+        if end is None:
+            raise ScopeError(
+                f"scope '{kind}': this forward pass cannot tell where the prompt ends (only `generate` can); pass "
+                "prompt_lengths= (real prompt tokens of each row) to steer(), or use scope='all' or 'first(n)'"
+            )
+        start = end - 1 if kind == "response" else end
+        if isinstance(start, int) and isinstance(facts.past, int):
+            before, after = facts.past + facts.width <= start, facts.past >= start
+            if before or after:
+                return _mask_or_all(facts.real) if after == (kind != "prompt") else False
+        late = facts.columns[None, :] >= start
+        side = ~late if kind == "prompt" else late
+        return _both(side.expand(facts.batch, -1), facts.real)
+
+    def _end(self) -> int | Tensor | None:
+        """First column after the prompt: one number, [b, 1] of them, or None where nobody knows."""
+        facts = self._pass
+        if self._lengths is None:
+            return facts.boundary
+        ends = self._lengths.on(facts.device, facts.batch)[:, None]
+        return ends if facts.first is None else ends + facts.first[:, None]
+
+
+def _mask_or_all(mask: Tensor | None) -> Tensor | Literal[True]:
+    return True if mask is None else mask
+
+
+def _both(mask: Tensor, real: Tensor | None) -> Tensor:
+    return mask if real is None else mask & real
+
+
+def _columns_of(mask: Tensor, past: int | Tensor, width: int) -> Tensor:
+    """The part [b, t] of a 2-D attention mask that belongs to the columns of this pass."""
+    length = mask.shape[1]
+    if isinstance(past, int):
+        # A mask that covers only the new columns is shorter than past + width.
+        start = past if length >= past + width else length - width
+        return mask[:, start : start + width]
+    return mask.index_select(1, torch.arange(width, device=mask.device) + past)
+
+
+def inert(*_args: Any, **_kwargs: Any) -> None:
+    """What a copy of a hook does: nothing. A deep copy of a steered model is not steered."""
+
+
+def _inert_hook() -> Any:
+    return inert
+
+
+class PassClock:
+    """Two hooks on a model that note the facts of every forward pass, per thread.
+
+    Args:
+        model: the transformers model itself (not a wrapper around it).
+        body: its decoder body, which people also call alone; the outer model's facts win.
+    """
+
+    def __init__(self, model: nn.Module, body: nn.Module) -> None:
+        # Weak: a hook must not keep a model alive.
+        self._model, self._body = weakref.ref(model), weakref.ref(body)
+        self._local = threading.local()
+        self._handles: list[Any] = []
+        self._names = {id(module): tuple(inspect.signature(module.forward).parameters) for module in (model, body)}
+        self._generate_code = _generate_code()
+        self.owner = threading.get_ident()
+        self.users = 0
+
+    @staticmethod
+    def of(model: nn.Module) -> PassClock | None:
+        """The clock that already hangs on a transformers model, if any."""
+        for hook in model._forward_pre_hooks.values():
+            holder = getattr(hook, "clock", None)
+            if isinstance(holder, PassClock):
+                return holder
+        return None
+
+    def attach(self) -> None:
+        """Hang the hooks on the model; the first attachment of several does it."""
+        self.users += 1
+        if self.users > 1:
+            return
+        model, body = self._model(), self._body()
+        for module in {id(model): model, id(body): body}.values():
+            if module is not None:
+                before, after = _Before(self), _After(self)
+                # Prepended: facts must be noted before any other hook runs a forward of its own.
+                self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def detach(self) -> None:
+        """Take the hooks off when their last user goes."""
+        self.users -= 1
+        if self.users <= 0:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    @property
+    def now(self) -> Pass | None:
+        """The pass this thread is in; None outside of one or while suspended."""
+        return getattr(self._local, "now", None)
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether this thread has switched the edits off."""
+        return getattr(self._local, "suspended", False)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Run forward passes of this thread without any edit, for probes and recordings of the bare model."""
+        before = self.is_suspended
+        self._local.suspended = True
+        try:
+            yield
+        finally:
+            self._local.suspended = before
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the facts of a pass that is about to run.
+
+        Raises:
+            ModelError: the model itself gets this mode wrong (a Mamba cache continued by a second `generate`).
+        """
+        live = self.now
+        given = dict(zip(self._names.get(id(module), ()), args, strict=False)) | dict(kwargs)
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            self._local.now, self._local.module = None, None
+            return
+        is_inner = live is not None and module is not self._local.module and module is self._body()
+        if is_inner and live is not None and (live.batch, live.width) == (tokens.shape[0], tokens.shape[1]):
+            # The body inside its model: the outer facts win (it saw the 2-D mask and what `generate` passed).
+            return
+        self._local.module = module
+        self._local.now = self._read(tokens, given)
+
+    def leave(self, module: nn.Module) -> None:
+        """Forget the facts of the pass that has just run."""
+        if getattr(self._local, "module", None) is module:
+            self._local.now, self._local.module = None, None
+
+    # What follows reads one pass. See the table of modes in the tests for what each branch is for.
+
+    def _read(self, tokens: Tensor, given: Mapping[str, Any]) -> Pass:
+        batch, width = tokens.shape[0], tokens.shape[1]
+        cache = given.get("past_key_values")
+        cache = given.get("cache_params") if cache is None else cache
+        mask = given.get("attention_mask")
+        compiling = torch.compiler.is_compiling()
+        prompt = None if compiling else self._prompt()
+        call = self._call_of(prompt, cache, compiling)
+        past = _past(cache, mask, width, call, compiling)
+        facts: dict[str, Any] = {"batch": batch, "width": width, "past": past, "device": tokens.device}
+        if given.get("cu_seq_lens_q") is not None or given.get("block_table") is not None:
+            return Pass(**facts, packed=True)
+        keep = given.get("logits_to_keep")
+        own_sequence = call is not None and not compiling and keep is None
+        if call is not None and not compiling and not own_sequence:
+            call.note(past, width, keep)
+            facts["boundary"] = call.boundary
+            facts["decode"] = cache is not None and width == 1 and call.past_prompt(past)
+        elif compiling:
+            facts["decode"] = call is not None and cache is not None and width == 1
+        else:
+            facts["boundary"] = self._boundary_of_cache(cache, past, width, keep, given, own_sequence)
+        self._read_pads(facts, mask, cache, call, given)
+        return Pass(**facts)
+
+    def _read_pads(
+        self, facts: dict[str, Any], mask: Any, cache: Any, call: _Call | None, given: Mapping[str, Any]
+    ) -> None:
+        if isinstance(mask, Mapping):
+            mask, layer = self._mask_of_layers(mask)
+        else:
+            layer = 0
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            facts["attention"] = mask
+        elif isinstance(mask, Tensor) and mask.dim() == 4:
+            if not facts.get("decode"):
+                facts["real"] = _real_of_diagonal(mask, facts["past"], facts["width"], cache, layer, facts["batch"])
+            facts["first"] = _first_of_real(facts.get("real"), facts["past"], call)
+        elif mask is None and facts["batch"] == 1 and facts["width"] > 1 and call is None:
+            facts["position_ids"] = given.get("position_ids")
+
+    def _mask_of_layers(self, masks: Mapping[str, Any]) -> tuple[Any, int]:
+        """One mask of a dict by layer type, and a layer that it belongs to; a 2-D one says the most."""
+        known = {kind: mask for kind, mask in masks.items() if isinstance(mask, Tensor)}
+        model = self._model()
+        config: Any = getattr(model, "config", None)
+        types = list(getattr(config.get_text_config(), "layer_types", None) or []) if config is not None else []
+        ranked = sorted(known, key=lambda kind: (known[kind].dim() != 2, kind != "full_attention"))
+        if not ranked:
+            return None, 0
+        return known[ranked[0]], types.index(ranked[0]) if ranked[0] in types else 0
+
+    def _prompt(self) -> Tensor | None:
+        """The expanded prompt of the outermost `generate` call of this model on this thread's stack."""
+        found = None
+        frame: Any = sys._getframe(1)
+        model = self._model()
+        while frame is not None:
+            if frame.f_code is self._generate_code and frame.f_locals.get("self") is model:
+                found = frame.f_locals.get("input_ids")
+            frame = frame.f_back
+        return found if isinstance(found, Tensor) else None
+
+    def _call_of(self, prompt: Tensor | None, cache: Any, compiling: bool) -> _Call | None:
+        """The state of the `generate` call this pass belongs to."""
+        call: _Call | None = getattr(self._local, "call", None)
+        if compiling:
+            return call
+        if prompt is None:
+            self._local.call = None
+            return None
+        if call is None or call.prompt() is not prompt:
+            if _is_used_recurrent_cache(cache):
+                raise ModelError(
+                    "generate: this model's recurrent cache was filled by an earlier call, and transformers continues "
+                    "such caches wrongly; pass the whole conversation again without past_key_values / cache_params"
+                )
+            call = _Call(prompt)
+            self._local.call = call
+        return call
+
+    def _boundary_of_cache(
+        self, cache: Any, past: int | Tensor, width: int, keep: Any, given: Mapping[str, Any], own_sequence: bool
+    ) -> int | None:
+        """Where the prompt ends in a pass without a `generate` frame of its own.
+
+        Either guidance's extra passes for the negative prompt inside `generate` (an own sequence with an own cache),
+        or a decoding loop that names `logits_to_keep` as `generate` does. Anything else: unknown.
+        """
+        if not isinstance(past, int):
+            return None
+        known: dict[int, tuple[weakref.ref[Any], int]] = getattr(self._local, "caches", {})
+        self._local.caches = known
+        for key in [key for key, (ref, _) in known.items() if ref() is None]:
+            del known[key]
+        if cache is not None and id(cache) in known:
+            return known[id(cache)][1]
+        if own_sequence:
+            if cache is None:
+                return width if given.get("use_cache") else None
+            boundary = past if past > 0 else width
+        elif cache is not None and isinstance(keep, int) and keep > 0 and (width > 1 or past == 0):
+            boundary = past + width - (keep - 1)
+        else:
+            return None
+        known[id(cache)] = (weakref.ref(cache), boundary)
+        return boundary
+
+
+class _Call:
+    """What is remembered of one `generate` call."""
+
+    def __init__(self, prompt: Tensor) -> None:
+        self.prompt = weakref.ref(prompt)
+        self.prompt_width = prompt.shape[1]
+        self.boundary: int | None = None
+        self.first: Tensor | None = None
+        self.columns = 0
+
+    def note(self, past: int | Tensor, width: int, keep: Any) -> None:
+        """Fix the boundary at the first pass and count the columns that were cached."""
+        start = past if isinstance(past, int) else self.columns
+        if self.boundary is None:
+            candidates = (keep - 1) if isinstance(keep, int) and keep > 0 else 0
+            if self.prompt_width == 0:  # inputs_embeds: the first pass is the prompt
+                self.boundary = start + width - candidates
+            elif self.prompt_width <= start:  # only the new ids were passed to a continued cache
+                self.boundary = start + self.prompt_width
+            else:
+                self.boundary = self.prompt_width
+        self.columns = start + width
+
+    def past_prompt(self, past: int | Tensor) -> bool:
+        """Whether a pass that starts at `past` lies behind the prompt."""
+        return isinstance(past, int) and self.boundary is not None and past >= self.boundary
+
+
+class _Before:
+    """The pre-hook of a clock; a copy of it does nothing."""
+
+    def __init__(self, clock: PassClock) -> None:
+        self.clock = clock
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.clock.enter(module, args, kwargs)
+
+    def suspended(self) -> contextlib.AbstractContextManager[None]:
+        """See `PassClock.suspended`."""
+        return self.clock.suspended()
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_hook, ()
+
+
+class _After:
+    """The closing hook of a clock; a copy of it does nothing."""
+
+    def __init__(self, clock: PassClock) -> None:
+        self.clock = clock
+
+    def __call__(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        self.clock.leave(module)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_hook, ()
+
+
+def _generate_code() -> Any:
+    """The code object of `generate`, whose frame holds the expanded prompt under the name `input_ids`."""
+    from transformers.generation.utils import GenerationMixin
+
+    return inspect.unwrap(GenerationMixin.generate).__code__
+
+
+def _past(cache: Any, mask: Any, width: int, call: _Call | None, compiling: bool) -> int | Tensor:
+    """Columns already cached: a number where the host knows it, else the cache's own counter as it stands now."""
+    if cache is None:
+        return 0
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # caches without attention layers (Mamba) do not count
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return max(mask.shape[1] - width, 0)
+        return call.columns if call is not None else 0
+    if isinstance(length, Tensor):
+        if compiling or call is None:
+            return length.clone()  # block 0 increments the live counter in place
+        if call.boundary is not None:
+            return call.columns  # no synchronisation in a decoding step
+    return int(length)
+
+
+def _is_used_recurrent_cache(cache: Any) -> bool:
+    """Whether a cache has only recurrent layers and has seen tokens."""
+    if cache is None:
+        return False
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        used = getattr(cache, "has_previous_state", False)
+        return bool(used() if callable(used) else used)
+    return False
+
+
+def _real_of_diagonal(mask: Tensor, past: int | Tensor, width: int, cache: Any, layer: int, batch: int) -> Tensor:
+    """[b, t] real tokens from a 4-D mask: a real token may attend to itself, a pad may not."""
+    offset = cache.get_mask_sizes(width, layer)[1] if cache is not None else 0
+    keys = (torch.arange(width, device=mask.device) + past - offset).clamp(0, mask.shape[-1] - 1)
+    own = mask[:, 0].gather(-1, keys[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
+    real = own if own.dtype == torch.bool else own == 0
+    return real.expand(batch, -1)
+
+
+def _first_of_real(real: Tensor | None, past: int | Tensor, call: _Call | None) -> Tensor | None:
+    """[b] first real column, remembered over the chunks of one call where the mask shows only the pass itself."""
+    if real is None:
+        return call.first if call is not None else None
+    leading = real.long().cumsum(dim=1).eq(0).sum(dim=1)  # a row of pads only counts as wide as the pass
+    if call is None:
+        return leading
+    known = call.first
+    if known is None:
+        call.first = leading
+    elif isinstance(past, int) and past > 0:
+        call.first = torch.where(known == past, known + leading, known)
+    return call.first

@@ -1,0 +1,111 @@
+"""`edited`: run a model with its weights changed, and put them back bit for bit. The only file that changes weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import ModelError, ScopeError, StrengthError
+from steerkit.registry import method_of
+from steerkit.sites import inner_model
+from steerkit.tokens import inert
+from steerkit.vector import SteeringVector
+
+__all__ = ["edited"]
+
+
+class _Edited:
+    """Marks a model whose weights are changed at present; a copy of the mark says nothing."""
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
+        return inert
+
+
+@contextlib.contextmanager
+def edited(model: nn.Module, vector: SteeringVector, strength: float | None = None) -> Iterator[None]:
+    """Apply a method's exact weight form inside a `with` block.
+
+    Every token is written, so the vector's scope has to be `all` (`vector.at(scope="all")`). Within the block the
+    model runs without any hook of steerkit; afterwards each weight is bitwise what it was.
+
+    Args:
+        model: the transformers model, its weights in memory and not quantised.
+        vector: the vector.
+        strength: one number in the vector's paper unit; None takes the file's suggested strength, else 1.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        VectorMismatchError: the vector was fitted on a model of another width or depth.
+        ScopeError: the vector's scope is not `all`.
+        StrengthError: the method has no exact weight form, or the strength is not one finite number.
+        SiteError: this model has no place for the exact form.
+        ModelError: the model is edited already, or a weight is offloaded or quantised.
+    """
+    target = inner_model(model)
+    vector.check(model)
+    if any(isinstance(hook, _Edited) for hook in target._forward_pre_hooks.values()):
+        raise ModelError("edited: this model's weights are edited already; leave that context first")
+    if vector.scope != "all":
+        raise ScopeError(
+            f"edited: weights act on every token, but the vector's scope is '{vector.scope}'; use vector.at(scope='all')"
+        )
+    value = vector.strength if vector.strength is not None else strength
+    value = vector.suggested_strength if value is None else value
+    value = 1.0 if value is None else value
+    if not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
+        raise StrengthError(f"edited: got strength {value!r}; weights take one finite number")
+    updates = method_of(vector).weight_updates(target, vector, float(value))
+    planned = [(*_parameter(target, update.name), update.update) for update in updates]
+    mark = target.register_forward_pre_hook(_Edited())
+    undo: list[Callable[[], None]] = [mark.remove]
+    try:
+        with torch.no_grad():
+            for owner, leaf, update in planned:
+                undo.append(_write(owner, leaf, update))
+        yield
+    finally:
+        with torch.no_grad():
+            for step in reversed(undo):
+                step()
+
+
+def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a parameter (or lacks that bias), checked to be writable.
+
+    Raises:
+        ModelError: the weight is offloaded or quantised.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    weight: Tensor | None = getattr(owner, leaf, None)
+    probe = getattr(owner, "weight", None) if weight is None else weight
+    if not isinstance(probe, Tensor) or not probe.is_floating_point():
+        raise ModelError(f"edited: {name} is quantised and cannot be changed in place; load the model unquantised")
+    if probe.device.type == "meta":
+        raise ModelError(f"edited: {name} is offloaded and not in memory; load the model without offload")
+    return owner, leaf
+
+
+def _write(owner: nn.Module, leaf: str, update: Callable[[Tensor | None], Tensor]) -> Callable[[], None]:
+    """Write one new weight and return what takes it back."""
+    old: nn.Parameter | None = getattr(owner, leaf)
+    if old is None:
+        like: Tensor = owner.weight  # type: ignore[assignment]
+        setattr(owner, leaf, nn.Parameter(update(None).to(like), requires_grad=False))
+        return lambda: setattr(owner, leaf, None)
+    kept = old.detach().clone()
+    old.copy_(update(old.detach().float()).to(old.dtype))
+
+    def restore() -> None:
+        old.copy_(kept)
+
+    return restore

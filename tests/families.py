@@ -1,0 +1,235 @@
+"""Tiny models of many families, randomly initialised and offline: 4 blocks, width 32, vocabulary 320.
+
+The weights are large enough that a change in one block is seen in the logits and in the greedy tokens. Every build of a
+name gives the same weights, whatever was built before, and leaves the global random state as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from transformers import PreTrainedModel
+
+VOCAB = 320
+HIDDEN = 32
+BLOCKS = 4
+MAX_POSITIONS = 256
+
+# Ids that end or pad nothing: greedy decoding of a random model must run to the length that was asked.
+QUIET = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+SIZES = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": BLOCKS, "initializer_range": 0.2}
+HEADS = {"num_attention_heads": 4, "max_position_embeddings": MAX_POSITIONS}
+GROUPED = {**SIZES, **HEADS, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+def _llama() -> PreTrainedModel:
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, **QUIET))
+
+
+def _mistral() -> PreTrainedModel:
+    return tf.MistralForCausalLM(tf.MistralConfig(**GROUPED, **QUIET, sliding_window=8))
+
+
+def _qwen2() -> PreTrainedModel:
+    return tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED, **QUIET))
+
+
+def _qwen3() -> PreTrainedModel:
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED, **QUIET, head_dim=16))  # 4 heads * 16 = 64, not the width
+
+
+def _gemma2() -> PreTrainedModel:
+    sizes = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+    return tf.Gemma2ForCausalLM(tf.Gemma2Config(**GROUPED, **QUIET, **sizes))
+
+
+def _gemma3_text_config() -> dict[str, Any]:
+    sizes = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+    return {**GROUPED, **QUIET, **sizes, "layer_types": ["sliding_attention", "full_attention"] * (BLOCKS // 2)}
+
+
+def _gemma3_text() -> PreTrainedModel:
+    return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_gemma3_text_config()))
+
+
+def _gemma3_vlm() -> PreTrainedModel:
+    vision = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": BLOCKS,  # as deep as the text part: depth alone does not tell the two apart
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    ids = {"image_token_index": 300, "boi_token_index": 301, "eoi_token_index": 302, "mm_tokens_per_image": 4}
+    config = tf.Gemma3Config(text_config=_gemma3_text_config(), vision_config=vision, **ids, **QUIET)
+    return tf.Gemma3ForConditionalGeneration(config)
+
+
+def _phi3() -> PreTrainedModel:
+    return tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED, **QUIET))
+
+
+def _gpt2() -> PreTrainedModel:
+    config = tf.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=HIDDEN,
+        n_layer=BLOCKS,
+        n_head=4,
+        n_positions=MAX_POSITIONS,
+        initializer_range=0.2,
+        **QUIET,
+    )
+    return tf.GPT2LMHeadModel(config)
+
+
+def _gpt_neox() -> PreTrainedModel:
+    return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES, **HEADS, **QUIET, intermediate_size=48))
+
+
+def _opt_config(**more: Any) -> Any:
+    return tf.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=MAX_POSITIONS,
+        init_std=0.2,
+        **QUIET,
+        **more,
+    )
+
+
+def _opt() -> PreTrainedModel:
+    return tf.OPTForCausalLM(_opt_config(word_embed_proj_dim=HIDDEN))
+
+
+def _opt_post() -> PreTrainedModel:
+    return tf.OPTForCausalLM(_opt_config(word_embed_proj_dim=16, do_layer_norm_before=False))
+
+
+def _falcon_config(**more: Any) -> Any:
+    return tf.FalconConfig(**SIZES, **HEADS, **QUIET, ffn_hidden_size=48, bias=False, **more)
+
+
+def _falcon() -> PreTrainedModel:
+    return tf.FalconForCausalLM(_falcon_config(multi_query=True, parallel_attn=True, new_decoder_architecture=False))
+
+
+def _falcon_new() -> PreTrainedModel:
+    return tf.FalconForCausalLM(_falcon_config(num_kv_heads=2, new_decoder_architecture=True))
+
+
+def _bloom() -> PreTrainedModel:
+    return tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=BLOCKS, n_head=4, initializer_range=0.2, **QUIET)
+    )
+
+
+def _mixtral() -> PreTrainedModel:
+    return tf.MixtralForCausalLM(
+        tf.MixtralConfig(**GROUPED, **QUIET, num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
+    )
+
+
+def _qwen3_moe() -> PreTrainedModel:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**GROUPED, **QUIET, **experts, head_dim=8))
+
+
+def _gpt_oss() -> PreTrainedModel:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}  # the default stretches far beyond 256 positions
+    sizes = {"head_dim": 8, "sliding_window": 8, "rope_parameters": rope}
+    return tf.GptOssForCausalLM(tf.GptOssConfig(**GROUPED, **QUIET, **experts, **sizes))
+
+
+def _qwen3_next() -> PreTrainedModel:
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "norm_topk_prob": True,
+    }
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+    }
+    return tf.Qwen3NextForCausalLM(tf.Qwen3NextConfig(**GROUPED, **QUIET, **experts, **linear, head_dim=8))
+
+
+def _mamba() -> PreTrainedModel:
+    return tf.MambaForCausalLM(tf.MambaConfig(**SIZES, **QUIET, state_size=8))
+
+
+def _olmo2() -> PreTrainedModel:
+    return tf.Olmo2ForCausalLM(tf.Olmo2Config(**GROUPED, **QUIET))
+
+
+def _cohere() -> PreTrainedModel:
+    return tf.CohereForCausalLM(tf.CohereConfig(**GROUPED, **QUIET, logit_scale=1.0))
+
+
+def _llama_peft() -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        # peft 0.21 asks for an attribute that transformers 5 renames.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        model = get_peft_model(_llama(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)  # B starts at zero: the adapter would do nothing
+    return model
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3_text,
+    "gemma3_vlm": _gemma3_vlm,
+    "phi3": _phi3,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "opt": _opt,
+    "opt_post": _opt_post,
+    "falcon": _falcon,
+    "falcon_new": _falcon_new,
+    "bloom": _bloom,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "gpt_oss": _gpt_oss,
+    "qwen3_next": _qwen3_next,
+    "mamba": _mamba,
+    "olmo2": _olmo2,
+    "cohere": _cohere,
+    "llama_peft": _llama_peft,
+}
+
+
+def build(name: str, seed: int = 0) -> PreTrainedModel:
+    """A fresh model of one family in evaluation mode, float32, with the same weights every time.
+
+    Norm weights and biases start at one and zero, where they would hide mistakes; here they are moved off.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FAMILIES[name]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()

@@ -1,0 +1,81 @@
+"""Every family x scope x mode: what `generate` does equals one plain forward pass, and differs from the bare model."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+
+from tests import modes
+from tests.families import FAMILIES, build
+
+SCOPES = ("response", "all", "prompt", "generated", "first(4)", "front", "mid", "back")
+
+
+@functools.cache
+def model_of(family: str) -> Any:
+    return build(family).eval()
+
+
+def check(family: str, scope: str, mode: str) -> None:
+    if (family, mode) in modes.EXCEPTIONS:
+        pytest.skip(modes.EXCEPTIONS[family, mode])
+    model, tolerance = model_of(family), modes.LOOSER.get(family, modes.TOLERANCE)
+    site = modes.Site(1, "resid_pre" if scope in ("front", "mid", "back") else "resid_post")
+    vector = modes.vector_for(model, scope=scope, site=site)
+    ran = modes.run_steered(model, mode, vector)
+    assert ran
+    for one, expected, bare in ran:
+        assert len(one.answer) == modes.NEW
+        assert modes.gap(one, expected) < tolerance, (family, scope, mode)
+        # A steer that does nothing must fail: what the mode gave is not what the bare model gives.
+        assert modes.gap(one, bare) > 1e-3, (family, scope, mode)
+
+
+COVERING = sorted(
+    {
+        (family, scope, mode)
+        for number, family in enumerate(FAMILIES)
+        for place, mode in enumerate(modes.MODES)
+        for scope in (SCOPES[(number + place) % len(SCOPES)], "response")
+    }
+)
+EVERYTHING = sorted(set(itertools.product(FAMILIES, SCOPES, modes.MODES)) - set(COVERING))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_covering(family: str) -> None:
+    failures = []
+    for _, scope, mode in (cell for cell in COVERING if cell[0] == family):
+        try:
+            check(family, scope, mode)
+        except pytest.skip.Exception:
+            continue
+        except Exception as error:  # noqa: BLE001 - every cell of a family is run before it is judged
+            failures.append(f"{scope} {mode}: {type(error).__name__}: {error}"[:300])
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "scope", "mode"), EVERYTHING)
+def test_full_product(family: str, scope: str, mode: str) -> None:
+    check(family, scope, mode)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bare_model_holds_the_equality_in_every_mode_not_excepted(family: str) -> None:
+    """What the tests above assume of transformers itself."""
+    wrong = []
+    for mode in modes.MODES:
+        holds, why = True, ""
+        try:
+            for one, expected, _ in modes.run_steered(model_of(family), mode, None):
+                off = modes.gap(one, expected)
+                holds, why = holds and off < modes.LOOSER.get(family, modes.TOLERANCE), f"{why} {off:.1e}"
+        except Exception as error:  # noqa: BLE001 - transformers says in many ways that it lacks a mode
+            holds, why = False, f"{type(error).__name__}: {error}"[:120]
+        if holds == ((family, mode) in modes.EXCEPTIONS):
+            wrong.append(f"{mode}: {'now holds, take it off the list' if holds else why}")
+    assert not wrong, "\n".join(wrong)
