@@ -25,7 +25,16 @@ from steerkit.errors import DataError, FitError
 from steerkit.moments import Accumulator, NormMedian
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
 
-__all__ = ["Activations", "Readout", "execution_device", "forward_body", "record", "record_ids", "stream"]
+__all__ = [
+    "Activations",
+    "Readout",
+    "execution_device",
+    "forward_body",
+    "position_inputs",
+    "record",
+    "record_ids",
+    "stream",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -325,10 +334,12 @@ def forward_body(
         if not left:
             raise _Stop
 
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "position_ids" in _parameters(decoder.body):
-        # GPT-2 is wrong without them when rows are padded at the left.
-        inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "use_cache": False,
+        **position_inputs(decoder.body, attention_mask),
+    }
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():
             stack.callback(_attach_reader(tap, site, notice).remove)
@@ -338,6 +349,19 @@ def forward_body(
         with contextlib.suppress(_Stop):
             decoder.body(**inputs)
             raise FitError(f"the model never ran {', '.join(map(str, sorted(left)))}; it cannot be read there")
+
+
+def position_inputs(module: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Position ids as an argument of a forward pass, where the module takes them: GPT-2 is wrong without them when rows
+    are padded at the left, and no model minds.
+
+    Args:
+        module: the model or decoder body to be called.
+        attention_mask: [b, t].
+    """
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp_min(0)}
 
 
 def execution_device(decoder: Decoder) -> torch.device:
@@ -362,10 +386,6 @@ def _attach_reader(tap: Tap, site: Site, notice: Callable[[Site, Tensor], None])
     return tap.module.register_forward_hook(
         lambda _module, args, kwargs, output: notice(site, tap.read(args, kwargs, output)), with_kwargs=True
     )
-
-
-def _parameters(module: nn.Module) -> Mapping[str, Any]:
-    return inspect.signature(module.forward).parameters
 
 
 def _read(

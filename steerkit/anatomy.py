@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,7 +164,7 @@ class Anatomy:
         self.mixers = [half for half in self.halves if half.mixes_tokens] or self.halves[: len(self.halves) > 1]
         self.mlps = [half for half in self.halves if half not in self.mixers]
         self.recurrent = bool(self.mixers) and _is_recurrent(self.mixers[0], layer_type)
-        self._times_called = [call.name for call in calls]
+        self._runs = Counter(call.name for call in calls)
 
     def find(self, kind: str) -> Place:
         """Say where the tensor of one kind is.
@@ -220,12 +221,13 @@ class Anatomy:
         Raises:
             SiteError: there is no such norm.
         """
-        read = half.first.read
-        source = next((call for call in self.parts if _is_norm(call.module) and _gives(call, read)), None)
+        source = next((call for call in self.parts if _gives(call, half.first.read)), None)
         if source is None:
-            own = read is not None and read.same_as(self.entered)
-            what = f"resid_pre.{self.layer} itself" if own else "the residual stream, which no module gives out here"
+            own = self.entered.same_as(half.first.read)
+            what = f"resid_pre.{self.layer} itself" if own else "the residual stream, which no module gives out there"
             raise self._refuse(kind, f"{half} reads {what}; there is no norm before it")
+        if not _is_norm(source.module):
+            raise self._refuse(kind, f"{half} reads the output of `{source.name}`, which is no norm")
         if self._post_norm:
             what = f"`{source.name}`, which is the residual stream itself where norms come after the sum"
             raise self._refuse(kind, f"{half} reads the output of {what}")
@@ -246,7 +248,7 @@ class Anatomy:
         """
         if half.experts:
             raise self._refuse(kind, f"{half} routes tokens to `{half.experts}`, so no one layer reads all of them")
-        call = next((linear for linear in half.linears if _gives(linear, half.last.gave)), None)
+        call = next((linear for linear in reversed(half.linears) if _is_scaled(linear.gave, half.last.made)), None)
         if call is None and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
             call = half.linears[-1]  # Bloom: the half gives the sum with the residual, not what this layer gives
         if call is None or call.read is None or call.read.values.shape[:-1].numel() != self._tokens:
@@ -285,9 +287,9 @@ class Anatomy:
             last, raw = chain[-1]
             if not _gives(last, call.read):
                 continue
-            if self._times_called.count(call.name) > 1:  # Phi's one dropout for both halves
+            if self._runs[call.name] > 1:  # Phi's one dropout for both halves
                 continue
-            if call.gave is not None and call.gave.same_as(call.read):  # dropout, at rest in this pass
+            if call.made is not None and call.made.same_as(call.read):  # dropout, at rest in this pass
                 chain.append((call, call if raw is last else raw))
             elif _is_norm(call.module) and not any(_gives(call, other.first.read) for other in self.halves):
                 chain.append((call, raw))
@@ -340,7 +342,7 @@ class Anatomy:
         Raises:
             SiteError: its module runs more than once in the block, so that an edit there would be made twice.
         """
-        if self._times_called.count(call.name) > 1:
+        if self._runs[call.name] > 1:
             raise self._refuse(kind, f"`{call.name}` runs more than once in a pass")
         seen = call.read if side == "input" else call.gave
         assert seen is not None
@@ -350,6 +352,16 @@ class Anatomy:
 def _gives(call: Call, read: Seen | None) -> bool:
     """Whether what the call gave is what was read."""
     return call.gave is not None and call.gave.same_as(read)
+
+
+def _is_scaled(part: Seen | None, whole: Seen | None) -> bool:
+    """Whether the whole is the part times one number, as it is (1) or in Falcon-H1's scaled MLP."""
+    if part is None or whole is None or part.values.numel() != whole.values.numel():
+        return False
+    mine, other = part.values.flatten(), whole.values.flatten()
+    factor = mine.dot(other) / mine.dot(mine).clamp_min(torch.finfo(torch.float32).tiny)
+    tolerance = max(_TOLERANCE.get(seen.tensor.dtype, 1e-4) for seen in (part, whole))
+    return bool(((other - factor * mine).abs() <= tolerance * other.abs()).all())
 
 
 def _halves(parts: list[Call], calls: list[Call]) -> list[Half]:

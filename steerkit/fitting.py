@@ -76,7 +76,8 @@ def fit(
     """
     chosen = _method(method, settings)
     decoder = find_decoder(model)
-    places = list(locate(model, _sites(chosen, decoder, layers, sites)))
+    taps = locate(model, _sites(chosen, decoder, layers, sites))
+    places = list(taps)
     subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs)
     acts: Activations | None = None
     if chosen.readout is not None:
@@ -102,6 +103,7 @@ def fit(
         num_layers=decoder.num_layers,
         settings=chosen.settings,
         norms={site: norm for site, norm in norms.items() if math.isfinite(norm)},
+        widths={site: tap.width for site, tap in taps.items() if tap.width != decoder.hidden_size},
         model_id=getattr(config, "_name_or_path", "") or None,
         model_revision=getattr(config, "_commit_hash", None),
         chat_template_sha256=_sha256(getattr(tokenizer, "chat_template", None)),
@@ -164,7 +166,11 @@ def separation(
         along = direction.float() / torch.linalg.vector_norm(direction.float())
         positive, negative = acts.positive[site] @ along, acts.negative[site] @ along
         wins = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
-        spread = math.sqrt((float(positive.var()) + float(negative.var())) / 2) if min(len(positive), len(negative)) > 1 else 0.0
+        spread = (
+            math.sqrt((float(positive.var()) + float(negative.var())) / 2)
+            if min(len(positive), len(negative)) > 1
+            else 0.0
+        )
         gap = float(positive.mean() - negative.mean())
         sites[str(site)] = {
             "auc": round(float(wins.mean()), 4),
@@ -269,7 +275,9 @@ class Subject:
         """
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise DataError(f"filler {text!r} is {len(ids)} tokens for this tokenizer; choose one that is a single token")
+            raise DataError(
+                f"filler {text!r} is {len(ids)} tokens for this tokenizer; choose one that is a single token"
+            )
         return int(ids[0])
 
     def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:

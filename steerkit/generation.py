@@ -66,7 +66,11 @@ def generate(
         raise DataError("generate: got no prompts; give at least one")
     rows = _rows(strength, len(prompts))
     rendered = [
-        render(tokenizer, Conversation.of(prompt, raw=raw and isinstance(prompt, str)), chat_template_kwargs=chat_template_kwargs)
+        render(
+            tokenizer,
+            Conversation.of(prompt, raw=raw and isinstance(prompt, str)),
+            chat_template_kwargs=chat_template_kwargs,
+        )
         for prompt in prompts
     ]
     device = execution_device(find_decoder(model))

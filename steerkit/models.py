@@ -115,7 +115,7 @@ def load_model(
     if "/" in name:
         return _from_hub(name, options, revision, cache_dir)
     error = unknown_name("model", name, ALIASES)
-    raise type(error)(f"{error}; a hub id (org/name), a folder or a .gguf file is taken too")
+    raise type(error)(f"{error} (a hub id such as org/name, a folder or a .gguf file is taken too)")
 
 
 def _refuse_revision(name: str, revision: str | None) -> None:
@@ -176,10 +176,15 @@ def _from_hub(
     Raises:
         ModelError: neither has it, or it cannot be loaded.
     """
+    from transformers import AutoConfig
+
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     where = {key: value for key, value in where.items() if value is not None}
     embedded = ALIASES["smollm2-135m"]
     try:
+        with _quiet():
+            # Alone and first: the hub's client retries for 20 s per file, and everything else asks for several.
+            AutoConfig.from_pretrained(hub_id, trust_remote_code=False, **where)
         return _load(hub_id, {**options, **where})
     except Exception as error:
         if asked is None:
@@ -324,11 +329,7 @@ def _read_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
     # The progress bar of the dequantisation obeys no switch.
     with contextlib.redirect_stderr(io.StringIO()):
         model, tokenizer = _load(str(file.parent), how)
-    # With either of them save_pretrained takes the model for a quantised one, and refuses.
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-    elif hasattr(model.config, "quantization_config"):
+    if hasattr(model.config, "quantization_config"):  # before GgufConfig; save_pretrained takes it for quantised
         del model.config.quantization_config
     return model, tokenizer
 

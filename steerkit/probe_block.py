@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit.errors import SiteError
+
 __all__ = ["Call", "Seen", "Trace", "argument_of", "probe_blocks", "tensor_of"]
 
 
@@ -61,11 +63,20 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of one module inside a block: its name there, what it read and what it gave."""
+    """One call of one module inside a block.
+
+    Attributes:
+        name: the module's name inside the block.
+        module: the module itself.
+        read: the tensor it was given.
+        made: the tensor it put out.
+        gave: what flowed on, after the hooks of others; `made` itself where there are none.
+    """
 
     name: str
     module: nn.Module
     read: Seen | None
+    made: Seen | None
     gave: Seen | None
 
     def inside(self, other: Call) -> bool:
@@ -99,6 +110,9 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
 
     Returns:
         One trace for each block asked.
+
+    Raises:
+        SiteError: the body fails on plain token ids.
     """
     traces = {layer: Trace() for layer in blocks}
     devices = {parameter.device.index for parameter in body.parameters() if parameter.device.type == "cuda"}
@@ -111,8 +125,13 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer, block in blocks.items():
             stack.enter_context(_watch(block, traces[layer], last=layer == max(blocks)))
-        with contextlib.suppress(_Stop):
+        try:
             body(input_ids=input_ids, use_cache=False, **options)
+        except _Stop:
+            pass
+        except Exception as error:
+            what = f"{type(body).__name__} does not run on {input_ids.shape[1]} plain tokens"
+            raise SiteError(f"{what}, so its sites cannot be found: {type(error).__name__}: {error}") from error
     return traces
 
 
@@ -141,10 +160,18 @@ def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
         if last:
             raise _Stop
 
-    def note(name: str) -> Callable[..., None]:
+    made: dict[str, Seen | None] = {}
+
+    def note_made(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            made[name] = Seen.of(tensor_of(output))
+
+        return hook
+
+    def note_call(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            call = Call(name, module, Seen.of(argument_of(args, kwargs)), Seen.of(tensor_of(output)))
-            trace.calls.append(call)
+            read, gave = Seen.of(argument_of(args, kwargs)), Seen.of(tensor_of(output))
+            trace.calls.append(Call(name, module, read, made[name], gave))
 
         return hook
 
@@ -152,11 +179,10 @@ def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
         block.register_forward_pre_hook(enter, with_kwargs=True),
         block.register_forward_hook(leave, prepend=True),
     ]
-    handles += [
-        module.register_forward_hook(note(name), with_kwargs=True)
-        for name, module in block.named_modules()
-        if module is not block
-    ]
+    for name, module in block.named_modules():
+        if module is not block:
+            handles.append(module.register_forward_hook(note_made(name), prepend=True))
+            handles.append(module.register_forward_hook(note_call(name), with_kwargs=True))
     try:
         yield
     finally:

@@ -122,7 +122,9 @@ class Recipe:
             raise RecipeError(f"{path}: not a TOML file ({error})") from None
         number = text.pop("format", None)
         if number != FORMAT:
-            raise RecipeError(f"{path}: format {number!r} is not {FORMAT}, the one this version reads; upgrade steerkit-hf")
+            raise RecipeError(
+                f"{path}: format {number!r} is not {FORMAT}, the one this version reads; upgrade steerkit-hf"
+            )
         _check_keys(path, "", text, {"behaviour", "title", "default", *_PARTS})
         if not isinstance(text.get("behaviour"), str) or not text["behaviour"]:
             raise RecipeError(f"{path}: behaviour is missing; name what the vector brings about")
@@ -210,7 +212,8 @@ class Recipe:
             suggested_strength=self.apply.strength,
             seed=self.data.seed,
             data_source=self.data.file,
-            recipe=self.resolved(),
+            recipe=self.name,
+            extra={**vector.extra, "recipe": self.resolved()},
         )
 
 
@@ -271,7 +274,9 @@ def _wrong_type(annotation: str, value: Any) -> str | None:
             return "a list of texts is wanted"
         if "int" in annotation and not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
             return "a list of whole numbers is wanted"
-        if "float" in annotation and not all(isinstance(item, int | float) and not isinstance(item, bool) for item in items):
+        if "float" in annotation and not all(
+            isinstance(item, int | float) and not isinstance(item, bool) for item in items
+        ):
             return "a list of numbers is wanted"
         return None
     if annotation.startswith("float"):

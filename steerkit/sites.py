@@ -248,7 +248,9 @@ def _is_encoder(inner: Any, body: nn.Module) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     # The flag alone is not enough: GPT-NeoX-Japanese has it at False and is causal.
-    return not getattr(inner.config, "is_decoder", True) and inner.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return (
+        not getattr(inner.config, "is_decoder", True) and inner.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
 
 
 def _is_dispatched(inner: nn.Module) -> bool:

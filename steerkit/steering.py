@@ -76,7 +76,7 @@ def steer(
     decoder = find_decoder(model)
     only_all = _prompt_learning(model)
     lengths = None if prompt_lengths is None else PromptLengths(prompt_lengths)
-    doses = [_Dose(vector, strength) for vector in listed]
+    doses = [_Dose(vector, strength, unit) for vector in listed]
     edits: list[_Edit] = []
     for vector, dose in zip(listed, doses, strict=True):
         vector.check(model)
@@ -146,10 +146,15 @@ class Steering:
 class _Dose:
     """The strength of one vector: given with `steer`, on the vector, or suggested by its file."""
 
-    def __init__(self, vector: SteeringVector, strength: Strength | None) -> None:
+    def __init__(self, vector: SteeringVector, strength: Strength | None, unit: str | None) -> None:
         self.fixed = vector.strength is not None
         given = vector.strength if self.fixed else strength
         if given is None:
+            if unit not in (None, vector.unit) and not vector.own_unit and vector.suggested_strength is not None:
+                raise StrengthError(
+                    f"unit '{unit}': the suggested strength {vector.suggested_strength:g} counts in unit "
+                    f"'{vector.unit}'; give a strength too"
+                )
             given = 1.0 if vector.suggested_strength is None else vector.suggested_strength
         self.value = _strength_value(given)
 
@@ -171,11 +176,11 @@ class _Edit:
     def __post_init__(self) -> None:
         self._ready: dict[tuple[torch.device, torch.dtype, int], tuple[dict[str, Tensor], Tensor]] = {}
         self._minimum = self.method.minimum_prompt(self.params)
-        self._inert = False
-        self._some_inert = False
+        self._inert = self._some_inert = self._per_row = False
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
+        self._per_row = isinstance(self.dose.value, tuple)
         rows = self.dose.value if isinstance(self.dose.value, tuple) else (self.dose.value,)
         neutral = self.method.neutral
         inert_rows = [neutral is not None and value * self.factor == neutral for value in rows]
@@ -194,13 +199,15 @@ class _Edit:
             old_active.copy_(new_active)
         if not self._ready:
             device, dtype = _guess_place(self.tap.module)
-            if device.type != "meta" and not isinstance(self.dose.value, tuple):
-                self._ready[device, dtype, 0] = self._prepare(device, dtype, 0)
+            batch = len(rows) if self._per_row else 0
+            if device.type != "meta":
+                self._ready[device, dtype, batch] = self._prepare(device, dtype, batch)
 
     def __call__(self, h: Tensor) -> Tensor:
         """Write the tokens of this pass that the scope means."""
         compiling = torch.compiler.is_compiling()
-        if self._inert and not compiling:
+        # Compiled code may not look at what changes with the strength, or it would be compiled again.
+        if not compiling and self._inert:
             return h
         assert self.clock is not None
         if self.clock.is_suspended:
@@ -224,28 +231,32 @@ class _Edit:
             tokens.require_prompt(self._minimum)
         if h.dim() == 2:  # OPT flattens rows and tokens around its MLP
             h = h.reshape(facts.batch, facts.width, h.shape[-1])
-        per_row = isinstance(self.dose.value, tuple)
-        key = (h.device, h.dtype, h.shape[0] if per_row else 0)
+        key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
         if key not in self._ready:
             self._ready[key] = self._prepare(*key)
         prepared, active = self._ready[key]
         edited = self.method.edit(h, prepared, tokens).to(h.dtype)
         written = None if tokens.written is None else tokens.written[..., None]
-        if self._some_inert or compiling:
+        if compiling or self._some_inert:
             written = active if written is None else written & active
         if written is not None:
             edited = torch.where(written, edited, h)
         return edited.reshape(shape)
 
     def _prepare(self, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[dict[str, Tensor], Tensor]:
+        if torch.compiler.is_compiling():
+            return self._prepare_here(device, dtype, batch)
         # Not under inference_mode or autograd of whoever happens to run the first pass.
         with torch.inference_mode(mode=False), torch.no_grad():
-            value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
-            if value.dim() == 1:
-                value = expand_rows(value, batch, "strength")[:, None, None]
-            neutral = self.method.neutral
-            active = torch.ones_like(value, dtype=torch.bool) if neutral is None else value != neutral
-            return self.method.prepare(self.params, value, dtype, device), active
+            return self._prepare_here(device, dtype, batch)
+
+    def _prepare_here(self, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[dict[str, Tensor], Tensor]:
+        value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
+        if value.dim() == 1:
+            value = expand_rows(value, batch, "strength")[:, None, None]
+        neutral = self.method.neutral
+        active = torch.ones_like(value, dtype=torch.bool) if neutral is None else value != neutral
+        return self.method.prepare(self.params, value, dtype, device), active
 
 
 class _Dispatcher:

@@ -16,7 +16,6 @@ import numbers
 import os
 import re
 import secrets
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -145,8 +144,8 @@ class SteeringVector:
     def __post_init__(self) -> None:
         for name, codec in _CODECS.items():
             value = getattr(self, name)
-            if value is None and name not in _REQUIRED:
-                continue
+            if value is None and name not in _REQUIRED and codec not in (_MAPPING, _NORMS, _WIDTHS):
+                continue  # not known
             try:
                 object.__setattr__(self, name, codec.clean(value))
             except (TypeError, ValueError) as error:
@@ -501,9 +500,13 @@ def _clean_text(value: Any) -> str:
 
 def _clean_number(value: Any) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:  # not even NaN is
+    try:
+        number = float(value) if is_number else math.nan
+    except OverflowError:
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"must be a finite number, got {value!r}")
-    return float(value)
+    return number
 
 
 def _clean_whole(value: Any) -> int:

@@ -169,7 +169,9 @@ def continued(model: Any) -> list[Ran]:
     """A second `generate` on the cache of the first: what was cached keeps what it got."""
     ids = torch.tensor([SHORT])
     common: dict[str, Any] = {"do_sample": False, "pad_token_id": PAD, "return_dict_in_generate": True}
-    first = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3, **common)
+    first = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, min_new_tokens=3, **common
+    )
     longer = torch.cat([first.sequences, torch.tensor([[12, 77, 31]])], dim=1)
     out = model.generate(
         input_ids=longer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -34,15 +35,17 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", envvar="STEERKIT_DEBUG", help="Show the traceback of errors.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="STEERKIT_DEBUG", help="Show the traceback of errors.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
     """Steer Hugging Face language models from inside: learn a direction, apply it, measure what it does.
 
-    Results go to stdout, progress and warnings to stderr. Exit codes: 0 fine, 1 an error in one line, 2 wrong usage,
-    130 interrupted.
+    Results go to stdout, progress and warnings to stderr.
+    Exit codes: 0 fine, 1 an error in one line, 2 wrong usage, 130 interrupted.
     """
 
 
@@ -51,4 +54,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # models write characters that not every terminal knows
     app(prog_name="steerkit")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -21,7 +24,7 @@ class Program(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _notes():
                 warnings.showwarning = _show_warning
                 result = super().invoke(ctx)
                 sys.stdout.flush()  # a reader that has gone is noticed here, not while Python shuts down
@@ -36,9 +39,31 @@ class Program(TyperGroup):
             raise typer.Exit(130) from None
 
 
+class _Notes(logging.Handler):
+    """Shows what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        _say("warning" if record.levelno >= logging.WARNING else "note", record.getMessage())
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Show the library's log meanwhile: warnings always, what takes its time to somebody who waits at a terminal."""
+    logger, handler = logging.getLogger("steerkit"), _Notes()
+    level = logger.level
+    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 def _say(kind: str, message: object) -> None:
     typer.echo(f"{kind}: {' '.join(str(message).splitlines())}", err=True)
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     _say("warning", message)

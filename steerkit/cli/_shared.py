@@ -27,7 +27,6 @@ __all__ = [
     "stdout",
     "table",
     "usage_line",
-    "wrong_usage",
 ]
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -63,11 +62,6 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=not is_unicode))
 
 
-def wrong_usage(message: str) -> typer.BadParameter:
-    """The error for options that do not go together: exit code 2."""
-    return typer.BadParameter(message)
-
-
 def table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
     """An empty table with a line under its header; columns named in `right` hold numbers."""
     from rich import box
@@ -86,7 +80,15 @@ def number(value: Any, digits: int = 3) -> str:
 
 def sites_table(described: Mapping[str, Any]) -> Table:
     """The sites of a vector: norms, strength in both units, separation on held-out items."""
-    columns = ("site", "direction\nnorm", "activation\nnorm", "strength\npaper", "strength\nnorm", "held-out\nAUC", "\nd")
+    columns = (
+        "site",
+        "direction\nnorm",
+        "activation\nnorm",
+        "strength\npaper",
+        "strength\nnorm",
+        "held-out\nAUC",
+        "\nd",
+    )
     made = table(*columns, right=columns[1:])
     measured = (described["held_out"] or {}).get("sites", {})
     for site in described["sites"]:
@@ -103,12 +105,12 @@ def sites_table(described: Mapping[str, Any]) -> Table:
     return made
 
 
-def usage_line(prompt: str, vector: str, strength: float | None, model: str, *more: str) -> str:
+def usage_line(prompt: str, vector: str, *, strength: float | None, model: str) -> str:
     """A command that uses a vector, to be copied into a shell."""
-    words = [shlex.quote(prompt).replace("'", '"') if "'" not in prompt else shlex.quote(prompt)]
-    words += ["--vector", shlex.quote(vector)]
+    is_plain = not set(prompt) & set('"$`\\!')
+    words = ["steerkit generate", f'"{prompt}"' if is_plain else shlex.quote(prompt), "--vector", shlex.quote(vector)]
     if strength is not None:
         words += ["--strength", f"{strength:g}"]
     if model != DEFAULT_MODEL:
         words += ["--model", shlex.quote(model)]
-    return " ".join(["steerkit generate", *words, *more])
+    return " ".join(words)

@@ -52,14 +52,16 @@ def run(
     shown = table("", str(path))
     for name in _SHOWN:
         if facts[name] not in (None, {}):
-            shown.add_row(name.replace("_", " "), _text(facts[name]))
+            shown.add_row(name.replace("_", " "), _text(name, facts[name]))
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
     console.print(shown)
     console.print(sites_table(facts))
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
+    if name.endswith(("digest", "sha256")):
+        return f"{value[:16]}..."
     if isinstance(value, dict):
         return ", ".join(f"{key}={entry!r}" for key, entry in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -94,8 +94,10 @@ def dose_response(
 
     def measure(other: SteeringVector, strength: float) -> Any:
         bare = strength == 0.0
-        values = base if bare else preference_margin(
-            model, tokenizer, data, vector=other, strength=strength, batch_size=batch_size
+        values = (
+            base
+            if bare
+            else preference_margin(model, tokenizer, data, vector=other, strength=strength, batch_size=batch_size)
         )
         step()
         return values

@@ -8,14 +8,13 @@ Teacher-forced under steering. Means per token, so that longer answers do not co
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations import execution_device
+from steerkit.activations import execution_device, position_inputs
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError
 from steerkit.sites import find_decoder
@@ -98,14 +97,13 @@ def answer_log_probs(
     """
     decoder = find_decoder(model)
     device = execution_device(decoder)
-    takes_positions = "position_ids" in inspect.signature(decoder.model.forward).parameters
     scores = torch.empty(len(rendered))
     # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
     for batch in batches(rendered, batch_size, pad_id=pad_id, side="left"):
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         answers = [len(rendered[row].ids) - rendered[row].prompt_length for row in batch.rows]
         keep = max(answers) + 1
-        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)} if takes_positions else {}
+        positions = position_inputs(decoder.model, mask)
         context: Any = (
             contextlib.nullcontext()
             if vector is None

@@ -1,0 +1,182 @@
+"""`steerkit demo`: the main job in one go. Fit, look at the answers, measure what changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerkit.cli._files import check_writable
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    print_json,
+    sites_table,
+    stderr,
+    stdout,
+    table,
+    usage_line,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from steerkit.evaluate.curve import Curve
+    from steerkit.recipe import Recipe
+    from steerkit.vector import SteeringVector
+
+__all__ = ["run"]
+
+CONTROLS = 5
+MAX_NEW_TOKENS = 40
+
+
+def run(
+    recipe: Annotated[str, typer.Option(help="A recipe's name, behaviour or file.")] = "optimism",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the vector and the picture go.")] = Path("out"),
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"Alias, hub id, folder or .gguf file. [default: the recipe's, else {DEFAULT_MODEL}]"),
+    ] = None,
+    batch_size: BatchSize = 16,
+    as_json: Json = False,
+) -> None:
+    """Do the main job in one go: fit a recipe's vector, steer both ways, measure the effect, draw it.
+
+    Writes <out>/<recipe>.safetensors and <out>/<recipe>.png.
+    """
+    import steerkit
+    from steerkit.evaluate.curve import dose_response
+    from steerkit.recipe import find_recipe
+
+    chosen = find_recipe(recipe)
+    target = out / f"{chosen.name}.safetensors"
+    _, held_out = chosen.split()
+    check_writable(target)
+    name = model or chosen.model.name
+    loaded, tokenizer = steerkit.load_model(name)
+    vector = chosen.extract(loaded, tokenizer, batch_size=batch_size, progress=stderr().is_terminal)
+    vector.save(target)
+
+    questions, strengths = chosen.evaluate.questions, chosen.evaluate.strengths
+    doses = (-chosen.apply.strength, 0.0, chosen.apply.strength)
+    answers = {}
+    with _progress(len(doses) + len(strengths) * (1 + CONTROLS)) as step:
+        for dose in doses:
+            answers[dose] = steerkit.generate(
+                loaded, tokenizer, questions, vector=vector, strength=dose, max_new_tokens=MAX_NEW_TOKENS
+            )
+            step()
+        curve = dose_response(
+            loaded, tokenizer, held_out, vector, strengths, controls=CONTROLS, batch_size=batch_size, step=step
+        )
+    picture = _draw(curve, target.with_suffix(".png"), chosen, vector)
+    found = _Findings(chosen, name, target, vector, answers, curve, picture)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        _show(found)
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a demo leaves behind; `answers` are by strength, in the order of the recipe's questions."""
+
+    recipe: Recipe
+    model: str
+    file: Path
+    vector: SteeringVector
+    answers: Mapping[float, Sequence[str]]
+    curve: Curve
+    picture: Path | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as one JSON object."""
+        return {
+            "recipe": self.recipe.name,
+            "model": self.model,
+            "vector": {"file": str(self.file), **self.vector.describe()},
+            "answers": [
+                {"prompt": question, "strength": strength, "text": texts[number]}
+                for number, question in enumerate(self.recipe.evaluate.questions)
+                for strength, texts in self.answers.items()
+            ],
+            "curve": self.curve.as_rows(),
+            "items": self.curve.items,
+            "rises": self.curve.rises,
+            "clear_of_controls": self.curve.clear_of_controls,
+            "picture": None if self.picture is None else str(self.picture),
+        }
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr while it is a terminal; gives what advances it."""
+    from rich.progress import Progress
+
+    with Progress(console=stderr(), transient=True) as bar:
+        task = bar.add_task("answering and measuring", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _draw(curve: Curve, path: Path, recipe: Recipe, vector: SteeringVector) -> Path | None:
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from steerkit.plots import plot_curve
+
+    return plot_curve(curve, path, title=recipe.title or recipe.name, unit=vector.unit)
+
+
+def _show(found: _Findings) -> None:
+    console, recipe = stdout(), found.recipe
+    typer.echo(f"{recipe.name} on {found.model}: {recipe.title or recipe.behaviour}")
+    typer.echo(f"wrote {found.file}")
+    console.print(sites_table(found.vector.describe()))
+    for number, question in enumerate(recipe.evaluate.questions):
+        _show_answers(console, question, {dose: texts[number] for dose, texts in found.answers.items()})
+    _show_curve(console, found.curve)
+    if found.picture is None:
+        typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
+    else:
+        typer.echo(f"picture: {found.picture}")
+    typer.echo("try next:")
+    typer.echo(
+        f"  {usage_line(recipe.evaluate.questions[0], str(found.file), strength=max(found.answers), model=found.model)}"
+    )
+    typer.echo(f"  steerkit inspect {shlex.quote(str(found.file))}")
+    typer.echo("  steerkit recipes")
+
+
+def _show_answers(console: Console, question: str, answers: Mapping[float, str]) -> None:
+    """The answers to one question, a column for each strength."""
+    from rich.table import Table
+
+    shown = Table(expand=True, title=question, title_justify="left", title_style="bold")
+    for dose in answers:
+        shown.add_column(f"strength {_signed(dose)}", ratio=1)
+    shown.add_row(*(" ".join(text.split()) for text in answers.values()))
+    console.print(shown)
+
+
+def _show_curve(console: Console, curve: Curve) -> None:
+    """The margins as a table, and what they say in one line."""
+    columns = ("strength", "margin", "95 % interval", f"{CONTROLS} random directions")
+    shown = table(*columns, right=columns, title=f"Preference margin, {curve.items} held-out items, nats per token")
+    for row in curve.as_rows():
+        interval, randoms = (row["low"], row["high"]), (min(row["random"]), max(row["random"]))
+        spans = [f"{low:+.2f} .. {high:+.2f}" for low, high in (interval, randoms)]
+        shown.add_row(_signed(row["strength"]), f"{row['margin']:+.3f}", *spans)
+    console.print(shown)
+    rises, clear = ("yes" if found else "no" for found in (curve.rises, curve.clear_of_controls))
+    typer.echo(f"rises over the whole range: {rises}; outer intervals clear of random directions: {clear}")
+
+
+def _signed(strength: float) -> str:
+    return f"{strength:+g}" if strength else "0"

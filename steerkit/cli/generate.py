@@ -1,0 +1,147 @@
+"""`steerkit generate`: answer prompts, steered where a vector is given."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerkit.cli._files import read_prompts
+from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from steerkit.vector import SteeringVector
+
+__all__ = ["run"]
+
+
+def run(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to answer.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line, or JSONL of chats.")
+    ] = None,
+    vector: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+    ] = None,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="One for each vector. [default: the file's suggested strength]")
+    ] = None,
+    unit: Annotated[Unit | None, typer.Option(help="What strengths count in. [default: the file's]")] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="Tokens written: all, prompt, response, generated, first(n). [default: the file's]"),
+    ] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered answer too.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Fixes what --sample draws.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    batch_size: BatchSize = 8,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts, steered where a vector is given.
+
+    Several vectors act together, each with its own strength. Answers are greedy unless --sample is given.
+    """
+    names, strengths = vector or [], strength or []
+    if bool(prompts) == (prompt_file is not None):
+        raise typer.BadParameter("give prompts, or a file of them with --prompts")
+    if not names and (strengths or unit or scope or baseline):
+        raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")
+    if strengths and len(strengths) != len(names):
+        raise typer.BadParameter(f"{len(strengths)} --strength for {len(names)} --vector; give as many, or none")
+    if seed is not None and not sample:
+        raise typer.BadParameter("--seed fixes what --sample draws; give both")
+
+    asked: Sequence[Any] = prompts or read_prompts(prompt_file or Path())
+    vectors = [_load(name, model) for name in names]
+    vectors = [
+        one.at(strength=dose, scope=scope, unit=unit.value if unit else None)
+        for one, dose in itertools.zip_longest(vectors, strengths)
+    ]
+
+    import steerkit
+
+    loaded, tokenizer = steerkit.load_model(model)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "raw": raw}
+    if sample:
+        options["do_sample"] = True
+    with stderr().status("answering"):
+        texts = steerkit.generate(loaded, tokenizer, asked, vector=vectors or None, **options)
+        plain = steerkit.generate(loaded, tokenizer, asked, **options) if baseline else None
+    if as_json:
+        print_json(_rows(asked, texts, plain, names, vectors))
+    elif plain is not None:
+        _print_both(asked, texts, plain)
+    else:
+        _print(asked, texts)
+
+
+def _load(name: str, model: str) -> SteeringVector:
+    from steerkit.shipped import vector_path
+    from steerkit.vector import SteeringVector
+
+    return SteeringVector.load(vector_path(name, model))
+
+
+def _strength(vector: SteeringVector) -> Any:
+    """The strength `steer` takes where nobody says more than the vector does."""
+    given = vector.suggested_strength if vector.strength is None else vector.strength
+    return 1.0 if given is None else given
+
+
+def _rows(
+    asked: Sequence[Any],
+    texts: Sequence[str],
+    plain: Sequence[str] | None,
+    names: Sequence[str],
+    vectors: Sequence[SteeringVector],
+) -> list[dict[str, Any]]:
+    """The answers as JSON: null without a vector, lists with several."""
+
+    def single(values: list[Any]) -> Any:
+        return values if len(values) > 1 else next(iter(values), None)
+
+    steering = {
+        "vector": single(list(names)),
+        "strength": single([_strength(vector) for vector in vectors]),
+        "scope": single([vector.scope for vector in vectors]),
+    }
+    baselines = [{}] * len(texts) if plain is None else [{"baseline": text} for text in plain]
+    return [
+        {"prompt": prompt, "text": text, **baseline, **steering}
+        for prompt, text, baseline in zip(asked, texts, baselines, strict=True)
+    ]
+
+
+def _print(asked: Sequence[Any], texts: Sequence[str]) -> None:
+    """The bare answer to one prompt; with several, each under its prompt."""
+    console = stdout()
+    for number, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
+        if len(texts) > 1:
+            console.print(("\n" if number else "") + _title(prompt), style="bold", soft_wrap=True)
+        console.print(text, soft_wrap=not console.is_terminal)
+
+
+def _print_both(asked: Sequence[Any], texts: Sequence[str], plain: Sequence[str]) -> None:
+    """Without and with the vector, side by side."""
+    from rich.table import Table
+
+    console = stdout()
+    for prompt, text, bare in zip(asked, texts, plain, strict=True):
+        console.print(_title(prompt), style="bold", soft_wrap=True)
+        both = Table(expand=True)
+        both.add_column("without", ratio=1)
+        both.add_column("steered", ratio=1)
+        both.add_row(bare.strip(), text.strip())
+        console.print(both)
+
+
+def _title(prompt: Any) -> str:
+    """A prompt in one line: of a chat, its last turn."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return "> " + " ".join(str(text).split())

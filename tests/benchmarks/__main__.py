@@ -1,0 +1,177 @@
+"""Timings as ratios inside one run, on the embedded model: `make bench`.
+
+Every ratio is the median over interleaved pairs (A then B, B then A, ...), with a 95 % bootstrap interval of that median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import steerkit
+from steerkit.activations import stream
+from steerkit.data import ContrastSet, Conversation, batches, pad_token_id, render
+from steerkit.moments import Means
+from steerkit.sites import Site, find_decoder
+from steerkit.vector import SteeringVector
+
+WORDS = (
+    "the quiet river carried a small boat past old stone houses while children counted birds above warm roofs".split()
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench")
+    parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs per ratio")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak_of_extraction(options.peak))
+        return
+    model, tokenizer = steerkit.load_model()
+    rows = [
+        ("extraction, 30 layers / bare forward", *ratio(*extraction(model, tokenizer), options.pairs), "<= 1.05"),
+        (
+            "generation, 30 blocks steered / bare, batch 1",
+            *ratio(*generation(model, tokenizer, 1), options.pairs),
+            "<= 1.02",
+        ),
+        (
+            "generation, 30 blocks steered / bare, batch 8",
+            *ratio(*generation(model, tokenizer, 8), options.pairs),
+            "<= 1.02",
+        ),
+    ]
+    print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")
+    print(f"{'':<48}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
+    for name, median, low, high, aim in rows:
+        print(f"{name:<48}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
+    small, large = (peak_in_a_new_process(count) for count in (128, 1024))
+    print(f"{'extraction, memory above the model, 128 prompts':<48}{small:>6.0f} MB")
+    print(f"{'extraction, memory above the model, 1024 prompts':<48}{large:>6.0f} MB  {'flat':>22}")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(8, 40, (count,), generator=generator).tolist()
+    return [
+        " ".join(WORDS[(row * 7 + place * 3) % len(WORDS)] for place in range(length))
+        for row, length in enumerate(lengths)
+    ]
+
+
+def ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
+    """Time of `first` over time of `second`: median of interleaved pairs, with its interval."""
+    first(), second()
+    quotients = []
+    for number in range(pairs):
+        order = (first, second) if number % 2 == 0 else (second, first)
+        times = {id(work): timed(work) for work in order}
+        quotients.append(times[id(first)] / times[id(second)])
+    values = torch.tensor(quotients, dtype=torch.double)
+    generator = torch.Generator().manual_seed(0)
+    draws = values[torch.randint(pairs, (4000, pairs), generator=generator)].quantile(0.5, dim=1)
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return float(values.quantile(0.5)), low, high
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def contrast(count: int) -> ContrastSet:
+    listed = texts(count)
+    return ContrastSet.from_prompts(listed[: count // 2], listed[count // 2 :])
+
+
+def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    data = contrast(64)
+    decoder = find_decoder(model)
+    sites = [Site(layer) for layer in range(decoder.num_layers)]
+    pairs = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair]
+    rendered = [render(tokenizer, Conversation.of(item)) for item in pairs]
+    work = batches(rendered, 16, pad_id=pad_token_id(tokenizer), groups=2)
+
+    def ours() -> None:
+        stream(model, tokenizer, data, {site: Means() for site in sites}, readout="mean", batch_size=16)
+
+    def bare() -> None:
+        # The same sorted batches through the same decoder body; rendering them is part of both.
+        for item in pairs:
+            render(tokenizer, Conversation.of(item))
+        with torch.no_grad():
+            for batch in work:
+                positions = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)
+                decoder.body(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    position_ids=positions,
+                    use_cache=False,
+                )
+
+    return ours, bare
+
+
+def generation(model: Any, tokenizer: Any, batch: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    decoder = find_decoder(model)
+    sites = tuple(Site(layer) for layer in range(decoder.num_layers))
+    generator = torch.Generator().manual_seed(0)
+    vector = SteeringVector(
+        method="caa",
+        tensors={f"{site}/direction": 0.01 * torch.randn(decoder.hidden_size, generator=generator) for site in sites},
+        sites=sites,
+        edit="add",
+        scope="response",
+        unit="paper",
+        model_type="llama",
+        hidden_size=decoder.hidden_size,
+        num_layers=decoder.num_layers,
+    )
+    inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
+    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+    def bare() -> None:
+        with torch.no_grad():
+            model.generate(**options)
+
+    def steered() -> None:
+        with torch.no_grad(), steerkit.steer(model, vector, 1.0):
+            model.generate(**options)
+
+    return steered, bare
+
+
+def peak_of_extraction(count: int) -> float:
+    """Megabytes by which reading `count` prompts at all layers lifts the process's peak."""
+    model, tokenizer = steerkit.load_model()
+    sites = [Site(layer) for layer in range(find_decoder(model).num_layers)]
+
+    def read(prompts: int) -> None:
+        stream(model, tokenizer, contrast(prompts), {site: Means() for site in sites}, readout="mean", batch_size=16)
+
+    before = peak()
+    read(count)
+    return peak() - before
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_in_a_new_process(count: int) -> float:
+    command = [sys.executable, "-m", "tests.benchmarks", "--peak", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

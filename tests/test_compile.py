@@ -1,0 +1,148 @@
+"""A compiled model is steered like an eager one, and is never silently unsteered."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import steerkit
+from tests import modes
+from tests.families import build
+
+IDS = torch.tensor([[5, 17, 44, 9, 101, 63], [7, 23, 42, 88, 15, 3]])
+
+
+@pytest.fixture
+def model() -> Iterator[Any]:
+    torch._dynamo.reset()
+    yield build("llama")
+    torch._dynamo.reset()
+
+
+def counted() -> tuple[Any, list[int]]:
+    """A backend that compiles nothing and counts how often it is asked to."""
+    calls: list[int] = []
+
+    def backend(graph: Any, _inputs: Any, **_options: Any) -> Any:
+        calls.append(1)
+        return graph.forward
+
+    return backend, calls
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(((one - other).abs().max() / other.abs().max()) < 1e-5)
+
+
+@pytest.mark.parametrize("scope", ["all", "first(4)", "response", "prompt", "front"])
+@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+def test_fullgraph_equals_eager(model: Any, scope: str, when: str, how: str) -> None:
+    vector = modes.vector_for(model, scope=scope)
+    lengths = [4, 3] if scope in ("response", "prompt") else None
+    with torch.no_grad():
+        bare = model(IDS).logits
+        with steerkit.steer(model, vector, prompt_lengths=lengths):
+            expected = model(IDS).logits
+        backend, _ = counted()
+        if how == "torch.compile":
+            compiled = torch.compile(model, fullgraph=True, backend=backend)
+        else:
+            model.compile(fullgraph=True, backend=backend)
+            compiled = model
+        if when == "before":
+            assert close(compiled(IDS).logits, bare)
+        for _ in range(2):
+            with steerkit.steer(model, vector, prompt_lengths=lengths):
+                assert close(compiled(IDS).logits, expected)
+            assert close(compiled(IDS).logits, bare)
+    assert not close(expected, bare)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_changed_strength_recompiles_nothing(model: Any, rows: bool) -> None:
+    vector = modes.vector_for(model, scope="all")
+    backend, calls = counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    values: list[Any] = [[1.0, -2.0], [0.0, 3.0], [0.0, 0.0], [2.0, 2.0]] if rows else [1.0, -2.0, 0.0, 3.0]
+    with torch.no_grad(), steerkit.steer(model, vector, values[0]) as steering:
+        compiled(IDS)
+        before = len(calls)
+        for value in values:
+            steering.strength = value
+            got = compiled(IDS).logits
+            with torch.compiler.set_stance("force_eager"):
+                assert close(got, model(IDS).logits)
+        assert len(calls) == before
+
+
+def test_the_real_compiler_agrees(model: Any) -> None:
+    vector = modes.vector_for(model, scope="all")
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        bare = compiled(IDS).logits
+        with steerkit.steer(model, vector):
+            assert close(compiled(IDS).logits, model(IDS).logits)
+        assert close(compiled(IDS).logits, bare)
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("scope", ["response", "all", "generated", "prompt"])
+def test_generate_with_a_compiled_static_cache(model: Any, scope: str, thread: bool) -> None:
+    """`generate` compiles by itself with a static cache on an accelerator; streamers run it in a worker thread."""
+    ids = torch.tensor([modes.SHORT])
+    backend, calls = counted()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+
+    def run(*, compiled: bool) -> list[int]:
+        more: dict[str, Any] = {}
+        if compiled:
+            config = steerkit_compile_config(backend)
+            more = {"cache_implementation": "static", "compile_config": config}
+        got: list[list[int]] = []
+
+        def work() -> None:
+            with torch.no_grad():
+                got.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options, **more)[0].tolist())
+
+        if thread:
+            worker = threading.Thread(target=work)
+            worker.start()
+            worker.join()
+        else:
+            work()
+        return got[0]
+
+    vector = modes.vector_for(model, scope=scope)
+    bare = run(compiled=False)
+    assert run(compiled=True) == bare
+    compiles = len(calls)
+    assert compiles > 0
+    with steerkit.steer(model, vector):
+        expected = run(compiled=False)
+        assert run(compiled=True) == expected
+    assert run(compiled=True) == bare
+    assert expected != bare
+
+
+def steerkit_compile_config(backend: Any) -> Any:
+    from transformers import CompileConfig
+
+    config = CompileConfig(fullgraph=False, dynamic=False, backend=backend)
+    config._compile_all_devices = True  # transformers' own switch to compile on the CPU
+    return config
+
+
+def test_a_copy_made_inside_the_context_is_not_steered(model: Any) -> None:
+    with torch.no_grad(), steerkit.steer(model, modes.vector_for(model, scope="all")):
+        twin = copy.deepcopy(model)
+        steered = model(IDS).logits
+    with torch.no_grad():
+        bare = model(IDS).logits
+        assert torch.equal(twin(IDS).logits, bare)
+    assert not torch.equal(steered, bare)
