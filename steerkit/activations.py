@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from steerkit.data import Batch, ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError, FitError
 from steerkit.moments import Accumulator, NormMedian
-from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
+from steerkit.sites import Decoder, Site, Tap, execution_device, find_decoder, locate
 
 __all__ = [
     "Activations",
@@ -352,8 +352,9 @@ def forward_body(
 
 
 def position_inputs(module: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Position ids as an argument of a forward pass, where the module takes them: GPT-2 is wrong without them when rows
-    are padded at the left, and no model minds.
+    """Position ids as an argument of a forward pass, where the module takes them.
+
+    GPT-2 is wrong without them when rows are padded at the left, and no model minds.
 
     Args:
         module: the model or decoder body to be called.
@@ -362,19 +363,6 @@ def position_inputs(module: nn.Module, attention_mask: Tensor) -> dict[str, Tens
     if "position_ids" not in inspect.signature(module.forward).parameters:
         return {}
     return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp_min(0)}
-
-
-def execution_device(decoder: Decoder) -> torch.device:
-    """Where token ids go: the embedding's execution device under accelerate, else its weight's.
-
-    Args:
-        decoder: the model's decoder.
-    """
-    embedding = decoder.body.get_input_embeddings()
-    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        device = next(embedding.parameters()).device
-    return torch.device(device)
 
 
 def _attach_reader(tap: Tap, site: Site, notice: Callable[[Site, Tensor], None]) -> Any:
@@ -462,7 +450,7 @@ def _warn_of_special(tokenizer: Any, plan: Readout, rendered: Sequence[Rendered]
     if read and read <= special:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(read))
         warnings.warn(
-            f"readout '{plan}' reads only template tokens ({names}); if the text itself is meant, choose another readout",
+            f"readout '{plan}' reads only template tokens ({names}); choose another one if the text is meant",
             stacklevel=3,
         )
 
@@ -472,7 +460,7 @@ def _check_finite(found: Mapping[Site, Tensor]) -> None:
         if not bool(torch.isfinite(rows).all()):
             bad = int((~torch.isfinite(rows)).any(dim=-1).sum())
             raise FitError(
-                f"{site}: {bad} of {len(rows)} rows of activations are not finite; load the model in float32 or bfloat16"
+                f"{site}: {bad} of {len(rows)} activations are not finite; load the model in float32 or bfloat16"
             )
 
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations import execution_device, position_inputs
-from steerkit.data import Conversation, ContrastSet, batches, pad_token_id, render
+from steerkit.activations import position_inputs
+from steerkit.data import ContrastSet, Conversation, batches, pad_token_id, render
 from steerkit.errors import SteerError
 from steerkit.fitting import fit, separation
 from steerkit.methods._base import Method
-from steerkit.sites import find_decoder, inner_model
+from steerkit.sites import execution_device, find_decoder, inner_model
 from steerkit.steering import steer
 from steerkit.tokens import Pass, Scope
 from steerkit.vector import SteeringVector

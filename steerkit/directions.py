@@ -106,7 +106,7 @@ def unit(direction: Tensor) -> Tensor:
     Raises:
         FitError: a direction has no length.
     """
-    length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
     if not bool((length > 0).all()):
         raise FitError("a direction of length 0 cannot be scaled to length 1")
     return direction / length
@@ -124,6 +124,8 @@ def orthonormalise(directions: Tensor) -> Tensor:
     Raises:
         FitError: the rows are linearly dependent.
     """
+    q: Tensor
+    r: Tensor
     q, r = torch.linalg.qr(directions.double().T)
     diagonal = torch.diagonal(r)
     if bool((diagonal.abs() < 1e-9 * diagonal.abs().max()).any()):
@@ -143,7 +145,7 @@ def random_direction(like: Tensor, *, seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    norm = torch.linalg.vector_norm(like.float().cpu(), dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(like.float().cpu(), dim=-1, keepdim=True)
     return (unit(draw) * norm).to(like)
 
 

@@ -15,8 +15,6 @@ import steerkit
 from steerkit.activations import (
     Activations,
     Readout,
-    execution_device,
-    forward_body,
     record,
     record_ids,
     stream,
@@ -26,7 +24,7 @@ from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
 from steerkit.methods._base import Method
 from steerkit.moments import NormMedian
 from steerkit.registry import resolve
-from steerkit.sites import Decoder, Site, find_decoder, locate, parse_layers
+from steerkit.sites import Decoder, Site, execution_device, find_decoder, locate, parse_layers
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector
 

@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from steerkit.activations import execution_device
 from steerkit.data import Conversation, Message, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
-from steerkit.sites import find_decoder
+from steerkit.sites import execution_device, find_decoder
 from steerkit.steering import Strength, steer
 from steerkit.vector import SteeringVector
 

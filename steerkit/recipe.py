@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -60,7 +60,7 @@ class ApplyPart:
     strength: float = 1.0
     range: tuple[float, float] | None = None
     scope: str | None = None
-    unit: str = "paper"
+    unit: Literal["paper", "norm"] = "paper"
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ def _wrong_type(annotation: str, value: Any) -> str | None:
         return None if number and isinstance(value, int) else "a whole number is wanted"
     if annotation.startswith("str | int"):
         return None if isinstance(value, str | int) else "a text or a whole number is wanted"
-    if annotation.startswith("str"):
+    if annotation.startswith(("str", "Literal")):
         return None if isinstance(value, str) else "a text is wanted"
     return None
 

@@ -58,6 +58,6 @@ def method_of(vector: SteeringVector) -> Method:
     method = resolve(vector.method).from_settings(vector.settings)
     if method.edit_name != vector.edit:
         raise VectorFileError(
-            f"the vector wants edit {vector.edit!r}, but method {vector.method!r} with its settings does {method.edit_name!r}"
+            f"the vector wants edit {vector.edit!r}, but method {vector.method!r} as set does {method.edit_name!r}"
         )
     return method

@@ -31,7 +31,18 @@ from steerkit.probe_block import argument_of, probe_blocks, tensor_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["KINDS", "KIND_HELP", "Decoder", "Site", "Tap", "find_decoder", "inner_model", "locate", "parse_layers"]
+__all__ = [
+    "KINDS",
+    "KIND_HELP",
+    "Decoder",
+    "Site",
+    "Tap",
+    "execution_device",
+    "find_decoder",
+    "inner_model",
+    "locate",
+    "parse_layers",
+]
 
 KIND_HELP: Mapping[str, str] = MappingProxyType(
     {
@@ -280,6 +291,20 @@ def _find_blocks(body: nn.Module, num_layers: int | None, owner: str) -> nn.Modu
     return blocks
 
 
+def execution_device(decoder: Decoder) -> torch.device:
+    """Where token ids go: the embedding's execution device under accelerate, else its weight's.
+
+    Args:
+        decoder: the model's decoder.
+    """
+    embedding = decoder.body.get_input_embeddings()
+    # An offloaded weight is on the meta device between passes; accelerate knows where it will be.
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next(embedding.parameters()).device
+    return torch.device(device)
+
+
 def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
     """Find the modules and tensors of some sites.
 
@@ -323,10 +348,7 @@ def _anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
     """Run the decoder body over three tokens and read off the roles in some blocks."""
     if not layers:
         return {}
-    embedding = decoder.body.get_input_embeddings()
-    # An offloaded weight is on the meta device between passes; accelerate knows where it will be.
-    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    input_ids = torch.tensor([[1, 2, 3]], device=embedding.weight.device if device is None else device)
+    input_ids = torch.tensor([[1, 2, 3]], device=execution_device(decoder))
     with contextlib.ExitStack() as stack:
         for hook in decoder.model._forward_pre_hooks.values():
             if hasattr(hook, "suspended"):  # the pass clock of an outer `steer`: the probe is no pass of the user's

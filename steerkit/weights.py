@@ -56,7 +56,7 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | None = No
         raise ModelError("edited: this model's weights are edited already; leave that context first")
     if vector.scope != "all":
         raise ScopeError(
-            f"edited: weights act on every token, but the vector's scope is '{vector.scope}'; use vector.at(scope='all')"
+            f"edited: weights act on every token, the vector only on '{vector.scope}'; use vector.at(scope='all')"
         )
     value = vector.strength if vector.strength is not None else strength
     value = vector.suggested_strength if value is None else value

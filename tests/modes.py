@@ -23,11 +23,10 @@ from steerkit.vector import SteeringVector
 NEW = 5
 SHORT, LONG = (5, 17, 44, 9, 101, 63), (7, 23, 42, 88, 15, 3, 211, 99, 30)
 PAD = 0
+RESID = Site(1, "resid_post")
 
 
-def vector_for(
-    model: nn.Module, *, scope: str, site: Site = Site(1, "resid_post"), size: float = 3.0, seed: int = 0
-) -> SteeringVector:
+def vector_for(model: nn.Module, *, scope: str, site: Site = RESID, size: float = 3.0, seed: int = 0) -> SteeringVector:
     """A random addition (or, for front, mid and back, a random window of three rows) big enough to change the text."""
     decoder = find_decoder(model)
     generator = torch.Generator().manual_seed(seed)

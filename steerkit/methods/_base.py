@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from steerkit.moments import Accumulator
     from steerkit.tokens import Tokens
 
-__all__ = ["AddDirection", "Subject", "Method", "Params", "Prepared", "WeightUpdate"]
+__all__ = ["AddDirection", "Method", "Params", "Prepared", "Subject", "WeightUpdate"]
 
 Params = Mapping[str, Tensor]
 Prepared = Mapping[str, Tensor]

@@ -6,9 +6,9 @@
 Rimsky, Gabrieli, Schulz, Tong, Hubinger, Turner (2024), "Steering Llama 2 via Contrastive Activation Addition",
 arXiv 2312.06681.
 
-Where this file departs. The paper reads the answer's letter two tokens before the end; here the readout is a setting of
-`fit` (the letter is `readout=-2` of such texts, or a character span), and means over the answer are the usual choice for
-free text. The paper steers strictly after the prompt's end marker; the default scope here starts at the last prompt
+Where this file departs. The paper reads the answer's letter two tokens before the end; here the readout is a setting
+of `fit` (the letter is `readout=-2` of such texts, or a character span), and means over the answer are the usual choice
+for free text. The paper steers strictly after the prompt's end marker; the default scope here starts at the last prompt
 token, whose output is the first generated token (`scope="generated"` is one later, as published). Sides of unequal
 size are allowed. The released code rescales the vectors of a group of behaviours to one length: `equalise`.
 """

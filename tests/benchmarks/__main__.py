@@ -1,6 +1,6 @@
 """Timings as ratios inside one run, on the embedded model: `make bench`.
 
-Every ratio is the median over interleaved pairs (A then B, B then A, ...), with a 95 % bootstrap interval of that median.
+Every ratio is the median over interleaved pairs (A then B, B then A, ...), with its 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from steerkit.moments import Means
 from steerkit.sites import Site, find_decoder
 from steerkit.vector import SteeringVector
 
-WORDS = (
-    "the quiet river carried a small boat past old stone houses while children counted birds above warm roofs".split()
-)
+WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while", "children", "counted", "birds")
 
 
 def main() -> None:

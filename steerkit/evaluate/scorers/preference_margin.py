@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations import execution_device, position_inputs
+from steerkit.activations import position_inputs
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError
-from steerkit.sites import find_decoder
+from steerkit.sites import execution_device, find_decoder
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector
 
