@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from steerkit.data import Batch, ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError, FitError
 from steerkit.moments import Accumulator, NormMedian
+from steerkit.probe_block import evaluation_mode
 from steerkit.sites import Decoder, Site, Tap, execution_device, find_decoder, locate
+from steerkit.tokens import PassClock
 
 __all__ = [
     "Activations",
@@ -344,6 +346,7 @@ def forward_body(
         for site, tap in taps.items():
             stack.callback(_attach_reader(tap, site, notice).remove)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluation_mode(decoder.body))
         if "torch._dynamo" in sys.modules:  # a compiled block would not stop, nor call hooks it has not seen
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         with contextlib.suppress(_Stop):
@@ -387,6 +390,7 @@ def _read(
     """Run all batches and hand the pooled rows [b, d] of each to `take`; returns the norms."""
     norms = {site: NormMedian() for site in taps}
     device = execution_device(decoder)
+    clock = PassClock.of(decoder.model)  # the model is being steered: values given per item follow their items
     for batch in _with_progress(work, progress):
         input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         pool = _Pool(batch, [chosen[row] for row in batch.rows], device)
@@ -395,7 +399,8 @@ def _read(
             norms[site].update(h, pool.counted(h.device))
             take(site, pool(h), batch)
 
-        forward_body(decoder, taps, input_ids, mask, read)
+        with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
+            forward_body(decoder, taps, input_ids, mask, read)
     return {site: median.result() for site, median in norms.items()}
 
 
@@ -414,6 +419,7 @@ class _Pool:
             weights[row, 0, start:stop] = 1.0 / (stop - start)
             counted[row, starts[row]] = 0.0
         self._weights, self._counted = weights.to(device), counted.to(device)
+        self._padded = bool((batch.attention_mask == 0).any())
 
     def counted(self, device: torch.device) -> Tensor:
         """[b, t] 1 where a token's norm counts."""
@@ -423,7 +429,10 @@ class _Pool:
         if self._single:
             index = self._index.to(h.device)
             return h[torch.arange(h.shape[0], device=h.device), index].float()
-        return torch.bmm(self._weights.to(h.device), h.float())[:, 0]
+        weights, values = self._weights.to(h.device), h.float()
+        if self._padded:  # times zero would keep what is not finite on pads
+            values = values.masked_fill(weights.mT == 0, 0.0)
+        return torch.bmm(weights, values)[:, 0]
 
 
 def _rendered(tokenizer: Any, item: Item, chat_template_kwargs: Mapping[str, Any] | None) -> Rendered:

@@ -55,6 +55,7 @@ def keep_norm(edited: Tensor, h: Tensor) -> Tensor:
     Returns:
         [b, t, d] in float32, per token `edited * |h| / |edited|`; a token that the edit made zero stays zero.
     """
-    edited, before = edited.float(), torch.linalg.vector_norm(h.float(), dim=-1, keepdim=True)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    edited, before = edited.to(wide), torch.linalg.vector_norm(h.to(wide), dim=-1, keepdim=True)
     after = torch.linalg.vector_norm(edited, dim=-1, keepdim=True)
     return edited * torch.where(after > 0, before / after.clamp_min(torch.finfo(torch.float32).tiny), after)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -64,6 +65,9 @@ def generate(
     if not prompts:
         raise DataError("generate: got no prompts; give at least one")
     rows = _rows(strength, len(prompts))
+    vectors = [vector] if isinstance(vector, SteeringVector) else list(vector or ())
+    for one in vectors:
+        _rows(one.strength, len(prompts))
     rendered = [
         render(
             tokenizer,
@@ -85,7 +89,7 @@ def generate(
         for batch in batches(rendered, batch_size, pad_id=pad, side="left"):
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             own = [rows[row] for row in batch.rows] if rows is not None else strength
-            with torch.no_grad(), _steered(model, vector, own, scope, unit):
+            with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit):
                 out = model.generate(input_ids=ids, attention_mask=mask, **settings)  # type: ignore[operator]
             answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             each = len(answers) // len(batch.rows)
@@ -94,15 +98,22 @@ def generate(
     return [text for answers in texts for text in answers]
 
 
-def _steered(model: nn.Module, vector: Any, strength: Any, scope: str | None, unit: Any) -> Any:
-    if vector is None or (not isinstance(vector, SteeringVector) and not vector):
-        return torch.no_grad()
-    return steer(model, vector, strength, scope=scope, unit=unit)
+def _steered(model: nn.Module, vectors: Sequence[SteeringVector], strength: Any, scope: str | None, unit: Any) -> Any:
+    return steer(model, vectors, strength, scope=scope, unit=unit) if vectors else contextlib.nullcontext()
+
+
+def _of_batch(vectors: Sequence[SteeringVector], rows: Sequence[int]) -> list[SteeringVector]:
+    """The vectors with their own strengths per prompt, if they have such, in the order of a batch."""
+    return [
+        one.at(strength=[one.strength[row] for row in rows]) if isinstance(one.strength, tuple) else one
+        for one in vectors
+    ]
 
 
 def _rows(strength: Strength | None, prompts: int) -> list[float] | None:
     """One strength per prompt, where that is what was given."""
-    listed: Any = strength.tolist() if isinstance(strength, torch.Tensor) else strength
+    given: Any = strength
+    listed = given.tolist() if hasattr(given, "tolist") else given
     if not isinstance(listed, Sequence):
         return None
     if len(listed) != prompts:

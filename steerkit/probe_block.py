@@ -120,7 +120,7 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=sorted(device or 0 for device in devices)))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluation_mode(body))
+        stack.enter_context(evaluation_mode(body))
         if "torch._dynamo" in sys.modules:  # otherwise nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer, block in blocks.items():
@@ -136,7 +136,7 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
 
 
 @contextlib.contextmanager
-def _evaluation_mode(body: nn.Module) -> Iterator[None]:
+def evaluation_mode(body: nn.Module) -> Iterator[None]:
     """Switch dropout off, flag by flag: `train()` and `eval()` are overridden by some modules."""
     training = [module for module in body.modules() if module.training]
     for module in training:

@@ -24,13 +24,14 @@ from steerkit.errors import ModelError, ScopeError, StrengthError
 from steerkit.methods._base import Method, Params
 from steerkit.registry import method_of
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
-from steerkit.tokens import PassClock, PromptLengths, Scope, expand_rows, inert
+from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, inert, inert_hook
 from steerkit.vector import SteeringVector
 
 __all__ = ["Steering", "steer"]
 
 Strength = float | Sequence[float] | Tensor
 _ATTACH = threading.RLock()
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def steer(
@@ -185,23 +186,20 @@ class _Edit:
         neutral = self.method.neutral
         inert_rows = [neutral is not None and value * self.factor == neutral for value in rows]
         self._inert, self._some_inert = all(inert_rows), any(inert_rows)
-        for device, dtype, batch in list(self._ready):
-            old, old_active = self._ready[device, dtype, batch]
-            try:
-                new, new_active = self._prepare(device, dtype, batch)
-            except ScopeError:  # the number of rows changed; the next pass says so if it is wrong
-                new, new_active = {}, old_active
-            if {name: value.shape for name, value in old.items()} != {name: value.shape for name, value in new.items()}:
-                del self._ready[device, dtype, batch]
-                continue
-            for name, value in new.items():
-                old[name].copy_(value)
-            old_active.copy_(new_active)
+        for key in list(self._ready):
+            device, dtype, batch = key
+            old, old_active = self._ready.pop(key)
+            if batch not in (0, len(rows)):
+                continue  # expanded rows: made again when they come
+            new, new_active = self._prepare(device, dtype, None)
+            if all(name in new and value.shape == new[name].shape for name, value in old.items()):
+                for name, value in new.items():
+                    old[name].copy_(value)
+                self._ready[key] = (old, old_active.copy_(new_active))
         if not self._ready:
             device, dtype = _guess_place(self.tap.module)
-            batch = len(rows) if self._per_row else 0
             if device.type != "meta":
-                self._ready[device, dtype, batch] = self._prepare(device, dtype, batch)
+                self._ready[device, dtype, len(rows) if self._per_row else 0] = self._prepare(device, dtype, None)
 
     def __call__(self, h: Tensor) -> Tensor:
         """Write the tokens of this pass that the scope means."""
@@ -231,10 +229,7 @@ class _Edit:
             tokens.require_prompt(self._minimum)
         if h.dim() == 2:  # OPT flattens rows and tokens around its MLP
             h = h.reshape(facts.batch, facts.width, h.shape[-1])
-        key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
-        if key not in self._ready:
-            self._ready[key] = self._prepare(*key)
-        prepared, active = self._ready[key]
+        prepared, active = self._prepared(h, facts)
         edited = self.method.edit(h, prepared, tokens).to(h.dtype)
         written = None if tokens.written is None else tokens.written[..., None]
         if compiling or self._some_inert:
@@ -243,17 +238,31 @@ class _Edit:
             edited = torch.where(written, edited, h)
         return edited.reshape(shape)
 
-    def _prepare(self, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _prepared(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
+        """What `prepare` gave for this pass: made once per device, dtype and number of rows."""
+        if self._per_row and facts.rows is not None:
+            return self._prepare(h.device, h.dtype, facts)
+        key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
+        if key not in self._ready:
+            self._ready[key] = self._prepare(h.device, h.dtype, facts)
+        return self._ready[key]
+
+    def _prepare(
+        self, device: torch.device, dtype: torch.dtype, facts: Pass | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         if torch.compiler.is_compiling():
-            return self._prepare_here(device, dtype, batch)
+            return self._prepare_here(device, dtype, facts)
         # Not under inference_mode or autograd of whoever happens to run the first pass.
         with torch.inference_mode(mode=False), torch.no_grad():
-            return self._prepare_here(device, dtype, batch)
+            return self._prepare_here(device, dtype, facts)
 
-    def _prepare_here(self, device: torch.device, dtype: torch.dtype, batch: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _prepare_here(
+        self, device: torch.device, dtype: torch.dtype, facts: Pass | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
         if value.dim() == 1:
-            value = expand_rows(value, batch, "strength")[:, None, None]
+            value = value if facts is None else facts.expand(value, "strength")
+            value = value[:, None, None]
         neutral = self.method.neutral
         active = torch.ones_like(value, dtype=torch.bool) if neutral is None else value != neutral
         return self.method.prepare(self.params, value, dtype, device), active
@@ -270,11 +279,7 @@ class _Dispatcher:
         return inert
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_hook, ()
-
-
-def _inert_hook() -> Any:
-    return inert
+        return inert_hook, ()
 
 
 class _InputDispatcher(_Dispatcher):
@@ -338,6 +343,7 @@ def _plan(
     edits = []
     for site, tap in zip(vector.sites, locate(decoder.model, vector.sites).values(), strict=True):
         params = vector.params(site)
+        method.check(site, params)
         factor = 1.0 if counted == "paper" else _norm_factor(method, vector, site, params)
         block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
         edits.append(_Edit(method, params, tap, written, dose, factor, lengths, block))
@@ -362,10 +368,10 @@ def _strength_value(value: Strength) -> float | tuple[float, ...]:
     Raises:
         StrengthError: not a number, not finite, or no row.
     """
-    listed: Any = value.tolist() if isinstance(value, Tensor) else value
+    listed: Any = value.tolist() if hasattr(value, "tolist") else value  # tensors and numpy's numbers
     rows = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed]
     for row in rows:
-        if isinstance(row, bool) or not isinstance(row, int | float) or not math.isfinite(row):
+        if isinstance(row, bool) or not isinstance(row, int | float) or not abs(row) <= _LARGEST:
             raise StrengthError(f"strength: got {row!r}; give a finite number, or one per row of the batch")
     if not rows:
         raise StrengthError("strength: got an empty list; give a finite number, or one per row of the batch")

@@ -20,16 +20,17 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, near_miss
 
-__all__ = ["Pass", "PassClock", "PromptLengths", "Scope", "Tokens", "inert"]
+__all__ = ["Pass", "PassClock", "PromptLengths", "Scope", "Tokens", "inert", "inert_hook"]
 
 SCOPES = ("all", "prompt", "response", "generated", "first(n)", "front", "mid", "back")
+PACKED = "several texts share a row of this pass (packed, or batched continuously), so their ends are not known"
 _COUNTED = re.compile(r"first\((\d+)\)")
 
 
@@ -89,7 +90,7 @@ class PromptLengths:
 
     def __init__(self, lengths: Sequence[int] | Tensor | int) -> None:
         listed: Any = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-        values = [listed] if isinstance(listed, int) else list(listed)
+        values = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed]
         wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 1]
         if not values or wrong:
             got = repr(wrong[0]) if wrong else "none"
@@ -97,41 +98,19 @@ class PromptLengths:
         self.values = tuple(values)
         self._tensors: dict[torch.device, Tensor] = {}
 
-    def on(self, device: torch.device, batch: int) -> Tensor:
-        """The lengths as a tensor [b], each repeated where `generate` expanded the rows.
+    def on(self, facts: Pass) -> Tensor:
+        """The lengths as a tensor [b], one per row of a pass.
 
         Args:
-            device: where the pass runs.
-            batch: rows of the pass; beams and returned sequences of one item are adjacent.
+            facts: the pass.
 
         Raises:
-            ScopeError: the rows of the pass are not a multiple of the lengths given.
+            ScopeError: the rows of the pass do not fit the lengths given.
         """
-        if device not in self._tensors:
-            self._tensors[device] = torch.tensor(self.values, dtype=torch.long, device=device)
-        return expand_rows(self._tensors[device], batch, "prompt_lengths")
-
-
-def expand_rows(values: Tensor, batch: int, what: str) -> Tensor:
-    """Repeat one value per item for the adjacent rows that beams and returned sequences make of it.
-
-    Args:
-        values: [rows, ...], one per item.
-        batch: rows of the pass.
-        what: the argument's name, for the error.
-
-    Returns:
-        [batch, ...]
-
-    Raises:
-        ScopeError: `batch` is not a multiple of the number of values.
-    """
-    rows = values.shape[0]
-    if rows == batch:
-        return values
-    if batch % rows:
-        raise ScopeError(f"{what}: got {rows} values for a pass of {batch} rows; give one per row of the batch")
-    return values.repeat_interleave(batch // rows, dim=0)
+        if facts.device not in self._tensors:
+            self._tensors[facts.device] = torch.tensor(self.values, dtype=torch.long, device=facts.device)
+        values = self._tensors[facts.device]
+        return values.expand(facts.batch) if len(values) == 1 else facts.expand(values, "prompt_lengths")
 
 
 class Pass:
@@ -143,6 +122,9 @@ class Pass:
         past: columns before them, in the cache.
         boundary: the first column after the prompt, None where this pass cannot tell.
         decode: this pass is one decoding step of a `generate` call (all rows are past their prompt).
+        expands: this pass may hold several rows of one item (beams, returned sequences).
+        rows: which items the rows are, where a reader sorted them; None where they are as given.
+        only_all: why only scope `all` is known in this pass, if so.
     """
 
     def __init__(
@@ -157,11 +139,14 @@ class Pass:
         first: Tensor | None = None,
         boundary: int | None = None,
         decode: bool = False,
-        packed: bool = False,
+        expands: bool = True,
+        rows: tuple[int, ...] | None = None,
+        only_all: str | None = None,
         position_ids: Tensor | None = None,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
-        self.boundary, self.decode, self.packed = boundary, decode, packed
+        self.boundary, self.decode, self.expands = boundary, decode, expands
+        self.rows, self.only_all = rows, only_all
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
         self._tokens: dict[tuple[Scope, int], Tokens] = {}
 
@@ -181,7 +166,9 @@ class Pass:
     def first(self) -> Tensor | None:
         """[b] column of every row's first real token; None where no row starts with a pad."""
         if self._first is None and self._attention is not None:
-            self._first = (self._attention != 0).long().argmax(dim=1)
+            real = self._attention != 0
+            # A row without a real token so far (the first chunk of a padded row) starts later than all columns.
+            self._first = torch.where(real.any(dim=1), real.long().argmax(dim=1), real.shape[1])
         return self._first
 
     @property
@@ -189,6 +176,30 @@ class Pass:
         """[b, t] place of every token counted from its row's first real token."""
         columns = self.columns[None, :].expand(self.batch, -1)
         return columns if self.first is None else columns - self.first[:, None]
+
+    def expand(self, values: Tensor, what: str) -> Tensor:
+        """One value per row of this pass, from one value per item.
+
+        Args:
+            values: [items, ...].
+            what: the argument's name, for the error.
+
+        Returns:
+            [b, ...]; each value repeated for the adjacent rows that beams and returned sequences make of its item.
+
+        Raises:
+            ScopeError: the rows of this pass do not fit the number of values.
+        """
+        items = values.shape[0]
+        if self.rows is not None:
+            if max(self.rows) >= items:
+                raise ScopeError(f"{what}: got {items} values for more items than that; give one per item")
+            return values[list(self.rows)]
+        if items == self.batch:
+            return values
+        if self.batch % items or not self.expands:
+            raise ScopeError(f"{what}: got {items} values for a pass of {self.batch} rows; give one per row")
+        return values.repeat_interleave(self.batch // items, dim=0)
 
     def tokens(self, scope: Scope, lengths: PromptLengths | None = None) -> Tokens:
         """Answer which tokens of this pass a scope means.
@@ -205,22 +216,18 @@ class Pass:
             self._tokens[key] = Tokens(self, scope, lengths)
         return self._tokens[key]
 
-    def check_unpacked(self, scope: Scope) -> None:
-        """Refuse a scope other than `all` where several texts share one row.
+    def check(self, scope: Scope) -> None:
+        """Refuse a scope other than `all` in a pass where nothing else is known.
 
         Raises:
-            ScopeError: the row is packed.
+            ScopeError: with the reason.
         """
-        packed = self.packed
-        ids = self._position_ids
-        if not packed and ids is not None and ids.shape[-1] > 1 and not torch.compiler.is_compiling():
+        reason, ids = self.only_all, self._position_ids
+        if reason is None and ids is not None and ids.shape[-1] > 1 and not torch.compiler.is_compiling():
             # One synchronisation per scoring pass of a single unpadded row; never in a decoding step.
-            packed = bool((ids[..., 1:] <= ids[..., :-1]).any())
-        if packed:
-            raise ScopeError(
-                f"scope '{scope}': this pass packs several texts into one row (or batches requests continuously), "
-                "where only scope 'all' is known; use scope='all' or pad the texts instead"
-            )
+            reason = PACKED if bool((ids[..., 1:] <= ids[..., :-1]).any()) else None
+        if reason is not None:
+            raise ScopeError(f"scope '{scope}': {reason}; use scope='all'")
 
 
 class Tokens:
@@ -256,7 +263,7 @@ class Tokens:
         """
         facts = self._pass
         if self._lengths is not None:
-            return self._lengths.on(facts.device, facts.batch)[:, None]
+            return self._lengths.on(facts)[:, None]
         first: Tensor | int = 0 if facts.first is None else facts.first[:, None]
         if facts.boundary is None and facts.real is not None:
             return facts.real.sum(dim=1, keepdim=True)
@@ -266,13 +273,13 @@ class Tokens:
     def require_prompt(self, count: int) -> None:
         """Refuse a prompt shorter than the window to be written.
 
-        Looks once per prompt (the first pass of a sequence) and costs one synchronisation there.
+        Looks in the passes that hold prompt (one, or a few chunks) and costs one synchronisation in each.
 
         Raises:
             ScopeError: a row's prompt has fewer real tokens than `count`.
         """
-        past = self._pass.past
-        if self._pass.decode or torch.compiler.is_compiling() or not isinstance(past, int) or past > 0:
+        past, end = self._pass.past, self._pass.boundary or 1
+        if self._pass.decode or torch.compiler.is_compiling() or not isinstance(past, int) or past >= end:
             return
         shortest = int(self.prompt_length.min())
         if shortest < count:
@@ -286,12 +293,14 @@ class Tokens:
         facts, scope = self._pass, self.scope
         if scope.kind == "all":
             return _mask_or_all(facts.real)
-        facts.check_unpacked(scope)
+        facts.check(scope)
         if scope.kind == "first":
             return self._choose_first(scope.count)
         if facts.decode and self._lengths is None:
             return scope.kind in ("response", "generated")
         end = self._end()
+        if end is None and scope.needs_prompt_end:
+            self._choose_side(scope.kind, None)
         if scope.kind in ("front", "mid", "back"):
             past_prompt = isinstance(facts.past, int) and isinstance(end, int) and facts.past >= end
             return False if past_prompt else _mask_or_all(facts.real)
@@ -327,8 +336,26 @@ class Tokens:
         facts = self._pass
         if self._lengths is None:
             return facts.boundary
-        ends = self._lengths.on(facts.device, facts.batch)[:, None]
+        ends = self._lengths.on(facts)[:, None]
+        self._check_lengths(ends)
         return ends if facts.first is None else ends + facts.first[:, None]
+
+    def _check_lengths(self, lengths: Tensor) -> None:
+        """Refuse prompts longer than their rows, where looking costs no step of a decoding loop.
+
+        Raises:
+            ScopeError: with the row's two lengths.
+        """
+        facts = self._pass
+        if torch.compiler.is_compiling() or facts.decode or facts.width == 1:
+            return
+        if not isinstance(facts.past, int) or facts.past > 0:
+            return
+        held = facts.width if facts.real is None else facts.real.sum(dim=1, keepdim=True)
+        too_long = (lengths > held).flatten()
+        if bool(too_long.any()) and not facts.expands:
+            row = int(too_long.long().argmax())
+            raise ScopeError(f"prompt_lengths: got {int(lengths[row])} for row {row}, which has fewer real tokens")
 
 
 def _mask_or_all(mask: Tensor | None) -> Tensor | Literal[True]:
@@ -353,7 +380,8 @@ def inert(*_args: Any, **_kwargs: Any) -> None:
     """What a copy of a hook does: nothing. A deep copy of a steered model is not steered."""
 
 
-def _inert_hook() -> Any:
+def inert_hook() -> Any:
+    """What a pickled hook comes back as."""
     return inert
 
 
@@ -390,12 +418,15 @@ class PassClock:
         if self.users > 1:
             return
         model, body = self._model(), self._body()
-        for module in {id(model): model, id(body): body}.values():
-            if module is not None:
-                before, after = _Before(self), _After(self)
-                # Prepended: facts must be noted before any other hook runs a forward of its own.
-                self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(after, always_call=True))
+        try:
+            for module in {id(model): model, id(body): body}.values():
+                if module is not None:
+                    before, after = _Before(self), _After(self)
+                    self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+                    self._handles.append(module.register_forward_hook(after, always_call=True))
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Take the hooks off when their last user goes."""
@@ -407,8 +438,22 @@ class PassClock:
 
     @property
     def now(self) -> Pass | None:
-        """The pass this thread is in; None outside of one or while suspended."""
-        return getattr(self._local, "now", None)
+        """The pass this thread is in; None outside of one."""
+        live: _Live | None = getattr(self._local, "live", None)
+        return None if live is None else live.facts
+
+    @contextlib.contextmanager
+    def items(self, rows: tuple[int, ...]) -> Iterator[None]:
+        """Say which items the rows of this thread's next passes are, for values given one per item.
+
+        Args:
+            rows: one item index per row.
+        """
+        self._local.rows = rows
+        try:
+            yield
+        finally:
+            self._local.rows = None
 
     @property
     def is_suspended(self) -> bool:
@@ -431,24 +476,42 @@ class PassClock:
         Raises:
             ModelError: the model itself gets this mode wrong (a Mamba cache continued by a second `generate`).
         """
-        live = self.now
+        live = self._live()
         given = dict(zip(self._names.get(id(module), ()), args, strict=False)) | dict(kwargs)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-            self._local.now, self._local.module = None, None
-            return
-        is_inner = live is not None and module is not self._local.module and module is self._body()
-        if is_inner and live is not None and (live.batch, live.width) == (tokens.shape[0], tokens.shape[1]):
-            # The body inside its model: the outer facts win (it saw the 2-D mask and what `generate` passed).
-            return
-        self._local.module = module
-        self._local.now = self._read(tokens, given)
+        facts: Pass | None = None
+        if isinstance(tokens, Tensor) and tokens.dim() >= 2:
+            if live is not None and module is not live.module and module is self._body():
+                facts = live.facts  # the body inside its model: the outer facts win (it saw the 2-D mask)
+                if facts is not None and (facts.batch, facts.width) != (tokens.shape[0], tokens.shape[1]):
+                    facts = None
+            facts = self._read(tokens, given) if facts is None else facts
+        frame = None if torch.compiler.is_compiling() else sys._getframe(2)
+        self._local.live = _Live(module, facts, frame, live)
 
     def leave(self, module: nn.Module) -> None:
         """Forget the facts of the pass that has just run."""
-        if getattr(self._local, "module", None) is module:
-            self._local.now, self._local.module = None, None
+        live: _Live | None = getattr(self._local, "live", None)
+        while live is not None:
+            done, live = live.module is module, live.outer
+            if done:
+                break
+        self._local.live = live
+
+    def _live(self) -> _Live | None:
+        """The pass this thread is in, without those an interrupt left behind (torch calls no closing hook then)."""
+        live: _Live | None = getattr(self._local, "live", None)
+        if live is None or torch.compiler.is_compiling():
+            return live
+        stack: set[int] = set()
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            stack.add(id(frame))
+            frame = frame.f_back
+        while live is not None and live.frame is not None and id(live.frame) not in stack:
+            live = live.outer
+        return live
 
     # What follows reads one pass. See the table of modes in the tests for what each branch is for.
 
@@ -461,9 +524,15 @@ class PassClock:
         prompt = None if compiling else self._prompt()
         call = self._call_of(prompt, cache, compiling)
         past = _past(cache, mask, width, call, compiling)
-        facts: dict[str, Any] = {"batch": batch, "width": width, "past": past, "device": tokens.device}
+        facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
+        facts["rows"] = getattr(self._local, "rows", None)
+        facts["expands"] = compiling or call is not None or cache is not None
+        if past is None:
+            reason = "a recurrent cache does not say how many tokens it has seen; pass attention_mask over all of them"
+            return Pass(**facts, past=0, only_all=reason)
+        facts["past"] = past
         if given.get("cu_seq_lens_q") is not None or given.get("block_table") is not None:
-            return Pass(**facts, packed=True)
+            return Pass(**facts, only_all=PACKED)
         keep = given.get("logits_to_keep")
         own_sequence = call is not None and not compiling and keep is None
         if call is not None and not compiling and not own_sequence:
@@ -505,33 +574,46 @@ class PassClock:
         return known[ranked[0]], types.index(ranked[0]) if ranked[0] in types else 0
 
     def _prompt(self) -> Tensor | None:
-        """The expanded prompt of the outermost `generate` call of this model on this thread's stack."""
-        found = None
+        """The expanded prompt of the `generate` call of this model that this pass belongs to.
+
+        The innermost one on the stack, unless a draft is being made for an outer one: a model that drafts for itself
+        calls its own `generate` on prompt and answer so far, whose prompt is the outer one's.
+        """
+        found, drafts = None, False
         frame: Any = sys._getframe(1)
         model = self._model()
         while frame is not None:
-            if frame.f_code is self._generate_code and frame.f_locals.get("self") is model:
-                found = frame.f_locals.get("input_ids")
+            code = frame.f_code
+            if code is self._generate_code:
+                if (found is None or drafts) and frame.f_locals.get("self") is model:
+                    found, drafts = frame.f_locals.get("input_ids"), False
+            elif code.co_name == "get_candidates":
+                drafts = True
             frame = frame.f_back
         return found if isinstance(found, Tensor) else None
 
     def _call_of(self, prompt: Tensor | None, cache: Any, compiling: bool) -> _Call | None:
         """The state of the `generate` call this pass belongs to."""
-        call: _Call | None = getattr(self._local, "call", None)
+        last: _Call | None = getattr(self._local, "call", None)
         if compiling:
-            return call
+            return last
         if prompt is None:
             self._local.call = None
             return None
-        if call is None or call.prompt() is not prompt:
+        # One `generate` may run inside another (a logits processor that asks about another text).
+        calls: dict[int, _Call] = getattr(self._local, "calls", {})
+        for key in [key for key, call in calls.items() if call.prompt() is None]:
+            del calls[key]
+        self._local.calls = calls
+        if id(prompt) not in calls:
             if _is_used_recurrent_cache(cache):
                 raise ModelError(
                     "generate: this model's recurrent cache was filled by an earlier call, and transformers continues "
                     "such caches wrongly; pass the whole conversation again without past_key_values / cache_params"
                 )
-            call = _Call(prompt)
-            self._local.call = call
-        return call
+            calls[id(prompt)] = _Call(prompt)
+        self._local.call = calls[id(prompt)]
+        return calls[id(prompt)]
 
     def _boundary_of_cache(
         self, cache: Any, past: int | Tensor, width: int, keep: Any, given: Mapping[str, Any], own_sequence: bool
@@ -561,6 +643,15 @@ class PassClock:
         return boundary
 
 
+class _Live(NamedTuple):
+    """A pass under way: which module noted it, in which frame, and the pass around it."""
+
+    module: nn.Module
+    facts: Pass | None
+    frame: Any
+    outer: Any
+
+
 class _Call:
     """What is remembered of one `generate` call."""
 
@@ -578,7 +669,7 @@ class _Call:
             candidates = (keep - 1) if isinstance(keep, int) and keep > 0 else 0
             if self.prompt_width == 0:  # inputs_embeds: the first pass is the prompt
                 self.boundary = start + width - candidates
-            elif self.prompt_width <= start:  # only the new ids were passed to a continued cache
+            elif self.prompt_width <= max(start, width - candidates if start else 0):
                 self.boundary = start + self.prompt_width
             else:
                 self.boundary = self.prompt_width
@@ -606,7 +697,7 @@ class _Before:
         return inert
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_hook, ()
+        return inert_hook, ()
 
 
 class _After:
@@ -622,7 +713,7 @@ class _After:
         return inert
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _inert_hook, ()
+        return inert_hook, ()
 
 
 def _generate_code() -> Any:
@@ -632,8 +723,8 @@ def _generate_code() -> Any:
     return inspect.unwrap(GenerationMixin.generate).__code__
 
 
-def _past(cache: Any, mask: Any, width: int, call: _Call | None, compiling: bool) -> int | Tensor:
-    """Columns already cached: a number where the host knows it, else the cache's own counter as it stands now."""
+def _past(cache: Any, mask: Any, width: int, call: _Call | None, compiling: bool) -> int | Tensor | None:
+    """Columns already cached: a number where the host knows it, else the cache's counter; None where nobody knows."""
     if cache is None:
         return 0
     try:
@@ -641,7 +732,9 @@ def _past(cache: Any, mask: Any, width: int, call: _Call | None, compiling: bool
     except ValueError:  # caches without attention layers (Mamba) do not count
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return max(mask.shape[1] - width, 0)
-        return call.columns if call is not None else 0
+        if call is not None:
+            return call.columns
+        return None if _is_used_recurrent_cache(cache) else 0
     if isinstance(length, Tensor):
         if compiling or call is None:
             return length.clone()  # block 0 increments the live counter in place

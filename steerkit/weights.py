@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steerkit.errors import ModelError, ScopeError, StrengthError
 from steerkit.registry import method_of
 from steerkit.sites import inner_model
-from steerkit.tokens import inert
+from steerkit.tokens import inert, inert_hook
 from steerkit.vector import SteeringVector
 
 __all__ = ["edited"]
@@ -26,6 +26,9 @@ class _Edited:
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
         return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return inert_hook, ()
 
 
 @contextlib.contextmanager
@@ -86,6 +89,7 @@ def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
+    owner = getattr(owner, "base_layer", owner)  # a LoRA layer adds to what its base layer gives
     weight: Tensor | None = getattr(owner, leaf, None)
     probe = getattr(owner, "weight", None) if weight is None else weight
     if not isinstance(probe, Tensor) or not probe.is_floating_point():

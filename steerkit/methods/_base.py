@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit import edits
-from steerkit.errors import FitError, SiteError, StrengthError, UnknownNameError, near_miss
+from steerkit.errors import FitError, SiteError, StrengthError, UnknownNameError, VectorMismatchError, near_miss
 from steerkit.sites import Decoder, Site, locate
 from steerkit.vector import SteeringVector
 
@@ -173,6 +173,14 @@ class Method:
             tensors.update({f"{site}/{name}": value for name, value in params.items()})
         return tensors
 
+    def check(self, site: Site, params: Params) -> None:
+        """Refuse tensors that a file may hold but this method cannot apply.
+
+        Args:
+            site: whose tensors they are.
+            params: the tensors of one site.
+        """
+
     def direction(self, params: Params) -> Tensor | None:
         """The single direction [d] on which held-out activations are projected; None where there is none.
 
@@ -243,6 +251,17 @@ class Method:
 @dataclass(frozen=True)
 class AddDirection(Method):
     """Shared by the methods that add `strength * direction` to every written token."""
+
+    def check(self, site: Site, params: Params) -> None:
+        """One direction [d] per site.
+
+        Raises:
+            VectorMismatchError: there is none, or it has another shape.
+        """
+        direction = params.get("direction")
+        if direction is None or direction.dim() != 1:
+            got = "none" if direction is None else f"shape {tuple(direction.shape)}"
+            raise VectorMismatchError(f"{site}: {self.name} adds one direction of shape (width,), the vector has {got}")
 
     def length(self, params: Params) -> float | None:
         """Norm of the direction."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from steerkit import edits
 from steerkit.activations import Activations
-from steerkit.errors import FitError
+from steerkit.errors import FitError, VectorMismatchError
 from steerkit.methods._base import Method, Params, Prepared, Subject
 from steerkit.sites import Decoder, Site
 from steerkit.tokens import Tokens
@@ -91,6 +91,17 @@ class ActivationAddition(Method):
             raise FitError("actadd: both prompts are the same tokens, so their difference is zero; change one of them")
         rows = subject.record_ids(filled, sites)
         return {f"{site}/direction": rows[site][0] - rows[site][1] for site in sites}
+
+    def check(self, site: Site, params: Params) -> None:
+        """One direction per position.
+
+        Raises:
+            VectorMismatchError: there is none, or it has another shape.
+        """
+        direction = params.get("direction")
+        if direction is None or direction.dim() != 2:
+            got = "none" if direction is None else f"shape {tuple(direction.shape)}"
+            raise VectorMismatchError(f"{site}: actadd adds rows of shape (positions, width), the vector has {got}")
 
     def length(self, params: Params) -> float | None:
         """Median norm of the rows (the BOS row, which is zero, left out)."""

@@ -96,10 +96,16 @@ class RepresentationControl(AddDirection):
         """Norm of the direction; None where norms are restored, because then no length is added."""
         return None if self.restore_norm else super().length(params)
 
+    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """As for every addition; not in half precision where norms are restored."""
+        return super().prepare(params, strength, _wide(dtype) if self.restore_norm else dtype, device)
+
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """`h + strength * direction`, rescaled to the norm of `h` where asked."""
-        edited = super().edit(h, prepared, tokens)
-        return edits.keep_norm(edited, h) if self.restore_norm else edited
+        if not self.restore_norm:
+            return super().edit(h, prepared, tokens)
+        # Not in half precision: the sum may not fit, and rounding it before scaling brings the old rounding error back.
+        return edits.keep_norm(edits.add(h.to(_wide(h.dtype)), prepared["direction"]), h)
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """As for every addition.
@@ -110,3 +116,7 @@ class RepresentationControl(AddDirection):
         if self.restore_norm:
             raise StrengthError("repe: restoring norms has no exact weight form; steer with hooks instead")
         return super().weight_updates(model, vector, strength)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
