@@ -24,7 +24,7 @@ from steerkit.errors import ModelError, ScopeError, StrengthError
 from steerkit.methods._base import Method, Params
 from steerkit.registry import method_of
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
-from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, inert, inert_hook
+from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, Tokens, inert, inert_hook
 from steerkit.vector import SteeringVector
 
 __all__ = ["Steering", "steer"]
@@ -208,9 +208,6 @@ class _Edit:
         if not compiling and self._inert:
             return h
         assert self.clock is not None
-        if self.clock.is_suspended:
-            return h
-        shape = h.shape
         facts = self.clock.now
         if facts is None:
             raise ScopeError(
@@ -222,21 +219,29 @@ class _Edit:
                 f"{self.tap.site}: a site inside a block cannot be steered under gradient checkpointing, whose second "
                 "run comes after the pass; steer at resid_pre or resid_post, or switch checkpointing off"
             )
+        if facts.bare:
+            return h
         tokens = facts.tokens(self.scope, self.lengths)
         if tokens.nothing:
             return h
         if self._minimum:
             tokens.require_prompt(self._minimum)
-        if h.dim() == 2:  # OPT flattens rows and tokens around its MLP
-            h = h.reshape(facts.batch, facts.width, h.shape[-1])
+        if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
+            shaped = self._write(h.reshape(facts.batch, facts.width, h.shape[-1]), facts, tokens, compiling)
+            return shaped.reshape(h.shape)
+        return self._write(h, facts, tokens, compiling)
+
+    def _write(self, h: Tensor, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
         prepared, active = self._prepared(h, facts)
-        edited = self.method.edit(h, prepared, tokens).to(h.dtype)
+        edited = self.method.edit(h, prepared, tokens)
+        if edited.dtype != h.dtype:
+            edited = edited.to(h.dtype)
         written = None if tokens.written is None else tokens.written[..., None]
         if compiling or self._some_inert:
             written = active if written is None else written & active
         if written is not None:
             edited = torch.where(written, edited, h)
-        return edited.reshape(shape)
+        return edited
 
     def _prepared(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
         """What `prepare` gave for this pass: made once per device, dtype and number of rows."""
@@ -284,18 +289,22 @@ class _Dispatcher:
 
 class _InputDispatcher(_Dispatcher):
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tap = self.edits[0].tap
+        before = h = tap.read(args, kwargs)
         for edit in self.edits:
-            h = edit.tap.read(args, kwargs)
-            args, kwargs = edit.tap.write_input(args, kwargs, edit(h))
-        return args, kwargs
+            h = edit(h)
+        return None if h is before else tap.write_input(args, kwargs, h)
 
 
 class _OutputDispatcher(_Dispatcher):
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        tap, plain = self.edits[0].tap, type(output) is Tensor
+        before = h = output if plain else tap.read((), {}, output)
         for edit in self.edits:
-            h = edit.tap.read((), {}, output)
-            output = edit.tap.write_output(output, edit(h))
-        return output
+            h = edit(h)
+        if h is before:
+            return None
+        return h if plain else tap.write_output(output, h)
 
 
 @contextlib.contextmanager

@@ -125,6 +125,7 @@ class Pass:
         expands: this pass may hold several rows of one item (beams, returned sequences).
         rows: which items the rows are, where a reader sorted them; None where they are as given.
         only_all: why only scope `all` is known in this pass, if so.
+        bare: nothing is to be written in this pass.
     """
 
     def __init__(
@@ -142,11 +143,12 @@ class Pass:
         expands: bool = True,
         rows: tuple[int, ...] | None = None,
         only_all: str | None = None,
+        bare: bool = False,
         position_ids: Tensor | None = None,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
-        self.rows, self.only_all = rows, only_all
+        self.rows, self.only_all, self.bare = rows, only_all, bare
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
         self._tokens: dict[tuple[Scope, int], Tokens] = {}
 
@@ -526,6 +528,7 @@ class PassClock:
         past = _past(cache, mask, width, call, compiling)
         facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
         facts["rows"] = getattr(self._local, "rows", None)
+        facts["bare"] = self.is_suspended
         facts["expands"] = compiling or call is not None or cache is not None
         if past is None:
             reason = "a recurrent cache does not say how many tokens it has seen; pass attention_mask over all of them"

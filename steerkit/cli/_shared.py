@@ -73,9 +73,9 @@ def table(*columns: str, right: Sequence[str] = (), title: str | None = None) ->
     return made
 
 
-def number(value: Any, digits: int = 3) -> str:
+def number(value: Any, form: str = ".3g") -> str:
     """A number for people; a dash where there is none."""
-    return f"{value:.{digits}g}" if isinstance(value, int | float) else "-"
+    return format(value, form) if isinstance(value, int | float) else "-"
 
 
 def sites_table(described: Mapping[str, Any]) -> Table:
@@ -99,8 +99,8 @@ def sites_table(described: Mapping[str, Any]) -> Table:
             number(site["activation_norm"]),
             number(site["strength"]["paper"]),
             number(site["strength"]["norm"]),
-            number(separation.get("auc")),
-            number(separation.get("cohens_d")),
+            number(separation.get("auc"), ".3f"),
+            number(separation.get("cohens_d"), ".2f"),
         )
     return made
 

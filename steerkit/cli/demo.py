@@ -50,7 +50,7 @@ def run(
 ) -> None:
     """Do the main job in one go: fit a recipe's vector, steer both ways, measure the effect, draw it.
 
-    Writes <out>/<recipe>.safetensors and <out>/<recipe>.png.
+    Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and <out>/<recipe>.png.
     """
     import steerkit
     from steerkit.evaluate.curve import dose_response
@@ -77,8 +77,9 @@ def run(
         curve = dose_response(
             loaded, tokenizer, held_out, vector, strengths, controls=CONTROLS, batch_size=batch_size, step=step
         )
+    card = _write_card(target.with_suffix(".md"), vector, curve, answers, questions)
     picture = _draw(curve, target.with_suffix(".png"), chosen, vector)
-    found = _Findings(chosen, name, target, vector, answers, curve, picture)
+    found = _Findings(chosen, name, target, vector, answers, curve, card, picture)
     if as_json:
         print_json(found.as_json())
     else:
@@ -95,6 +96,7 @@ class _Findings:
     vector: SteeringVector
     answers: Mapping[float, Sequence[str]]
     curve: Curve
+    card: Path
     picture: Path | None
 
     def as_json(self) -> dict[str, Any]:
@@ -112,6 +114,7 @@ class _Findings:
             "items": self.curve.items,
             "rises": self.curve.rises,
             "clear_of_controls": self.curve.clear_of_controls,
+            "card": str(self.card),
             "picture": None if self.picture is None else str(self.picture),
         }
 
@@ -127,6 +130,24 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
+def _write_card(
+    path: Path,
+    vector: SteeringVector,
+    curve: Curve,
+    answers: Mapping[float, Sequence[str]],
+    questions: Sequence[str],
+) -> Path:
+    from steerkit.export.card import Answer, vector_card
+
+    listed = [
+        Answer(question, dose, texts[number])
+        for number, question in enumerate(questions)
+        for dose, texts in answers.items()
+    ]
+    path.write_text(vector_card(path.stem, vector, curve=curve, answers=listed), encoding="utf-8")
+    return path
+
+
 def _draw(curve: Curve, path: Path, recipe: Recipe, vector: SteeringVector) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         return None
@@ -138,7 +159,7 @@ def _draw(curve: Curve, path: Path, recipe: Recipe, vector: SteeringVector) -> P
 def _show(found: _Findings) -> None:
     console, recipe = stdout(), found.recipe
     typer.echo(f"{recipe.name} on {found.model}: {recipe.title or recipe.behaviour}")
-    typer.echo(f"wrote {found.file}")
+    typer.echo(f"wrote {found.file} and {found.card.name}")
     console.print(sites_table(found.vector.describe()))
     for number, question in enumerate(recipe.evaluate.questions):
         _show_answers(console, question, {dose: texts[number] for dose, texts in found.answers.items()})
