@@ -6,7 +6,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= 2
 
-.PHONY: demo test slow bench lint format clean
+.PHONY: demo test slow bench vectors lint format clean
 
 demo: $(STAMP)
 	$(BIN)/steerkit demo
@@ -19,6 +19,13 @@ slow: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
+
+# The committed vectors and cards, anew (about two minutes each).
+vectors: $(STAMP)
+	for recipe in recipes/*.toml; do \
+	  $(BIN)/steerkit demo --recipe $$recipe --out vectors/smollm2-135m || exit 1; \
+	done
+	rm -f vectors/smollm2-135m/*.png
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -149,7 +149,7 @@ class Recipe:
             "name": self.name,
             "behaviour": self.behaviour,
             "title": self.title,
-            **{name: {key: _plain(value) for key, value in part.items()} for name, part in plain.items()},
+            **plain,
         }
 
     def split(self) -> tuple[ContrastSet, ContrastSet]:
@@ -295,7 +295,3 @@ def _check_keys(path: Path, table: str, given: Mapping[str, Any], known: set[str
         if key not in known:
             place = f"[{table}] " if table else ""
             raise RecipeError(f"{path}: {place}unknown key {key!r}; {near_miss(key, known)}")
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -42,7 +42,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize("scope", ["all", "first(4)", "response", "prompt", "front"])
 @pytest.mark.parametrize("when", ["before", "inside"])
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
-def test_fullgraph_equals_eager(model: Any, scope: str, when: str, how: str) -> None:
+def test_bug_40_fullgraph_equals_eager(model: Any, scope: str, when: str, how: str) -> None:
     vector = modes.vector_for(model, scope=scope)
     lengths = [4, 3] if scope in ("response", "prompt") else None
     with torch.no_grad():

@@ -1,0 +1,160 @@
+"""Scores, intervals, the dose-response curve, its picture and the card."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import steerkit
+from steerkit.data import ContrastSet, Conversation, render
+from steerkit.errors import DataError, SteerError
+from steerkit.evaluate.curve import Curve, dose_response, random_like
+from steerkit.evaluate.intervals import Estimate, bootstrap
+from steerkit.evaluate.scorers.preference_margin import preference_margin
+from steerkit.export.card import Answer, vector_card
+from tests import modes
+from tests.families import build
+from tests.tiny_tokenizers import CHATML, byte_tokenizer
+
+ITEMS = [
+    ("How was it?", "It was a fine day.", "It was a bad day."),
+    ("And the food, tell me?", "Good.", "Not good at all, I fear."),
+    ("Well?", "Yes, very well indeed.", "No."),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer(CHATML)
+
+
+def slow_margin(model: Any, tokenizer: Any, vector: Any, strength: float) -> list[float]:
+    """One text at a time, one token at a time, from the definition."""
+    margins = []
+    for prompt, *answers in ITEMS:
+        means = []
+        for answer in answers:
+            text = render(tokenizer, Conversation(prompt, answer=answer))
+            with steerkit.steer(model, vector, strength, prompt_lengths=[text.prompt_length]):
+                logits = modes.plain_logits(model, text.ids)
+            logs = []
+            for place in range(text.prompt_length, len(text.ids)):
+                row = logits[place - 1].double()
+                logs.append(float(row[text.ids[place]] - torch.logsumexp(row, dim=0)))
+            means.append(sum(logs) / len(logs))
+        margins.append(means[0] - means[1])
+    return margins
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_preference_margin_is_its_definition(family: str, batch_size: int, tokenizer: Any) -> None:
+    model = build(family)
+    vector = modes.vector_for(model, scope="response")
+    data = ContrastSet.from_answers(ITEMS)
+    got = preference_margin(model, tokenizer, data, vector=vector, strength=0.5, batch_size=batch_size)
+    expected = torch.tensor(slow_margin(model, tokenizer, vector, 0.5))
+    assert torch.allclose(got, expected, atol=1e-4)
+    bare = preference_margin(model, tokenizer, data, batch_size=batch_size)
+    assert not torch.allclose(got, bare, atol=1e-3)
+
+
+def test_preference_margin_wants_two_answers(tokenizer: Any) -> None:
+    model = build("llama")
+    with pytest.raises(DataError, match="item 0 has no two answers"):
+        preference_margin(model, tokenizer, ContrastSet.from_prompts(["a b"], ["c d"]))
+
+
+def test_bootstrap_interval() -> None:
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0] * 20)
+    estimate = bootstrap(values)
+    spread = float(values.std(correction=0)) / math.sqrt(len(values))
+    assert estimate.mean == pytest.approx(2.0)
+    assert estimate.low == pytest.approx(2.0 - 1.96 * spread, abs=0.05)
+    assert estimate.high == pytest.approx(2.0 + 1.96 * spread, abs=0.05)
+    assert bootstrap(values) == estimate, "the same seed gives the same interval"
+    with pytest.raises(DataError, match="0 items"):
+        bootstrap(torch.tensor([]))
+    with pytest.raises(DataError, match="finite"):
+        bootstrap(torch.tensor([1.0, math.nan]))
+
+
+def test_dose_response(tokenizer: Any) -> None:
+    model = build("llama")
+    vector = modes.vector_for(model, scope="response", size=0.5)
+    steps: list[int] = []
+    curve = dose_response(
+        model,
+        tokenizer,
+        ContrastSet.from_answers(ITEMS),
+        vector,
+        [-1.0, 0.0, 1.0],
+        controls=2,
+        step=lambda: steps.append(1),
+    )
+    assert curve.items == 3
+    assert len(steps) == 3 * 3
+    # Strength 0 is the bare model, whatever the direction.
+    assert [control[1] for control in curve.controls] == pytest.approx([curve.margins[1].mean] * 2, rel=1e-5)
+    assert len({curve.margins[0].mean, curve.margins[2].mean, *(control[2] for control in curve.controls)}) == 4
+
+
+def test_what_a_curve_says() -> None:
+    def at(*means: float) -> tuple[Estimate, ...]:
+        return tuple(Estimate(mean, mean - 0.1, mean + 0.1) for mean in means)
+
+    curve = Curve((-1.0, 0.0, 1.0), at(-1, 0, 1), ((0.0, 0.0, 0.0),), 5)
+    assert curve.rises
+    assert curve.clear_of_controls
+    assert not dataclasses.replace(curve, margins=at(-1, 1, 1)).rises
+    assert not dataclasses.replace(curve, controls=((0.0, 0.0, 0.95),)).clear_of_controls
+    assert [row["strength"] for row in curve.as_rows()] == [-1.0, 0.0, 1.0]
+
+
+def test_a_random_vector_has_the_same_norms_and_another_direction() -> None:
+    vector = modes.vector_for(build("llama"), scope="response")
+    name = "resid_post.1/direction"
+    other = random_like(vector, seed=1)
+    assert float(other.tensors[name].norm()) == pytest.approx(float(vector.tensors[name].norm()), rel=1e-5)
+    assert abs(float(torch.cosine_similarity(other.tensors[name], vector.tensors[name], dim=0))) < 0.6
+    assert torch.equal(random_like(vector, seed=1).tensors[name], other.tensors[name])
+    window = modes.vector_for(build("llama"), scope="front")
+    rows = random_like(window, seed=1).tensors[name]
+    assert torch.allclose(rows.norm(dim=-1), window.tensors[name].norm(dim=-1))
+
+
+def test_the_picture_is_written_and_errors_are_ours(tmp_path: Path) -> None:
+    from steerkit.plots import plot_curve
+
+    curve = Curve((-1.0, 1.0), (Estimate(0, -1, 1), Estimate(1, 0, 2)), ((0.0, 0.0),), 5)
+    path = plot_curve(curve, tmp_path / "deep" / "curve.png", title="a title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(SteerError, match="cannot be written"):
+        plot_curve(curve, tmp_path / "file" / "curve.png", title="a title")
+
+
+def test_the_card_says_what_is_needed() -> None:
+    model = build("llama")
+    vector = dataclasses.replace(
+        modes.vector_for(model, scope="response"), suggested_strength=1.5, data_digest="ab" * 32
+    )
+    curve = Curve((-1.0, 1.0), (Estimate(0, -1, 1), Estimate(1, 0, 2)), ((0.1, 0.2),), 5)
+    answers = [Answer("How are you?", 0.0, "Well.\nThanks."), Answer("How are you?", 1.5, "Great!")]
+    card = vector_card("joy-caa", vector, curve=curve, answers=answers)
+    for part in (
+        "joy-caa",
+        "resid_post.1",
+        "1.5",
+        "Well. Thanks.",
+        "Great!",
+        vector.digest[:16],
+        "abab",
+        "0.10 to 0.10",
+    ):
+        assert part in card, part

@@ -1,0 +1,177 @@
+"""Recipes and names: what is read, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerkit import registry, shipped
+from steerkit.errors import RecipeError, UnknownNameError, VectorFileError
+from steerkit.recipe import Recipe, find_recipe
+from tests.families import build
+from tests.tiny_tokenizers import CHATML, byte_tokenizer
+
+GOOD = """
+format = 1
+behaviour = "joy"
+[data]
+file = "joy.jsonl"
+held_out = 0.5
+[method]
+name = "caa"
+layers = [1, 2]
+readout = "response_mean"
+[apply]
+strength = 1.5
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    items = [
+        {
+            "prompt": f"How was day {number}?",
+            "positive": f"Bright and fine, {number}.",
+            "negative": f"Dull and sad, {number}.",
+        }
+        for number in range(8)
+    ]
+    (tmp_path / "joy.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+    return tmp_path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "joy-caa.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_is_read_and_run(folder: Path) -> None:
+    recipe = Recipe.load(write(folder, GOOD))
+    assert recipe.name == "joy-caa"
+    assert recipe.apply.unit == "paper"
+    vector = recipe.extract(build("llama"), byte_tokenizer(CHATML))
+    assert [str(site) for site in vector.sites] == ["resid_post.1", "resid_post.2"]
+    assert vector.suggested_strength == 1.5
+    assert vector.held_out["items"] == 4
+    assert vector.extra["recipe"] == recipe.resolved()
+    assert recipe.resolved()["apply"]["unit"] == "paper", "defaults are filled in"
+    other = recipe.extract(build("llama"), byte_tokenizer(CHATML), method="repe", layers="0-1")
+    assert other.method == "repe"
+    assert [site.layer for site in other.sites] == [0, 1]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("format = 1", "format = 2", "format 2 is not 1"),
+    ("format = 1", "", "format None"),
+    ('behaviour = "joy"', "", "behaviour is missing"),
+    ("[apply]", "[aply]", "unknown key 'aply'; did you mean 'apply'"),
+    ("strength = 1.5", "strenght = 1.5", "[apply] unknown key 'strenght'; did you mean 'strength'"),
+    ("strength = 1.5", 'strength = "big"', "a number is wanted"),
+    ("strength = 1.5", "strength = true", "a number is wanted"),
+    ("strength = 1.5", 'unit = "meters"', "neither 'paper' nor 'norm'"),
+    ("layers = [1, 2]", 'layers = "1-2"', "a list is wanted"),
+    ("layers = [1, 2]", "layers = [1.5]", "whole numbers"),
+    ('file = "joy.jsonl"', "", "[data] lacks file"),
+    ('file = "joy.jsonl"', "file = 3", "a text is wanted"),
+    ("[data]", "data = 3\n[dat]", "unknown key 'dat'"),
+    ("[data]", "[data", "not a TOML file"),
+])  # fmt: skip
+def test_mistakes_are_named(folder: Path, old: str, new: str, message: str) -> None:
+    path = write(folder, GOOD.replace(old, new))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_recipe_or_prompt_file(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(folder / "none.toml")
+    recipe = Recipe.load(write(folder, GOOD.replace("joy.jsonl", "none.jsonl")))
+    with pytest.raises(RecipeError, match=r"none\.jsonl"):
+        recipe.split()
+
+
+def test_recipes_by_name_and_by_behaviour() -> None:
+    assert find_recipe("optimism-caa").name == "optimism-caa"
+    assert find_recipe("optimism").name == "optimism-caa"
+    with pytest.raises(UnknownNameError, match="did you mean 'optimism-caa'"):
+        find_recipe("optimsm-caa")
+    with pytest.raises(UnknownNameError, match="unknown recipe"):
+        find_recipe("nothing-at-all")
+
+
+def test_each_behaviour_has_one_default() -> None:
+    recipes = [Recipe.load(path) for path in shipped.recipes().values()]
+    for behaviour in {recipe.behaviour for recipe in recipes}:
+        defaults = [recipe for recipe in recipes if recipe.behaviour == behaviour and recipe.default]
+        assert len(defaults) == 1, behaviour
+
+
+def test_vectors_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in ("one", "two"):
+        (tmp_path / model).mkdir()
+        (tmp_path / model / "joy-caa.safetensors").write_bytes(b"")
+    monkeypatch.setattr(shipped, "_folder", lambda _name: tmp_path)
+    assert shipped.vector_path("joy-caa", "two") == tmp_path / "two" / "joy-caa.safetensors"
+    assert shipped.vector_path("one/joy-caa", "two") == tmp_path / "one" / "joy-caa.safetensors"
+    assert shipped.vector_path("./some/where.safetensors") == Path("some/where.safetensors")
+    with pytest.raises(UnknownNameError, match="did you mean 'joy-caa'"):
+        shipped.vector_path("joi-caa")
+
+
+def test_methods_by_name() -> None:
+    assert {"actadd", "caa", "repe"} <= set(registry.method_names())
+    with pytest.raises(UnknownNameError, match="did you mean 'caa'"):
+        registry.resolve("cca")
+    with pytest.raises(UnknownNameError, match=r"repe: unknown setting 'redaing'; did you mean .*'reading'"):
+        registry.resolve("repe").from_settings({"redaing": "pca"})
+
+
+def test_a_method_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Entry:
+        name = "theirs"
+
+        def load(self) -> Any:
+            return registry.resolve("caa")
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry()] if group == registry.GROUP else [])
+    assert "theirs" in registry.method_names()
+    assert registry.resolve("theirs").name == "caa"
+
+
+def test_a_vector_whose_method_does_another_edit_is_refused(folder: Path) -> None:
+    import dataclasses
+
+    vector = Recipe.load(write(folder, GOOD)).extract(build("llama"), byte_tokenizer(CHATML))
+    with pytest.raises(VectorFileError, match="wants edit 'rotate'"):
+        registry.method_of(dataclasses.replace(vector, edit="rotate"))
+
+
+def test_the_shipped_files_travel_inside_the_wheel(tmp_path: Path) -> None:
+    """Built as pip builds it, from a copy, without the network."""
+    import subprocess
+    import sys
+    import zipfile
+
+    root = Path(__file__).resolve().parent.parent
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, copy)
+    for name in ("steerkit", "recipes", "vectors"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*pip, str(tmp_path), str(copy)], check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert "steerkit/recipes/optimism-caa.toml" in names
+    assert "steerkit/recipes/prompts/optimism.jsonl" in names
+    assert "steerkit/vectors/smollm2-135m/optimism-caa.safetensors" in names
+    assert "steerkit/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests", "recipes", "vectors"))]

@@ -1,0 +1,162 @@
+"""`edited`: the exact weight form equals the hooks, and the weights come back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+
+import steerkit
+from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError
+from steerkit.sites import Site
+from tests import modes
+from tests.families import build
+
+PLACES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "falcon",
+    "bloom",
+    "cohere",
+    "llama_peft",
+)
+NO_PLACE = {
+    "gemma2": "norms the MLP's output",
+    "olmo2": "norms the MLP's output",
+    "mixtral": "experts",
+    "gpt_oss": "experts",
+    "mamba": "no MLP",
+}
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_weights_equal_hooks_and_come_back(family: str) -> None:
+    model = build(family)
+    vector = modes.vector_for(model, scope="all", site=Site(2, "resid_post"))
+    before = state_of(model)
+    bare = modes.plain_logits(model, modes.LONG)
+    with steerkit.steer(model, vector, 0.7):
+        hooked = modes.plain_logits(model, modes.LONG)
+    with steerkit.edited(model, vector, 0.7):
+        folded = modes.plain_logits(model, modes.LONG)
+    assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
+    assert not torch.allclose(folded, bare)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert torch.equal(modes.plain_logits(model, modes.LONG), bare)
+
+
+@pytest.mark.parametrize("family", NO_PLACE)
+def test_families_without_a_place_are_refused(family: str) -> None:
+    model = build(family)
+    vector = modes.vector_for(model, scope="all")
+    before = state_of(model)
+    with pytest.raises(SiteError, match=NO_PLACE[family]), steerkit.edited(model, vector):
+        pass
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_an_error_inside_puts_the_weights_back() -> None:
+    model = build("gpt2")
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError), steerkit.edited(model, modes.vector_for(model, scope="all")):
+        raise ZeroDivisionError
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_an_error_at_the_second_weight_puts_the_first_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit import weights
+
+    model = build("gpt2")
+    one = modes.vector_for(model, scope="all", site=Site(1, "resid_post"))
+    other = modes.vector_for(model, scope="all", site=Site(2, "resid_post"))
+    import dataclasses
+
+    both = dataclasses.replace(one, sites=(*one.sites, *other.sites), tensors={**one.tensors, **other.tensors})
+    real, calls = weights._write, []
+
+    def write(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no more memory")
+        return real(*args)
+
+    monkeypatch.setattr(weights, "_write", write)
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="no more memory"), steerkit.edited(model, both):
+        pass
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert not model._forward_pre_hooks
+
+
+def test_applying_twice_is_refused() -> None:
+    model = build("llama")
+    vector = modes.vector_for(model, scope="all")
+    with steerkit.edited(model, vector):
+        with pytest.raises(ModelError, match="edited already"), steerkit.edited(model, vector):
+            pass
+        twin = copy.deepcopy(model)
+    with steerkit.edited(twin, vector):
+        pass
+    with steerkit.edited(model, vector):
+        pass
+
+
+def test_a_model_saved_inside_is_not_taken_for_edited() -> None:
+    model = build("gpt2")
+    vector = modes.vector_for(model, scope="all")
+    with steerkit.edited(model, vector):
+        store = io.BytesIO()
+        torch.save(model, store)
+    store.seek(0)
+    loaded = torch.load(store, weights_only=False)
+    with steerkit.edited(loaded, vector):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"scope": "response"}, ScopeError, "scope='all'"),
+        ({"strength": [1.0, 2.0]}, StrengthError, "one finite number"),
+    ],
+)
+def test_what_weights_cannot_do_is_refused(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    model = build("llama")
+    vector = modes.vector_for(model, scope="all").at(**change)
+    with pytest.raises(error, match=match), steerkit.edited(model, vector):
+        pass
+
+
+def test_only_additions_at_the_block_s_output_have_a_weight_form() -> None:
+    model = build("llama")
+    vector = modes.vector_for(model, scope="all", site=Site(1, "attn_out"))
+    with pytest.raises(SiteError, match="resid_post"), steerkit.edited(model, vector):
+        pass
+    window = modes.vector_for(model, scope="front", site=Site(1, "resid_pre"))
+    with pytest.raises(ScopeError), steerkit.edited(model, window):
+        pass
+
+
+def test_offloaded_weights_are_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = build("llama")
+    vector = modes.vector_for(model, scope="all")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ModelError, match="offloaded"), steerkit.edited(model, vector):
+        pass
