@@ -1,0 +1,99 @@
+"""`steerkit.generate`: prompts to texts, in order, seeded, steered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import steerkit
+from steerkit.errors import DataError, StrengthError
+from tests import modes
+from tests.families import build
+from tests.tiny_tokenizers import CHATML, byte_tokenizer
+
+PROMPTS = ["Hi", "Tell me about the long and winding road to the sea.", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer(CHATML)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("llama")
+
+
+def test_order_and_batches_do_not_matter(model: Any, tokenizer: Any) -> None:
+    vector = modes.vector_for(model, scope="response")
+    alone = [
+        steerkit.generate(model, tokenizer, [prompt], vector=vector, strength=0.8, max_new_tokens=6)[0]
+        for prompt in PROMPTS
+    ]
+    for batch_size in (1, 2, 8):
+        together = steerkit.generate(
+            model, tokenizer, PROMPTS, vector=vector, strength=0.8, max_new_tokens=6, batch_size=batch_size
+        )
+        assert together == alone
+    assert alone != steerkit.generate(model, tokenizer, PROMPTS, max_new_tokens=6)
+
+
+def test_one_strength_per_prompt_follows_its_prompt(model: Any, tokenizer: Any) -> None:
+    vector = modes.vector_for(model, scope="response")
+    strengths = [0.0, 1.0, -1.0]
+    expected = [
+        steerkit.generate(model, tokenizer, [prompt], vector=vector, strength=strength, max_new_tokens=6)[0]
+        for prompt, strength in zip(PROMPTS, strengths, strict=True)
+    ]
+    options: dict[str, Any] = {"max_new_tokens": 6, "batch_size": 2}
+    assert steerkit.generate(model, tokenizer, PROMPTS, vector=vector, strength=strengths, **options) == expected
+    with pytest.raises(StrengthError, match="2 numbers for 3 prompts"):
+        steerkit.generate(model, tokenizer, PROMPTS, vector=vector, strength=[1.0, 2.0])
+
+
+def test_sampling_is_seeded_and_leaves_the_random_state(model: Any, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8, "num_return_sequences": 2}
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one = steerkit.generate(model, tokenizer, PROMPTS, seed=1, **options)
+    assert torch.equal(torch.rand(1), expected)
+    assert one == steerkit.generate(model, tokenizer, PROMPTS, seed=1, **options)
+    assert one != steerkit.generate(model, tokenizer, PROMPTS, seed=2, **options)
+    assert len(one) == 2 * len(PROMPTS)
+
+
+def test_chats_raw_text_and_bad_prompts(model: Any, tokenizer: Any) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    texts = steerkit.generate(model, tokenizer, [chat, "Hi"], max_new_tokens=4)
+    assert len(texts) == 2
+    assert texts[1] == steerkit.generate(model, tokenizer, ["Hi"], max_new_tokens=4)[0]
+    raw = steerkit.generate(model, tokenizer, ["Hi"], max_new_tokens=4, raw=True)
+    assert raw != [texts[1]]
+    with pytest.raises(DataError, match="give a list of prompts"):
+        steerkit.generate(model, tokenizer, "Hi")
+    with pytest.raises(DataError, match="no prompts"):
+        steerkit.generate(model, tokenizer, [])
+
+
+def test_the_tokenizer_and_model_are_left_alone(model: Any, tokenizer: Any) -> None:
+    before = (tokenizer.padding_side, tokenizer.pad_token, dict(vars(model.generation_config)))
+    steerkit.generate(model, tokenizer, PROMPTS, max_new_tokens=2)
+    assert (tokenizer.padding_side, tokenizer.pad_token, dict(vars(model.generation_config))) == before
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_is_steered_both_ways(embedded: tuple[Any, Any]) -> None:
+    from steerkit.shipped import vector_path
+
+    model, tokenizer = embedded
+    vector = steerkit.SteeringVector.load(vector_path("optimism-caa"))
+    question = ["How do you see the future of reading books?"]
+    texts = {
+        strength: steerkit.generate(model, tokenizer, question, vector=vector, strength=strength, max_new_tokens=24)[0]
+        for strength in (-1.5, 0.0, 1.5)
+    }
+    assert len(set(texts.values())) == 3
+    assert texts[0.0] == steerkit.generate(model, tokenizer, question, max_new_tokens=24)[0]
