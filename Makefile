@@ -5,6 +5,8 @@ PYTHON := $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 WORKERS ?= 2
+# Threads that spin while they wait make a machine with other work on it many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test slow bench vectors lint format clean
 

@@ -76,7 +76,7 @@ def fit(
     decoder = find_decoder(model)
     taps = locate(model, _sites(chosen, decoder, layers, sites))
     places = list(taps)
-    subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs)
+    subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name)
     acts: Activations | None = None
     if chosen.readout is not None:
         reading = chosen.readout if readout is None else readout
@@ -188,7 +188,9 @@ class Subject:
         decoder: Decoder,
         batch_size: int,
         chat_template_kwargs: Mapping[str, Any] | None,
+        name: str = "this method",
     ) -> None:
+        self._name = name
         self._model, self._tokenizer, self._data = model, tokenizer, data
         self._batch_size, self._chat = batch_size, chat_template_kwargs
         self._decoder = decoder
@@ -259,10 +261,13 @@ class Subject:
         """
         if len(self._data.positive) != 1 or len(self._data.negative) != 1:
             raise DataError(
-                f"this method takes one pair of prompts, got {len(self._data.positive)} positive and "
+                f"{self._name} takes one pair of prompts, got {len(self._data.positive)} positive and "
                 f"{len(self._data.negative)} negative ones; give one of each"
             )
-        plus, minus = self._rendered([self._data.positive[0], self._data.negative[0]])
+        sides = (self._data.positive[0], self._data.negative[0])
+        # A bare string is meant as it stands: with a chat template around it, most of the window would be template.
+        raw = [replace(side, raw=True) if _is_bare(side) else side for side in sides]
+        plus, minus = self._rendered(raw)
         return plus.ids, minus.ids
 
     def filler_id(self, text: str) -> int:
@@ -309,6 +314,10 @@ class Subject:
 
     def _batches(self, rendered: Sequence[Rendered]) -> list[Any]:
         return batches(rendered, self._batch_size, pad_id=pad_token_id(self._tokenizer))
+
+
+def _is_bare(side: Conversation) -> bool:
+    return isinstance(side.prompt, str) and side.system is None and side.answer is None
 
 
 def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:

@@ -19,6 +19,7 @@ from steerkit.errors import DataError, RecipeError, near_miss, unknown_name
 from steerkit.fitting import fit
 from steerkit.methods._base import Method
 from steerkit.shipped import recipe_path, recipes
+from steerkit.sites import find_decoder, parse_layers
 from steerkit.vector import SteeringVector
 
 __all__ = ["ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "Recipe", "find_recipe"]
@@ -137,6 +138,9 @@ class Recipe:
             source=path,
             **parts,
         )
+        for name in ("strengths", "questions"):
+            if not getattr(recipe.evaluate, name):
+                raise RecipeError(f"{path}: [evaluate] {name} is an empty list; give at least one, or leave it out")
         if recipe.apply.unit not in ("paper", "norm"):
             raise RecipeError(f"{path}: [apply] unit {recipe.apply.unit!r} is neither 'paper' nor 'norm'")
         return recipe
@@ -171,6 +175,7 @@ class Recipe:
         *,
         method: str | Method | None = None,
         layers: str | Sequence[int] | None = None,
+        readout: str | int | None = None,
         batch_size: int = 16,
         progress: bool = False,
     ) -> SteeringVector:
@@ -181,6 +186,7 @@ class Recipe:
             tokenizer: its tokenizer.
             method: another method than the recipe's.
             layers: other layers than the recipe's.
+            readout: other tokens read than the recipe's; another method brings its own.
             batch_size: rows per pass.
             progress: show a progress bar on stderr.
 
@@ -191,16 +197,26 @@ class Recipe:
             SteerError: see `steerkit.fit`.
         """
         train, held_out = self.split()
-        same = method is None or method == self.method.name
+        part = self.method
+        if method is not None and method != part.name:  # its settings and readout were for its own method
+            name = method if isinstance(method, str) else method.name
+            settings = {} if isinstance(method, str) else method.settings
+            part = replace(part, name=name, settings=settings, readout=None)
+        if layers is not None:
+            listed = parse_layers(layers, find_decoder(model).num_layers)
+            part = replace(part, layers=tuple(listed), sites=None)
+        if readout is not None:
+            part = replace(part, readout=readout)
+        used = replace(self, method=part)
         vector = fit(
             model,
             tokenizer,
             train,
-            method=self.method.name if method is None else method,
-            settings=self.method.settings if same else None,
-            layers=layers if layers is not None else self.method.layers,
-            sites=self.method.sites if layers is None else None,
-            readout=self.method.readout,
+            method=part.name,
+            settings=part.settings,
+            layers=part.layers,
+            sites=part.sites,
+            readout=part.readout,
             batch_size=batch_size,
             held_out=held_out,
             progress=progress,
@@ -213,7 +229,7 @@ class Recipe:
             seed=self.data.seed,
             data_source=self.data.file,
             recipe=self.name,
-            extra={**vector.extra, "recipe": self.resolved()},
+            extra={**vector.extra, "recipe": used.resolved()},
         )
 
 

@@ -63,6 +63,9 @@ def test_a_recipe_is_read_and_run(folder: Path) -> None:
     other = recipe.extract(build("llama"), byte_tokenizer(CHATML), method="repe", layers="0-1")
     assert other.method == "repe"
     assert [site.layer for site in other.sites] == [0, 1]
+    assert other.extra["recipe"]["method"]["name"] == "repe", "the stored recipe is the one that was run"
+    assert other.extra["recipe"]["method"]["layers"] == (0, 1)
+    assert other.readout == "last", "the readout of another method is not its own"
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
@@ -78,6 +81,7 @@ def test_a_recipe_is_read_and_run(folder: Path) -> None:
     ("layers = [1, 2]", "layers = [1.5]", "whole numbers"),
     ('file = "joy.jsonl"', "", "[data] lacks file"),
     ('file = "joy.jsonl"', "file = 3", "a text is wanted"),
+    ("[apply]", "[evaluate]\nstrengths = []\n[apply]", "strengths is an empty list"),
     ("[data]", "data = 3\n[dat]", "unknown key 'dat'"),
     ("[data]", "[data", "not a TOML file"),
 ])  # fmt: skip

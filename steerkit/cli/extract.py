@@ -82,12 +82,12 @@ def run(
     resolve(method or "caa")
     fit: Callable[..., SteeringVector]
     if recipe is not None:
-        chosen = _recipe(recipe, _readout(readout), held_out)
+        chosen = _recipe(recipe, held_out)
         target, model = out or Path(f"{chosen.name}.safetensors"), model or chosen.model.name
         question = next(iter(chosen.evaluate.questions), QUESTION)
-        fit = partial(chosen.extract, method=method)
+        fit = partial(chosen.extract, method=method, readout=_readout(readout))
     else:
-        train, rest = _parts(_items(data, positive, negative, raw=raw or method == "actadd"), held_out)
+        train, rest = _parts(_items(data, positive, negative, raw=raw), held_out)
         target, model = out or Path(), model or DEFAULT_MODEL
         question = QUESTION
         fit = partial(steerkit.fit, data=train, method=method or "caa", readout=_readout(readout), held_out=rest)
@@ -108,13 +108,11 @@ def _readout(text: str | None) -> str | int | None:
         return text
 
 
-def _recipe(name: str, readout: str | int | None, held_out: float | None) -> Recipe:
+def _recipe(name: str, held_out: float | None) -> Recipe:
     """The recipe, with what the command line changes in it."""
     from steerkit.recipe import find_recipe
 
     recipe = find_recipe(name)
-    if readout is not None:
-        recipe = replace(recipe, method=replace(recipe.method, readout=readout))
     if held_out is not None:
         recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
     recipe.split()  # mistakes in the data are told before a model is loaded
