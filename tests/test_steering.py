@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import steerkit
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, VectorMismatchError
 from steerkit.sites import Site, Tap, find_decoder
-from tests.families import HIDDEN, build
+from tests.families import FAMILIES, HIDDEN, build
 from tests.modes import LONG, PAD, SHORT, plain_logits, rows_of, vector_for
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -1011,7 +1011,17 @@ def written_columns(scope: str, first: int, prompt: int, end: int) -> list[int]:
 @pytest.mark.parametrize("given", ["all ids", "new ids"])
 @pytest.mark.parametrize("fresh", [1, 12])
 @pytest.mark.parametrize("scope", ["response", "prompt"])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gemma2",
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in sorted({*FAMILIES} - {"llama", "gemma2", "mamba"})
+        ),
+    ],
+)
 def test_bug_06_a_cache_continued_by_a_second_generate(
     family: str, scope: str, fresh: int, given: str, again: str
 ) -> None:

@@ -27,11 +27,13 @@ def check(family: str, scope: str, mode: str) -> None:
     vector = modes.vector_for(model, scope=scope, site=site)
     ran = modes.run_steered(model, mode, vector)
     assert ran
-    for one, expected, bare in ran:
+    for one, expected, _ in ran:
         assert len(one.answer) == modes.NEW
         assert modes.gap(one, expected) < tolerance, (family, scope, mode)
-        # A steer that does nothing must fail: what the mode gave is not what the bare model gives.
-        assert modes.gap(one, bare) > 1e-3, (family, scope, mode)
+    # A steer that does nothing must fail: what the mode gave is not what the bare model gives. A beam shows only one
+    # sum of log-probabilities, which may come out alike by chance, so there one answer that differs is enough.
+    differs = [modes.gap(one, bare) > 1e-3 for one, _, bare in ran]
+    assert any(differs) if ran[0].processed else all(differs), (family, scope, mode)
 
 
 COVERING = sorted(
