@@ -33,7 +33,7 @@ def check(family: str, scope: str, mode: str) -> None:
     # A steer that does nothing must fail: what the mode gave is not what the bare model gives. A beam shows only one
     # sum of log-probabilities, which may come out alike by chance, so there one answer that differs is enough.
     differs = [modes.gap(one, bare) > 1e-3 for one, _, bare in ran]
-    assert any(differs) if ran[0].processed else all(differs), (family, scope, mode)
+    assert any(differs) if ran[0][0].processed else all(differs), (family, scope, mode)
 
 
 COVERING = sorted(
