@@ -133,17 +133,16 @@ def orthonormalise(directions: Tensor) -> Tensor:
     return (q * diagonal.sign()).T.float()
 
 
-def random_direction(like: Tensor, *, seed: int) -> Tensor:
+def random_direction(like: Tensor, generator: torch.Generator) -> Tensor:
     """A random direction of the same shape and norm, the control every effect is shown beside.
 
     Args:
         like: [..., d].
-        seed: fixes the draw.
+        generator: what draws, on the CPU; several draws from one generator are independent.
 
     Returns:
         the shape and dtype of `like`, each [d] row with the norm of its row in `like`.
     """
-    generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     norm: Tensor = torch.linalg.vector_norm(like.float().cpu(), dim=-1, keepdim=True)
     return (unit(draw) * norm).to(like)

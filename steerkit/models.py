@@ -29,7 +29,7 @@ from steerkit.errors import ModelError, SteerError, unknown_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ALIASES", "Embedded", "load_model"]
+__all__ = ["ALIASES", "Embedded", "hub_id", "load_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,15 @@ ALIASES: Mapping[str, Embedded] = MappingProxyType(
         )
     }
 )
+
+
+def hub_id(name: str) -> str:
+    """What a model is called on the hub: an alias's own id, any other name as it is.
+
+    Args:
+        name: an alias, a hub id or a model type.
+    """
+    return ALIASES[name].hub_id if name in ALIASES else name
 
 
 def load_model(

@@ -113,6 +113,7 @@ def test_what_a_curve_says() -> None:
     assert curve.clear_of_controls
     assert not dataclasses.replace(curve, margins=at(-1, 1, 1)).rises
     assert not dataclasses.replace(curve, controls=((0.0, 0.0, 0.95),)).clear_of_controls
+    assert not dataclasses.replace(curve, controls=((0.0, 0.0, 3.0),)).clear_of_controls, "beyond is not clear"
     assert [row["strength"] for row in curve.as_rows()] == [-1.0, 0.0, 1.0]
 
 
@@ -123,6 +124,13 @@ def test_a_random_vector_has_the_same_norms_and_another_direction() -> None:
     assert float(other.tensors[name].norm()) == pytest.approx(float(vector.tensors[name].norm()), rel=1e-5)
     assert abs(float(torch.cosine_similarity(other.tensors[name], vector.tensors[name], dim=0))) < 0.6
     assert torch.equal(random_like(vector, seed=1).tensors[name], other.tensors[name])
+    two = dataclasses.replace(
+        vector,
+        sites=(modes.Site(1), modes.Site(2)),
+        tensors={name: vector.tensors[name], name.replace("1", "2"): vector.tensors[name]},
+    )
+    draws = [tensor for seed in range(3) for tensor in random_like(two, seed=seed).tensors.values()]
+    assert len({round(float(draw[0]), 6) for draw in draws}) == len(draws), "no draw is used twice"
     window = modes.vector_for(build("llama"), scope="front")
     rows = random_like(window, seed=1).tensors[name]
     assert torch.allclose(rows.norm(dim=-1), window.tensors[name].norm(dim=-1))
@@ -146,7 +154,7 @@ def test_the_card_says_what_is_needed() -> None:
     )
     curve = Curve((-1.0, 1.0), (Estimate(0, -1, 1), Estimate(1, 0, 2)), ((0.1, 0.2),), 5)
     answers = [Answer("How are you?", 0.0, "Well.\nThanks."), Answer("How are you?", 1.5, "Great!")]
-    card = vector_card("joy-caa", vector, curve=curve, answers=answers)
+    card = vector_card("joy-caa", vector, curve=curve, answers=answers, new_tokens=40)
     for part in (
         "joy-caa",
         "resid_post.1",

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "steerkit"
 ORDER = (
     "errors",
     "data",
+    "models",
     "tokens",
     "probe_block",
     "anatomy",
@@ -41,7 +42,6 @@ ORDER = (
     "plots",
     "export",
     "shipped",
-    "models",
     "recipe",
     "checks",
     "cli",

@@ -144,7 +144,8 @@ def _write_card(
         for number, question in enumerate(questions)
         for dose, texts in answers.items()
     ]
-    path.write_text(vector_card(path.stem, vector, curve=curve, answers=listed), encoding="utf-8")
+    card = vector_card(path.stem, vector, curve=curve, answers=listed, new_tokens=MAX_NEW_TOKENS)
+    path.write_text(card, encoding="utf-8")
     return path
 
 

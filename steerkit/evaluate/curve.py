@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from steerkit.data import ContrastSet
@@ -42,12 +43,9 @@ class Curve:
 
     @property
     def clear_of_controls(self) -> bool:
-        """Whether at both outer strengths the interval excludes every random direction."""
-        return all(
-            not self.margins[end].low <= control[end] <= self.margins[end].high
-            for end in (0, len(self.strengths) - 1)
-            for control in self.controls
-        )
+        """Whether the interval lies above every random direction at the highest strength, and below at the lowest."""
+        lowest, highest = self.margins[0], self.margins[-1]
+        return all(lowest.high < control[0] and highest.low > control[-1] for control in self.controls)
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One plain dict per strength."""
@@ -120,8 +118,10 @@ def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
         vector: the vector to imitate.
         seed: fixes the draw.
     """
+    # One generator for all tensors: a seed per place would give two controls the same draw at neighbouring sites.
+    generator = torch.Generator().manual_seed(seed)
     tensors = {
-        name: random_direction(tensor, seed=seed + place) if name.endswith("/direction") else tensor
-        for place, (name, tensor) in enumerate(sorted(vector.tensors.items()))
+        name: random_direction(tensor, generator) if name.endswith("/direction") else tensor
+        for name, tensor in sorted(vector.tensors.items())
     }
     return replace(vector, tensors=tensors)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from steerkit.evaluate.curve import Curve
+from steerkit.models import hub_id
 from steerkit.vector import SteeringVector
 
 __all__ = ["Answer", "vector_card"]
@@ -25,14 +26,17 @@ class Answer(NamedTuple):
     text: str
 
 
-def vector_card(name: str, vector: SteeringVector, *, curve: Curve | None, answers: Sequence[Answer]) -> str:
+def vector_card(
+    name: str, vector: SteeringVector, *, curve: Curve | None, answers: Sequence[Answer], new_tokens: int
+) -> str:
     """Write the card of a vector.
 
     Args:
         name: of the vector, without ending.
         vector: the vector.
         curve: its dose-response on held-out items, where it was measured.
-        answers: texts before and after.
+        answers: texts before and after, greedy.
+        new_tokens: how long the answers were allowed to be.
 
     Returns:
         Markdown.
@@ -42,7 +46,7 @@ def vector_card(name: str, vector: SteeringVector, *, curve: Curve | None, answe
     lines = [
         "---",
         "library_name: steerkit",
-        f"base_model: {vector.model_id or vector.model_type}",
+        f"base_model: {hub_id(vector.model_id or vector.model_type)}",
         f"tags: [activation-steering, {vector.method}]",
         "license: apache-2.0",
         "---",
@@ -80,7 +84,8 @@ def vector_card(name: str, vector: SteeringVector, *, curve: Curve | None, answe
             f"| `{site}` | {_number(length)} | {_number(norm)} | {_number(figures.get('auc'), 3)} "
             f"| {_number(figures.get('cohens_d'), 2)} |"
         )
-    lines += ["", f"Separation measured on {vector.held_out.get('items', 0)} items the vector was not fitted on."]
+    if measured:
+        lines += ["", f"Separation measured on {vector.held_out['items']} items the vector was not fitted on."]
     if curve is not None:
         lines += ["", "## Effect", "", f"Preference margin on {curve.items} held-out items, nats per token:", ""]
         lines += [
@@ -93,7 +98,7 @@ def vector_card(name: str, vector: SteeringVector, *, curve: Curve | None, answe
                 f"| {row['strength']:g} | {row['margin']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {randoms} |"
             )
     if answers:
-        lines += ["", "## Before and after", "", "Greedy, 40 new tokens."]
+        lines += ["", "## Before and after", "", f"Greedy, {new_tokens} new tokens."]
         for prompt in dict.fromkeys(answer.prompt for answer in answers):
             lines += ["", f"**{prompt}**", ""]
             lines += [
