@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.data import Batch, ContrastSet, Conversation, Rendered, batches, pad_token_id, render
-from steerkit.errors import DataError, FitError
+from steerkit.errors import DataError, FitError, SiteError
 from steerkit.moments import Accumulator, NormMedian
 from steerkit.probe_block import evaluation_mode
 from steerkit.sites import Decoder, Site, Tap, execution_device, find_decoder, locate
@@ -73,6 +73,10 @@ class Readout:
         if isinstance(readout, int) and not isinstance(readout, bool):
             return cls("index", readout)
         if isinstance(readout, tuple):
+            if len(readout) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in readout):
+                raise DataError(
+                    f"readout {readout!r}: a span is two whole numbers, start and stop, of the answer's characters"
+                )
             return cls("span", *readout)
         counted = _COUNTED.fullmatch(str(readout).replace(" ", ""))
         if counted:
@@ -139,12 +143,14 @@ class Activations:
         negative: per site [m, d]; empty where the data has no sides.
         norms: per site the median token norm, without pads and each row's first token.
         readout: which tokens were read.
+        paired: row `i` of both sides belong together.
     """
 
     positive: Mapping[Site, Tensor]
     negative: Mapping[Site, Tensor]
     norms: Mapping[Site, float] = field(default_factory=dict)
     readout: str = "last"
+    paired: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -153,6 +159,10 @@ class Activations:
 
     def __getitem__(self, site: Site | str) -> Tensor:
         key = Site.parse(site) if isinstance(site, str) else site
+        if key not in self.positive:  # where no post-norm follows, a raw output is kept under its canonical name
+            key = Site(key.layer, key.kind.replace("_raw", "_out"))
+        if key not in self.positive:
+            raise SiteError(f"{site}: not recorded; there are {', '.join(map(str, self.positive))}")
         return torch.cat([self.positive[key], self.negative[key]]) if key in self.negative else self.positive[key]
 
 
@@ -199,6 +209,8 @@ def record(
     rendered = [_rendered(tokenizer, item, chat_template_kwargs) for item in items]
     if not rendered:
         raise DataError("record: got no prompts; give at least one")
+    if not wanted:
+        raise SiteError("record: got no site; give at least one, such as 'resid_post.12'")
     plan = Readout.parse(readout)
     work = batches(rendered, batch_size, pad_id=pad_token_id(tokenizer), side=padding_side)
     taps = locate(model, wanted)
@@ -218,6 +230,7 @@ def record(
         negative={site: rows[count:] for site, rows in found.items()} if sides is not None else {},
         norms=norms,
         readout=str(plan),
+        paired=sides is not None and sides.paired,
     )
 
 
@@ -256,6 +269,8 @@ def stream(
     items = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair] if data.paired else []
     items = items or [*data.positive, *data.negative]
     rendered = [_rendered(tokenizer, item, chat_template_kwargs) for item in items]
+    if batch_size < 1:
+        raise DataError(f"batch_size is at least 1, got {batch_size}")
     groups = 2 if data.paired else 1
     work = batches(rendered, max(batch_size, groups), pad_id=pad_token_id(tokenizer), groups=groups)
     positives = len(data.positive)
@@ -276,7 +291,7 @@ def stream(
     negative = {site: pair[1] for site, pair in results.items()}
     _check_finite(positive)
     _check_finite(negative)
-    return Activations(positive=positive, negative=negative, norms=norms, readout=str(plan))
+    return Activations(positive=positive, negative=negative, norms=norms, readout=str(plan), paired=data.paired)
 
 
 def record_ids(model: nn.Module, rows: Sequence[Sequence[int]], sites: Iterable[Site]) -> dict[Site, list[Tensor]]:
@@ -467,10 +482,7 @@ def _warn_of_special(tokenizer: Any, plan: Readout, rendered: Sequence[Rendered]
 def _check_finite(found: Mapping[Site, Tensor]) -> None:
     for site, rows in found.items():
         if not bool(torch.isfinite(rows).all()):
-            bad = int((~torch.isfinite(rows)).any(dim=-1).sum())
-            raise FitError(
-                f"{site}: {bad} of {len(rows)} activations are not finite; load the model in float32 or bfloat16"
-            )
+            raise FitError(f"{site}: activations are not finite; load the model in float32 or bfloat16")
 
 
 def _short(text: str) -> str:

@@ -720,6 +720,8 @@ def _parse(line: bytes) -> dict[str, object]:
         raise DataError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(f"malformed JSON at column {error.colno}: {error.msg}; write one JSON object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"JSON that Python cannot read ({error}); write one JSON object a line") from None
     if not isinstance(item, dict):
         raise DataError(f"expected a JSON object, got {reprlib.repr(item)}; write one object a line")
     for key in item:

@@ -37,27 +37,30 @@ def mean_difference(positive: Tensor, negative: Tensor) -> Tensor:
     Raises:
         FitError: the two means are equal, so there is no direction.
     """
-    difference = positive.float().mean(dim=0) - negative.float().mean(dim=0)
-    if not bool(difference.any()):
+    means = positive.float().mean(dim=0), negative.float().mean(dim=0)
+    difference = means[0] - means[1]
+    # The same texts in another order differ by rounding only.
+    if float(difference.norm()) <= 1e-6 * max(float(mean.norm()) for mean in means):
         raise FitError("the two sides have the same mean activation, so there is no direction between them")
     return difference
 
 
-def pair_differences(positive: Tensor, negative: Tensor) -> Tensor:
+def pair_differences(positive: Tensor, negative: Tensor, *, paired: bool) -> Tensor:
     """Rows to find a contrast's main axis in, never centred on their own mean.
 
-    Pairs give their differences; sides of unequal length give every row's offset from the midpoint of the two means
-    (negative rows mirrored). Centring differences on their mean would remove the very direction wanted.
+    Pairs give their differences; unpaired sides give every row's offset from the midpoint of the two means (negative
+    rows mirrored). Centring differences on their mean would remove the very direction wanted.
 
     Args:
         positive: [n, d] activations.
-        negative: [m, d] activations, row `i` belonging to positive row `i` when n == m.
+        negative: [m, d] activations.
+        paired: row `i` of both sides belong together.
 
     Returns:
         [n, d] or [n + m, d], float32.
     """
     positive, negative = positive.float(), negative.float()
-    if positive.shape == negative.shape:
+    if paired and positive.shape == negative.shape:
         return positive - negative
     middle = (positive.mean(dim=0) + negative.mean(dim=0)) / 2
     return torch.cat([positive - middle, middle - negative])

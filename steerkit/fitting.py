@@ -38,7 +38,7 @@ def fit(
     *,
     method: str | Method = "caa",
     layers: str | int | Sequence[int] | None = None,
-    sites: Sequence[Site | str] | None = None,
+    sites: Sequence[Site | str] | Site | str | None = None,
     readout: str | int | tuple[int, int] | None = None,
     batch_size: int = 16,
     held_out: ContrastSet | None = None,
@@ -73,6 +73,10 @@ def fit(
         FitError: the sides do not differ, or activations are not finite; the site is named.
     """
     chosen = _method(method, settings)
+    if not isinstance(data, ContrastSet):
+        raise DataError(
+            f"fit: got {type(data).__name__} for data; make a ContrastSet of it (from_prompts, from_answers, ...)"
+        )
     decoder = find_decoder(model)
     taps = locate(model, _sites(chosen, decoder, layers, sites))
     places = list(taps)
@@ -83,6 +87,8 @@ def fit(
         acts = _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
     elif readout is not None:
         raise DataError(f"{chosen.name} reads for itself; leave readout={readout!r} out")
+    elif held_out is not None:
+        raise DataError(f"{chosen.name} has no direction to separate held-out items by; leave held_out out")
     tensors = chosen.fit(acts, subject, places)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -227,7 +233,7 @@ class Subject:
             parts.append((batch.rows, part))
         order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
         joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
-        return Activations(positive=joined, negative={}, norms=parts[0][1].norms, readout=parts[0][1].readout)
+        return Activations(positive=joined, negative={}, readout=parts[0][1].readout)
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
         """Next-token logits behind each item.
@@ -323,6 +329,8 @@ def _is_bare(side: Conversation) -> bool:
 def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
     if isinstance(method, str):
         return resolve(method).from_settings(settings or {})
+    if isinstance(method, type) and issubclass(method, Method):
+        return method.from_settings(settings or {})
     if settings:
         raise UnknownNameError(f"{method.name}: give settings to the method itself, not beside it")
     return method
@@ -332,10 +340,12 @@ def _sites(
     method: Method,
     decoder: Decoder,
     layers: str | int | Sequence[int] | None,
-    sites: Sequence[Site | str] | None,
+    sites: Sequence[Site | str] | Site | str | None,
 ) -> list[Site]:
     if layers is not None and sites is not None:
         raise SiteError("fit: got both layers and sites; give one of them")
+    if isinstance(sites, str | Site):
+        sites = [sites]
     if sites is not None:
         chosen = [Site.parse(site) if isinstance(site, str) else site for site in sites]
     elif layers is not None:

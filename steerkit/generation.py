@@ -12,7 +12,8 @@ from torch import nn
 from steerkit.data import Conversation, Message, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
 from steerkit.sites import execution_device, find_decoder
-from steerkit.steering import Strength, steer
+from steerkit.steering import Strength, steer, strength_value, vectors_of
+from steerkit.tokens import Scope
 from steerkit.vector import SteeringVector
 
 __all__ = ["generate"]
@@ -58,16 +59,22 @@ def generate(
     Raises:
         DataError: no prompts, or one string instead of a list of them.
         StrengthError: one strength per prompt was given, but not as many as prompts.
-        SteerError: see `steer`.
+        SteerError: a prompt cannot be rendered (see `steerkit.data.render`), or the model not steered (see `steer`).
     """
     if isinstance(prompts, str):
         raise DataError("generate: got one string; give a list of prompts")
+    prompts = list(prompts)
     if not prompts:
         raise DataError("generate: got no prompts; give at least one")
+    if max_new_tokens < 1:
+        raise DataError(f"max_new_tokens is at least 1, got {max_new_tokens}")
     rows = _rows(strength, len(prompts))
-    vectors = [vector] if isinstance(vector, SteeringVector) else list(vector or ())
+    vectors = [] if vector is None else vectors_of(vector)
     for one in vectors:
+        one.check_template(tokenizer)
         _rows(one.strength, len(prompts))
+    if scope is not None:
+        Scope.parse(scope)
     rendered = [
         render(
             tokenizer,
@@ -78,12 +85,14 @@ def generate(
     ]
     device = execution_device(find_decoder(model))
     pad = pad_token_id(tokenizer)
-    settings = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}
-    if not settings["do_sample"]:
+    settings: dict[str, Any] = {"pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}
+    if "generation_config" not in settings:
+        settings.setdefault("do_sample", False)
+    if settings.get("do_sample") is False:
         # A checkpoint's sampling defaults would only draw warnings here.
         settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
     texts: list[list[str]] = [[] for _ in prompts]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for batch in batches(rendered, batch_size, pad_id=pad, side="left"):
@@ -91,6 +100,7 @@ def generate(
             own = [rows[row] for row in batch.rows] if rows is not None else strength
             with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit):
                 out = model.generate(input_ids=ids, attention_mask=mask, **settings)  # type: ignore[operator]
+            out = getattr(out, "sequences", out)
             answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             each = len(answers) // len(batch.rows)
             for place, row in enumerate(batch.rows):
@@ -112,9 +122,8 @@ def _of_batch(vectors: Sequence[SteeringVector], rows: Sequence[int]) -> list[St
 
 def _rows(strength: Strength | None, prompts: int) -> list[float] | None:
     """One strength per prompt, where that is what was given."""
-    given: Any = strength
-    listed = given.tolist() if hasattr(given, "tolist") else given
-    if not isinstance(listed, Sequence):
+    listed = None if strength is None else strength_value(strength)
+    if not isinstance(listed, tuple):
         return None
     if len(listed) != prompts:
         raise StrengthError(f"strength: got {len(listed)} numbers for {prompts} prompts; give one, or one per prompt")

@@ -6,6 +6,7 @@ filled in; it travels in the vector file.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,12 +15,15 @@ from typing import Any, Literal
 
 from torch import nn
 
+from steerkit.activations import Readout
 from steerkit.data import ContrastSet
-from steerkit.errors import DataError, RecipeError, near_miss, unknown_name
+from steerkit.errors import DataError, RecipeError, SteerError, near_miss, unknown_name
 from steerkit.fitting import fit
 from steerkit.methods._base import Method
+from steerkit.registry import resolve
 from steerkit.shipped import recipe_path, recipes
-from steerkit.sites import find_decoder, parse_layers
+from steerkit.sites import Site, find_decoder, parse_layers
+from steerkit.tokens import Scope
 from steerkit.vector import SteeringVector
 
 __all__ = ["ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "Recipe", "find_recipe"]
@@ -138,6 +142,8 @@ class Recipe:
             source=path,
             **parts,
         )
+        _check_title(path, text)
+        _check_meaning(path, recipe)
         for name in ("strengths", "questions"):
             if not getattr(recipe.evaluate, name):
                 raise RecipeError(f"{path}: [evaluate] {name} is an empty list; give at least one, or leave it out")
@@ -164,9 +170,9 @@ class Recipe:
         """
         try:
             data = ContrastSet.from_jsonl(self.source.parent / self.data.file)
-        except DataError as error:
+            return data.split(held_out=self.data.held_out, seed=self.data.seed)
+        except (DataError, ValueError) as error:  # ValueError: a file name that no system allows
             raise RecipeError(f"{self.source}: [data] {error}") from None
-        return data.split(held_out=self.data.held_out, seed=self.data.seed)
 
     def extract(
         self,
@@ -221,11 +227,12 @@ class Recipe:
             held_out=held_out,
             progress=progress,
         )
+        same = part == self.method  # scope and strength were found for the recipe's own method and layers
         return replace(
             vector,
-            scope=self.apply.scope or vector.scope,
-            unit=self.apply.unit,
-            suggested_strength=self.apply.strength,
+            scope=(self.apply.scope or vector.scope) if same else vector.scope,
+            unit=self.apply.unit if same else vector.unit,
+            suggested_strength=self.apply.strength if same else None,
             seed=self.data.seed,
             data_source=self.data.file,
             recipe=self.name,
@@ -243,7 +250,9 @@ def find_recipe(name: str) -> Recipe:
         UnknownNameError: nothing answers to it, or several recipes of the behaviour and none is the default.
         RecipeError: the file has a mistake in it.
     """
-    if name in recipes() or Path(name).suffix == ".toml":
+    if Path(name).suffix == ".toml":
+        return Recipe.load(name)
+    if name in recipes():
         return Recipe.load(recipe_path(name))
     of_behaviour = [recipe for recipe in map(Recipe.load, recipes().values()) if recipe.behaviour == name]
     chosen = [recipe for recipe in of_behaviour if recipe.default]
@@ -252,6 +261,36 @@ def find_recipe(name: str) -> Recipe:
     if of_behaviour:
         raise unknown_name("recipe", name, [recipe.name for recipe in of_behaviour])
     raise unknown_name("recipe", name, recipes())
+
+
+def _check_title(path: Path, text: Mapping[str, Any]) -> None:
+    if not isinstance(text.get("title", ""), str):
+        raise RecipeError(f"{path}: title = {text['title']!r}: a text is wanted")
+    if not isinstance(text.get("default", False), bool):
+        raise RecipeError(f"{path}: default = {text['default']!r}: true or false is wanted")
+
+
+def _check_meaning(path: Path, recipe: Recipe) -> None:
+    """What each value may be beyond its type, so that a mistake is told before a model is loaded."""
+    method, apply = recipe.method, recipe.apply
+    if method.layers is not None and method.sites is not None:
+        raise RecipeError(f"{path}: [method] has both layers and sites; give one of them")
+    try:
+        known = resolve(method.name).from_settings(method.settings)
+        sites = [Site(layer) for layer in method.layers or ()]
+        sites += [Site.parse(site) for site in method.sites or ()]
+        scope = None if apply.scope is None else Scope.parse(apply.scope)
+        if method.readout is not None:
+            Readout.parse(method.readout)
+    except SteerError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    if scope is not None and scope.kind not in known.scopes:
+        raise RecipeError(f"{path}: [apply] scope '{scope}' is none of {method.name}'s: {', '.join(known.scopes)}")
+    if apply.range is not None and (len(apply.range) != 2 or apply.range[0] >= apply.range[1]):
+        raise RecipeError(f"{path}: [apply] range {list(apply.range)} is not a lower and a higher strength")
+    numbers = (apply.strength, *(apply.range or ()), *recipe.evaluate.strengths, recipe.data.held_out)
+    if not all(math.isfinite(number) for number in numbers):
+        raise RecipeError(f"{path}: a strength or share is not a finite number")
 
 
 def _part(path: Path, name: str, kind: type, given: Any) -> Any:
@@ -301,6 +340,8 @@ def _wrong_type(annotation: str, value: Any) -> str | None:
         return None if number and isinstance(value, int) else "a whole number is wanted"
     if annotation.startswith("str | int"):
         return None if isinstance(value, str | int) else "a text or a whole number is wanted"
+    if annotation.startswith("Mapping"):
+        return None if isinstance(value, dict) else "a table is wanted"
     if annotation.startswith(("str", "Literal")):
         return None if isinstance(value, str) else "a text is wanted"
     return None

@@ -20,14 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ModelError, ScopeError, StrengthError
+from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, near_miss
 from steerkit.methods._base import Method, Params
 from steerkit.registry import method_of
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
 from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, Tokens, inert, inert_hook
-from steerkit.vector import SteeringVector
+from steerkit.vector import UNITS, SteeringVector
 
-__all__ = ["Steering", "steer"]
+__all__ = ["Steering", "Strength", "steer", "strength_value", "vectors_of"]
 
 Strength = float | Sequence[float] | Tensor
 _ATTACH = threading.RLock()
@@ -71,9 +71,9 @@ def steer(
         with steerkit.steer(model, vector, strength=2.0):
             out = model.generate(**inputs, max_new_tokens=40)
     """
-    listed = [vectors] if isinstance(vectors, SteeringVector) else list(vectors)
-    if not listed:
-        raise StrengthError("steer: got no vector; give at least one")
+    listed = vectors_of(vectors)
+    if unit not in (None, *UNITS):
+        raise StrengthError(f"unknown unit {unit!r}; {near_miss(str(unit), UNITS)}")
     decoder = find_decoder(model)
     only_all = _prompt_learning(model)
     lengths = None if prompt_lengths is None else PromptLengths(prompt_lengths)
@@ -83,6 +83,24 @@ def steer(
         vector.check(model)
         edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all)
     return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
+
+
+def vectors_of(vectors: Any) -> list[SteeringVector]:
+    """One vector or several as a list.
+
+    Args:
+        vectors: what the caller gave.
+
+    Raises:
+        VectorFileError: something else than vectors, or none.
+    """
+    listed = list(vectors) if isinstance(vectors, list | tuple) else [vectors]
+    for one in listed:
+        if not isinstance(one, SteeringVector):
+            raise VectorFileError(f"got {one!r} for a vector; load a file with SteeringVector.load(path)")
+    if not listed:
+        raise VectorFileError("got an empty list of vectors; give at least one")
+    return listed
 
 
 class Steering:
@@ -111,7 +129,7 @@ class Steering:
         """
         if not self._doses:
             raise StrengthError("strength: every vector has its own (vector.at); make new ones")
-        checked = _strength_value(value)
+        checked = strength_value(value)
         for dose in self._doses:
             dose.value = checked
         for edit in self._edits:
@@ -157,7 +175,7 @@ class _Dose:
                     f"'{vector.unit}'; give a strength too"
                 )
             given = 1.0 if vector.suggested_strength is None else vector.suggested_strength
-        self.value = _strength_value(given)
+        self.value = strength_value(given)
 
 
 @dataclass(eq=False)
@@ -371,8 +389,11 @@ def _norm_factor(method: Method, vector: SteeringVector, site: Site, params: Par
     return norm / length
 
 
-def _strength_value(value: Strength) -> float | tuple[float, ...]:
+def strength_value(value: Strength) -> float | tuple[float, ...]:
     """A finite number, or a tuple of them, one per row.
+
+    Args:
+        value: what the caller gave.
 
     Raises:
         StrengthError: not a number, not finite, or no row.

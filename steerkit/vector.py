@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from steerkit import __version__
 from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError, VectorMismatchError
 from steerkit.sites import Site, inner_model
+from steerkit.tokens import Scope
 
 __all__ = ["SteeringVector", "model_facts"]
 
@@ -240,13 +241,13 @@ class SteeringVector:
 
         Raises:
             StrengthError: a strength that is not finite, an unknown unit, or another unit without a strength in it.
-            VectorFileError: an empty scope.
+            ScopeError: no scope of that name.
         """
         changes: dict[str, Any] = {}
         if strength is not None:
             changes["strength"] = strength
         if scope is not None:
-            changes.update(scope=str(scope), own_scope=True)
+            changes.update(scope=str(Scope.parse(scope)), own_scope=True)
         if unit is not None:
             changes.update(unit=unit, own_unit=True)
         if unit not in (None, self.unit) and self.suggested_strength is not None:
@@ -382,14 +383,26 @@ class SteeringVector:
                 f"vector fitted on {self.model_type} ({self.num_layers} layers, width {self.hidden_size}) cannot steer "
                 f"{type(inner).__name__} ({layers} layers, width {width}): fit one on this model, or load the other"
             )
-        for name, label in _COMPARED.items():
-            mine, theirs = getattr(self, name), facts.get(name)
-            if mine is None or theirs is None or mine == theirs or (name == "model_id" and _same_id(mine, theirs)):
-                continue
-            warnings.warn(
-                f"the vector was fitted on {label} {mine!r}, this is {theirs!r}; steering may do something else here",
-                stacklevel=2,
-            )
+        for name in _COMPARED:
+            self._compare(name, facts.get(name))
+
+    def check_template(self, tokenizer: Any) -> None:
+        """Warn of another chat template than the vector was fitted with, where both are known.
+
+        Args:
+            tokenizer: of the model to be steered.
+        """
+        self._compare("chat_template_sha256", _template_digest(tokenizer))
+
+    def _compare(self, name: str, theirs: str | None) -> None:
+        mine = getattr(self, name)
+        if mine is None or theirs is None or mine == theirs or (name == "model_id" and _same_id(mine, theirs)):
+            return
+        warnings.warn(
+            f"the vector was fitted on {_COMPARED[name]} {mine!r}, this is {theirs!r}; "
+            "steering may do something else here",
+            stacklevel=3,
+        )
 
     def describe(self) -> dict[str, Any]:
         """The facts of this vector as JSON can hold them.
@@ -448,7 +461,6 @@ def model_facts(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     if not hasattr(config, "get_text_config"):
         raise VectorMismatchError(f"{type(model).__name__} has no config of transformers; pass a model of transformers")
     text = config.get_text_config()
-    template = getattr(tokenizer, "chat_template", None)
     name = getattr(config, "_name_or_path", None)
     return {
         "model_type": text.model_type,
@@ -456,8 +468,13 @@ def model_facts(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         "num_layers": text.num_hidden_layers,
         "model_id": _public_id(name) if name else None,
         "model_revision": getattr(config, "_commit_hash", None),
-        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        "chat_template_sha256": _template_digest(tokenizer),
     }
+
+
+def _template_digest(tokenizer: Any) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(str(template).encode()).hexdigest() if template else None
 
 
 _COMPARED: Mapping[str, str] = MappingProxyType(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from steerkit.errors import ModelError, ScopeError, StrengthError
 from steerkit.registry import method_of
 from steerkit.sites import inner_model
+from steerkit.steering import strength_value, vectors_of
 from steerkit.tokens import inert, inert_hook
 from steerkit.vector import SteeringVector
 
@@ -32,11 +33,12 @@ class _Edited:
 
 
 @contextlib.contextmanager
-def edited(model: nn.Module, vector: SteeringVector, strength: float | None = None) -> Iterator[None]:
+def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | None = None) -> Iterator[None]:
     """Apply a method's exact weight form inside a `with` block.
 
-    Every token is written, so the vector's scope has to be `all` (`vector.at(scope="all")`). Within the block the
-    model runs without any hook of steerkit; afterwards each weight is bitwise what it was.
+    Every token is written, so the vector's scope has to be `all` (`vector.at(scope="all")`). Within the block no hook
+    changes anything (one inert hook marks the model), and a bias that the model lacked stands in its `state_dict`;
+    afterwards each weight is bitwise what it was.
 
     Args:
         model: the transformers model, its weights in memory and not quantised.
@@ -54,6 +56,7 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | None = No
         ModelError: the model is edited already, or a weight is offloaded or quantised.
     """
     target = inner_model(model)
+    (vector,) = vectors_of(vector)
     vector.check(model)
     if any(isinstance(hook, _Edited) for hook in target._forward_pre_hooks.values()):
         raise ModelError("edited: this model's weights are edited already; leave that context first")
@@ -61,12 +64,16 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | None = No
         raise ScopeError(
             f"edited: weights act on every token, the vector only on '{vector.scope}'; use vector.at(scope='all')"
         )
-    value = vector.strength if vector.strength is not None else strength
-    value = vector.suggested_strength if value is None else value
-    value = 1.0 if value is None else value
-    if not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
-        raise StrengthError(f"edited: got strength {value!r}; weights take one finite number")
-    updates = method_of(vector).weight_updates(target, vector, float(value))
+    if vector.unit != "paper":
+        raise StrengthError(
+            f"edited: weights count in unit 'paper', the vector in '{vector.unit}'; use vector.at(unit='paper')"
+        )
+    given = vector.strength if vector.strength is not None else strength
+    given = vector.suggested_strength if given is None else given
+    value = strength_value(1.0 if given is None else given)
+    if isinstance(value, tuple):
+        raise StrengthError(f"edited: got {len(value)} strengths; weights take one finite number")
+    updates = method_of(vector).weight_updates(target, vector, value)
     planned = [(*_parameter(target, update.name), update.update) for update in updates]
     mark = target.register_forward_pre_hook(_Edited())
     undo: list[Callable[[], None]] = [mark.remove]

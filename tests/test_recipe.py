@@ -66,6 +66,7 @@ def test_a_recipe_is_read_and_run(folder: Path) -> None:
     assert other.extra["recipe"]["method"]["name"] == "repe", "the stored recipe is the one that was run"
     assert other.extra["recipe"]["method"]["layers"] == (0, 1)
     assert other.readout == "last", "the readout of another method is not its own"
+    assert other.suggested_strength is None, "the strength was found for the recipe's own method"
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
@@ -82,6 +83,20 @@ def test_a_recipe_is_read_and_run(folder: Path) -> None:
     ('file = "joy.jsonl"', "", "[data] lacks file"),
     ('file = "joy.jsonl"', "file = 3", "a text is wanted"),
     ("[apply]", "[evaluate]\nstrengths = []\n[apply]", "strengths is an empty list"),
+    ("strength = 1.5", "strength = nan", "not a finite number"),
+    ("strength = 1.5", "range = [1.0]", "not a lower and a higher"),
+    ("strength = 1.5", 'scope = "foo"', "unknown scope 'foo'"),
+    ("strength = 1.5", 'scope = "front"', "is none of caa's"),
+    ("layers = [1, 2]", 'layers = [1]\nsites = ["resid_post.1"]', "both layers and sites"),
+    ("layers = [1, 2]", "layers = [-1]", "whole number from 0"),
+    ("layers = [1, 2]", "settings = 3", "a table is wanted"),
+    ("layers = [1, 2]", "settings = {x = 1}", "unknown setting 'x'"),
+    ('name = "caa"', 'name = "cca"', "did you mean 'caa'"),
+    ('name = "caa"', 'name = "repe"\nsettings = {restore_norm = "no"}', "true or false is wanted"),
+    ('name = "caa"', 'name = "repe"\nsettings = {reading = "pcaa"}', "allowed are pca, difference, mean"),
+    ('readout = "response_mean"', 'readout = "middle"', "unknown readout 'middle'"),
+    ('behaviour = "joy"', 'behaviour = "joy"\ntitle = 3', "a text is wanted"),
+    ('behaviour = "joy"', 'behaviour = "joy"\ndefault = "no"', "true or false is wanted"),
     ("[data]", "data = 3\n[dat]", "unknown key 'dat'"),
     ("[data]", "[data", "not a TOML file"),
 ])  # fmt: skip

@@ -662,8 +662,16 @@ def test_strengths_that_are_none(strength: Any) -> None:
 
 
 def test_no_vector_is_an_error() -> None:
-    with pytest.raises(StrengthError):
-        steerkit.steer(model_of(), [])
+    for none, message in (([], "empty list"), ("file.safetensors", "SteeringVector.load"), ([None], "None")):
+        with pytest.raises(VectorFileError, match=message):
+            steerkit.steer(model_of(), none)
+
+
+@pytest.mark.parametrize("unit", ["x", "norms", 3])
+def test_an_unknown_unit_is_refused(unit: Any) -> None:
+    model = model_of()
+    with pytest.raises(StrengthError, match="unknown unit"):
+        steerkit.steer(model, vector_for(model, scope="all"), 1.0, unit=unit)
 
 
 def test_bug_27_a_vector_of_another_shape_is_refused() -> None:

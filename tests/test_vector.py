@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 import steerkit
 from steerkit import vector as vector_module
 from steerkit.errors import (
+    ScopeError,
     SiteError,
     SteerError,
     StrengthError,
@@ -854,8 +855,8 @@ def test_at() -> None:
     wrong: Any = "metre"
     with pytest.raises(StrengthError, match="metre"):
         vector.at(unit=wrong)
-    with pytest.raises(VectorFileError, match="scope"):
-        vector.at(scope="")
+    with pytest.raises(ScopeError, match="did you mean 'response'"):
+        vector.at(scope="responce")
     with pytest.raises(StrengthError, match="finite"):
         vector.at(strength=float("nan"))
 
@@ -1007,3 +1008,15 @@ def test_facts_of_a_model(llama: Any) -> None:
         "chat_template_sha256": hashlib.sha256(b"T").hexdigest(),
     }
     assert model_facts(build("gemma3_vlm"))["model_type"] == "gemma3_text"
+
+
+def test_a_file_of_format_1_is_read_for_ever() -> None:
+    """Written once by the first version that had this format; never written again."""
+    path = Path(__file__).parent / "golden" / "vector_format_1.safetensors"
+    vector = SteeringVector.load(path)
+    assert vector.method == "caa"
+    assert [str(site) for site in vector.sites] == ["resid_post.1", "attn_out.2"]
+    assert torch.equal(vector.params(Site(1))["direction"], torch.tensor([0.5, -1.0, 2.0, 0.25]))
+    assert torch.equal(vector.params(Site(2, "attn_out"))["direction"], torch.tensor([1.0, 0.0, -1.0, 4.0]))
+    assert vector.norms == {Site(1): 10.0, Site(2, "attn_out"): 2.5}
+    assert (vector.scope, vector.unit, vector.suggested_strength) == ("response", "paper", 1.5)

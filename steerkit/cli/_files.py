@@ -104,6 +104,8 @@ def _from_json(line: str) -> Any:
         raise DataError(
             f"malformed JSON at column {error.colno}: {error.msg}; write a list of messages or a string"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"JSON that Python cannot read ({error}); write a list of messages or a string") from None
     if not isinstance(item, dict):
         return item
     if ("prompt" in item) == ("messages" in item):

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor, nn
@@ -111,11 +121,17 @@ class Method:
 
         Raises:
             UnknownNameError: a setting this method does not have.
+            FitError: a value of the wrong type, or none of those allowed.
         """
         known = {entry.name for entry in fields(cls)}
         for name in settings:
             if name not in known:
                 raise UnknownNameError(f"{cls.name}: unknown setting {name!r}; {near_miss(name, known)}")
+        hints = get_type_hints(cls)
+        for name, value in settings.items():
+            problem = _wrong_setting(hints[name], value)
+            if problem:
+                raise FitError(f"{cls.name}: setting {name} = {value!r}: {problem}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
 
     def sites(self, decoder: Decoder) -> list[Site]:
@@ -164,10 +180,14 @@ class Method:
             FitError: no direction can be had, with the site named.
         """
         assert acts is not None
+        return self._each(sites, lambda site: self.fit_site(acts.positive[site], acts.negative[site]))
+
+    def _each(self, sites: list[Site], fit_one: Callable[[Site], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Fit site by site, naming the site in every error."""
         tensors: dict[str, Tensor] = {}
         for site in sites:
             try:
-                params = self.fit_site(acts.positive[site], acts.negative[site])
+                params = fit_one(site)
             except FitError as error:
                 raise FitError(f"{self.name} at {site}: {error}") from None
             tensors.update({f"{site}/{name}": value for name, value in params.items()})
@@ -288,6 +308,18 @@ class AddDirection(Method):
             shift = strength * vector.params(site)["direction"].float()
             updates.append(WeightUpdate(f"{_last_linear(model, site)}.bias", _shifted(shift)))
         return updates
+
+
+def _wrong_setting(annotation: Any, value: Any) -> str | None:
+    """What is wrong with a setting's value; None where nothing is, or where the annotation is not a simple one."""
+    if get_origin(annotation) is Literal:
+        allowed = get_args(annotation)
+        return None if value in allowed and type(value) in map(type, allowed) else f"allowed are {', '.join(allowed)}"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {bool: isinstance(value, bool), int: number and isinstance(value, int), float: number}
+    fits[str] = isinstance(value, str)
+    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return f"{wanted[annotation]} is wanted" if annotation in fits and not fits[annotation] else None
 
 
 def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:

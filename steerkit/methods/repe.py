@@ -11,7 +11,7 @@ Performance in Large Language Models via Representation Engineering", arXiv 2504
 Where this file departs. Published code takes scikit-learn's PCA of the differences, which centres them first: that
 removes the mean difference, the very direction wanted, and leaves an arbitrary sign. Here differences are never
 centred, and the direction points along their mean. A principal direction has length 1; by default it gets the length
-of the mean difference, so that strength 1 means about the same for all three (`length="unit"` leaves it at 1).
+of the mean difference, so that strength 1 means about the same for all three (`scaling="unit"` leaves it at 1).
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from steerkit import edits
+from steerkit.activations import Activations
 from steerkit.directions import mean_difference, pair_differences, principal_direction
 from steerkit.errors import FitError, StrengthError
-from steerkit.methods._base import AddDirection, Params, Prepared, WeightUpdate
+from steerkit.methods._base import AddDirection, Params, Prepared, Subject, WeightUpdate
+from steerkit.sites import Site
 from steerkit.tokens import Tokens
 from steerkit.vector import SteeringVector
 
@@ -69,12 +71,26 @@ class RepresentationControl(AddDirection):
         """The operation that vector files of this method name."""
         return "add_keep_norm" if self.restore_norm else "add"
 
+    def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
+        """Read every site; pairs are taken as pairs only where the data says so.
+
+        Args:
+            acts: activations of both sides at every site.
+            subject: unused.
+            sites: where to read.
+
+        Returns:
+            ``"<site>/direction"`` to [d].
+        """
+        assert acts is not None
+        return self._each(sites, lambda site: self._read(acts.positive[site], acts.negative[site], acts.paired))
+
     def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """Read the direction.
+        """Read the direction; the rows are pairs where there are as many of both.
 
         Args:
             positive: [n, d] float32.
-            negative: [m, d] float32; pairs where n == m.
+            negative: [m, d] float32.
 
         Returns:
             ``{"direction": [d]}``
@@ -82,12 +98,15 @@ class RepresentationControl(AddDirection):
         Raises:
             FitError: the sides do not differ.
         """
+        return self._read(positive, negative, positive.shape == negative.shape)
+
+    def _read(self, positive: Tensor, negative: Tensor, paired: bool) -> dict[str, Tensor]:
         if self.reading == "mean":
             return {"direction": positive.float().mean(dim=0)}
         difference = mean_difference(positive, negative)
         if self.reading == "difference":
             return {"direction": difference}
-        direction = principal_direction(pair_differences(positive, negative))
+        direction = principal_direction(pair_differences(positive, negative, paired=paired))
         if self.scaling == "difference":
             direction = direction * torch.linalg.vector_norm(difference)
         return {"direction": direction}
