@@ -27,7 +27,7 @@ WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
-    parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs per ratio")
+    parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs per ratio")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
