@@ -26,7 +26,7 @@ from steerkit.moments import NormMedian
 from steerkit.registry import resolve
 from steerkit.sites import Decoder, Site, execution_device, find_decoder, locate, parse_layers
 from steerkit.steering import steer
-from steerkit.vector import SteeringVector
+from steerkit.vector import SteeringVector, model_facts
 
 __all__ = ["Subject", "fit", "separation"]
 
@@ -94,7 +94,6 @@ def fit(
         if not bool(torch.isfinite(tensor).all()):
             raise FitError(f"{chosen.name}: {name} is not finite; load the model in float32 or bfloat16")
     norms = acts.norms if acts is not None else subject.norms(places)
-    config: Any = decoder.model.config
     vector = SteeringVector(
         method=chosen.name,
         tensors=tensors,
@@ -102,28 +101,23 @@ def fit(
         edit=chosen.edit_name,
         scope=chosen.default_scope,
         unit="paper",
-        model_type=config.get_text_config().model_type,
-        hidden_size=decoder.hidden_size,
-        num_layers=decoder.num_layers,
         settings=chosen.settings,
         norms={site: norm for site, norm in norms.items() if math.isfinite(norm)},
         widths={site: tap.width for site, tap in taps.items() if tap.width != decoder.hidden_size},
-        model_id=getattr(config, "_name_or_path", "") or None,
-        model_revision=getattr(config, "_commit_hash", None),
-        chat_template_sha256=_sha256(getattr(tokenizer, "chat_template", None)),
         tokenizer_sha256=_tokenizer_sha256(tokenizer),
         readout=acts.readout if acts is not None else None,
         data_digest=data.digest,
         data_source=data.source or None,
         paper=chosen.paper,
         steerkit_version=steerkit.__version__,
+        **model_facts(decoder.model, tokenizer),
     )
     if held_out is None or acts is None:
         return vector
     measured = separation(
         model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
     )
-    return replace(vector, held_out=measured)
+    return vector.with_held_out(measured)
 
 
 def separation(
@@ -382,10 +376,6 @@ def _read(
     if len(kept) == len(places):
         return stream(model, tokenizer, data, kept, **common)
     return record(model, tokenizer, data, places, **common)
-
-
-def _sha256(text: Any) -> str | None:
-    return hashlib.sha256(str(text).encode()).hexdigest() if text else None
 
 
 def _tokenizer_sha256(tokenizer: Any) -> str:

@@ -252,17 +252,8 @@ class Tokens:
         return self._pass.position
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of this pass."""
-        return self._pass.batch, self._pass.width
-
-    @property
     def prompt_length(self) -> Tensor:
-        """[b, 1] real prompt tokens of every row; the whole row where nobody said where the prompt ends.
-
-        Raises:
-            ScopeError: `mid` or `back` in a pass that cannot tell where the prompt ends.
-        """
+        """[b, 1] real prompt tokens of every row; the whole row where nobody said where the prompt ends."""
         facts = self._pass
         if self._lengths is not None:
             return self._lengths.on(facts)[:, None]
@@ -302,8 +293,11 @@ class Tokens:
             return scope.kind in ("response", "generated")
         end = self._end()
         if end is None and scope.needs_prompt_end:
-            self._choose_side(scope.kind, None)
-        if scope.kind in ("front", "mid", "back"):
+            raise ScopeError(
+                f"scope '{scope}': this forward pass cannot tell where the prompt ends (only `generate` can); pass "
+                "prompt_lengths= (real prompt tokens of each row) to steer(), or use scope='all' or 'first(n)'"
+            )
+        if end is None or scope.kind in ("front", "mid", "back"):
             past_prompt = isinstance(facts.past, int) and isinstance(end, int) and facts.past >= end
             return False if past_prompt else _mask_or_all(facts.real)
         return self._choose_side(scope.kind, end)
@@ -317,13 +311,8 @@ class Tokens:
                 return _mask_or_all(facts.real)
         return _both(facts.position < count, facts.real)
 
-    def _choose_side(self, kind: str, end: int | Tensor | None) -> Tensor | bool:
+    def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
         facts = self._pass
-        if end is None:
-            raise ScopeError(
-                f"scope '{kind}': this forward pass cannot tell where the prompt ends (only `generate` can); pass "
-                "prompt_lengths= (real prompt tokens of each row) to steer(), or use scope='all' or 'first(n)'"
-            )
         start = end - 1 if kind == "response" else end
         if isinstance(start, int) and isinstance(facts.past, int):
             before, after = facts.past + facts.width <= start, facts.past >= start
@@ -537,7 +526,9 @@ class PassClock:
         if given.get("cu_seq_lens_q") is not None or given.get("block_table") is not None:
             return Pass(**facts, only_all=PACKED)
         keep = given.get("logits_to_keep")
-        own_sequence = call is not None and not compiling and keep is None
+        # `generate` always says how many logits it wants, where the model's forward can be told.
+        tells = "logits_to_keep" in self._names.get(id(self._model()), ())
+        own_sequence = call is not None and not compiling and keep is None and tells
         if call is not None and not compiling and not own_sequence:
             call.note(past, width, keep)
             facts["boundary"] = call.boundary

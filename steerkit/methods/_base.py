@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from steerkit.moments import Accumulator
     from steerkit.tokens import Tokens
 
-__all__ = ["AddDirection", "Method", "Params", "Prepared", "Subject", "WeightUpdate"]
+__all__ = ["AddDirection", "Method", "Params", "Prepared", "Subject", "WeightUpdate", "check_direction"]
 
 Params = Mapping[str, Tensor]
 Prepared = Mapping[str, Tensor]
@@ -278,10 +278,7 @@ class AddDirection(Method):
         Raises:
             VectorMismatchError: there is none, or it has another shape.
         """
-        direction = params.get("direction")
-        if direction is None or direction.dim() != 1:
-            got = "none" if direction is None else f"shape {tuple(direction.shape)}"
-            raise VectorMismatchError(f"{site}: {self.name} adds one direction of shape (width,), the vector has {got}")
+        check_direction(f"{site}: {self.name} adds one direction of shape (width,)", params, dims=1)
 
     def length(self, params: Params) -> float | None:
         """Norm of the direction."""
@@ -308,6 +305,23 @@ class AddDirection(Method):
             shift = strength * vector.params(site)["direction"].float()
             updates.append(WeightUpdate(f"{_last_linear(model, site)}.bias", _shifted(shift)))
         return updates
+
+
+def check_direction(wanted: str, params: Params, *, dims: int) -> None:
+    """Refuse a direction of another shape than a method applies.
+
+    Args:
+        wanted: what the method applies, to begin the error with.
+        params: the tensors of one site.
+        dims: dimensions the direction has to have.
+
+    Raises:
+        VectorMismatchError: there is no direction, or it has other dimensions.
+    """
+    direction = params.get("direction")
+    if direction is None or direction.dim() != dims:
+        got = "none" if direction is None else f"shape {tuple(direction.shape)}"
+        raise VectorMismatchError(f"{wanted}, the vector has {got}")
 
 
 def _wrong_setting(annotation: Any, value: Any) -> str | None:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from steerkit import edits
 from steerkit.activations import Activations
-from steerkit.errors import FitError, VectorMismatchError
-from steerkit.methods._base import Method, Params, Prepared, Subject
+from steerkit.errors import FitError
+from steerkit.methods._base import Method, Params, Prepared, Subject, check_direction
 from steerkit.sites import Decoder, Site
 from steerkit.tokens import Tokens
 
@@ -98,10 +98,7 @@ class ActivationAddition(Method):
         Raises:
             VectorMismatchError: there is none, or it has another shape.
         """
-        direction = params.get("direction")
-        if direction is None or direction.dim() != 2:
-            got = "none" if direction is None else f"shape {tuple(direction.shape)}"
-            raise VectorMismatchError(f"{site}: actadd adds rows of shape (positions, width), the vector has {got}")
+        check_direction(f"{site}: actadd adds rows of shape (positions, width)", params, dims=2)
 
     def length(self, params: Params) -> float | None:
         """Median norm of the rows (the BOS row, which is zero, left out)."""
