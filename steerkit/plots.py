@@ -29,14 +29,14 @@ def plot_curve(curve: Curve, path: str | Path, *, title: str, unit: str = "paper
     pyplot = _pyplot()
     path = Path(path)
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    means = [estimate.mean for estimate in curve.margins]
+    means = [estimate.mean for estimate in curve.effects]
     for number, control in enumerate(curve.controls):
         label = f"{len(curve.controls)} random directions, same norm" if number == 0 else None
         axes.plot(curve.strengths, control, color="0.65", linewidth=1, marker=".", markersize=4, label=label, zorder=1)
     axes.fill_between(
         curve.strengths,
-        [estimate.low for estimate in curve.margins],
-        [estimate.high for estimate in curve.margins],
+        [estimate.low for estimate in curve.effects],
+        [estimate.high for estimate in curve.effects],
         color="#1f77b4",
         alpha=0.2,
         linewidth=0,
@@ -46,7 +46,8 @@ def plot_curve(curve: Curve, path: str | Path, *, title: str, unit: str = "paper
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.set_xlabel(f"strength ({unit} unit)")
-    axes.set_ylabel("preference margin (nats per token)")
+    column = curve.points[0][curve.effect].column
+    axes.set_ylabel(f"{column.title} ({column.unit})")
     axes.set_title(f"{title}, {curve.items} held-out items", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from steerkit import methods
-from steerkit.errors import VectorFileError, unknown_name
+from steerkit.errors import VectorFileError
 from steerkit.methods._base import Method
+from steerkit.plugins import Plugins
 
 if TYPE_CHECKING:
     from steerkit.vector import SteeringVector
 
 __all__ = ["method_names", "method_of", "resolve"]
 
-GROUP = "steerkit.methods"
+_METHODS: Plugins[Method] = Plugins("steerkit.methods", "method", Method)
 
 
 def method_names() -> list[str]:
     """Names of all methods that can be used: the shipped files and installed plug-ins, sorted."""
-    shipped = {entry.name for entry in pkgutil.iter_modules(methods.__path__) if not entry.name.startswith("_")}
-    return sorted(shipped | {entry.name for entry in entry_points(group=GROUP)})
+    return _METHODS.names()
 
 
 def resolve(name: str) -> type[Method]:
@@ -34,15 +30,7 @@ def resolve(name: str) -> type[Method]:
     Raises:
         UnknownNameError: nothing answers to that name.
     """
-    if name not in method_names():
-        raise unknown_name("method", name, method_names())
-    for entry in entry_points(group=GROUP):
-        if entry.name == name:
-            found: type[Method] = entry.load()
-            return found
-    module = importlib.import_module(f"{methods.__name__}.{name}")
-    own = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Method)]
-    return next(value for value in own if value.__module__ == module.__name__ and value.name == name)
+    return _METHODS.resolve(name)
 
 
 def method_of(vector: SteeringVector) -> Method:

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "steerkit"
 # The order of the road: a file imports only from files before it.
 ORDER = (
     "errors",
+    "plugins",
     "data",
     "models",
     "tokens",

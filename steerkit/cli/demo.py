@@ -54,6 +54,7 @@ def run(
     """
     import steerkit
     from steerkit.evaluate.curve import dose_response
+    from steerkit.evaluate.trial import Setup
     from steerkit.recipe import find_recipe
 
     chosen = find_recipe(recipe)
@@ -74,9 +75,8 @@ def run(
                 loaded, tokenizer, questions, vector=vector, strength=dose, max_new_tokens=MAX_NEW_TOKENS
             )
             step()
-        curve = dose_response(
-            loaded, tokenizer, held_out, vector, strengths, controls=CONTROLS, batch_size=batch_size, step=step
-        )
+        setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size)
+        curve = dose_response(setup, vector, strengths, controls=CONTROLS, step=step)
     card = _write_card(target.with_suffix(".md"), vector, curve, answers, questions)
     picture = _draw(curve, target.with_suffix(".png"), chosen, vector)
     found = _Findings(chosen, name, target, vector, answers, curve, card, picture)
@@ -195,7 +195,7 @@ def _show_curve(console: Console, curve: Curve) -> None:
     for row in curve.as_rows():
         interval, randoms = (row["low"], row["high"]), (min(row["random"]), max(row["random"]))
         spans = [f"{low:+.2f} .. {high:+.2f}" for low, high in (interval, randoms)]
-        shown.add_row(_signed(row["strength"]), f"{row['margin']:+.3f}", *spans)
+        shown.add_row(_signed(row["strength"]), f"{row['effect']:+.3f}", *spans)
     console.print(shown)
     rises, clear = ("yes" if found else "no" for found in (curve.rises, curve.clear_of_controls))
     typer.echo(f"rises over the whole range: {rises}; outer intervals clear of random directions: {clear}")

@@ -1,19 +1,19 @@
-"""Dose-response: the preference margin over strengths, with its interval and random directions beside it."""
+"""Dose-response: an effect and its costs over strengths, with intervals and random directions beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
-from steerkit.data import ContrastSet
-from steerkit.directions import random_direction
-from steerkit.evaluate.intervals import Estimate, bootstrap
-from steerkit.evaluate.scorers.preference_margin import preference_margin
+from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.scorers._base import Scorer
+from steerkit.evaluate.scoring import Measured, column_of, measure, scorer_of
+from steerkit.evaluate.trial import Setup
+from steerkit.registry import method_of, resolve
 from steerkit.vector import SteeringVector
 
 __all__ = ["Curve", "dose_response", "random_like"]
@@ -24,104 +24,112 @@ class Curve:
     """A dose-response curve.
 
     Attributes:
-        strengths: in the vector's unit.
-        margins: at each strength, the mean over items with its 95 % interval, in nats per token.
-        controls: for each random direction the mean margin at every strength.
+        effect: the column that shows the effect.
+        strengths: rising, in the vector's unit.
+        points: at each strength every column that was measured.
+        controls: for each random direction the mean effect at every strength.
         items: number of held-out items.
     """
 
+    effect: str
     strengths: tuple[float, ...]
-    margins: tuple[Estimate, ...]
+    points: tuple[Mapping[str, Measured], ...]
     controls: tuple[tuple[float, ...], ...]
     items: int
 
     @property
+    def effects(self) -> tuple[Estimate, ...]:
+        """The effect at each strength, with its interval."""
+        return tuple(point[self.effect].estimate for point in self.points)
+
+    @property
     def rises(self) -> bool:
-        """Whether the margin rises from each strength to the next."""
-        means = [estimate.mean for estimate in self.margins]
+        """Whether the effect rises from each strength to the next."""
+        means = [estimate.mean for estimate in self.effects]
         return all(before < after for before, after in pairwise(means))
 
     @property
     def clear_of_controls(self) -> bool:
         """Whether the interval lies above every random direction at the highest strength, and below at the lowest."""
-        lowest, highest = self.margins[0], self.margins[-1]
+        lowest, highest = self.effects[0], self.effects[-1]
         return all(lowest.high < control[0] and highest.low > control[-1] for control in self.controls)
 
     def as_rows(self) -> list[dict[str, Any]]:
-        """One plain dict per strength."""
+        """One plain dict per strength: the effect, the random directions, and every column under `scores`."""
         return [
             {
                 "strength": strength,
-                "margin": estimate.mean,
-                "low": estimate.low,
-                "high": estimate.high,
+                "effect": self.effects[place].mean,
+                "low": self.effects[place].low,
+                "high": self.effects[place].high,
                 "random": [control[place] for control in self.controls],
+                "scores": {name: measured.as_row() for name, measured in self.points[place].items()},
             }
-            for place, (strength, estimate) in enumerate(zip(self.strengths, self.margins, strict=True))
+            for place, strength in enumerate(self.strengths)
         ]
 
 
 def dose_response(
-    model: nn.Module,
-    tokenizer: Any,
-    data: ContrastSet,
+    setup: Setup,
     vector: SteeringVector,
     strengths: Sequence[float],
     *,
+    scorers: Sequence[str | Scorer] = ("preference_margin",),
+    effect: str | None = None,
     controls: int = 5,
-    batch_size: int = 16,
     seed: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> Curve:
-    """Measure the preference margin at several strengths, and that of random directions of the same norm.
+    """Measure a vector at several strengths, and the effect of random directions of the same norm.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        data: held-out pairs with both answers.
+        setup: model, tokenizer and held-out items.
         vector: the vector.
-        strengths: in rising order.
+        strengths: in rising order, in the vector's unit.
+        scorers: what is measured; the first one shows the effect.
+        effect: another column that shows the effect.
         controls: number of random directions.
-        batch_size: rows per pass.
-        seed: fixes the random directions and the bootstrap.
+        seed: fixes the random directions and the intervals.
         step: called after each measurement, for a progress bar.
 
+    Returns:
+        The curve.
+
     Raises:
-        DataError: an item lacks an answer.
+        DataError: the items lack what a scorer needs, or no scorer gives the column `effect`.
     """
-    base = preference_margin(model, tokenizer, data, batch_size=batch_size)
+    neutral = resolve(vector.method).neutral
 
-    def measure(other: SteeringVector, strength: float) -> Any:
-        bare = strength == 0.0
-        values = (
-            base
-            if bare
-            else preference_margin(model, tokenizer, data, vector=other, strength=strength, batch_size=batch_size)
-        )
+    def at(other: SteeringVector, strength: float, chosen: Sequence[str | Scorer]) -> dict[str, Measured]:
+        trial = setup.bare if strength == neutral else setup.trial(other, strength)
+        found = measure(trial, chosen, seed=seed)
         step()
-        return values
+        return found
 
-    margins = tuple(bootstrap(measure(vector, strength), seed=seed) for strength in strengths)
+    points = tuple(at(vector, strength, scorers) for strength in strengths)
+    shown = column_of(effect or next(iter(points[0])), points[0])
+    # Only the scorer that shows the effect is run on the controls.
+    showing = [scorer for scorer in scorers if shown in scorer_of(scorer).columns]
     randoms = [random_like(vector, seed=seed + 1 + number) for number in range(controls)]
     return Curve(
+        effect=shown,
         strengths=tuple(strengths),
-        margins=margins,
-        controls=tuple(tuple(float(measure(other, strength).mean()) for strength in strengths) for other in randoms),
-        items=len(data),
+        points=points,
+        controls=tuple(
+            tuple(at(other, strength, showing)[shown].estimate.mean for strength in strengths) for other in randoms
+        ),
+        items=points[0][shown].items,
     )
 
 
 def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:
-    """The same vector with random directions of the same norms.
+    """The same vector with nothing learned in it: for most methods, random directions of the same norms.
 
     Args:
         vector: the vector to imitate.
         seed: fixes the draw.
+
+    Raises:
+        FitError: the vector's method has no random control.
     """
-    # One generator for all tensors: a seed per place would give two controls the same draw at neighbouring sites.
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: random_direction(tensor, generator) if name.endswith("/direction") else tensor
-        for name, tensor in sorted(vector.tensors.items())
-    }
-    return replace(vector, tensors=tensors)
+    return method_of(vector).control(vector, torch.Generator().manual_seed(seed))

@@ -87,15 +87,17 @@ def vector_card(
     if measured:
         lines += ["", f"Separation measured on {vector.held_out['items']} items the vector was not fitted on."]
     if curve is not None:
-        lines += ["", "## Effect", "", f"Preference margin on {curve.items} held-out items, nats per token:", ""]
+        column = curve.points[0][curve.effect].column
+        title = f"{column.title[:1].upper()}{column.title[1:]}"
+        lines += ["", "## Effect", "", f"{title} on {curve.items} held-out items, {column.unit}:", ""]
         lines += [
-            "| strength | margin | 95 % interval | random directions, same norm |",
+            "| strength | effect | 95 % interval | random directions, same norm |",
             "| --- | --- | --- | --- |",
         ]
         for row in curve.as_rows():
             randoms = f"{min(row['random']):.2f} to {max(row['random']):.2f}" if row["random"] else "-"
             lines.append(
-                f"| {row['strength']:g} | {row['margin']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {randoms} |"
+                f"| {row['strength']:g} | {row['effect']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {randoms} |"
             )
     if answers:
         lines += ["", "## Before and after", "", f"Greedy, {new_tokens} new tokens."]

@@ -6,24 +6,16 @@ Most methods write `fit_site` and nothing else; `AddDirection` brings the plain 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    Protocol,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from steerkit import edits
-from steerkit.errors import FitError, SiteError, StrengthError, UnknownNameError, VectorMismatchError, near_miss
+from steerkit.directions import random_direction
+from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
+from steerkit.plugins import Configured
 from steerkit.sites import Decoder, Site, locate
 from steerkit.vector import SteeringVector
 
@@ -76,7 +68,7 @@ class Subject(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Configured):
     """Base of all methods. The dataclass fields of a subclass are its settings.
 
     Class attributes:
@@ -86,9 +78,9 @@ class Method:
         scope, scopes: default tokens written, and all that are allowed.
         neutral: the strength at which it is the exact identity; None where no strength is.
         data: what it is fitted on, for the table of methods.
+        ladder: rising strengths, on the behaviour's side of neutral, that are tried where nobody says which.
     """
 
-    name: ClassVar[str]
     title: ClassVar[str]
     paper: ClassVar[str]
     data: ClassVar[str] = "contrast set"
@@ -96,6 +88,7 @@ class Method:
     scope: ClassVar[str] = "all"
     scopes: ClassVar[tuple[str, ...]] = ("all", "prompt", "response", "generated", "first")
     neutral: ClassVar[float | None] = 0.0
+    ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 
     @property
     def edit_name(self) -> str:
@@ -107,32 +100,9 @@ class Method:
         """Tokens written where nobody says otherwise."""
         return self.scope
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The dataclass fields, as stored in a vector file."""
-        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
-
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Method:
-        """Build the method with the settings a vector file or recipe names.
-
-        Args:
-            settings: field name to value; a list stands for a tuple.
-
-        Raises:
-            UnknownNameError: a setting this method does not have.
-            FitError: a value of the wrong type, or none of those allowed.
-        """
-        known = {entry.name for entry in fields(cls)}
-        for name in settings:
-            if name not in known:
-                raise UnknownNameError(f"{cls.name}: unknown setting {name!r}; {near_miss(name, known)}")
-        hints = get_type_hints(cls)
-        for name, value in settings.items():
-            problem = _wrong_setting(hints[name], value)
-            if problem:
-                raise FitError(f"{cls.name}: setting {name} = {value!r}: {problem}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()})
+    def _setting_error(cls, message: str) -> FitError:
+        return FitError(message)
 
     def sites(self, decoder: Decoder) -> list[Site]:
         """Where the method reads and writes when nobody says: the output of the block at 40 % of the depth.
@@ -254,6 +224,24 @@ class Method:
         """
         raise NotImplementedError
 
+    def control(self, vector: SteeringVector, generator: torch.Generator) -> SteeringVector:
+        """The same vector with nothing learned in it, the control an effect is shown beside.
+
+        Here: random directions of the same norms. A method whose tensors are no directions says what is random.
+
+        Args:
+            vector: what this method fitted.
+            generator: what draws, on the CPU; one for all tensors, so that no draw is used twice.
+
+        Raises:
+            FitError: the vector has no direction that could be drawn anew.
+        """
+        directions = [name for name in vector.tensors if name.endswith("/direction")]
+        if not directions:
+            raise FitError(f"{self.name}: the vector holds no direction, so it has no random control")
+        drawn = {name: random_direction(vector.tensors[name], generator) for name in sorted(directions)}
+        return replace(vector, tensors={**vector.tensors, **drawn})
+
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The same change as weights, where that is exact.
 
@@ -322,18 +310,6 @@ def check_direction(wanted: str, params: Params, *, dims: int) -> None:
     if direction is None or direction.dim() != dims:
         got = "none" if direction is None else f"shape {tuple(direction.shape)}"
         raise VectorMismatchError(f"{wanted}, the vector has {got}")
-
-
-def _wrong_setting(annotation: Any, value: Any) -> str | None:
-    """What is wrong with a setting's value; None where nothing is, or where the annotation is not a simple one."""
-    if get_origin(annotation) is Literal:
-        allowed = get_args(annotation)
-        return None if value in allowed and type(value) in map(type, allowed) else f"allowed are {', '.join(allowed)}"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = {bool: isinstance(value, bool), int: number and isinstance(value, int), float: number}
-    fits[str] = isinstance(value, str)
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return f"{wanted[annotation]} is wanted" if annotation in fits and not fits[annotation] else None
 
 
 def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:

@@ -7,114 +7,41 @@ Teacher-forced under steering. Means per token, so that longer answers do not co
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from steerkit.activations import position_inputs
-from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
-from steerkit.errors import DataError
-from steerkit.sites import execution_device, find_decoder
-from steerkit.steering import steer
-from steerkit.vector import SteeringVector
+from steerkit.evaluate.scorers._base import Column, Scorer
+from steerkit.evaluate.trial import Trial
 
-__all__ = ["answer_log_probs", "preference_margin"]
+__all__ = ["PreferenceMargin"]
 
 
-def preference_margin(
-    model: nn.Module,
-    tokenizer: Any,
-    data: ContrastSet,
-    *,
-    vector: SteeringVector | Sequence[SteeringVector] | None = None,
-    strength: float | None = None,
-    scope: str | None = None,
-    batch_size: int = 16,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """Score every item of a contrast set.
+@dataclass(frozen=True)
+class PreferenceMargin(Scorer):
+    """Mean log-probability per token of the positive answer minus that of the negative one."""
 
-    Args:
-        model: any decoder-only transformers model.
-        tokenizer: its tokenizer.
-        data: pairs with both answers; a contrast in the system prompt is left out, so that only steering tells.
-        vector: what to steer with; None scores the bare model.
-        strength: one number; None takes the file's suggested strength, else 1.
-        scope: which tokens are written; None takes the vector's own.
-        batch_size: rows per pass.
-        chat_template_kwargs: passed on to the chat template.
+    name: ClassVar[str] = "preference_margin"
+    title: ClassVar[str] = "how much likelier the positive answer is than the negative one"
+    columns: ClassVar[Mapping[str, Column]] = {
+        "preference_margin": Column("preference margin", "nats per token", "higher"),
+    }
 
-    Returns:
-        [n] float32, nats per token.
+    def score(self, trial: Trial) -> dict[str, Tensor]:
+        """Score every pair.
 
-    Raises:
-        DataError: the set is not paired, or a pair lacks an answer or has two prompts.
-    """
-    items: list[Conversation] = []
-    for number, (positive, negative) in enumerate(zip(data.positive, data.negative, strict=False)):
-        if not data.paired or positive.answer is None or negative.answer is None or positive.prompt != negative.prompt:
-            raise DataError(f"preference margin: item {number} has no two answers to one prompt; give both answers")
-        items += [Conversation(side.prompt, answer=side.answer, raw=side.raw) for side in (positive, negative)]
-    rendered = [render(tokenizer, item, chat_template_kwargs=chat_template_kwargs) for item in items]
-    scores = answer_log_probs(
-        model,
-        rendered,
-        pad_id=pad_token_id(tokenizer),
-        vector=vector,
-        strength=strength,
-        scope=scope,
-        batch_size=batch_size,
-    )
-    return scores[0::2] - scores[1::2]
+        Args:
+            trial: needs data with both answers to each prompt.
 
+        Returns:
+            ``{"preference_margin": [n]}``
 
-def answer_log_probs(
-    model: nn.Module,
-    rendered: Sequence[Rendered],
-    *,
-    pad_id: int,
-    vector: SteeringVector | Sequence[SteeringVector] | None = None,
-    strength: float | None = None,
-    scope: str | None = None,
-    batch_size: int = 16,
-) -> Tensor:
-    """Mean log-probability per answer token of each text, teacher-forced under steering.
-
-    Args:
-        model: any decoder-only transformers model.
-        rendered: texts with answers.
-        pad_id: fills the rows; masked.
-        vector: what to steer with; None scores the bare model.
-        strength: one number.
-        scope: which tokens are written.
-        batch_size: rows per pass.
-
-    Returns:
-        [n] float32, nats per token.
-    """
-    decoder = find_decoder(model)
-    device = execution_device(decoder)
-    scores = torch.empty(len(rendered))
-    # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
-    for batch in batches(rendered, batch_size, pad_id=pad_id, side="left"):
-        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        answers = [len(rendered[row].ids) - rendered[row].prompt_length for row in batch.rows]
-        keep = max(answers) + 1
-        positions = position_inputs(decoder.model, mask)
-        context: Any = (
-            contextlib.nullcontext()
-            if vector is None
-            else steer(model, vector, strength, scope=scope, prompt_lengths=batch.prompt_lengths)
-        )
-        with context, torch.no_grad():
-            logits = model(
-                input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep, **positions
-            ).logits[:, -keep:-1]
-        targets = ids[:, -(keep - 1) :].to(logits.device)
-        chosen = torch.log_softmax(logits.float(), dim=-1).gather(-1, targets[..., None])[..., 0]
-        for place, row in enumerate(batch.rows):
-            scores[row] = chosen[place, -answers[place] :].mean()
-    return scores
+        Raises:
+            DataError: a pair lacks an answer or has two prompts.
+        """
+        texts = [text for pair in trial.setup.pairs for text in pair]
+        means = torch.stack([tokens.mean() for tokens in trial.log_probs(texts)])
+        return {"preference_margin": means[0::2] - means[1::2]}

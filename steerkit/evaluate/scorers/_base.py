@@ -1,0 +1,83 @@
+"""What a scorer is: a class that turns a trial into numbers, one per item, so that intervals exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from steerkit.evaluate.trial import Trial
+from steerkit.plugins import Configured
+
+__all__ = ["Column", "Scorer", "Weighted"]
+
+
+class Column(NamedTuple):
+    """One figure that a scorer gives.
+
+    Attributes:
+        title: a few words, for tables and pictures.
+        unit: what the numbers count in.
+        better: which way is better, where one is.
+        scale: on the `log` scale values are logarithms: means are shown as exp(mean), changes as ratios.
+    """
+
+    title: str
+    unit: str
+    better: Literal["higher", "lower", "neither"] = "neither"
+    scale: Literal["linear", "log"] = "linear"
+
+
+class Weighted(NamedTuple):
+    """Values of items that do not all count alike.
+
+    Attributes:
+        values: [n].
+        weights: [n], such as the items' tokens.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Scorer(Configured):
+    """Base of all scorers. The dataclass fields of a subclass are its settings.
+
+    A user's own scorer is such a class; `steerkit.evaluate.measure` takes it as it is.
+
+    Class attributes:
+        name: what it is called on the command line; the file's name.
+        title: one line on what it says.
+        source: the paper, where there is one.
+        columns: the figures it gives. The first is the one meant by the scorer's name alone.
+        against_bare: the numbers already compare with the unsteered model (such as KL), so that the bare model is not
+            scored beside it.
+
+    Example:
+        >>> import torch
+        >>> class Shouting(Scorer):
+        ...     name, title = "shouting", "share of capital letters"
+        ...     columns = {"shouting": Column("capitals", "share of characters")}
+        ...     def score(self, trial):
+        ...         return {"shouting": torch.tensor([sum(map(str.isupper, t)) / max(len(t), 1) for t in trial.texts])}
+    """
+
+    title: ClassVar[str]
+    source: ClassVar[str] = ""
+    columns: ClassVar[Mapping[str, Column]]
+    against_bare: ClassVar[bool] = False
+
+    def score(self, trial: Trial) -> Mapping[str, Tensor | Weighted]:
+        """Score every item.
+
+        Args:
+            trial: the model under steering, or bare, and its items.
+
+        Returns:
+            For each of `columns` [n] numbers; nan where an item could not be scored. The items are the same, in the
+            same order, for every trial of one setup.
+        """
+        raise NotImplementedError

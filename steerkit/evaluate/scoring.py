@@ -1,0 +1,169 @@
+"""Scorers by name, and `measure`: their means over items with intervals, beside those of the unsteered model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerkit.errors import DataError, near_miss
+from steerkit.evaluate.intervals import Estimate, interval
+from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
+from steerkit.evaluate.trial import Trial
+from steerkit.plugins import Plugins
+
+__all__ = ["Measured", "column_of", "measure", "scorer_names", "scorer_of"]
+
+_SCORERS: Plugins[Scorer] = Plugins("steerkit.evaluate.scorers", "scorer", Scorer)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of one trial.
+
+    Attributes:
+        column: what it is.
+        estimate: mean over items with its 95 % interval (on the log scale, of exponentials).
+        change: mean of the items' paired differences to the unsteered model, with its interval (on the log scale, the
+            ratio); of the unsteered model itself, or where the scorer compares by itself, None.
+        items: scored items.
+        failures: items that could not be scored.
+    """
+
+    column: Column
+    estimate: Estimate
+    change: Estimate | None
+    items: int
+    failures: int = 0
+
+    @property
+    def effect(self) -> Estimate:
+        """What steering did: the change, or where the scorer compares by itself, its estimate."""
+        return self.estimate if self.change is None else self.change
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        row: dict[str, Any] = {
+            "mean": self.estimate.mean,
+            "low": self.estimate.low,
+            "high": self.estimate.high,
+            "items": self.items,
+            "failures": self.failures,
+        }
+        if self.change is not None:
+            row |= {"change": self.change.mean, "change_low": self.change.low, "change_high": self.change.high}
+        return row
+
+    @classmethod
+    def from_row(cls, column: Column, row: Mapping[str, Any]) -> Measured:
+        """Read what `as_row` wrote.
+
+        Args:
+            column: what the row is of.
+            row: plain data.
+        """
+        change = Estimate(row["change"], row["change_low"], row["change_high"]) if "change" in row else None
+        return cls(column, Estimate(row["mean"], row["low"], row["high"]), change, row["items"], row["failures"])
+
+
+def scorer_names() -> list[str]:
+    """Names of all scorers: the shipped files and installed plug-ins of the group `steerkit.evaluate.scorers`."""
+    return _SCORERS.names()
+
+
+def scorer_of(scorer: str | Scorer, settings: Mapping[str, Any] | None = None) -> Scorer:
+    """A scorer by name, or as it is.
+
+    Args:
+        scorer: a name, or a scorer with its settings.
+        settings: where a name was given.
+
+    Raises:
+        UnknownNameError: no scorer or setting of that name.
+        DataError: settings beside a scorer that has its own.
+    """
+    if isinstance(scorer, Scorer):
+        if settings:
+            raise DataError(f"{scorer.name}: give settings to the scorer itself, not beside it")
+        return scorer
+    return _SCORERS.resolve(scorer).from_settings(settings or {})
+
+
+def measure(
+    trial: Trial, scorers: Sequence[str | Scorer] = ("preference_margin",), *, seed: int = 0
+) -> dict[str, Measured]:
+    """Score a trial, and the unsteered model on the same items.
+
+    Args:
+        trial: the model under steering, or bare.
+        scorers: names, or scorers with their settings.
+        seed: fixes the intervals.
+
+    Returns:
+        Column name to figure, in the order of the scorers.
+
+    Raises:
+        DataError: the data lacks what a scorer needs, or two scorers have a column of the same name.
+    """
+    found: dict[str, Measured] = {}
+    for scorer in map(scorer_of, scorers):
+        scores = _scores(trial, scorer)
+        beside = scores if trial.bare is trial or scorer.against_bare else _scores(trial.bare, scorer)
+        for name, column in scorer.columns.items():
+            if name in found:
+                raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
+            found[name] = _measured(column, scores[name], None if beside is scores else beside[name], seed)
+    return found
+
+
+def column_of(name: str, columns: Mapping[str, Any]) -> str:
+    """Check that a column was measured.
+
+    Args:
+        name: the column.
+        columns: those there are.
+
+    Raises:
+        DataError: it is none of them.
+    """
+    if name not in columns:
+        raise DataError(f"no scorer gave {name!r}; {near_miss(name, columns)}")
+    return name
+
+
+def _scores(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
+    """The scores of a trial; those of the bare model are kept."""
+    kept = trial.setup.scored
+    if trial.vector is not None:
+        return scorer.score(trial)
+    if scorer not in kept:
+        kept[scorer] = scorer.score(trial)
+    found: Mapping[str, Tensor | Weighted] = kept[scorer]
+    return found
+
+
+def _measured(column: Column, scores: Tensor | Weighted, beside: Tensor | Weighted | None, seed: int) -> Measured:
+    values, weights = scores if isinstance(scores, Weighted) else (scores, None)
+    estimate = interval(values, weights=weights, seed=seed)
+    change = None
+    if beside is not None:
+        before = beside.values if isinstance(beside, Weighted) else beside
+        change = interval(_difference(values, before), weights=weights, seed=seed)
+    if column.scale == "log":
+        estimate, change = estimate.exp(), None if change is None else change.exp()
+    missing = int(torch.isnan(values).sum())
+    return Measured(column, estimate, change, len(values) - missing, missing)
+
+
+def _difference(after: Tensor, before: Tensor) -> Tensor:
+    """Paired differences [n], nan where one of both could not be scored.
+
+    Raises:
+        DataError: the scorer gave other items the second time.
+    """
+    if after.shape != before.shape:
+        raise DataError(f"a scorer gave {len(after)} items under steering and {len(before)} without; give the same")
+    return after.double() - before.double()
