@@ -28,7 +28,7 @@ from steerkit.sites import Decoder, Site, execution_device, find_decoder, locate
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector, model_facts
 
-__all__ = ["Subject", "fit", "separation"]
+__all__ = ["Subject", "fit", "read", "separation", "tokenizer_digest"]
 
 
 def fit(
@@ -43,6 +43,7 @@ def fit(
     batch_size: int = 16,
     held_out: ContrastSet | None = None,
     settings: Mapping[str, Any] | None = None,
+    acts: Activations | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> SteeringVector:
@@ -60,6 +61,7 @@ def fit(
         batch_size: rows per pass.
         held_out: items to measure the separation on; the figures go into the file.
         settings: the method's settings where `method` is a name.
+        acts: what `read` gave for this model, data and method, at these sites and perhaps others; saves the pass.
         chat_template_kwargs: passed on to the chat template.
         progress: show a progress bar on stderr.
 
@@ -81,19 +83,18 @@ def fit(
     taps = locate(model, _sites(chosen, decoder, layers, sites))
     places = list(taps)
     subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name)
-    acts: Activations | None = None
-    if chosen.readout is not None:
+    if chosen.readout is not None and acts is None:
         reading = chosen.readout if readout is None else readout
         acts = _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
-    elif readout is not None:
+    elif readout is not None and acts is None:
         raise DataError(f"{chosen.name} reads for itself; leave readout={readout!r} out")
-    elif held_out is not None:
+    elif held_out is not None and acts is None:
         raise DataError(f"{chosen.name} has no direction to separate held-out items by; leave held_out out")
     tensors = chosen.fit(acts, subject, places)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise FitError(f"{chosen.name}: {name} is not finite; load the model in float32 or bfloat16")
-    norms = acts.norms if acts is not None else subject.norms(places)
+    norms = {site: acts.norms[site] for site in places} if acts is not None else subject.norms(places)
     vector = SteeringVector(
         method=chosen.name,
         tensors=tensors,
@@ -104,7 +105,7 @@ def fit(
         settings=chosen.settings,
         norms={site: norm for site, norm in norms.items() if math.isfinite(norm)},
         widths={site: tap.width for site, tap in taps.items() if tap.width != decoder.hidden_size},
-        tokenizer_sha256=_tokenizer_sha256(tokenizer),
+        tokenizer_sha256=tokenizer_digest(tokenizer),
         readout=acts.readout if acts is not None else None,
         data_digest=data.digest,
         data_source=data.source or None,
@@ -118,6 +119,47 @@ def fit(
         model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
     )
     return vector.with_held_out(measured)
+
+
+def read(
+    model: nn.Module,
+    tokenizer: Any,
+    data: ContrastSet,
+    *,
+    method: str | Method = "caa",
+    settings: Mapping[str, Any] | None = None,
+    sites: Sequence[Site | str],
+    readout: str | int | tuple[int, int] | None = None,
+    batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Activations | None:
+    """Read once what `fit` needs at many sites, to fit at some of them again and again.
+
+    Args:
+        model: any decoder-only transformers model.
+        tokenizer: its tokenizer.
+        data: the contrast set.
+        method: a name, or a method with its settings.
+        settings: the method's settings where `method` is a name.
+        sites: where to read.
+        readout: which tokens are read; None takes the method's own.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What `fit` takes as `acts`; None where the method reads for itself.
+
+    Raises:
+        SteerError: see `fit`.
+    """
+    chosen = _method(method, settings)
+    if chosen.readout is None:
+        return None
+    places = list(locate(model, _sites(chosen, find_decoder(model), None, sites)))
+    reading = chosen.readout if readout is None else readout
+    return _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
 
 
 def separation(
@@ -378,7 +420,11 @@ def _read(
     return record(model, tokenizer, data, places, **common)
 
 
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    """Digest of the vocabulary, the one thing every tokenizer has."""
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of the vocabulary, the one thing every tokenizer has.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return hashlib.sha256("\n".join(f"{index} {token}" for token, index in vocabulary).encode()).hexdigest()

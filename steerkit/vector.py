@@ -13,9 +13,7 @@ import hashlib
 import json
 import math
 import numbers
-import os
 import re
-import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 
 from steerkit import __version__
 from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError, VectorMismatchError
+from steerkit.files import write_whole
 from steerkit.sites import Site, inner_model
 from steerkit.tokens import Scope
 
@@ -331,8 +330,7 @@ class SteeringVector:
             target = path.resolve()  # a link stays a link
             if target.is_dir():
                 raise VectorFileError(f"{path}: is a folder; give the name of a file, such as {path / 'x.safetensors'}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(target, data)
+            write_whole(target, data)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise VectorFileError(f"{path}: cannot be written ({reason}); choose another folder") from None
@@ -859,17 +857,3 @@ def _check_readable(metadata: Mapping[str, str]) -> None:
         raise VectorFileError(
             f"layer_counting {metadata['layer_counting'][:80]!r} is unknown; it must be {LAYER_COUNTING!r}"
         )
-
-
-def _write_whole(target: Path, data: bytes) -> None:
-    """Write beside the target, then take its place; whatever stops it, no partial file stays."""
-    partial = target.with_name(f".steerkit-{secrets.token_hex(8)}.tmp")
-    try:
-        with partial.open("xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ import steerkit
 from steerkit.data import ContrastSet, Conversation, render
 from steerkit.errors import DataError, SteerError
 from steerkit.evaluate.curve import Curve, dose_response, random_like
-from steerkit.evaluate.intervals import Estimate, bootstrap
-from steerkit.evaluate.scorers.preference_margin import preference_margin
+from steerkit.evaluate.intervals import Estimate, interval
+from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
+from steerkit.evaluate.scoring import Measured, measure
+from steerkit.evaluate.trial import Setup
 from steerkit.export.card import Answer, vector_card
 from tests import modes
 from tests.families import build
@@ -57,31 +58,18 @@ def test_preference_margin_is_its_definition(family: str, batch_size: int, token
     model = build(family)
     vector = modes.vector_for(model, scope="response")
     data = ContrastSet.from_answers(ITEMS)
-    got = preference_margin(model, tokenizer, data, vector=vector, strength=0.5, batch_size=batch_size)
+    setup = Setup(model, tokenizer, data, batch_size=batch_size)
+    got = PreferenceMargin().score(setup.trial(vector, 0.5))["preference_margin"]
     expected = torch.tensor(slow_margin(model, tokenizer, vector, 0.5))
     assert torch.allclose(got, expected, atol=1e-4)
-    bare = preference_margin(model, tokenizer, data, batch_size=batch_size)
+    bare = PreferenceMargin().score(setup.bare)["preference_margin"]
     assert not torch.allclose(got, bare, atol=1e-3)
 
 
 def test_preference_margin_wants_two_answers(tokenizer: Any) -> None:
     model = build("llama")
     with pytest.raises(DataError, match="item 0 has no two answers"):
-        preference_margin(model, tokenizer, ContrastSet.from_prompts(["a b"], ["c d"]))
-
-
-def test_bootstrap_interval() -> None:
-    values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0] * 20)
-    estimate = bootstrap(values)
-    spread = float(values.std(correction=0)) / math.sqrt(len(values))
-    assert estimate.mean == pytest.approx(2.0)
-    assert estimate.low == pytest.approx(2.0 - 1.96 * spread, abs=0.05)
-    assert estimate.high == pytest.approx(2.0 + 1.96 * spread, abs=0.05)
-    assert bootstrap(values) == estimate, "the same seed gives the same interval"
-    with pytest.raises(DataError, match="0 items"):
-        bootstrap(torch.tensor([]))
-    with pytest.raises(DataError, match="finite"):
-        bootstrap(torch.tensor([1.0, math.nan]))
+        measure(Setup(model, tokenizer, ContrastSet.from_prompts(["a b"], ["c d"])).bare)
 
 
 def test_dose_response(tokenizer: Any) -> None:
@@ -89,9 +77,7 @@ def test_dose_response(tokenizer: Any) -> None:
     vector = modes.vector_for(model, scope="response", size=0.5)
     steps: list[int] = []
     curve = dose_response(
-        model,
-        tokenizer,
-        ContrastSet.from_answers(ITEMS),
+        Setup(model, tokenizer, ContrastSet.from_answers(ITEMS)),
         vector,
         [-1.0, 0.0, 1.0],
         controls=2,
@@ -100,21 +86,31 @@ def test_dose_response(tokenizer: Any) -> None:
     assert curve.items == 3
     assert len(steps) == 3 * 3
     # Strength 0 is the bare model, whatever the direction.
-    assert [control[1] for control in curve.controls] == pytest.approx([curve.margins[1].mean] * 2, rel=1e-5)
-    assert len({curve.margins[0].mean, curve.margins[2].mean, *(control[2] for control in curve.controls)}) == 4
+    assert [control[0.0] for control in curve.controls] == pytest.approx([curve.effects[1].mean] * 2, rel=1e-5)
+    assert len({curve.effects[0].mean, curve.effects[2].mean, *(control[1.0] for control in curve.controls)}) == 4
+
+
+def curve_of(means: tuple[float, ...], *controls: tuple[float, ...]) -> Curve:
+    strengths = tuple(float(place) for place in range(-(len(means) // 2), len(means) - len(means) // 2))
+    column = PreferenceMargin.columns["preference_margin"]
+    points = tuple(
+        {"preference_margin": Measured(column, Estimate(mean, mean - 0.1, mean + 0.1), None, 5)} for mean in means
+    )
+    return Curve(
+        "preference_margin", strengths, points, tuple(dict(zip(strengths, one, strict=True)) for one in controls), 5
+    )
 
 
 def test_what_a_curve_says() -> None:
-    def at(*means: float) -> tuple[Estimate, ...]:
-        return tuple(Estimate(mean, mean - 0.1, mean + 0.1) for mean in means)
-
-    curve = Curve((-1.0, 0.0, 1.0), at(-1, 0, 1), ((0.0, 0.0, 0.0),), 5)
+    curve = curve_of((-1, 0, 1), (0.0, 0.0, 0.0))
     assert curve.rises
     assert curve.clear_of_controls
-    assert not dataclasses.replace(curve, margins=at(-1, 1, 1)).rises
-    assert not dataclasses.replace(curve, controls=((0.0, 0.0, 0.95),)).clear_of_controls
-    assert not dataclasses.replace(curve, controls=((0.0, 0.0, 3.0),)).clear_of_controls, "beyond is not clear"
+    assert not curve_of((-1, 1, 1), (0.0, 0.0, 0.0)).rises
+    assert not curve_of((-1, 0, 1), (0.0, 0.0, 0.95)).clear_of_controls
+    assert not curve_of((-1, 0, 1), (0.0, 0.0, 3.0)).clear_of_controls, "beyond is not clear"
     assert [row["strength"] for row in curve.as_rows()] == [-1.0, 0.0, 1.0]
+    assert dataclasses.replace(curve, controls=({1.0: 0.5},)).clear_of_controls, "an end without control is not judged"
+    assert not dataclasses.replace(curve, controls=({1.0: 0.95},)).clear_of_controls
 
 
 def test_a_random_vector_has_the_same_norms_and_another_direction() -> None:
@@ -139,7 +135,7 @@ def test_a_random_vector_has_the_same_norms_and_another_direction() -> None:
 def test_the_picture_is_written_and_errors_are_ours(tmp_path: Path) -> None:
     from steerkit.plots import plot_curve
 
-    curve = Curve((-1.0, 1.0), (Estimate(0, -1, 1), Estimate(1, 0, 2)), ((0.0, 0.0),), 5)
+    curve = curve_of((0.0, 1.0), (0.0, 0.0))
     path = plot_curve(curve, tmp_path / "deep" / "curve.png", title="a title")
     assert path.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -152,7 +148,7 @@ def test_the_card_says_what_is_needed() -> None:
     vector = dataclasses.replace(
         modes.vector_for(model, scope="response"), suggested_strength=1.5, data_digest="ab" * 32
     )
-    curve = Curve((-1.0, 1.0), (Estimate(0, -1, 1), Estimate(1, 0, 2)), ((0.1, 0.2),), 5)
+    curve = curve_of((0.0, 1.0), (0.1, 0.2))
     answers = [Answer("How are you?", 0.0, "Well.\nThanks."), Answer("How are you?", 1.5, "Great!")]
     card = vector_card("joy-caa", vector, curve=curve, answers=answers, new_tokens=40)
     for part in (

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "steerkit"
 # The order of the road: a file imports only from files before it.
 ORDER = (
     "errors",
+    "files",
     "plugins",
     "data",
     "models",
@@ -45,6 +46,8 @@ ORDER = (
     "shipped",
     "recipe",
     "checks",
+    "doctor",
+    "planning",
     "cli",
     "__main__",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,14 +28,14 @@ class Curve:
         effect: the column that shows the effect.
         strengths: rising, in the vector's unit.
         points: at each strength every column that was measured.
-        controls: for each random direction the mean effect at every strength.
+        controls: for each random direction the mean effect by strength, at every strength it was measured at.
         items: number of held-out items.
     """
 
     effect: str
     strengths: tuple[float, ...]
     points: tuple[Mapping[str, Measured], ...]
-    controls: tuple[tuple[float, ...], ...]
+    controls: tuple[Mapping[float, float], ...]
     items: int
 
     @property
@@ -50,9 +51,15 @@ class Curve:
 
     @property
     def clear_of_controls(self) -> bool:
-        """Whether the interval lies above every random direction at the highest strength, and below at the lowest."""
-        lowest, highest = self.effects[0], self.effects[-1]
-        return all(lowest.high < control[0] and highest.low > control[-1] for control in self.controls)
+        """Whether the interval lies above every random direction at the highest strength, and below at the lowest.
+
+        An end at which no random direction was measured is not looked at.
+        """
+        (low, lowest), (high, highest) = (self.strengths[0], self.effects[0]), (self.strengths[-1], self.effects[-1])
+        return all(
+            lowest.high < control.get(low, math.inf) and highest.low > control.get(high, -math.inf)
+            for control in self.controls
+        )
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One plain dict per strength: the effect, the random directions, and every column under `scores`."""
@@ -62,7 +69,7 @@ class Curve:
                 "effect": self.effects[place].mean,
                 "low": self.effects[place].low,
                 "high": self.effects[place].high,
-                "random": [control[place] for control in self.controls],
+                "random": [control[strength] for control in self.controls if strength in control],
                 "scores": {name: measured.as_row() for name, measured in self.points[place].items()},
             }
             for place, strength in enumerate(self.strengths)
@@ -77,6 +84,7 @@ def dose_response(
     scorers: Sequence[str | Scorer] = ("preference_margin",),
     effect: str | None = None,
     controls: int = 5,
+    control_strengths: Sequence[float] | None = None,
     seed: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> Curve:
@@ -89,6 +97,7 @@ def dose_response(
         scorers: what is measured; the first one shows the effect.
         effect: another column that shows the effect.
         controls: number of random directions.
+        control_strengths: where they are measured; None measures them at every strength.
         seed: fixes the random directions and the intervals.
         step: called after each measurement, for a progress bar.
 
@@ -110,13 +119,14 @@ def dose_response(
     shown = column_of(effect or next(iter(points[0])), points[0])
     # Only the scorer that shows the effect is run on the controls.
     showing = [scorer for scorer in scorers if shown in scorer_of(scorer).columns]
+    measured = strengths if control_strengths is None else control_strengths
     randoms = [random_like(vector, seed=seed + 1 + number) for number in range(controls)]
     return Curve(
         effect=shown,
         strengths=tuple(strengths),
         points=points,
         controls=tuple(
-            tuple(at(other, strength, showing)[shown].estimate.mean for strength in strengths) for other in randoms
+            {strength: at(other, strength, showing)[shown].estimate.mean for strength in measured} for other in randoms
         ),
         items=points[0][shown].items,
     )

@@ -68,7 +68,7 @@ class Setup:
     texts: int = 16
     max_new_tokens: int = 40
     chat_template_kwargs: Mapping[str, Any] | None = None
-    scored: dict[Any, Any] = field(default_factory=dict, repr=False)
+    scored: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
     """Scores of the bare model, by scorer: they do not change with the strength."""
 
     def trial(
@@ -100,7 +100,7 @@ class Setup:
         Args:
             number: 0 or 1.
         """
-        return replace(self, neutral=self.calm[number % 2 :: 2], scored={})
+        return replace(self, neutral=self.calm[number % 2 :: 2])
 
     @cached_property
     def decoder(self) -> Decoder:

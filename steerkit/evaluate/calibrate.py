@@ -1,0 +1,513 @@
+"""Calibration: the largest effect inside a budget of costs, found on one split of the data and confirmed on another.
+
+1. Part of the training items becomes the validation split; the method is fitted on the rest.
+2. Every candidate set of layers is screened at one strength on a few items. Effects grow about linearly with the
+   strength and the KL divergence about quadratically, so candidates are ranked by `effect * sqrt(max_kl / kl)`, the
+   effect they promise at the KL budget.
+3. The best candidates climb the ladder of strengths until one is outside of the budget. A strength counts only if all
+   below it are inside too: a loop has a low perplexity, so a figure that falls again is no proof of health.
+4. Texts are generated for the most effective strengths first, until one repeats itself no more than allowed.
+5. The method is fitted again on all training items, and effect, costs and controls (random directions of the same norm,
+   fits on shuffled labels) are measured once on the held-out items and on other neutral texts. Only this counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from steerkit.data import ContrastSet
+from steerkit.errors import DataError, SteerError
+from steerkit.evaluate.controls import refits
+from steerkit.evaluate.curve import Curve, dose_response
+from steerkit.evaluate.identity import digest_of, setup_identity
+from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.scorers._base import Scorer
+from steerkit.evaluate.scoring import Measured, column_of, measure, scorer_of
+from steerkit.evaluate.sweep import Fits, Point, Store, measure_point
+from steerkit.evaluate.trial import Setup
+from steerkit.fitting import separation
+from steerkit.methods._base import Method
+from steerkit.vector import SteeringVector
+
+__all__ = ["Budget", "Calibration", "Search", "calibrate", "default_candidates"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What steering may cost, against the unsteered model.
+
+    Attributes:
+        max_kl: nats per token on neutral texts.
+        max_ppl_ratio: perplexity of neutral texts over that of the unsteered model.
+        max_repetition: rise of the share of repeated 4-grams in generated texts.
+    """
+
+    max_kl: float = 0.3
+    max_ppl_ratio: float = 1.3
+    max_repetition: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not math.isfinite(value) or value < 0:
+                raise DataError(f"budget: {name} is {value}; give a number of at least 0")
+
+    def breaks(self, scores: dict[str, Measured]) -> list[str]:
+        """What is outside of the budget, in words; costs that were not measured are not looked at.
+
+        Args:
+            scores: column name to figure.
+        """
+        found = []
+        for column, limit, name in (
+            ("kl", self.max_kl, "KL"),
+            ("perplexity_ratio", self.max_ppl_ratio, "perplexity ratio"),
+            ("repetition", self.max_repetition, "rise of repetition"),
+        ):
+            if column not in scores:
+                continue
+            cost = scores[column].effect.mean
+            if not cost <= limit:  # nan is outside
+                found.append(f"{name} {cost:.3g} over {limit:g}")
+        return found
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the layers and the strength are looked for.
+
+    Attributes:
+        candidates: sets of layers; None takes `default_candidates`.
+        strengths: the ladder, rising; None takes the method's own.
+        validation: share of the training items that is kept from fitting to choose on.
+        finalists: candidates that climb the ladder after screening.
+        screened_items: items of the validation split used for screening.
+        neutral_texts: neutral texts used for choosing; the other half of all of them confirms.
+        controls: random directions, and fits on shuffled labels, of the confirmation.
+        trials: number of points an optimiser (optuna) may try instead of the ladder; None climbs.
+        seed: fixes splits, controls, intervals and the optimiser.
+    """
+
+    candidates: Sequence[Sequence[int]] | None = None
+    strengths: Sequence[float] | None = None
+    validation: float = 0.25
+    finalists: int = 3
+    screened_items: int = 10
+    neutral_texts: int = 12
+    controls: int = 5
+    trials: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        works: whether the confirmed effect is clear of every control inside the budget.
+        verdict: the same in one line, with the reason.
+        vector: fitted on all training items at the chosen layers, with the suggestion and both curves in it; None
+            where nothing was inside the budget.
+        layers: where it acts.
+        strength: the suggestion.
+        effect: the column that shows the effect.
+        budget: what it may cost.
+        points: everything tried on the validation split.
+        chosen: figures of the chosen point on the validation split.
+        confirmed: the same on the held-out items, and other neutral texts.
+        curve: dose-response on the held-out items, with random directions.
+        shuffled: effects of fits on shuffled labels, rescaled to the same norm, at the suggested strength.
+    """
+
+    works: bool
+    verdict: str
+    vector: SteeringVector | None
+    layers: tuple[int, ...]
+    strength: float | None
+    effect: str
+    budget: Budget
+    points: tuple[Point, ...]
+    chosen: dict[str, Measured] = field(default_factory=dict)
+    confirmed: dict[str, Measured] = field(default_factory=dict)
+    curve: Curve | None = None
+    shuffled: tuple[float, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: what the vector file keeps of it."""
+        return {
+            "works": self.works,
+            "verdict": self.verdict,
+            "layers": list(self.layers),
+            "strength": self.strength,
+            "effect": self.effect,
+            "budget": asdict(self.budget),
+            "validation": [point.as_row() for point in self.points],
+            "confirmation": {name: one.as_row() for name, one in self.confirmed.items()},
+            "curve": None if self.curve is None else self.curve.as_rows(),
+            "shuffled": list(self.shuffled),
+        }
+
+
+def default_candidates(num_layers: int, extra: Sequence[Sequence[int]] = ()) -> list[tuple[int, ...]]:
+    """Single blocks between a quarter and four fifths of the depth, eight at most, and what else is worth trying.
+
+    Args:
+        num_layers: of the model.
+        extra: more sets of layers, such as a recipe's own.
+    """
+    first, last = round(0.25 * (num_layers - 1)), round(0.8 * (num_layers - 1))
+    step = max(1, math.ceil((last - first + 1) / 8))
+    singles = [(layer,) for layer in range(first, last + 1, step)]
+    return list(dict.fromkeys([*(tuple(sorted(set(layers))) for layers in extra), *singles]))
+
+
+def calibrate(
+    setup: Setup,
+    train: ContrastSet,
+    *,
+    method: str | Method = "caa",
+    settings: dict[str, Any] | None = None,
+    readout: str | int | None = None,
+    budget: Budget | None = None,
+    search: Search | None = None,
+    effect: str | Scorer = "preference_margin",
+    store: Store | None = None,
+    step: Callable[[str], None] = lambda note: None,
+) -> Calibration:
+    """Find the layers and the strength with the largest effect inside the budget, and confirm them on held-out items.
+
+    Args:
+        setup: model, tokenizer and the held-out items, which are looked at only to confirm.
+        train: what is fitted on and, a part of it, chosen on.
+        method: a name, or a method with its settings.
+        settings: the method's settings where `method` is a name.
+        readout: which tokens are read; None takes the method's own.
+        budget: what steering may cost.
+        search: where and how to look.
+        effect: the scorer whose first column shows the effect; more is better.
+        store: figures already there are not measured again.
+        step: called with a few words before each measurement, for a progress line.
+
+    Returns:
+        What was found, and whether it is confirmed.
+
+    Raises:
+        DataError: there are too few items to split, or they lack what the scorer needs.
+        SteerError: see `steerkit.fit` and `steerkit.steer`.
+    """
+    return _Search(setup, train, method, settings, readout, budget, search, effect, store, step).run()
+
+
+class _Search:
+    """One calibration on its way."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        train: ContrastSet,
+        method: str | Method,
+        settings: dict[str, Any] | None,
+        readout: str | int | None,
+        budget: Budget | None,
+        search: Search | None,
+        effect: str | Scorer,
+        store: Store | None,
+        step: Callable[[str], None],
+    ) -> None:
+        self.budget, self.search = budget or Budget(), search or Search()
+        self.step, self.store = step, store or Store()
+        self.scorer = scorer_of(effect)
+        self.effect = next(iter(self.scorer.columns))
+        self.held_out, self.train = setup, train
+        kind = Fits(setup, train, method, (), settings, readout).kind
+        if kind.readout is None:
+            # Fitted on one pair of prompts: half of the held-out items is what there is to choose on.
+            if setup.data is None:
+                raise DataError(f"calibrate: {kind.name} is fitted on prompts alone; give held-out items to choose on")
+            rest, validation = train, setup.data.split(held_out=0.5, seed=self.search.seed)[0]
+            self.held_out = replace(setup, data=setup.data.split(held_out=0.5, seed=self.search.seed)[1])
+        else:
+            rest, validation = train.split(held_out=self.search.validation, seed=self.search.seed)
+        calm = setup.half(0).calm[: self.search.neutral_texts]
+        self.setup = replace(setup, data=validation, neutral=calm)
+        self.confirming = self.held_out.half(1)
+        depth = setup.decoder.num_layers
+        listed = self.search.candidates
+        self.candidates = [
+            tuple(sorted(set(layers))) for layers in (default_candidates(depth) if listed is None else listed)
+        ]
+        self.ladder = sorted(self.search.strengths or kind.ladder)
+        if not self.candidates or not self.ladder:
+            raise DataError("calibrate: there is no set of layers or no strength to try; give some")
+        every = sorted({layer for layers in self.candidates for layer in layers})
+        self.fits = Fits(self.setup, rest, method, every, settings, readout)
+        self.final = (method, settings, readout)
+        self.kind = kind
+        self.points: list[Point] = []
+        self.costs = [scorer_of("divergence")]
+        self.identity = digest_of(setup_identity(self.setup))
+
+    def run(self) -> Calibration:
+        """All steps."""
+        self.step("fitting")
+        if self.search.trials is not None:
+            tried = self.optimise()
+        else:
+            tried = [point for layers in self.screened() for point in self.climb(layers)]
+        best = self.without_loops(tried)
+        if best is None:
+            return self.nothing("no layer and strength tried has a positive effect inside the budget")
+        return self.confirm(best)
+
+    def nothing(self, reason: str) -> Calibration:
+        """The result where nothing was found."""
+        return Calibration(
+            works=False,
+            verdict=f"nothing works: {reason}",
+            vector=None,
+            layers=(),
+            strength=None,
+            effect=self.effect,
+            budget=self.budget,
+            points=tuple(self.points),
+        )
+
+    def measure(
+        self, setup: Setup, layers: Sequence[int], strength: float, scorers: list[Scorer]
+    ) -> dict[str, Measured]:
+        """Figures of one point, from the store where they are there."""
+        identity = self.identity if setup is self.setup else digest_of(setup_identity(setup))
+        vector = self.fits.at(layers)
+        return measure_point(
+            setup, vector, strength, scorers, identity=identity, store=self.store, seed=self.search.seed
+        )
+
+    def screened(self) -> list[tuple[int, ...]]:
+        """The candidates that promise most at the KL budget, and the best single blocks together."""
+        if len(self.candidates) <= self.search.finalists:
+            return self.candidates
+        assert self.setup.data is not None
+        count = min(self.search.screened_items, len(self.setup.data))
+        few = replace(
+            self.setup,
+            data=replace(
+                self.setup.data,
+                positive=self.setup.data.positive[:count],
+                negative=self.setup.data.negative[:count],
+            ),
+            neutral=self.setup.calm[: max(4, self.search.neutral_texts // 2)],
+        )
+        strength = self.ladder[len(self.ladder) // 2]
+        promised: dict[tuple[int, ...], float] = {}
+        for layers in self.candidates:
+            self.step(f"screening layer {_named(layers)}")
+            scores = self.measure(few, layers, strength, [self.scorer, *self.costs])
+            self.points.append(Point(layers, strength, scores))
+            kl = max(scores["kl"].effect.mean, 1e-6)
+            promised[layers] = scores[self.effect].effect.mean * math.sqrt(self.budget.max_kl / kl)
+        self.points.clear()  # on a few items only: not comparable with what follows
+        ranked = sorted(promised, key=lambda layers: -promised[layers])
+        finalists = ranked[: self.search.finalists]
+        together = tuple(sorted({layer for layers in [one for one in ranked if len(one) == 1][:3] for layer in layers}))
+        return list(dict.fromkeys([*finalists, together] if len(together) > 1 else finalists))
+
+    def climb(self, layers: tuple[int, ...]) -> list[Point]:
+        """Figures at rising strengths, up to the first that is outside of the budget; those inside."""
+        inside = []
+        for strength in self.ladder:
+            self.step(f"layer {_named(layers)}, strength {strength:g}")
+            point = Point(layers, strength, self.measure(self.setup, layers, strength, [self.scorer, *self.costs]))
+            self.points.append(point)
+            if self.budget.breaks(dict(point.scores)):
+                break
+            inside.append(point)
+        return inside
+
+    def optimise(self) -> list[Point]:
+        """Points tried by optuna's sampler under the budget as constraint; those inside."""
+        try:
+            import optuna
+        except ModuleNotFoundError:
+            raise SteerError("--trials needs optuna; pip install 'steerkit-hf[search]'") from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        inside = []
+
+        def objective(trial: Any) -> float:
+            place = trial.suggest_int("candidate", 0, len(self.candidates) - 1)
+            strength = round(trial.suggest_float("strength", self.ladder[0], self.ladder[-1]), 2)
+            layers = self.candidates[place]
+            self.step(f"layer {_named(layers)}, strength {strength:g}")
+            point = Point(layers, strength, self.measure(self.setup, layers, strength, [self.scorer, *self.costs]))
+            self.points.append(point)
+            over = len(self.budget.breaks(dict(point.scores)))
+            trial.set_user_attr("over", float(over))
+            if not over:
+                inside.append(point)
+            return point.scores[self.effect].effect.mean
+
+        sampler = optuna.samplers.TPESampler(
+            seed=self.search.seed, constraints_func=lambda trial: (trial.user_attrs["over"],)
+        )
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        study.optimize(objective, n_trials=self.search.trials)
+        broken = [point for point in self.points if point not in inside]
+        # A point counts only if nothing weaker at its layers was outside.
+        return [
+            point
+            for point in inside
+            if not any(
+                other.layers == point.layers and (other.strength or 0) < (point.strength or 0) for other in broken
+            )
+        ]
+
+    def without_loops(self, inside: Sequence[Point]) -> Point | None:
+        """The most effective point whose texts, and those of all weaker strengths, repeat no more than allowed."""
+        looping: dict[tuple[int, ...], float] = {}  # the weakest strength known to loop
+        fine: dict[tuple[int, ...], float] = {}
+        loops = [scorer_of("repetition")]
+        for point in sorted(inside, key=lambda point: -point.scores[self.effect].effect.mean):
+            if not point.scores[self.effect].effect.low > 0:
+                break
+            strength = point.strength or 0.0
+            if strength >= looping.get(point.layers, math.inf):
+                continue
+            below = sorted(
+                {
+                    other.strength or 0.0
+                    for other in inside
+                    if other.layers == point.layers and (other.strength or 0) <= strength
+                }
+            )
+            for lower in below:
+                if lower <= fine.get(point.layers, -math.inf):
+                    continue
+                self.step(f"texts at layer {_named(point.layers)}, strength {lower:g}")
+                scores = self.measure(self.setup, point.layers, lower, loops)
+                self._remember(point.layers, lower, scores)
+                if self.budget.breaks(scores):
+                    looping[point.layers] = lower
+                    break
+                fine[point.layers] = lower
+            else:
+                return next(one for one in self.points if one.layers == point.layers and one.strength == strength)
+        return None
+
+    def _remember(self, layers: tuple[int, ...], strength: float, scores: dict[str, Measured]) -> None:
+        """Add figures to the point they belong to."""
+        for place, point in enumerate(self.points):
+            if point.layers == layers and point.strength == strength:
+                self.points[place] = replace(point, scores={**point.scores, **scores})
+
+    def confirm(self, best: Point) -> Calibration:
+        """Fit on all training items at the chosen layers and measure once on the held-out ones."""
+        assert best.strength is not None
+        self.step("fitting on all items")
+        method, settings, readout = self.final
+        vector = Fits(self.held_out, self.train, method, best.layers, settings, readout).at(best.layers)
+        neutral = 0.0 if self.kind.neutral is None else self.kind.neutral
+        reach = best.strength - neutral
+        strengths = [neutral - reach, neutral - reach / 2, neutral, neutral + reach / 2, neutral + reach]
+        self.step("dose-response on held-out items")
+        curve = dose_response(
+            self.confirming,
+            vector,
+            strengths,
+            scorers=[self.scorer],
+            controls=self.search.controls,
+            control_strengths=strengths[-1:],
+            seed=self.search.seed,
+            step=lambda: self.step("dose-response on held-out items"),
+        )
+        self.step("costs on other texts")
+        trial = self.confirming.trial(vector, best.strength)
+        costs = measure(trial, [*self.costs, "repetition"], seed=self.search.seed)
+        confirmed = {**dict(curve.points[-1]), **costs}
+        shuffled = self.shuffled(vector, best.strength)
+        randoms = [control[best.strength] for control in curve.controls]
+        works, verdict = self.verdict(confirmed, [*randoms, *shuffled])
+        found = Calibration(
+            works=works,
+            verdict=verdict,
+            vector=None,
+            layers=best.layers,
+            strength=best.strength,
+            effect=self.effect,
+            budget=self.budget,
+            points=tuple(self.points),
+            chosen=dict(best.scores),
+            confirmed=confirmed,
+            curve=curve,
+            shuffled=tuple(shuffled),
+        )
+        return replace(found, vector=self.finished(vector, found))
+
+    def shuffled(self, vector: SteeringVector, strength: float) -> list[float]:
+        """Effects of fits on shuffled labels, rescaled to the vector's own norm."""
+        if self.kind.readout is None:
+            return []
+        setup = self.confirming
+        found = refits(
+            setup.model,
+            setup.tokenizer,
+            self.train,
+            vector,
+            shuffled=self.search.controls,
+            halves=0,
+            resamples=0,
+            seed=self.search.seed,
+            batch_size=setup.batch_size,
+            chat_template_kwargs=setup.chat_template_kwargs,
+        )
+        effects = []
+        for control in found.matched():
+            self.step("shuffled labels")
+            effects.append(measure(setup.trial(control, strength), [self.scorer])[self.effect].estimate.mean)
+        return effects
+
+    def verdict(self, confirmed: dict[str, Measured], controls: Sequence[float]) -> tuple[bool, str]:
+        """Whether the held-out items confirm what was chosen, and the reason."""
+        measured = confirmed[column_of(self.effect, confirmed)]
+        estimate, change = measured.estimate, measured.effect
+        reached = f"{self.effect} {_span(change)} more than unsteered on {measured.items} held-out items"
+        broken = self.budget.breaks(confirmed)
+        if not change.low > 0:
+            return False, f"nothing works: {reached}, which may be nothing"
+        if controls and estimate.low <= max(controls):
+            return (
+                False,
+                f"nothing works: {reached}, but a control reaches {max(controls) - estimate.mean + change.mean:.3g}",
+            )
+        if broken:
+            return False, f"not confirmed: {reached}, but {' and '.join(broken)}"
+        return True, f"{reached}, clear of {len(controls)} controls and inside the budget"
+
+    def finished(self, vector: SteeringVector, found: Calibration) -> SteeringVector:
+        """The vector with the suggestion, its separation on the held-out items, and how both were found."""
+        held_out = dict(vector.held_out)
+        data = self.held_out.data
+        if self.kind.readout is not None and data is not None:
+            setup = self.held_out
+            held_out = separation(
+                setup.model,
+                setup.tokenizer,
+                data,
+                vector,
+                batch_size=setup.batch_size,
+                chat_template_kwargs=setup.chat_template_kwargs,
+            )
+        return replace(
+            vector,
+            suggested_strength=found.strength if found.works else None,
+            seed=self.search.seed,
+            held_out={**held_out, "calibration": found.as_json()},
+        )
+
+
+def _named(layers: Sequence[int]) -> str:
+    return "+".join(map(str, layers))
+
+
+def _span(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"
