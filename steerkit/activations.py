@@ -315,7 +315,8 @@ def record_ids(model: nn.Module, rows: Sequence[Sequence[int]], sites: Iterable[
         inputs = torch.tensor([list(ids)], device=execution_device(decoder))
 
         def keep(site: Site, h: Tensor) -> None:
-            found[site].append(h[0].float().cpu())
+            # A copy in any case: Falcon adds into such a tensor in place afterwards.
+            found[site].append(h[0].detach().to("cpu", torch.float32, copy=True))
 
         forward_body(decoder, taps, inputs, torch.ones_like(inputs), keep)
     for site, kept in found.items():

@@ -1,14 +1,120 @@
-"""Pictures. Matplotlib is the extra `plots`; nothing else of steerkit needs it."""
+"""Pictures. Matplotlib is the extra `plots`; nothing else of steerkit needs it.
+
+Every picture is drawn from plain data, in colours that colour-blind readers and grey printers tell apart (Okabe and Ito
+2008) and never by colour alone. The same data gives the same bytes with the same matplotlib.
+"""
 
 from __future__ import annotations
 
+import io
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from steerkit.errors import SteerError
 from steerkit.evaluate.curve import Curve
+from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.sweep import Point
+from steerkit.files import write_whole
 
-__all__ = ["plot_curve"]
+__all__ = [
+    "Bar",
+    "Panel",
+    "Spot",
+    "costs_svg",
+    "curve_svg",
+    "forest_svg",
+    "histogram_svg",
+    "plot_curve",
+    "plot_sweep",
+    "ready",
+    "separation_svg",
+    "spots_svg",
+    "svg",
+]
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#9C4F80", "#767676"
+LINES = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#A6761D", "#333333")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+WIDTH = 6.2
+STYLE: Mapping[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.hashsalt": "steerkit",
+    "svg.fonttype": "path",
+    "axes.unicode_minus": True,
+    "text.parse_math": False,
+}
+
+
+class Panel(NamedTuple):
+    """One cost over strengths.
+
+    Attributes:
+        title: what it is.
+        unit: of the numbers.
+        strengths: rising.
+        values: at each strength, with intervals.
+        bare: of the unsteered model; None draws no line.
+    """
+
+    title: str
+    unit: str
+    strengths: Sequence[float]
+    values: Sequence[Estimate]
+    bare: float | None = None
+
+
+class Spot(NamedTuple):
+    """One place of a scatter of effect against cost.
+
+    Attributes:
+        label: beside it; empty for none.
+        cost: on the x axis.
+        effect: on the y axis.
+        kind: index of its colour and mark.
+        chosen: drawn with a ring.
+    """
+
+    label: str
+    cost: float
+    effect: float
+    kind: int = 0
+    chosen: bool = False
+
+
+class Bar(NamedTuple):
+    """One line of a forest plot.
+
+    Attributes:
+        label: at the left.
+        effect: with its interval; None where nothing was found.
+        controls: lowest and highest of the controls; None where there are none.
+        filled: whether the effect is clear of its controls.
+    """
+
+    label: str
+    effect: Estimate | None
+    controls: tuple[float, float] | None
+    filled: bool
+
+
+def ready() -> None:
+    """Find out whether pictures can be drawn, before work is spent on what they would show.
+
+    Raises:
+        SteerError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise SteerError("pictures need matplotlib; pip install 'steerkit-hf[plots]'") from None
 
 
 def plot_curve(curve: Curve, path: str | Path, *, title: str, unit: str = "paper") -> Path:
@@ -26,47 +132,454 @@ def plot_curve(curve: Curve, path: str | Path, *, title: str, unit: str = "paper
     Raises:
         SteerError: matplotlib is not installed, or the file cannot be written.
     """
-    pyplot = _pyplot()
-    path = Path(path)
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-    means = [estimate.mean for estimate in curve.effects]
-    for number, control in enumerate(curve.controls):
-        label = f"{len(curve.controls)} random directions, same norm" if number == 0 else None
-        axes.plot(curve.strengths, control, color="0.65", linewidth=1, marker=".", markersize=4, label=label, zorder=1)
-    axes.fill_between(
-        curve.strengths,
-        [estimate.low for estimate in curve.effects],
-        [estimate.high for estimate in curve.effects],
-        color="#1f77b4",
-        alpha=0.2,
-        linewidth=0,
-        label="95 % interval",
-    )
-    axes.plot(curve.strengths, means, color="#1f77b4", linewidth=2, marker="o", markersize=5, label="steered", zorder=3)
-    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.set_xlabel(f"strength ({unit} unit)")
-    column = curve.points[0][curve.effect].column
-    axes.set_ylabel(f"{column.title} ({column.unit})")
-    axes.set_title(f"{title}, {curve.items} held-out items", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    with _style():
+        figure, axes = _figure(WIDTH, 4.0)
+        _draw_curve(axes, curve, unit, None)
+        axes.set_title(f"{title}, {curve.items} held-out items")
+        return _save(figure, Path(path))
+
+
+def curve_svg(curve: Curve, *, unit: str = "paper", marked: float | None = None) -> str:
+    """The same as SVG text, without a title.
+
+    Args:
+        curve: what to draw.
+        unit: of the strength, for the axis.
+        marked: a strength to mark as suggested.
+
+    Returns:
+        SVG.
+
+    Raises:
+        SteerError: matplotlib is not installed.
+    """
+    with _style():
+        figure, axes = _figure(WIDTH, 3.8)
+        _draw_curve(axes, curve, unit, marked)
+        return svg(figure)
+
+
+def plot_sweep(points: Sequence[Point], effect: str, path: str | Path) -> Path:
+    """Draw a sweep: the effect over strengths, a line for each set of layers, and below it the KL divergence.
+
+    Args:
+        points: of `steerkit.evaluate.sweep.sweep`.
+        effect: the column that shows the effect.
+        path: a .png, .svg or .pdf file.
+
+    Returns:
+        The path written.
+
+    Raises:
+        SteerError: matplotlib is not installed, there is no steered point, or the file cannot be written.
+    """
+    lines: dict[tuple[int, ...], list[Point]] = {}
+    for point in points:
+        if point.strength is not None and effect in point.scores:
+            lines.setdefault(point.layers, []).append(point)
+    if not lines:
+        raise SteerError(f"a sweep without a steered point that has {effect!r} cannot be drawn; give some")
+    has_kl = all("kl" in point.scores for line in lines.values() for point in line)
+    with _style():
+        figure, grid = _figure(WIDTH + 1.2, 5.6 if has_kl else 3.8, rows=2 if has_kl else 1, sharex=True)
+        panels = list(grid) if has_kl else [grid]
+        columns = [effect, "kl"][: len(panels)]
+        for axes, column in zip(panels, columns, strict=True):
+            for number, (layers, line) in enumerate(lines.items()):
+                _draw_line(axes, sorted(line, key=lambda one: one.strength or 0.0), column, layers, number)
+            found = next(iter(lines.values()))[0].scores[column].column
+            axes.set_ylabel(_sentence(f"{found.title}\n({found.unit})"))
+        bare = next((point.scores[effect].estimate.mean for point in points if point.strength is None), None)
+        if bare is not None:
+            panels[0].axhline(bare, color=GREY, linewidth=1, linestyle=":", label="unsteered")
+        panels[-1].set_xlabel("strength")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+        return _save(figure, Path(path))
+
+
+def separation_svg(
+    auc: Mapping[int, float], distance: Mapping[int, float], own: Collection[int], *, title: str = ""
+) -> str:
+    """Draw how well a direction separates held-out items, block by block.
+
+    Args:
+        auc: block to area under the curve.
+        distance: block to Cohen's d.
+        own: blocks the vector acts at, marked.
+        title: above the picture.
+
+    Returns:
+        SVG.
+
+    Raises:
+        SteerError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.ticker import MaxNLocator
+
+        figure, (upper, lower) = _figure(WIDTH, 4.2, rows=2, sharex=True)
+        for axes, values, name in ((upper, auc, "held-out AUC"), (lower, distance, "Cohen's d\n(pooled SDs)")):
+            axes.plot(list(values), list(values.values()), color=BLUE, marker="o", markersize=3.5, linewidth=1.5)
+            marked = [block for block in values if block in own]
+            for block in marked:
+                axes.axvline(block, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
+            axes.plot(
+                marked,
+                [values[block] for block in marked],
+                color=ORANGE,
+                marker="D",
+                linestyle="",
+                markersize=6,
+                label="the vector's own blocks",
+            )
+            axes.set_ylabel(name)
+        upper.axhline(0.5, color=GREY, linewidth=1, linestyle=":", label="chance")
+        upper.set_ylim(top=1.02)
+        lower.axhline(0, color=GREY, linewidth=1, linestyle=":")
+        lower.set_xlabel("block, counted from 0")
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+        upper.set_title(title)
+        figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        return svg(figure)
+
+
+def histogram_svg(positive: Sequence[float], negative: Sequence[float], *, label: str) -> str:
+    """Draw the projections of both sides.
+
+    Args:
+        positive: one number per item.
+        negative: one number per item.
+        label: of the x axis.
+
+    Returns:
+        SVG.
+
+    Raises:
+        SteerError: matplotlib is not installed.
+    """
+    with _style():
+        from matplotlib.ticker import MaxNLocator
+
+        figure, axes = _figure(WIDTH, 3.2)
+        low, high = min(*positive, *negative), max(*positive, *negative)
+        count = max(8, min(24, round(1.5 * math.sqrt(len(positive) + len(negative)))))
+        width = (high - low) / count or 1.0
+        edges = [low + width * place for place in range(count + 1)]
+        for values, colour, hatch, name in (
+            (negative, ORANGE, "////", "negative side"),
+            (positive, BLUE, "", "positive side"),
+        ):
+            named = f"{name}, {len(values)} items"
+            _, _, patches = axes.hist(values, bins=edges, histtype="stepfilled", linewidth=1.5, label=named)
+            for patch in patches:
+                patch.set(facecolor=(colour, 0.35), edgecolor=colour, hatch=hatch)
+            axes.axvline(sum(values) / len(values), color=colour, linestyle="--", linewidth=1.5)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(label)
+        axes.set_ylabel("items")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+        return svg(figure)
+
+
+def costs_svg(panels: Sequence[Panel], *, unit: str = "paper", marked: float | None = None) -> str:
+    """Draw costs over strengths as small multiples.
+
+    Args:
+        panels: what to draw, two beside each other.
+        unit: of the strength.
+        marked: a strength to mark as suggested.
+
+    Returns:
+        SVG.
+
+    Raises:
+        SteerError: matplotlib is not installed.
+    """
+    with _style():
+        rows = math.ceil(len(panels) / 2)
+        figure, grid = _figure(WIDTH, 2.3 * rows, rows=rows, columns=2, sharex=True, squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _band(axes, panel.strengths, panel.values, BLUE, "o")
+            if panel.bare is not None:
+                axes.axhline(panel.bare, color=GREY, linewidth=1, linestyle=":")
+            if marked is not None:
+                axes.axvline(marked, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
+            axes.set_title(_sentence(panel.title), loc="left")
+            axes.set_ylabel(panel.unit)
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel(f"strength ({unit} unit)", fontsize=10)
+        return svg(figure)
+
+
+def spots_svg(
+    spots: Sequence[Spot],
+    *,
+    kinds: Sequence[str],
+    effect: str,
+    cost: str,
+    front: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Draw effects against costs.
+
+    Args:
+        spots: the points.
+        kinds: names of the kinds, for the legend; empty for none.
+        effect: label of the y axis.
+        cost: label of the x axis.
+        front: (cost, effect) of the points that no other point beats in both, drawn as steps.
+
+    Returns:
+        SVG.
+
+    Raises:
+        SteerError: matplotlib is not installed.
+    """
+    with _style():
+        figure, axes = _figure(WIDTH, 4.2)
+        if front:
+            line = sorted(front)
+            axes.step(*zip(*line, strict=True), where="post", color=GREY, linewidth=1.2, label="front", zorder=1)
+        for number in sorted({spot.kind for spot in spots}):
+            own = [spot for spot in spots if spot.kind == number]
+            axes.plot(
+                [spot.cost for spot in own],
+                [spot.effect for spot in own],
+                linestyle="",
+                marker=MARKS[number % len(MARKS)],
+                markersize=6,
+                color=LINES[number % len(LINES)],
+                label=kinds[number] if kinds else None,
+            )
+        chosen = [spot for spot in spots if spot.chosen]
+        if chosen:
+            axes.plot(
+                [spot.cost for spot in chosen],
+                [spot.effect for spot in chosen],
+                linestyle="",
+                marker="o",
+                markersize=13,
+                markerfacecolor="none",
+                color="black",
+                label="suggested",
+            )
+        axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        axes.set_xlabel(cost)
+        axes.set_ylabel(effect)
+        axes.margins(0.08)
+        handles, labels = axes.get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside upper center", ncols=2)
+        _write_labels(figure, axes, spots)
+        return svg(figure)
+
+
+def forest_svg(bars: Sequence[Bar], *, effect: str) -> str:
+    """Draw effects with intervals below each other, the controls as grey bars behind them.
+
+    Args:
+        bars: from top to bottom.
+        effect: label of the x axis.
+
+    Returns:
+        SVG.
+
+    Raises:
+        SteerError: matplotlib is not installed.
+    """
+    with _style():
+        figure, axes = _figure(WIDTH, 1.3 + 0.34 * len(bars))
+        for place, bar in enumerate(bars):
+            if bar.controls is not None:
+                low, high = bar.controls
+                label = "controls" if not any(other.controls for other in bars[:place]) else None
+                axes.plot([low, high], [place, place], color="0.75", linewidth=8, solid_capstyle="butt", label=label)
+            if bar.effect is None:
+                axes.annotate("nothing found", (0, place), xytext=(4, 0), textcoords="offset points", va="center")
+                continue
+            low, high = _finite(bar.effect)
+            axes.plot([low, high], [place, place], color=BLUE, linewidth=2)
+            face = BLUE if bar.filled else "white"
+            axes.plot([bar.effect.mean], [place], color=BLUE, marker="o", markersize=7, markerfacecolor=face)
+        axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(effect)
+        if any(bar.controls for bar in bars):
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right")
+        return svg(figure)
+
+
+def svg(figure: Any) -> str:
+    """A figure as SVG text; the same figure gives the same text.
+
+    Args:
+        figure: of matplotlib.
+
+    Returns:
+        SVG, without date and creator.
+    """
+    buffer = io.StringIO()
+    with _style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return buffer.getvalue()
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """Our look, whatever the caller's settings are."""
+    ready()
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure of its own, in inches, that no window system and no global state knows of."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Write a figure, whole or not at all.
+
+    Raises:
+        SteerError: it cannot be written there, or matplotlib does not know the ending.
+    """
+    form = path.suffix.removeprefix(".").lower() or "png"
+    if form not in figure.canvas.get_supported_filetypes():
+        raise SteerError(f"{path}: a picture is a .png, .svg or .pdf file")
+    buffer = io.BytesIO()
+    if form == "svg":
+        buffer.write(svg(figure).encode())
+    else:
+        dates = {"CreationDate": None} if form == "pdf" else None
+        figure.savefig(buffer, format=form, metadata=dates)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        write_whole(path, buffer.getvalue())
     except OSError as error:
         raise SteerError(f"{path}: the picture cannot be written ({error.strerror})") from None
-    finally:
-        pyplot.close(figure)
     return path
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise SteerError("pictures need matplotlib; pip install 'steerkit-hf[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def _draw_curve(axes: Any, curve: Curve, unit: str, marked: float | None) -> None:
+    for number, control in enumerate(curve.controls):
+        label = f"{len(curve.controls)} random directions, same norm" if number == 0 else None
+        axes.plot(
+            list(control),
+            list(control.values()),
+            color="0.55",
+            linewidth=0.8,
+            linestyle=":",
+            marker="x",
+            markersize=4,
+            label=label,
+            zorder=1,
+        )
+    _band(axes, curve.strengths, curve.effects, BLUE, "o", label="steered", band="95 % interval")
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    if marked is not None:
+        axes.axvline(marked, color=ORANGE, linewidth=1.2, linestyle="--", zorder=0, label="suggested strength")
+    axes.set_xlabel(f"strength ({unit} unit)")
+    column = curve.points[0][curve.effect].column
+    axes.set_ylabel(f"{column.title} ({column.unit})")
+    axes.legend()
 
-    return pyplot
+
+def _draw_line(axes: Any, line: Sequence[Point], column: str, layers: tuple[int, ...], number: int) -> None:
+    """One set of layers of a sweep. Past seven sets colours come again, with another dash."""
+    dash = ("-", "--", "-.", ":")[number // len(LINES) % 4]
+    _band(
+        axes,
+        [point.strength or 0.0 for point in line],
+        [point.scores[column].estimate for point in line],
+        LINES[number % len(LINES)],
+        MARKS[number % len(MARKS)],
+        label=f"block{'s' if len(layers) > 1 else ''} {'+'.join(map(str, layers))}",
+        dash=dash,
+        alpha=0.1,
+    )
+
+
+def _band(
+    axes: Any,
+    x: Sequence[float],
+    values: Sequence[Estimate],
+    colour: str,
+    mark: str,
+    *,
+    label: str | None = None,
+    band: str | None = None,
+    dash: str = "-",
+    alpha: float = 0.2,
+) -> None:
+    """Means as a line, intervals as a band; an end that no number bounds is left out."""
+    ends = [_finite(value) for value in values]
+    lows, highs = [low for low, _ in ends], [high for _, high in ends]
+    axes.fill_between(x, lows, highs, color=colour, alpha=alpha, linewidth=0, label=band)
+    means = [value.mean for value in values]
+    axes.plot(x, means, color=colour, linestyle=dash, linewidth=1.8, marker=mark, markersize=4.5, label=label, zorder=3)
+
+
+def _finite(value: Estimate) -> tuple[float, float]:
+    """The ends of an interval, the mean where nothing bounds them."""
+    low, high = (end if math.isfinite(end) else value.mean for end in (value.low, value.high))
+    return low, high
+
+
+def _write_labels(figure: Any, axes: Any, spots: Sequence[Spot]) -> None:
+    """Write labels beside their spots, each where it covers neither a spot nor another label."""
+    labelled = [spot for spot in spots if spot.label]
+    if not labelled:
+        return
+    figure.draw_without_rendering()  # the layout decides where the spots are
+    figure.set_layout_engine("none")
+    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
+    taken = [_box(axes, spot) for spot in spots]
+    steps = [(step * x, step * y) for step in (7, 16, 26, 38) for x, y in _AROUND]
+    for spot in labelled:
+        note = None
+        for x, y in steps:
+            if note is not None:
+                note.remove()
+            note = axes.annotate(
+                spot.label,
+                (spot.cost, spot.effect),
+                xytext=(x, y),
+                textcoords="offset points",
+                fontsize=8.5,
+                ha="left" if x > 0 else "right" if x < 0 else "center",
+                va="bottom" if y > 0 else "top" if y < 0 else "center",
+                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if abs(x) + abs(y) > 20 else None,
+            )
+            box = note.get_window_extent(renderer)
+            inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+
+# Above at the left first: fronts run to the right and upwards.
+_AROUND = ((-0.7, 0.7), (0.7, -0.7), (0.7, 0.7), (-0.7, -0.7), (0, 1), (0, -1), (1, 0), (-1, 0))
+
+
+def _box(axes: Any, spot: Spot) -> Any:
+    """What a spot covers, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    x, y = axes.transData.transform((spot.cost, spot.effect))
+    size = (8 if spot.chosen else 4) * axes.figure.dpi / 72
+    return Bbox.from_extents(x - size, y - size, x + size, y + size)
+
+
+def _sentence(text: str) -> str:
+    """The text with its first letter large; the others as they are."""
+    return text[:1].upper() + text[1:]

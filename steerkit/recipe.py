@@ -18,6 +18,7 @@ from torch import nn
 from steerkit.activations import Readout
 from steerkit.data import ContrastSet
 from steerkit.errors import DataError, RecipeError, SteerError, near_miss, unknown_name
+from steerkit.evaluate.calibrate import default_candidates
 from steerkit.fitting import fit
 from steerkit.methods._base import Method
 from steerkit.registry import resolve
@@ -26,7 +27,7 @@ from steerkit.sites import Site, find_decoder, parse_layers
 from steerkit.tokens import Scope
 from steerkit.vector import SteeringVector
 
-__all__ = ["ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "Recipe", "find_recipe"]
+__all__ = ["ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "Recipe", "find_recipe", "of_behaviour"]
 
 FORMAT = 1
 
@@ -40,11 +41,16 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class DataPart:
-    """Which prompts, relative to the recipe's folder, and how much of them is held out."""
+    """Which prompts, relative to the recipe's folder, and how much of them is held out.
+
+    `pair` is one positive and one negative prompt, for methods fitted on one pair of raw prompts; the file's held-out
+    items then only measure.
+    """
 
     file: str
     held_out: float = 0.25
     seed: int = 0
+    pair: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,8 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data."""
         plain = {name: asdict(getattr(self, name)) for name in _PARTS}
+        if self.data.pair is None:  # nothing to say, for most methods
+            del plain["data"]["pair"]
         return {
             "format": FORMAT,
             "name": self.name,
@@ -170,9 +178,14 @@ class Recipe:
         """
         try:
             data = ContrastSet.from_jsonl(self.source.parent / self.data.file)
-            return data.split(held_out=self.data.held_out, seed=self.data.seed)
+            train, held_out = data.split(held_out=self.data.held_out, seed=self.data.seed)
         except (DataError, ValueError) as error:  # ValueError: a file name that no system allows
             raise RecipeError(f"{self.source}: [data] {error}") from None
+        if self.data.pair is None:
+            return train, held_out
+        positive, negative = self.data.pair
+        pair = ContrastSet.from_prompts([positive], [negative])
+        return replace(pair, source=self.data.file), held_out
 
     def extract(
         self,
@@ -203,17 +216,12 @@ class Recipe:
             SteerError: see `steerkit.fit`.
         """
         train, held_out = self.split()
-        part = self.method
-        if method is not None and method != part.name:  # its settings and readout were for its own method
-            name = method if isinstance(method, str) else method.name
-            settings = {} if isinstance(method, str) else method.settings
-            part = replace(part, name=name, settings=settings, readout=None)
+        part = self.method_part(method)
         if layers is not None:
             listed = parse_layers(layers, find_decoder(model).num_layers)
             part = replace(part, layers=tuple(listed), sites=None)
         if readout is not None:
             part = replace(part, readout=readout)
-        used = replace(self, method=part)
         vector = fit(
             model,
             tokenizer,
@@ -224,10 +232,41 @@ class Recipe:
             sites=part.sites,
             readout=part.readout,
             batch_size=batch_size,
-            held_out=held_out,
+            held_out=None if resolve(part.name).readout is None else held_out,
             progress=progress,
         )
-        same = part == self.method  # scope and strength were found for the recipe's own method and layers
+        return self.signed(vector, part)
+
+    def method_part(self, method: str | Method | None = None) -> MethodPart:
+        """How the vector is fitted, by the recipe's own method or by another.
+
+        Args:
+            method: another method than the recipe's; its settings and readout are its own, not the recipe's.
+        """
+        if method is None or method == self.method.name:
+            return self.method
+        name = method if isinstance(method, str) else method.name
+        settings = {} if isinstance(method, str) else method.settings
+        return replace(self.method, name=name, settings=settings, readout=None)
+
+    def candidates(self, num_layers: int) -> list[tuple[int, ...]]:
+        """Sets of layers worth trying: the recipe's own, and single blocks over the middle of the depth.
+
+        Args:
+            num_layers: of the model.
+        """
+        sites = [Site.parse(site).layer for site in self.method.sites or ()]
+        own = tuple(layer for layer in self.method.layers or sites if layer < num_layers)
+        return default_candidates(num_layers, [own] if own else [])
+
+    def signed(self, vector: SteeringVector, part: MethodPart) -> SteeringVector:
+        """A vector fitted on this recipe's data, with where it came from written into it.
+
+        Args:
+            vector: the vector.
+            part: how it was fitted. Scope and strength of the recipe were found for its own way, and go with that only.
+        """
+        same = part == self.method
         return replace(
             vector,
             scope=(self.apply.scope or vector.scope) if same else vector.scope,
@@ -236,7 +275,7 @@ class Recipe:
             seed=self.data.seed,
             data_source=self.data.file,
             recipe=self.name,
-            extra={**vector.extra, "recipe": used.resolved()},
+            extra={**vector.extra, "recipe": replace(self, method=part).resolved()},
         )
 
 
@@ -254,13 +293,22 @@ def find_recipe(name: str) -> Recipe:
         return Recipe.load(name)
     if name in recipes():
         return Recipe.load(recipe_path(name))
-    of_behaviour = [recipe for recipe in map(Recipe.load, recipes().values()) if recipe.behaviour == name]
-    chosen = [recipe for recipe in of_behaviour if recipe.default]
+    answering = of_behaviour(name)
+    chosen = [recipe for recipe in answering if recipe.default]
     if len(chosen) == 1:
         return chosen[0]
-    if of_behaviour:
-        raise unknown_name("recipe", name, [recipe.name for recipe in of_behaviour])
+    if answering:
+        raise unknown_name("recipe", name, [recipe.name for recipe in answering])
     raise unknown_name("recipe", name, recipes())
+
+
+def of_behaviour(behaviour: str) -> list[Recipe]:
+    """The shipped recipes of a behaviour, sorted by name.
+
+    Args:
+        behaviour: such as ``optimism``.
+    """
+    return [recipe for recipe in map(Recipe.load, recipes().values()) if recipe.behaviour == behaviour]
 
 
 def _check_title(path: Path, text: Mapping[str, Any]) -> None:
@@ -286,6 +334,9 @@ def _check_meaning(path: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{path}: {error}") from None
     if scope is not None and scope.kind not in known.scopes:
         raise RecipeError(f"{path}: [apply] scope '{scope}' is none of {method.name}'s: {', '.join(known.scopes)}")
+    pair = recipe.data.pair
+    if pair is not None and len(pair) != 2:
+        raise RecipeError(f"{path}: [data] pair has {len(pair)} prompts; give a positive and a negative one")
     if apply.range is not None and (len(apply.range) != 2 or apply.range[0] >= apply.range[1]):
         raise RecipeError(f"{path}: [apply] range {list(apply.range)} is not a lower and a higher strength")
     numbers = (apply.strength, *(apply.range or ()), *recipe.evaluate.strengths, recipe.data.held_out)

@@ -560,3 +560,13 @@ def test_what_was_given_for_each_row_follows_its_row(given: str) -> None:
         except ScopeError:
             return
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_ids_are_copies() -> None:
+    """Falcon adds the attention's output into the MLP's, in place: what was read must not follow."""
+    from steerkit.activations import record_ids
+
+    model = build("falcon")
+    alone = record_ids(model, [(1, 2, 3, 4)], [Site(0, "mlp_out")])
+    together = record_ids(model, [(1, 2, 3, 4)], [Site(0, "mlp_out"), Site(3)])
+    assert torch.equal(together[Site(0, "mlp_out")][0], alone[Site(0, "mlp_out")][0])

@@ -13,7 +13,7 @@ import steerkit
 from steerkit.data import ContrastSet, Conversation, render
 from steerkit.errors import DataError, SteerError
 from steerkit.evaluate.curve import Curve, dose_response, random_like
-from steerkit.evaluate.intervals import Estimate, interval
+from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
 from steerkit.evaluate.scoring import Measured, measure
 from steerkit.evaluate.trial import Setup

@@ -89,6 +89,34 @@ def test_coverage_of_shares(rate: float, n: int) -> None:
     assert width <= 1.2 * expected
 
 
+@pytest.mark.parametrize("n", [24, 96])
+@pytest.mark.parametrize("rates", [(0.05, 0.05), (0.05, 0.4), (0.5, 0.5), (0.5, 0.9)])
+def test_coverage_of_changes_of_shares(rates: tuple[float, float], n: int) -> None:
+    """The same items before and after; half of them are alike by nature."""
+    generator = torch.Generator().manual_seed(2)
+    held = 0
+    for _ in range(RUNS):
+        shared = torch.rand(n, generator=generator)
+        own = torch.rand(n, generator=generator)
+        before = (shared < rates[0]).double()
+        after = (torch.where(torch.rand(n, generator=generator) < 0.5, shared, own) < rates[1]).double()
+        found = interval(after, before=before)
+        held += found.low <= rates[1] - rates[0] <= found.high
+    assert held / RUNS >= 0.93
+
+
+def test_unchanged_items_have_no_spread_unless_they_are_shares() -> None:
+    values = torch.tensor([0.25, 0.5, 0.0, 0.75])
+    assert interval(values, before=values) == (0.0, 0.0, 0.0)
+    shares = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    found = interval(shares, before=shares)
+    assert found.mean == 0.0
+    assert found.low < -0.2
+    assert found.high > 0.2
+    with pytest.raises(DataError, match="3 items under steering and 2 without"):
+        interval(torch.rand(3), before=torch.rand(2))
+
+
 def test_weighted_coverage() -> None:
     """Token-weighted means: long items count for more, and the true mean is theirs."""
     generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,23 @@ from typing import Annotated
 import typer
 
 import steerkit
-from steerkit.cli import demo, extract, generate, inspect, methods, recipes
+from steerkit.cli import (
+    calibrate,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    extract,
+    generate,
+    inspect,
+    interference,
+    lm_eval,
+    methods,
+    plan,
+    recipes,
+    sweep,
+)
 from steerkit.cli._program import Program
 
 __all__ = ["app", "main"]
@@ -23,8 +39,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (demo, extract, generate, inspect, methods, recipes):
-    app.command(_command.__name__.rpartition(".")[2])(_command.run)
+for _command in (
+    demo,
+    extract,
+    generate,
+    inspect,
+    evaluate,
+    sweep,
+    calibrate,
+    compare,
+    interference,
+    plan,
+    doctor,
+    export,
+    lm_eval,
+    methods,
+    recipes,
+):
+    app.command(_command.__name__.rpartition(".")[2].replace("_", "-"))(_command.run)
 
 
 def _show_version(wanted: bool) -> None:

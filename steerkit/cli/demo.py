@@ -43,7 +43,7 @@ def run(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the vector and the picture go.")] = Path("out"),
     model: Annotated[
         str | None,
-        typer.Option(help=f"Alias, hub id, folder or .gguf file. [default: the recipe's, else {DEFAULT_MODEL}]"),
+        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
     ] = None,
     batch_size: BatchSize = 16,
     as_json: Json = False,

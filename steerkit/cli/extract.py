@@ -39,16 +39,16 @@ def run(
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of pairs.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help=f"Alias, hub id, folder or .gguf file. [default: the recipe's, else {DEFAULT_MODEL}]"),
+        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="See `steerkit methods`. [default: the recipe's, else caa]")
+        str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's, else caa)")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Blocks counted from 0, such as 11,13 or 10-14 (both ends included).")
     ] = None,
     readout: Annotated[
-        str | None, typer.Option(help="Tokens read: last, mean, response_mean, an index. [default: the method's]")
+        str | None, typer.Option(help="Tokens read: last, mean, response_mean, an index. (default: the method's)")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
     held_out: Annotated[
@@ -56,7 +56,7 @@ def run(
     ] = None,
     batch_size: BatchSize = 16,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write. [default: <recipe>.safetensors]")
+        Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -27,12 +27,12 @@ def run(
         list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
     ] = None,
     strength: Annotated[
-        list[float] | None, typer.Option(help="One for each vector. [default: the file's suggested strength]")
+        list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")
     ] = None,
-    unit: Annotated[Unit | None, typer.Option(help="What strengths count in. [default: the file's]")] = None,
+    unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="Tokens written: all, prompt, response, generated, first(n). [default: the file's]"),
+        typer.Option(help="Tokens written: all, prompt, response, generated, first(n). (default: the file's)"),
     ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,

@@ -20,6 +20,7 @@ from typing import Any
 
 from steerkit.data import ContrastSet
 from steerkit.errors import DataError, SteerError
+from steerkit.evaluate.confounds import warn_of_confounds
 from steerkit.evaluate.controls import refits
 from steerkit.evaluate.curve import Curve, dose_response
 from steerkit.evaluate.identity import digest_of, setup_identity
@@ -93,7 +94,7 @@ class Search:
     candidates: Sequence[Sequence[int]] | None = None
     strengths: Sequence[float] | None = None
     validation: float = 0.25
-    finalists: int = 3
+    finalists: int = 2
     screened_items: int = 10
     neutral_texts: int = 12
     controls: int = 5
@@ -174,6 +175,7 @@ def calibrate(
     search: Search | None = None,
     effect: str | Scorer = "preference_margin",
     store: Store | None = None,
+    scope: str | None = None,
     step: Callable[[str], None] = lambda note: None,
 ) -> Calibration:
     """Find the layers and the strength with the largest effect inside the budget, and confirm them on held-out items.
@@ -188,6 +190,7 @@ def calibrate(
         search: where and how to look.
         effect: the scorer whose first column shows the effect; more is better.
         store: figures already there are not measured again.
+        scope: which tokens are written; None takes the method's own.
         step: called with a few words before each measurement, for a progress line.
 
     Returns:
@@ -197,7 +200,8 @@ def calibrate(
         DataError: there are too few items to split, or they lack what the scorer needs.
         SteerError: see `steerkit.fit` and `steerkit.steer`.
     """
-    return _Search(setup, train, method, settings, readout, budget, search, effect, store, step).run()
+    warn_of_confounds(setup.tokenizer, train, readout=readout, chat_template_kwargs=setup.chat_template_kwargs)
+    return _Search(setup, train, method, settings, readout, budget, search, effect, store, scope, step).run()
 
 
 class _Search:
@@ -214,10 +218,11 @@ class _Search:
         search: Search | None,
         effect: str | Scorer,
         store: Store | None,
+        scope: str | None,
         step: Callable[[str], None],
     ) -> None:
         self.budget, self.search = budget or Budget(), search or Search()
-        self.step, self.store = step, store or Store()
+        self.step, self.store = step, Store() if store is None else store
         self.scorer = scorer_of(effect)
         self.effect = next(iter(self.scorer.columns))
         self.held_out, self.train = setup, train
@@ -242,8 +247,9 @@ class _Search:
         if not self.candidates or not self.ladder:
             raise DataError("calibrate: there is no set of layers or no strength to try; give some")
         every = sorted({layer for layers in self.candidates for layer in layers})
-        self.fits = Fits(self.setup, rest, method, every, settings, readout)
-        self.final = (method, settings, readout)
+        self.fits = Fits(self.setup, rest, method, every, settings, readout, scope)
+        self.final = (settings, readout, scope)
+        self.method = method
         self.kind = kind
         self.points: list[Point] = []
         self.costs = [scorer_of("divergence")]
@@ -342,14 +348,12 @@ class _Search:
             point = Point(layers, strength, self.measure(self.setup, layers, strength, [self.scorer, *self.costs]))
             self.points.append(point)
             over = len(self.budget.breaks(dict(point.scores)))
-            trial.set_user_attr("over", float(over))
+            trial.set_constraint("budget", float(over))
             if not over:
                 inside.append(point)
             return point.scores[self.effect].effect.mean
 
-        sampler = optuna.samplers.TPESampler(
-            seed=self.search.seed, constraints_func=lambda trial: (trial.user_attrs["over"],)
-        )
+        sampler = optuna.samplers.TPESampler(seed=self.search.seed)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.optimize(objective, n_trials=self.search.trials)
         broken = [point for point in self.points if point not in inside]
@@ -404,8 +408,7 @@ class _Search:
         """Fit on all training items at the chosen layers and measure once on the held-out ones."""
         assert best.strength is not None
         self.step("fitting on all items")
-        method, settings, readout = self.final
-        vector = Fits(self.held_out, self.train, method, best.layers, settings, readout).at(best.layers)
+        vector = Fits(self.held_out, self.train, self.method, best.layers, *self.final).at(best.layers)
         neutral = 0.0 if self.kind.neutral is None else self.kind.neutral
         reach = best.strength - neutral
         strengths = [neutral - reach, neutral - reach / 2, neutral, neutral + reach / 2, neutral + reach]

@@ -1,7 +1,8 @@
 """Intervals for means over items.
 
 Two kinds of scores occur. Yes-or-no scores (0 and 1) get Wilson's interval, which stays inside 0..1 and is honest about
-rare events: no hit among 24 items does not mean that there are none. All others get the mean of the ends of two
+rare events: no hit among 24 items does not mean that there are none; their paired differences that of Agresti and Min.
+All others get the mean of the ends of two
 intervals, Student's and the studentised bootstrap's. Costs of steering are skewed, and there Student's covers too
 little (92 % of a stated 95 % on 24 exponential values); tails can be heavy, and there the bootstrap does (91 % on 24
 values of Student's t with 3 degrees of freedom). Their mean covered 93.5 % to 96 % in every simulation tried, and was
@@ -42,13 +43,20 @@ class Estimate(NamedTuple):
 
 
 def interval(
-    values: Tensor, *, weights: Tensor | None = None, level: float = 0.95, draws: int = DRAWS, seed: int = 0
+    values: Tensor,
+    *,
+    weights: Tensor | None = None,
+    before: Tensor | None = None,
+    level: float = 0.95,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Estimate:
     """The mean over items with its confidence interval.
 
     Args:
         values: [n], one per item. Items that could not be scored are nan and left out.
         weights: [n], how much each item counts, such as its tokens; None counts all alike.
+        before: [n], scores of the same items without steering: then the mean of the paired differences is estimated.
         level: share of the interval, 0.95 for 95 %.
         draws: resamples of the bootstrap.
         seed: fixes them.
@@ -57,9 +65,17 @@ def interval(
         The estimate; with a single item (and no yes-or-no score) the interval is all numbers.
 
     Raises:
-        DataError: no item could be scored, a value is infinite, or weights are not positive numbers, one per item.
+        DataError: no item could be scored, a value is infinite, weights are not positive numbers, one per item, or
+            `before` has other items.
     """
     values = values.detach().cpu().double().flatten()
+    is_share = _are_shares(values)
+    if before is not None:
+        before = before.detach().cpu().double().flatten()
+        if before.shape != values.shape:
+            raise DataError(f"interval: {len(values)} items under steering and {len(before)} without; give the same")
+        is_share = is_share and _are_shares(before)
+        values = values - before
     weights = torch.ones_like(values) if weights is None else weights.detach().cpu().double().flatten()
     if weights.shape != values.shape or not bool((torch.isfinite(weights) & (weights > 0)).all()):
         raise DataError(f"interval: {len(weights)} weights for {len(values)} values; give a positive one to each")
@@ -68,8 +84,8 @@ def interval(
     if len(values) == 0 or bool(torch.isinf(values).any()):
         raise DataError(f"interval: got {len(values)} items, of which at least one has to be scored, all finite")
     even = bool((weights == weights[0]).all())
-    if even and bool(((values == 0) | (values == 1)).all()):
-        return _wilson(float(values.mean()), len(values), level)
+    if even and is_share:
+        return _wilson(float(values.mean()), len(values), level) if before is None else _paired(values, level)
     # A weighted mean is a ratio of two means; its error is that of the mean of these residuals.
     mean = float((values * weights).sum() / weights.sum())
     if len(values) == 1:
@@ -104,9 +120,31 @@ def _student(probability: float, freedom: int) -> float:
     return float(t.ppf(probability, freedom))
 
 
+def _are_shares(values: Tensor) -> bool:
+    return bool(((values == 0) | (values == 1) | torch.isnan(values)).all())
+
+
+def _normal(level: float) -> float:
+    """Half width of the normal distribution's interval, in standard deviations."""
+    return math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.double)))
+
+
+def _paired(differences: Tensor, level: float) -> Estimate:
+    """Interval of a difference of two shares of the same items (Agresti and Min 2005).
+
+    Wald's, with half an item added to every cell of the table of before and after.
+    """
+    n = len(differences)
+    gained, lost = float((differences > 0).sum()) + 0.5, float((differences < 0).sum()) + 0.5
+    middle = (gained - lost) / (n + 2)
+    half = _normal(level) * math.sqrt((gained + lost) - (gained - lost) ** 2 / (n + 2)) / (n + 2)
+    mean = float(differences.mean())
+    return Estimate(mean, max(-1.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)))
+
+
 def _wilson(share: float, n: int, level: float) -> Estimate:
     """Wilson's score interval of a share (Wilson 1927)."""
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(level, dtype=torch.double)))
+    z = _normal(level)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     # At 0 and 1 rounding must not leave the estimate outside of its own interval.

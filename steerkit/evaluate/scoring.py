@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,16 +46,18 @@ class Measured:
         return self.estimate if self.change is None else self.change
 
     def as_row(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON; an end that no number bounds is None."""
+        low, high = _ends(self.estimate)
         row: dict[str, Any] = {
             "mean": self.estimate.mean,
-            "low": self.estimate.low,
-            "high": self.estimate.high,
+            "low": low,
+            "high": high,
             "items": self.items,
             "failures": self.failures,
         }
         if self.change is not None:
-            row |= {"change": self.change.mean, "change_low": self.change.low, "change_high": self.change.high}
+            low, high = _ends(self.change)
+            row |= {"change": self.change.mean, "change_low": low, "change_high": high}
         return row
 
     @classmethod
@@ -65,8 +68,18 @@ class Measured:
             column: what the row is of.
             row: plain data.
         """
-        change = Estimate(row["change"], row["change_low"], row["change_high"]) if "change" in row else None
-        return cls(column, Estimate(row["mean"], row["low"], row["high"]), change, row["items"], row["failures"])
+        change = _estimate(row, "change", "change_low", "change_high") if "change" in row else None
+        return cls(column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"])
+
+
+def _ends(estimate: Estimate) -> tuple[float | None, float | None]:
+    low, high = (end if math.isfinite(end) else None for end in (estimate.low, estimate.high))
+    return low, high
+
+
+def _estimate(row: Mapping[str, Any], mean: str, low: str, high: str) -> Estimate:
+    lowest, highest = row[low], row[high]
+    return Estimate(row[mean], -math.inf if lowest is None else lowest, math.inf if highest is None else highest)
 
 
 def scorer_names() -> list[str]:
@@ -151,19 +164,8 @@ def _measured(column: Column, scores: Tensor | Weighted, beside: Tensor | Weight
     change = None
     if beside is not None:
         before = beside.values if isinstance(beside, Weighted) else beside
-        change = interval(_difference(values, before), weights=weights, seed=seed)
+        change = interval(values, before=before, weights=weights, seed=seed)
     if column.scale == "log":
         estimate, change = estimate.exp(), None if change is None else change.exp()
     missing = int(torch.isnan(values).sum())
     return Measured(column, estimate, change, len(values) - missing, missing)
-
-
-def _difference(after: Tensor, before: Tensor) -> Tensor:
-    """Paired differences [n], nan where one of both could not be scored.
-
-    Raises:
-        DataError: the scorer gave other items the second time.
-    """
-    if after.shape != before.shape:
-        raise DataError(f"a scorer gave {len(after)} items under steering and {len(before)} without; give the same")
-    return after.double() - before.double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from steerkit.files import write_whole
 from steerkit.fitting import fit, read
 from steerkit.methods._base import Method
 from steerkit.registry import resolve
-from steerkit.sites import Site
+from steerkit.sites import Site, parse_layers
 from steerkit.vector import SteeringVector
 
-__all__ = ["Fits", "Point", "Store", "measure_point", "save_table", "sweep"]
+__all__ = ["Fits", "Point", "Store", "measure_point", "parse_candidates", "save_table", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Fits:
         layers: every block that will be asked for.
         settings: the method's settings where `method` is a name.
         readout: which tokens are read; None takes the method's own.
+        scope: which tokens are written; None takes the method's own.
         progress: show a progress bar while reading.
     """
 
@@ -66,6 +67,7 @@ class Fits:
     layers: Sequence[int]
     settings: Mapping[str, Any] | None = None
     readout: str | int | None = None
+    scope: str | None = None
     progress: bool = False
     _acts: Activations | None = field(default=None, init=False, repr=False)
     _read: bool = field(default=False, init=False, repr=False)
@@ -111,7 +113,8 @@ class Fits:
                     model, tokenizer, self.train, sites=every, readout=readout, progress=progress, **common
                 )
                 self._read = True
-            self._fitted[key] = fit(model, tokenizer, self.train, sites=self.sites(key), acts=self._acts, **common)
+            vector = fit(model, tokenizer, self.train, sites=self.sites(key), acts=self._acts, **common)
+            self._fitted[key] = vector if self.scope is None else replace(vector, scope=self.scope)
         return self._fitted[key]
 
 
@@ -263,6 +266,29 @@ def sweep(
             scores = bare if is_neutral else measure_point(setup, vector, strength, chosen, **common)
             yield Point(tuple(sorted(set(layers))), strength, scores)
             step()
+
+
+def parse_candidates(text: str, num_layers: int) -> list[tuple[int, ...]]:
+    """Read sets of layers as the command line writes them.
+
+    Args:
+        text: sets parted by commas: ``8`` one block, ``8-12`` each of them on its own (both ends included), ``12+14``
+            both together.
+        num_layers: of the model.
+
+    Returns:
+        The sets, none twice.
+
+    Raises:
+        SiteError: it means nothing, or a block does not exist.
+    """
+    found: list[tuple[int, ...]] = []
+    for part in text.replace(" ", "").split(","):
+        if "+" in part:
+            found.append(tuple(sorted({layer for one in part.split("+") for layer in parse_layers(one, num_layers)})))
+        else:
+            found += [(layer,) for layer in parse_layers(part, num_layers)]
+    return list(dict.fromkeys(found))
 
 
 def save_table(points: Sequence[Point], path: Path) -> Path:

@@ -20,6 +20,7 @@ from steerkit.activations import Activations, position_inputs, record
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError
 from steerkit.generation import generate
+from steerkit.probe_block import evaluation_mode
 from steerkit.sites import Decoder, Site, execution_device, find_decoder
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector
@@ -102,6 +103,14 @@ class Setup:
         """
         return replace(self, neutral=self.calm[number % 2 :: 2])
 
+    def with_neutral(self, count: int) -> Setup:
+        """The same with the first neutral texts only.
+
+        Args:
+            count: how many at most.
+        """
+        return replace(self, neutral=self.calm[:count])
+
     @cached_property
     def decoder(self) -> Decoder:
         """The model's decoder."""
@@ -117,16 +126,23 @@ class Setup:
         if self.prompts is not None:
             listed = [replace(Conversation.of(prompt), answer=None) for prompt in self.prompts]
         elif self.data is not None:
-            listed = [_bare(side) for side in self.data.positive]
+            pairs = zip(self.data.positive, self.data.negative, strict=False)
+            listed = [replace(side, answer=None, system=_shared_system(side, other)) for side, other in pairs]
         else:
             listed = []
         if not listed:
             raise DataError("there is no prompt to generate from; give data or prompts")
-        return tuple(dict.fromkeys(listed))[: self.texts]
+        once: list[Conversation] = []
+        for prompt in listed:  # a chat has no hash
+            if len(once) < self.texts and prompt not in once:
+                once.append(prompt)
+        return tuple(once)
 
     @cached_property
     def pairs(self) -> tuple[tuple[Rendered, Rendered], ...]:
         """Of each item of the data both answers to its one prompt; a contrast in the system prompt is left out.
+
+        A system prompt that both sides share stays.
 
         Raises:
             DataError: there is no data, it is not paired, or a pair lacks an answer or has two prompts.
@@ -138,7 +154,10 @@ class Setup:
             answered = positive.answer is not None and negative.answer is not None
             if not self.data.paired or not answered or positive.prompt != negative.prompt:
                 raise DataError(f"item {number} has no two answers to one prompt; give both answers")
-            found.append((self.render(_plain(positive)), self.render(_plain(negative))))
+            system = _shared_system(positive, negative)
+            sides = (replace(side, system=system) for side in (positive, negative))
+            first, second = (self.render(side) for side in sides)
+            found.append((first, second))
         return tuple(found)
 
     @cached_property
@@ -257,7 +276,7 @@ class Trial:
                 "logits_to_keep": keep,
                 **position_inputs(decoder.model, mask),
             }
-            with torch.no_grad():
+            with torch.no_grad(), evaluation_mode(decoder.model):
                 with self.steering(batch.prompt_lengths):
                     logits = setup.model(**inputs).logits[:, -keep:-1]
                 bare = setup.model(**inputs).logits[:, -keep:-1] if beside else None
@@ -316,9 +335,6 @@ def neutral_texts() -> list[Conversation]:
     return [Conversation(item["prompt"], answer=item["answer"]) for item in map(json.loads, lines)]
 
 
-def _plain(side: Conversation) -> Conversation:
-    return Conversation(side.prompt, answer=side.answer, raw=side.raw)
-
-
-def _bare(side: Conversation) -> Conversation:
-    return Conversation(side.prompt, raw=side.raw)
+def _shared_system(side: Conversation, other: Conversation) -> str | None:
+    """The system prompt of both sides; None where they have none, or a contrast in it."""
+    return side.system if side.system == other.system else None

@@ -1,0 +1,139 @@
+"""`steerkit calibrate`: the largest effect inside a budget of costs, confirmed on held-out items."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from steerkit.cli._evidence import columns_table, jsonable, numbers, status
+from steerkit.cli._files import check_writable
+from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stdout, table, usage_line
+
+if TYPE_CHECKING:
+    from steerkit.evaluate.calibrate import Calibration
+
+__all__ = ["run"]
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
+    max_kl: Annotated[float, typer.Option(min=0, help="Nats per token on neutral texts.")] = 0.3,
+    max_ppl_ratio: Annotated[float, typer.Option(min=0, help="Perplexity of neutral texts, over unsteered.")] = 1.3,
+    max_repetition: Annotated[
+        float, typer.Option(min=0, help="Rise of the share of repeated 4-grams in generated texts.")
+    ] = 0.1,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="8-14 is each block on its own, 12+14 both together. (default: the recipe's, eight others)"),
+    ] = None,
+    strengths: Annotated[list[str] | None, typer.Option(help="Such as 0.5,1,2. (default: the method's ladder)")] = None,
+    method: Annotated[str | None, typer.Option(help="Another method than the recipe's.")] = None,
+    effect: Annotated[
+        str, typer.Option(help="The scorer that shows the effect; more is better.")
+    ] = "preference_margin",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
+    ] = None,
+    batch_size: BatchSize = 16,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the layers and strength with the largest effect inside a budget, and confirm them on held-out items.
+
+    Chooses on a part of the training items; only the held-out items, looked at once, decide whether it works.
+    Figures are kept beside the file (<FILE>.rows.jsonl) until it is written, so that a killed run goes on.
+    Exit code 1 where nothing works.
+    """
+    import steerkit
+    from steerkit.evaluate.calibrate import Budget, Search, calibrate
+    from steerkit.evaluate.scoring import scorer_of
+    from steerkit.evaluate.sweep import Store, parse_candidates
+    from steerkit.evaluate.trial import Setup
+    from steerkit.recipe import find_recipe
+
+    chosen = find_recipe(recipe)
+    part, scorer = chosen.method_part(method), scorer_of(effect)
+    ladder = numbers(strengths, "--strengths") or None
+    budget = Budget(max_kl, max_ppl_ratio, max_repetition)
+    target = out or Path(f"{chosen.name}.safetensors")
+    check_writable(target)
+    train, held_out = chosen.split()
+    name = model or chosen.model.name
+    loaded, tokenizer = steerkit.load_model(name)
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=12)
+    depth = setup.decoder.num_layers
+    rows = target.with_name(f"{target.stem}.rows.jsonl")
+    with status("fitting") as step:
+        found = calibrate(
+            setup,
+            train,
+            method=part.name,
+            settings=dict(part.settings),
+            readout=part.readout,
+            budget=budget,
+            search=Search(
+                candidates=parse_candidates(layers, depth) if layers else chosen.candidates(depth),
+                strengths=ladder,
+                trials=trials,
+                seed=seed,
+            ),
+            effect=scorer,
+            store=Store(rows),
+            scope=chosen.apply.scope if part == chosen.method else None,
+            step=step,
+        )
+    if found.vector is not None:
+        vector = chosen.signed(found.vector, replace(part, layers=found.layers, sites=None))
+        replace(vector, suggested_strength=found.vector.suggested_strength, unit="paper").save(target)
+    rows.unlink(missing_ok=True)
+    if as_json:
+        print_json(jsonable({"file": str(target) if found.vector is not None else None, **found.as_json()}))
+    else:
+        _show(found, target)
+        if found.works and found.strength is not None:
+            usage = usage_line(chosen.evaluate.questions[0], str(target), strength=found.strength, model=name)
+            typer.echo(f"use it:\n  {usage}")
+    if not found.works:
+        raise typer.Exit(1)
+
+
+def _show(found: Calibration, target: Path) -> None:
+    console = stdout()
+    columns = ("layers", "at", "effect (95 %)", "KL", "ppl x", "rep.", "")
+    shown = table(*columns, right=columns[1:-1], title=f"Tried on the validation split, budget: {_budget(found)}")
+    for point in found.points:
+        change = point.scores[found.effect].effect
+        chosen = point.layers == found.layers and point.strength == found.strength
+        over = found.budget.breaks(dict(point.scores))
+        shown.add_row(
+            "+".join(map(str, point.layers)),
+            f"{point.strength:g}",
+            f"{change.mean:+.2f} ({change.low:+.2f}, {change.high:+.2f})",
+            *(
+                number(point.scores[name].effect.mean if name in point.scores else None, ".2f")
+                for name in ("kl", "perplexity_ratio", "repetition")
+            ),
+            "chosen" if chosen else "over" if over else "",
+        )
+    console.print(shown)
+    if found.confirmed:
+        title = f"Confirmation at layers {'+'.join(map(str, found.layers))}, strength {found.strength:g}"
+        console.print(columns_table(found.confirmed, title))
+    typer.echo(found.verdict)
+    if found.vector is not None:
+        typer.echo(f"wrote {target}" + ("" if found.works else " without a suggested strength"))
+
+
+def _budget(found: Calibration) -> str:
+    budget = found.budget
+    return f"KL {budget.max_kl:g}, ppl ratio {budget.max_ppl_ratio:g}, repetition +{budget.max_repetition:g}"

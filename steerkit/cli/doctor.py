@@ -1,0 +1,56 @@
+"""`steerkit doctor`: does steering hold on this model what it promises?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from steerkit.cli._evidence import progress
+from steerkit.cli._shared import DEFAULT_MODEL, Json, print_json, stdout, table
+
+if TYPE_CHECKING:
+    from steerkit.checks import Finding
+
+__all__ = ["run"]
+
+
+def run(
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile for real; without it, compiling is traced only.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Test on a model that steering holds what it promises, such as cached = uncached. Exit code 1 if something fails.
+
+    Nothing is fitted or written: a random direction is added after a middle block, and every check compares two ways
+    to get the same numbers.
+    """
+    import steerkit
+    from steerkit.doctor import CHECKS, doctor
+
+    loaded, tokenizer = steerkit.load_model(model)
+    with progress("checking", len(CHECKS)) as step:
+        findings = doctor(loaded, tokenizer, compiled=compiled, step=step)
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        _print(model, findings)
+    if not all(finding.passed for finding in findings):
+        raise typer.Exit(1)
+
+
+def _print(model: str, findings: Sequence[Finding]) -> None:
+    from rich.text import Text
+
+    console = stdout()
+    shown = table("check", "", "seen")
+    for finding in findings:
+        word, colour = ("pass", "green") if finding.passed else ("fail", "red")
+        shown.add_row(finding.check, Text(word, style=colour), finding.reason)
+    console.print(shown)
+    failed = [finding.check for finding in findings if not finding.passed]
+    verdict = f"{', '.join(failed)} failed" if failed else "steering holds what it promises"
+    console.print(f"{model}: {len(findings) - len(failed)} of {len(findings)} checks passed; {verdict}", soft_wrap=True)

@@ -1,0 +1,235 @@
+"""`steerkit evaluate`: what a vector does and what it costs, beside its controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerkit.cli._evidence import columns_table, data_of, jsonable, numbers, status
+from steerkit.cli._files import read_prompts
+from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, number, print_json, stdout, table
+
+if TYPE_CHECKING:
+    from steerkit.evaluate.controls import Refits
+    from steerkit.evaluate.scorers._base import Scorer
+    from steerkit.evaluate.scoring import Measured
+    from steerkit.evaluate.trial import Setup
+    from steerkit.vector import SteeringVector
+
+__all__ = ["run"]
+
+DEFAULT_SCORERS = ("preference_margin", "divergence", "repetition")
+
+
+def run(
+    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What texts are generated from. (default: the data's prompts)")
+    ] = None,
+    strength: Annotated[
+        list[str] | None, typer.Option(help="Repeatable, or 0.5,1,2. (default: the file's suggested strength)")
+    ] = None,
+    unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
+    scope: Annotated[str | None, typer.Option(help="Tokens written. (default: the file's)")] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)")
+    ] = None,
+    markers: Annotated[list[str] | None, typer.Option(help="What the scorer markers looks for; repeatable.")] = None,
+    behaviour: Annotated[str | None, typer.Option(help="What the scorers judge and concept ask for.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL#MODEL", help="An OpenAI-compatible endpoint, or a local model's name.")
+    ] = None,
+    controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
+    texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    batch_size: BatchSize = 16,
+    as_json: Json = False,
+) -> None:
+    """Measure what a vector does and what it costs: with intervals, against the unsteered model, beside controls.
+
+    Controls: random directions of the same norm, fits on shuffled labels, how stable the direction is, and whether
+    length, position or format alone predicts the label.
+    """
+    from steerkit.data import Conversation
+    from steerkit.errors import DataError
+    from steerkit.evaluate.trial import Setup
+    from steerkit.shipped import vector_path
+    from steerkit.vector import SteeringVector
+
+    loaded_vector = SteeringVector.load(vector_path(vector, model))
+    suggested = loaded_vector.suggested_strength
+    doses = numbers(strength, "--strength") or [1.0 if suggested is None else suggested]
+    if unit is not None:
+        loaded_vector = loaded_vector.at(strength=doses[0], unit=unit.value)
+    scorers = _scorers(scorer, markers, behaviour, judge)
+    train, held_out = data_of(loaded_vector, data)
+    asked = None if prompts is None else [Conversation.of(prompt) for prompt in read_prompts(prompts)]
+    if held_out is None and asked is None:
+        raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data or --prompts")
+    if held_out is None and scorer is None:
+        scorers = scorers[1:]
+
+    import steerkit
+
+    loaded, tokenizer = steerkit.load_model(model)
+    loaded_vector.check(loaded, tokenizer)
+    setup = Setup(
+        loaded,
+        tokenizer,
+        held_out,
+        prompts=asked,
+        batch_size=batch_size,
+        texts=texts,
+        max_new_tokens=max_new_tokens,
+    )
+    with status("measuring") as step:
+        found = _Evaluation(setup, loaded_vector, scope, doses, scorers, controls, train).run(step)
+    if as_json:
+        print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
+        return
+    _show(vector, found)
+
+
+def _scorers(
+    names: list[str] | None, markers: list[str] | None, behaviour: str | None, judge: str | None
+) -> list[Scorer]:
+    """The scorers asked for, with what the command line sets of them."""
+    from steerkit.evaluate.scoring import scorer_of
+
+    listed = list(names or DEFAULT_SCORERS)
+    if markers and "markers" not in listed:
+        listed.append("markers")
+    if judge and not {"judge", "concept"} & set(listed):
+        listed.append("concept" if behaviour else "judge")
+    settings: dict[str, dict[str, Any]] = {"markers": {"markers": tuple(markers)} if markers else {}}
+    judged = {"judge": judge, "behaviour": behaviour}
+    settings["judge"] = settings["concept"] = {name: value for name, value in judged.items() if value is not None}
+    return [scorer_of(name, settings.get(name)) for name in listed]
+
+
+class _Evaluation:
+    """Everything the command measures."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        vector: SteeringVector,
+        scope: str | None,
+        doses: list[float],
+        scorers: list[Scorer],
+        controls: int,
+        train: Any,
+    ) -> None:
+        self.setup, self.vector, self.scope, self.doses = setup, vector, scope, doses
+        self.scorers, self.controls, self.train = scorers, controls, train
+
+    def run(self, step: Any) -> dict[str, Any]:
+        """Figures at every strength, then the controls at the strongest."""
+        from steerkit.evaluate.scoring import measure
+
+        found: dict[str, Any] = {"strengths": [], "measured": []}
+        for dose in self.doses:
+            step(f"strength {dose:g}")
+            measured = measure(self.setup.trial(self.vector, dose, scope=self.scope), self.scorers)
+            found["strengths"].append({"strength": dose, "scores": {n: m.as_row() for n, m in measured.items()}})
+            found["measured"].append(measured)
+        strongest = max(self.doses, key=abs)
+        first = next(iter(self.scorers[0].columns))
+        refitted = self.refits(step)
+        found["control"] = {
+            "column": first,
+            "strength": strongest,
+            "effect": found["measured"][self.doses.index(strongest)][first].estimate.mean,
+            "random": self.effects(self.randoms(), strongest, step, "random direction"),
+            "shuffled": self.effects(refitted.matched() if refitted else (), strongest, step, "shuffled labels"),
+        }
+        found["direction"] = None if refitted is None else refitted.as_json()
+        found["warnings"] = self.warnings()
+        return found
+
+    def randoms(self) -> list[SteeringVector]:
+        """Vectors with nothing learned in them."""
+        from steerkit.evaluate.curve import random_like
+
+        return [random_like(self.vector, seed=1 + number) for number in range(self.controls)]
+
+    def refits(self, step: Any) -> Refits | None:
+        """The method fitted again on rearranged items, where they are known."""
+        from steerkit.evaluate.controls import refits
+
+        if self.train is None or not self.controls:
+            return None
+        step("fits on rearranged items")
+        setup = self.setup
+        return refits(
+            setup.model,
+            setup.tokenizer,
+            self.train,
+            self.vector,
+            shuffled=self.controls,
+            batch_size=setup.batch_size,
+        )
+
+    def effects(self, vectors: Any, strength: float, step: Any, note: str) -> list[float]:
+        """The first figure under each of some control vectors."""
+        from steerkit.evaluate.scoring import measure
+
+        first = self.scorers[0]
+        means = []
+        for control in vectors:
+            step(note)
+            scores: dict[str, Measured] = measure(self.setup.trial(control, strength, scope=self.scope), [first])
+            means.append(next(iter(scores.values())).estimate.mean)
+        return means
+
+    def warnings(self) -> list[str]:
+        """What else than the behaviour tells the two sides apart."""
+        from steerkit.evaluate.confounds import confounds
+
+        data = self.train if self.train is not None else self.setup.data
+        if data is None:
+            return []
+        found = confounds(self.setup.tokenizer, data, readout=self.vector.readout)
+        return [one.message for one in found if one.warns]
+
+
+def _show(name: str, found: dict[str, Any]) -> None:
+    console = stdout()
+    for dose, measured in zip(found["strengths"], found["measured"], strict=True):
+        console.print(columns_table(measured, f"{name} at strength {dose['strength']:g}"))
+    control = found["control"]
+    shown = table("", "from", "to", "n", right=("from", "to", "n"), title=_title(control))
+    for kind, label in (("random", "random directions, same norm"), ("shuffled", "fits on shuffled labels, same norm")):
+        if control[kind]:
+            low, high = min(control[kind]), max(control[kind])
+            shown.add_row(label, f"{low:+.3f}", f"{high:+.3f}", str(len(control[kind])))
+    if shown.row_count:
+        console.print(shown)
+    _show_direction(found["direction"])
+    for warning in found["warnings"]:
+        typer.echo(f"warning: {warning}")
+    if not found["warnings"]:
+        typer.echo("neither length, position nor format alone predicts the label")
+
+
+def _title(control: dict[str, Any]) -> str:
+    return f"{control['column']} at strength {control['strength']:g} is {control['effect']:+.3f}; of controls it is"
+
+
+def _show_direction(direction: dict[str, Any] | None) -> None:
+    """How stable the direction is when the items it was fitted on change."""
+    if direction is None or "sites" not in direction:
+        return
+    columns = ("site", "split-half cosine", "bootstrap cosine (2.5 %)")
+    shown = table(*columns, right=columns[1:], title="The direction, fitted again on other items")
+    for site, found in direction["sites"].items():
+        half, again = found.get("split_half", {}), found.get("bootstrap", {})
+        lowest = number(again.get("cosine_low"), ".3f")
+        shown.add_row(site, number(half.get("mean"), ".3f"), f"{number(again.get('cosine'), '.3f')} ({lowest})")
+    stdout().print(shown)

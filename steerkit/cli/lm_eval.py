@@ -1,0 +1,101 @@
+"""`steerkit lm-eval`: tasks of lm-evaluation-harness, steered where a vector is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, number, print_json, stderr, stdout, table
+
+__all__ = ["run"]
+
+
+def run(
+    tasks: Annotated[
+        list[str], typer.Option("--tasks", metavar="NAME", help="Tasks; repeat, or separate them by commas.")
+    ],
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Task files of your own; they may run code.")
+    ] = None,
+    vector: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A vector file, or a shipped vector's name.")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="(default: the file's suggested strength)")] = None,
+    unit: Annotated[Unit | None, typer.Option(help="What the strength counts in. (default: the file's)")] = None,
+    scope: Annotated[str | None, typer.Option(help="Has to be all, here or in the file.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(metavar="N", help="Items of each task at most; below 1 a share of them.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each item. (default: the task's)")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Run the unsteered model too.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes few-shot examples and sampling.")] = 0,
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    batch_size: BatchSize = 8,
+    as_json: Json = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness, steered where a vector is given.
+
+    Needs the extra lm-eval of steerkit-hf. The harness hides where prompts end, so the scope has to be all.
+    """
+    if vector is None and (strength is not None or unit or scope or baseline):
+        raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")
+    names = [name for entry in tasks for name in entry.split(",") if name]
+
+    from steerkit.evaluate.harness import check_steering, evaluate_tasks
+    from steerkit.shipped import vector_path
+    from steerkit.vector import SteeringVector
+
+    steering: dict[str, Any] = {}
+    if vector is not None:
+        loaded_vector = SteeringVector.load(vector_path(vector, model))
+        check_steering(loaded_vector, strength=strength, scope=scope)
+        steering = {"vector": loaded_vector, "strength": strength, "unit": unit.value if unit else None, "scope": scope}
+
+    import steerkit
+
+    loaded, tokenizer = steerkit.load_model(model)
+    with stderr().status("evaluating"):
+        report = evaluate_tasks(
+            loaded,
+            tokenizer,
+            names,
+            **steering,
+            baseline=baseline,
+            limit=int(limit) if limit is not None and limit >= 1 else limit,
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            include_path=include_path,
+            apply_chat_template=chat,
+            seed=seed,
+        )
+    if as_json:
+        print_json({"model": model, "vector": vector, "strength": strength, **report})
+    else:
+        _show(report, steered=vector is not None)
+
+
+def _show(report: Mapping[str, Any], *, steered: bool) -> None:
+    """A row for each metric; standard errors stand behind a plus-minus."""
+    named = {"tasks": "steered" if steered else "value"}
+    if "baseline" in report:
+        named = {"baseline": "unsteered", "tasks": "steered", "difference": "difference"}
+    shown = table("task", "metric", "n", *named.values(), right=("n", *named.values()))
+    for column in shown.columns[:2]:
+        column.overflow = "fold"  # names can be long, and their ends tell them apart
+    for task, metrics in report["tasks"].items():
+        for metric in metrics:
+            cells = [_with_error(report[part][task][metric]) for part in named]
+            shown.add_row(task, metric, str(report["n"].get(task, "-")), *cells)
+    stdout().print(shown)
+
+
+def _with_error(entry: Mapping[str, float | None]) -> str:
+    if entry["value"] is None or entry["stderr"] is None:
+        return number(entry["value"])
+    return f"{entry['value']:.3g} ± {entry['stderr']:.2g}"

@@ -1,0 +1,137 @@
+"""`steerkit sweep`: the same figures at many layers and strengths."""
+
+from __future__ import annotations
+
+import importlib.util
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerkit.cli._evidence import jsonable, numbers, progress
+from steerkit.cli._files import check_writable
+from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stderr, stdout, table
+
+if TYPE_CHECKING:
+    from steerkit.evaluate.sweep import Point
+
+__all__ = ["run"]
+
+
+class Format(StrEnum):
+    """How the table is stored."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="8-14 is each block on its own, 12+14 both together. (default: the recipe's, eight others)"),
+    ] = None,
+    strengths: Annotated[
+        list[str] | None, typer.Option(help="Such as 0.5,1,2. (default: the method's ladder, both signs)")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Another method than the recipe's.")] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<recipe>)")
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", help="Of the table.")] = Format.jsonl,
+    texts: Annotated[int, typer.Option(min=1, help="Held-out prompts answered at each place.")] = 8,
+    neutral: Annotated[int, typer.Option(min=1, help="Neutral texts costs are measured on at each place.")] = 16,
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
+    ] = None,
+    batch_size: BatchSize = 16,
+    as_json: Json = False,
+) -> None:
+    """Measure a recipe at many layers and strengths: effect, costs, intervals, beside the unsteered model.
+
+    Every figure is kept as soon as it is there: started again, a killed sweep goes on where it was. Writes
+    FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png.
+    """
+    import steerkit
+    from steerkit.evaluate.scoring import scorer_of
+    from steerkit.evaluate.sweep import Fits, Store, parse_candidates, save_table, sweep
+    from steerkit.evaluate.trial import Setup
+    from steerkit.recipe import find_recipe
+    from steerkit.registry import resolve
+
+    chosen = find_recipe(recipe)
+    part = chosen.method_part(method)
+    doses = numbers(strengths, "--strengths") or _both_signs(resolve(part.name))
+    scorers = [scorer_of(name) for name in scorer or ("preference_margin", "divergence", "repetition")]
+    folder = out or Path("out") / f"sweep-{chosen.name}"
+    target = folder / f"table.{form.value}"
+    check_writable(target)
+    train, held_out = chosen.split()
+    name = model or chosen.model.name
+    loaded, tokenizer = steerkit.load_model(name)
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts)
+    setup = setup.with_neutral(neutral)
+    depth = setup.decoder.num_layers
+    listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth)
+    every = sorted({layer for one in listed for layer in one})
+    scope = chosen.apply.scope if part == chosen.method else None
+    fits = Fits(setup, train, part.name, every, part.settings, part.readout, scope, stderr().is_terminal)
+    store = Store(folder / "rows.jsonl")
+    with progress("measuring", 1 + len(listed) * len(doses)) as step:
+        points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, step=step))
+    save_table(points, target)
+    effect = next(iter(scorers[0].columns))
+    picture = _draw(points, effect, folder / "sweep.png")
+    if as_json:
+        print_json(
+            jsonable(
+                {
+                    "table": str(target),
+                    "picture": None if picture is None else str(picture),
+                    "effect": effect,
+                    "points": [point.as_row() for point in points],
+                }
+            )
+        )
+        return
+    _show(points, effect)
+    typer.echo(f"wrote {target}" + (f" and {picture.name}" if picture else ""))
+    if picture is None:
+        typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
+
+
+def _both_signs(method: Any) -> list[float]:
+    """The method's ladder, mirrored where it has a neutral strength of 0."""
+    ladder = list(method.ladder)
+    return [-dose for dose in reversed(ladder)] + ladder if method.neutral == 0 else ladder
+
+
+def _draw(points: list[Point], effect: str, path: Path) -> Path | None:
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from steerkit.plots import plot_sweep
+
+    return plot_sweep(points, effect, path)
+
+
+def _show(points: list[Point], effect: str) -> None:
+    """A line for each place: the effect with its interval, and the costs."""
+    costs = [name for name in ("kl", "perplexity_ratio", "repetition") if name in points[0].scores and name != effect]
+    short = {"kl": "KL", "perplexity_ratio": "ppl x", "repetition": "rep."}
+    columns = ("layers", "at", f"{effect} (95 %)", *(short[name] for name in costs))
+    shown = table(*columns, right=columns[1:])
+    for point in points:
+        found = point.scores[effect].estimate
+        shown.add_row(
+            "+".join(map(str, point.layers)) or "unsteered",
+            "-" if point.strength is None else f"{point.strength:g}",
+            f"{found.mean:+.3f} ({found.low:+.2f}, {found.high:+.2f})",
+            *(number(point.scores[name].estimate.mean, ".3f") for name in costs),
+        )
+    stdout().print(shown)

@@ -1,0 +1,145 @@
+"""Methods side by side: each calibrated to the same budget on the same data, with its effect, costs and time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steerkit.evaluate.calibrate import Calibration
+from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.overhead import decoding_overhead
+from steerkit.evaluate.trial import Setup
+from steerkit.methods._base import Method
+
+__all__ = ["Row", "compared", "markdown"]
+
+COSTS = ("kl", "perplexity_ratio", "repetition")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of a comparison.
+
+    Attributes:
+        method: its name.
+        title: its title.
+        recipe: what it was fitted by.
+        sites: where it acts.
+        strength: at which it was measured; None where nothing was found.
+        works: whether the effect is clear of its controls inside the budget.
+        verdict: the same in one line.
+        effect: change of the effect against the unsteered model, on held-out items.
+        controls: lowest and highest change among random directions and fits on shuffled labels.
+        costs: column name to what steering changed.
+        overhead: decoding time over the unsteered model's.
+        texts: prompt, unsteered and steered answer.
+    """
+
+    method: str
+    title: str
+    recipe: str
+    sites: tuple[str, ...]
+    strength: float | None
+    works: bool
+    verdict: str
+    effect: Estimate | None = None
+    controls: tuple[float, float] | None = None
+    costs: Mapping[str, Estimate] | None = None
+    overhead: Estimate | None = None
+    texts: tuple[tuple[str, str, str], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        costs = self.costs or {}
+        return {
+            "method": self.method,
+            "title": self.title,
+            "recipe": self.recipe,
+            "sites": list(self.sites),
+            "strength": self.strength,
+            "works": self.works,
+            "verdict": self.verdict,
+            "effect": _plain(self.effect),
+            "random": None if self.controls is None else list(self.controls),
+            **{name: _plain(costs.get(name)) for name in COSTS},
+            "overhead": _plain(self.overhead),
+            "texts": [dict(zip(("prompt", "bare", "steered"), text, strict=True)) for text in self.texts],
+        }
+
+
+def compared(
+    setup: Setup,
+    method: type[Method],
+    recipe: str,
+    found: Calibration,
+    questions: Sequence[str],
+    *,
+    new_tokens: int = 40,
+) -> Row:
+    """One method's row, from its calibration.
+
+    Args:
+        setup: model, tokenizer and held-out items.
+        method: its class.
+        recipe: what it was fitted by.
+        found: its calibration.
+        questions: answered with and without.
+        new_tokens: length of those answers.
+    """
+    common: dict[str, Any] = {
+        "method": method.name,
+        "title": method.title,
+        "recipe": recipe,
+        "works": found.works,
+        "verdict": found.verdict,
+    }
+    if found.vector is None or found.strength is None or found.curve is None:
+        return Row(sites=(), strength=None, **common)
+    measured = found.confirmed[found.effect]
+    bare = measured.estimate.mean - measured.effect.mean
+    controls = [control[found.strength] for control in found.curve.controls] + list(found.shuffled)
+    trial = setup.trial(found.vector, found.strength)
+    asked = [*dict.fromkeys(questions)]
+    texts = [side.answer(asked, max_new_tokens=new_tokens) for side in (setup.bare, trial)]  # type: ignore[arg-type]
+    return Row(
+        sites=tuple(map(str, found.vector.sites)),
+        strength=found.strength,
+        effect=measured.effect,
+        controls=(min(controls) - bare, max(controls) - bare) if controls else None,
+        costs={name: found.confirmed[name].effect for name in COSTS},
+        overhead=decoding_overhead(trial),
+        texts=tuple(zip(asked, *texts, strict=True)),
+        **common,
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The comparison as a Markdown table.
+
+    Args:
+        rows: one per method.
+    """
+    lines = [
+        "| method | sites, strength | effect | controls | KL | ppl ratio | repetition | time | clear of controls |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        costs = row.costs or {}
+        where = f"`{'`, `'.join(row.sites)}`, {row.strength:g}" if row.strength is not None else "-"
+        lines.append(
+            f"| `{row.method}` | {where} | {_cell(row.effect, '+.2f')} "
+            f"| {'-' if row.controls is None else f'{row.controls[0]:+.2f} to {row.controls[1]:+.2f}'} "
+            f"| {_cell(costs.get('kl'), '.3f')} | {_cell(costs.get('perplexity_ratio'), '.2f')} "
+            f"| {_cell(costs.get('repetition'), '+.2f')} | {_cell(row.overhead, '.2f')} "
+            f"| {'yes' if row.works else 'no'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: Estimate | None, form: str) -> str:
+    return "-" if found is None else f"{found.mean:{form}} ({found.low:{form}} to {found.high:{form}})"
+
+
+def _plain(found: Estimate | None) -> dict[str, float] | None:
+    return None if found is None else found._asdict()

@@ -1,0 +1,91 @@
+"""How far steering moves the model's predictions on neutral texts, against the unsteered model.
+
+    kl               = sum over v of p_base(v) * (log p_base(v) - log p_steered(v))        nats per token
+    entropy_change   = H(p_steered) - H(p_base)                                            bits per token
+    agreement        = share of positions at which both predict the same token
+    perplexity_ratio = exp( mean of log p_base(token) - log p_steered(token) )             of the texts' own tokens
+
+Teacher-forced over the answer tokens of `Setup.calm`. KL, entropy and their changes with the strength are the measures
+of Hojer, Jarvis, Heinrich (2025), "Improving Reasoning Performance in Large Language Models via Representation
+Engineering", arXiv 2504.19483.
+
+Where this file departs. The published code adds 1e-8 inside the logarithm, which bounds the KL divergence from above
+where the steered model rules out what the other one says; here both sides are log-softmax. It reads the last token of a
+question only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steerkit.evaluate.scorers._answers import calm_texts, token_counts
+from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
+from steerkit.evaluate.trial import Answer, Trial
+
+__all__ = ["Divergence"]
+
+
+@dataclass(frozen=True)
+class Divergence(Scorer):
+    """KL divergence, change of entropy, agreement and perplexity ratio, against the unsteered model."""
+
+    name: ClassVar[str] = "divergence"
+    title: ClassVar[str] = "how far predictions on neutral texts move from the unsteered model's"
+    source: ClassVar[str] = "Hojer et al. 2025, arXiv 2504.19483"
+    against_bare: ClassVar[bool] = True
+    columns: ClassVar[Mapping[str, Column]] = {
+        "kl": Column("KL divergence", "nats per token", "lower"),
+        "entropy_change": Column("change of entropy", "bits per token"),
+        "agreement": Column("same top token", "share of tokens", "higher"),
+        "perplexity_ratio": Column("perplexity ratio", "steered / unsteered", "lower", "log"),
+    }
+
+    def score(self, trial: Trial) -> dict[str, Weighted]:
+        """Score every neutral text.
+
+        Args:
+            trial: whose neutral texts are read. The unsteered model runs on the same batches every time: what it
+                predicts is too large to be kept.
+
+        Returns:
+            Means over each text's answer tokens, weighted by their number: ``{"kl": [n], "entropy_change": [n],
+            "agreement": [n], "perplexity_ratio": [n]}``.
+
+        Raises:
+            DataError: a neutral text has no answer.
+        """
+        texts = calm_texts(trial.setup)
+        # The unsteered model is at no distance from itself; no pass is needed to say so.
+        found = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(len(texts), 1)
+        if trial.vector is not None:
+            for answer in trial.answers(texts, beside=True):
+                found[answer.row] = _compared(answer)
+        counts = token_counts(texts)
+        return {name: Weighted(found[:, place], counts) for place, name in enumerate(self.columns)}
+
+
+def _compared(answer: Answer) -> Tensor:
+    """[4] means over the tokens of one answer, on the CPU."""
+    assert answer.bare is not None
+    steered, base = torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.bare, dim=-1)
+    # A token that is ruled out altogether counts nothing: 0 * log 0 = 0.
+    ruled_out = torch.isneginf(base)
+    kl = (base.exp() * (base - steered)).masked_fill(ruled_out, 0.0).sum(dim=-1)
+    own = answer.targets[:, None]
+    ratio = (base.gather(-1, own) - steered.gather(-1, own))[:, 0]
+    same = steered.argmax(dim=-1) == base.argmax(dim=-1)
+    # Below zero the divergence is rounding only.
+    columns = (kl.clamp_min(0.0), _entropy(steered) - _entropy(base), same.float(), ratio)
+    return torch.stack([column.mean() for column in columns]).cpu()
+
+
+def _entropy(logs: Tensor) -> Tensor:
+    """[t] entropy in bits of log-probabilities [t, v]."""
+    nats = -(logs.exp() * logs).masked_fill(torch.isneginf(logs), 0.0).sum(dim=-1)
+    return nats / math.log(2)
