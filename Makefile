@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow bench vectors lint format clean
+.PHONY: demo test slow bench vectors evidence lint format clean
 
 demo: $(STAMP)
 	$(BIN)/steerkit demo
@@ -28,6 +28,11 @@ vectors: $(STAMP)
 	  $(BIN)/steerkit demo --recipe $$recipe --out vectors/smollm2-135m || exit 1; \
 	done
 	rm -f vectors/smollm2-135m/*.png
+
+# The table of all methods in README.md and its report, anew (about eight minutes a method).
+evidence: $(STAMP)
+	$(BIN)/steerkit compare optimism --out evidence
+	$(BIN)/python -m tests.readme
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

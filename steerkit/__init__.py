@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         VectorFileError,
         VectorMismatchError,
     )
+    from steerkit.evaluate.scorers._base import Scorer
+    from steerkit.evaluate.scoring import measure
+    from steerkit.evaluate.trial import Setup
     from steerkit.fitting import fit
     from steerkit.generation import generate
     from steerkit.models import load_model
@@ -46,6 +49,8 @@ _HOMES = {
     "ModelError": "errors",
     "RecipeError": "errors",
     "ScopeError": "errors",
+    "Scorer": "evaluate.scorers._base",
+    "Setup": "evaluate.trial",
     "Site": "sites",
     "SiteError": "errors",
     "SteerError": "errors",
@@ -59,6 +64,7 @@ _HOMES = {
     "fit": "fitting",
     "generate": "generation",
     "load_model": "models",
+    "measure": "evaluate.scoring",
     "record": "activations",
     "steer": "steering",
 }
@@ -72,6 +78,8 @@ __all__ = [
     "ModelError",
     "RecipeError",
     "ScopeError",
+    "Scorer",
+    "Setup",
     "Site",
     "SiteError",
     "SteerError",
@@ -85,6 +93,7 @@ __all__ = [
     "fit",
     "generate",
     "load_model",
+    "measure",
     "methods",
     "record",
     "steer",

@@ -6,7 +6,6 @@ import ast
 import importlib
 import json
 import pkgutil
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import steerkit
+from tests.readme import EVIDENCE, block
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "steerkit"
@@ -121,16 +121,6 @@ def test_every_module_exports_what_it_says() -> None:
         assert all(hasattr(module, entry) for entry in module.__all__), name
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def block(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", readme(), flags=re.DOTALL)
-    assert found, f"README has no block {name!r}"
-    return found[1]
-
-
 def test_the_readme_s_table_of_methods_is_that_of_the_code() -> None:
     from steerkit import registry
 
@@ -152,6 +142,17 @@ def test_the_readme_s_five_lines_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     printed = ast.literal_eval(capsys.readouterr().out.strip())
     assert len(printed) == 1
     assert len(printed[0].split()) > 5
+
+
+def test_the_readme_s_comparison_is_the_committed_one_and_has_every_method() -> None:
+    from steerkit import registry
+
+    table = EVIDENCE.read_text(encoding="utf-8")
+    assert block("evidence") == table
+    content = json.loads(EVIDENCE.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in content["rows"]] == registry.method_names()
+    assert all(f"| `{name}` |" in table for name in registry.method_names())
+    assert EVIDENCE.with_suffix(".html").is_file()
 
 
 def items_of(name: str) -> list[dict[str, str]]:

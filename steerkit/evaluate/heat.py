@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -82,17 +83,14 @@ def token_projections(
             "give the site at which it was fitted"
         )
     values = rows @ unit(direction.float())
-    prompt, answer = (
-        readable(trial.setup.tokenizer, part)
-        for part in (rendered.ids[: rendered.prompt_length], rendered.ids[rendered.prompt_length :])
-    )
-    counts = tuple(count for _, count in (*prompt, *answer))
+    parts = readable(trial.setup.tokenizer, rendered.ids)
+    counts = tuple(count for _, count in parts)
     return TokenScores(
-        tokens=tuple(text for text, _ in (*prompt, *answer)),
+        tokens=tuple(text for text, _ in parts),
         values=torch.stack([part.mean() for part in values.split(counts)]),
         site=place,
         counts=counts,
-        prompt=len(prompt),
+        prompt=sum(end <= rendered.prompt_length for end in accumulate(counts)),
     )
 
 
