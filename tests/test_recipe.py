@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from steerkit import registry, shipped
+from steerkit import plugins, registry, shipped
 from steerkit.errors import RecipeError, UnknownNameError, VectorFileError
 from steerkit.recipe import Recipe, find_recipe
 from tests.families import build
@@ -160,7 +160,7 @@ def test_a_method_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
         def load(self) -> Any:
             return registry.resolve("caa")
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry()] if group == registry.GROUP else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Entry()] if group == "steerkit.methods" else [])
     assert "theirs" in registry.method_names()
     assert registry.resolve("theirs").name == "caa"
 
@@ -194,3 +194,24 @@ def test_the_shipped_files_travel_inside_the_wheel(tmp_path: Path) -> None:
     assert "steerkit/vectors/smollm2-135m/optimism-caa.safetensors" in names
     assert "steerkit/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "recipes", "vectors"))]
+
+
+def test_a_pair_is_what_is_fitted_and_the_file_what_is_measured_on(folder: Path) -> None:
+    text = GOOD.replace('name = "caa"', 'name = "actadd"').replace('readout = "response_mean"\n', "")
+    recipe = Recipe.load(write(folder, text.replace("held_out = 0.5", 'held_out = 0.5\npair = ["So glad", "So sad"]')))
+    train, held_out = recipe.split()
+    assert [(train.positive[0].prompt, train.negative[0].prompt)] == [("So glad", "So sad")]
+    assert len(held_out) == 4
+    model, tokenizer = build("llama"), byte_tokenizer(CHATML)
+    vector = recipe.extract(model, tokenizer)
+    assert vector.method == "actadd"
+    assert vector.extra["recipe"]["data"]["pair"] == ("So glad", "So sad")
+    assert "pair" not in Recipe.load(write(folder, GOOD)).resolved()["data"]
+    with pytest.raises(RecipeError, match=r"pair has 3 prompts"):
+        Recipe.load(write(folder, text.replace("held_out = 0.5", 'held_out = 0.5\npair = ["a", "b", "c"]')))
+
+
+def test_candidates_hold_the_recipe_s_own_layers(folder: Path) -> None:
+    recipe = Recipe.load(write(folder, GOOD))
+    assert recipe.candidates(30)[0] == (1, 2)
+    assert recipe.candidates(2)[0] == (1,)

@@ -40,6 +40,7 @@ class ActivationAddition(Method):
     data: ClassVar[str] = "one pair of prompts"
     readout: ClassVar[str | None] = None
     scopes: ClassVar[tuple[str, ...]] = ("front", "mid", "back")
+    ladder: ClassVar[tuple[float, ...]] = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0)
 
     position: Literal["front", "mid", "back"] = "front"
     """Where in the prompt the rows are added when no scope says otherwise."""
