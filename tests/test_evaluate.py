@@ -111,6 +111,18 @@ def test_what_a_curve_says() -> None:
     assert [row["strength"] for row in curve.as_rows()] == [-1.0, 0.0, 1.0]
     assert dataclasses.replace(curve, controls=({1.0: 0.5},)).clear_of_controls, "an end without control is not judged"
     assert not dataclasses.replace(curve, controls=({1.0: 0.95},)).clear_of_controls
+    # Items that differ much among themselves, and all of which steering moves alike.
+    column = PreferenceMargin.columns["preference_margin"]
+    wide = tuple(
+        {
+            "preference_margin": Measured(
+                column, Estimate(mean, mean - 5, mean + 5), Estimate(mean, mean - 0.1, mean + 0.1), 5
+            )
+        }
+        for mean in (-1.0, 0.0, 1.0)
+    )
+    assert dataclasses.replace(curve, points=wide, controls=({-1.0: -0.5, 1.0: 0.5},)).clear_of_controls
+    assert not dataclasses.replace(curve, points=wide, controls=({-1.0: -0.5, 1.0: 0.95},)).clear_of_controls
 
 
 def test_a_random_vector_has_the_same_norms_and_another_direction() -> None:

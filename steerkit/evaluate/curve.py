@@ -51,13 +51,18 @@ class Curve:
 
     @property
     def clear_of_controls(self) -> bool:
-        """Whether the interval lies above every random direction at the highest strength, and below at the lowest.
+        """Whether the effect is clear of every random direction: above at the highest strength, below at the lowest.
 
+        Changes on the same items are compared: what items differ in is no doubt about what steering changes in them.
         An end at which no random direction was measured is not looked at.
         """
-        (low, lowest), (high, highest) = (self.strengths[0], self.effects[0]), (self.strengths[-1], self.effects[-1])
+        (low, first), (high, last) = (
+            (self.strengths[place], self.points[place][self.effect]) for place in (0, len(self.strengths) - 1)
+        )
+        unsteered = [end.estimate.mean - end.effect.mean if end.change else 0.0 for end in (first, last)]
         return all(
-            lowest.high < control.get(low, math.inf) and highest.low > control.get(high, -math.inf)
+            first.effect.high < control.get(low, math.inf) - unsteered[0]
+            and last.effect.low > control.get(high, -math.inf) - unsteered[1]
             for control in self.controls
         )
 
