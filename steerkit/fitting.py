@@ -90,6 +90,9 @@ def fit(
         raise DataError(f"{chosen.name} reads for itself; leave readout={readout!r} out")
     elif held_out is not None and acts is None:
         raise DataError(f"{chosen.name} has no direction to separate held-out items by; leave held_out out")
+    missing = [site for site in places if acts is not None and site not in acts.positive]
+    if missing:
+        raise FitError(f"{chosen.name}: acts were not read at {', '.join(map(str, missing))}; read them there too")
     tensors = chosen.fit(acts, subject, places)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,14 +267,15 @@ def histogram_svg(positive: Sequence[float], negative: Sequence[float], *, label
         count = max(8, min(24, round(1.5 * math.sqrt(len(positive) + len(negative)))))
         width = (high - low) / count or 1.0
         edges = [low + width * place for place in range(count + 1)]
-        for values, colour, hatch, name in (
-            (negative, ORANGE, "////", "negative side"),
-            (positive, BLUE, "", "positive side"),
+        # The hatched side has a face without transparency: SVG patterns know none.
+        for values, colour, face, hatch, name in (
+            (negative, ORANGE, "#f6dccb", "////", "negative side"),
+            (positive, BLUE, (BLUE, 0.35), "", "positive side"),
         ):
             named = f"{name}, {len(values)} items"
             _, _, patches = axes.hist(values, bins=edges, histtype="stepfilled", linewidth=1.5, label=named)
             for patch in patches:
-                patch.set(facecolor=(colour, 0.35), edgecolor=colour, hatch=hatch)
+                patch.set(facecolor=face, edgecolor=colour, hatch=hatch)
             axes.axvline(sum(values) / len(values), color=colour, linestyle="--", linewidth=1.5)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(label)
@@ -371,7 +373,7 @@ def spots_svg(
         handles, labels = axes.get_legend_handles_labels()
         if labels:
             figure.legend(handles, labels, loc="outside upper center", ncols=2)
-        _write_labels(figure, axes, spots)
+        _write_labels(figure, axes, spots, front)
         return svg(figure)
 
 
@@ -535,21 +537,20 @@ def _finite(value: Estimate) -> tuple[float, float]:
     return low, high
 
 
-def _write_labels(figure: Any, axes: Any, spots: Sequence[Spot]) -> None:
-    """Write labels beside their spots, each where it covers neither a spot nor another label."""
+def _write_labels(figure: Any, axes: Any, spots: Sequence[Spot], front: Sequence[tuple[float, float]]) -> None:
+    """Write labels beside their spots, each where it covers no spot, no other label and not the front."""
     labelled = [spot for spot in spots if spot.label]
     if not labelled:
         return
+    from matplotlib.text import Text
+
     figure.draw_without_rendering()  # the layout decides where the spots are
     figure.set_layout_engine("none")
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    taken = [_box(axes, spot) for spot in spots]
-    steps = [(step * x, step * y) for step in (7, 16, 26, 38) for x, y in _AROUND]
+    taken = [_box(axes, spot) for spot in spots] + _lines(axes, sorted(front))
+    frame = axes.get_window_extent()
+    steps = [(step * x, step * y) for step in (7, 16, 26, 38, 52, 68, 86) for x, y in _AROUND]
     for spot in labelled:
-        note = None
         for x, y in steps:
-            if note is not None:
-                note.remove()
             note = axes.annotate(
                 spot.label,
                 (spot.cost, spot.effect),
@@ -560,11 +561,13 @@ def _write_labels(figure: Any, axes: Any, spots: Sequence[Spot]) -> None:
                 va="bottom" if y > 0 else "top" if y < 0 else "center",
                 arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if abs(x) + abs(y) > 20 else None,
             )
-            box = note.get_window_extent(renderer)
-            inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+            note.get_window_extent()  # puts the text in its place
+            box = Text.get_window_extent(note)  # without the arrow
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
                 break
-        taken.append(box)
+            note.remove()  # no place at all: better no label than one that cannot be read
 
 
 # Above at the left first: fronts run to the right and upwards.
@@ -578,6 +581,17 @@ def _box(axes: Any, spot: Spot) -> Any:
     x, y = axes.transData.transform((spot.cost, spot.effect))
     size = (8 if spot.chosen else 4) * axes.figure.dpi / 72
     return Bbox.from_extents(x - size, y - size, x + size, y + size)
+
+
+def _lines(axes: Any, front: Sequence[tuple[float, float]]) -> list[Any]:
+    """What the steps of a front cover, in pixels: first to the right, then up."""
+    from matplotlib.transforms import Bbox
+
+    places = [axes.transData.transform(place) for place in front]
+    found = []
+    for (x, y), (next_x, next_y) in pairwise(places):
+        found += [Bbox.from_extents(x, y - 1, next_x, y + 1), Bbox.from_extents(next_x - 1, y, next_x + 1, next_y)]
+    return found
 
 
 def _sentence(text: str) -> str:

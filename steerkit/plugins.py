@@ -104,7 +104,11 @@ def _wrong_setting(annotation: Any, value: Any) -> str | None:
     """What is wrong with a setting's value; None where nothing is, or where the annotation is not a simple one."""
     if get_origin(annotation) is Literal:
         allowed = get_args(annotation)
-        return None if value in allowed and type(value) in map(type, allowed) else f"allowed are {', '.join(allowed)}"
+        return (
+            None
+            if value in allowed and type(value) in map(type, allowed)
+            else f"allowed are {', '.join(map(str, allowed))}"
+        )
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {bool: isinstance(value, bool), int: number and isinstance(value, int), float: number}
     fits[str] = isinstance(value, str)

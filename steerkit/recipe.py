@@ -170,8 +170,11 @@ class Recipe:
             **plain,
         }
 
-    def split(self) -> tuple[ContrastSet, ContrastSet]:
+    def split(self, method: str | None = None) -> tuple[ContrastSet, ContrastSet]:
         """The items to fit on and the items held out.
+
+        Args:
+            method: another method than the recipe's. A recipe's pair is for methods that are fitted on one.
 
         Raises:
             RecipeError: the prompt file is missing or malformed.
@@ -181,7 +184,7 @@ class Recipe:
             train, held_out = data.split(held_out=self.data.held_out, seed=self.data.seed)
         except (DataError, ValueError) as error:  # ValueError: a file name that no system allows
             raise RecipeError(f"{self.source}: [data] {error}") from None
-        if self.data.pair is None:
+        if self.data.pair is None or not resolve(method or self.method.name).takes_pair:
             return train, held_out
         positive, negative = self.data.pair
         pair = ContrastSet.from_prompts([positive], [negative])
@@ -215,8 +218,8 @@ class Recipe:
         Raises:
             SteerError: see `steerkit.fit`.
         """
-        train, held_out = self.split()
         part = self.method_part(method)
+        train, held_out = self.split(part.name)
         if layers is not None:
             listed = parse_layers(layers, find_decoder(model).num_layers)
             part = replace(part, layers=tuple(listed), sites=None)
@@ -248,6 +251,24 @@ class Recipe:
         name = method if isinstance(method, str) else method.name
         settings = {} if isinstance(method, str) else method.settings
         return replace(self.method, name=name, settings=settings, readout=None)
+
+    def kinds(self, part: MethodPart) -> list[str] | None:
+        """Kinds of the sites that the recipe names; None where it names layers, or another method is used.
+
+        Args:
+            part: how the vector is fitted.
+        """
+        named = part.sites if part.name == self.method.name else None
+        return None if named is None else list(dict.fromkeys(Site.parse(site).kind for site in named))
+
+    def validation(self, method: str | None = None) -> ContrastSet | None:
+        """Items to choose on that a method fitted on one pair leaves free; None for methods fitted on the items.
+
+        Args:
+            method: another method than the recipe's.
+        """
+        kind = resolve(method or self.method.name)
+        return replace(self, data=replace(self.data, pair=None)).split()[0] if kind.takes_pair else None
 
     def candidates(self, num_layers: int) -> list[tuple[int, ...]]:
         """Sets of layers worth trying: the recipe's own, and single blocks over the middle of the depth.

@@ -1,11 +1,18 @@
-"""What all tests share: no network, one thread per worker, and the embedded model loaded once."""
+"""What all tests share: no network, one thread per worker, the embedded model loaded once, and the program run here."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.program import PAIRS, RECIPE, WIDTH, Cli, Ended, jsonl, strict_json
+
+if TYPE_CHECKING:
+    from steerkit.vector import SteeringVector
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,3 +31,84 @@ def embedded() -> tuple[Any, Any]:
     import steerkit
 
     return steerkit.load_model()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of four blocks that reads bytes, as a folder."""
+    from tests.families import build
+    from tests.tiny_tokenizers import byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vector(tiny: Path) -> SteeringVector:
+    """A random direction for the tiny model."""
+    import torch
+
+    from steerkit.sites import Site
+    from steerkit.vector import SteeringVector
+    from tests.families import BLOCKS, HIDDEN
+
+    generator = torch.Generator().manual_seed(0)
+    return SteeringVector(
+        method="caa",
+        tensors={"resid_post.1/direction": 3 * torch.randn(HIDDEN, generator=generator)},
+        sites=(Site(1),),
+        edit="add",
+        scope="response",
+        unit="paper",
+        model_type="llama",
+        hidden_size=HIDDEN,
+        num_layers=BLOCKS,
+        norms={Site(1): 6.0},
+        suggested_strength=1.5,
+        model_id="tiny",
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path, tiny: Path, vector: SteeringVector, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a recipe, pairs, prompts and a vector in it."""
+    monkeypatch.chdir(tmp_path)
+    vector.save("v.safetensors")
+    Path("joy.jsonl").write_text(jsonl(PAIRS))
+    Path("joy-caa.toml").write_text(RECIPE.format(model=tiny.as_posix()))
+    Path("plus.txt").write_text("I love this\n\nI love that\n")
+    Path("minus.txt").write_text("I hate this\nI hate that\n")
+    return tmp_path
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run a command in this process."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "STEERKIT_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    from steerkit.cli import app
+
+    def run(*words: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            app([str(word) for word in words], prog_name="steerkit")
+        return Ended(int(left.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def answer(cli: Cli) -> Callable[..., Any]:
+    """Run a command with --json and read what it prints."""
+
+    def run(*words: object) -> Any:
+        ended = cli(*words, "--json")
+        assert (ended.code, ended.err) == (0, "")
+        return strict_json(ended.out)
+
+    return run

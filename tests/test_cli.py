@@ -11,57 +11,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from rich.cells import cell_len
 
 import steerkit
 from steerkit.cli import app
 from steerkit.sites import Site
 from steerkit.vector import SteeringVector
-from tests.families import BLOCKS, HIDDEN, build
+from tests.families import BLOCKS, HIDDEN
+from tests.program import PAIRS, ROOT, WIDTH, Cli, jsonl, plain, start, width
 from tests.tiny_tokenizers import byte_tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-WIDTH = 80
-
-PAIRS = [
-    {"prompt": f"Is number {n} good?", "positive": f"Yes, {n} is a joy.", "negative": f"No, {n} is a pain."}
-    for n in range(12)
-]
-RECIPE = """
-format = 1
-behaviour = "joy"
-title = "joyful against painful answers"
-[model]
-name = "{model}"
-[data]
-file = "joy.jsonl"
-[method]
-layers = [1, 2]
-readout = "response_mean"
-[apply]
-strength = 1.5
-[evaluate]
-questions = ["Is it good?", "How are you?"]
-"""
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Ended]
-
-
-def jsonl(items: Sequence[Any]) -> str:
-    return "".join(json.dumps(item) + "\n" for item in items)
+COMMANDS = sorted(str(found.name) for found in app.registered_commands)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,93 +36,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of four blocks that reads bytes, as a folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    build("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vector(tiny: Path) -> SteeringVector:
-    """A random direction for the tiny model."""
-    generator = torch.Generator().manual_seed(0)
-    return SteeringVector(
-        method="caa",
-        tensors={"resid_post.1/direction": 3 * torch.randn(HIDDEN, generator=generator)},
-        sites=(Site(1),),
-        edit="add",
-        scope="response",
-        unit="paper",
-        model_type="llama",
-        hidden_size=HIDDEN,
-        num_layers=BLOCKS,
-        norms={Site(1): 6.0},
-        suggested_strength=1.5,
-        model_id="tiny",
-    )
-
-
-@pytest.fixture
-def here(tmp_path: Path, tiny: Path, vector: SteeringVector, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with a recipe, pairs, prompts and a vector in it."""
-    monkeypatch.chdir(tmp_path)
-    vector.save("v.safetensors")
-    Path("joy.jsonl").write_text(jsonl(PAIRS))
-    Path("joy-caa.toml").write_text(RECIPE.format(model=tiny.as_posix()))
-    Path("plus.txt").write_text("I love this\n\nI love that\n")
-    Path("minus.txt").write_text("I hate this\nI hate that\n")
-    return tmp_path
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run a command in this process."""
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "STEERKIT_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", str(WIDTH))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*words: object) -> Ended:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            app([str(word) for word in words], prog_name="steerkit")
-        return Ended(int(left.value.code or 0), *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def answer(cli: Cli) -> Callable[..., Any]:
-    """Run a command with --json and read what it prints."""
-
-    def run(*words: object) -> Any:
-        ended = cli(*words, "--json")
-        assert (ended.code, ended.err) == (0, "")
-        return json.loads(ended.out)
-
-    return run
-
-
-def start(*words: object, **options: Any) -> subprocess.Popen[str]:
-    """Start the program as a process."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": str(WIDTH)}
-    command = [sys.executable, "-m", "steerkit", *map(str, words)]
-    return subprocess.Popen(command, env=env, text=True, **options)
-
-
-def plain(text: str) -> str:
-    """Text without colours, frames and line breaks."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", "", text).split())
-
-
-def width(lines: Iterable[str]) -> int:
-    """Columns of a terminal that the widest line takes; random models write characters of any width."""
-    return max(map(cell_len, lines))
 
 
 # --- tables and help -------------------------------------------------------------------------------------------------
@@ -172,11 +50,11 @@ for words in ["--help", "--version", "recipes", "recipes --json"] + [f"{name} --
         app(words.split())
     assert not {"torch", "transformers", "numpy", "datasets"} & set(sys.modules), words
 """
-    names = ["demo", "extract", "generate", "inspect", "methods", "recipes"]
-    subprocess.run([sys.executable, "-c", code, *names], check=True, cwd=ROOT)
+    assert {"calibrate", "compare", "demo", "doctor", "evaluate", "export", "extract", "lm-eval"} <= set(COMMANDS)
+    subprocess.run([sys.executable, "-c", code, *COMMANDS], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", ["demo", "extract", "generate", "inspect", "methods", "recipes"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(cli: Cli, command: str) -> None:
     ended = cli(command, "--help")
     assert ended.code == 0
@@ -206,7 +84,8 @@ def test_recipes(cli: Cli, answer: Callable[..., Any]) -> None:
     for row in rows:
         recipe = Recipe.load(recipe_path(row["name"]))
         train, held_out = recipe.split()
-        assert row["items"] == len(train) + len(held_out)
+        if recipe.data.pair is None:
+            assert row["items"] == len(train) + len(held_out)
         assert (row["behaviour"], row["method"], row["default"], row["strength"]) == (
             recipe.behaviour,
             recipe.method.name,
@@ -401,7 +280,7 @@ def test_demo(answer: Callable[..., Any], here: Path) -> None:
     folder = Path("made/here")
     assert SteeringVector.load(folder / "joy-caa.safetensors").digest == found["vector"]["digest"]
     assert [row["strength"] for row in found["curve"]] == [-2, -1, 0, 1, 2]
-    assert all(len(row["random"]) == 5 and row["low"] <= row["margin"] <= row["high"] for row in found["curve"])
+    assert all(len(row["random"]) == 5 and row["low"] <= row["effect"] <= row["high"] for row in found["curve"])
     assert {type(found["rises"]), type(found["clear_of_controls"])} == {bool}
     assert found["items"] == 3
     assert [(row["prompt"], row["strength"]) for row in found["answers"]] == [

@@ -683,7 +683,11 @@ def test_all_scorers_together(family: str) -> None:
             assert (measured[name].change is None) == scorer.against_bare
             assert all(map(math.isfinite, measured[name].estimate)), name
     of_bare = measure(setup.bare, ALL)
-    assert all(one.change is None for one in of_bare.values())
+    for scorer in ALL:
+        for name, column in scorer.columns.items():
+            nothing = None if scorer.against_bare else (1.0, 1.0, 1.0) if column.scale == "log" else (0.0, 0.0, 0.0)
+            assert of_bare[name].change == nothing, name
+            assert of_bare[name].gain == (0.0, 0.0, 0.0), name
 
 
 class Count:

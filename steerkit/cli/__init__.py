@@ -25,6 +25,7 @@ from steerkit.cli import (
     methods,
     plan,
     recipes,
+    report,
     sweep,
 )
 from steerkit.cli._program import Program
@@ -51,6 +52,7 @@ for _command in (
     interference,
     plan,
     doctor,
+    report,
     export,
     lm_eval,
     methods,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scoring import Measured
     from steerkit.vector import SteeringVector
 
-__all__ = ["columns_table", "data_of", "estimate", "jsonable", "numbers", "progress", "status"]
+__all__ = [
+    "Neutral",
+    "check_items",
+    "check_way",
+    "columns_table",
+    "data_of",
+    "estimate",
+    "jsonable",
+    "layers_text",
+    "numbers",
+    "progress",
+    "status",
+]
+
+Neutral = Annotated[int, typer.Option(min=2, help="Neutral texts for the costs: half to choose on, half to confirm.")]
 
 
 def numbers(texts: Sequence[str] | None, option: str) -> list[float]:
@@ -30,9 +44,9 @@ def numbers(texts: Sequence[str] | None, option: str) -> list[float]:
         option: its name, for the message.
 
     Raises:
-        BadParameter: one is not a finite number.
+        BadParameter: one is not a finite number, or there is none in what was given.
     """
-    found = []
+    found: list[float] = []
     for text in ",".join(texts or ()).split(","):
         if not text.strip():
             continue
@@ -43,7 +57,67 @@ def numbers(texts: Sequence[str] | None, option: str) -> list[float]:
         if not math.isfinite(value):
             raise typer.BadParameter(f"{option}: {text.strip()!r} is no finite number; give such as 0.5,1,2")
         found.append(value)
+    if texts and not found:
+        raise typer.BadParameter(f"{option}: got no number; give such as 0.5,1,2")
     return found
+
+
+def check_items(name: str, method: str, train: ContrastSet, held_out: ContrastSet) -> None:
+    """Refuse fewer items than a calibration can be chosen and confirmed on: an interval needs two of each.
+
+    Args:
+        name: of the recipe, for the message.
+        method: the method; one that is fitted on one pair of prompts needs no more of them.
+        train: items that are fitted on and, a quarter of them, chosen on.
+        held_out: items that confirm.
+
+    Raises:
+        DataError: there are too few.
+    """
+    from steerkit.errors import DataError
+    from steerkit.registry import resolve
+
+    fewest = (1, 2) if resolve(method).takes_pair else (8, 2)
+    if len(train) < fewest[0] or len(held_out) < fewest[1]:
+        raise DataError(
+            f"{name}: {len(train)} training and {len(held_out)} held-out items are too few to calibrate {method} on; "
+            f"give at least {fewest[0]} and {fewest[1]}"
+        )
+
+
+def check_way(
+    vector: SteeringVector, scope: str | None, unit: Literal["paper", "norm"] | None, *, has_strength: bool
+) -> None:
+    """Refuse a scope or a unit that the vector cannot be applied in, before a model is loaded.
+
+    Args:
+        vector: the vector.
+        scope: tokens to write; None is the vector's own.
+        unit: what strengths count in; None is the vector's own.
+        has_strength: whether a strength was given in that unit.
+
+    Raises:
+        ScopeError: no scope of that name, or none of the method's.
+        StrengthError: only the suggested strength is there, which counts in the other unit; or the edit has no length,
+            or the file no activation norm, for unit `norm`.
+    """
+    from steerkit.errors import ScopeError, StrengthError
+    from steerkit.registry import method_of
+    from steerkit.tokens import Scope
+
+    method = method_of(vector)
+    written = Scope.parse(vector.scope if scope is None else scope)
+    if written.kind not in method.scopes:
+        raise ScopeError(f"{method.name}: scope '{written}' is not one of its own: {', '.join(method.scopes)}")
+    if not has_strength:
+        vector.at(unit=unit)
+    if (vector.unit if unit is None else unit) != "norm":
+        return
+    for site in vector.sites:
+        if not method.length(vector.params(site)):
+            raise StrengthError(f"{method.name}: unit 'norm' needs an edit with a length; use --unit paper")
+        if not math.isfinite(vector.norms.get(site, math.nan)):
+            raise StrengthError(f"{site}: the vector file holds no activation norm, so use --unit paper")
 
 
 def data_of(vector: SteeringVector, file: Path | None) -> tuple[ContrastSet | None, ContrastSet | None]:
@@ -95,16 +169,30 @@ def status(first: str) -> Iterator[Callable[[str], None]]:
         yield line.update
 
 
-def estimate(found: Any, form: str = ".3f") -> str:
-    """A mean with its interval, in one cell."""
+def estimate(found: Any) -> str:
+    """A mean with its interval, in one cell; large numbers, such as perplexities, with fewer decimals."""
     if found is None:
         return "-"
+    largest = max(abs(end) for end in found if math.isfinite(end))
+    form = ".3f" if largest < 100 else ".1f" if largest < 1e4 else ".3g"
     return f"{found.mean:{form}} ({found.low:{form}}, {found.high:{form}})"
 
 
-def columns_table(scores: Mapping[str, Measured], title: str | None = None) -> Table:
+def layers_text(layers: Sequence[int]) -> str:
+    """A set of layers in little room: 8+12-20."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = (f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
+    return "+".join(parts)
+
+
+def columns_table(scores: Mapping[str, Measured]) -> Table:
     """One line per figure: its mean, the change against the unsteered model, both with 95 % intervals."""
-    shown = table("figure", "mean (95 %)", "change (95 %)", "items", right=("items",), title=title)
+    shown = table("figure", "mean (95 %)", "change (95 %)", "items", right=("items",))
     for name, measured in scores.items():
         missing = f" ({measured.failures} failed)" if measured.failures else ""
         change = measured.change

@@ -90,6 +90,7 @@ def sites_table(described: Mapping[str, Any]) -> Table:
         "\nd",
     )
     made = table(*columns, right=columns[1:])
+    made.columns[0].no_wrap = True
     measured = (described["held_out"] or {}).get("sites", {})
     for site in described["sites"]:
         separation = measured.get(site["site"], {})

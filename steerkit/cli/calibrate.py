@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerkit.cli._evidence import columns_table, jsonable, numbers, status
+from steerkit.cli._evidence import Neutral, check_items, columns_table, jsonable, layers_text, numbers, status
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stdout, table, usage_line
 
@@ -37,6 +37,9 @@ def run(
     trials: Annotated[
         int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")
     ] = None,
+    controls: Annotated[int, typer.Option(min=1, help="Random directions, and fits on shuffled labels.")] = 5,
+    texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
+    neutral: Neutral = 64,
     seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
     model: Annotated[
         str | None,
@@ -60,17 +63,22 @@ def run(
     from steerkit.evaluate.sweep import Store, parse_candidates
     from steerkit.evaluate.trial import Setup
     from steerkit.recipe import find_recipe
+    from steerkit.registry import resolve
 
     chosen = find_recipe(recipe)
     part, scorer = chosen.method_part(method), scorer_of(effect)
     ladder = numbers(strengths, "--strengths") or None
+    lowest = resolve(part.name).neutral
+    if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):
+        raise typer.BadParameter(f"--strengths: a ladder leads away from {lowest:g}; give strengths on one side of it")
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
     target = out or Path(f"{chosen.name}.safetensors")
     check_writable(target)
-    train, held_out = chosen.split()
+    train, held_out = chosen.split(part.name)
+    check_items(chosen.name, part.name, train, held_out)
     name = model or chosen.model.name
     loaded, tokenizer = steerkit.load_model(name)
-    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=12)
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     rows = target.with_name(f"{target.stem}.rows.jsonl")
     with status("fitting") as step:
@@ -84,12 +92,15 @@ def run(
             search=Search(
                 candidates=parse_candidates(layers, depth) if layers else chosen.candidates(depth),
                 strengths=ladder,
+                controls=controls,
                 trials=trials,
                 seed=seed,
             ),
             effect=scorer,
             store=Store(rows),
             scope=chosen.apply.scope if part == chosen.method else None,
+            validation=chosen.validation(part.name),
+            kinds=chosen.kinds(part),
             step=step,
         )
     if found.vector is not None:
@@ -110,13 +121,13 @@ def run(
 def _show(found: Calibration, target: Path) -> None:
     console = stdout()
     columns = ("layers", "at", "effect (95 %)", "KL", "ppl x", "rep.", "")
-    shown = table(*columns, right=columns[1:-1], title=f"Tried on the validation split, budget: {_budget(found)}")
+    shown = table(*columns, right=columns[1:-1])
     for point in found.points:
         change = point.scores[found.effect].effect
         chosen = point.layers == found.layers and point.strength == found.strength
         over = found.budget.breaks(dict(point.scores))
         shown.add_row(
-            "+".join(map(str, point.layers)),
+            layers_text(point.layers),
             f"{point.strength:g}",
             f"{change.mean:+.2f} ({change.low:+.2f}, {change.high:+.2f})",
             *(
@@ -125,11 +136,12 @@ def _show(found: Calibration, target: Path) -> None:
             ),
             "chosen" if chosen else "over" if over else "",
         )
+    console.print(f"tried on the validation split; budget: {_budget(found)}")
     console.print(shown)
     if found.confirmed:
-        title = f"Confirmation at layers {'+'.join(map(str, found.layers))}, strength {found.strength:g}"
-        console.print(columns_table(found.confirmed, title))
-    typer.echo(found.verdict)
+        console.print(f"held-out items at layers {layers_text(found.layers)}, strength {found.strength:g}")
+        console.print(columns_table(found.confirmed))
+    console.print(found.verdict)
     if found.vector is not None:
         typer.echo(f"wrote {target}" + ("" if found.works else " without a suggested strength"))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import jsonable, status
+from steerkit.cli._evidence import Neutral, check_items, jsonable, status
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, print_json, stdout, table
 
@@ -21,13 +23,18 @@ __all__ = ["run"]
 
 
 def run(
-    behaviour: Annotated[str, typer.Argument(help="A behaviour that recipes are shipped for.")] = "optimism",
+    behaviour: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
+    ] = "optimism",
     method: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: every method)")] = None,
     max_kl: Annotated[float, typer.Option(min=0, help="Nats per token on neutral texts.")] = 0.3,
     max_ppl_ratio: Annotated[float, typer.Option(min=0, help="Perplexity of neutral texts, over unsteered.")] = 1.3,
     max_repetition: Annotated[
         float, typer.Option(min=0, help="Rise of the share of repeated 4-grams in generated texts.")
     ] = 0.1,
+    controls: Annotated[int, typer.Option(min=1, help="Random directions, and fits on shuffled labels.")] = 5,
+    texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
+    neutral: Neutral = 64,
     seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
     model: Annotated[
         str | None,
@@ -41,7 +48,7 @@ def run(
 
     Every method is calibrated to the same budget on the same training items and measured on the same held-out ones. A
     method without a recipe of its own for the behaviour is fitted by the behaviour's default recipe. Writes
-    <out>/<behaviour>.json, .md (the table) and .html (the report).
+    <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
     """
     import steerkit
     from steerkit.evaluate.calibrate import Budget
@@ -50,76 +57,111 @@ def run(
     from steerkit.evaluate.trial import Setup
     from steerkit.export.report import comparison_html
     from steerkit.files import write_whole
+    from steerkit.plots import ready
     from steerkit.recipe import find_recipe
     from steerkit.registry import method_names
 
+    ready()
     default = find_recipe(behaviour)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
-    check_writable(out / f"{default.behaviour}.json")
+    names = list(dict.fromkeys(method or method_names()))
+    sources = _sources(names, default)
+    target, kept = out / f"{default.behaviour}.json", out / f"{default.behaviour}.rows.jsonl"
+    check_writable(target)
     _, held_out = default.split()
+    for one, recipe in sources.items():
+        check_items(recipe.name, one, recipe.split(one)[0], held_out)
+    for one in sorted(set(names) - set(sources)):
+        typer.echo(f"note: {one} is left out: no recipe of {default.behaviour} says what it is fitted on", err=True)
     name = model or default.model.name
     loaded, tokenizer = steerkit.load_model(name)
-    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=12)
-    store = Store(out / f"{default.behaviour}.rows.jsonl")
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    common: dict[str, Any] = {"budget": budget, "store": Store(kept)}
     with status("comparing") as step:
         rows = [
-            row
-            for one in method or method_names()
-            if (row := _row(one, default, setup, budget, seed, store, step)) is not None
+            _row(one, recipe, default, setup, {"controls": controls, "seed": seed}, common, step)
+            for one, recipe in sources.items()
         ]
-    content = _content(rows, default, name, setup, budget, seed)
+    numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
+    command = ["steerkit", "compare", behaviour, *(f"--method={one}" for one in method or ())]
+    command += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
+    command += [f"--{key}={value}" for key, value in {**numbered, "model": name}.items()]
+    content = _content(rows, default, name, setup, budget, shlex.join(command))
     files = {
         "json": json.dumps(content, indent=2) + "\n",
         "md": markdown(rows),
         "html": comparison_html(content),
     }
     for ending, text in files.items():
-        write_whole(out / f"{default.behaviour}.{ending}", text.encode())
-    (out / f"{default.behaviour}.rows.jsonl").unlink(missing_ok=True)
+        write_whole(target.with_suffix(f".{ending}"), text.encode())
+    kept.unlink(missing_ok=True)
     if as_json:
         print_json(content)
         return
     _show(rows, default.behaviour)
-    typer.echo(f"wrote {out / default.behaviour}.json, .md and .html")
+    typer.echo(f"wrote {target}, .md and .html")
 
 
-def _row(name: str, default: Recipe, setup: Any, budget: Any, seed: int, store: Any, step: Any) -> Row | None:
-    """One method calibrated and measured; None, with a note, where there is nothing to fit it on."""
-    from steerkit.evaluate.calibrate import Search, calibrate
-    from steerkit.evaluate.compare import compared
+def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
+    """By which recipe each method is fitted; one that there is nothing to fit on is left out.
+
+    Raises:
+        UnknownNameError: no method of that name.
+        RecipeError: there is nothing to fit any of them on.
+    """
+    from steerkit.errors import RecipeError
     from steerkit.recipe import of_behaviour
     from steerkit.registry import resolve
 
-    kind = resolve(name)
-    own = [recipe for recipe in of_behaviour(default.behaviour) if recipe.method.name == name]
-    if not own and kind.readout is None:
-        typer.echo(f"note: {name} is left out: no recipe of {default.behaviour} says what it is fitted on", err=True)
-        return None
-    recipe = own[0] if own else default
-    part = recipe.method_part(name)
-    found = calibrate(
-        setup,
-        recipe.split()[0],
-        method=name,
-        settings=dict(part.settings),
-        readout=part.readout,
-        budget=budget,
-        search=Search(candidates=recipe.candidates(setup.decoder.num_layers), seed=seed),
-        store=store,
-        scope=recipe.apply.scope if own else None,
-        step=lambda note: step(f"{name}: {note}"),
-    )
+    found = {}
+    for name, kind in {name: resolve(name) for name in names}.items():
+        own = [recipe for recipe in (default, *of_behaviour(default.behaviour)) if recipe.method.name == name]
+        if own:  # its settings, but the items that all methods share
+            found[name] = replace(own[0], data=replace(default.data, pair=own[0].data.pair), source=default.source)
+        elif not kind.takes_pair:
+            found[name] = default
+    if not found:
+        raise RecipeError(f"{default.name}: there is nothing to fit {', '.join(names)} on; choose another --method")
+    return found
+
+
+def _row(
+    name: str, recipe: Recipe, default: Recipe, setup: Any, search: dict[str, Any], common: dict[str, Any], step: Any
+) -> Row:
+    """One method calibrated and measured; one that cannot be is told as such, and the rest goes on."""
+    from steerkit.errors import SteerError
+    from steerkit.evaluate.calibrate import Search, calibrate
+    from steerkit.evaluate.compare import Row, compared
+    from steerkit.registry import resolve
+
+    part, kind = recipe.method_part(name), resolve(name)
+    try:
+        found = calibrate(
+            setup,
+            recipe.split(name)[0],
+            method=name,
+            settings=dict(part.settings),
+            readout=part.readout,
+            search=Search(candidates=recipe.candidates(setup.decoder.num_layers), **search),
+            scope=recipe.apply.scope if part == recipe.method else None,
+            validation=recipe.validation(name),
+            kinds=recipe.kinds(part),
+            step=lambda note: step(f"{name}: {note}"),
+            **common,
+        )
+    except SteerError as error:
+        reason = f"could not be measured: {error}"
+        return Row(name, kind.title, recipe.name, sites=(), strength=None, works=False, verdict=reason)
     step(f"{name}: time and texts")
     return compared(setup, kind, recipe.name, found, default.evaluate.questions)
 
 
-def _content(rows: list[Row], default: Recipe, model: str, setup: Any, budget: Any, seed: int) -> dict[str, Any]:
+def _content(rows: list[Row], default: Recipe, model: str, setup: Any, budget: Any, command: str) -> dict[str, Any]:
     """Everything needed to show the comparison and to repeat it."""
     from steerkit.evaluate.identity import environment, setup_identity
 
     identity = setup_identity(setup)
     digests = {name: identity[name] for name in ("weights", "data", "neutral", "tokenizer_sha256")}
-    limits = " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in asdict(budget).items())
     plain: dict[str, Any] = jsonable(
         {
             "behaviour": default.behaviour,
@@ -129,15 +171,18 @@ def _content(rows: list[Row], default: Recipe, model: str, setup: Any, budget: A
             "rows": [row.as_json() for row in rows],
             "environment": environment(),
             "digests": digests,
-            "command": f"steerkit compare {default.behaviour} {limits} --seed {seed}",
+            "command": command,
         }
     )
     return plain
 
 
 def _show(rows: list[Row], behaviour: str) -> None:
-    columns = ("method", "strength", "effect", "controls up to", "KL", "ppl ratio", "rep.", "time", "clear")
-    shown = table(*columns, right=columns[1:-1], title=f"{behaviour}: change against the unsteered model")
+    columns = ("method", "at", "effect (95 %)", "control", "KL", "ppl x", "rep.", "time", "clear")
+    shown = table(*columns, right=columns[1:-1])
+    shown.collapse_padding = True
+    shown.columns[0].overflow = "fold"
+    shown.columns[2].no_wrap = True
     for row in rows:
         costs = row.costs or {}
         figures = [costs.get(name) for name in ("kl", "perplexity_ratio", "repetition")]
@@ -149,6 +194,7 @@ def _show(rows: list[Row], behaviour: str) -> None:
             *("-" if one is None else f"{one.mean:.2f}" for one in [*figures, row.overhead]),
             "yes" if row.works else "no",
         )
+    typer.echo(f"{behaviour}: change against the unsteered model")
     stdout().print(shown)
     for row in rows:
-        typer.echo(f"{row.method}: {row.verdict}")
+        stdout().print(f"{row.method}: {row.verdict}")

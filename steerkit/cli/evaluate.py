@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import columns_table, data_of, jsonable, numbers, status
+from steerkit.cli._evidence import check_way, columns_table, data_of, jsonable, numbers, status
 from steerkit.cli._files import read_prompts
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, number, print_json, stdout, table
 
@@ -46,6 +46,7 @@ def run(
     ] = None,
     controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 16,
+    neutral: Annotated[int, typer.Option(min=1, help="Neutral texts that costs are measured on.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
     model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
     batch_size: BatchSize = 16,
@@ -65,15 +66,15 @@ def run(
     loaded_vector = SteeringVector.load(vector_path(vector, model))
     suggested = loaded_vector.suggested_strength
     doses = numbers(strength, "--strength") or [1.0 if suggested is None else suggested]
-    if unit is not None:
-        loaded_vector = loaded_vector.at(strength=doses[0], unit=unit.value)
+    way: dict[str, Any] = {"scope": scope, "unit": None if unit is None else unit.value}
+    check_way(loaded_vector, **way, has_strength=bool(strength))
     scorers = _scorers(scorer, markers, behaviour, judge)
     train, held_out = data_of(loaded_vector, data)
     asked = None if prompts is None else [Conversation.of(prompt) for prompt in read_prompts(prompts)]
     if held_out is None and asked is None:
         raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data or --prompts")
     if held_out is None and scorer is None:
-        scorers = scorers[1:]
+        scorers = [one for one in scorers if one.name != "preference_margin"]
 
     import steerkit
 
@@ -87,29 +88,35 @@ def run(
         batch_size=batch_size,
         texts=texts,
         max_new_tokens=max_new_tokens,
-    )
+    ).with_neutral(neutral)
     with status("measuring") as step:
-        found = _Evaluation(setup, loaded_vector, scope, doses, scorers, controls, train).run(step)
+        evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
+        found = evaluation.run(step)
     if as_json:
         print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
         return
-    _show(vector, found)
+    _show(vector, evaluation.measured, found)
 
 
 def _scorers(
     names: list[str] | None, markers: list[str] | None, behaviour: str | None, judge: str | None
 ) -> list[Scorer]:
     """The scorers asked for, with what the command line sets of them."""
+    from steerkit.evaluate.judge import judge_of
     from steerkit.evaluate.scoring import scorer_of
 
-    listed = list(names or DEFAULT_SCORERS)
+    listed = list(dict.fromkeys(names or DEFAULT_SCORERS))
     if markers and "markers" not in listed:
         listed.append("markers")
     if judge and not {"judge", "concept"} & set(listed):
-        listed.append("concept" if behaviour else "judge")
-    settings: dict[str, dict[str, Any]] = {"markers": {"markers": tuple(markers)} if markers else {}}
-    judged = {"judge": judge, "behaviour": behaviour}
-    settings["judge"] = settings["concept"] = {name: value for name, value in judged.items() if value is not None}
+        listed.append("concept")
+    if "markers" in listed and not all(marker.strip() for marker in markers or [""]):
+        raise typer.BadParameter("the scorer markers looks for words; give at least one, such as --markers sorry")
+    settings: dict[str, dict[str, Any]] = {"markers": {"markers": tuple(markers or ())}}
+    if judge or behaviour or {"judge", "concept"} & set(listed):
+        if not judge or not (behaviour or "").strip():
+            raise typer.BadParameter("a judge rates a behaviour; give both --judge and --behaviour, in a few words")
+        settings["judge"] = settings["concept"] = {"judge": judge_of(judge), "behaviour": behaviour}
     return [scorer_of(name, settings.get(name)) for name in listed]
 
 
@@ -120,32 +127,33 @@ class _Evaluation:
         self,
         setup: Setup,
         vector: SteeringVector,
-        scope: str | None,
+        way: dict[str, Any],
         doses: list[float],
         scorers: list[Scorer],
         controls: int,
         train: Any,
     ) -> None:
-        self.setup, self.vector, self.scope, self.doses = setup, vector, scope, doses
+        self.setup, self.vector, self.way, self.doses = setup, vector, way, doses
         self.scorers, self.controls, self.train = scorers, controls, train
+        self.measured: list[dict[str, Measured]] = []
 
     def run(self, step: Any) -> dict[str, Any]:
         """Figures at every strength, then the controls at the strongest."""
         from steerkit.evaluate.scoring import measure
 
-        found: dict[str, Any] = {"strengths": [], "measured": []}
+        found: dict[str, Any] = {"unit": self.way["unit"] or self.vector.unit, "strengths": []}
         for dose in self.doses:
             step(f"strength {dose:g}")
-            measured = measure(self.setup.trial(self.vector, dose, scope=self.scope), self.scorers)
+            measured = measure(self.setup.trial(self.vector, dose, **self.way), self.scorers)
             found["strengths"].append({"strength": dose, "scores": {n: m.as_row() for n, m in measured.items()}})
-            found["measured"].append(measured)
+            self.measured.append(measured)
         strongest = max(self.doses, key=abs)
         first = next(iter(self.scorers[0].columns))
         refitted = self.refits(step)
         found["control"] = {
             "column": first,
             "strength": strongest,
-            "effect": found["measured"][self.doses.index(strongest)][first].estimate.mean,
+            "effect": self.measured[self.doses.index(strongest)][first].estimate.mean,
             "random": self.effects(self.randoms(), strongest, step, "random direction"),
             "shuffled": self.effects(refitted.matched() if refitted else (), strongest, step, "shuffled labels"),
         }
@@ -184,42 +192,44 @@ class _Evaluation:
         means = []
         for control in vectors:
             step(note)
-            scores: dict[str, Measured] = measure(self.setup.trial(control, strength, scope=self.scope), [first])
+            scores: dict[str, Measured] = measure(self.setup.trial(control, strength, **self.way), [first])
             means.append(next(iter(scores.values())).estimate.mean)
         return means
 
-    def warnings(self) -> list[str]:
-        """What else than the behaviour tells the two sides apart."""
+    def warnings(self) -> list[str] | None:
+        """What else than the behaviour tells the two sides apart; None where no two sides are known."""
         from steerkit.evaluate.confounds import confounds
 
         data = self.train if self.train is not None else self.setup.data
         if data is None:
-            return []
+            return None
         found = confounds(self.setup.tokenizer, data, readout=self.vector.readout)
         return [one.message for one in found if one.warns]
 
 
-def _show(name: str, found: dict[str, Any]) -> None:
+def _show(name: str, figures: list[dict[str, Measured]], found: dict[str, Any]) -> None:
     console = stdout()
-    for dose, measured in zip(found["strengths"], found["measured"], strict=True):
-        console.print(columns_table(measured, f"{name} at strength {dose['strength']:g}"))
+    for dose, measured in zip(found["strengths"], figures, strict=True):
+        console.print(f"{name} at strength {dose['strength']:g}", soft_wrap=True)
+        console.print(columns_table(measured))
     control = found["control"]
-    shown = table("", "from", "to", "n", right=("from", "to", "n"), title=_title(control))
+    shown = table("", "from", "to", "n", right=("from", "to", "n"))
     for kind, label in (("random", "random directions, same norm"), ("shuffled", "fits on shuffled labels, same norm")):
         if control[kind]:
             low, high = min(control[kind]), max(control[kind])
             shown.add_row(label, f"{low:+.3f}", f"{high:+.3f}", str(len(control[kind])))
     if shown.row_count:
+        console.print(_title(control))
         console.print(shown)
     _show_direction(found["direction"])
-    for warning in found["warnings"]:
-        typer.echo(f"warning: {warning}")
-    if not found["warnings"]:
+    for warning in found["warnings"] or ():
+        console.print(f"warning: {warning}")
+    if found["warnings"] == []:
         typer.echo("neither length, position nor format alone predicts the label")
 
 
 def _title(control: dict[str, Any]) -> str:
-    return f"{control['column']} at strength {control['strength']:g} is {control['effect']:+.3f}; of controls it is"
+    return f"{control['column']} at strength {control['strength']:g} is {control['effect']:+.3f}; controls reach"
 
 
 def _show_direction(direction: dict[str, Any] | None) -> None:
@@ -227,9 +237,10 @@ def _show_direction(direction: dict[str, Any] | None) -> None:
     if direction is None or "sites" not in direction:
         return
     columns = ("site", "split-half cosine", "bootstrap cosine (2.5 %)")
-    shown = table(*columns, right=columns[1:], title="The direction, fitted again on other items")
+    shown = table(*columns, right=columns[1:])
     for site, found in direction["sites"].items():
         half, again = found.get("split_half", {}), found.get("bootstrap", {})
         lowest = number(again.get("cosine_low"), ".3f")
         shown.add_row(site, number(half.get("mean"), ".3f"), f"{number(again.get('cosine'), '.3f')} ({lowest})")
+    typer.echo("the direction, fitted again on other items")
     stdout().print(shown)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import jsonable, numbers, progress
+from steerkit.cli._evidence import jsonable, layers_text, numbers, progress
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stderr, stdout, table
 
@@ -44,6 +44,7 @@ def run(
         Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<recipe>)")
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="Of the table.")] = Format.jsonl,
+    controls: Annotated[int, typer.Option(min=0, help="Random directions beside every place.")] = 1,
     texts: Annotated[int, typer.Option(min=1, help="Held-out prompts answered at each place.")] = 8,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts costs are measured on at each place.")] = 16,
     model: Annotated[
@@ -72,7 +73,7 @@ def run(
     folder = out or Path("out") / f"sweep-{chosen.name}"
     target = folder / f"table.{form.value}"
     check_writable(target)
-    train, held_out = chosen.split()
+    train, held_out = chosen.split(part.name)
     name = model or chosen.model.name
     loaded, tokenizer = steerkit.load_model(name)
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts)
@@ -81,10 +82,20 @@ def run(
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth)
     every = sorted({layer for one in listed for layer in one})
     scope = chosen.apply.scope if part == chosen.method else None
-    fits = Fits(setup, train, part.name, every, part.settings, part.readout, scope, stderr().is_terminal)
+    fits = Fits(
+        setup,
+        train,
+        part.name,
+        every,
+        part.settings,
+        part.readout,
+        scope,
+        kinds=chosen.kinds(part),
+        progress=stderr().is_terminal,
+    )
     store = Store(folder / "rows.jsonl")
     with progress("measuring", 1 + len(listed) * len(doses)) as step:
-        points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, step=step))
+        points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
     save_table(points, target)
     effect = next(iter(scorers[0].columns))
     picture = _draw(points, effect, folder / "sweep.png")
@@ -124,14 +135,15 @@ def _show(points: list[Point], effect: str) -> None:
     """A line for each place: the effect with its interval, and the costs."""
     costs = [name for name in ("kl", "perplexity_ratio", "repetition") if name in points[0].scores and name != effect]
     short = {"kl": "KL", "perplexity_ratio": "ppl x", "repetition": "rep."}
-    columns = ("layers", "at", f"{effect} (95 %)", *(short[name] for name in costs))
+    columns = ("layers", "at", f"{effect} (95 %)", "random", *(short[name] for name in costs))
     shown = table(*columns, right=columns[1:])
     for point in points:
         found = point.scores[effect].estimate
         shown.add_row(
-            "+".join(map(str, point.layers)) or "unsteered",
+            layers_text(point.layers) or "unsteered",
             "-" if point.strength is None else f"{point.strength:g}",
             f"{found.mean:+.3f} ({found.low:+.2f}, {found.high:+.2f})",
+            f"{max(point.random, key=abs):+.2f}" if point.random else "-",
             *(number(point.scores[name].estimate.mean, ".3f") for name in costs),
         )
     stdout().print(shown)

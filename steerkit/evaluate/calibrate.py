@@ -14,19 +14,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from steerkit.data import ContrastSet
-from steerkit.errors import DataError, SteerError
+from steerkit.errors import DataError, FitError, SiteError, SteerError
 from steerkit.evaluate.confounds import warn_of_confounds
-from steerkit.evaluate.controls import refits
-from steerkit.evaluate.curve import Curve, dose_response
+from steerkit.evaluate.controls import FEWEST, Refits, refits
+from steerkit.evaluate.curve import Curve, dose_response, random_like
 from steerkit.evaluate.identity import digest_of, setup_identity
-from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.intervals import Estimate, NotScored
 from steerkit.evaluate.scorers._base import Scorer
-from steerkit.evaluate.scoring import Measured, column_of, measure, scorer_of
+from steerkit.evaluate.scoring import Measured, measure, scorer_of
 from steerkit.evaluate.sweep import Fits, Point, Store, measure_point
 from steerkit.evaluate.trial import Setup
 from steerkit.fitting import separation
@@ -101,6 +101,13 @@ class Search:
     trials: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.controls < 1 or self.finalists < 1 or self.screened_items < 2 or self.neutral_texts < 1:
+            raise DataError(
+                f"search: {self.controls} controls, {self.finalists} finalists, {self.screened_items} items to screen "
+                f"on, {self.neutral_texts} neutral texts; give at least 1 of each, and 2 items"
+            )
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -120,6 +127,9 @@ class Calibration:
         confirmed: the same on the held-out items, and other neutral texts.
         curve: dose-response on the held-out items, with random directions.
         shuffled: effects of fits on shuffled labels, rescaled to the same norm, at the suggested strength.
+        search: how it was looked for.
+        refits: how stable the direction is on other items, as plain data.
+        skipped: candidates at which the method cannot be fitted, with the reason.
     """
 
     works: bool
@@ -134,6 +144,9 @@ class Calibration:
     confirmed: dict[str, Measured] = field(default_factory=dict)
     curve: Curve | None = None
     shuffled: tuple[float, ...] = ()
+    search: Search = field(default_factory=Search)
+    refits: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: what the vector file keeps of it."""
@@ -148,6 +161,9 @@ class Calibration:
             "confirmation": {name: one.as_row() for name, one in self.confirmed.items()},
             "curve": None if self.curve is None else self.curve.as_rows(),
             "shuffled": list(self.shuffled),
+            "search": asdict(self.search),
+            "direction": dict(self.refits),
+            "skipped": dict(self.skipped),
         }
 
 
@@ -176,6 +192,8 @@ def calibrate(
     effect: str | Scorer = "preference_margin",
     store: Store | None = None,
     scope: str | None = None,
+    validation: ContrastSet | None = None,
+    kinds: Sequence[str] | None = None,
     step: Callable[[str], None] = lambda note: None,
 ) -> Calibration:
     """Find the layers and the strength with the largest effect inside the budget, and confirm them on held-out items.
@@ -188,9 +206,11 @@ def calibrate(
         readout: which tokens are read; None takes the method's own.
         budget: what steering may cost.
         search: where and how to look.
-        effect: the scorer whose first column shows the effect; more is better.
+        effect: the scorer whose first column shows the effect; more is better, unless the column says otherwise.
         store: figures already there are not measured again.
         scope: which tokens are written; None takes the method's own.
+        validation: items to choose on; None takes a part of the training items.
+        kinds: kinds of site, such as ``["mlp_out"]``; None takes the method's own.
         step: called with a few words before each measurement, for a progress line.
 
     Returns:
@@ -200,8 +220,11 @@ def calibrate(
         DataError: there are too few items to split, or they lack what the scorer needs.
         SteerError: see `steerkit.fit` and `steerkit.steer`.
     """
-    warn_of_confounds(setup.tokenizer, train, readout=readout, chat_template_kwargs=setup.chat_template_kwargs)
-    return _Search(setup, train, method, settings, readout, budget, search, effect, store, scope, step).run()
+    fits = Fits(setup, train, method, (), settings, readout, scope, kinds)
+    read = readout or fits.kind.readout
+    if not fits.kind.takes_pair:
+        warn_of_confounds(setup.tokenizer, train, readout=read, chat_template_kwargs=setup.chat_template_kwargs)
+    return _Search(fits, validation, budget or Budget(), search or Search(), effect, store, step).run()
 
 
 class _Search:
@@ -209,55 +232,67 @@ class _Search:
 
     def __init__(
         self,
-        setup: Setup,
-        train: ContrastSet,
-        method: str | Method,
-        settings: dict[str, Any] | None,
-        readout: str | int | None,
-        budget: Budget | None,
-        search: Search | None,
+        fits: Fits,
+        validation: ContrastSet | None,
+        budget: Budget,
+        search: Search,
         effect: str | Scorer,
         store: Store | None,
-        scope: str | None,
         step: Callable[[str], None],
     ) -> None:
-        self.budget, self.search = budget or Budget(), search or Search()
-        self.step, self.store = step, Store() if store is None else store
+        self.budget, self.search, self.step = budget, search, step
+        self.store = Store() if store is None else store
         self.scorer = scorer_of(effect)
         self.effect = next(iter(self.scorer.columns))
-        self.held_out, self.train = setup, train
-        kind = Fits(setup, train, method, (), settings, readout).kind
-        if kind.readout is None:
-            # Fitted on one pair of prompts: half of the held-out items is what there is to choose on.
-            if setup.data is None:
-                raise DataError(f"calibrate: {kind.name} is fitted on prompts alone; give held-out items to choose on")
-            rest, validation = train, setup.data.split(held_out=0.5, seed=self.search.seed)[0]
-            self.held_out = replace(setup, data=setup.data.split(held_out=0.5, seed=self.search.seed)[1])
-        else:
-            rest, validation = train.split(held_out=self.search.validation, seed=self.search.seed)
-        calm = setup.half(0).calm[: self.search.neutral_texts]
-        self.setup = replace(setup, data=validation, neutral=calm)
-        self.confirming = self.held_out.half(1)
-        depth = setup.decoder.num_layers
-        listed = self.search.candidates
-        self.candidates = [
-            tuple(sorted(set(layers))) for layers in (default_candidates(depth) if listed is None else listed)
-        ]
-        self.ladder = sorted(self.search.strengths or kind.ladder)
+        divergence = scorer_of("divergence")
+        self.scorers = list({scorer.name: scorer for scorer in (self.scorer, divergence)}.values())
+        self.final, self.held_out, self.kind = fits, fits.setup, fits.kind
+        rest = fits.train
+        if validation is None and fits.kind.takes_pair:
+            raise DataError(f"calibrate: {fits.kind.name} is fitted on one pair of prompts; give validation items too")
+        if validation is None:
+            rest, validation = rest.split(held_out=search.validation, seed=search.seed)
+        if not fits.kind.takes_pair and len(rest) < FEWEST:
+            raise DataError(f"calibrate: {len(rest)} items are left to fit on; give at least {FEWEST}")
+        if len(self.held_out.calm) < 2:
+            raise DataError("calibrate: one neutral text cannot both choose and confirm; give at least two")
+        calm = self.held_out.half(0).calm[: search.neutral_texts]
+        prompts = self.held_out.prompts
+        self.setup = replace(
+            self.held_out,
+            data=validation,
+            neutral=calm,
+            prompts=None if prompts is None else prompts[0::2],
+        )
+        self.confirming = replace(self.held_out.half(1), prompts=None if prompts is None else prompts[1::2])
+        depth = self.setup.decoder.num_layers
+        listed = search.candidates
+        if listed is None:
+            own = [site.layer for site in fits.method_object.sites(self.setup.decoder)]
+            listed = default_candidates(depth, [own])
+        self.candidates = [tuple(sorted(set(layers))) for layers in listed]
+        self.ladder = sorted(search.strengths or self.kind.ladder, key=self.reach)
         if not self.candidates or not self.ladder:
             raise DataError("calibrate: there is no set of layers or no strength to try; give some")
+        if len({strength > (self.kind.neutral or 0.0) for strength in self.ladder}) > 1:
+            raise DataError(
+                f"calibrate: strengths {', '.join(f'{one:g}' for one in self.ladder)} lie on both sides of neutral; "
+                "give those of one side"
+            )
         every = sorted({layer for layers in self.candidates for layer in layers})
-        self.fits = Fits(self.setup, rest, method, every, settings, readout, scope)
-        self.final = (settings, readout, scope)
-        self.method = method
-        self.kind = kind
+        self.fits = replace(fits, setup=self.setup, train=rest, layers=every)
         self.points: list[Point] = []
-        self.costs = [scorer_of("divergence")]
+        self.skipped: dict[str, str] = {}
         self.identity = digest_of(setup_identity(self.setup))
+
+    def reach(self, strength: float) -> float:
+        """How strong a strength is: its distance from the neutral one."""
+        return abs(strength - (self.kind.neutral or 0.0))
 
     def run(self) -> Calibration:
         """All steps."""
         self.step("fitting")
+        self.drop_impossible()
         if self.search.trials is not None:
             tried = self.optimise()
         else:
@@ -266,6 +301,22 @@ class _Search:
         if best is None:
             return self.nothing("no layer and strength tried has a positive effect inside the budget")
         return self.confirm(best)
+
+    def drop_impossible(self) -> None:
+        """Leave out candidates at which the method cannot be fitted; say so before the long part, if it is all."""
+        possible = []
+        problem: SteerError | None = None
+        for layers in self.candidates:
+            try:
+                vector = self.fits.at(layers)
+                random_like(vector, seed=0)
+                possible.append(layers)
+            except (FitError, SiteError) as error:
+                self.skipped[_named(layers)] = str(error)
+                problem = error
+        if problem is not None and not possible:
+            raise problem
+        self.candidates = possible
 
     def nothing(self, reason: str) -> Calibration:
         """The result where nothing was found."""
@@ -278,17 +329,26 @@ class _Search:
             effect=self.effect,
             budget=self.budget,
             points=tuple(self.points),
+            search=self.search,
+            skipped=self.skipped,
         )
 
     def measure(
         self, setup: Setup, layers: Sequence[int], strength: float, scorers: list[Scorer]
-    ) -> dict[str, Measured]:
-        """Figures of one point, from the store where they are there."""
+    ) -> dict[str, Measured] | None:
+        """Figures of one point, from the store where they are there; None where the model says nothing finite."""
         identity = self.identity if setup is self.setup else digest_of(setup_identity(setup))
         vector = self.fits.at(layers)
-        return measure_point(
-            setup, vector, strength, scorers, identity=identity, store=self.store, seed=self.search.seed
-        )
+        try:
+            return measure_point(
+                setup, vector, strength, scorers, identity=identity, store=self.store, seed=self.search.seed
+            )
+        except NotScored:
+            return None
+
+    def gain(self, point: Point) -> Estimate:
+        """The effect of a point, counted so that more is better."""
+        return point.scores[self.effect].gain
 
     def screened(self) -> list[tuple[int, ...]]:
         """The candidates that promise most at the KL budget, and the best single blocks together."""
@@ -309,11 +369,10 @@ class _Search:
         promised: dict[tuple[int, ...], float] = {}
         for layers in self.candidates:
             self.step(f"screening layer {_named(layers)}")
-            scores = self.measure(few, layers, strength, [self.scorer, *self.costs])
-            self.points.append(Point(layers, strength, scores))
-            kl = max(scores["kl"].effect.mean, 1e-6)
-            promised[layers] = scores[self.effect].effect.mean * math.sqrt(self.budget.max_kl / kl)
-        self.points.clear()  # on a few items only: not comparable with what follows
+            scores = self.measure(few, layers, strength, self.scorers)
+            if scores is not None:
+                kl = max(scores["kl"].effect.mean, 1e-6)
+                promised[layers] = scores[self.effect].gain.mean / math.sqrt(kl)
         ranked = sorted(promised, key=lambda layers: -promised[layers])
         finalists = ranked[: self.search.finalists]
         together = tuple(sorted({layer for layers in [one for one in ranked if len(one) == 1][:3] for layer in layers}))
@@ -323,13 +382,21 @@ class _Search:
         """Figures at rising strengths, up to the first that is outside of the budget; those inside."""
         inside = []
         for strength in self.ladder:
-            self.step(f"layer {_named(layers)}, strength {strength:g}")
-            point = Point(layers, strength, self.measure(self.setup, layers, strength, [self.scorer, *self.costs]))
-            self.points.append(point)
-            if self.budget.breaks(dict(point.scores)):
+            point = self.tried(layers, strength)
+            if point is None:
                 break
             inside.append(point)
         return inside
+
+    def tried(self, layers: tuple[int, ...], strength: float) -> Point | None:
+        """One point measured and kept; None where it is outside of the budget."""
+        self.step(f"layer {_named(layers)}, strength {strength:g}")
+        scores = self.measure(self.setup, layers, strength, self.scorers)
+        if scores is None:
+            return None
+        point = Point(layers, strength, scores)
+        self.points.append(point)
+        return None if self.budget.breaks(scores) else point
 
     def optimise(self) -> list[Point]:
         """Points tried by optuna's sampler under the budget as constraint; those inside."""
@@ -338,64 +405,54 @@ class _Search:
         except ModuleNotFoundError:
             raise SteerError("--trials needs optuna; pip install 'steerkit-hf[search]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        inside = []
+        inside: list[Point] = []
+        broken: list[tuple[tuple[int, ...], float]] = []
+        weakest, strongest = sorted((self.ladder[0], self.ladder[-1]))
 
         def objective(trial: Any) -> float:
-            place = trial.suggest_int("candidate", 0, len(self.candidates) - 1)
-            strength = round(trial.suggest_float("strength", self.ladder[0], self.ladder[-1]), 2)
-            layers = self.candidates[place]
-            self.step(f"layer {_named(layers)}, strength {strength:g}")
-            point = Point(layers, strength, self.measure(self.setup, layers, strength, [self.scorer, *self.costs]))
-            self.points.append(point)
-            over = len(self.budget.breaks(dict(point.scores)))
-            trial.set_constraint("budget", float(over))
-            if not over:
-                inside.append(point)
-            return point.scores[self.effect].effect.mean
+            layers = self.candidates[trial.suggest_int("candidate", 0, len(self.candidates) - 1)]
+            strength = float(f"{trial.suggest_float('strength', weakest, strongest):.3g}")
+            point = self.tried(layers, strength)
+            trial.set_constraint("budget", -1.0 if point else 1.0)
+            if point is None:
+                broken.append((layers, strength))
+                return 0.0
+            inside.append(point)
+            return self.gain(point).mean
 
         sampler = optuna.samplers.TPESampler(seed=self.search.seed)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         study.optimize(objective, n_trials=self.search.trials)
-        broken = [point for point in self.points if point not in inside]
         # A point counts only if nothing weaker at its layers was outside.
         return [
             point
             for point in inside
-            if not any(
-                other.layers == point.layers and (other.strength or 0) < (point.strength or 0) for other in broken
-            )
+            if not any(layers == point.layers and self.reach(one) < self.reach(_at(point)) for layers, one in broken)
         ]
 
     def without_loops(self, inside: Sequence[Point]) -> Point | None:
         """The most effective point whose texts, and those of all weaker strengths, repeat no more than allowed."""
-        looping: dict[tuple[int, ...], float] = {}  # the weakest strength known to loop
+        looping: dict[tuple[int, ...], float] = {}  # the weakest strength known to loop, by its reach
         fine: dict[tuple[int, ...], float] = {}
         loops = [scorer_of("repetition")]
-        for point in sorted(inside, key=lambda point: -point.scores[self.effect].effect.mean):
-            if not point.scores[self.effect].effect.low > 0:
-                break
-            strength = point.strength or 0.0
-            if strength >= looping.get(point.layers, math.inf):
+        for point in sorted(inside, key=lambda point: -self.gain(point).mean):
+            reach = self.reach(_at(point))
+            if not self.gain(point).low > 0 or reach >= looping.get(point.layers, math.inf):
                 continue
-            below = sorted(
-                {
-                    other.strength or 0.0
-                    for other in inside
-                    if other.layers == point.layers and (other.strength or 0) <= strength
-                }
-            )
-            for lower in below:
-                if lower <= fine.get(point.layers, -math.inf):
+            below = {_at(other) for other in inside if other.layers == point.layers and self.reach(_at(other)) <= reach}
+            for lower in sorted(below, key=self.reach):
+                if self.reach(lower) <= fine.get(point.layers, -math.inf):
                     continue
                 self.step(f"texts at layer {_named(point.layers)}, strength {lower:g}")
                 scores = self.measure(self.setup, point.layers, lower, loops)
-                self._remember(point.layers, lower, scores)
-                if self.budget.breaks(scores):
-                    looping[point.layers] = lower
+                if scores is not None:
+                    self._remember(point.layers, lower, scores)
+                if scores is None or self.budget.breaks(scores):
+                    looping[point.layers] = self.reach(lower)
                     break
-                fine[point.layers] = lower
+                fine[point.layers] = self.reach(lower)
             else:
-                return next(one for one in self.points if one.layers == point.layers and one.strength == strength)
+                return next(one for one in self.points if one.layers == point.layers and one.strength == point.strength)
         return None
 
     def _remember(self, layers: tuple[int, ...], strength: float, scores: dict[str, Measured]) -> None:
@@ -406,36 +463,40 @@ class _Search:
 
     def confirm(self, best: Point) -> Calibration:
         """Fit on all training items at the chosen layers and measure once on the held-out ones."""
-        assert best.strength is not None
+        strength = _at(best)
         self.step("fitting on all items")
-        vector = Fits(self.held_out, self.train, self.method, best.layers, *self.final).at(best.layers)
-        neutral = 0.0 if self.kind.neutral is None else self.kind.neutral
-        reach = best.strength - neutral
-        strengths = [neutral - reach, neutral - reach / 2, neutral, neutral + reach / 2, neutral + reach]
+        vector = replace(self.final, layers=best.layers).at(best.layers)
+        neutral = self.kind.neutral
+        if neutral is None:  # no strength leaves the model as it is
+            strengths = [strength / 2, strength]
+        else:
+            reach = strength - neutral
+            strengths = [neutral - reach, neutral - reach / 2, neutral, neutral + reach / 2, strength]
         self.step("dose-response on held-out items")
         curve = dose_response(
             self.confirming,
             vector,
-            strengths,
+            sorted(strengths),
             scorers=[self.scorer],
             controls=self.search.controls,
-            control_strengths=strengths[-1:],
+            control_strengths=[strength],
             seed=self.search.seed,
             step=lambda: self.step("dose-response on held-out items"),
         )
         self.step("costs on other texts")
-        trial = self.confirming.trial(vector, best.strength)
-        costs = measure(trial, [*self.costs, "repetition"], seed=self.search.seed)
-        confirmed = {**dict(curve.points[-1]), **costs}
-        shuffled = self.shuffled(vector, best.strength)
-        randoms = [control[best.strength] for control in curve.controls]
+        trial = self.confirming.trial(vector, strength)
+        costs = measure(trial, ["divergence", "repetition"], seed=self.search.seed)
+        confirmed = {**curve.points[curve.strengths.index(strength)], **costs}
+        refitted = self.refitted(vector)
+        shuffled = self.shuffled(refitted, strength)
+        randoms = [control[strength] for control in curve.controls]
         works, verdict = self.verdict(confirmed, [*randoms, *shuffled])
         found = Calibration(
             works=works,
             verdict=verdict,
             vector=None,
             layers=best.layers,
-            strength=best.strength,
+            strength=strength,
             effect=self.effect,
             budget=self.budget,
             points=tuple(self.points),
@@ -443,44 +504,48 @@ class _Search:
             confirmed=confirmed,
             curve=curve,
             shuffled=tuple(shuffled),
+            search=self.search,
+            refits={} if refitted is None else refitted.as_json(),
+            skipped=self.skipped,
         )
         return replace(found, vector=self.finished(vector, found))
 
-    def shuffled(self, vector: SteeringVector, strength: float) -> list[float]:
-        """Effects of fits on shuffled labels, rescaled to the vector's own norm."""
-        if self.kind.readout is None:
-            return []
+    def refitted(self, vector: SteeringVector) -> Refits | None:
+        """The method fitted again on rearranged training items; None for methods fitted on one pair."""
+        if self.kind.takes_pair:
+            return None
         setup = self.confirming
-        found = refits(
+        return refits(
             setup.model,
             setup.tokenizer,
-            self.train,
+            self.final.train,
             vector,
             shuffled=self.search.controls,
-            halves=0,
-            resamples=0,
             seed=self.search.seed,
             batch_size=setup.batch_size,
             chat_template_kwargs=setup.chat_template_kwargs,
         )
+
+    def shuffled(self, refitted: Refits | None, strength: float) -> list[float]:
+        """Effects of fits on shuffled labels, rescaled to the vector's own norm."""
         effects = []
-        for control in found.matched():
+        for control in () if refitted is None else refitted.matched():
             self.step("shuffled labels")
-            effects.append(measure(setup.trial(control, strength), [self.scorer])[self.effect].estimate.mean)
+            trial = self.confirming.trial(control, strength)
+            effects.append(measure(trial, [self.scorer])[self.effect].estimate.mean)
         return effects
 
     def verdict(self, confirmed: dict[str, Measured], controls: Sequence[float]) -> tuple[bool, str]:
         """Whether the held-out items confirm what was chosen, and the reason."""
-        measured = confirmed[column_of(self.effect, confirmed)]
-        change = measured.effect
+        measured = confirmed[self.effect]
+        gain, shown = measured.gain, measured.effect
         # On the same items: what items differ in is no doubt about what steering changes in each of them.
-        unsteered = measured.estimate.mean - change.mean
-        highest = max((control - unsteered for control in controls), default=-math.inf)
-        reached = f"{self.effect} {_span(change)} more than unsteered on {measured.items} held-out items"
+        highest = max((measured.gain_of(control) for control in controls), default=math.inf)
+        reached = f"{self.effect} changes by {_span(shown)} on {measured.items} held-out items"
         broken = self.budget.breaks(confirmed)
-        if not change.low > 0:
+        if not gain.low > 0:
             return False, f"nothing works: {reached}, which may be nothing"
-        if change.low <= highest:
+        if gain.low <= highest:
             return False, f"nothing works: {reached}, but a control reaches {highest:.3g}"
         if broken:
             return False, f"not confirmed: {reached}, but {' and '.join(broken)}"
@@ -490,7 +555,7 @@ class _Search:
         """The vector with the suggestion, its separation on the held-out items, and how both were found."""
         held_out = dict(vector.held_out)
         data = self.held_out.data
-        if self.kind.readout is not None and data is not None:
+        if vector.readout is not None and data is not None:
             setup = self.held_out
             held_out = separation(
                 setup.model,
@@ -506,6 +571,10 @@ class _Search:
             seed=self.search.seed,
             held_out={**held_out, "calibration": found.as_json()},
         )
+
+
+def _at(point: Point) -> float:
+    return 0.0 if point.strength is None else point.strength
 
 
 def _named(layers: Sequence[int]) -> str:

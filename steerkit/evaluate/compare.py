@@ -29,7 +29,7 @@ class Row:
         strength: at which it was measured; None where nothing was found.
         works: whether the effect is clear of its controls inside the budget.
         verdict: the same in one line.
-        effect: change of the effect against the unsteered model, on held-out items.
+        effect: change of the effect against the unsteered model, on held-out items, counted so that more is better.
         controls: lowest and highest change among random directions and fits on shuffled labels.
         costs: column name to what steering changed.
         overhead: decoding time over the unsteered model's.
@@ -97,16 +97,16 @@ def compared(
     if found.vector is None or found.strength is None or found.curve is None:
         return Row(sites=(), strength=None, **common)
     measured = found.confirmed[found.effect]
-    bare = measured.estimate.mean - measured.effect.mean
-    controls = [control[found.strength] for control in found.curve.controls] + list(found.shuffled)
+    means = [control[found.strength] for control in found.curve.controls] + list(found.shuffled)
+    controls = [measured.gain_of(mean) for mean in means]
     trial = setup.trial(found.vector, found.strength)
     asked = [*dict.fromkeys(questions)]
     texts = [side.answer(asked, max_new_tokens=new_tokens) for side in (setup.bare, trial)]  # type: ignore[arg-type]
     return Row(
         sites=tuple(map(str, found.vector.sites)),
         strength=found.strength,
-        effect=measured.effect,
-        controls=(min(controls) - bare, max(controls) - bare) if controls else None,
+        effect=measured.gain,
+        controls=(min(controls), max(controls)) if controls else None,
         costs={name: found.confirmed[name].effect for name in COSTS},
         overhead=decoding_overhead(trial),
         texts=tuple(zip(asked, *texts, strict=True)),

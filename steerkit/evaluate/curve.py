@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +11,7 @@ import torch
 
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Scorer
-from steerkit.evaluate.scoring import Measured, column_of, measure, scorer_of
+from steerkit.evaluate.scoring import Measured, column_of, ends, measure, scorer_of
 from steerkit.evaluate.trial import Setup
 from steerkit.registry import method_of, resolve
 from steerkit.vector import SteeringVector
@@ -30,6 +29,7 @@ class Curve:
         points: at each strength every column that was measured.
         controls: for each random direction the mean effect by strength, at every strength it was measured at.
         items: number of held-out items.
+        neutral: the strength at which nothing is steered; None where there is none.
     """
 
     effect: str
@@ -37,6 +37,7 @@ class Curve:
     points: tuple[Mapping[str, Measured], ...]
     controls: tuple[Mapping[float, float], ...]
     items: int
+    neutral: float | None = 0.0
 
     @property
     def effects(self) -> tuple[Estimate, ...]:
@@ -54,17 +55,17 @@ class Curve:
         """Whether the effect is clear of every random direction: above at the highest strength, below at the lowest.
 
         Changes on the same items are compared: what items differ in is no doubt about what steering changes in them.
-        An end at which no random direction was measured is not looked at.
+        An end at which no random direction was measured, or nothing is steered, is not looked at.
         """
-        (low, first), (high, last) = (
-            (self.strengths[place], self.points[place][self.effect]) for place in (0, len(self.strengths) - 1)
+        lowest, highest = self.strengths[0], self.strengths[-1]
+        first, last = self.points[0][self.effect], self.points[-1][self.effect]
+        below = lowest == self.neutral or all(
+            first.gain.high < first.gain_of(control[lowest]) for control in self.controls if lowest in control
         )
-        unsteered = [end.estimate.mean - end.effect.mean if end.change else 0.0 for end in (first, last)]
-        return all(
-            first.effect.high < control.get(low, math.inf) - unsteered[0]
-            and last.effect.low > control.get(high, -math.inf) - unsteered[1]
-            for control in self.controls
+        above = highest == self.neutral or all(
+            last.gain.low > last.gain_of(control[highest]) for control in self.controls if highest in control
         )
+        return below and above
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One plain dict per strength: the effect, the random directions, and every column under `scores`."""
@@ -72,8 +73,7 @@ class Curve:
             {
                 "strength": strength,
                 "effect": self.effects[place].mean,
-                "low": self.effects[place].low,
-                "high": self.effects[place].high,
+                **dict(zip(("low", "high"), ends(self.effects[place]), strict=True)),
                 "random": [control[strength] for control in self.controls if strength in control],
                 "scores": {name: measured.as_row() for name, measured in self.points[place].items()},
             }
@@ -134,6 +134,7 @@ def dose_response(
             {strength: at(other, strength, showing)[shown].estimate.mean for strength in measured} for other in randoms
         ),
         items=points[0][shown].items,
+        neutral=neutral,
     )
 
 

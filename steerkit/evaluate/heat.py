@@ -87,7 +87,7 @@ def token_projections(
     counts = tuple(count for _, count in parts)
     return TokenScores(
         tokens=tuple(text for text, _ in parts),
-        values=torch.stack([part.mean() for part in values.split(counts)]),
+        values=torch.stack([part.mean() for part in torch.split(values, list(counts))]),
         site=place,
         counts=counts,
         prompt=sum(end <= rendered.prompt_length for end in accumulate(counts)),

@@ -44,10 +44,12 @@ def setup_identity(setup: Setup) -> dict[str, Any]:
     """
     model = inner_model(setup.model)
     config: Any = getattr(model, "config", None)
+    generation: Any = getattr(model, "generation_config", None)
     return {
         **model_facts(model, setup.tokenizer),
         "class": type(model).__name__,
         "config": digest_of(config.to_dict() if hasattr(config, "to_dict") else str(config)),
+        "generation": digest_of(generation.to_dict() if generation is not None else None),
         "weights": weights_digest(model),
         "dtype": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "tokenizer_sha256": tokenizer_digest(setup.tokenizer),

@@ -343,10 +343,10 @@ def _effects(
     found = []
     for name, column in scorer.columns.items():
         before = None if bare is None else bare[name]
-        changes = {one: _change(scores[name], before) for one, scores in alone.items()}
-        together = _change(joint[name], before)
+        changes = {one: _change(scores[name], before, column.neutral) for one, scores in alone.items()}
+        together = _change(joint[name], before, column.neutral)
         added = torch.stack(list(changes.values())).sum(dim=0)
-        after = None if orthogonal is None else _change(orthogonal[name], before)
+        after = None if orthogonal is None else _change(orthogonal[name], before, column.neutral)
         # An item counts everywhere or nowhere, or the parts would not add up.
         lost = torch.isnan(added + together + (0 if after is None else after))
         scored = joint[name]
@@ -377,7 +377,7 @@ def _same(estimate: Estimate) -> Estimate:
     return estimate
 
 
-def _change(after: Tensor | Weighted, before: Tensor | Weighted | None) -> Tensor:
+def _change(after: Tensor | Weighted, before: Tensor | Weighted | None, neutral: float = 0.0) -> Tensor:
     """Per item the change to the unsteered model [n]; a scorer that compares by itself gives it already.
 
     Raises:
@@ -385,7 +385,7 @@ def _change(after: Tensor | Weighted, before: Tensor | Weighted | None) -> Tenso
     """
     values = (after.values if isinstance(after, Weighted) else after).detach().cpu().double()
     if before is None:
-        return values
+        return values - neutral
     base = (before.values if isinstance(before, Weighted) else before).detach().cpu().double()
     if values.shape != base.shape:
         raise DataError(f"a scorer gave {len(values)} items under steering and {len(base)} without; give the same")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +13,13 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError, near_miss
+from steerkit.evaluate.identity import digest_of
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.trial import Trial
 from steerkit.plugins import Plugins
 
-__all__ = ["Measured", "column_of", "measure", "scorer_names", "scorer_of"]
+__all__ = ["Measured", "column_of", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
 
 _SCORERS: Plugins[Scorer] = Plugins("steerkit.evaluate.scorers", "scorer", Scorer)
 
@@ -29,7 +32,7 @@ class Measured:
         column: what it is.
         estimate: mean over items with its 95 % interval (on the log scale, of exponentials).
         change: mean of the items' paired differences to the unsteered model, with its interval (on the log scale, the
-            ratio); of the unsteered model itself, or where the scorer compares by itself, None.
+            ratio); nothing but the neutral value for that model itself. None where the scorer compares by itself.
         items: scored items.
         failures: items that could not be scored.
     """
@@ -45,9 +48,32 @@ class Measured:
         """What steering did: the change, or where the scorer compares by itself, its estimate."""
         return self.estimate if self.change is None else self.change
 
+    @property
+    def gain(self) -> Estimate:
+        """The effect counted so that more is better and 0 is none: logarithms of ratios, and negated where less is."""
+        found = self.effect
+        if self.column.scale == "log":
+            found = Estimate(*map(_log, found))
+        elif self.change is None:
+            found = Estimate(*(end - self.column.neutral for end in found))
+        if self.column.better == "lower":
+            found = Estimate(-found.mean, -found.high, -found.low)
+        return found
+
+    def gain_of(self, mean: float) -> float:
+        """The gain that another vector's mean on the same items stands for.
+
+        Args:
+            mean: its `estimate.mean`.
+        """
+        shown, own = (
+            (mean, self.estimate.mean) if self.column.scale == "linear" else (_log(mean), _log(self.estimate.mean))
+        )
+        return self.gain.mean + (shown - own) * (-1 if self.column.better == "lower" else 1)
+
     def as_row(self) -> dict[str, Any]:
         """Plain data for JSON; an end that no number bounds is None."""
-        low, high = _ends(self.estimate)
+        low, high = ends(self.estimate)
         row: dict[str, Any] = {
             "mean": self.estimate.mean,
             "low": low,
@@ -56,7 +82,7 @@ class Measured:
             "failures": self.failures,
         }
         if self.change is not None:
-            low, high = _ends(self.change)
+            low, high = ends(self.change)
             row |= {"change": self.change.mean, "change_low": low, "change_high": high}
         return row
 
@@ -72,7 +98,16 @@ class Measured:
         return cls(column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"])
 
 
-def _ends(estimate: Estimate) -> tuple[float | None, float | None]:
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def ends(estimate: Estimate) -> tuple[float | None, float | None]:
+    """Both ends of an interval for JSON; None where no number bounds it.
+
+    Args:
+        estimate: the estimate.
+    """
     low, high = (end if math.isfinite(end) else None for end in (estimate.low, estimate.high))
     return low, high
 
@@ -124,11 +159,11 @@ def measure(
     found: dict[str, Measured] = {}
     for scorer in map(scorer_of, scorers):
         scores = _scores(trial, scorer)
-        beside = scores if trial.bare is trial or scorer.against_bare else _scores(trial.bare, scorer)
+        beside = None if scorer.against_bare else scores if trial.bare is trial else _scores(trial.bare, scorer)
         for name, column in scorer.columns.items():
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
-            found[name] = _measured(column, scores[name], None if beside is scores else beside[name], seed)
+            found[name] = _measured(column, scores[name], None if beside is None else beside[name], seed)
     return found
 
 
@@ -152,19 +187,44 @@ def _scores(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
     kept = trial.setup.scored
     if trial.vector is not None:
         return scorer.score(trial)
-    if scorer not in kept:
-        kept[scorer] = scorer.score(trial)
-    found: Mapping[str, Tensor | Weighted] = kept[scorer]
+    key = identity_of(scorer)
+    if key not in kept:
+        kept[key] = scorer.score(trial)
+    found: Mapping[str, Tensor | Weighted] = kept[key]
     return found
+
+
+def identity_of(scorer: Scorer) -> str:
+    """Digest of a scorer: its class with its code, and its settings. Kept scores are taken for no other one.
+
+    Args:
+        scorer: with its settings.
+    """
+    kind = type(scorer)
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):  # written at a prompt
+        code = ""
+    settings = {
+        name: value
+        for name, value in vars(scorer).items()
+        if not isinstance(getattr(kind, name, None), functools.cached_property)
+    }
+    return digest_of([kind.__module__, kind.__qualname__, code, settings])
 
 
 def _measured(column: Column, scores: Tensor | Weighted, beside: Tensor | Weighted | None, seed: int) -> Measured:
     values, weights = scores if isinstance(scores, Weighted) else (scores, None)
-    estimate = interval(values, weights=weights, seed=seed)
+    estimate = interval(values, weights=weights, shares=column.share, seed=seed)
     change = None
     if beside is not None:
         before = beside.values if isinstance(beside, Weighted) else beside
-        change = interval(values, before=before, weights=weights, seed=seed)
+        same = beside is scores  # the unsteered model itself
+        change = (
+            Estimate(0.0, 0.0, 0.0)
+            if same
+            else interval(values, before=before, weights=weights, shares=column.share, seed=seed)
+        )
     if column.scale == "log":
         estimate, change = estimate.exp(), None if change is None else change.exp()
     missing = int(torch.isnan(values).sum())

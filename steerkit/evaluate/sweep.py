@@ -11,16 +11,17 @@ from typing import Any
 
 from steerkit.activations import Activations
 from steerkit.data import ContrastSet
-from steerkit.errors import DataError, SteerError
+from steerkit.errors import DataError, SiteError, SteerError
+from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.identity import digest_of, setup_identity
 from steerkit.evaluate.scorers._base import Scorer
-from steerkit.evaluate.scoring import Measured, measure, scorer_of
+from steerkit.evaluate.scoring import Measured, identity_of, measure, scorer_of
 from steerkit.evaluate.trial import Setup
 from steerkit.files import write_whole
 from steerkit.fitting import fit, read
 from steerkit.methods._base import Method
 from steerkit.registry import resolve
-from steerkit.sites import Site, parse_layers
+from steerkit.sites import Site, locate, parse_layers
 from steerkit.vector import SteeringVector
 
 __all__ = ["Fits", "Point", "Store", "measure_point", "parse_candidates", "save_table", "sweep"]
@@ -34,16 +35,18 @@ class Point:
         layers: where the vector acts; empty for the unsteered model.
         strength: how strongly, in the vector's unit; None for the unsteered model.
         scores: column name to figure.
+        random: the first figure under each of some random directions of the same norm.
     """
 
     layers: tuple[int, ...]
     strength: float | None
     scores: Mapping[str, Measured]
+    random: tuple[float, ...] = ()
 
     def as_row(self) -> dict[str, Any]:
         """Plain data for JSON."""
         scores = {name: measured.as_row() for name, measured in self.scores.items()}
-        return {"layers": list(self.layers), "strength": self.strength, "scores": scores}
+        return {"layers": list(self.layers), "strength": self.strength, "scores": scores, "random": list(self.random)}
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Fits:
         settings: the method's settings where `method` is a name.
         readout: which tokens are read; None takes the method's own.
         scope: which tokens are written; None takes the method's own.
+        kinds: kinds of site, such as ``["mlp_out"]``; None takes those of the method.
         progress: show a progress bar while reading.
     """
 
@@ -68,6 +72,7 @@ class Fits:
     settings: Mapping[str, Any] | None = None
     readout: str | int | None = None
     scope: str | None = None
+    kinds: Sequence[str] | None = None
     progress: bool = False
     _acts: Activations | None = field(default=None, init=False, repr=False)
     _read: bool = field(default=False, init=False, repr=False)
@@ -78,15 +83,20 @@ class Fits:
         """The method's class."""
         return resolve(self.method) if isinstance(self.method, str) else type(self.method)
 
+    @property
+    def method_object(self) -> Method:
+        """The method with its settings."""
+        return self.kind.from_settings(self.settings or {}) if isinstance(self.method, str) else self.method
+
     def sites(self, layers: Iterable[int]) -> list[Site]:
-        """The method's own kind of site at some layers.
+        """The sites of some layers, of every kind that is asked for.
 
         Args:
             layers: blocks counted from 0.
         """
-        method = self.kind.from_settings(self.settings or {}) if isinstance(self.method, str) else self.method
-        kind = method.sites(self.setup.decoder)[0].kind
-        return [Site(layer, kind) for layer in sorted(set(layers))]
+        own = [site.kind for site in self.method_object.sites(self.setup.decoder)]
+        kinds = list(dict.fromkeys(self.kinds or own))
+        return [Site(layer, kind) for layer in sorted(set(layers)) for kind in kinds]
 
     def at(self, layers: Sequence[int]) -> SteeringVector:
         """The vector fitted at some layers.
@@ -107,7 +117,7 @@ class Fits:
             }
             model, tokenizer = self.setup.model, self.setup.tokenizer
             if not self._read:
-                every = self.sites({*self.layers, *key})
+                every = self._possible(self.sites({*self.layers, *key}))
                 readout, progress = self.readout, self.progress
                 self._acts = read(
                     model, tokenizer, self.train, sites=every, readout=readout, progress=progress, **common
@@ -116,6 +126,21 @@ class Fits:
             vector = fit(model, tokenizer, self.train, sites=self.sites(key), acts=self._acts, **common)
             self._fitted[key] = vector if self.scope is None else replace(vector, scope=self.scope)
         return self._fitted[key]
+
+    def _possible(self, sites: list[Site]) -> list[Site]:
+        """The sites that this model has: a layer without one must not spoil the others."""
+        try:
+            locate(self.setup.model, sites)
+        except SiteError:
+            return [site for site in sites if self._is_there(site)]
+        return sites
+
+    def _is_there(self, site: Site) -> bool:
+        try:
+            locate(self.setup.model, [site])
+        except SiteError:
+            return False
+        return True
 
 
 class Store:
@@ -209,8 +234,8 @@ def measure_point(
         store: where figures are kept.
         seed: fixes the intervals.
     """
-    used = None if vector is None else [vector.digest, vector.scope, vector.unit]
-    key = digest_of([identity, used, strength, [[scorer.name, repr(scorer)] for scorer in scorers], seed])
+    used = None if vector is None else [vector.digest, vector.scope, vector.unit, vector.strength]
+    key = digest_of([identity, used, strength, [identity_of(scorer) for scorer in scorers], seed])
     kept = store.get(key)
     if kept is not None:
         columns = {name: column for scorer in scorers for name, column in scorer.columns.items()}
@@ -230,6 +255,7 @@ def sweep(
     *,
     scorers: Sequence[str | Scorer] = ("preference_margin", "divergence", "repetition"),
     store: Store | None = None,
+    controls: int = 1,
     seed: int = 0,
     step: Callable[[], None] = lambda: None,
 ) -> Iterator[Point]:
@@ -242,7 +268,8 @@ def sweep(
         strengths: in the vectors' unit; at the method's neutral strength the unsteered figures are given.
         scorers: what is measured.
         store: figures already there are not measured again; None keeps none.
-        seed: fixes the intervals.
+        controls: random directions beside every point, on which the first scorer runs.
+        seed: fixes the random directions and the intervals.
         step: called after each point, for a progress bar.
 
     Yields:
@@ -261,10 +288,16 @@ def sweep(
     step()
     for layers in candidates:
         vector = fits.at(layers)
+        randoms = [random_like(vector, seed=seed + 1 + number) for number in range(controls)]
         for strength in strengths:
-            is_neutral = strength == fits.kind.neutral
-            scores = bare if is_neutral else measure_point(setup, vector, strength, chosen, **common)
-            yield Point(tuple(sorted(set(layers))), strength, scores)
+            key = tuple(sorted(set(layers)))
+            if strength == fits.kind.neutral:
+                yield Point(key, strength, bare)
+            else:
+                scores = measure_point(setup, vector, strength, chosen, **common)
+                others = [measure_point(setup, one, strength, chosen[:1], **common) for one in randoms]
+                random = tuple(next(iter(other.values())).estimate.mean for other in others)
+                yield Point(key, strength, scores, random)
             step()
 
 
@@ -305,9 +338,15 @@ def save_table(points: Sequence[Point], path: Path) -> Path:
         SteerError: another ending, or it cannot be written.
     """
     rows = [
-        {"layers": "+".join(map(str, point.layers)), "strength": point.strength, "column": name, **measured.as_row()}
+        {
+            "layers": "+".join(map(str, point.layers)),
+            "strength": point.strength,
+            "column": name,
+            **measured.as_row(),
+            "random": list(point.random) if place == 0 else [],
+        }
         for point in points
-        for name, measured in point.scores.items()
+        for place, (name, measured) in enumerate(point.scores.items())
     ]
     if path.suffix == ".parquet":
         import io

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from steerkit.activations import Activations, position_inputs, record
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
-from steerkit.errors import DataError
+from steerkit.errors import DataError, StrengthError
 from steerkit.generation import generate
 from steerkit.probe_block import evaluation_mode
 from steerkit.sites import Decoder, Site, execution_device, find_decoder
-from steerkit.steering import steer
+from steerkit.steering import steer, vectors_of
 from steerkit.vector import SteeringVector
 
-__all__ = ["Answer", "Setup", "Trial", "neutral_texts"]
+__all__ = ["Answer", "Setup", "Trial", "neutral_texts", "shared_system"]
 
 
 class Answer(NamedTuple):
@@ -87,7 +87,16 @@ class Setup:
             strength: one number; None takes each vector's own, else its suggested one, else 1.
             scope: which tokens are written; None takes the vector's own.
             unit: what the strength counts in; None takes the vector's own.
+
+        Raises:
+            StrengthError: a strength beside vectors that carry their own, which would win.
         """
+        if strength is not None and vector is not None:
+            for one in vectors_of(vector):
+                if one.strength is not None:
+                    raise StrengthError(
+                        f"strength {strength:g} beside a vector that carries its own ({one.strength}); give one of both"
+                    )
         return Trial(self, vector, strength, scope, unit)
 
     @cached_property
@@ -127,7 +136,7 @@ class Setup:
             listed = [replace(Conversation.of(prompt), answer=None) for prompt in self.prompts]
         elif self.data is not None:
             pairs = zip(self.data.positive, self.data.negative, strict=False)
-            listed = [replace(side, answer=None, system=_shared_system(side, other)) for side, other in pairs]
+            listed = [replace(side, answer=None, system=shared_system(side, other)) for side, other in pairs]
         else:
             listed = []
         if not listed:
@@ -154,7 +163,7 @@ class Setup:
             answered = positive.answer is not None and negative.answer is not None
             if not self.data.paired or not answered or positive.prompt != negative.prompt:
                 raise DataError(f"item {number} has no two answers to one prompt; give both answers")
-            system = _shared_system(positive, negative)
+            system = shared_system(positive, negative)
             sides = (replace(side, system=system) for side in (positive, negative))
             first, second = (self.render(side) for side in sides)
             found.append((first, second))
@@ -335,6 +344,11 @@ def neutral_texts() -> list[Conversation]:
     return [Conversation(item["prompt"], answer=item["answer"]) for item in map(json.loads, lines)]
 
 
-def _shared_system(side: Conversation, other: Conversation) -> str | None:
-    """The system prompt of both sides; None where they have none, or a contrast in it."""
+def shared_system(side: Conversation, other: Conversation) -> str | None:
+    """The system prompt of both sides; None where they have none, or a contrast in it.
+
+    Args:
+        side: one side of an item.
+        other: the other.
+    """
     return side.system if side.system == other.system else None

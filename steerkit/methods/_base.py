@@ -78,7 +78,8 @@ class Method(Configured):
         scope, scopes: default tokens written, and all that are allowed.
         neutral: the strength at which it is the exact identity; None where no strength is.
         data: what it is fitted on, for the table of methods.
-        ladder: rising strengths, on the behaviour's side of neutral, that are tried where nobody says which.
+        ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
+        takes_pair: it is fitted on one pair of prompts; held-out items only measure it.
     """
 
     title: ClassVar[str]
@@ -89,6 +90,7 @@ class Method(Configured):
     scopes: ClassVar[tuple[str, ...]] = ("all", "prompt", "response", "generated", "first")
     neutral: ClassVar[float | None] = 0.0
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+    takes_pair: ClassVar[bool] = False
 
     @property
     def edit_name(self) -> str:

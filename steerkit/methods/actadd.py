@@ -39,6 +39,7 @@ class ActivationAddition(Method):
     paper: ClassVar[str] = "Turner et al. 2023, arXiv 2308.10248"
     data: ClassVar[str] = "one pair of prompts"
     readout: ClassVar[str | None] = None
+    takes_pair: ClassVar[bool] = True
     scopes: ClassVar[tuple[str, ...]] = ("front", "mid", "back")
     ladder: ClassVar[tuple[float, ...]] = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0)
 

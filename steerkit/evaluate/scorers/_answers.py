@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steerkit.data import Conversation, Rendered
 from steerkit.errors import DataError
-from steerkit.evaluate.trial import Setup, Trial
+from steerkit.evaluate.trial import Setup, Trial, shared_system
 
 __all__ = ["Fork", "activations", "calm_texts", "fork", "fork_logits", "log_probs", "on_topic_texts", "token_counts"]
 
@@ -52,8 +52,10 @@ def on_topic_texts(setup: Setup) -> list[Rendered]:
     Raises:
         DataError: there is no data, or an item's positive side has no answer.
     """
-    sides = () if setup.data is None else setup.data.positive
-    plain = [Conversation(side.prompt, answer=side.answer, raw=side.raw) for side in sides]
+    sides: list[tuple[Conversation, Conversation]] = []
+    if setup.data is not None:
+        sides = list(zip(setup.data.positive, setup.data.negative, strict=False))
+    plain = [replace(side, system=shared_system(side, other)) for side, other in sides]
     return _answered(setup, plain, "positive side of item")
 
 

@@ -22,12 +22,16 @@ class Column(NamedTuple):
         unit: what the numbers count in.
         better: which way is better, where one is.
         scale: on the `log` scale values are logarithms: means are shown as exp(mean), changes as ratios.
+        share: whether items are yes-or-no scores (0 or 1); None takes them for such where all of them are 0 or 1.
+        neutral: the value that says that steering changed nothing, where the scorer compares with the unsteered model.
     """
 
     title: str
     unit: str
     better: Literal["higher", "lower", "neither"] = "neither"
     scale: Literal["linear", "log"] = "linear"
+    share: bool | None = None
+    neutral: float = 0.0
 
 
 class Weighted(NamedTuple):

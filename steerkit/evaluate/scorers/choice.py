@@ -27,7 +27,7 @@ from steerkit.data import Conversation, Message, has_chat_template
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import Fork, fork, fork_logits
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.trial import Setup, Trial
+from steerkit.evaluate.trial import Setup, Trial, shared_system
 
 __all__ = ["Choice"]
 
@@ -40,7 +40,7 @@ class Choice(Scorer):
     title: ClassVar[str] = "how likely the positive answer is picked where both are offered as (A) and (B)"
     source: ClassVar[str] = "Rimsky et al. 2024, arXiv 2312.06681"
     columns: ClassVar[Mapping[str, Column]] = {
-        "p_match": Column("picks the positive answer", "share", "higher"),
+        "p_match": Column("picks the positive answer", "share", "higher", share=False),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:
@@ -76,7 +76,10 @@ def _question(setup: Setup, positive: Conversation, negative: Conversation, numb
     choices = "\n\nChoices:\n (A) {}\n (B) {}".format(*answers)
     is_plain = positive.raw or not has_chat_template(setup.tokenizer)
     prompt = _with_choices(positive.prompt, choices, is_plain, number)
-    first, second = (setup.render(Conversation(prompt, answer=letter, raw=positive.raw)) for letter in ("(A", "(B"))
+    first, second = (
+        setup.render(Conversation(prompt, answer=letter, system=shared_system(positive, negative), raw=positive.raw))
+        for letter in ("(A", "(B")
+    )
     found = fork(first, second)
     if found is None:
         raise DataError(f"item {number}: the tokenizer writes '(A' and '(B' alike, so no choice can be read off")

@@ -40,10 +40,10 @@ class Divergence(Scorer):
     source: ClassVar[str] = "Hojer et al. 2025, arXiv 2504.19483"
     against_bare: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
-        "kl": Column("KL divergence", "nats per token", "lower"),
-        "entropy_change": Column("change of entropy", "bits per token"),
-        "agreement": Column("same top token", "share of tokens", "higher"),
-        "perplexity_ratio": Column("perplexity ratio", "steered / unsteered", "lower", "log"),
+        "kl": Column("KL divergence", "nats per token", "lower", share=False),
+        "entropy_change": Column("change of entropy", "bits per token", share=False),
+        "agreement": Column("same top token", "share of tokens", "higher", share=False, neutral=1.0),
+        "perplexity_ratio": Column("perplexity ratio", "steered / unsteered", "lower", "log", share=False),
     }
 
     def score(self, trial: Trial) -> dict[str, Weighted]:

@@ -25,10 +25,10 @@ class Length(Scorer):
     name: ClassVar[str] = "length"
     title: ClassVar[str] = "how long generated texts are"
     columns: ClassVar[Mapping[str, Column]] = {
-        "words": Column("length in words", "words"),
-        "tokens": Column("length in tokens", "tokens"),
-        "characters": Column("length in characters", "characters"),
-        "empty": Column("empty texts", "share", "lower"),
+        "words": Column("length in words", "words", share=False),
+        "tokens": Column("length in tokens", "tokens", share=False),
+        "characters": Column("length in characters", "characters", share=False),
+        "empty": Column("empty texts", "share", "lower", share=True),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ class Markers(Scorer):
     name: ClassVar[str] = "markers"
     title: ClassVar[str] = "how often generated texts hold one of the given words or phrases"
     columns: ClassVar[Mapping[str, Column]] = {
-        "marker_rate": Column("texts with a marker", "share"),
-        "markers_per_100_words": Column("markers", "per 100 words"),
+        "marker_rate": Column("texts with a marker", "share", share=True),
+        "markers_per_100_words": Column("markers", "per 100 words", share=False),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:

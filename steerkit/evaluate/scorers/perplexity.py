@@ -28,7 +28,7 @@ class Perplexity(Scorer):
     name: ClassVar[str] = "perplexity"
     title: ClassVar[str] = "how badly the model predicts neutral texts"
     columns: ClassVar[Mapping[str, Column]] = {
-        "perplexity": Column("perplexity of neutral texts", "per token", "lower", "log"),
+        "perplexity": Column("perplexity of neutral texts", "per token", "lower", "log", share=False),
     }
 
     def score(self, trial: Trial) -> dict[str, Weighted]:

@@ -47,7 +47,7 @@ class Projection(Scorer):
     title: ClassVar[str] = "how far activations move along the vector's direction, at the last block"
     against_bare: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
-        "projection_change": Column("change of the projection", "activation norms"),
+        "projection_change": Column("change of the projection", "activation norms", share=False),
     }
 
     @classmethod
@@ -99,7 +99,7 @@ class ProjectionAlong(Scorer):
     name: ClassVar[str] = "projection_along"
     title: ClassVar[str] = "how far activations lie along a direction, at the last block"
     columns: ClassVar[Mapping[str, Column]] = {
-        "projection": Column("projection on the direction", "activation norms"),
+        "projection": Column("projection on the direction", "activation norms", share=False),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:

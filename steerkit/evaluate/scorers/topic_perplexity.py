@@ -45,8 +45,8 @@ class TopicPerplexity(Scorer):
     source: ClassVar[str] = "Turner et al. 2023, arXiv 2308.10248"
     against_bare: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
-        "on_topic": Column("perplexity ratio, on topic", "steered / unsteered", "lower", "log"),
-        "off_topic": Column("perplexity ratio, off topic", "steered / unsteered", "lower", "log"),
+        "on_topic": Column("perplexity ratio, on topic", "steered / unsteered", "lower", "log", share=False),
+        "off_topic": Column("perplexity ratio, off topic", "steered / unsteered", "lower", "log", share=False),
     }
 
     def score(self, trial: Trial) -> dict[str, Weighted]:

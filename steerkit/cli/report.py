@@ -1,0 +1,132 @@
+"""`steerkit report`: everything about one vector on one model, in one HTML file."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerkit.cli._evidence import data_of, numbers, status
+from steerkit.cli._files import check_writable
+from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, print_json
+
+if TYPE_CHECKING:
+    from steerkit.data import ContrastSet
+    from steerkit.export.report import Evidence
+    from steerkit.vector import SteeringVector
+
+__all__ = ["run"]
+
+QUESTIONS = 3
+
+
+def run(
+    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items]")
+    ] = None,
+    strength: Annotated[
+        list[str] | None, typer.Option(help="Repeatable, or -1,0,1. (default: the recipe's, and the suggested one]")
+    ] = None,
+    controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
+    texts: Annotated[int, typer.Option(min=1, help="Prompts answered for repetition and length.")] = 6,
+    neutral: Annotated[int, typer.Option(min=2, help="Neutral texts read for KL and perplexity.")] = 12,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes controls and intervals.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page to be.")] = Path("report.html"),
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    batch_size: BatchSize = 16,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page about a vector: effect, costs, controls, separation by layer, texts, how to repeat it.
+
+    The page holds everything in itself and works without JavaScript. What needs the training items is left out, with
+    the reason, where the recipe of the vector is not known.
+    """
+    from steerkit.errors import DataError, SteerError
+    from steerkit.export.report import Plan, gather, report_html
+    from steerkit.files import write_whole
+    from steerkit.plots import ready
+    from steerkit.shipped import vector_path
+    from steerkit.vector import SteeringVector
+
+    ready()
+    file = vector_path(vector, model)
+    loaded_vector = SteeringVector.load(file)
+    doses = numbers(strength, "--strength")
+    train, held_out = data_of(loaded_vector, data)
+    if held_out is None:
+        raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data")
+    check_writable(out)
+    asked, usual = _recipe_of(loaded_vector)
+    plan = Plan(
+        strengths=doses or usual,
+        questions=asked or _questions(held_out),
+        controls=controls,
+        texts=texts,
+        neutral=neutral,
+        new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    options: dict[str, Any] = {"controls": controls, "texts": texts, "neutral": neutral}
+    options |= {"max-new-tokens": max_new_tokens, "seed": seed, "model": model, "batch-size": batch_size}
+    command = _command(vector, data, doses, options)
+
+    import steerkit
+
+    loaded, tokenizer = steerkit.load_model(model)
+    with status("measuring") as step:
+        evidence = gather(
+            loaded,
+            tokenizer,
+            loaded_vector,
+            name=file.stem,
+            train=train,
+            held_out=held_out,
+            plan=plan,
+            command=command,
+            step=step,
+        )
+    try:
+        write_whole(out, report_html(evidence).encode())
+    except OSError as error:
+        raise SteerError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+    if as_json:
+        print_json({"report": str(out), **evidence.as_json()})
+        return
+    _show(evidence, out)
+
+
+def _recipe_of(vector: SteeringVector) -> tuple[list[str], list[float] | None]:
+    """The questions and strengths of the recipe that travels in the vector's file."""
+    part = dict(vector.extra.get("recipe") or {}).get("evaluate") or {}
+    return list(part.get("questions", ())), list(part["strengths"]) if part.get("strengths") else None
+
+
+def _questions(held_out: ContrastSet) -> list[str]:
+    """The first held-out prompts that are plain text, where no recipe has questions."""
+    prompts = [item.prompt for item in held_out.positive if isinstance(item.prompt, str)]
+    return list(dict.fromkeys(prompts))[:QUESTIONS]
+
+
+def _command(vector: str, data: Path | None, doses: list[float], options: dict[str, Any]) -> str:
+    """The command line that gives the same page, with every option that changes it."""
+    words = ["steerkit", "report", "--vector", vector]
+    if data is not None:
+        words += ["--data", str(data)]
+    words += [f"--strength={','.join(f'{dose:g}' for dose in doses)}"] if doses else []
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def _show(evidence: Evidence, out: Path) -> None:
+    typer.echo(f"wrote {out}")
+    typer.echo(" ".join(evidence.verdict).strip())
+    for warning in evidence.warnings:
+        typer.echo(f"warning: {warning}")
+    for section, reason in evidence.missing.items():
+        typer.echo(f"left out, {section}: {reason}")
