@@ -28,7 +28,7 @@ from steerkit.sites import Decoder, Site, execution_device, find_decoder, locate
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector, model_facts
 
-__all__ = ["Subject", "fit", "read", "separation", "tokenizer_digest"]
+__all__ = ["Subject", "apart", "fit", "read", "separation", "tokenizer_digest"]
 
 
 def fit(
@@ -208,18 +208,28 @@ def separation(
             continue
         along = direction.float() / torch.linalg.vector_norm(direction.float())
         positive, negative = acts.positive[site] @ along, acts.negative[site] @ along
-        wins = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
-        spread = (
-            math.sqrt((float(positive.var()) + float(negative.var())) / 2)
-            if min(len(positive), len(negative)) > 1
-            else 0.0
-        )
-        gap = float(positive.mean() - negative.mean())
-        sites[str(site)] = {
-            "auc": round(float(wins.mean()), 4),
-            "cohens_d": round(gap / spread, 3) if spread > 0 else 0.0,
-        }
+        auc, distance = apart(positive, negative)
+        sites[str(site)] = {"auc": round(auc, 4), "cohens_d": round(distance, 3)}
     return {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
+
+
+def apart(positive: Tensor, negative: Tensor) -> tuple[float, float]:
+    """How far two sides of projections lie apart.
+
+    Args:
+        positive: [n].
+        negative: [m].
+
+    Returns:
+        The AUC (share of couples in which the positive one is larger, ties counted half), and Cohen's d, 0 where
+        nothing spreads.
+    """
+    wins = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
+    spread = 0.0
+    if min(len(positive), len(negative)) > 1:
+        spread = math.sqrt((float(positive.var()) + float(negative.var())) / 2)
+    gap = float(positive.mean() - negative.mean())
+    return float(wins.mean()), gap / spread if spread > 0 else 0.0
 
 
 class Subject:

@@ -145,7 +145,12 @@ def test_bug_39_neutral_row_beside_a_steered_row() -> None:
         clean = logits_of(model, ids, attention_mask=mask)
         with steerkit.steer(model, vector_for(model, scope="all"), [0.0, 2.0]):
             steered = logits_of(model, ids, attention_mask=mask)
-        assert same_bits(steered[0], clean[0]), family
+        if family == "gpt_oss":
+            # An expert takes the tokens of all rows in one product, whose rounding depends on how many they are: the
+            # other row is routed elsewhere, so even without hooks this row's last bits follow it.
+            assert (steered[0] - clean[0]).abs().max() < 1e-5, family
+        else:
+            assert same_bits(steered[0], clean[0]), family
         assert (steered[1] - clean[1]).abs().max() > 1e-3, family
 
 

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from steerkit.data import ContrastSet
+    from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
     from steerkit.vector import SteeringVector
 
 __all__ = [
+    "Behaviour",
+    "Judge",
+    "Markers",
     "Neutral",
     "check_items",
     "check_way",
@@ -30,9 +34,17 @@ __all__ = [
     "layers_text",
     "numbers",
     "progress",
+    "scorers_of",
     "status",
 ]
 
+DEFAULT_SCORERS = ("preference_margin", "divergence", "repetition")
+
+Markers = Annotated[list[str] | None, typer.Option(help="What the scorer markers looks for; repeatable.")]
+Behaviour = Annotated[str | None, typer.Option(help="What the scorers judge and concept ask for.")]
+Judge = Annotated[
+    str | None, typer.Option(metavar="URL#MODEL", help="An OpenAI-compatible endpoint, or a local model's name.")
+]
 Neutral = Annotated[int, typer.Option(min=2, help="Neutral texts for the costs: half to choose on, half to confirm.")]
 
 
@@ -60,6 +72,39 @@ def numbers(texts: Sequence[str] | None, option: str) -> list[float]:
     if texts and not found:
         raise typer.BadParameter(f"{option}: got no number; give such as 0.5,1,2")
     return found
+
+
+def scorers_of(
+    names: list[str] | None, markers: list[str] | None, behaviour: str | None, judge: str | None
+) -> list[Scorer]:
+    """The scorers asked for, with what the command line sets of them.
+
+    Args:
+        names: of the scorers; None takes the default ones.
+        markers: what the scorer markers looks for.
+        behaviour: what a judge rates.
+        judge: who judges.
+
+    Raises:
+        BadParameter: a scorer lacks what it needs, or what is given belongs to no scorer.
+        UnknownNameError: no scorer of that name.
+    """
+    from steerkit.evaluate.judge import judge_of
+    from steerkit.evaluate.scoring import scorer_of
+
+    listed = list(dict.fromkeys(names or DEFAULT_SCORERS))
+    if markers and "markers" not in listed:
+        listed.append("markers")
+    if judge and not {"judge", "concept"} & set(listed):
+        listed.append("concept")
+    if "markers" in listed and not all(marker.strip() for marker in markers or [""]):
+        raise typer.BadParameter("the scorer markers looks for words; give at least one, such as --markers sorry")
+    settings: dict[str, dict[str, Any]] = {"markers": {"markers": tuple(markers or ())}}
+    if judge or behaviour or {"judge", "concept"} & set(listed):
+        if not judge or not (behaviour or "").strip():
+            raise typer.BadParameter("a judge rates a behaviour; give both --judge and --behaviour, in a few words")
+        settings["judge"] = settings["concept"] = {"judge": judge_of(judge), "behaviour": behaviour}
+    return [scorer_of(name, settings.get(name)) for name in listed]
 
 
 def check_items(name: str, method: str, train: ContrastSet, held_out: ContrastSet) -> None:

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerkit.cli._evidence import Neutral, check_items, columns_table, jsonable, layers_text, numbers, status
+from steerkit.cli._evidence import (
+    Behaviour,
+    Judge,
+    Markers,
+    Neutral,
+    check_items,
+    columns_table,
+    jsonable,
+    layers_text,
+    numbers,
+    scorers_of,
+    status,
+)
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stdout, table, usage_line
 
@@ -34,6 +46,9 @@ def run(
     effect: Annotated[
         str, typer.Option(help="The scorer that shows the effect; more is better.")
     ] = "preference_margin",
+    markers: Markers = None,
+    behaviour: Behaviour = None,
+    judge: Judge = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")
     ] = None,
@@ -59,14 +74,13 @@ def run(
     """
     import steerkit
     from steerkit.evaluate.calibrate import Budget, Search, calibrate
-    from steerkit.evaluate.scoring import scorer_of
     from steerkit.evaluate.sweep import Store, parse_candidates
     from steerkit.evaluate.trial import Setup
     from steerkit.recipe import find_recipe
     from steerkit.registry import resolve
 
     chosen = find_recipe(recipe)
-    part, scorer = chosen.method_part(method), scorer_of(effect)
+    part, scorer = chosen.method_part(method), scorers_of([effect], markers, behaviour, judge)[0]
     ladder = numbers(strengths, "--strengths") or None
     lowest = resolve(part.name).neutral
     if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):

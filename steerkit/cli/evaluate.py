@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import check_way, columns_table, data_of, jsonable, numbers, status
+from steerkit.cli._evidence import (
+    Behaviour,
+    Judge,
+    Markers,
+    check_way,
+    columns_table,
+    data_of,
+    jsonable,
+    numbers,
+    scorers_of,
+    status,
+)
 from steerkit.cli._files import read_prompts
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, number, print_json, stdout, table
 
@@ -19,8 +30,6 @@ if TYPE_CHECKING:
     from steerkit.vector import SteeringVector
 
 __all__ = ["run"]
-
-DEFAULT_SCORERS = ("preference_margin", "divergence", "repetition")
 
 
 def run(
@@ -39,11 +48,9 @@ def run(
     scorer: Annotated[
         list[str] | None, typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)")
     ] = None,
-    markers: Annotated[list[str] | None, typer.Option(help="What the scorer markers looks for; repeatable.")] = None,
-    behaviour: Annotated[str | None, typer.Option(help="What the scorers judge and concept ask for.")] = None,
-    judge: Annotated[
-        str | None, typer.Option(metavar="URL#MODEL", help="An OpenAI-compatible endpoint, or a local model's name.")
-    ] = None,
+    markers: Markers = None,
+    behaviour: Behaviour = None,
+    judge: Judge = None,
     controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 16,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts that costs are measured on.")] = 64,
@@ -68,7 +75,7 @@ def run(
     doses = numbers(strength, "--strength") or [1.0 if suggested is None else suggested]
     way: dict[str, Any] = {"scope": scope, "unit": None if unit is None else unit.value}
     check_way(loaded_vector, **way, has_strength=bool(strength))
-    scorers = _scorers(scorer, markers, behaviour, judge)
+    scorers = scorers_of(scorer, markers, behaviour, judge)
     train, held_out = data_of(loaded_vector, data)
     asked = None if prompts is None else [Conversation.of(prompt) for prompt in read_prompts(prompts)]
     if held_out is None and asked is None:
@@ -96,28 +103,6 @@ def run(
         print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
         return
     _show(vector, evaluation.measured, found)
-
-
-def _scorers(
-    names: list[str] | None, markers: list[str] | None, behaviour: str | None, judge: str | None
-) -> list[Scorer]:
-    """The scorers asked for, with what the command line sets of them."""
-    from steerkit.evaluate.judge import judge_of
-    from steerkit.evaluate.scoring import scorer_of
-
-    listed = list(dict.fromkeys(names or DEFAULT_SCORERS))
-    if markers and "markers" not in listed:
-        listed.append("markers")
-    if judge and not {"judge", "concept"} & set(listed):
-        listed.append("concept")
-    if "markers" in listed and not all(marker.strip() for marker in markers or [""]):
-        raise typer.BadParameter("the scorer markers looks for words; give at least one, such as --markers sorry")
-    settings: dict[str, dict[str, Any]] = {"markers": {"markers": tuple(markers or ())}}
-    if judge or behaviour or {"judge", "concept"} & set(listed):
-        if not judge or not (behaviour or "").strip():
-            raise typer.BadParameter("a judge rates a behaviour; give both --judge and --behaviour, in a few words")
-        settings["judge"] = settings["concept"] = {"judge": judge_of(judge), "behaviour": behaviour}
-    return [scorer_of(name, settings.get(name)) for name in listed]
 
 
 class _Evaluation:

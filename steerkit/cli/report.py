@@ -25,10 +25,10 @@ QUESTIONS = 3
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items]")
+        Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
     ] = None,
     strength: Annotated[
-        list[str] | None, typer.Option(help="Repeatable, or -1,0,1. (default: the recipe's, and the suggested one]")
+        list[str] | None, typer.Option(help="Repeatable, or -1,0,1. (default: the recipe's, and the suggested one)")
     ] = None,
     controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered for repetition and length.")] = 6,

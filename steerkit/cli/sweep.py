@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import jsonable, layers_text, numbers, progress
+from steerkit.cli._evidence import (
+    Behaviour,
+    Judge,
+    Markers,
+    jsonable,
+    layers_text,
+    numbers,
+    progress,
+    scorers_of,
+)
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stderr, stdout, table
 
@@ -44,6 +53,9 @@ def run(
         Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<recipe>)")
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="Of the table.")] = Format.jsonl,
+    markers: Markers = None,
+    behaviour: Behaviour = None,
+    judge: Judge = None,
     controls: Annotated[int, typer.Option(min=0, help="Random directions beside every place.")] = 1,
     texts: Annotated[int, typer.Option(min=1, help="Held-out prompts answered at each place.")] = 8,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts costs are measured on at each place.")] = 16,
@@ -60,7 +72,6 @@ def run(
     FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png.
     """
     import steerkit
-    from steerkit.evaluate.scoring import scorer_of
     from steerkit.evaluate.sweep import Fits, Store, parse_candidates, save_table, sweep
     from steerkit.evaluate.trial import Setup
     from steerkit.recipe import find_recipe
@@ -69,7 +80,7 @@ def run(
     chosen = find_recipe(recipe)
     part = chosen.method_part(method)
     doses = numbers(strengths, "--strengths") or _both_signs(resolve(part.name))
-    scorers = [scorer_of(name) for name in scorer or ("preference_margin", "divergence", "repetition")]
+    scorers = scorers_of(scorer, markers, behaviour, judge)
     folder = out or Path("out") / f"sweep-{chosen.name}"
     target = folder / f"table.{form.value}"
     check_writable(target)

@@ -53,7 +53,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not math.isfinite(value) or value < 0:
-                raise DataError(f"budget: {name} is {value}; give a number of at least 0")
+                raise DataError(f"budget: {name} is {value}; give a finite number of at least 0")
 
     def breaks(self, scores: dict[str, Measured]) -> list[str]:
         """What is outside of the budget, in words; costs that were not measured are not looked at.

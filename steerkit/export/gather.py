@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,7 @@ from steerkit.evaluate.identity import environment, setup_identity
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.trial import Setup
 from steerkit.export.evidence import Evidence, Heat, Plan, Projections, Separation, Texts
-from steerkit.fitting import fit, read
+from steerkit.fitting import apart, fit, read
 from steerkit.registry import method_of
 from steerkit.sites import Site, find_decoder, locate
 from steerkit.vector import SteeringVector, model_facts
@@ -215,7 +214,7 @@ class _Gathering:
                 direction = direction_of(fitted)[1]
             except (FitError, DataError):  # nothing to learn at this block
                 continue
-            found.append(Separation(site.layer, *_separated(*self.along(site, direction))))
+            found.append(Separation(site.layer, *apart(*self.along(site, direction))))
         return found
 
     def along(self, site: Site, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +230,7 @@ class _Gathering:
             return None
         positive, negative = self.along(*self.own)
         return Projections(
-            str(self.own[0]), tuple(positive.tolist()), tuple(negative.tolist()), *_separated(positive, negative)
+            str(self.own[0]), tuple(positive.tolist()), tuple(negative.tolist()), *apart(positive, negative)
         )
 
     def curve(self) -> Curve:
@@ -345,13 +344,3 @@ class _Gathering:
             "tokenizer": identity["tokenizer_sha256"],
             "weights": identity["weights"],
         }
-
-
-def _separated(positive: Tensor, negative: Tensor) -> tuple[float, float]:
-    """AUC and Cohen's d of projections [n] and [m]; d is 0 where nothing spreads."""
-    ordered = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
-    spread = 0.0
-    if min(len(positive), len(negative)) > 1:
-        spread = math.sqrt((float(positive.var()) + float(negative.var())) / 2)
-    gap = float(positive.mean() - negative.mean())
-    return float(ordered.mean()), gap / spread if spread > 0 else 0.0

@@ -53,7 +53,7 @@ class Repetition(Scorer):
     source: ClassVar[str] = "Yao et al. 2025, arXiv 2504.14218"
     columns: ClassVar[Mapping[str, Column]] = {
         "repetition": Column("repeated n-grams", "share", "lower"),
-        "ngram_entropy": Column("entropy of n-grams", "share of the most possible", "higher"),
+        "ngram_entropy": Column("entropy of n-grams", "share of the most possible", "higher", share=False),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:
