@@ -42,6 +42,9 @@ def run(
     ] = None,
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where table and report go.")] = Path("out/compare"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep what the folder's table says of other methods, on the same items.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare the methods on one behaviour: effect, controls, KL, perplexity ratio, repetition, time.
@@ -87,6 +90,9 @@ def run(
     command += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
     command += [f"--{key}={value}" for key, value in {**numbered, "model": name}.items()]
     content = _content(rows, default, name, setup, budget, shlex.join(command))
+    if keep:
+        rows = _with_kept(rows, target, content)
+        content["rows"] = [jsonable(row.as_json()) for row in rows]
     files = {
         "json": json.dumps(content, indent=2) + "\n",
         "md": markdown(rows),
@@ -100,6 +106,28 @@ def run(
         return
     _show(rows, default.behaviour)
     typer.echo(f"wrote {target}, .md and .html")
+
+
+def _with_kept(rows: list[Row], target: Path, content: dict[str, Any]) -> list[Row]:
+    """The rows, and those of other methods in a table that was measured alike, sorted by method.
+
+    Raises:
+        DataError: that table was measured on something else.
+    """
+    from steerkit.errors import DataError
+    from steerkit.evaluate.compare import Row
+
+    if not target.exists():
+        return rows
+    before = json.loads(target.read_text(encoding="utf-8"))
+    other = [name for name in ("model", "budget", "digests", "environment") if before.get(name) != content[name]]
+    if other:
+        raise DataError(
+            f"{target}: its {' and '.join(other)} are not those of now; measure all methods, without --keep"
+        )
+    own = {row.method for row in rows}
+    kept = [Row.from_json(row) for row in before["rows"] if row["method"] not in own]
+    return sorted([*rows, *kept], key=lambda row: row.method)
 
 
 def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
@@ -141,7 +169,7 @@ def _row(
             recipe.split(name)[0],
             method=name,
             settings=dict(part.settings),
-            readout=part.readout,
+            readout=part.readout or (None if kind.readout is None else recipe.method.readout),
             search=Search(candidates=recipe.candidates(setup.decoder.num_layers), **search),
             scope=recipe.apply.scope if part == recipe.method else None,
             validation=recipe.validation(name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,34 @@ class Row:
             "overhead": _plain(self.overhead),
             "texts": [dict(zip(("prompt", "bare", "steered"), text, strict=True)) for text in self.texts],
         }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Row:
+        """Read what `as_json` wrote.
+
+        Args:
+            row: plain data.
+        """
+
+        def estimate(name: str) -> Estimate | None:
+            found = row[name]
+            return None if found is None else Estimate(found["mean"], _end(found["low"], -1), _end(found["high"], 1))
+
+        costs = {name: found for name in COSTS if (found := estimate(name)) is not None}
+        return cls(
+            method=row["method"],
+            title=row["title"],
+            recipe=row["recipe"],
+            sites=tuple(row["sites"]),
+            strength=row["strength"],
+            works=row["works"],
+            verdict=row["verdict"],
+            effect=estimate("effect"),
+            controls=None if row["random"] is None else (row["random"][0], row["random"][1]),
+            costs=costs or None,
+            overhead=estimate("overhead"),
+            texts=tuple((text["prompt"], text["bare"], text["steered"]) for text in row["texts"]),
+        )
 
 
 def compared(
@@ -135,6 +164,10 @@ def markdown(rows: Sequence[Row]) -> str:
             f"| {'yes' if row.works else 'no'} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _end(end: float | None, sign: int) -> float:
+    return sign * math.inf if end is None else end
 
 
 def _cell(found: Estimate | None, form: str) -> str:
