@@ -22,6 +22,7 @@ import torch
 
 import steerkit
 from steerkit.data import ContrastSet
+from steerkit.errors import FitError
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.trial import Setup
 from steerkit.sites import Site
@@ -470,19 +471,21 @@ def test_ctrl_c_in_evaluate(here: Path, tiny: Path) -> None:
 # --- compare ---------------------------------------------------------------------------------------------------------
 
 
+COMPARE = ("compare", "trait-caa.toml", *FEW, *FREE, "--controls", 1, "--out", "made")
+
+
 def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     pytest.importorskip("matplotlib")
-    words = ("compare", "trait-caa.toml", *FEW, *FREE, "--controls", 1, "--out", "made")
-    words = (*words, "--method", "caa", "--method", "repe", "--method", "actadd")
-    ended = cli(*words)
+    ended = cli(*COMPARE, "--method", "caa", "--method", "repe", "--method", "actadd")
     assert ended.code == 0
     assert ended.err == "note: actadd is left out: no recipe of trait says what it is fitted on\n"
     assert fits(ended.out), ended.out
-    assert re.search(r"repe: .*no direction between them", plain(ended.out)), "one that fails leaves the others alone"
     assert {path.name for path in Path("made").iterdir()} == {"trait.json", "trait.md", "trait.html"}
     found = strict_json(Path("made/trait.json").read_text())
-    assert [(row["method"], row["works"]) for row in found["rows"]] == [("caa", True), ("repe", False)]
-    assert found["rows"][0]["recipe"] == "trait-caa"
+    assert [row["method"] for row in found["rows"]] == ["caa", "repe"]
+    assert found["rows"][0]["works"]
+    assert found["rows"][1]["strength"] is not None, "read where the recipe's data shows the trait"
+    assert {row["recipe"] for row in found["rows"]} == {"trait-caa"}
     assert found["command"] == (
         "steerkit compare trait-caa.toml --method=caa --method=repe --method=actadd --max-kl=1e+09 "
         "--max-ppl-ratio=1e+09 --max-repetition=0.1 --controls=1 --texts=2 --neutral=2 --seed=0 --batch-size=16 "
@@ -490,9 +493,31 @@ def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     )
     assert Path("made/trait.md").read_text().count("\n") == 4
     assert re.search(r"(src|href)=.?https?:", Path("made/trait.html").read_text()) is None
-    json_alone = cli(*words[:-6], "--method", "repe", "--json")
-    assert (json_alone.code, json_alone.err) == (0, "")
-    assert strict_json(json_alone.out) == strict_json(Path("made/trait.json").read_text())
+
+
+def test_compare_goes_on_when_one_method_fails_and_keeps_the_others_rows(
+    cli: Cli, trait: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli(*COMPARE, "--method", "caa").code == 0
+    before = strict_json(Path("made/trait.json").read_text())
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FitError("there is no direction between them")
+
+    monkeypatch.setattr("steerkit.evaluate.calibrate.calibrate", refuse)
+    ended = cli(*COMPARE, "--method", "repe", "--keep", "--json")
+    assert ended.code == 0
+    found = strict_json(Path("made/trait.json").read_text())
+    assert strict_json(ended.out) == found
+    assert found["rows"][0] == before["rows"][0], "read and written again, a row is the same"
+    assert found["rows"][1]["method"] == "repe"
+    assert "no direction between them" in found["rows"][1]["verdict"]
+    assert not found["rows"][1]["works"]
+    ended = cli(*COMPARE, "--method", "repe", "--keep", "--max-kl", "0.5")
+    assert ended.code == 1
+    assert "its budget are not those of now" in plain(ended.err)
+    assert strict_json(Path("made/trait.json").read_text()) == found
 
 
 # --- the others, in a few words --------------------------------------------------------------------------------------
