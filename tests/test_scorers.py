@@ -705,7 +705,7 @@ class Count:
             self.bare += 1
 
 
-def test_the_bare_model_runs_once() -> None:
+def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = setup_for()
     count = Count(setup.model)
     along = Projection.along(steered(setup).vectors)
@@ -715,7 +715,11 @@ def test_the_bare_model_runs_once() -> None:
     assert count.bare == 7 + 3
     assert count.steered == 9 + 3
     measure(steered(setup, -1.0), [*ALL, along])
-    assert count.bare == 7 + 3 + 1, "only what is too large to keep is run again"
+    assert count.bare == 7 + 3, "nothing of the bare model is run again"
+    monkeypatch.setattr("steerkit.evaluate.trial.KEPT_BYTES", 0)
+    setup.predicted.clear()
+    measure(steered(setup, 1.0), ["divergence"])
+    assert count.bare == 7 + 3 + 1, "but for what is too large to keep"
     measure(setup.bare, [*ALL, along])
     assert count.bare == 7 + 3 + 1
 

@@ -27,6 +27,8 @@ from steerkit.vector import SteeringVector
 
 __all__ = ["Answer", "Setup", "Trial", "neutral_texts", "shared_system"]
 
+KEPT_BYTES = 2**28
+
 
 class Answer(NamedTuple):
     """What the model thinks of one answer that it is shown (teacher forcing).
@@ -71,6 +73,8 @@ class Setup:
     chat_template_kwargs: Mapping[str, Any] | None = None
     scored: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
     """Scores of the bare model, by scorer: they do not change with the strength."""
+    predicted: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False)
+    """Logits of the bare model for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
 
     def trial(
         self,
@@ -173,6 +177,21 @@ class Setup:
     def calm(self) -> tuple[Conversation, ...]:
         """The neutral texts."""
         return tuple(neutral_texts() if self.neutral is None else self.neutral)
+
+    def keep(self, text: Rendered, logits: Tensor) -> Tensor:
+        """Keep what the bare model predicts for a text, while there is room; the next strength asks for it again.
+
+        Args:
+            text: the text.
+            logits: [t, v].
+
+        Returns:
+            The logits, on their own.
+        """
+        used = sum(one.nbytes for one in self.predicted.values())
+        if used + logits.nbytes <= KEPT_BYTES:
+            self.predicted[text] = logits.clone()
+        return logits
 
     def render(self, item: Conversation) -> Rendered:
         """A conversation as the model reads it.
@@ -288,15 +307,20 @@ class Trial:
             with torch.no_grad(), evaluation_mode(decoder.model):
                 with self.steering(batch.prompt_lengths):
                     logits = setup.model(**inputs).logits[:, -keep:-1]
-                bare = setup.model(**inputs).logits[:, -keep:-1] if beside else None
+                known = [setup.predicted.get(rendered[row]) for row in batch.rows]
+                bare: Tensor | None = None
+                if beside and any(one is None for one in known):
+                    bare = setup.model(**inputs).logits[:, -keep:-1]
             targets = ids[:, -(keep - 1) :].to(logits.device)
             for place, row in enumerate(batch.rows):
                 own = slice(keep - 1 - lengths[place], None)
+                if bare is not None:
+                    known[place] = setup.keep(rendered[row], bare[place, own].float())
                 yield Answer(
                     row=row,
                     targets=targets[place, own],
                     logits=logits[place, own].float(),
-                    bare=None if bare is None else bare[place, own].float(),
+                    bare=known[place] if beside else None,
                 )
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:
