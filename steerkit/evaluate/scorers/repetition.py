@@ -52,7 +52,7 @@ class Repetition(Scorer):
     title: ClassVar[str] = "how much generated texts repeat themselves"
     source: ClassVar[str] = "Yao et al. 2025, arXiv 2504.14218"
     columns: ClassVar[Mapping[str, Column]] = {
-        "repetition": Column("repeated n-grams", "share", "lower"),
+        "repetition": Column("repeated n-grams", "share", "lower", share=False),
         "ngram_entropy": Column("entropy of n-grams", "share of the most possible", "higher", share=False),
     }
 
