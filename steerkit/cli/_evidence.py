@@ -24,6 +24,9 @@ __all__ = [
     "Behaviour",
     "Judge",
     "Markers",
+    "MaxKl",
+    "MaxPplRatio",
+    "MaxRepetition",
     "Neutral",
     "check_items",
     "check_way",
@@ -40,6 +43,9 @@ __all__ = [
 
 DEFAULT_SCORERS = ("preference_margin", "divergence", "repetition")
 
+MaxKl = Annotated[float, typer.Option(min=0, help="Nats per token on neutral texts.")]
+MaxPplRatio = Annotated[float, typer.Option(min=0, help="Perplexity of neutral texts, over unsteered.")]
+MaxRepetition = Annotated[float, typer.Option(min=0, help="Rise of the share of repeated 4-grams in generated texts.")]
 Markers = Annotated[list[str] | None, typer.Option(help="What the scorer markers looks for; repeatable.")]
 Behaviour = Annotated[str | None, typer.Option(help="What the scorers judge and concept ask for.")]
 Judge = Annotated[

@@ -19,6 +19,8 @@ __all__ = [
     "DEFAULT_MODEL",
     "BatchSize",
     "Json",
+    "Model",
+    "RecipeModel",
     "Unit",
     "number",
     "print_json",
@@ -32,6 +34,10 @@ __all__ = [
 DEFAULT_MODEL = "smollm2-135m"
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")]
+RecipeModel = Annotated[
+    str | None, typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per pass.")]
 
 

@@ -12,6 +12,9 @@ from steerkit.cli._evidence import (
     Behaviour,
     Judge,
     Markers,
+    MaxKl,
+    MaxPplRatio,
+    MaxRepetition,
     Neutral,
     check_items,
     columns_table,
@@ -22,7 +25,16 @@ from steerkit.cli._evidence import (
     status,
 )
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stdout, table, usage_line
+from steerkit.cli._shared import (
+    BatchSize,
+    Json,
+    RecipeModel,
+    number,
+    print_json,
+    stdout,
+    table,
+    usage_line,
+)
 
 if TYPE_CHECKING:
     from steerkit.evaluate.calibrate import Calibration
@@ -32,11 +44,9 @@ __all__ = ["run"]
 
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
-    max_kl: Annotated[float, typer.Option(min=0, help="Nats per token on neutral texts.")] = 0.3,
-    max_ppl_ratio: Annotated[float, typer.Option(min=0, help="Perplexity of neutral texts, over unsteered.")] = 1.3,
-    max_repetition: Annotated[
-        float, typer.Option(min=0, help="Rise of the share of repeated 4-grams in generated texts.")
-    ] = 0.1,
+    max_kl: MaxKl = 0.3,
+    max_ppl_ratio: MaxPplRatio = 1.3,
+    max_repetition: MaxRepetition = 0.1,
     layers: Annotated[
         str | None,
         typer.Option(help="8-14 is each block on its own, 12+14 both together. (default: the recipe's, eight others)"),
@@ -56,10 +66,7 @@ def run(
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
     neutral: Neutral = 64,
     seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
-    ] = None,
+    model: RecipeModel = None,
     batch_size: BatchSize = 16,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")

@@ -11,9 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import Neutral, check_items, jsonable, status
+from steerkit.cli._evidence import (
+    MaxKl,
+    MaxPplRatio,
+    MaxRepetition,
+    Neutral,
+    check_items,
+    jsonable,
+    status,
+)
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, print_json, stdout, table
+from steerkit.cli._shared import (
+    BatchSize,
+    Json,
+    RecipeModel,
+    print_json,
+    stdout,
+    table,
+)
 
 if TYPE_CHECKING:
     from steerkit.evaluate.compare import Row
@@ -27,19 +42,14 @@ def run(
         str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
     ] = "optimism",
     method: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: every method)")] = None,
-    max_kl: Annotated[float, typer.Option(min=0, help="Nats per token on neutral texts.")] = 0.3,
-    max_ppl_ratio: Annotated[float, typer.Option(min=0, help="Perplexity of neutral texts, over unsteered.")] = 1.3,
-    max_repetition: Annotated[
-        float, typer.Option(min=0, help="Rise of the share of repeated 4-grams in generated texts.")
-    ] = 0.1,
+    max_kl: MaxKl = 0.3,
+    max_ppl_ratio: MaxPplRatio = 1.3,
+    max_repetition: MaxRepetition = 0.1,
     controls: Annotated[int, typer.Option(min=1, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
     neutral: Neutral = 64,
     seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
-    ] = None,
+    model: RecipeModel = None,
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where table and report go.")] = Path("out/compare"),
     keep: Annotated[

@@ -14,9 +14,9 @@ import typer
 
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
+    RecipeModel,
     print_json,
     sites_table,
     stderr,
@@ -41,10 +41,7 @@ MAX_NEW_TOKENS = 40
 def run(
     recipe: Annotated[str, typer.Option(help="A recipe's name, behaviour or file.")] = "optimism",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the vector and the picture go.")] = Path("out"),
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
-    ] = None,
+    model: RecipeModel = None,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:

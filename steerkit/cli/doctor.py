@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steerkit.cli._evidence import progress
-from steerkit.cli._shared import DEFAULT_MODEL, Json, print_json, stdout, table
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    Json,
+    Model,
+    print_json,
+    stdout,
+    table,
+)
 
 if TYPE_CHECKING:
     from steerkit.checks import Finding
@@ -17,7 +24,7 @@ __all__ = ["run"]
 
 
 def run(
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile for real; without it, compiling is traced only.")
     ] = False,

@@ -20,7 +20,17 @@ from steerkit.cli._evidence import (
     status,
 )
 from steerkit.cli._files import read_prompts
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, number, print_json, stdout, table
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    Model,
+    Unit,
+    number,
+    print_json,
+    stdout,
+    table,
+)
 
 if TYPE_CHECKING:
     from steerkit.evaluate.controls import Refits
@@ -55,7 +65,7 @@ def run(
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 16,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts that costs are measured on.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:

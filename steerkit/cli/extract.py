@@ -15,6 +15,7 @@ from steerkit.cli._shared import (
     DEFAULT_MODEL,
     BatchSize,
     Json,
+    RecipeModel,
     print_json,
     sites_table,
     stderr,
@@ -37,10 +38,7 @@ def run(
     positive: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that show the behaviour.")] = None,
     negative: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that do not.")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of pairs.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
-    ] = None,
+    model: RecipeModel = None,
     method: Annotated[
         str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's, else caa)")
     ] = None,

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit.cli._files import read_prompts
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, print_json, stderr, stdout
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    Model,
+    Unit,
+    print_json,
+    stderr,
+    stdout,
+)
 
 if TYPE_CHECKING:
     from steerkit.vector import SteeringVector
@@ -39,7 +48,7 @@ def run(
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Fixes what --sample draws.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     batch_size: BatchSize = 8,
     as_json: Json = False,
 ) -> None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stderr, stdout, table
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    Model,
+    number,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +43,7 @@ def run(
         list[Path] | None,
         typer.Option(metavar="FILE", help="JSONL of held-out pairs, one for each vector. (default: its recipe's)"),
     ] = None,
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     orthogonalise: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Measure the vectors made orthogonal too, and write them there."),

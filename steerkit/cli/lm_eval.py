@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, number, print_json, stderr, stdout, table
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    Model,
+    Unit,
+    number,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
 
 __all__ = ["run"]
 
@@ -35,7 +46,7 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
     baseline: Annotated[bool, typer.Option("--baseline", help="Run the unsteered model too.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes few-shot examples and sampling.")] = 0,
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     batch_size: BatchSize = 8,
     as_json: Json = False,
 ) -> None:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Unit, print_json, stderr, stdout, table
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    Model,
+    Unit,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
 
 if TYPE_CHECKING:
     from steerkit.planning import Edit, Plan
@@ -27,7 +37,7 @@ def run(
         typer.Option(help="Tokens written: all, prompt, response, generated, first(n). Without it, the file's."),
     ] = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. Without it, the file's.")] = None,
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     batch_size: BatchSize = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt in the forecast.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer in the forecast.")] = 128,

@@ -10,7 +10,13 @@ import typer
 
 from steerkit.cli._evidence import data_of, numbers, status
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, print_json
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    Model,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from steerkit.data import ContrastSet
@@ -36,7 +42,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Fixes controls and intervals.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to be.")] = Path("report.html"),
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")] = DEFAULT_MODEL,
+    model: Model = DEFAULT_MODEL,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:

@@ -20,7 +20,16 @@ from steerkit.cli._evidence import (
     scorers_of,
 )
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, number, print_json, stderr, stdout, table
+from steerkit.cli._shared import (
+    BatchSize,
+    Json,
+    RecipeModel,
+    number,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
 
 if TYPE_CHECKING:
     from steerkit.evaluate.sweep import Point
@@ -59,10 +68,7 @@ def run(
     controls: Annotated[int, typer.Option(min=0, help="Random directions beside every place.")] = 1,
     texts: Annotated[int, typer.Option(min=1, help="Held-out prompts answered at each place.")] = 8,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts costs are measured on at each place.")] = 16,
-    model: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})"),
-    ] = None,
+    model: RecipeModel = None,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
