@@ -43,6 +43,7 @@ def vector_card(
     """
     facts = vector.describe()
     suggested = vector.suggested_strength
+    readout = f"`{vector.readout}`" if vector.readout else "reads for itself"
     lines = [
         "---",
         "library_name: steerkit",
@@ -64,7 +65,7 @@ def vector_card(
         "| | |",
         "| --- | --- |",
         f"| sites | {', '.join(f'`{site}`' for site in vector.sites)} |",
-        f"| scope, readout | `{vector.scope}`, {f'`{vector.readout}`' if vector.readout else 'reads for itself'} |",
+        f"| scope, readout | `{vector.scope}`, {readout} |",
         f"| suggested strength | {'none' if suggested is None else f'{suggested:g}'} ({vector.unit} unit) |",
         f"| model | {vector.model_type}, {vector.num_layers} blocks, width {vector.hidden_size} |",
         f"| data | {vector.data_source or '-'}, digest `{(vector.data_digest or '-')[:16]}` |",
