@@ -436,3 +436,20 @@ def test_shipped_sets(name: str, embedded: tuple[Any, Any]) -> None:
     found = confounds(embedded[1], recipe.split()[0], readout=recipe.method.readout)
     assert {one.feature for one in found if one.warns} == KNOWN.get(name, set())
     assert not pick(found, "tokens").warns
+
+
+def test_fits_that_find_the_same_axis_without_labels_are_no_controls() -> None:
+    """RepE's axis does not depend on which side of a pair is which; CAA's does."""
+    from steerkit.data import ContrastSet
+    from steerkit.fitting import fit
+
+    model, tokenizer = build("llama"), byte_tokenizer(CHATML)
+    data = ContrastSet.from_answers(
+        [(f"Number {n}?", f"It is a joy, {n} says.", f"It is a pain, {n} says.") for n in range(16)]
+    )
+    for method, same in (("repe", 4), ("caa", 0)):
+        vector = fit(model, tokenizer, data, method=method, layers=[1], readout="response_mean")
+        found = refits(model, tokenizer, data, vector, shuffled=4, halves=0, resamples=0)
+        assert found.same_axis == same, method
+        assert len(found.matched()) == 4 - same
+        assert found.as_json()["shuffled_on_the_same_axis"] == same

@@ -216,6 +216,9 @@ def _show(name: str, figures: list[dict[str, Measured]], found: dict[str, Any]) 
     if shown.row_count:
         console.print(_title(control))
         console.print(shown)
+    same = (found["direction"] or {}).get("shuffled_on_the_same_axis", 0)
+    if same:
+        typer.echo(f"{same} fits on shuffled labels left out: this method finds its axis without labels")
     _show_direction(found["direction"])
     for warning in found["warnings"] or ():
         console.print(f"warning: {warning}")

@@ -3,7 +3,8 @@
 Three questions, answered from activations that are read once:
 
     shuffled labels   what the method makes of a contrast in which nothing is left to learn: half of the pairs swap
-                      sides (unpaired: the labels are permuted). A mean difference of these is much shorter.
+                      sides (unpaired: the labels are permuted). A mean difference of these is much shorter. Methods
+                      that look for the axis of largest difference find the same axis again: no controls.
     split half        whether two halves of the items, drawn at random, give the same direction: their cosine.
     bootstrap         how far the direction and its length move when the items are drawn anew, with replacement.
 
@@ -36,6 +37,7 @@ from steerkit.vector import SteeringVector
 __all__ = ["Refits", "Spread", "refits", "refits_of"]
 
 FEWEST = 4
+SAME_AXIS = 0.9
 TAIL = 0.025
 
 Kind = TypeVar("Kind")
@@ -87,8 +89,24 @@ class Refits:
         """The vectors of shuffled labels with the directions' lengths of the vector itself, site by site.
 
         So both comparisons can be made: as fitted, and at equal size. Tensors that are no directions stay as fitted.
+        Those of `same_axis` are left out.
         """
-        return tuple(_as_long_as(self.vector, other) for other in self.shuffled)
+        return tuple(_as_long_as(self.vector, other) for other in self.shuffled if not self._is_same_axis(other))
+
+    @property
+    def same_axis(self) -> int:
+        """How many fits on shuffled labels found the vector's own axis again, and so are no controls.
+
+        A method that looks for the axis of largest difference (RepE) needs labels for its sign only: swapping the two
+        sides of a pair changes nothing but the sign of their difference.
+        """
+        return sum(map(self._is_same_axis, self.shuffled))
+
+    def _is_same_axis(self, other: SteeringVector) -> bool:
+        method = method_of(self.vector)
+        found = [(_direction(method, self.vector, site), _direction(method, other, site)) for site in self.vector.sites]
+        cosines = [_cosine(again, own) for own, again in found if own is not None and again is not None]
+        return bool(cosines) and min(map(abs, cosines)) > SAME_AXIS
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; a shuffled vector is told by its length in parts of the vector's, and by its cosine to it."""
@@ -117,7 +135,12 @@ class Refits:
                 spread = self.bootstrap[site]
                 entry["bootstrap"] = {**spread._asdict(), "length": spread.length._asdict()}
             sites[str(site)] = entry
-        return {"items": self.items, "sites": sites, "skipped": dict(self.skipped)}
+        return {
+            "items": self.items,
+            "sites": sites,
+            "skipped": dict(self.skipped),
+            "shuffled_on_the_same_axis": self.same_axis,
+        }
 
 
 def refits(
