@@ -216,7 +216,7 @@ def _content(rows: list[Row], default: Recipe, model: str, setup: Any, budget: A
 
 
 def _show(rows: list[Row], behaviour: str) -> None:
-    columns = ("method", "at", "effect (95 %)", "control", "KL", "ppl x", "rep.", "time", "clear")
+    columns = ("method", "at", "effect (95 %)", "control", "KL", "ppl x", "rep.", "time", "ok")
     shown = table(*columns, right=columns[1:-1])
     shown.collapse_padding = True
     shown.columns[0].overflow = "fold"

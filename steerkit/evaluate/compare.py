@@ -150,7 +150,7 @@ def markdown(rows: Sequence[Row]) -> str:
         rows: one per method.
     """
     lines = [
-        "| method | sites, strength | effect | controls | KL | ppl ratio | repetition | time | clear of controls |",
+        "| method | sites, strength | effect | controls | KL | ppl ratio | repetition | time | confirmed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:

@@ -96,7 +96,7 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         scatter=_picture(
             plots.spots_svg(
                 spots,
-                kinds=["clear of its controls", "not clear"],
+                kinds=["confirmed", "not confirmed"],
                 effect=label,
                 cost="KL divergence on neutral texts (nats per token)",
                 front=_front(spots),
