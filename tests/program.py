@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -51,11 +52,16 @@ def jsonl(items: Sequence[Any]) -> str:
     return "".join(json.dumps(item) + "\n" for item in items)
 
 
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(*words: object, **options: Any) -> subprocess.Popen[str]:
     """Start the program as a process."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": str(WIDTH)}
     command = [sys.executable, "-m", "steerkit", *map(str, words)]
-    return subprocess.Popen(command, env=env, text=True, **options)
+    # A shell that runs the tests in the background makes its children ignore Ctrl-C.
+    return subprocess.Popen(command, env=env, text=True, preexec_fn=_hear_interrupts, **options)
 
 
 def plain(text: str) -> str:
