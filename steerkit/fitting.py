@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from steerkit.sites import Decoder, Site, execution_device, find_decoder, locate
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector, model_facts
 
-__all__ = ["Subject", "apart", "fit", "read", "separation", "tokenizer_digest"]
+__all__ = ["Subject", "apart", "fit", "read", "record_steered", "separation", "tokenizer_digest"]
 
 
 def fit(
@@ -232,6 +233,42 @@ def apart(positive: Tensor, negative: Tensor) -> tuple[float, float]:
     return float(wins.mean()), gap / spread if spread > 0 else 0.0
 
 
+def record_steered(
+    model: nn.Module,
+    tokenizer: Any,
+    rendered: Sequence[Rendered],
+    sites: Sequence[Site | str],
+    *,
+    readout: Any,
+    batch_size: int,
+    steering: Callable[[Tensor], contextlib.AbstractContextManager[Any]],
+) -> Activations:
+    """Read activations of texts under steering whose scope may depend on where each prompt ends.
+
+    Args:
+        model: any decoder-only transformers model.
+        tokenizer: its tokenizer.
+        rendered: the texts.
+        sites: where to read; a site that is written gives the value after the edit.
+        readout: which tokens.
+        batch_size: rows per pass.
+        steering: from the prompt lengths [b] of a pass's rows to the context it runs in.
+
+    Returns:
+        One row per text and site, in their order.
+    """
+    parts: list[tuple[tuple[int, ...], Activations]] = []
+    # One batch at a time, so that every pass has the prompt lengths of its own rows.
+    for batch in batches(rendered, batch_size, pad_id=pad_token_id(tokenizer)):
+        rows = [rendered[row] for row in batch.rows]
+        with steering(batch.prompt_lengths):
+            part = record(model, tokenizer, rows, sites, readout=readout, batch_size=len(rows))
+        parts.append((batch.rows, part))
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
+    return Activations(positive=joined, negative={}, readout=parts[0][1].readout)
+
+
 class Subject:
     """The only door through which a method's `fit` reaches the model."""
 
@@ -273,16 +310,15 @@ class Subject:
         rendered = self._rendered(items)
         if under is None:
             return record(self._model, self._tokenizer, rendered, sites, readout=readout, batch_size=self._batch_size)
-        # One batch at a time, so that every pass has the prompt lengths of its own rows.
-        parts: list[tuple[tuple[int, ...], Activations]] = []
-        for batch in self._batches(rendered):
-            rows = [rendered[row] for row in batch.rows]
-            with steer(self._model, under, prompt_lengths=batch.prompt_lengths):
-                part = record(self._model, self._tokenizer, rows, sites, readout=readout, batch_size=len(rows))
-            parts.append((batch.rows, part))
-        order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-        joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
-        return Activations(positive=joined, negative={}, readout=parts[0][1].readout)
+        return record_steered(
+            self._model,
+            self._tokenizer,
+            rendered,
+            sites,
+            readout=readout,
+            batch_size=self._batch_size,
+            steering=lambda lengths: steer(self._model, under, prompt_lengths=lengths),
+        )
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
         """Next-token logits behind each item.

@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations import Activations, position_inputs, record
+from steerkit.activations import Activations, position_inputs
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
+from steerkit.fitting import record_steered
 from steerkit.generation import generate
 from steerkit.probe_block import evaluation_mode
 from steerkit.sites import Decoder, Site, execution_device, find_decoder
@@ -350,16 +351,15 @@ class Trial:
             One row per text and site, in their order.
         """
         setup = self.setup
-        parts: list[tuple[tuple[int, ...], Activations]] = []
-        # One batch at a time, so that every pass has the prompt lengths of its own rows.
-        for batch in batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer)):
-            rows = [rendered[row] for row in batch.rows]
-            with self.steering(batch.prompt_lengths):
-                part = record(setup.model, setup.tokenizer, rows, sites, readout=readout, batch_size=len(rows))
-            parts.append((batch.rows, part))
-        order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
-        joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
-        return Activations(positive=joined, negative={}, readout=parts[0][1].readout)
+        return record_steered(
+            setup.model,
+            setup.tokenizer,
+            rendered,
+            sites,
+            readout=readout,
+            batch_size=setup.batch_size,
+            steering=self.steering,
+        )
 
 
 def neutral_texts() -> list[Conversation]:
