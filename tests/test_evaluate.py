@@ -174,3 +174,24 @@ def test_the_card_says_what_is_needed() -> None:
         "0.10 to 0.10",
     ):
         assert part in card, part
+
+
+def test_a_method_s_subject_and_a_trial_read_alike_under_a_vector(tokenizer: Any) -> None:
+    """One text at a time with its own prompt length is what both give, in the order of the items."""
+    from steerkit.fitting import Subject
+    from steerkit.sites import Site, find_decoder
+
+    model = build("llama")
+    vector, data = modes.vector_for(model, scope="response", size=0.5), ContrastSet.from_answers(ITEMS)
+    items = [Conversation(prompt, answer=answer) for prompt, answer, _ in ITEMS]
+    sites = [Site(3)]
+    subject = Subject(model, tokenizer, data, find_decoder(model), 2, None)
+    found = subject.record(items, sites, readout="last", under=vector)[Site(3)]
+    setup = Setup(model, tokenizer, data, batch_size=2)
+    rendered = [render(tokenizer, item) for item in items]
+    assert torch.equal(found, setup.trial(vector).record(rendered, sites, readout="last")[Site(3)])
+    for row, text in enumerate(rendered):
+        with steerkit.steer(model, vector, prompt_lengths=[text.prompt_length]):
+            alone = steerkit.record(model, tokenizer, [text], sites, readout="last")[Site(3)][0]
+        assert torch.allclose(found[row], alone, atol=1e-5)
+    assert not torch.allclose(found, subject.record(items, sites, readout="last")[Site(3)], atol=1e-3)
