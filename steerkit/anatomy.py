@@ -158,6 +158,7 @@ class Anatomy:
         while len(parts) == 1 and self.entered.same_as(parts[0].read) and self.left.same_as(parts[0].gave):
             calls = [call for call in calls if call.inside(parts[0])]  # a wrapper around the block (torch.compile)
             parts = _outermost(calls)
+        self.calls = calls
         self.parts = parts
         self.halves = _halves(parts, calls)
         # Where no module takes a mask, the one that runs first moves information between tokens.
@@ -188,6 +189,75 @@ class Anatomy:
         if kind.endswith("_raw") and raw is not added:
             return self._place(kind, raw, "output")
         return self._place(kind.replace("_raw", "_out"), added, "output")
+
+    def readers(self, kind: str) -> list[Call]:
+        """The linear layers that read what a norm before a half gives, where nothing else uses it.
+
+        Args:
+            kind: attn_in, mlp_in or block_in.
+
+        Raises:
+            SiteError: another kind, or something else than plain linear layers uses the norm's output.
+        """
+        if kind not in ("attn_in", "mlp_in", "block_in"):
+            raise self._refuse(kind, "it is no norm's output that linear layers alone read")
+        source = self._norm_before(kind, self._half(kind))
+        halves = [half for half in self.halves if _gives(source, half.first.read)]
+        self._added(kind)  # the stream goes past the norm, not through it
+        for half in halves:
+            if half.experts:
+                raise self._refuse(kind, f"{half} routes tokens to `{half.experts}` by a router that reads them too")
+            if self.recurrent and half in self.mixers:
+                raise self._refuse(kind, f"{half} is a state-space, convolution or linear-attention module")
+        found = [linear for half in halves for linear in half.linears if _gives(source, linear.read)]
+        leaves = [call for call in self.calls if _gives(source, call.read) and not any(call.module.children())]
+        others = [call.name for call in leaves if not any(call is one or call.inside(one) for one in found)]
+        if others or not found:
+            what = f"`{others[0]}` reads it too" if others else "no linear layer reads it as it is"
+            raise self._refuse(kind, f"`{source.name}` gives what not only linear layers read: {what}")
+        return found
+
+    def output_kind(self, half: Half) -> str:
+        """The kind of site at which a half adds to the residual stream.
+
+        Args:
+            half: one of `halves`.
+        """
+        if half in self.mlps:
+            return "mlp_out"
+        return "mixer_out" if self.recurrent else "attn_out"
+
+    def added_by(self, half: Half) -> Call:
+        """The module that gives what a half adds to the stream, as the half made it.
+
+        Args:
+            half: one of `halves`.
+
+        Raises:
+            SiteError: a norm stands between the half and the stream, or on the stream.
+        """
+        kind = self.output_kind(half)
+        added, raw = self._added(kind)[self.halves.index(half)]
+        if self.norms_the_stream:
+            raise self._refuse(kind, "norms stand on the residual stream itself, after each sum")
+        if raw is not added:
+            raise self._refuse(kind, f"`{added.name}` norms what {half} gives")
+        return added
+
+    def projection(self, half: Half) -> Call:
+        """The linear layer whose output, at most times a number, is what a half adds to the stream.
+
+        Args:
+            half: one of `halves`, without routed experts.
+
+        Raises:
+            SiteError: there is none, or a norm comes after it.
+        """
+        added = self.added_by(half)
+        found = next((linear for linear in reversed(half.linears) if _is_scaled(linear.gave, added.gave)), None)
+        if found is None:
+            raise self._refuse(self.output_kind(half), f"{half} does not end in one linear layer")
+        return found
 
     def _refuse(self, kind: str, reason: str) -> SiteError:
         return SiteError(f"{kind}.{self.layer}: {reason} (block {self.layer} of {self.owner})")
@@ -228,7 +298,7 @@ class Anatomy:
             raise self._refuse(kind, f"{half} reads {what}; there is no norm before it")
         if not _is_norm(source.module):
             raise self._refuse(kind, f"{half} reads the output of `{source.name}`, which is no norm")
-        if self._post_norm:
+        if self.norms_the_stream:
             what = f"`{source.name}`, which is the residual stream itself where norms come after the sum"
             raise self._refuse(kind, f"{half} reads the output of {what}")
         readers = [other for other in self.halves if _gives(source, other.first.read)]
@@ -262,7 +332,7 @@ class Anatomy:
         return self.left.values.shape[:-1].numel()
 
     @cached_property
-    def _post_norm(self) -> bool:
+    def norms_the_stream(self) -> bool:
         """Whether the block's output is a norm's: there the norms stand on the stream, after each sum."""
         return any(_is_norm(call.module) and _gives(call, self.left) for call in self.parts)
 
@@ -273,7 +343,7 @@ class Anatomy:
             SiteError: the block's output is not the sum of such parts.
         """
         chains = [self._chain(half) for half in self.halves]
-        chosen = self._sum_before_norms(chains) if self._post_norm else self._best_sum(chains)
+        chosen = self._sum_before_norms(chains) if self.norms_the_stream else self._best_sum(chains)
         if chosen is None:
             parts = " and ".join(str(half) for half in self.halves)
             what = f"what comes out of the block is not its input plus the output of {parts}"

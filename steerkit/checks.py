@@ -226,7 +226,7 @@ def positive_side_lies_further_along(subject: Subject) -> str | None:
     """Where there is one direction, the positive items lie further along it than the negative ones."""
     if (
         subject.method.readout is None
-        or subject.method.direction(subject.vector.params(subject.vector.sites[0])) is None
+        or subject.method.direction(subject.vector.params(subject.vector.reads[0])) is None
     ):
         return "has no single direction per site"
     measured = separation(subject.model, subject.tokenizer, subject.data, subject.vector)

@@ -6,13 +6,16 @@ Shapes: `n` and `m` rows (prompts) of the two sides, `d` width of the site. Ever
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from steerkit.errors import FitError
+from steerkit.sites import Site
 
 __all__ = [
+    "discriminative_sites",
     "equal_norms",
     "mean_difference",
     "orient",
@@ -20,6 +23,8 @@ __all__ = [
     "pair_differences",
     "principal_direction",
     "random_direction",
+    "side_projections",
+    "steering_plane",
     "unit",
 ]
 
@@ -171,3 +176,108 @@ def equal_norms(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise FitError(f"{name}: a direction of length 0 cannot be rescaled")
     mean = sum(lengths.values()) / max(len(lengths), 1)
     return {name: direction * (mean / lengths[name]) for name, direction in directions.items()}
+
+
+def steering_plane(candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """The plane of Angular and Selective Steering (arXiv 2510.26243, arXiv 2601.19375) from one direction per site.
+
+    b1 is the candidate with the largest mean cosine to all of them (the first one of equals). b2 is the first principal
+    axis of the unit candidates, centred on their mean, its largest entry made positive, and then made orthogonal to
+    b1. As in the released code, but normalised and made orthogonal in float64, by an exact decomposition, and with a
+    guard: an axis along b1 would leave rounding noise for b2, so the next one is taken.
+
+    Args:
+        candidates: [k, d] one direction per site, of any lengths. A zero row (a site where the sides do not differ) is
+            a point at zero for the principal axis, as in the released code, but never b1.
+
+    Returns:
+        b1 [d] and b2 [d], float32, orthonormal.
+
+    Raises:
+        FitError: all candidates lie on one line (as a single one does), so they span no plane.
+    """
+    rows = candidates.double().clone()
+    known = torch.linalg.vector_norm(rows, dim=-1) > 0
+    if not bool(known.any()):
+        raise FitError("all candidate directions are zero, so there is no plane")
+    rows[known] = unit(rows[known])
+    typical = (rows * rows.mean(dim=0)).sum(dim=-1).masked_fill(~known, -torch.inf)
+    b1 = rows[int((typical >= typical.max() - 1e-12).nonzero()[0])]
+    _, sizes, axes = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+    for size, axis in zip(sizes, axes, strict=True):
+        axis = axis * axis[axis.abs().argmax()].sign()
+        apart = axis - torch.dot(axis, b1) * b1
+        if float(size) > 1e-6 and float(apart.norm()) > 1e-3:
+            b1, b2 = orthonormalise(torch.stack([b1, apart]))
+            return b1, b2
+    raise FitError(
+        f"all candidate directions (of {int(known.sum())} sites) lie on one line, so they span no plane; give sites "
+        "whose directions differ, two at the least"
+    )
+
+
+def side_projections(
+    positive: Mapping[Site, Tensor],
+    negative: Mapping[Site, Tensor],
+    direction: Tensor,
+    *,
+    rule: Literal["unit_samples", "class_means"] = "unit_samples",
+) -> dict[Site, tuple[float, float]]:
+    """Where the two sides lie along a direction, on average, at every site that both sides have.
+
+    Args:
+        positive: site to [n, d].
+        negative: site to [m, d].
+        direction: [d]; its length is of no matter, and along a zero one everything lies at 0.
+        rule: ``unit_samples`` scales every row to length 1 first (Selective Steering's released code);
+            ``class_means`` projects the mean row (the paper's eq. 9).
+
+    Returns:
+        site to the means of the positive and of the negative side.
+
+    Raises:
+        FitError: an unknown rule.
+    """
+    if rule not in ("unit_samples", "class_means"):
+        raise FitError(f"rule {rule!r} is none of unit_samples, class_means")
+    length = torch.linalg.vector_norm(direction.double())
+    along = direction.double() / length if float(length) > 0 else torch.zeros_like(direction, dtype=torch.double)
+
+    def mean(rows: Tensor) -> float:
+        # A batch of samples in double precision would double the memory; the mean of the products needs it only.
+        wide = rows.float()
+        if rule == "unit_samples":
+            wide = wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-8)
+        return float((wide @ along.float()).double().mean())
+
+    return {site: (mean(rows), mean(negative[site])) for site, rows in positive.items() if site in negative}
+
+
+def discriminative_sites(
+    positive: Mapping[Site, Tensor],
+    negative: Mapping[Site, Tensor],
+    direction: Tensor,
+    *,
+    rule: Literal["unit_samples", "class_means"] = "unit_samples",
+    whole_blocks: bool = True,
+) -> list[Site]:
+    """The sites where the two sides lie on opposite sides of zero along a direction (Selective Steering).
+
+    Args:
+        positive: site to [n, d].
+        negative: site to [m, d]; a site missing here is not chosen.
+        direction: [d].
+        rule: see `side_projections`.
+        whole_blocks: choose a block's sites together or not at all, as the released code does and the paper does not
+            say.
+
+    Returns:
+        The sites, in the order of `positive`. A product of exactly 0, or a nan, does not count as opposite.
+
+    Raises:
+        FitError: an unknown rule.
+    """
+    found = side_projections(positive, negative, direction, rule=rule)
+    opposite = {site for site, (plus, minus) in found.items() if plus * minus < 0}
+    left_out = {site.layer for site in positive if site not in opposite} if whole_blocks else set()
+    return [site for site in positive if site in opposite and site.layer not in left_out]

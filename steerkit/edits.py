@@ -8,7 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add", "add_window", "keep_norm"]
+__all__ = [
+    "add",
+    "add_window",
+    "aim",
+    "heading",
+    "keep_norm",
+    "plane",
+    "project_out",
+    "rotate_by",
+    "rotate_to",
+    "set_projection",
+    "turn",
+    "turning",
+]
 
 
 def add(h: Tensor, direction: Tensor) -> Tensor:
@@ -59,3 +72,193 @@ def keep_norm(edited: Tensor, h: Tensor) -> Tensor:
     edited, before = edited.to(wide), torch.linalg.vector_norm(h.to(wide), dim=-1, keepdim=True)
     after = torch.linalg.vector_norm(edited, dim=-1, keepdim=True)
     return edited * torch.where(after > 0, before / after.clamp_min(torch.finfo(torch.float32).tiny), after)
+
+
+def project_out(h: Tensor, direction: Tensor, *, share: float | Tensor = 1.0, is_unit: bool = False) -> Tensor:
+    """Take the component along a direction out of every token: `h - share * (h . u) u`, with `u` of length 1.
+
+    Args:
+        h: [..., d] activations.
+        direction: [d], of any length; one of length 0 takes nothing out.
+        share: how much of the component is taken; a number, or a tensor such as [b, 1, 1] where rows differ.
+        is_unit: the direction has length 1 and wide enough dtype already, so that no pass has to measure it.
+
+    Returns:
+        [..., d] in the dtype of `h`; computed in float32 at least.
+    """
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    u = direction.to(wide) if is_unit else _unit(direction.to(wide))
+    return torch.addcmul(wide, share * _along(wide, u), u, value=-1.0).to(h.dtype)
+
+
+def set_projection(h: Tensor, direction: Tensor, target: float | Tensor, *, is_unit: bool = False) -> Tensor:
+    """Give every token the same coordinate along a direction: `h + (target - h . u) u`, with `u` of length 1.
+
+    Args:
+        h: [..., d] activations.
+        direction: [d], of any length; one of length 0 changes nothing.
+        target: the coordinate, in activation units; a number, or a tensor such as [b, 1, 1] where rows differ.
+        is_unit: the direction has length 1 and wide enough dtype already, so that no pass has to measure it.
+
+    Returns:
+        [..., d] in the dtype of `h`; computed in float32 at least.
+    """
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    u = direction.to(wide) if is_unit else _unit(direction.to(wide))
+    return torch.addcmul(wide, target - _along(wide, u), u).to(h.dtype)
+
+
+def _along(h: Tensor, unit: Tensor) -> Tensor:
+    """[..., 1] coordinate along a direction. Not by `@`: autocast would do that in half precision."""
+    return (h * unit).sum(dim=-1, keepdim=True)
+
+
+def _unit(direction: Tensor) -> Tensor:
+    """[d] of length 1; one of length 0 stays as it is. No look at the value: that would wait for the device."""
+    length = torch.linalg.vector_norm(direction)
+    return torch.where(length > 0, direction / length.clamp_min(torch.finfo(direction.dtype).tiny), direction)
+
+
+def rotate_by(h: Tensor, b1: Tensor, b2: Tensor, degrees: float | Tensor) -> Tensor:
+    """Turn every token inside a plane by an angle, from b1 towards b2 (Selective Steering, arXiv 2601.19375).
+
+    With `c1 = h.b1` and `c2 = h.b2`, in the rank-2 form that needs no matrix of the model's width:
+
+        h' = h + [(cos - 1) c1 - sin c2] b1 + [sin c1 + (cos - 1) c2] b2
+
+    The angle is relative: a token's polar angle in the plane grows by it. Norms and distances between tokens stay.
+
+    Args:
+        h: [b, t, d] activations (or any [..., d]).
+        b1: [d], first axis of the plane.
+        b2: [d], second axis; both are made orthonormal again here.
+        degrees: the angle; one number, or [b, 1, 1] where every row has its own.
+
+    Returns:
+        The shape and dtype of `h`, computed in float32 at least. At whole turns bitwise `h`.
+    """
+    basis = plane(b1, b2, h.dtype)
+    return turn(h, basis, *turning(basis, degrees))
+
+
+def rotate_to(h: Tensor, b1: Tensor, b2: Tensor, degrees: float | Tensor, threshold: float | None = None) -> Tensor:
+    """Turn every token inside a plane to an angle, counted from b1 towards b2 (Angular Steering, arXiv 2510.26243).
+
+    With `c1 = h.b1`, `c2 = h.b2` and `r = sqrt(c1^2 + c2^2)`:
+
+        h' = h + (r cos - c1) b1 + (r sin - c2) b2
+
+    The angle is absolute: every token's part in the plane ends up on one ray, whatever its polar angle was. Norms stay
+    here too, because r stays; but tokens that differ in their polar angle alone become one, and no angle is the
+    identity.
+
+    Args:
+        h: [b, t, d] activations (or any [..., d]).
+        b1: [d], first axis of the plane.
+        b2: [d], second axis; both are made orthonormal again here.
+        degrees: the angle; one number, or [b, 1, 1] where every row has its own.
+        threshold: turn only tokens with `c1` above it (adaptive angular steering has 0); None turns all.
+
+    Returns:
+        The shape and dtype of `h`, computed in float32 at least; tokens that are not turned are bitwise what they were.
+    """
+    basis = plane(b1, b2, h.dtype)
+    return aim(h, basis, heading(degrees, basis), threshold)
+
+
+def plane(b1: Tensor, b2: Tensor, dtype: torch.dtype) -> Tensor:
+    """The orthonormal basis of a plane.
+
+    Args:
+        b1: [d], of any length.
+        b2: [d], not on one line with b1.
+        dtype: of the activations.
+
+    Returns:
+        [2, d], in float32 or the wider dtype of the activations; the first row along b1.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    # The basis decides how well norms stay, and it is only 2 d numbers: double precision wherever there is any.
+    exact = wide if b1.device.type == "mps" else torch.float64
+    first, second = b1.to(exact), b2.to(exact)
+    first = first / (first * first).sum().sqrt()
+    for _ in range(2):  # what rounding leaves of b1 after the first time goes the second time
+        second = second - (second * first).sum() * first
+        second = second / (second * second).sum().sqrt()
+    return torch.stack([first, second]).to(wide)
+
+
+def turning(basis: Tensor, degrees: float | Tensor) -> tuple[Tensor, Tensor]:
+    """What `turn` adds per unit of each coordinate.
+
+    Args:
+        basis: [2, d], orthonormal.
+        degrees: the angle; one number, or [b, 1, 1].
+
+    Returns:
+        [2, d] or [b, 2, d], and whether anything is turned at all, [] or [b, 1, 1].
+    """
+    angle = torch.fmod(torch.as_tensor(degrees, dtype=basis.dtype, device=basis.device), 360.0)
+    half, full = torch.deg2rad(angle / 2), torch.deg2rad(angle)
+    less = -2 * torch.sin(half) ** 2  # cos - 1, without cancellation at small angles
+    sine = torch.sin(full)
+    across = torch.stack([basis[1], -basis[0]])
+    return less * basis + sine * across, angle != 0
+
+
+def turn(h: Tensor, basis: Tensor, change: Tensor, moves: Tensor) -> Tensor:
+    """Add to every token its coordinates times what they stand for.
+
+    Args:
+        h: [b, t, d] activations.
+        basis: [2, d], in float32 at least.
+        change: [2, d] or [b, 2, d].
+        moves: [] or [b, 1, 1]; rows where it is false are bitwise what they were.
+
+    Returns:
+        The shape and dtype of `h`.
+    """
+    wide = h.to(basis.dtype)
+    first, second = _coordinates(wide, basis)
+    turned = wide + first * change[..., 0:1, :] + second * change[..., 1:2, :]
+    return torch.where(moves, turned.to(h.dtype), h)
+
+
+def heading(degrees: float | Tensor, basis: Tensor) -> Tensor:
+    """The point of the unit circle at an angle.
+
+    Args:
+        degrees: the angle; one number, or [b, 1, 1].
+        basis: gives dtype and device.
+
+    Returns:
+        Cosine and sine, [2] or [2, b, 1, 1].
+    """
+    angle = torch.deg2rad(torch.fmod(torch.as_tensor(degrees, dtype=basis.dtype, device=basis.device), 360.0))
+    return torch.stack([torch.cos(angle), torch.sin(angle)])
+
+
+def aim(h: Tensor, basis: Tensor, ray: Tensor, threshold: float | None = None) -> Tensor:
+    """Put every token's part in the plane on one ray, its length kept.
+
+    Args:
+        h: [b, t, d] activations.
+        basis: [2, d], in float32 at least.
+        ray: what `heading` gave.
+        threshold: see `rotate_to`.
+
+    Returns:
+        The shape and dtype of `h`.
+    """
+    wide = h.to(basis.dtype)
+    first, second = _coordinates(wide, basis)
+    length = torch.hypot(first, second)
+    turned = wide + (length * ray[0] - first) * basis[0] + (length * ray[1] - second) * basis[1]
+    if threshold is None:
+        return turned.to(h.dtype)
+    return torch.where(first > threshold, turned.to(h.dtype), h)
+
+
+def _coordinates(wide: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Both coordinates of every token, [b, t, 1] each; products and sums, since matrix products may run in less."""
+    return (wide * basis[0]).sum(dim=-1, keepdim=True), (wide * basis[1]).sum(dim=-1, keepdim=True)

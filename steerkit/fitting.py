@@ -98,11 +98,16 @@ def fit(
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise FitError(f"{chosen.name}: {name} is not finite; load the model in float32 or bfloat16")
+    written = chosen.written(places, tensors, decoder)
+    if written != places:
+        taps = locate(model, written)
+        written = list(taps)
     norms = {site: acts.norms[site] for site in places} if acts is not None else subject.norms(places)
     vector = SteeringVector(
         method=chosen.name,
         tensors=tensors,
-        sites=tuple(places),
+        sites=tuple(written),
+        fitted_at=None if written == places else tuple(places),
         edit=chosen.edit_name,
         scope=chosen.default_scope,
         unit="paper",
@@ -197,13 +202,13 @@ def separation(
         model,
         tokenizer,
         held_out,
-        vector.sites,
+        vector.reads,
         readout=Readout.parse(vector.readout or "last"),  # type: ignore[arg-type]
         batch_size=batch_size,
         chat_template_kwargs=chat_template_kwargs,
     )
     sites: dict[str, dict[str, float]] = {}
-    for site in vector.sites:
+    for site in vector.reads:
         direction = method.direction(vector.params(site))
         if direction is None:
             continue
@@ -435,8 +440,7 @@ def _sites(
         chosen = [Site.parse(site) if isinstance(site, str) else site for site in sites]
     elif layers is not None:
         listed = [layers] if isinstance(layers, int) else layers
-        kind = method.sites(decoder)[0].kind
-        chosen = [Site(layer, kind) for layer in parse_layers(listed, decoder.num_layers)]
+        chosen = method.sites_at(decoder, parse_layers(listed, decoder.num_layers))
     else:
         chosen = method.sites(decoder)
     if not chosen:

@@ -37,6 +37,7 @@ __all__ = [
     "Decoder",
     "Site",
     "Tap",
+    "anatomies",
     "execution_device",
     "find_decoder",
     "inner_model",
@@ -329,7 +330,7 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             last = decoder.num_layers - 1
             where = f"layer {site.layer} is outside 0..{last} of {owner} ({decoder.num_layers} layers)"
             raise SiteError(f"{site}: {where}")
-    anatomies = _anatomies(decoder, {site.layer for site in asked if not site.kind.startswith("resid_")})
+    found = anatomies(decoder, {site.layer for site in asked if not site.kind.startswith("resid_")})
     taps = {}
     for site in asked:
         name = f"{decoder.path}.{site.layer}"
@@ -337,15 +338,26 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             side: Literal["input", "output"] = "input" if site.kind == "resid_pre" else "output"
             tap = Tap(site, decoder.blocks[site.layer], name, side, flat=False, width=decoder.hidden_size)
         else:
-            place = anatomies[site.layer].find(site.kind)
+            place = found[site.layer].find(site.kind)
             canonical = Site(site.layer, place.kind)
             tap = Tap(canonical, place.module, f"{name}.{place.name}", place.side, place.flat, place.width)
         taps[tap.site] = tap
     return taps
 
 
-def _anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
-    """Run the decoder body over three tokens and read off the roles in some blocks."""
+def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
+    """Run the decoder body over three tokens and read off the roles in some blocks.
+
+    Args:
+        decoder: the model's decoder.
+        layers: the blocks, counted from 0.
+
+    Returns:
+        By layer what stands where in it.
+
+    Raises:
+        SiteError: the body fails on plain token ids, or a block did not run.
+    """
     if not layers:
         return {}
     input_ids = torch.tensor([[1, 2, 3]], device=execution_device(decoder))

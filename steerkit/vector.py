@@ -94,6 +94,7 @@ class SteeringVector:
         steerkit_version: that fitted it.
         recipe: the exact recipe it was made by.
         extra: what a method wants to add, such as a fingerprint of the weights.
+        fitted_at: where it was fitted; None where that is where it is applied. See `reads`.
         strength: how strongly it is to be applied this time, one number or one per row of the batch; never stored.
         own_scope: whether `at` set the scope, so that it comes before one given for several vectors; never stored.
         own_unit: whether `at` set the unit; never stored.
@@ -137,6 +138,7 @@ class SteeringVector:
     steerkit_version: str | None = __version__
     recipe: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    fitted_at: tuple[Site, ...] | None = None
     strength: float | tuple[float, ...] | None = None
     own_scope: bool = False
     own_unit: bool = False
@@ -155,7 +157,7 @@ class SteeringVector:
         object.__setattr__(self, "strength", _strength("strength", self.strength))
         if self.model_id is not None:
             object.__setattr__(self, "model_id", _public_id(self.model_id))
-        for site in self.sites:
+        for site in (*self.sites, *self.reads):
             if site.layer >= self.num_layers:
                 raise VectorFileError(f"{site}: layer {site.layer} is outside 0..{self.num_layers - 1}")
         object.__setattr__(self, "tensors", MappingProxyType(self._checked_tensors()))
@@ -203,19 +205,24 @@ class SteeringVector:
     def _identity(self) -> tuple[Any, ...]:
         return self.digest, self.strength, self.own_scope, self.own_unit
 
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """Where it was fitted, and where its directions separate activations: `fitted_at`, else `sites`."""
+        return self.sites if self.fitted_at is None else self.fitted_at
+
     def params(self, site: Site) -> dict[str, Tensor]:
         """The tensors that act at one site: the shared ones and its own.
 
         Args:
-            site: one of `sites`.
+            site: one of `sites`, or of `reads`.
 
         Returns:
             parameter name to tensor; where both exist, the site's own.
 
         Raises:
-            SiteError: the vector is not applied there.
+            SiteError: the vector is neither applied nor fitted there.
         """
-        if site not in self.sites:
+        if site not in self.sites and site not in self.reads:
             raise SiteError(f"{site}: this vector acts at {', '.join(map(str, self.sites))}")
         found = {}
         for prefix in ("shared/", f"{site}/"):
@@ -410,7 +417,8 @@ class SteeringVector:
             and the activation norm; for edits that add a direction, the strength in both units (the one set, else the
             suggested one, else 1).
         """
-        facts = {name: _json_like(getattr(self, name)) for name in _CODECS if name not in ("sites", "norms", "widths")}
+        apart = ("sites", "norms", "widths", "fitted_at")
+        facts = {name: _json_like(getattr(self, name)) for name in _CODECS if name not in apart}
         return {
             **facts,
             "format": FORMAT,
@@ -418,6 +426,7 @@ class SteeringVector:
             "layer_counting": LAYER_COUNTING,
             "strength": _json_like(self.strength),
             "sites": [self._describe_site(site) for site in self.sites],
+            "fitted_at": [str(site) for site in self.reads],
         }
 
     def _describe_site(self, site: Site) -> dict[str, Any]:
@@ -644,6 +653,7 @@ _CODECS: Mapping[str, _Codec] = MappingProxyType(
         "steerkit_version": _TEXT,
         "recipe": _TEXT,
         "extra": _MAPPING,
+        "fitted_at": _SITES,
     }
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,8 +38,9 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
     """Apply a method's exact weight form inside a `with` block.
 
     Every token is written, so the vector's scope has to be `all` (`vector.at(scope="all")`). Within the block no hook
-    changes anything (one inert hook marks the model), and a bias that the model lacked stands in its `state_dict`;
-    afterwards each weight is bitwise what it was.
+    changes anything (one inert hook marks the model), a bias that the model lacked stands in its `state_dict`, and a
+    weight that another part of the model shares is shared no more: only the part the method names is changed.
+    Afterwards each weight is bitwise what it was.
 
     Args:
         model: the transformers model, its weights in memory and not quantised.
@@ -75,12 +77,13 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
         raise StrengthError(f"edited: got {len(value)} strengths; weights take one finite number")
     updates = method_of(vector).weight_updates(target, vector, value)
     planned = [(*_parameter(target, update.name), update.update) for update in updates]
+    uses = Counter(id(parameter) for _, parameter in target.named_parameters(remove_duplicate=False))
     mark = target.register_forward_pre_hook(_Edited())
     undo: list[Callable[[], None]] = [mark.remove]
     try:
         with torch.no_grad():
             for owner, leaf, update in planned:
-                undo.append(_write(owner, leaf, update))
+                undo.append(_write(owner, leaf, update, uses[id(getattr(owner, leaf))] > 1))
         yield
     finally:
         with torch.no_grad():
@@ -106,13 +109,16 @@ def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return owner, leaf
 
 
-def _write(owner: nn.Module, leaf: str, update: Callable[[Tensor | None], Tensor]) -> Callable[[], None]:
+def _write(owner: nn.Module, leaf: str, update: Callable[[Tensor | None], Tensor], shared: bool) -> Callable[[], None]:
     """Write one new weight and return what takes it back."""
     old: nn.Parameter | None = getattr(owner, leaf)
     if old is None:
         like: Tensor = owner.weight  # type: ignore[assignment]
         setattr(owner, leaf, nn.Parameter(update(None).to(like), requires_grad=False))
         return lambda: setattr(owner, leaf, None)
+    if shared:
+        setattr(owner, leaf, nn.Parameter(update(old.detach().float()).to(old.dtype), requires_grad=old.requires_grad))
+        return lambda: setattr(owner, leaf, old)
     kept = old.detach().clone()
     old.copy_(update(old.detach().float()).to(old.dtype))
 

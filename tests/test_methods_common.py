@@ -95,4 +95,5 @@ def test_no_method_imports_another() -> None:
     for path in folder.glob("[!_]*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("steerkit.methods"):
-                assert node.module == "steerkit.methods._base", f"{path.name} imports {node.module}"
+                shared = str(node.module).startswith("steerkit.methods._")  # what several methods have in common
+                assert shared, f"{path.name} imports {node.module}"

@@ -29,6 +29,7 @@ ORDER = (
     "probe_block",
     "anatomy",
     "sites",
+    "writers",
     "moments",
     "activations",
     "directions",

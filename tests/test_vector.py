@@ -254,6 +254,7 @@ CHANGED: dict[str, Any] = {
     "steerkit_version": "0.1.1",
     "recipe": "format = 1",
     "extra": {"weights": "8" * 64},
+    "fitted_at": (POST,),
 }
 
 

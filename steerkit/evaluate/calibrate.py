@@ -304,19 +304,19 @@ class _Search:
 
     def drop_impossible(self) -> None:
         """Leave out candidates at which the method cannot be fitted; say so before the long part, if it is all."""
-        possible = []
-        problem: SteerError | None = None
-        for layers in self.candidates:
-            try:
-                vector = self.fits.at(layers)
-                random_like(vector, seed=0)
-                possible.append(layers)
-            except (FitError, SiteError) as error:
-                self.skipped[_named(layers)] = str(error)
-                problem = error
-        if problem is not None and not possible:
-            raise problem
-        self.candidates = possible
+        self.candidates = [layers for layers in self.candidates if self.is_possible(layers)]
+        if not self.candidates:
+            reason = "; ".join(f"{layers}: {said}" for layers, said in self.skipped.items())
+            raise FitError(f"calibrate: the method can be fitted at none of the candidates ({reason})")
+
+    def is_possible(self, layers: tuple[int, ...]) -> bool:
+        """Whether there is a vector at these layers, and a random control to hold it against."""
+        try:
+            random_like(self.fits.at(layers), seed=0)
+        except (FitError, SiteError) as error:
+            self.skipped[_named(layers)] = str(error)
+            return False
+        return True
 
     def nothing(self, reason: str) -> Calibration:
         """The result where nothing was found."""
@@ -376,7 +376,9 @@ class _Search:
         ranked = sorted(promised, key=lambda layers: -promised[layers])
         finalists = ranked[: self.search.finalists]
         together = tuple(sorted({layer for layers in [one for one in ranked if len(one) == 1][:3] for layer in layers}))
-        return list(dict.fromkeys([*finalists, together] if len(together) > 1 else finalists))
+        if len(together) > 1 and together not in finalists and self.is_possible(together):
+            finalists.append(together)
+        return finalists
 
     def climb(self, layers: tuple[int, ...]) -> list[Point]:
         """Figures at rising strengths, up to the first that is outside of the budget; those inside."""

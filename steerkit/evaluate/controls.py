@@ -114,7 +114,7 @@ class Refits:
             return {"reason": self.reason}
         method = method_of(self.vector)
         sites: dict[str, dict[str, Any]] = {}
-        for site in self.vector.sites:
+        for site in self.vector.reads:
             own = _direction(method, self.vector, site)
             if own is None:
                 continue
@@ -190,7 +190,7 @@ def refits(
     vector.check(model, tokenizer)
     readout: Any = Readout.parse(vector.readout or method.readout)
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
-    acts = record(model, tokenizer, data, vector.sites, readout=readout, **common)
+    acts = record(model, tokenizer, data, vector.reads, readout=readout, **common)
     subject = Subject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
     return refits_of(acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed)
 
@@ -241,8 +241,13 @@ def refits_of(
             replace(one, held_out={}, extra={**vector.extra, "control": f"shuffled labels, seed {seed}, {number}"})
             for number, one in enumerate(mixed)
         ),
-        split_half={site: _estimate([cosines[site] for cosines in agreed]) for site in reproduced if agreed},
-        bootstrap={site: rows.spread(site, again) for site in reproduced if again},
+        # A method that selects its sites may leave one out of some draws, or of all.
+        split_half={
+            site: _estimate(found)
+            for site in reproduced
+            if (found := [cosines[site] for cosines in agreed if site in cosines])
+        },
+        bootstrap={site: spread for site in reproduced if (spread := rows.spread(site, again)) is not None},
         reproduced=reproduced,
         skipped={"shuffled": unmixed, "split_half": unhalved, "bootstrap": undrawn},
     )
@@ -253,8 +258,8 @@ class _Rows:
 
     def __init__(self, acts: Activations, subject: AnySubject, vector: SteeringVector) -> None:
         self._method, self._vector, self._subject, self._acts = method_of(vector), vector, subject, acts
-        self._pooled = {site: acts[site] for site in vector.sites}
-        self.positives, self.negatives = (len(side[vector.sites[0]]) for side in (acts.positive, acts.negative))
+        self._pooled = {site: acts[site] for site in vector.reads}
+        self.positives, self.negatives = (len(side[vector.reads[0]]) for side in (acts.positive, acts.negative))
 
     def unchanged(self) -> _Arrangement:
         """Every row in its place."""
@@ -298,33 +303,38 @@ class _Rows:
         """
         positive, negative = ({site: rows[chosen] for site, rows in self._pooled.items()} for chosen in arrangement)
         # As `fit` does it: what a method streams, it also gets here.
-        streams = {site: self._method.statistics(site) for site in self._vector.sites}
+        streams = {site: self._method.statistics(site) for site in self._vector.reads}
         kept = {site: stream for site, stream in streams.items() if stream is not None}
         if len(kept) == len(streams):
             for site, stream in kept.items():
                 stream.update(positive[site], negative[site])
                 positive[site], negative[site] = stream.result()
         acts = replace(self._acts, positive=positive, negative=negative)
-        tensors = self._method.fit(acts, self._subject, list(self._vector.sites))
+        tensors = self._method.fit(acts, self._subject, list(self._vector.reads))
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise FitError(f"{self._method.name}: {name} is not finite on rearranged rows")
-        return replace(self._vector, tensors=tensors)
+        if type(self._method).written is Method.written:  # applied where it is fitted
+            return replace(self._vector, tensors=tensors)
+        reads = self._vector.reads
+        written = tuple(self._method.written(list(reads), tensors, self._subject.decoder))
+        return replace(self._vector, tensors=tensors, sites=written, fitted_at=None if written == reads else reads)
 
     def cosines(self, one: SteeringVector, other: SteeringVector) -> dict[Site, float]:
         """Cosine between two vectors' directions at each site that has one."""
         found = {}
-        for site in self._vector.sites:
+        for site in self._vector.reads:
             directions = [_direction(self._method, vector, site) for vector in (one, other)]
             if directions[0] is not None and directions[1] is not None:
                 found[site] = _cosine(directions[0], directions[1])
         return found
 
-    def spread(self, site: Site, again: list[SteeringVector]) -> Spread:
-        """Cosines to the vector and lengths of directions of drawn items."""
+    def spread(self, site: Site, again: list[SteeringVector]) -> Spread | None:
+        """Cosines to the vector and lengths of directions of drawn items; None where no draw has one here."""
         own = _direction(self._method, self._vector, site)
         found = [direction for one in again if (direction := _direction(self._method, one, site)) is not None]
-        assert own is not None
+        if own is None or not found:
+            return None
         cosines = torch.tensor([_cosine(direction, own) for direction in found], dtype=torch.double)
         return Spread(
             cosine=float(cosines.quantile(0.5)),

@@ -95,7 +95,7 @@ def token_projections(
 
 
 def direction_of(vector: SteeringVector, site: Site | str | None = None) -> tuple[Site, Tensor]:
-    """The direction [d] of a vector at one of its sites, or of its first site that has one.
+    """The direction [d] of a vector at one of the sites it was fitted at, or at the first that has one.
 
     Args:
         vector: the vector.
@@ -108,9 +108,9 @@ def direction_of(vector: SteeringVector, site: Site | str | None = None) -> tupl
         DataError: the vector has no single direction.
     """
     method = method_of(vector)
-    found = {own: method.direction(vector.params(own)) for own in vector.sites}
+    found = {own: method.direction(vector.params(own)) for own in vector.reads}
     wanted = Site.parse(site) if isinstance(site, str) else site
-    for own in (wanted, *vector.sites):
+    for own in (wanted, *vector.reads):
         if own in found and (direction := found[own]) is not None:
             return own, direction
     raise DataError(f"{vector.method} has no single direction to project on")

@@ -89,14 +89,15 @@ class Fits:
         return self.kind.from_settings(self.settings or {}) if isinstance(self.method, str) else self.method
 
     def sites(self, layers: Iterable[int]) -> list[Site]:
-        """The sites of some layers, of every kind that is asked for.
+        """The method's own sites at some layers, or those of the kinds asked for.
 
         Args:
             layers: blocks counted from 0.
         """
-        own = [site.kind for site in self.method_object.sites(self.setup.decoder)]
-        kinds = list(dict.fromkeys(self.kinds or own))
-        return [Site(layer, kind) for layer in sorted(set(layers)) for kind in kinds]
+        chosen = sorted(set(layers))
+        if self.kinds is None:
+            return self.method_object.sites_at(self.setup.decoder, chosen)
+        return [Site(layer, kind) for layer in chosen for kind in dict.fromkeys(self.kinds)]
 
     def at(self, layers: Sequence[int]) -> SteeringVector:
         """The vector fitted at some layers.

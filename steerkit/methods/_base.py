@@ -114,6 +114,16 @@ class Method(Configured):
         """
         return [Site(round(0.4 * (decoder.num_layers - 1)), "resid_post")]
 
+    def sites_at(self, decoder: Decoder, layers: Sequence[int]) -> list[Site]:
+        """The method's own kinds of site at chosen layers.
+
+        Args:
+            decoder: the model's decoder.
+            layers: blocks counted from 0.
+        """
+        kinds = dict.fromkeys(site.kind for site in self.sites(decoder))
+        return [Site(layer, kind) for layer in layers for kind in kinds]
+
     def statistics(self, site: Site) -> Accumulator | None:
         """An accumulator that streams what `fit_site` needs; None keeps the samples.
 
@@ -164,6 +174,19 @@ class Method(Configured):
                 raise FitError(f"{self.name} at {site}: {error}") from None
             tensors.update({f"{site}/{name}": value for name, value in params.items()})
         return tensors
+
+    def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
+        """Where the fitted vector is applied; here where it was fitted.
+
+        Args:
+            sites: where it was fitted.
+            tensors: what `fit` gave.
+            decoder: the model's decoder.
+
+        Raises:
+            SiteError: the model has no such places.
+        """
+        return sites
 
     def check(self, site: Site, params: Params) -> None:
         """Refuse tensors that a file may hold but this method cannot apply.

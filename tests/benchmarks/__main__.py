@@ -1,4 +1,4 @@
-"""Timings as ratios inside one run, on the embedded model: `make bench`.
+"""Timings as ratios inside one run, on the embedded model and of the bare operators: `make bench`.
 
 Every ratio is the median over interleaved pairs (A then B, B then A, ...), with its 95 % bootstrap interval.
 """
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import steerkit
+from steerkit import edits
 from steerkit.activations import stream
 from steerkit.data import ContrastSet, Conversation, batches, pad_token_id, render
 from steerkit.moments import Means
@@ -28,8 +29,12 @@ WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs per ratio")
+    parser.add_argument("--operators", action="store_true", help="only the operators, without a model")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.operators:
+        show_operators(options.pairs)
+        return
     if options.peak:
         print(peak_of_extraction(options.peak))
         return
@@ -55,6 +60,50 @@ def main() -> None:
     small, large = (peak_in_a_new_process(count) for count in (128, 1024))
     print(f"{'extraction, peak above the model, 128 prompts':<48}{small:>6.0f} MB")
     print(f"{'extraction, peak above the model, 1024 prompts':<48}{large:>6.0f} MB  {'flat':>22}")
+    show_operators(options.pairs)
+
+
+def show_operators(pairs: int) -> None:
+    """Time of each operator at one site over that of the bare addition, for a decoding step and for a prompt."""
+    print(f"\n{'one site, float32, over the bare addition':<48}{'median':>8}  {'95 % interval':<16}{'per token':>12}")
+    for width in (576, 3584):
+        for tokens in (1, 256):
+            loops = 400 if tokens == 1 else 20
+            works = {name: repeated(work, loops) for name, work in operators(width, tokens).items()}
+            bare = works["add"]
+            each = min(timed(bare) for _ in range(5)) / loops / tokens * 1e6
+            print(f"{f'add, width {width}, {tokens} tokens':<48}{1:>8}  {'':<16}{each:>9.2f} us")
+            for name, work in works.items():
+                if name != "add":
+                    median, low, high = ratio(work, bare, pairs)
+                    where = f"{name}, width {width}, {tokens} tokens"
+                    print(f"{where:<48}{median:>8.2f}  {f'{low:.2f} to {high:.2f}':<16}{each * median:>9.2f} us")
+
+
+def operators(width: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    """What a hook computes in each pass, everything prepared as `Method.prepare` does when attached."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, tokens, width, generator=generator)
+    first, second = torch.randn(2, width, generator=generator)
+    basis = edits.plane(first, second, h.dtype)
+    unit, target = basis[0].clone(), torch.tensor(2.0)
+    share, moved, ray = torch.tensor(1.0), edits.turning(basis, 40.0), edits.heading(40.0, basis)
+    return {
+        "add": lambda: edits.add(h, first),
+        "project_out": lambda: edits.project_out(h, unit, share=share, is_unit=True),
+        "set_projection": lambda: edits.set_projection(h, unit, target, is_unit=True),
+        "rotate_by": lambda: edits.turn(h, basis, *moved),
+        "rotate_to": lambda: edits.aim(h, basis, ray),
+        "rotate_to, adaptive": lambda: edits.aim(h, basis, ray, 0.0),
+    }
+
+
+def repeated(work: Callable[[], Any], loops: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(loops):
+            work()
+
+    return run
 
 
 def texts(count: int, seed: int = 0) -> list[str]:

@@ -1,0 +1,166 @@
+"""What the methods share that rotate activations in one plane: where they act, how the plane is found, its control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from steerkit.activations import Activations
+from steerkit.anatomy import Anatomy
+from steerkit.directions import mean_difference, orthonormalise, steering_plane
+from steerkit.errors import FitError, SiteError, VectorMismatchError
+from steerkit.methods._base import Method, Params, check_direction
+from steerkit.sites import Decoder, Site, anatomies
+from steerkit.vector import SteeringVector
+
+__all__ = ["RotateInPlane"]
+
+
+@dataclass(frozen=True)
+class RotateInPlane(Method):
+    """Base of the methods that rotate in one plane shared by all sites. Strength is an angle in degrees.
+
+    The plane is `shared/direction` (b1) and `shared/second` (b2), float32 and orthonormal; each site that is written
+    has `projections`: where the positive and the negative side lie along b1, on average.
+    """
+
+    readout: ClassVar[str | None] = "last"
+    scope: ClassVar[str] = "all"
+
+    norms: Literal["before", "all"] = "before"
+    """Which norms' outputs are read and written where no site is given: those before attention and MLP, or all of them,
+    also the norms behind them (Gemma-2 has both; the released code takes all). A model that has the latter only gives
+    those."""
+
+    def __post_init__(self) -> None:
+        self._check_choice("norms", self.norms, ("before", "all"))
+
+    def _check_choice(self, name: str, value: str, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise FitError(f"{self.name}: {name} {value!r} is none of {', '.join(allowed)}")
+
+    def sites(self, decoder: Decoder) -> list[Site]:
+        """The outputs of the norms of every block, as in the papers.
+
+        Args:
+            decoder: the model's decoder.
+
+        Raises:
+            SiteError: the model has no such norms.
+        """
+        return self.sites_at(decoder, range(decoder.num_layers))
+
+    def sites_at(self, decoder: Decoder, layers: Sequence[int]) -> list[Site]:
+        """The outputs of the norms of some blocks: attn_in and mlp_in, or block_in where one norm feeds both.
+
+        Args:
+            decoder: the model's decoder.
+            layers: blocks counted from 0.
+
+        Raises:
+            SiteError: the blocks have no such norms.
+        """
+        found = anatomies(decoder, set(layers))
+        chosen = [Site(layer, kind) for layer in layers for kind in _norm_outputs(found[layer], self.norms)]
+        if not chosen:
+            owner = type(decoder.model).__name__
+            raise SiteError(
+                f"{self.name}: the blocks of {owner} have no norms before or behind their parts; give sites"
+            )
+        return chosen
+
+    def check(self, site: Site, params: Params) -> None:
+        """Two axes that span a plane.
+
+        Raises:
+            VectorMismatchError: they do not.
+        """
+        check_direction(f"{site}: {self.name} rotates in a plane of two axes of shape (width,)", params, dims=1)
+        first, second = params["direction"], params.get("second")
+        if second is None or second.shape != first.shape:
+            got = "none" if second is None else f"shape {tuple(second.shape)}"
+            raise VectorMismatchError(
+                f"{site}: {self.name} needs a second axis as wide as the first, the vector has {got}"
+            )
+        cosine = torch.cosine_similarity(first.double(), second.double(), dim=0, eps=1e-300)
+        if not float(first.norm()) * float(second.norm()) > 0 or not abs(float(cosine)) < 0.99:
+            raise VectorMismatchError(
+                f"{site}: {self.name}: the two axes lie on one line, so there is no plane; fit again"
+            )
+
+    def direction(self, params: Params) -> Tensor | None:
+        """b1, at sites that are written and where the positive side lies further along it; elsewhere none."""
+        projections = params.get("projections")
+        if projections is None or not float(projections[0]) > float(projections[1]):
+            return None
+        return params["direction"]
+
+    def control(self, vector: SteeringVector, generator: torch.Generator) -> SteeringVector:
+        """The same sites and angles in a random plane.
+
+        Args:
+            vector: what this method fitted.
+            generator: what draws, on the CPU.
+        """
+        width = vector.tensors["shared/direction"].shape[0]
+        first, second = orthonormalise(torch.randn(2, width, generator=generator))
+        return replace(vector, tensors={**vector.tensors, "shared/direction": first, "shared/second": second})
+
+    def _fit_plane(self, acts: Activations, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """The shared plane, turned so that a positive angle takes the negative side to the positive one.
+
+        Along b2 both sides' means are equal at the site that gives b1, because b1 is their difference. Going
+        counter-clockwise from the negative mean to the positive one takes less than half a turn exactly if they lie
+        below b1's axis; so b2 is flipped where they lie above it.
+        """
+        found = [self._difference(acts.positive[site], acts.negative[site]) for site in sites]
+        known = [site for site, difference in zip(sites, found, strict=True) if bool(difference.any())]
+        if not known:
+            raise FitError(
+                f"{self.name}: at none of {len(sites)} sites do the two sides differ, so there is no direction"
+            )
+        if len(known) == 1:
+            raise FitError(
+                f"{self.name}: only {known[0]} gives a direction, and one direction is no plane; give more layers"
+            )
+        if len({len(difference) for difference in found}) > 1:
+            raise FitError(
+                f"{self.name}: one plane is shared by all sites, but they are not all as wide; give one kind"
+            )
+        candidates = torch.stack(found)
+        try:
+            first, second = steering_plane(candidates)
+        except FitError as error:
+            raise FitError(f"{self.name}: {error}") from None
+        lengths = torch.linalg.vector_norm(candidates, dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        origin = sites[int(((candidates @ first) / lengths).argmax())]
+        height = sum(float(side[origin].float().mean(dim=0) @ second) for side in (acts.positive, acts.negative))
+        return {"shared/direction": first, "shared/second": -second if height > 0 else second}
+
+    def _difference(self, positive: Tensor, negative: Tensor) -> Tensor:
+        try:
+            return mean_difference(positive, negative)
+        except FitError:  # such as the first norm, where every prompt ends in the same token
+            return torch.zeros(positive.shape[-1])
+
+
+def _norm_outputs(anatomy: Anatomy, norms: str) -> list[str]:
+    """The kinds of site of one block that are a norm's output, in the order in which they come."""
+    before: list[str] = [kind for kind in ("attn_in", "mlp_in", "block_in") if _canonical(anatomy, kind) == kind]
+    if norms == "before" and before:
+        return before
+    # A raw output goes by the plain name where no norm comes behind it.
+    behind = [kind for kind in ("attn", "mlp") if _canonical(anatomy, f"{kind}_raw") == f"{kind}_raw"]
+    order = ("block_in", "attn_in", "attn_out", "mlp_in", "mlp_out")
+    return sorted([*before, *(f"{kind}_out" for kind in behind)], key=order.index)
+
+
+def _canonical(anatomy: Anatomy, kind: str) -> str | None:
+    try:
+        return anatomy.find(kind).kind
+    except SiteError:
+        return None

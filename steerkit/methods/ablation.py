@@ -1,0 +1,204 @@
+"""Directional ablation: take the component along one direction out of the residual stream.
+
+    r = mean over positive items of h  -  mean over negative items of h,       u = r / |r|
+    h' = h - strength * (h . u) u
+    weights that write to the stream:   W' = W - u (u^T W),   biases b' = b - (u . b) u
+
+Arditi, Obeso, Syed, Paleka, Panickssery, Gurnee, Nanda (2024), "Refusal in Language Models Is Mediated by a Single
+Direction", arXiv 2406.11717.
+
+Where this file departs. The paper takes one direction, fitted at one site, out of every write to the stream: what each
+block reads, what attention adds, what the MLP adds. That is `writes="every"`. The default takes each fitted site's own
+direction out at that site only, like every other method here; later blocks may then write the direction anew, so it is
+not gone from the model (the scorer `projection` shows how much is left at the last block). The component is computed in
+float32 and nothing is changed in place. Sub-block outputs are written after a post-norm where the family has one,
+because its gain would bring the direction back; the released code writes before it. Biases and every expert belong to
+the weight form, which the released code leaves out. A tied head would be edited with the embeddings, so tied models are
+refused unless `untie` is set, and so are families with post-norms, for which no edit of existing weights is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from steerkit import edits
+from steerkit.activations import Activations
+from steerkit.directions import mean_difference, unit
+from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
+from steerkit.methods._base import Method, Params, Prepared, Subject, WeightUpdate, check_direction
+from steerkit.moments import Means
+from steerkit.sites import Decoder, Site, find_decoder, locate
+from steerkit.tokens import Tokens
+from steerkit.vector import SteeringVector
+from steerkit.writers import every_write, other_uses, writing_matrices
+
+__all__ = ["DirectionalAblation"]
+
+
+@dataclass(frozen=True)
+class DirectionalAblation(Method):
+    """Remove the mean difference of a contrast set from the activations.
+
+    Strength is the share of the component that is taken out: 1 removes it, 0 is the identity, 0.5 halves it. Over 1 the
+    component changes its sign (2 mirrors it), and negative strengths make it larger (-1 doubles it).
+
+    Example:
+        >>> import torch
+        >>> DirectionalAblation().fit_site(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        {'direction': tensor([ 2., -1.])}
+    """
+
+    name: ClassVar[str] = "ablation"
+    title: ClassVar[str] = "Directional ablation"
+    paper: ClassVar[str] = "Arditi et al. 2024, arXiv 2406.11717"
+    readout: ClassVar[str | None] = "last"
+    scope: ClassVar[str] = "all"
+    ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
+
+    writes: str | tuple[str, ...] = "fitted"
+    """Where it is removed: `fitted` (each site its own direction), `every` (one direction from every write to the
+    residual stream) or names of sites (one direction there)."""
+    untie: bool = False
+    """In the weight form, give the embeddings of a tied model weights of their own, so that the head stays as it is."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.writes, str) and self.writes not in ("fitted", "every"):
+            raise FitError(f"ablation: writes {self.writes!r}: give 'fitted', 'every' or a list of sites")
+        if not self.writes:
+            raise FitError("ablation: writes is an empty list; give 'fitted', 'every' or at least one site")
+        if not isinstance(self.writes, str):
+            for site in self.writes:
+                Site.parse(site)
+
+    @property
+    def edit_name(self) -> str:
+        """The operation that vector files of this method name."""
+        return "project_out"
+
+    def statistics(self, site: Site) -> Means:
+        """Two running means; no activation is kept.
+
+        Args:
+            site: where they accumulate.
+        """
+        return Means()
+
+    def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
+        """The mean difference; its length is kept, though only where it points matters here.
+
+        Args:
+            positive: [n, d] float32.
+            negative: [m, d] float32; n and m may differ.
+
+        Returns:
+            ``{"direction": [d]}``
+
+        Raises:
+            FitError: both means are equal.
+        """
+        return {"direction": mean_difference(positive, negative)}
+
+    def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
+        """Fit each site, or the one direction that is removed elsewhere.
+
+        Args:
+            acts: activations of both sides at every site.
+            subject: whose stream is written.
+            sites: where to fit; one, unless `writes` is ``"fitted"``.
+
+        Returns:
+            ``"<site>/direction"`` or ``"shared/direction"`` to [d].
+
+        Raises:
+            FitError: both means are equal; or one direction is wanted and there are several sites, or a site that is
+                not as wide as the stream.
+        """
+        tensors = super().fit(acts, subject, sites)
+        if self.writes == "fitted":
+            return tensors
+        if len(sites) != 1:
+            names = ", ".join(map(str, sites))
+            raise FitError(f"ablation: writes={self.writes!r} removes one direction, got {names}; fit at one of them")
+        (direction,) = tensors.values()
+        if self.writes == "every" and len(direction) != subject.decoder.hidden_size:
+            raise FitError(
+                f"ablation: {sites[0]} has width {len(direction)}, the residual stream {subject.decoder.hidden_size}; "
+                "fit at a site of the stream, such as resid_post"
+            )
+        return {"shared/direction": direction}
+
+    def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
+        """The sites of `writes`.
+
+        Args:
+            sites: where it was fitted.
+            tensors: unused.
+            decoder: the model's decoder.
+
+        Raises:
+            SiteError: the model has no such sites, or writes to its stream where there is none.
+        """
+        if self.writes == "fitted":
+            return sites
+        if self.writes == "every":
+            return every_write(decoder)
+        return list(locate(decoder.model, [Site.parse(site) for site in self.writes]))
+
+    def check(self, site: Site, params: Params) -> None:
+        """One direction [d] per site, not zero.
+
+        Raises:
+            VectorMismatchError: there is none, it has another shape, or no length.
+        """
+        check_direction(f"{site}: ablation removes one direction of shape (width,)", params, dims=1)
+        if not bool(params["direction"].any()):
+            raise VectorMismatchError(f"{site}: the direction has length 0, so there is nothing to remove; fit again")
+
+    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """The direction at length 1, in float32 at least, and the share to be removed."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return {"direction": unit(params["direction"].double()).to(wide).to(device), "share": strength.to(wide)}
+
+    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
+        """`h - strength * (h . u) u`."""
+        return edits.project_out(h, prepared["direction"], share=prepared["share"], is_unit=True)
+
+    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
+        """Take the direction out of every matrix and bias that writes to the stream.
+
+        As exact as the hooks for token ids; `inputs_embeds` do not pass through the embeddings.
+
+        Raises:
+            StrengthError: another strength than 1, which repeated removal at every block would not be.
+            SiteError: the vector is not removed at every write; or a norm follows a matrix, an adapter writes beside
+                it, or the head is tied to the embeddings.
+        """
+        decoder = find_decoder(model)
+        if self.writes != "every" or set(vector.sites) != set(every_write(decoder)):
+            raise SiteError("ablation: only removal at every write has an exact weight form; fit with writes='every'")
+        if strength != 1.0:
+            raise StrengthError(f"ablation: strength {strength:g} has no exact weight form, only 1; steer with hooks")
+        try:
+            matrices = writing_matrices(decoder)
+        except SiteError as error:
+            raise SiteError(f"ablation has no exact weight form here ({error}); steer with hooks instead") from None
+        for name, other in () if self.untie else other_uses(decoder, matrices).items():
+            raise SiteError(
+                f"ablation: {type(decoder.model).__name__} uses `{name}` as `{other}` too (tied weights), which would "
+                "be edited with it; fit with untie=True, or steer with hooks"
+            )
+        direction = vector.tensors["shared/direction"]
+        return [WeightUpdate(matrix.name, _without(direction, matrix.axis)) for matrix in matrices]
+
+
+def _without(direction: Tensor, axis: int) -> Callable[[Tensor | None], Tensor]:
+    def update(old: Tensor | None) -> Tensor:
+        assert old is not None
+        return edits.project_out(old.movedim(axis, -1), direction).movedim(-1, axis)
+
+    return update
