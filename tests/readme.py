@@ -1,4 +1,4 @@
-"""Blocks of README.md that commands print. `python -m tests.readme` puts the table of `make evidence` into it."""
+"""Blocks of README.md: `python -m tests.readme` puts the table of methods and that of `make evidence` there."""
 
 from __future__ import annotations
 
@@ -24,5 +24,17 @@ def put(name: str, content: str) -> None:
     README.write_text(README.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
+def methods() -> str:
+    """The table of methods, as the code states it."""
+    from steerkit import registry
+
+    lines = ["| method | what | paper | fitted on | scope |", "| --- | --- | --- | --- | --- |"]
+    for name in registry.method_names():
+        method = registry.resolve(name)
+        lines.append(f"| `{name}` | {method.title} | {method.paper} | {method.data} | `{method().default_scope}` |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
+    put("methods", methods())
     put("evidence", EVIDENCE.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import steerkit
-from tests.readme import EVIDENCE, block
+from tests.readme import EVIDENCE, block, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "steerkit"
@@ -123,14 +123,7 @@ def test_every_module_exports_what_it_says() -> None:
 
 
 def test_the_readme_s_table_of_methods_is_that_of_the_code() -> None:
-    from steerkit import registry
-
-    lines = ["| method | what | paper | fitted on | scope |", "| --- | --- | --- | --- | --- |"]
-    for name in registry.method_names():
-        method = registry.resolve(name)
-        scope = method().default_scope
-        lines.append(f"| `{name}` | {method.title} | {method.paper} | {method.data} | `{scope}` |")
-    assert block("methods").strip() == "\n".join(lines)
+    assert block("methods") == methods()
 
 
 @pytest.mark.embedded
