@@ -270,15 +270,16 @@ class Recipe:
         kind = resolve(method or self.method.name)
         return replace(self, data=replace(self.data, pair=None)).split()[0] if kind.takes_pair else None
 
-    def candidates(self, num_layers: int) -> list[tuple[int, ...]]:
-        """Sets of layers worth trying: the recipe's own, and single blocks over the middle of the depth.
+    def candidates(self, num_layers: int, method: str | None = None) -> list[tuple[int, ...]]:
+        """Sets of layers worth trying: the recipe's own, and those that the method names.
 
         Args:
             num_layers: of the model.
+            method: another method than the recipe's.
         """
         sites = [Site.parse(site).layer for site in self.method.sites or ()]
         own = tuple(layer for layer in self.method.layers or sites if layer < num_layers)
-        return default_candidates(num_layers, [own] if own else [])
+        return default_candidates(resolve(method or self.method.name), num_layers, [own] if own else [])
 
     def signed(self, vector: SteeringVector, part: MethodPart) -> SteeringVector:
         """A vector fitted on this recipe's data, with where it came from written into it.

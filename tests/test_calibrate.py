@@ -22,6 +22,7 @@ from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured, measure
 from steerkit.evaluate.sweep import Fits, Store, parse_candidates, save_table, sweep
 from steerkit.evaluate.trial import Setup
+from steerkit.registry import resolve
 from steerkit.vector import SteeringVector
 from tests.families import build
 from tests.looping import LOOPS_ABOVE, NEUTRAL, answer, looping_model, swapped, trait_data
@@ -163,9 +164,9 @@ def test_mistakes() -> None:
     with pytest.raises(SiteError, match="outside the model"):
         parse_candidates("3,9", 4)
     assert parse_candidates("0-2,1+3, 2", 4) == [(0,), (1,), (2,), (1, 3)]
-    assert default_candidates(30, [(12, 14)])[0] == (12, 14)
-    assert 5 <= len(default_candidates(30)) <= 8
-    assert default_candidates(2)
+    assert default_candidates(resolve("caa"), 30, [(12, 14)])[0] == (12, 14)
+    assert 5 <= len(default_candidates(resolve("caa"), 30)) <= 8
+    assert default_candidates(resolve("caa"), 2)
 
 
 def points_of(setup: Setup, store: Store | None = None) -> list[Any]:

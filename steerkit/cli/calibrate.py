@@ -111,7 +111,7 @@ def run(
             readout=part.readout,
             budget=budget,
             search=Search(
-                candidates=parse_candidates(layers, depth) if layers else chosen.candidates(depth),
+                candidates=parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name),
                 strengths=ladder,
                 controls=controls,
                 trials=trials,

@@ -180,7 +180,7 @@ def _row(
             method=name,
             settings=dict(part.settings),
             readout=part.readout or (None if kind.readout is None else recipe.method.readout),
-            search=Search(candidates=recipe.candidates(setup.decoder.num_layers), **search),
+            search=Search(candidates=recipe.candidates(setup.decoder.num_layers, name), **search),
             scope=recipe.apply.scope if part == recipe.method else None,
             validation=recipe.validation(name),
             kinds=recipe.kinds(part),

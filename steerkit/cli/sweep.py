@@ -96,7 +96,7 @@ def run(
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts)
     setup = setup.with_neutral(neutral)
     depth = setup.decoder.num_layers
-    listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth)
+    listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     every = sorted({layer for one in listed for layer in one})
     scope = chosen.apply.scope if part == chosen.method else None
     fits = Fits(

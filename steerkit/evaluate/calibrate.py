@@ -167,17 +167,17 @@ class Calibration:
         }
 
 
-def default_candidates(num_layers: int, extra: Sequence[Sequence[int]] = ()) -> list[tuple[int, ...]]:
-    """Single blocks between a quarter and four fifths of the depth, eight at most, and what else is worth trying.
+def default_candidates(
+    method: type[Method], num_layers: int, extra: Sequence[Sequence[int]] = ()
+) -> list[tuple[int, ...]]:
+    """What else is worth trying, and the sets of layers that the method names.
 
     Args:
+        method: the method.
         num_layers: of the model.
         extra: more sets of layers, such as a recipe's own.
     """
-    first, last = round(0.25 * (num_layers - 1)), round(0.8 * (num_layers - 1))
-    step = max(1, math.ceil((last - first + 1) / 8))
-    singles = [(layer,) for layer in range(first, last + 1, step)]
-    return list(dict.fromkeys([*(tuple(sorted(set(layers))) for layers in extra), *singles]))
+    return list(dict.fromkeys([*(tuple(sorted(set(layers))) for layers in extra), *method.candidates(num_layers)]))
 
 
 def calibrate(
@@ -269,7 +269,7 @@ class _Search:
         listed = search.candidates
         if listed is None:
             own = [site.layer for site in fits.method_object.sites(self.setup.decoder)]
-            listed = default_candidates(depth, [own])
+            listed = default_candidates(self.kind, depth, [own])
         self.candidates = [tuple(sorted(set(layers))) for layers in listed]
         self.ladder = sorted(search.strengths or self.kind.ladder, key=self.reach)
         if not self.candidates or not self.ladder:
@@ -467,7 +467,10 @@ class _Search:
         """Fit on all training items at the chosen layers and measure once on the held-out ones."""
         strength = _at(best)
         self.step("fitting on all items")
-        vector = replace(self.final, layers=best.layers).at(best.layers)
+        try:
+            vector = replace(self.final, layers=best.layers).at(best.layers)
+        except FitError as error:  # a method that chooses among its sites may find none on other items
+            return self.nothing(f"layers {_named(best.layers)} were best, but on all items the fit fails: {error}")
         neutral = self.kind.neutral
         if neutral is None:  # no strength leaves the model as it is
             strengths = [strength / 2, strength]

@@ -124,6 +124,19 @@ class Method(Configured):
         kinds = dict.fromkeys(site.kind for site in self.sites(decoder))
         return [Site(layer, kind) for layer in layers for kind in kinds]
 
+    @classmethod
+    def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:
+        """Sets of layers worth trying where nobody says which.
+
+        Here: single blocks between a quarter and four fifths of the depth, eight at most.
+
+        Args:
+            num_layers: of the model.
+        """
+        first, last = round(0.25 * (num_layers - 1)), round(0.8 * (num_layers - 1))
+        step = max(1, -(-(last - first + 1) // 8))
+        return [(layer,) for layer in range(first, last + 1, step)]
+
     def statistics(self, site: Site) -> Accumulator | None:
         """An accumulator that streams what `fit_site` needs; None keeps the samples.
 

@@ -73,6 +73,19 @@ class RotateInPlane(Method):
             )
         return chosen
 
+    @classmethod
+    def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:
+        """All blocks, and bands of a half and a third of them: one block alone hardly spans a plane.
+
+        Args:
+            num_layers: of the model.
+        """
+        bands = [range(num_layers)]
+        for share in (2, 3):
+            width = max(2, num_layers // share)
+            bands += [range(start, start + width) for start in range(width // 2, num_layers - width + 1, width // 2)]
+        return list(dict.fromkeys(tuple(band) for band in bands))
+
     def check(self, site: Site, params: Params) -> None:
         """Two axes that span a plane.
 
