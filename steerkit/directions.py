@@ -184,7 +184,8 @@ def steering_plane(candidates: Tensor) -> tuple[Tensor, Tensor]:
     b1 is the candidate with the largest mean cosine to all of them (the first one of equals). b2 is the first principal
     axis of the unit candidates, centred on their mean, its largest entry made positive, and then made orthogonal to
     b1. As in the released code, but normalised and made orthogonal in float64, by an exact decomposition, and with a
-    guard: an axis along b1 would leave rounding noise for b2, so the next one is taken.
+    guard: an axis along b1 would leave rounding noise for b2, so the next one is taken. Where all candidates lie on one
+    line (as a single one does), b2 is any axis across it, as in the released code, and means nothing.
 
     Args:
         candidates: [k, d] one direction per site, of any lengths. A zero row (a site where the sides do not differ) is
@@ -194,9 +195,13 @@ def steering_plane(candidates: Tensor) -> tuple[Tensor, Tensor]:
         b1 [d] and b2 [d], float32, orthonormal.
 
     Raises:
-        FitError: all candidates lie on one line (as a single one does), so they span no plane.
+        FitError: the candidates have another shape, one is not finite, or all are zero.
     """
-    rows = candidates.double().clone()
+    if candidates.dim() != 2:
+        raise FitError(f"candidates have shape {tuple(candidates.shape)}; give [k, d], one direction per site")
+    if not bool(torch.isfinite(candidates).all()):
+        raise FitError("a candidate direction is not finite, so there is no plane")
+    rows = candidates.detach().double().clone()
     known = torch.linalg.vector_norm(rows, dim=-1) > 0
     if not bool(known.any()):
         raise FitError("all candidate directions are zero, so there is no plane")
@@ -208,12 +213,12 @@ def steering_plane(candidates: Tensor) -> tuple[Tensor, Tensor]:
         axis = axis * axis[axis.abs().argmax()].sign()
         apart = axis - torch.dot(axis, b1) * b1
         if float(size) > 1e-6 and float(apart.norm()) > 1e-3:
-            b1, b2 = orthonormalise(torch.stack([b1, apart]))
-            return b1, b2
-    raise FitError(
-        f"all candidate directions (of {int(known.sum())} sites) lie on one line, so they span no plane; give sites "
-        "whose directions differ, two at the least"
-    )
+            break
+    else:  # all on one line: the coordinate axis that lies farthest from it
+        axis = torch.eye(len(b1), dtype=b1.dtype)[int(b1.abs().argmin())]
+        apart = axis - torch.dot(axis, b1) * b1
+    b1, b2 = orthonormalise(torch.stack([b1, apart]))
+    return b1, b2
 
 
 def side_projections(

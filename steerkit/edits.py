@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steerkit.errors import FitError
+
 __all__ = [
     "add",
     "add_window",
@@ -87,7 +89,7 @@ def project_out(h: Tensor, direction: Tensor, *, share: float | Tensor = 1.0, is
         [..., d] in the dtype of `h`; computed in float32 at least.
     """
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    u = direction.to(wide) if is_unit else _unit(direction.to(wide))
+    u = direction.to(wide) if is_unit else _unit(direction, wide)
     return torch.addcmul(wide, share * _along(wide, u), u, value=-1.0).to(h.dtype)
 
 
@@ -104,7 +106,7 @@ def set_projection(h: Tensor, direction: Tensor, target: float | Tensor, *, is_u
         [..., d] in the dtype of `h`; computed in float32 at least.
     """
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    u = direction.to(wide) if is_unit else _unit(direction.to(wide))
+    u = direction.to(wide) if is_unit else _unit(direction, wide)
     return torch.addcmul(wide, target - _along(wide, u), u).to(h.dtype)
 
 
@@ -113,10 +115,18 @@ def _along(h: Tensor, unit: Tensor) -> Tensor:
     return (h * unit).sum(dim=-1, keepdim=True)
 
 
-def _unit(direction: Tensor) -> Tensor:
+def _unit(direction: Tensor, like: Tensor) -> Tensor:
     """[d] of length 1; one of length 0 stays as it is. No look at the value: that would wait for the device."""
-    length = torch.linalg.vector_norm(direction)
-    return torch.where(length > 0, direction / length.clamp_min(torch.finfo(direction.dtype).tiny), direction)
+    exact = direction.to(
+        like.device, _exact(like)
+    )  # in float32 the square of a very short or long one is 0 or infinite
+    length = torch.linalg.vector_norm(exact)
+    return torch.where(length > 0, exact / length.clamp_min(torch.finfo(exact.dtype).tiny), exact).to(like.dtype)
+
+
+def _exact(like: Tensor) -> torch.dtype:
+    """Double precision wherever there is any."""
+    return like.dtype if like.device.type == "mps" else torch.float64
 
 
 def rotate_by(h: Tensor, b1: Tensor, b2: Tensor, degrees: float | Tensor) -> Tensor:
@@ -136,6 +146,9 @@ def rotate_by(h: Tensor, b1: Tensor, b2: Tensor, degrees: float | Tensor) -> Ten
 
     Returns:
         The shape and dtype of `h`, computed in float32 at least. At whole turns bitwise `h`.
+
+    Raises:
+        FitError: the two axes lie on one line, or one has no length.
     """
     basis = plane(b1, b2, h.dtype)
     return turn(h, basis, *turning(basis, degrees))
@@ -161,6 +174,9 @@ def rotate_to(h: Tensor, b1: Tensor, b2: Tensor, degrees: float | Tensor, thresh
 
     Returns:
         The shape and dtype of `h`, computed in float32 at least; tokens that are not turned are bitwise what they were.
+
+    Raises:
+        FitError: the two axes lie on one line, or one has no length.
     """
     basis = plane(b1, b2, h.dtype)
     return aim(h, basis, heading(degrees, basis), threshold)
@@ -176,43 +192,47 @@ def plane(b1: Tensor, b2: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns:
         [2, d], in float32 or the wider dtype of the activations; the first row along b1.
+
+    Raises:
+        FitError: the two axes lie on one line, or one has no length.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    # The basis decides how well norms stay, and it is only 2 d numbers: double precision wherever there is any.
-    exact = wide if b1.device.type == "mps" else torch.float64
-    first, second = b1.to(exact), b2.to(exact)
+    # The basis decides how well norms stay, and it is only 2 d numbers.
+    first, second = b1.to(_exact(b1)), b2.to(_exact(b1))
     first = first / (first * first).sum().sqrt()
+    second = second / (second * second).sum().sqrt()
+    across = second - (second * first).sum() * first
+    if not torch.compiler.is_compiling() and not float((across * across).sum()) > 1e-12:
+        raise FitError("the two axes of a rotation lie on one line (or one has no length), so they span no plane")
     for _ in range(2):  # what rounding leaves of b1 after the first time goes the second time
         second = second - (second * first).sum() * first
         second = second / (second * second).sum().sqrt()
-    return torch.stack([first, second]).to(wide)
+    return torch.stack([first, second]).to(torch.promote_types(dtype, torch.float32))
 
 
-def turning(basis: Tensor, degrees: float | Tensor) -> tuple[Tensor, Tensor]:
-    """What `turn` adds per unit of each coordinate.
+def turning(basis: Tensor, degrees: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `turn` needs to know of an angle.
 
     Args:
-        basis: [2, d], orthonormal.
-        degrees: the angle; one number, or [b, 1, 1].
+        basis: gives dtype and device.
+        degrees: the angle; one number, or one per row such as [b, 1, 1].
 
     Returns:
-        [2, d] or [b, 2, d], and whether anything is turned at all, [] or [b, 1, 1].
+        Cosine less 1, sine, and whether anything is turned at all, in the shape of the angle.
     """
-    angle = torch.fmod(torch.as_tensor(degrees, dtype=basis.dtype, device=basis.device), 360.0)
+    angle = torch.fmod(torch.as_tensor(degrees, dtype=_exact(basis), device=basis.device), 360.0)
     half, full = torch.deg2rad(angle / 2), torch.deg2rad(angle)
     less = -2 * torch.sin(half) ** 2  # cos - 1, without cancellation at small angles
-    sine = torch.sin(full)
-    across = torch.stack([basis[1], -basis[0]])
-    return less * basis + sine * across, angle != 0
+    return less.to(basis.dtype), torch.sin(full).to(basis.dtype), angle != 0
 
 
-def turn(h: Tensor, basis: Tensor, change: Tensor, moves: Tensor) -> Tensor:
-    """Add to every token its coordinates times what they stand for.
+def turn(h: Tensor, basis: Tensor, less: Tensor, sine: Tensor, moves: Tensor) -> Tensor:
+    """Turn every token's part in the plane by an angle.
 
     Args:
         h: [b, t, d] activations.
         basis: [2, d], in float32 at least.
-        change: [2, d] or [b, 2, d].
+        less: cosine less 1, [] or [b, 1, 1].
+        sine: [] or [b, 1, 1].
         moves: [] or [b, 1, 1]; rows where it is false are bitwise what they were.
 
     Returns:
@@ -220,7 +240,7 @@ def turn(h: Tensor, basis: Tensor, change: Tensor, moves: Tensor) -> Tensor:
     """
     wide = h.to(basis.dtype)
     first, second = _coordinates(wide, basis)
-    turned = wide + first * change[..., 0:1, :] + second * change[..., 1:2, :]
+    turned = wide + (less * first - sine * second) * basis[0] + (sine * first + less * second) * basis[1]
     return torch.where(moves, turned.to(h.dtype), h)
 
 
@@ -234,8 +254,8 @@ def heading(degrees: float | Tensor, basis: Tensor) -> Tensor:
     Returns:
         Cosine and sine, [2] or [2, b, 1, 1].
     """
-    angle = torch.deg2rad(torch.fmod(torch.as_tensor(degrees, dtype=basis.dtype, device=basis.device), 360.0))
-    return torch.stack([torch.cos(angle), torch.sin(angle)])
+    angle = torch.deg2rad(torch.fmod(torch.as_tensor(degrees, dtype=_exact(basis), device=basis.device), 360.0))
+    return torch.stack([torch.cos(angle), torch.sin(angle)]).to(basis.dtype)
 
 
 def aim(h: Tensor, basis: Tensor, ray: Tensor, threshold: float | None = None) -> Tensor:

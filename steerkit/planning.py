@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from steerkit.errors import DataError, SteerError
-from steerkit.registry import method_of
+from steerkit.registry import default_strength, method_of
 from steerkit.sites import Decoder, Site, Tap, execution_device, find_decoder, inner_model, locate
 from steerkit.steering import Strength, steer, strength_value, vectors_of
 from steerkit.vector import SteeringVector
@@ -286,7 +286,7 @@ def _described(
     scope, unit = options["scope"], options["unit"]
     given = vector.strength if vector.strength is not None else options["strength"]
     if given is None:
-        given = 1.0 if vector.suggested_strength is None else vector.suggested_strength
+        given = default_strength(vector)
     value = strength_value(given)
     counted = vector.unit if vector.own_unit or unit is None else unit
     length, norm = method_of(vector).length(vector.params(site)), vector.norms.get(site)

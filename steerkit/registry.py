@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from steerkit.errors import VectorFileError
+from steerkit.errors import StrengthError, VectorFileError
 from steerkit.methods._base import Method
 from steerkit.plugins import Plugins
 
 if TYPE_CHECKING:
     from steerkit.vector import SteeringVector
 
-__all__ = ["method_names", "method_of", "resolve"]
+__all__ = ["default_strength", "method_names", "method_of", "resolve"]
 
 _METHODS: Plugins[Method] = Plugins("steerkit.methods", "method", Method)
 
@@ -49,3 +49,24 @@ def method_of(vector: SteeringVector) -> Method:
             f"the vector wants edit {vector.edit!r}, but method {vector.method!r} as set does {method.edit_name!r}"
         )
     return method
+
+
+def default_strength(vector: SteeringVector) -> float:
+    """The strength where nobody gives one: what the file suggests, else the method's default.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        StrengthError: neither names one.
+        UnknownNameError: the method is not installed.
+    """
+    if vector.suggested_strength is not None:
+        return vector.suggested_strength
+    kind = resolve(vector.method)
+    if kind.default_strength is None:
+        raise StrengthError(
+            f"{kind.name}: the file suggests no strength and there is none by default; give one in "
+            f"{kind.strength_unit}, such as {kind.ladder[len(kind.ladder) // 3]:g}"
+        )
+    return kind.default_strength

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, near_miss
 from steerkit.methods._base import Method, Params
-from steerkit.registry import method_of
+from steerkit.registry import default_strength, method_of
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
 from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, Tokens, inert, inert_hook
 from steerkit.vector import UNITS, SteeringVector
@@ -49,8 +49,8 @@ def steer(
         model: any decoder-only transformers model, wrapped by PEFT or not. Its class, attributes and weights stay.
         vectors: one vector or several; at one site they are applied in this order.
         strength: one number, or one per row of the batch (each repeated where `generate` expands its row into beams or
-            returned sequences). None takes each file's suggested strength, else 1. A vector's own (`vector.at(...)`)
-            comes first.
+            returned sequences). None takes each file's suggested strength, else the method's default. A vector's own
+            (`vector.at(...)`) comes first.
         scope: which tokens are written; None takes each vector's own.
         unit: `paper` (1 is the method's own coefficient 1) or `norm` (1 is as long as a typical activation at the
             site); None takes each vector's own.
@@ -174,7 +174,7 @@ class _Dose:
                     f"unit '{unit}': the suggested strength {vector.suggested_strength:g} counts in unit "
                     f"'{vector.unit}'; give a strength too"
                 )
-            given = 1.0 if vector.suggested_strength is None else vector.suggested_strength
+            given = default_strength(vector)
         self.value = strength_value(given)
 
 

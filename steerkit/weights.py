@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, StrengthError
-from steerkit.registry import method_of
+from steerkit.registry import default_strength, method_of
 from steerkit.sites import inner_model
 from steerkit.steering import strength_value, vectors_of
 from steerkit.tokens import inert, inert_hook
@@ -45,7 +45,8 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
     Args:
         model: the transformers model, its weights in memory and not quantised.
         vector: the vector.
-        strength: one number in the vector's paper unit; None takes the file's suggested strength, else 1.
+        strength: one number in the vector's paper unit; None takes the file's suggested strength, else the
+            method's default.
 
     Yields:
         Nothing.
@@ -71,8 +72,7 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
             f"edited: weights count in unit 'paper', the vector in '{vector.unit}'; use vector.at(unit='paper')"
         )
     given = vector.strength if vector.strength is not None else strength
-    given = vector.suggested_strength if given is None else given
-    value = strength_value(1.0 if given is None else given)
+    value = strength_value(default_strength(vector) if given is None else given)
     if isinstance(value, tuple):
         raise StrengthError(f"edited: got {len(value)} strengths; weights take one finite number")
     updates = method_of(vector).weight_updates(target, vector, value)
@@ -109,6 +109,11 @@ def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return owner, leaf
 
 
+def _wide(old: Tensor) -> Tensor:
+    """A copy in float32 at least, in which the update is computed."""
+    return old.detach().to(torch.promote_types(old.dtype, torch.float32), copy=True)
+
+
 def _write(owner: nn.Module, leaf: str, update: Callable[[Tensor | None], Tensor], shared: bool) -> Callable[[], None]:
     """Write one new weight and return what takes it back."""
     old: nn.Parameter | None = getattr(owner, leaf)
@@ -117,10 +122,10 @@ def _write(owner: nn.Module, leaf: str, update: Callable[[Tensor | None], Tensor
         setattr(owner, leaf, nn.Parameter(update(None).to(like), requires_grad=False))
         return lambda: setattr(owner, leaf, None)
     if shared:
-        setattr(owner, leaf, nn.Parameter(update(old.detach().float()).to(old.dtype), requires_grad=old.requires_grad))
+        setattr(owner, leaf, nn.Parameter(update(_wide(old)).to(old.dtype), requires_grad=old.requires_grad))
         return lambda: setattr(owner, leaf, old)
     kept = old.detach().clone()
-    old.copy_(update(old.detach().float()).to(old.dtype))
+    old.copy_(update(_wide(old)).to(old.dtype))
 
     def restore() -> None:
         old.copy_(kept)

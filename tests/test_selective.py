@@ -26,6 +26,7 @@ from steerkit.evaluate.calibrate import Budget, Search, calibrate
 from steerkit.evaluate.controls import refits_of
 from steerkit.evaluate.sweep import Fits
 from steerkit.evaluate.trial import Setup
+from steerkit.methods.angular import AngularSteering
 from steerkit.methods.selective import SelectiveSteering
 from steerkit.sites import Site, find_decoder
 from steerkit.vector import SteeringVector
@@ -131,11 +132,51 @@ def test_two_candidates_span_the_reference_s_plane() -> None:
 
 
 @pytest.mark.parametrize("case", ["collinear_pm", "identical", "single_candidate"])
-def test_candidates_on_one_line_are_refused(case: str) -> None:
+def test_candidates_on_one_line_give_an_axis_across_it_and_the_method_refuses_them(case: str) -> None:
     """Departs from the reference, which returns a b2 of normalised rounding noise (collinear: |b2| 0.93, b1.b2 -0.78,
-    norms off by 13 %) or an arbitrary axis, and says nothing. There is no next component to take on a line."""
-    with pytest.raises(FitError, match="one line"):
-        steering_plane(arrays()[f"edge.{case}.candidates"])
+    norms off by 13 %) or an arbitrary axis, and says nothing."""
+    candidates = arrays()[f"edge.{case}.candidates"]
+    b1, b2 = steering_plane(candidates)
+    torch.testing.assert_close(b1, unit(candidates[0].double()).float(), rtol=0, atol=1e-6)
+    assert abs(float(b2.norm()) - 1) < 1e-6
+    assert abs(float(b1 @ b2)) < 1e-6
+    if len(candidates) > 1:
+        zero = torch.zeros(1, candidates.shape[1])
+        sites = [Site(layer, "attn_in") for layer in range(len(candidates))]
+        acts = Activations(
+            {site: row[None].float() for site, row in zip(sites, candidates, strict=True)},
+            dict.fromkeys(sites, zero),
+        )
+        with pytest.raises(FitError, match="one line"):
+            SelectiveSteering().fit(acts, NOBODY, sites)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "match"),
+    [
+        (torch.full((3, 4), math.nan), "not finite"),
+        (torch.eye(3) * torch.tensor([1.0, math.inf, 1.0]), "not finite"),
+        (torch.ones(4), r"\[k, d\]"),
+        (torch.zeros(3, 4), "zero"),
+    ],
+    ids=["nan", "infinite", "one row", "zero"],
+)
+def test_candidates_that_are_none_are_refused(candidates: torch.Tensor, match: str) -> None:
+    with pytest.raises(FitError, match=match):
+        steering_plane(candidates)
+
+
+@pytest.mark.parametrize("case", ["zero", "same", "parallel"])
+def test_axes_on_one_line_are_refused(case: str) -> None:
+    b1 = draw(8)
+    b2 = {"zero": torch.zeros(8), "same": b1, "parallel": -2 * b1}[case]
+    for rotation in (edits.rotate_by, edits.rotate_to):
+        for axes in ((b1, b2), (b2, b1)):
+            if case != "zero" or not bool(axes[1].any()):
+                with pytest.raises(FitError, match="span no plane"):
+                    rotation(draw(2, 8), *axes, 30.0)
+        with pytest.raises(FitError, match="span no plane"):
+            rotation(draw(2, 8), torch.zeros(8), b1, 30.0)
 
 
 def test_an_axis_along_b1_gives_way_to_the_next_one() -> None:
@@ -165,8 +206,9 @@ def test_a_zero_candidate_is_a_point_of_the_principal_axis_but_never_b1() -> Non
     assert float((b2 - steering_plane(rows)[1]).abs().max()) > 1e-3
     assert not bool((arrays()["tiny.pos"][0].mean(dim=0) - arrays()["tiny.neg"][0].mean(dim=0)).any())
     assert float(arrays()["edge.zero_direction.b1"].norm()) == 0
-    with pytest.raises(FitError, match="one line"):  # what is left of that case is one direction, three times
-        steering_plane(arrays()["edge.zero_direction.candidates"])
+    b1, b2 = steering_plane(arrays()["edge.zero_direction.candidates"])  # what is left is one direction, three times
+    assert abs(float(b1.norm()) - 1) < 1e-6
+    assert abs(float(b2.norm()) - 1) < 1e-6
     for nothing in (torch.zeros(3, 8), torch.zeros(0, 8)):
         with pytest.raises(FitError, match="zero"):
             steering_plane(nothing)
@@ -283,6 +325,12 @@ def test_rotation_in_its_slow_form(degrees: float) -> None:
     torch.testing.assert_close(edits.rotate_by(h, b1, b2, degrees), expected, rtol=0, atol=1e-6)
     rows = torch.tensor([degrees, 10.0])[:, None, None]
     both = edits.rotate_by(h, b1, b2, rows)
+    alone = edits.rotate_by(h[0, 0], b1, b2, degrees)
+    torch.testing.assert_close(alone, expected[0, 0], rtol=0, atol=1e-6)
+    flat = edits.rotate_by(h[:, 0], b1, b2, rows[:, :, 0])
+    torch.testing.assert_close(flat, both[:, 0], rtol=0, atol=1e-6)
+    many = edits.rotate_by(h, b1, b2, degrees + 360.0 * 100_000)
+    torch.testing.assert_close(many, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(both[0], expected[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(both[1], dense_rotation(h, b1.double(), b2.double(), 10.0)[1], rtol=0, atol=1e-6)
     assert (edits.rotate_by(h, b1, b2, degrees) - h).abs().max() > 1e-6 * abs(degrees)
@@ -358,32 +406,34 @@ def test_what_the_method_selects(group: str, key: str) -> None:
     assert float((aligned - arrays()[f"{prefix}.b2"]).abs().max()) < TOLERANCE["axes"]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_positive_angle_takes_the_negative_side_to_the_positive_one(seed: int) -> None:
+@pytest.mark.parametrize("method", [SelectiveSteering(), AngularSteering()], ids=lambda method: method.name)
+@pytest.mark.parametrize("group", ["cal", "tiny"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_positive_angle_takes_the_negative_side_towards_the_positive_one(group: str, seed: int, method: Any) -> None:
     """Departs from the reference, where b2's sign is the decomposition's: angles of two fits cannot be compared there.
 
-    The same activations in turned coordinates, where the largest entry of the axis has one sign or the other; and the
-    turn from the negative mean to the positive one, in the plane, at the site that gives b1."""
-    found = sides("cal")
-    turned_axes = torch.linalg.qr(draw(48, 48, seed=seed))[0]
+    The same activations in turned coordinates, where the largest entry of the axis has one sign or the other. In the
+    golden model the site that gives b1 is not among those written, and lies the other way round."""
+    found = sides(group)
+    width = next(iter(found.positive.values())).shape[1]
+    turned_axes = torch.linalg.qr(draw(width, width, seed=seed))[0]
     found = replace(
         found,
         positive={site: rows @ turned_axes for site, rows in found.positive.items()},
         negative={site: rows @ turned_axes for site, rows in found.negative.items()},
     )
-    tensors, written = fitted(SelectiveSteering(), found)
-    assert written == sites_of(facts()["selected"]["cal.f32"]["selected"])
+    tensors, written = fitted(method, found)
     b1, b2 = tensors["shared/direction"], tensors["shared/second"]
-    origin = site_of(facts()["selected"]["cal.f32"]["best_layer"])
-    polar = []
-    for rows in (found.negative[origin], found.positive[origin]):
-        mean = rows.mean(dim=0)
-        polar.append(math.degrees(math.atan2(float(mean @ b2), float(mean @ b1))))
-    turn = (polar[1] - polar[0]) % 360
-    assert 0 < turn < 180
-    mean = found.negative[origin].mean(dim=0)
-    turned = edits.rotate_by(mean[None], b1, b2, turn)[0]
-    assert math.isclose(math.degrees(math.atan2(float(turned @ b2), float(turned @ b1))), polar[1], abs_tol=1e-3)
+
+    def apart(degrees: float) -> float:
+        total = 0.0
+        for site in written:
+            plus, minus = (side[site].double().mean(dim=0) for side in (found.positive, found.negative))
+            turned = edits.rotate_by(minus, b1, b2, degrees)
+            total += float((turned - plus).square().sum() / (plus.norm() * minus.norm()))
+        return total
+
+    assert apart(1.0) < apart(0.0) < apart(-1.0)
 
 
 def test_logits_and_tokens_of_the_golden_model() -> None:

@@ -77,12 +77,12 @@ def run(
     from steerkit.data import Conversation
     from steerkit.errors import DataError
     from steerkit.evaluate.trial import Setup
+    from steerkit.registry import default_strength
     from steerkit.shipped import vector_path
     from steerkit.vector import SteeringVector
 
     loaded_vector = SteeringVector.load(vector_path(vector, model))
-    suggested = loaded_vector.suggested_strength
-    doses = numbers(strength, "--strength") or [1.0 if suggested is None else suggested]
+    doses = numbers(strength, "--strength") or [default_strength(loaded_vector)]
     way: dict[str, Any] = {"scope": scope, "unit": None if unit is None else unit.value}
     check_way(loaded_vector, **way, has_strength=bool(strength))
     scorers = scorers_of(scorer, markers, behaviour, judge)

@@ -68,12 +68,12 @@ def run(
 
 def _gguf(vector: SteeringVector, target: Path, strength: float | None) -> _Written:
     from steerkit.export.gguf import control_vector, write_control_vector
+    from steerkit.registry import default_strength
 
     directions = control_vector(vector, strength=strength)
     write_control_vector(vector, target, strength=strength)
-    given = strength if strength is not None else vector.suggested_strength
     facts = {
-        "strength": 1.0 if given is None else given,
+        "strength": default_strength(vector) if strength is None else strength,
         "unit": vector.unit,
         "model_type": vector.model_type,
         "layers": list(directions),

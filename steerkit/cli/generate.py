@@ -99,8 +99,9 @@ def _load(name: str, model: str) -> SteeringVector:
 
 def _strength(vector: SteeringVector) -> Any:
     """The strength `steer` takes where nobody says more than the vector does."""
-    given = vector.suggested_strength if vector.strength is None else vector.strength
-    return 1.0 if given is None else given
+    from steerkit.registry import default_strength
+
+    return default_strength(vector) if vector.strength is None else vector.strength
 
 
 def _rows(

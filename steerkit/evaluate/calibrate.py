@@ -190,6 +190,7 @@ def calibrate(
     budget: Budget | None = None,
     search: Search | None = None,
     effect: str | Scorer = "preference_margin",
+    beside: Sequence[str | Scorer] = (),
     store: Store | None = None,
     scope: str | None = None,
     validation: ContrastSet | None = None,
@@ -207,6 +208,8 @@ def calibrate(
         budget: what steering may cost.
         search: where and how to look.
         effect: the scorer whose first column shows the effect; more is better, unless the column says otherwise.
+        beside: scorers that choose nothing, such as markers of a refusal: shown for the strengths whose texts are read,
+            and for the one that is found.
         store: figures already there are not measured again.
         scope: which tokens are written; None takes the method's own.
         validation: items to choose on; None takes a part of the training items.
@@ -224,7 +227,7 @@ def calibrate(
     read = readout or fits.kind.readout
     if not fits.kind.takes_pair:
         warn_of_confounds(setup.tokenizer, train, readout=read, chat_template_kwargs=setup.chat_template_kwargs)
-    return _Search(fits, validation, budget or Budget(), search or Search(), effect, store, step).run()
+    return _Search(fits, validation, budget or Budget(), search or Search(), effect, beside, store, step).run()
 
 
 class _Search:
@@ -237,6 +240,7 @@ class _Search:
         budget: Budget,
         search: Search,
         effect: str | Scorer,
+        beside: Sequence[str | Scorer],
         store: Store | None,
         step: Callable[[str], None],
     ) -> None:
@@ -246,6 +250,7 @@ class _Search:
         self.effect = next(iter(self.scorer.columns))
         divergence = scorer_of("divergence")
         self.scorers = list({scorer.name: scorer for scorer in (self.scorer, divergence)}.values())
+        self.of_texts = [scorer_of(one) for one in ("repetition", *beside)]
         self.final, self.held_out, self.kind = fits, fits.setup, fits.kind
         rest = fits.train
         if validation is None and fits.kind.takes_pair:
@@ -284,6 +289,11 @@ class _Search:
         self.points: list[Point] = []
         self.skipped: dict[str, str] = {}
         self.identity = digest_of(setup_identity(self.setup))
+
+    @property
+    def is_ladder(self) -> bool:
+        """Whether strengths lead away from one that changes nothing, so that one can be weaker than another."""
+        return self.kind.neutral is not None
 
     def reach(self, strength: float) -> float:
         """How strong a strength is: its distance from the neutral one."""
@@ -381,13 +391,17 @@ class _Search:
         return finalists
 
     def climb(self, layers: tuple[int, ...]) -> list[Point]:
-        """Figures at rising strengths, up to the first that is outside of the budget; those inside."""
+        """Figures at rising strengths, up to the first that is outside of the budget; those inside.
+
+        Without a neutral strength none is weaker than another, and all are tried.
+        """
         inside = []
         for strength in self.ladder:
             point = self.tried(layers, strength)
-            if point is None:
+            if point is not None:
+                inside.append(point)
+            elif self.is_ladder:
                 break
-            inside.append(point)
         return inside
 
     def tried(self, layers: tuple[int, ...], strength: float) -> Point | None:
@@ -429,30 +443,31 @@ class _Search:
         return [
             point
             for point in inside
-            if not any(layers == point.layers and self.reach(one) < self.reach(_at(point)) for layers, one in broken)
+            if not self.is_ladder
+            or not any(layers == point.layers and self.reach(one) < self.reach(_at(point)) for layers, one in broken)
         ]
 
     def without_loops(self, inside: Sequence[Point]) -> Point | None:
         """The most effective point whose texts, and those of all weaker strengths, repeat no more than allowed."""
-        looping: dict[tuple[int, ...], float] = {}  # the weakest strength known to loop, by its reach
-        fine: dict[tuple[int, ...], float] = {}
-        loops = [scorer_of("repetition")]
+        looping: dict[Any, float] = {}  # the weakest strength known to loop, by its reach
+        fine: dict[Any, float] = {}
         for point in sorted(inside, key=lambda point: -self.gain(point).mean):
             reach = self.reach(_at(point))
-            if not self.gain(point).low > 0 or reach >= looping.get(point.layers, math.inf):
+            ladder = (point.layers, None if self.is_ladder else _at(point))
+            if not self.gain(point).low > 0 or reach >= looping.get(ladder, math.inf):
                 continue
             below = {_at(other) for other in inside if other.layers == point.layers and self.reach(_at(other)) <= reach}
-            for lower in sorted(below, key=self.reach):
-                if self.reach(lower) <= fine.get(point.layers, -math.inf):
+            for lower in sorted(below, key=self.reach) if self.is_ladder else [_at(point)]:
+                if self.reach(lower) <= fine.get(ladder, -math.inf):
                     continue
                 self.step(f"texts at layer {_named(point.layers)}, strength {lower:g}")
-                scores = self.measure(self.setup, point.layers, lower, loops)
+                scores = self.measure(self.setup, point.layers, lower, self.of_texts)
                 if scores is not None:
                     self._remember(point.layers, lower, scores)
                 if scores is None or self.budget.breaks(scores):
-                    looping[point.layers] = self.reach(lower)
+                    looping[ladder] = self.reach(lower)
                     break
-                fine[point.layers] = self.reach(lower)
+                fine[ladder] = self.reach(lower)
             else:
                 return next(one for one in self.points if one.layers == point.layers and one.strength == point.strength)
         return None
@@ -490,7 +505,7 @@ class _Search:
         )
         self.step("costs on other texts")
         trial = self.confirming.trial(vector, strength)
-        costs = measure(trial, ["divergence", "repetition"], seed=self.search.seed)
+        costs = measure(trial, ["divergence", *self.of_texts], seed=self.search.seed)
         confirmed = {**curve.points[curve.strengths.index(strength)], **costs}
         refitted = self.refitted(vector)
         shuffled = self.shuffled(refitted, strength)

@@ -31,7 +31,7 @@ from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.scoring import scorer_of
 from steerkit.evaluate.trial import Setup
-from steerkit.registry import method_of
+from steerkit.registry import default_strength, method_of
 from steerkit.sites import Site
 from steerkit.vector import SteeringVector
 
@@ -319,12 +319,11 @@ def _strength(name: str, vector: SteeringVector) -> float:
     """What `steer` would take for this vector.
 
     Raises:
-        StrengthError: one strength per row, which a set of items has no use for.
+        StrengthError: one strength per row, which a set of items has no use for; or there is none.
     """
     if isinstance(vector.strength, tuple):
         raise StrengthError(f"{name}: got {len(vector.strength)} strengths, one per row; give one")
-    given = vector.suggested_strength if vector.strength is None else vector.strength
-    return 1.0 if given is None else given
+    return default_strength(vector) if vector.strength is None else vector.strength
 
 
 def _effects(

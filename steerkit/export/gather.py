@@ -23,7 +23,7 @@ from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.trial import Setup
 from steerkit.export.evidence import Evidence, Heat, Plan, Projections, Separation, Texts
 from steerkit.fitting import apart, fit, read
-from steerkit.registry import method_of
+from steerkit.registry import default_strength, method_of
 from steerkit.sites import Site, find_decoder, locate
 from steerkit.vector import SteeringVector, model_facts
 
@@ -95,7 +95,7 @@ class _Gathering:
         ).with_neutral(plan.neutral)
         self.neutral = self.method.neutral
         self.centre = 0.0 if self.neutral is None else self.neutral
-        self.strength = 1.0 if vector.suggested_strength is None else float(vector.suggested_strength)
+        self.strength = default_strength(vector)
         self.missing: dict[str, str] = {}
 
     def run(self, name: str, command: str) -> Evidence:

@@ -35,7 +35,7 @@ class WeightUpdate(NamedTuple):
 
     Attributes:
         name: the parameter's name in the transformers model; it may be a bias that is absent so far.
-        update: from the old weight in float32 (None where the bias is absent) to the new one.
+        update: from the old weight in float32 at least (None where the bias is absent) to the new one.
     """
 
     name: str
@@ -78,6 +78,8 @@ class Method(Configured):
         scope, scopes: default tokens written, and all that are allowed.
         neutral: the strength at which it is the exact identity; None where no strength is.
         data: what it is fitted on, for the table of methods.
+        default_strength: where neither the user nor the file names one; None where one has to be named.
+        strength_unit: what strengths count, in a word or two, for tables.
         ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
         takes_pair: it is fitted on one pair of prompts; held-out items only measure it.
     """
@@ -89,6 +91,8 @@ class Method(Configured):
     scope: ClassVar[str] = "all"
     scopes: ClassVar[tuple[str, ...]] = ("all", "prompt", "response", "generated", "first")
     neutral: ClassVar[float | None] = 0.0
+    default_strength: ClassVar[float | None] = 1.0
+    strength_unit: ClassVar[str] = "times the paper's"
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
     takes_pair: ClassVar[bool] = False
 

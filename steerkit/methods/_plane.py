@@ -30,6 +30,8 @@ class RotateInPlane(Method):
 
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
+    default_strength: ClassVar[float | None] = None  # 1 would be one degree
+    strength_unit: ClassVar[str] = "degrees"
 
     norms: Literal["before", "all"] = "before"
     """Which norms' outputs are read and written where no site is given: those before attention and MLP, or all of them,
@@ -124,12 +126,7 @@ class RotateInPlane(Method):
         return replace(vector, tensors={**vector.tensors, "shared/direction": first, "shared/second": second})
 
     def _fit_plane(self, acts: Activations, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """The shared plane, turned so that a positive angle takes the negative side to the positive one.
-
-        Along b2 both sides' means are equal at the site that gives b1, because b1 is their difference. Going
-        counter-clockwise from the negative mean to the positive one takes less than half a turn exactly if they lie
-        below b1's axis; so b2 is flipped where they lie above it.
-        """
+        """The shared plane, b2 with the sign that `steering_plane` gives it."""
         found = [self._difference(acts.positive[site], acts.negative[site]) for site in sites]
         known = [site for site, difference in zip(sites, found, strict=True) if bool(difference.any())]
         if not known:
@@ -149,10 +146,27 @@ class RotateInPlane(Method):
             first, second = steering_plane(candidates)
         except FitError as error:
             raise FitError(f"{self.name}: {error}") from None
-        lengths = torch.linalg.vector_norm(candidates, dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        origin = sites[int(((candidates @ first) / lengths).argmax())]
-        height = sum(float(side[origin].float().mean(dim=0) @ second) for side in (acts.positive, acts.negative))
-        return {"shared/direction": first, "shared/second": -second if height > 0 else second}
+        across = candidates - (candidates @ first)[:, None] * first
+        if not bool((across.norm(dim=-1) > 1e-6 * candidates.norm(dim=-1)).any()):
+            raise FitError(
+                f"{self.name}: the directions of all {len(known)} sites lie on one line, so they span no plane; give "
+                "other layers"
+            )
+        return {"shared/direction": first, "shared/second": second}
+
+    def _oriented(self, plane: dict[str, Tensor], acts: Activations, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """The same plane, b2 turned so that a positive angle takes the negative side towards the positive one.
+
+        In the plane, the sine of the angle from a site's negative mean to its positive one has the sign of their cross
+        product. Summed over the sites that are written, each weighted by how far its means lie in the plane.
+        """
+        first, second = plane["shared/direction"].double(), plane["shared/second"].double()
+        turn = 0.0
+        for site in sites:
+            plus, minus = (side[site].double().mean(dim=0) for side in (acts.positive, acts.negative))
+            cross = float((minus @ first) * (plus @ second) - (minus @ second) * (plus @ first))
+            turn += cross / max(float(plus.norm() * minus.norm()), 1e-300)
+        return {**plane, "shared/second": -plane["shared/second"] if turn < 0 else plane["shared/second"]}
 
     def _difference(self, positive: Tensor, negative: Tensor) -> Tensor:
         try:

@@ -15,8 +15,9 @@ not the identity). The real difference to Selective Steering is that the angle i
 polar angle alone become one, differences between tokens are lost, the edit is not linear and cannot be undone, and no
 angle leaves the model as it is. Hence there is no neutral strength, and no weight form.
 
-Where this file departs. The released code takes the sign of b2 as the decomposition gives it; here b2 points away from
-where both sides' means lie at the site that gives b1 (as in `selective`), so that an angle means the same in every fit.
+Where this file departs. The released code takes the sign of b2 as the decomposition gives it; here b2 points to where
+turning the negative side by a positive angle brings it towards the positive one, at all sites together (as in
+`selective`), so that an angle means the same in every fit.
 Its adaptive form multiplies by a mask, which lets values that are not finite leak into the tokens it spares; here they
 are selected. It also acts at the norms behind attention and MLP, where a model has such (`norms="all"`).
 """
@@ -90,6 +91,7 @@ class AngularSteering(RotateInPlane):
         assert acts is not None
         plane = self._fit_plane(acts, sites)
         found = side_projections(acts.positive, acts.negative, plane["shared/direction"], rule="class_means")
+        plane = self._oriented(plane, acts, sites)
         return {**plane, **{f"{site}/projections": torch.tensor(found[site]) for site in sites}}
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -16,13 +16,14 @@ isometry: angle 0 is the identity, every edit can be undone, distances between t
 the weights that read the norm. Angular Steering sends all tokens to one ray, which is neither linear nor invertible.
 
 Where this file departs. The sign of b2 is arbitrary in the released code, so that angles of two fits cannot be
-compared; here a positive angle takes the negative side to the positive one by the shorter way, and a negative angle
-back. The paper selects by the means of the raw rows (its eq. 9), the released code by the means of rows scaled to
-length 1 and by whole blocks; both are settings, and the code's are the default (the paper's are `rule="class_means"`
-and `whole_blocks=False`). Where nothing is selected, the released code steers nothing and says nothing; here that is an
-error. A site where the sides differ by rounding only counts as one where they do not differ. The released code
-multiplies by two dense matrices in the model's precision, with a basis rounded to it, and so changes norms by up to
-1.6 % in bfloat16; here it is a rank-2 update in float32 with a float32 basis. Whole turns change no bit.
+compared; here a positive angle takes the negative side towards the positive one, over the selected sites together, and
+a negative angle back. The paper selects by the means of the raw rows (its eq. 9), the released code by the means of
+rows scaled to length 1 and by whole blocks; both are settings, and the code's are the default (the paper's are
+`rule="class_means"` and `whole_blocks=False`). Norms behind attention and MLP, which the released code takes too, are
+`norms="all"`. Where nothing is selected, the released code steers nothing and says nothing; here that is an error. A
+site where the sides differ by rounding only counts as one where they do not differ. The released code multiplies by two
+dense matrices in the model's precision, with a basis rounded to it, and so changes norms by up to 1.6 % in bfloat16;
+here it is a rank-2 update in float32 with a float32 basis. Whole turns change no bit.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class SelectiveSteering(RotateInPlane):
                 f"{self.rule}{blocks}); try other layers, whole_blocks=False or the other rule"
             )
         found = side_projections(positive, negative, direction, rule=self.rule)
+        plane = self._oriented(plane, acts, chosen)
         return {**plane, **{f"{site}/projections": torch.tensor(found[site]) for site in chosen}}
 
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
@@ -125,14 +127,14 @@ class SelectiveSteering(RotateInPlane):
         return [site for site in sites if f"{site}/projections" in tensors]
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The plane, and what each coordinate adds at this angle."""
+        """The plane, and what `turn` needs to know of the angle."""
         basis = edits.plane(params["direction"], params["second"], dtype).to(device)
-        change, moves = edits.turning(basis, strength)
-        return {"basis": basis, "change": change, "moves": moves}
+        less, sine, moves = edits.turning(basis, strength)
+        return {"basis": basis, "less": less, "sine": sine, "moves": moves}
 
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """Rotate every token; at whole turns nothing changes, bitwise."""
-        return edits.turn(h, prepared["basis"], prepared["change"], prepared["moves"])
+        return edits.turn(h, prepared["basis"], prepared["less"], prepared["sine"], prepared["moves"])
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The linear layers that read a norm's output take over its rotation; biases stay.
@@ -152,8 +154,9 @@ class SelectiveSteering(RotateInPlane):
                     f"{site}: no linear layer alone reads what is rotated here, so no weight can; use hooks"
                 )
             params = vector.params(site)
-            basis = edits.plane(params["direction"], params["second"], torch.float32)
-            change, _ = edits.turning(basis, strength)
+            basis = edits.plane(params["direction"], params["second"], torch.float64)
+            less, sine, _ = edits.turning(basis, strength)
+            change = less * basis + sine * torch.stack([basis[1], -basis[0]])
             for call in found[site.layer].readers(site.kind):
                 name = f"{decoder.path}.{site.layer}.{call.name}"
                 updates.append(WeightUpdate(f"{name}.weight", _rotated(call.module, name, basis, change)))
@@ -173,7 +176,7 @@ def _rotated(module: nn.Module, name: str, basis: Tensor, change: Tensor) -> Cal
 
     def update(old: Tensor | None) -> Tensor:
         assert old is not None
-        plane, added = basis.to(old.device), change.to(old.device)
+        plane, added = basis.to(old), change.to(old)
         return old + plane.T @ (added @ old) if inputs_first else old + (old @ added.T) @ plane
 
     return update

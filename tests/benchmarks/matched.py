@@ -17,12 +17,12 @@ from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.trial import Setup
 from steerkit.recipe import find_recipe
-from steerkit.registry import method_of
+from steerkit.registry import default_strength, method_of
 from steerkit.shipped import vector_path
 from steerkit.tokens import Pass, Scope
 from steerkit.vector import SteeringVector
 
-TEXTS, PLANES = 12, 5
+TEXTS, PLANES, ADDITIONS = 12, 5, 2
 
 
 def displacement(setup: Setup, vector: SteeringVector, strength: float) -> float:
@@ -47,26 +47,28 @@ def main(name: str) -> None:
     vector = SteeringVector.load(vector_path(name))
     recipe = find_recipe(str(vector.recipe))
     train, held_out = recipe.split()
-    angle = vector.suggested_strength or 0.0
+    angle = default_strength(vector)
     setup = Setup(model, tokenizer, held_out, texts=12)
     addition = steerkit.fit(model, tokenizer, train, method="caa", sites=vector.sites, readout=recipe.method.readout)
     addition = addition.at(scope=vector.scope)
     reach = displacement(setup, vector, angle)
     strength = reach / displacement(setup, addition, 1.0)
     print(f"{name}: {len(vector.sites)} sites, displacement {reach:.3f} of a token's norm\n")
-    print("| | strength | effect | KL | ppl ratio | repetition |\n| --- | --- | --- | --- | --- | --- |")
+    print("| | strength | moved | effect | KL | ppl ratio | repetition |\n| --- | --- | --- | --- | --- | --- | --- |")
     cases = [("rotation", vector, angle), ("addition, same sites and displacement", addition, strength)]
     cases += [(f"random plane {seed}", random_like(vector, seed=seed), angle) for seed in range(1, PLANES + 1)]
+    cases += [
+        (f"random addition {seed}", random_like(addition, seed=seed), strength) for seed in range(1, ADDITIONS + 1)
+    ]
     for title, one, dose in cases:
-        scorers = (
-            ["preference_margin"] if title.startswith("random") else ["preference_margin", "divergence", "repetition"]
-        )
-        found = measure(setup.trial(one, dose), scorers)
+        is_control = title.startswith("random")
+        scorers = ["preference_margin", "divergence"] + ([] if is_control else ["repetition"])
+        found, moved = measure(setup.trial(one, dose), scorers), displacement(setup, one, dose)
         cells = []
         for column in ("preference_margin", "kl", "perplexity_ratio", "repetition"):
             effect = found[column].effect if column in found else None
             cells.append("-" if effect is None else f"{effect.mean:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})")
-        print(f"| {title} | {dose:.3g} | {' | '.join(cells)} |", flush=True)
+        print(f"| {title} | {dose:.3g} | {moved:.3f} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
