@@ -433,9 +433,10 @@ class SteeringVector:
         params = self.params(site)
         length, norm = _length(params.get("direction")), self.norms.get(site)
         given = self.strength if self.strength is not None else self.suggested_strength
+        adds = self.edit.startswith("add")
         strengths: dict[str, Any] = {"paper": None, "norm": None}
-        strengths[self.unit] = _json_like(1.0 if given is None else given)
-        if self.edit.startswith("add") and length and norm:
+        strengths[self.unit] = _json_like(1.0 if given is None and adds else given)
+        if adds and length and norm:
             factor = length / norm if self.unit == "paper" else norm / length
             values = strengths[self.unit]
             other = "norm" if self.unit == "paper" else "paper"

@@ -19,10 +19,11 @@ from steerkit.evaluate.controls import refits
 from steerkit.evaluate.scorers.projection import Projection
 from steerkit.evaluate.trial import Setup
 from steerkit.methods.ablation import DirectionalAblation
+from steerkit.methods.angular import AngularSteering
 from steerkit.sites import Site, find_decoder, locate
 from steerkit.vector import SteeringVector
 from steerkit.writers import every_write
-from tests import modes
+from tests import modes, rotations
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -118,6 +119,52 @@ def test_project_out_is_the_slow_form(share: float) -> None:
     torch.testing.assert_close(
         edits.project_out(h, direction, share=share).double(), slow_removal(h, direction, share), rtol=1e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", rotations.DTYPES)
+def test_project_out_is_the_reference_s(kind: str) -> None:
+    """Relative to what was given, since little may be left. In bfloat16 the reference rounds the direction too."""
+    group = "cal.bf16" if kind == "bf16" else "cal.f32"
+    h = rotations.arrays()["rot.h"].to(rotations.DTYPES[kind])
+    got = edits.project_out(h, rotations.arrays()[f"{group}.b1"])
+    off = (got.double() - rotations.arrays()[f"rot.{kind}.ablation"].double()).abs().amax(dim=-1)
+    limit = rotations.TOLERANCE["rotation_bf16" if kind == "bf16" else "rotation_f32_f64"]
+    assert float((off / h.double().abs().amax(dim=-1).clamp_min(1e-12)).max()) < limit
+
+
+def test_project_out_is_the_first_paper_s() -> None:
+    h = rotations.arrays()["rot.h"]
+    got = edits.project_out(h, rotations.arrays()["ref.direction"])
+    off = (got - rotations.arrays()["ref.ablation"]).abs().amax(dim=-1) / h.abs().amax(dim=-1).clamp_min(1e-12)
+    assert float(off.max()) < rotations.TOLERANCE["rotation_f32_f64"]
+
+
+def test_logits_and_tokens_of_the_golden_model() -> None:
+    """The plane's first axis taken out of every norm's output."""
+    places = tuple(rotations.sides("tiny").positive)
+    method = DirectionalAblation(writes=tuple(map(str, places)))
+    vector, _ = rotations.tiny_vector(AngularSteering())
+    vector = replace(
+        vector,
+        method=method.name,
+        edit=method.edit_name,
+        settings=method.settings,
+        tensors={"shared/direction": vector.tensors["shared/direction"]},
+    )
+    for test in ("test0", "test1"):
+        ids = rotations.facts()["tiny_prompts"][test]
+        with steerkit.steer(rotations.tiny(), vector, 1.0):
+            logits, tokens = rotations.tiny_logits(ids), rotations.tiny_tokens(ids)
+        expected = rotations.arrays()[f"tiny.logits.ablation.{test}"]
+        assert float(rotations.gap(logits.flatten(), expected[0].flatten())) < rotations.TOLERANCE["tiny_logits"]
+        assert tokens == rotations.arrays()[f"tiny.greedy.ablation.{test}"][0].tolist()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_direction_of_any_length_is_taken_out(size: float) -> None:
+    h, u = torch.randn(3, 8), torch.randn(8)
+    torch.testing.assert_close(edits.project_out(h, u * size), edits.project_out(h, u), rtol=0, atol=1e-6)
+    torch.testing.assert_close(edits.set_projection(h, u * size, 2.0), edits.set_projection(h, u, 2.0))
 
 
 def test_project_out_leaves_nothing_along_and_all_across() -> None:
@@ -366,7 +413,10 @@ def test_compiled_whole_and_not_again_for_another_strength(rows: bool) -> None:
     ("settings", "error", "match"),
     [
         ({"writes": "everywhere"}, FitError, "'everywhere'"),
-        ({"writes": ()}, FitError, "empty list"),
+        ({"writes": ()}, FitError, "a list of names"),
+        ({"writes": 5}, FitError, "writes 5"),
+        ({"writes": ("resid_pre.1", 5)}, FitError, "a list of names"),
+        ({"writes": ("resid_pre.1", "resid_pre.1")}, FitError, "twice"),
         ({"writes": ("resid.1",)}, SiteError, "unknown kind"),
     ],
 )
@@ -388,6 +438,18 @@ def test_one_direction_of_the_streams_width_is_wanted_for_every_write(sites: lis
             method="ablation",
             sites=sites,
             settings={"writes": "every"},
+        )
+
+
+def test_a_written_site_of_another_width_is_refused() -> None:
+    with pytest.raises(SiteError, match=r"mlp_post\.1 is 48 wide, the direction 32"):
+        steerkit.fit(
+            build("llama"),
+            byte_tokenizer(CHATML),
+            data(),
+            method="ablation",
+            sites=["resid_post.1"],
+            settings={"writes": ("resid_post.1", "mlp_post.1")},
         )
 
 

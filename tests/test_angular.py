@@ -47,11 +47,13 @@ FORMS = {"standard": None, "adaptive": 0.0, "adaptive_thr0.5": 0.5}
     ("kind", "form"),
     [
         *((kind, form) for kind in DTYPES for form in ("standard", "adaptive")),
-        *((kind, "adaptive_thr0.5") for kind in ("f32", "bf16")),
+        *((kind, "adaptive_thr0.5") for kind in ("f32", "f64", "bf16")),
+        ("f32", "vllm_standard"),
+        ("f32", "vllm_adaptive"),
     ],
 )
 def test_rotations_are_the_reference_s(kind: str, form: str) -> None:
-    name, threshold = f"rot.{kind}.{form}", FORMS[form]
+    name, threshold = f"rot.{kind}.{form}", FORMS[form.removeprefix("vllm_")]
     group = "cal.bf16" if kind == "bf16" else "cal.f32"
     b1, b2 = (arrays()[f"{group}.{axis}"] for axis in ("b1", "b2"))
     h = arrays()["rot.h"].to(DTYPES[kind])
@@ -64,8 +66,9 @@ def test_rotations_are_the_reference_s(kind: str, form: str) -> None:
         assert float(off.max()) < TOLERANCE["rotation_bf16" if kind == "bf16" else "rotation_f32_f64"], degrees
 
 
+@pytest.mark.parametrize("backend", ["hook", "vllm"])
 @pytest.mark.parametrize(("mode", "threshold"), [("mode0", None), ("mode1", 0.0)])
-def test_rotations_are_the_first_paper_s(mode: str, threshold: float | None) -> None:
+def test_rotations_are_the_first_paper_s(mode: str, threshold: float | None, backend: str) -> None:
     """Its released code takes two directions of any length and makes them orthonormal at use, as is done here."""
     first, second = arrays()["ang.first_direction"], arrays()["ang.second_direction"]
     assert float(first.norm()) > 3
@@ -73,7 +76,7 @@ def test_rotations_are_the_first_paper_s(mode: str, threshold: float | None) -> 
     counted[0, 1] = threshold is None
     for index, degrees in enumerate(facts()["angles_deg"]):
         got = edits.rotate_to(arrays()["rot.h"], first, second, degrees, threshold)
-        off = gap(got, arrays()[f"ang.hook.{mode}"][index])[counted]
+        off = gap(got, arrays()[f"ang.{backend}.{mode}"][index])[counted]
         assert float(off.max()) < TOLERANCE["rotation_f32_f64"], degrees
 
 

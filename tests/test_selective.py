@@ -123,8 +123,13 @@ def test_the_plane_in_its_slow_form() -> None:
 
 
 def test_two_candidates_span_the_reference_s_plane() -> None:
+    b1, b2 = steering_plane(arrays()["edge.two_candidates.candidates"])
+    h = arrays()["rot.h"][1:]
+    for form, got in (("selective", edits.rotate_by(h, b1, b2, 90)), ("standard", edits.rotate_to(h, b1, b2, 90))):
+        off = gap(got, arrays()[f"edge.two_candidates.{form}90"])
+        assert float(off.max()) < TOLERANCE["rotation_f32_f64"], form
     for got, axis in zip(
-        steering_plane(arrays()["edge.two_candidates.candidates"]),
+        (b1, b2),
         (arrays()["edge.two_candidates.b1"], arrays()["edge.two_candidates.b2"]),
         strict=True,
     ):
@@ -302,8 +307,8 @@ def test_what_counts_as_opposite() -> None:
 # The rotation
 
 
-@pytest.mark.parametrize("kind", DTYPES)
-def test_rotations_are_the_reference_s(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "form"), [*((kind, "selective") for kind in DTYPES), ("f32", "vllm_selective")])
+def test_rotations_are_the_reference_s(kind: str, form: str) -> None:
     """Ten angles in three dtypes. In bfloat16 the reference is off by the basis it rounds; see the tolerance."""
     group = "cal.bf16" if kind == "bf16" else "cal.f32"
     b1, b2 = (arrays()[f"{group}.{axis}"] for axis in ("b1", "b2"))
@@ -311,7 +316,7 @@ def test_rotations_are_the_reference_s(kind: str) -> None:
     for index, degrees in enumerate(facts()["angles_deg"]):
         got = edits.rotate_by(h, b1, b2, degrees)
         assert got.dtype == h.dtype
-        off = gap(got, arrays()[f"rot.{kind}.selective"][index])
+        off = gap(got, arrays()[f"rot.{kind}.{form}"][index])
         assert float(off.max()) < TOLERANCE["rotation_bf16" if kind == "bf16" else "rotation_f32_f64"], degrees
         if degrees % 360 == 0:  # departs: the reference leaves rounding noise where it should do nothing
             assert torch.equal(got, h)

@@ -56,6 +56,9 @@ def run(
     effect: Annotated[
         str, typer.Option(help="The scorer that shows the effect; more is better.")
     ] = "preference_margin",
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="Shown beside, at the same strengths; chooses nothing. Repeatable.")
+    ] = None,
     markers: Markers = None,
     behaviour: Behaviour = None,
     judge: Judge = None,
@@ -87,7 +90,8 @@ def run(
     from steerkit.registry import resolve
 
     chosen = find_recipe(recipe)
-    part, scorer = chosen.method_part(method), scorers_of([effect], markers, behaviour, judge)[0]
+    part = chosen.method_part(method)
+    shown, *beside = scorers_of([effect, *(scorer or [])], markers, behaviour, judge)
     ladder = numbers(strengths, "--strengths") or None
     lowest = resolve(part.name).neutral
     if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):
@@ -117,7 +121,8 @@ def run(
                 trials=trials,
                 seed=seed,
             ),
-            effect=scorer,
+            effect=shown,
+            beside=beside,
             store=Store(rows),
             scope=chosen.apply.scope if part == chosen.method else None,
             validation=chosen.validation(part.name),

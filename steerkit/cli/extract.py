@@ -96,7 +96,19 @@ def run(
     if as_json:
         print_json({"file": str(target), **vector.describe()})
     else:
-        _show(vector, target, usage_line(question, str(target), strength=vector.suggested_strength or 1.0, model=model))
+        _show(vector, target, usage_line(question, str(target), strength=_shown_strength(vector), model=model))
+
+
+def _shown_strength(vector: SteeringVector) -> float:
+    """A strength to begin with, for the line that shows how to use the vector."""
+    from steerkit.errors import StrengthError
+    from steerkit.registry import default_strength, resolve
+
+    try:
+        return default_strength(vector)
+    except StrengthError:
+        ladder = resolve(vector.method).ladder
+        return ladder[len(ladder) // 3]
 
 
 def _readout(text: str | None) -> str | int | None:

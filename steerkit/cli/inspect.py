@@ -52,11 +52,27 @@ def run(
     shown = table("", str(path))
     for name in _SHOWN:
         if facts[name] not in (None, {}):
-            shown.add_row(name.replace("_", " "), _text(name, facts[name]))
+            unit = f" {_unit(facts['method'])}" if name == "suggested_strength" else ""
+            shown.add_row(name.replace("_", " "), _text(name, facts[name]) + unit)
+    written, read = len(facts["sites"]), len(facts["fitted_at"])
+    if read > written:
+        shown.add_row("selected", f"{written} of {read} sites looked at")
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
     console.print(shown)
     console.print(sites_table(facts))
+
+
+def _unit(method: str) -> str:
+    """What strengths count, where it is more than a factor and the method is installed."""
+    from steerkit.errors import UnknownNameError
+    from steerkit.registry import resolve
+
+    try:
+        unit = resolve(method).strength_unit
+    except UnknownNameError:
+        return ""
+    return "" if unit == "factor" else unit
 
 
 def _text(name: str, value: Any) -> str:

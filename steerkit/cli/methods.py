@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import typer
+
 from steerkit.cli._shared import Json, print_json, stdout, table
 
 __all__ = ["run"]
 
 
 def run(as_json: Json = False) -> None:
-    """List the methods: name, paper, which tokens they write by default, what they are fitted on."""
+    """List the methods: name, paper, which tokens they write, what strengths count, what they are fitted on."""
     from steerkit.registry import method_names, resolve
 
     rows = [
@@ -17,6 +19,8 @@ def run(as_json: Json = False) -> None:
             "title": kind.title,
             "paper": kind.paper,
             "scope": kind.from_settings({}).default_scope,
+            "strength": kind.strength_unit,
+            "neutral": kind.neutral,
             "data": kind.data,
         }
         for name, kind in ((name, resolve(name)) for name in method_names())
@@ -24,7 +28,10 @@ def run(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    shown = table("name", "title", "paper", "scope", "data")
+    columns = ("name", "title", "scope", "strength", "neutral", "data")
+    shown = table(*columns)
     for row in rows:
-        shown.add_row(*row.values())
+        cells = row | {"neutral": "none" if row["neutral"] is None else f"{row['neutral']:g}"}
+        shown.add_row(*(str(cells[column]) for column in columns))
     stdout().print(shown)
+    typer.echo("At the neutral strength nothing changes. Papers and full titles: --json")

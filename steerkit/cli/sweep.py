@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+class Items(StrEnum):
+    """What is measured on."""
+
+    validation = "validation"
+    held_out = "held-out"
+
+
 class Format(StrEnum):
     """How the table is stored."""
 
@@ -58,6 +65,9 @@ def run(
         list[str] | None,
         typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)"),
     ] = None,
+    on: Annotated[
+        Items, typer.Option(help="Measure on a quarter of the training items, left out of the fit, or on the held-out.")
+    ] = Items.validation,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<recipe>)")
     ] = None,
@@ -75,7 +85,8 @@ def run(
     """Measure a recipe at many layers and strengths: effect, costs, intervals, beside the unsteered model.
 
     Every figure is kept as soon as it is there: started again, a killed sweep goes on where it was. Writes
-    FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png.
+    FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png. Choose on the validation items: what the held-out ones say
+    counts only if nothing was chosen on them.
     """
     import steerkit
     from steerkit.evaluate.sweep import Fits, Store, parse_candidates, save_table, sweep
@@ -90,10 +101,15 @@ def run(
     folder = out or Path("out") / f"sweep-{chosen.name}"
     target = folder / f"table.{form.value}"
     check_writable(target)
-    train, held_out = chosen.split(part.name)
+    train, measured = chosen.split(part.name)
+    if on is Items.validation:
+        validation = chosen.validation(part.name)
+        if validation is None:
+            train, validation = train.split(held_out=0.25, seed=chosen.data.seed)
+        measured = validation
     name = model or chosen.model.name
     loaded, tokenizer = steerkit.load_model(name)
-    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts)
+    setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts)
     setup = setup.with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
@@ -128,7 +144,7 @@ def run(
             )
         )
         return
-    _show(points, effect)
+    _show(points, effect, [next(iter(scorer.columns)) for scorer in scorers])
     typer.echo(f"wrote {target}" + (f" and {picture.name}" if picture else ""))
     if picture is None:
         typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
@@ -148,11 +164,12 @@ def _draw(points: list[Point], effect: str, path: Path) -> Path | None:
     return plot_sweep(points, effect, path)
 
 
-def _show(points: list[Point], effect: str) -> None:
-    """A line for each place: the effect with its interval, and the costs."""
+def _show(points: list[Point], effect: str, firsts: list[str]) -> None:
+    """A line for each place: the effect with its interval, the costs, and the first figure of every other scorer."""
     costs = [name for name in ("kl", "perplexity_ratio", "repetition") if name in points[0].scores and name != effect]
+    costs += [name for name in dict.fromkeys(firsts) if name not in (*costs, effect)]
     short = {"kl": "KL", "perplexity_ratio": "ppl x", "repetition": "rep."}
-    columns = ("layers", "at", f"{effect} (95 %)", "random", *(short[name] for name in costs))
+    columns = ("layers", "at", f"{effect} (95 %)", "random", *(short.get(name, name) for name in costs))
     shown = table(*columns, right=columns[1:])
     for point in points:
         found = point.scores[effect].estimate

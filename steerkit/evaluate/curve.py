@@ -55,17 +55,22 @@ class Curve:
         """Whether the effect is clear of every random direction: above at the highest strength, below at the lowest.
 
         Changes on the same items are compared: what items differ in is no doubt about what steering changes in them.
-        An end at which no random direction was measured, or nothing is steered, is not looked at.
+        An end at which no random direction was measured, or that does not lie on its side of the neutral strength, is
+        not looked at; without a neutral strength only the highest is.
         """
         lowest, highest = self.strengths[0], self.strengths[-1]
         first, last = self.points[0][self.effect], self.points[-1][self.effect]
-        below = lowest == self.neutral or all(
+        below = not self._beyond(lowest, -1) or all(
             first.gain.high < first.gain_of(control[lowest]) for control in self.controls if lowest in control
         )
-        above = highest == self.neutral or all(
+        above = not self._beyond(highest, 1) or all(
             last.gain.low > last.gain_of(control[highest]) for control in self.controls if highest in control
         )
         return below and above
+
+    def _beyond(self, strength: float, sign: int) -> bool:
+        """Whether a strength lies above (1) or below (-1) the neutral one."""
+        return sign > 0 if self.neutral is None else sign * (strength - self.neutral) > 0
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One plain dict per strength: the effect, the random directions, and every column under `scores`."""

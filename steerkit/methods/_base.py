@@ -79,7 +79,7 @@ class Method(Configured):
         neutral: the strength at which it is the exact identity; None where no strength is.
         data: what it is fitted on, for the table of methods.
         default_strength: where neither the user nor the file names one; None where one has to be named.
-        strength_unit: what strengths count, in a word or two, for tables.
+        strength_unit: what strengths count, in a word for tables: a factor, degrees, a share.
         ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
         takes_pair: it is fitted on one pair of prompts; held-out items only measure it.
     """
@@ -92,7 +92,7 @@ class Method(Configured):
     scopes: ClassVar[tuple[str, ...]] = ("all", "prompt", "response", "generated", "first")
     neutral: ClassVar[float | None] = 0.0
     default_strength: ClassVar[float | None] = 1.0
-    strength_unit: ClassVar[str] = "times the paper's"
+    strength_unit: ClassVar[str] = "factor"
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
     takes_pair: ClassVar[bool] = False
 

@@ -58,6 +58,7 @@ class DirectionalAblation(Method):
     paper: ClassVar[str] = "Arditi et al. 2024, arXiv 2406.11717"
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
+    strength_unit: ClassVar[str] = "share"
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
 
     writes: str | tuple[str, ...] = "fitted"
@@ -67,13 +68,13 @@ class DirectionalAblation(Method):
     """In the weight form, give the embeddings of a tied model weights of their own, so that the head stays as it is."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.writes, str) and self.writes not in ("fitted", "every"):
-            raise FitError(f"ablation: writes {self.writes!r}: give 'fitted', 'every' or a list of sites")
-        if not self.writes:
-            raise FitError("ablation: writes is an empty list; give 'fitted', 'every' or at least one site")
-        if not isinstance(self.writes, str):
-            for site in self.writes:
-                Site.parse(site)
+        if self.writes in ("fitted", "every"):
+            return
+        listed = self.writes if isinstance(self.writes, tuple | list) else ()
+        if not listed or not all(isinstance(site, str) for site in listed):
+            raise FitError(f"ablation: writes {self.writes!r}: give 'fitted', 'every' or a list of names of sites")
+        if len({Site.parse(site) for site in listed}) < len(listed):
+            raise FitError(f"ablation: writes {', '.join(listed)} names a site twice; name each once")
 
     @property
     def edit_name(self) -> str:
@@ -137,17 +138,22 @@ class DirectionalAblation(Method):
 
         Args:
             sites: where it was fitted.
-            tensors: unused.
+            tensors: what `fit` gave.
             decoder: the model's decoder.
 
         Raises:
-            SiteError: the model has no such sites, or writes to its stream where there is none.
+            SiteError: the model has no such sites or not as wide, or writes to its stream where there is none.
         """
         if self.writes == "fitted":
             return sites
         if self.writes == "every":
             return every_write(decoder)
-        return list(locate(decoder.model, [Site.parse(site) for site in self.writes]))
+        found = locate(decoder.model, [Site.parse(site) for site in self.writes])
+        width = len(tensors["shared/direction"])
+        for site, tap in found.items():
+            if tap.width not in (None, width):
+                raise SiteError(f"{site} is {tap.width} wide, the direction {width}; write only sites as wide as it is")
+        return list(found)
 
     def check(self, site: Site, params: Params) -> None:
         """One direction [d] per site, not zero.
