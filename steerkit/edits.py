@@ -151,7 +151,8 @@ def rotate_by(h: Tensor, b1: Tensor, b2: Tensor, degrees: float | Tensor) -> Ten
         FitError: the two axes lie on one line, or one has no length.
     """
     basis = plane(b1, b2, h.dtype)
-    return turn(h, basis, *turning(basis, degrees))
+    angle = torch.as_tensor(degrees, dtype=_exact(basis), device=basis.device)
+    return torch.where(torch.fmod(angle, 360.0) != 0, turn(h, basis, *turning(basis, angle)), h)
 
 
 def rotate_to(h: Tensor, b1: Tensor, b2: Tensor, degrees: float | Tensor, threshold: float | None = None) -> Tensor:
@@ -209,7 +210,7 @@ def plane(b1: Tensor, b2: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([first, second]).to(torch.promote_types(dtype, torch.float32))
 
 
-def turning(basis: Tensor, degrees: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def turning(basis: Tensor, degrees: float | Tensor) -> tuple[Tensor, Tensor]:
     """What `turn` needs to know of an angle.
 
     Args:
@@ -217,15 +218,15 @@ def turning(basis: Tensor, degrees: float | Tensor) -> tuple[Tensor, Tensor, Ten
         degrees: the angle; one number, or one per row such as [b, 1, 1].
 
     Returns:
-        Cosine less 1, sine, and whether anything is turned at all, in the shape of the angle.
+        Cosine less 1, and sine, in the shape of the angle.
     """
     angle = torch.fmod(torch.as_tensor(degrees, dtype=_exact(basis), device=basis.device), 360.0)
     half, full = torch.deg2rad(angle / 2), torch.deg2rad(angle)
     less = -2 * torch.sin(half) ** 2  # cos - 1, without cancellation at small angles
-    return less.to(basis.dtype), torch.sin(full).to(basis.dtype), angle != 0
+    return less.to(basis.dtype), torch.sin(full).to(basis.dtype)
 
 
-def turn(h: Tensor, basis: Tensor, less: Tensor, sine: Tensor, moves: Tensor) -> Tensor:
+def turn(h: Tensor, basis: Tensor, less: Tensor, sine: Tensor) -> Tensor:
     """Turn every token's part in the plane by an angle.
 
     Args:
@@ -233,15 +234,13 @@ def turn(h: Tensor, basis: Tensor, less: Tensor, sine: Tensor, moves: Tensor) ->
         basis: [2, d], in float32 at least.
         less: cosine less 1, [] or [b, 1, 1].
         sine: [] or [b, 1, 1].
-        moves: [] or [b, 1, 1]; rows where it is false are bitwise what they were.
 
     Returns:
         The shape and dtype of `h`.
     """
     wide = h.to(basis.dtype)
     first, second = _coordinates(wide, basis)
-    turned = wide + (less * first - sine * second) * basis[0] + (sine * first + less * second) * basis[1]
-    return torch.where(moves, turned.to(h.dtype), h)
+    return _moved(wide, basis, less * first - sine * second, sine * first + less * second).to(h.dtype)
 
 
 def heading(degrees: float | Tensor, basis: Tensor) -> Tensor:
@@ -273,7 +272,7 @@ def aim(h: Tensor, basis: Tensor, ray: Tensor, threshold: float | None = None) -
     wide = h.to(basis.dtype)
     first, second = _coordinates(wide, basis)
     length = torch.hypot(first, second)
-    turned = wide + (length * ray[0] - first) * basis[0] + (length * ray[1] - second) * basis[1]
+    turned = _moved(wide, basis, length * ray[0] - first, length * ray[1] - second)
     if threshold is None:
         return turned.to(h.dtype)
     return torch.where(first > threshold, turned.to(h.dtype), h)
@@ -282,3 +281,8 @@ def aim(h: Tensor, basis: Tensor, ray: Tensor, threshold: float | None = None) -
 def _coordinates(wide: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Both coordinates of every token, [b, t, 1] each; products and sums, since matrix products may run in less."""
     return (wide * basis[0]).sum(dim=-1, keepdim=True), (wide * basis[1]).sum(dim=-1, keepdim=True)
+
+
+def _moved(wide: Tensor, basis: Tensor, along: Tensor, across: Tensor) -> Tensor:
+    """Every token moved along both axes. In place the second time: a large buffer more costs more than the sum."""
+    return torch.addcmul(wide, along, basis[0]).addcmul_(across, basis[1])

@@ -41,8 +41,10 @@ __all__ = [
     "execution_device",
     "find_decoder",
     "inner_model",
+    "layers_text",
     "locate",
     "parse_layers",
+    "sites_text",
 ]
 
 KIND_HELP: Mapping[str, str] = MappingProxyType(
@@ -372,6 +374,36 @@ def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
         layer: Anatomy(trace, layer, owner, types[layer] if types is not None else None)
         for layer, trace in traces.items()
     }
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """A rising set of layers in little room: ``8+12-20``.
+
+    Args:
+        layers: blocks counted from 0.
+    """
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "+".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
+
+
+def sites_text(sites: Iterable[str]) -> str:
+    """Sites in little room, kinds at the same layers together: ``attn_in, mlp_in 15+17-24``.
+
+    Args:
+        sites: their text forms, in any order.
+    """
+    layers: dict[str, list[int]] = {}
+    for site in map(Site.parse, sites):
+        layers.setdefault(site.kind, []).append(site.layer)
+    kinds: dict[str, list[str]] = {}
+    for kind, found in layers.items():
+        kinds.setdefault(layers_text(sorted(found)), []).append(kind)
+    return "; ".join(f"{', '.join(names)} {where}" for where, names in kinds.items())
 
 
 def parse_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:

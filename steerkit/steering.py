@@ -196,14 +196,15 @@ class _Edit:
         self._ready: dict[tuple[torch.device, torch.dtype, int], tuple[dict[str, Tensor], Tensor]] = {}
         self._minimum = self.method.minimum_prompt(self.params)
         self._inert = self._some_inert = self._per_row = False
+        self._active: list[bool] | bool = True
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
         self._per_row = isinstance(self.dose.value, tuple)
         rows = self.dose.value if isinstance(self.dose.value, tuple) else (self.dose.value,)
-        neutral = self.method.neutral
-        inert_rows = [neutral is not None and value * self.factor == neutral for value in rows]
-        self._inert, self._some_inert = all(inert_rows), any(inert_rows)
+        active = [not self.method.is_neutral(value * self.factor) for value in rows]
+        self._inert, self._some_inert = not any(active), not all(active)
+        self._active = active if self._per_row else active[0]
         for key in list(self._ready):
             device, dtype, batch = key
             old, old_active = self._ready.pop(key)
@@ -283,11 +284,11 @@ class _Edit:
         self, device: torch.device, dtype: torch.dtype, facts: Pass | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
+        active = torch.tensor(self._active, device=device)
         if value.dim() == 1:
-            value = value if facts is None else facts.expand(value, "strength")
-            value = value[:, None, None]
-        neutral = self.method.neutral
-        active = torch.ones_like(value, dtype=torch.bool) if neutral is None else value != neutral
+            if facts is not None:
+                value, active = facts.expand(value, "strength"), facts.expand(active, "strength")
+            value, active = value[:, None, None], active[:, None, None]
         return self.method.prepare(self.params, value, dtype, device), active
 
 

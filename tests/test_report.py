@@ -531,7 +531,7 @@ def test_a_comparison_stands_alone() -> None:
         "max kl 0.3, max ppl ratio 1.3.",
         "+0.80+0.70 to +0.90",
         "+0.30from -0.20",
-        "resid_post.1 at 1.5",
+        "resid_post 1 at 1.5",
         "repe (Components; recipe days): nothing works",
         "steerkit compare days",
         "not known",

@@ -14,7 +14,18 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steerkit.errors import SiteError
-from steerkit.sites import KIND_HELP, KINDS, Site, Tap, find_decoder, inner_model, locate, parse_layers
+from steerkit.sites import (
+    KIND_HELP,
+    KINDS,
+    Site,
+    Tap,
+    find_decoder,
+    inner_model,
+    layers_text,
+    locate,
+    parse_layers,
+    sites_text,
+)
 from tests.families import BLOCKS, FAMILIES, GROUPED, HIDDEN, QUIET, VOCAB, build
 
 family = lru_cache(maxsize=None)(build)
@@ -802,3 +813,10 @@ def test_block_lists_that_do_not_fit_are_listed() -> None:
     model.model.layers[2] = model.model.layers[1]
     with pytest.raises(SiteError, match="LlamaForCausalLM uses one block for several layers of layers"):
         find_decoder(model)
+
+
+def test_sites_in_little_room() -> None:
+    listed = [f"{kind}.{layer}" for layer in (15, 17, 18, 19, 20, 22, 23) for kind in ("attn_in", "mlp_in")]
+    assert sites_text(listed) == "attn_in, mlp_in 15+17-20+22+23"
+    assert sites_text(["resid_post.3", "z.1", "resid_post.1"]) == "resid_post 1+3; z 1"
+    assert layers_text([]) == ""

@@ -231,14 +231,9 @@ def estimate(found: Any) -> str:
 
 def layers_text(layers: Sequence[int]) -> str:
     """A set of layers in little room: 8+12-20."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    parts = (f"{run[0]}-{run[-1]}" if len(run) > 2 else "+".join(map(str, run)) for run in runs)
-    return "+".join(parts)
+    from steerkit import sites
+
+    return sites.layers_text(layers)
 
 
 def columns_table(scores: Mapping[str, Measured]) -> Table:

@@ -12,6 +12,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.overhead import decoding_overhead
 from steerkit.evaluate.trial import Setup
 from steerkit.methods._base import Method
+from steerkit.sites import sites_text
 
 __all__ = ["Row", "compared", "markdown"]
 
@@ -155,7 +156,7 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         costs = row.costs or {}
-        where = f"`{'`, `'.join(row.sites)}`, {row.strength:g}" if row.strength is not None else "-"
+        where = f"{sites_text(row.sites)}, {row.strength:g}" if row.strength is not None else "-"
         lines.append(
             f"| `{row.method}` | {where} | {_cell(row.effect, '+.2f')} "
             f"| {'-' if row.controls is None else f'{row.controls[0]:+.2f} to {row.controls[1]:+.2f}'} "

@@ -22,7 +22,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scoring import Measured
 from steerkit.export.evidence import Evidence, Plan, is_clear, mean, plain, signed
 from steerkit.export.gather import gather
-from steerkit.sites import Site
+from steerkit.sites import Site, sites_text
 
 __all__ = ["Evidence", "Plan", "comparison_html", "gather", "report_html"]
 
@@ -91,7 +91,7 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
     return _page(
         "comparison.html.j2",
         comparison=comparison,
-        rows=rows,
+        rows=[{**row, "where": sites_text(row["sites"])} for row in rows],
         forest=_picture(plots.forest_svg(bars, effect=label), "effects of the methods with intervals"),
         scatter=_picture(
             plots.spots_svg(

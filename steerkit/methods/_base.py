@@ -230,6 +230,14 @@ class Method(Configured):
         """
         return None
 
+    def is_neutral(self, strength: float) -> bool:
+        """Whether a strength is the exact identity; steering then leaves the row alone, bitwise.
+
+        Args:
+            strength: in the method's own unit.
+        """
+        return self.neutral is not None and strength == self.neutral
+
     def minimum_prompt(self, params: Params) -> int:
         """Prompt tokens a row needs at the least.
 

@@ -126,15 +126,19 @@ class SelectiveSteering(RotateInPlane):
         """
         return [site for site in sites if f"{site}/projections" in tensors]
 
+    def is_neutral(self, strength: float) -> bool:
+        """Whole turns change no bit."""
+        return math.fmod(strength, 360.0) == 0
+
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The plane, and what `turn` needs to know of the angle."""
         basis = edits.plane(params["direction"], params["second"], dtype).to(device)
-        less, sine, moves = edits.turning(basis, strength)
-        return {"basis": basis, "less": less, "sine": sine, "moves": moves}
+        less, sine = edits.turning(basis, strength)
+        return {"basis": basis, "less": less, "sine": sine}
 
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
-        """Rotate every token; at whole turns nothing changes, bitwise."""
-        return edits.turn(h, prepared["basis"], prepared["less"], prepared["sine"], prepared["moves"])
+        """Rotate every token."""
+        return edits.turn(h, prepared["basis"], prepared["less"], prepared["sine"])
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The linear layers that read a norm's output take over its rotation; biases stay.
@@ -143,7 +147,7 @@ class SelectiveSteering(RotateInPlane):
             SiteError: something else reads the tensor too: a residual stream behind a post-norm, a router of experts,
                 an adapter, or a module that is not linear.
         """
-        if math.fmod(strength, 360.0) == 0:
+        if self.is_neutral(strength):
             return []
         decoder = find_decoder(model)
         found = anatomies(decoder, {site.layer for site in vector.sites})
@@ -155,7 +159,7 @@ class SelectiveSteering(RotateInPlane):
                 )
             params = vector.params(site)
             basis = edits.plane(params["direction"], params["second"], torch.float64)
-            less, sine, _ = edits.turning(basis, strength)
+            less, sine = edits.turning(basis, strength)
             change = less * basis + sine * torch.stack([basis[1], -basis[0]])
             for call in found[site.layer].readers(site.kind):
                 name = f"{decoder.path}.{site.layer}.{call.name}"
