@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -176,6 +176,7 @@ def record(
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     padding_side: Literal["right", "left"] = "right",
+    max_tokens: int | None = None,
     progress: bool = False,
 ) -> Activations:
     """Read activations of prompts, chats or a contrast set at some sites.
@@ -192,6 +193,7 @@ def record(
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
         padding_side: where pads go; the result is the same.
+        max_tokens: tokens of a text that are read, the rest being cut off at the right; None reads all.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -206,7 +208,7 @@ def record(
     wanted = [Site.parse(site) if isinstance(site, str) else site for site in sites]
     sides = data if isinstance(data, ContrastSet) else None
     items: Sequence[Item] = (*sides.positive, *sides.negative) if sides is not None else cast("Sequence[Item]", data)
-    rendered = [_rendered(tokenizer, item, chat_template_kwargs) for item in items]
+    rendered = [_cut(_rendered(tokenizer, item, chat_template_kwargs), max_tokens) for item in items]
     if not rendered:
         raise DataError("record: got no prompts; give at least one")
     if not wanted:
@@ -243,6 +245,7 @@ def stream(
     readout: str | int | tuple[int, int] = "last",
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
     progress: bool = False,
 ) -> Activations:
     """Feed the activations of a contrast set to accumulators, batch by batch; no sample is kept.
@@ -255,6 +258,7 @@ def stream(
         readout: which tokens.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
+        max_tokens: tokens of a text that are read, the rest being cut off at the right; None reads all.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -268,7 +272,7 @@ def stream(
     plan = Readout.parse(readout)
     items = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair] if data.paired else []
     items = items or [*data.positive, *data.negative]
-    rendered = [_rendered(tokenizer, item, chat_template_kwargs) for item in items]
+    rendered = [_cut(_rendered(tokenizer, item, chat_template_kwargs), max_tokens) for item in items]
     if batch_size < 1:
         raise DataError(f"batch_size is at least 1, got {batch_size}")
     groups = 2 if data.paired else 1
@@ -457,6 +461,16 @@ def _rendered(tokenizer: Any, item: Item, chat_template_kwargs: Mapping[str, Any
     if isinstance(item, Rendered):
         return item
     return render(tokenizer, Conversation.of(item), chat_template_kwargs=chat_template_kwargs)
+
+
+def _cut(text: Rendered, max_tokens: int | None) -> Rendered:
+    """A text without what follows its first tokens."""
+    if max_tokens is None or len(text.ids) <= max_tokens:
+        return text
+    if max_tokens < 1:
+        raise DataError(f"max_tokens = {max_tokens}; give at least 1, or None to read all")
+    kept = min(text.prompt_length, max_tokens)
+    return replace(text, ids=text.ids[:max_tokens], offsets=text.offsets[:max_tokens], prompt_length=kept)
 
 
 def _with_progress(work: Sequence[Batch], progress: bool) -> Iterator[Batch]:

@@ -20,6 +20,7 @@ __all__ = [
     "project_out",
     "rotate_by",
     "rotate_to",
+    "scale_units",
     "set_projection",
     "turn",
     "turning",
@@ -108,6 +109,20 @@ def set_projection(h: Tensor, direction: Tensor, target: float | Tensor, *, is_u
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     u = direction.to(wide) if is_unit else _unit(direction, wide)
     return torch.addcmul(wide, target - _along(wide, u), u).to(h.dtype)
+
+
+def scale_units(h: Tensor, gamma: Tensor) -> Tensor:
+    """Scale single units of every token by `1 + gamma` (AUSteer, arXiv 2602.04428).
+
+    Args:
+        h: [..., d] activations.
+        gamma: [d], or [b, 1, d] where every row has its own, in the dtype of `h`; 0 for units that stay.
+
+    Returns:
+        The shape of `h`, `h + gamma * h` with the product and the sum each rounded to its dtype; units whose gamma is 0
+        are bitwise what they were, infinite ones too.
+    """
+    return torch.where(gamma == 0, h, h + gamma * h)
 
 
 def _along(h: Tensor, unit: Tensor) -> Tensor:

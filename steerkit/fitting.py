@@ -464,8 +464,10 @@ def _read(
         "readout": readout,
         "batch_size": batch_size,
         "chat_template_kwargs": chat_template_kwargs,
+        "max_tokens": method.longest_text,
         "progress": progress,
     }
+    data = method.contrast(data)
     streams = {site: method.statistics(site) for site in places}
     kept = {site: accumulator for site, accumulator in streams.items() if accumulator is not None}
     if len(kept) == len(places):

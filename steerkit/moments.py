@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from steerkit.errors import FitError
 
-__all__ = ["Accumulator", "Means", "NormMedian"]
+__all__ = ["Accumulator", "Means", "NormMedian", "PairSigns", "SignCounts"]
 
 
 class Accumulator(Protocol):
@@ -61,6 +61,94 @@ class Means:
         if positive is None or negative is None:
             raise FitError("one side of the data has no rows")
         return positive[None].cpu(), negative[None].cpu()
+
+
+class SignCounts(NamedTuple):
+    """How the pairs differ at each dimension, [d] each.
+
+    Attributes:
+        up: pairs whose positive side is the larger one.
+        down: pairs whose negative side is.
+        pairs: all pairs that count.
+        effect: size of the mean difference over the root of the mean squared one, from 0 to 1: it grows with the
+            standardised mean difference, and is 1 where all pairs differ by the same.
+    """
+
+    up: Tensor
+    down: Tensor
+    pairs: Tensor
+    effect: Tensor
+
+
+class PairSigns:
+    """Counts the pairs by the sign of their difference at each dimension, without ever holding the samples.
+
+    Args:
+        dtype: in which the sides are compared.
+        rounding: a difference of at most this share of the larger side counts as none.
+        skip_zeros: leave out pairs of which a side is zero all over, as where routed experts took no token.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32, *, rounding: float = 0.0, skip_zeros: bool = False) -> None:
+        self._dtype, self._rounding, self._skip_zeros = dtype, rounding, skip_zeros
+        self._sums: Tensor | None = None
+
+    def update(self, positive: Tensor, negative: Tensor) -> None:
+        """Count the pairs of a batch.
+
+        Args:
+            positive: [k, d] float32, k may be 0.
+            negative: [k, d] float32, row i the other side of pair i.
+
+        Raises:
+            FitError: the sides have not as many rows.
+        """
+        if positive.shape != negative.shape:
+            raise FitError(f"{len(positive)} positive and {len(negative)} negative rows are no pairs")
+        if not len(positive):
+            return
+        apart = positive.to(self._dtype) - negative.to(self._dtype)
+        if self._rounding:
+            apart = apart.where(apart.abs() > self._rounding * torch.maximum(positive.abs(), negative.abs()), 0.0)
+        counted = torch.ones_like(positive, dtype=torch.bool)
+        if self._skip_zeros:
+            counted &= ((positive != 0).any(1) & (negative != 0).any(1))[:, None]
+        difference = (positive - negative).where(counted, 0.0)  # not finite where a row is not
+        counts = ((apart > 0) & counted, (apart < 0) & counted, counted)
+        rows = (*(count.float() for count in counts), difference, difference.square())
+        sums = torch.stack([row.sum(dim=0) for row in rows])  # float32 counts exactly up to 16 million pairs
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The counts as `read` takes them, [3, d] each, on the CPU; not finite where an activation was not.
+
+        Raises:
+            FitError: there was no pair.
+        """
+        if self._sums is None:
+            raise FitError("there is no pair to compare")
+        up, down, pairs, total, power = self._sums.cpu()
+        return torch.stack([up, total, pairs]), torch.stack([down, power, pairs])
+
+    @staticmethod
+    def read(positive: Tensor, negative: Tensor) -> SignCounts:
+        """The counts from what `result` gave.
+
+        Args:
+            positive: [3, d].
+            negative: [3, d].
+
+        Raises:
+            FitError: something else, such as activations that were not streamed.
+        """
+        is_ours = positive.shape == negative.shape and len(positive) == 3 and torch.equal(positive[2], negative[2])
+        if not is_ours or bool((positive[0] + negative[0] > positive[2]).any()):
+            raise FitError("got activations and no counts of pairs; read them with steerkit.fitting.read")
+        (up, total, pairs), (down, power, _) = positive, negative
+        pairs = pairs.clamp_min(1.0)
+        root = (pairs.double() * power.double()).sqrt()
+        effect = torch.where(root > 0, total.double().abs() / root, 0.0).float()
+        return SignCounts(up, down, pairs, effect)
 
 
 class NormMedian:

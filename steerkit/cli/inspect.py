@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._shared import Json, print_json, sites_table, stdout, table
+from steerkit.cli._shared import Json, number, print_json, sites_table, stdout, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from steerkit.methods._base import Listing
+    from steerkit.vector import SteeringVector
 
 __all__ = ["run"]
 
+_LISTED = 20
 # In this order; what a file does not hold is left out.
 _SHOWN = (
     "method",
@@ -44,9 +51,10 @@ def run(
     from steerkit.vector import SteeringVector
 
     path = vector_path(vector)
-    facts = SteeringVector.load(path).describe()
+    loaded = SteeringVector.load(path)
+    facts, parts = loaded.describe(), _parts(loaded)
     if as_json:
-        print_json({"file": str(path), **facts})
+        print_json({"file": str(path), **facts, "parts": None if parts is None else parts.as_json()})
         return
     console = stdout()
     shown = table("", str(path))
@@ -61,6 +69,35 @@ def run(
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
     console.print(shown)
     console.print(sites_table(facts))
+    if parts is not None:
+        _print_parts(console, parts)
+
+
+def _parts(vector: SteeringVector) -> Listing | None:
+    """What the vector's method lists of it; None where it lists nothing or cannot use the vector."""
+    from steerkit.errors import SteerError
+    from steerkit.registry import method_of
+
+    try:
+        method = method_of(vector)
+        for site in vector.sites:
+            method.check(site, vector.params(site))
+        return method.table(vector)
+    except SteerError:  # a file may be looked at that cannot be used
+        return None
+
+
+def _print_parts(console: Console, parts: Listing) -> None:
+    """The first rows, and how many more there are."""
+    numbers = [column for column, value in zip(parts.columns, parts.rows[0], strict=True) if not isinstance(value, str)]
+    shown = table(*parts.columns, right=numbers, title=parts.title)
+    for row in parts.rows[:_LISTED]:
+        shown.add_row(*(number(value) if isinstance(value, float) else str(value) for value in row))
+    console.print(shown)
+    if len(parts.rows) > _LISTED:
+        console.print(f"and {len(parts.rows) - _LISTED} more; --json lists all")
+    if parts.note:
+        console.print(parts.note)
 
 
 def _unit(method: str) -> str:

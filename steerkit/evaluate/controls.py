@@ -190,7 +190,8 @@ def refits(
     vector.check(model, tokenizer)
     readout: Any = Readout.parse(vector.readout or method.readout)
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
-    acts = record(model, tokenizer, data, vector.reads, readout=readout, **common)
+    items, longest = method.contrast(data), method.longest_text
+    acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
     subject = Subject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
     return refits_of(acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed)
 

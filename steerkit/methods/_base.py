@@ -21,10 +21,11 @@ from steerkit.vector import SteeringVector
 
 if TYPE_CHECKING:
     from steerkit.activations import Activations
+    from steerkit.data import ContrastSet
     from steerkit.moments import Accumulator
     from steerkit.tokens import Tokens
 
-__all__ = ["AddDirection", "Method", "Params", "Prepared", "Subject", "WeightUpdate", "check_direction"]
+__all__ = ["AddDirection", "Listing", "Method", "Params", "Prepared", "Subject", "WeightUpdate", "check_direction"]
 
 Params = Mapping[str, Tensor]
 Prepared = Mapping[str, Tensor]
@@ -40,6 +41,27 @@ class WeightUpdate(NamedTuple):
 
     name: str
     update: Callable[[Tensor | None], Tensor]
+
+
+class Listing(NamedTuple):
+    """What a vector consists of, where that is a list of parts rather than directions, for people to read.
+
+    Attributes:
+        title: what the rows are, with their number.
+        columns: titles.
+        rows: one entry per column: text, whole numbers, or numbers.
+        note: what else there is to say of them.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str | int | float, ...]]
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data, each row by its columns."""
+        rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        return {"title": self.title, "rows": rows, "note": self.note}
 
 
 class Subject(Protocol):
@@ -106,6 +128,11 @@ class Method(Configured):
         """Tokens written where nobody says otherwise."""
         return self.scope
 
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of a text that are read at the most, the rest being cut off at the right; None reads all."""
+        return None
+
     @classmethod
     def _setting_error(cls, message: str) -> FitError:
         return FitError(message)
@@ -127,6 +154,17 @@ class Method(Configured):
         """
         kinds = dict.fromkeys(site.kind for site in self.sites(decoder))
         return [Site(layer, kind) for layer in layers for kind in kinds]
+
+    def contrast(self, data: ContrastSet) -> ContrastSet:
+        """The items as the method reads them, such as balanced or without a chat template; here as they are.
+
+        Args:
+            data: what is fitted on.
+
+        Raises:
+            DataError: the method cannot be fitted on such items.
+        """
+        return data
 
     @classmethod
     def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:
@@ -291,6 +329,14 @@ class Method(Configured):
             raise FitError(f"{self.name}: the vector holds no direction, so it has no random control")
         drawn = {name: random_direction(vector.tensors[name], generator) for name in sorted(directions)}
         return replace(vector, tensors={**vector.tensors, **drawn})
+
+    def table(self, vector: SteeringVector) -> Listing | None:
+        """The parts a vector consists of, as `steerkit inspect` lists them; None where there is nothing to list.
+
+        Args:
+            vector: what this method fitted.
+        """
+        return None
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The same change as weights, where that is exact.

@@ -1,0 +1,466 @@
+"""AUSteer: scale a few single units, those that most pairs move the same way, wherever in the depth they are.
+
+A unit is one scalar of one kind of site: (layer, dimension). Over the pairs, with x the unit's value at the last token,
+
+    r+ = share of pairs with x(positive) > x(negative),      r- = share with x(positive) < x(negative)
+    beta = +r+  where r+ >= r-,  else -r-                     the signed share, one per unit
+    x' = x + gamma x,   gamma = strength * beta               for the k units of largest |beta| in all layers together
+
+Zijian Feng et al. (2026), "Fine-Grained Activation Steering: Steering Less, Achieving More", ICLR 2026,
+arXiv 2602.04428.
+
+Magnitudes never enter: it is a sign test, which makes layers comparable. What the paper calls a column of a matrix is
+one only at `z` (scaling unit i is scaling column i of the output projection); at `mlp_raw` the released code scales
+what the down projection gives, which is its row i. With the strengths the paper tunes (8 to 100) a unit of negative
+share changes its sign and grows, although the paper speaks of suppression; and scaling moves a unit away from zero,
+not towards the positive side: where the positive side's values are the larger but negative ones, a positive share
+drives them down.
+
+Where this file departs. By default texts go through the chat template; answers that stand on both sides of several
+pairs ("Yes" and "No") are balanced, since a unit that only tells them apart would reach the share of the commoner one;
+differences are taken in float32, those of rounding size counting as none; pairs of which a text is all zero at a site
+(no expert took its token) count neither way nor in the denominator; equal shares, which are the rule and not the
+exception with n pairs, are ranked by the standardised mean difference; and the factor 1 + gamma stops at 0, so that no
+unit changes its sign (`flip` allows it). `AUSteer.published()` is the released code: float16 differences, texts without
+a template and cut at 512 tokens, equal shares in the order of the network. Its k = 0 is k = 1 here, and 0 is refused.
+The paper gives equal shares of both directions the negative sign, its code the positive one: `tie`. Activations that
+are not finite are an error here, and the released code's way of counting them is kept in `activation_momentum`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from steerkit import edits
+from steerkit.activations import Activations
+from steerkit.errors import DataError, FitError, SiteError, VectorMismatchError
+from steerkit.methods._base import Listing, Method, Params, Prepared, Subject, WeightUpdate
+from steerkit.moments import PairSigns
+from steerkit.sites import Decoder, Site, Tap, anatomies, locate
+from steerkit.tokens import Tokens
+from steerkit.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from steerkit.data import ContrastSet, Conversation
+
+__all__ = ["AUSteer", "activation_momentum", "select_units"]
+
+Tie = Literal["positive", "negative"]
+
+
+def activation_momentum(positive: Tensor, negative: Tensor, *, tie: Tie = "positive") -> Tensor:
+    """The signed share of pairs that move each unit the same way.
+
+    Differences are taken in the dtype given. One that is zero or not a number (of two infinities, for one) counts for
+    neither side and stays in the denominator; nothing is raised for values that are not finite.
+
+    Args:
+        positive: [n, l, d], row i of both belonging to pair i.
+        negative: [n, l, d].
+        tie: the sign where as many pairs move it up as down; the released code's is positive, the paper's negative.
+
+    Returns:
+        [l, d] float32 from -1 to 1, 0 where no pair moves the unit.
+
+    Raises:
+        FitError: there is no pair, the sides differ in shape, or `tie` is no sign.
+
+    Example:
+        >>> activation_momentum(torch.tensor([[[2.0]], [[3.0]], [[1.0]]]), torch.tensor([[[1.0]], [[1.0]], [[1.0]]]))
+        tensor([[0.6667]])
+    """
+    if positive.shape != negative.shape or positive.dim() < 2 or not len(positive):
+        shapes = f"{list(positive.shape)} and {list(negative.shape)}"
+        raise FitError(f"activation_momentum: got {shapes}; give both sides of at least one pair, [n, l, d] each")
+    difference = positive - negative
+    return _signed_share((difference > 0).sum(0), (difference < 0).sum(0), len(positive), tie)
+
+
+def select_units(beta: Tensor, k: int) -> list[tuple[int, int, float]]:
+    """The k units of largest share, over all layers together.
+
+    Args:
+        beta: [l, d] signed shares.
+        k: how many; where fewer have a share that is not zero, those.
+
+    Returns:
+        (layer, unit, signed share), the largest first; equal ones in the order of layers and units.
+
+    Raises:
+        FitError: `beta` is no [l, d], or `k` no whole number from 0.
+    """
+    if beta.dim() != 2:
+        raise FitError(f"select_units: beta has shape {list(beta.shape)}; give [l, d]")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+        raise FitError(f"select_units: k = {k!r}; give a whole number from 0")
+    places = _ranked(beta.reshape(-1), None)[:k]
+    width = beta.shape[1]
+    shares = beta.reshape(-1)[places].tolist()
+    return [(place // width, place % width, share) for place, share in zip(places.tolist(), shares, strict=True)]
+
+
+@dataclass(frozen=True)
+class AUSteer(Method):
+    """Scale the k units of one kind of site, in all layers, that most pairs move the same way.
+
+    Strength 0 is the identity; a negative one mirrors all signs. Fit it at all layers, which is the default: it chooses
+    where it acts. The fitted vector's `sites` are the chosen ones, its `fitted_at` all that were looked at.
+    """
+
+    name: ClassVar[str] = "austeer"
+    title: ClassVar[str] = "AUSteer: scaling single units"
+    paper: ClassVar[str] = "Feng et al. 2026, arXiv 2602.04428"
+    data: ClassVar[str] = "contrast set of pairs"
+    readout: ClassVar[str | None] = "last"
+    scope: ClassVar[str] = "all"
+    ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+    kind: Literal["z", "mlp_raw", "resid_post"] = "z"
+    """Whose units: of the heads side by side, of the MLP's output before any post-norm, or of the residual stream."""
+    k: int = 100
+    """How many units, in all layers together."""
+    tie: Tie = "positive"
+    """The sign of a unit that as many pairs move up as down."""
+    tie_break: Literal["difference", "order"] = "difference"
+    """What comes first among equal shares: the larger standardised mean difference, or the earlier unit."""
+    precision: Literal["float32", "float16"] = "float32"
+    """In which differences are taken. In float16 all pairs count, in float32 those with activations at the site."""
+    template: bool = True
+    """Read texts in the chat template; else prompt and answer as they stand, joined."""
+    max_tokens: int = 0
+    """Read no more tokens of a text, cut at the right; 0 reads all."""
+    balance: bool = True
+    """Where two answers stand on either side of several pairs, use as many pairs of one order as of the other."""
+    alone: str = ""
+    """A positive answer with this phrase in it is read without its prompt (released code: a refusal's apology)."""
+    flip: bool = False
+    """Let a factor go below 0, where a unit changes its sign."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("kind", ("z", "mlp_raw", "resid_post")),
+            ("tie", ("positive", "negative")),
+            ("tie_break", ("difference", "order")),
+            ("precision", ("float32", "float16")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise FitError(f"austeer: {name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        for name, least in (("k", 1), ("max_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise FitError(f"austeer: {name} = {value!r}; give a whole number from {least}")
+
+    @classmethod
+    def published(cls, **settings: Any) -> Self:
+        """The settings of the released code.
+
+        Args:
+            settings: others than those, such as `kind` and `k`.
+        """
+        own: dict[str, Any] = {"tie_break": "order", "precision": "float16", "template": False, "max_tokens": 512}
+        return cls.from_settings({**own, "balance": False, "flip": True, **settings})
+
+    @property
+    def edit_name(self) -> str:
+        """The operation that vector files of this method name."""
+        return "scale_units"
+
+    @property
+    def longest_text(self) -> int | None:
+        """`max_tokens`; None where all are read."""
+        return self.max_tokens or None
+
+    def sites(self, decoder: Decoder) -> list[Site]:
+        """The chosen kind of site in every block that has it.
+
+        Args:
+            decoder: the model's decoder.
+
+        Raises:
+            SiteError: no block has it.
+        """
+        layers = range(decoder.num_layers)
+        if self.kind == "resid_post":
+            return [Site(layer, self.kind) for layer in layers]
+        found, reasons = [], []
+        for layer, anatomy in anatomies(decoder, set(layers)).items():
+            try:
+                found.append(Site(layer, anatomy.find(self.kind).kind))
+            except SiteError as error:
+                reasons.append(error)
+        if not found:
+            raise reasons[0]
+        return found
+
+    @classmethod
+    def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:
+        """All blocks, and each third of them: the units of several blocks are ranked together.
+
+        Args:
+            num_layers: of the model.
+        """
+        ends = [round(part * num_layers / 3) for part in range(4)]
+        thirds = [tuple(range(start, stop)) for start, stop in pairwise(ends) if start < stop]
+        return list(dict.fromkeys([tuple(range(num_layers)), *thirds]))
+
+    def contrast(self, data: ContrastSet) -> ContrastSet:
+        """The pairs as they are read: balanced, without a template, good answers alone, as the settings say.
+
+        Args:
+            data: pairs.
+
+        Raises:
+            DataError: the items are no pairs.
+        """
+        if not data.paired:
+            counts = f"{len(data.positive)} positive and {len(data.negative)} negative items"
+            raise DataError(f"austeer compares the two sides of pairs, got {counts} that are none; give pairs")
+        if self.balance:
+            data = _balanced(data)
+        positive = tuple(self._alone(item) for item in data.positive) if self.alone else data.positive
+        negative = data.negative
+        if not self.template:
+            positive, negative = tuple(map(_raw, positive)), tuple(map(_raw, negative))
+        return replace(data, positive=positive, negative=negative)
+
+    def _alone(self, item: Conversation) -> Conversation:
+        if item.answer is None or self.alone not in item.answer:
+            return item
+        return replace(item, prompt=item.answer, answer=None, system=None, raw=True)
+
+    def statistics(self, site: Site) -> PairSigns:
+        """Counts of pairs by the sign of their difference; no activation is kept.
+
+        Args:
+            site: where they accumulate.
+        """
+        if self.precision == "float16":
+            return PairSigns(torch.float16)
+        return PairSigns(rounding=1e-5, skip_zeros=True)
+
+    def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
+        """Rank the units of all sites together and keep the first k.
+
+        Args:
+            acts: what `statistics` gave at every site.
+            subject: whose heads are counted.
+            sites: where to look.
+
+        Returns:
+            ``"<site>/units"`` [j] int64, ``"<site>/beta"`` [j] and ``"<site>/width"`` [] of each site that has some;
+            ``"shared/tied"`` [2], how many units share the last one's share, and how many of these were chosen; at `z`
+            ``"shared/head_width"`` [].
+
+        Raises:
+            FitError: the sites are of several kinds, or no pair moves any unit.
+        """
+        assert acts is not None
+        if len({site.kind.replace("_raw", "_out") for site in sites}) > 1:
+            raise FitError(f"austeer ranks units of one kind of site, got {', '.join(map(str, sites))}; give one kind")
+        counted = {site: PairSigns.read(acts.positive[site], acts.negative[site]) for site in sites}
+        betas = {site: _signed_share(one.up, one.down, one.pairs, self.tie) for site, one in counted.items()}
+        beta = torch.cat(list(betas.values()))
+        effect = torch.cat([one.effect for one in counted.values()]) if self.tie_break == "difference" else None
+        chosen = _ranked(beta, effect)[: self.k]
+        if not len(chosen):
+            raise FitError("austeer: no pair moves any unit; the two sides read the same at every site")
+        at_the_cut = beta.abs() == beta[chosen[-1]].abs()
+        tensors = {"shared/tied": torch.stack([at_the_cut.sum(), at_the_cut[chosen].sum()])}
+        if sites[0].kind == "z" and (heads := _heads(subject.decoder)):
+            tensors["shared/head_width"] = torch.tensor(len(betas[sites[0]]) // heads)
+        start = 0
+        for site, own in betas.items():
+            units = (chosen[(chosen >= start) & (chosen < start + len(own))] - start).sort().values
+            start += len(own)
+            if len(units):
+                tensors[f"{site}/units"], tensors[f"{site}/beta"] = units, own[units]
+                tensors[f"{site}/width"] = torch.tensor(len(own))
+        return tensors
+
+    def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
+        """The sites that have chosen units.
+
+        Args:
+            sites: where it was fitted.
+            tensors: what `fit` gave.
+            decoder: unused.
+        """
+        return [site for site in sites if f"{site}/units" in tensors]
+
+    def check(self, site: Site, params: Params) -> None:
+        """Different units of the site, each with its share.
+
+        Raises:
+            VectorMismatchError: something is missing, or does not fit together.
+        """
+        units, beta, width = (params.get(name) for name in ("units", "beta", "width"))
+        if units is None or beta is None or width is None or units.dim() != 1 or units.shape != beta.shape:
+            raise VectorMismatchError(f"{site}: austeer scales units [j] by shares beta [j], the vector has not both")
+        if width.dim() or units.dtype != torch.int64 or not beta.is_floating_point():
+            raise VectorMismatchError(f"{site}: units and width are whole numbers and shares are not; fit again")
+        if len(set(units.tolist())) < len(units) or int(units.min()) < 0 or int(units.max()) >= int(width):
+            raise VectorMismatchError(f"{site}: units must be different ones of 0..{int(width) - 1}; fit again")
+
+    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What is added of each unit, 0 for those that stay; multiplied in float32 and rounded once."""
+        gains = self._gains(params, strength)
+        gamma = torch.zeros(*gains.shape[:-1], int(params["width"]), device=device)
+        return {"gamma": gamma.index_copy(-1, params["units"].to(device), gains).to(dtype)}
+
+    def _gains(self, params: Params, strength: Tensor) -> Tensor:
+        """[..., j] float32 on the strength's device."""
+        gains = strength * params["beta"].to(strength.device).float()
+        return gains if self.flip else gains.clamp_min(-1.0)
+
+    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
+        """`h + gamma * h`; units that were not chosen are bitwise what they were."""
+        return edits.scale_units(h, prepared["gamma"])
+
+    def control(self, vector: SteeringVector, generator: torch.Generator) -> SteeringVector:
+        """As many units at each site with the same shares, drawn from all units of that site.
+
+        Args:
+            vector: what this method fitted.
+            generator: what draws.
+        """
+        drawn = {}
+        for site in vector.sites:
+            params = vector.params(site)
+            order = torch.randperm(int(params["width"]), generator=generator)
+            drawn[f"{site}/units"] = order[: len(params["units"])]
+        return replace(vector, tensors={**vector.tensors, **drawn})
+
+    def table(self, vector: SteeringVector) -> Listing:
+        """The chosen units, the largest share first.
+
+        Args:
+            vector: what this method fitted.
+        """
+        found = []
+        for site in vector.sites:
+            params = vector.params(site)
+            found += [(site, *one) for one in zip(params["units"].tolist(), params["beta"].tolist(), strict=True)]
+        found.sort(key=lambda one: (-abs(one[2]), one[0].layer, one[1]))
+        params = vector.params(vector.sites[0])
+        head = int(params["head_width"]) if "head_width" in params else 0
+        rows = [
+            (site.layer, *((unit // head, unit % head) if head else (unit,)), "+" if beta > 0 else "-", abs(beta))
+            for site, unit, beta in found
+        ]
+        where = ("head", "dimension") if head else ("row" if vector.sites[0].kind.startswith("mlp") else "dimension",)
+        tied = params["tied"].tolist() if "tied" in params else None
+        note = f"{tied[0]} units have the smallest of these shares; {tied[1]} of them were chosen" if tied else ""
+        return Listing(f"{len(rows)} units", ("layer", *where, "sign", "share"), rows, note)
+
+    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
+        """Columns of attention's output projection, or rows and bias entries of the MLP's down projection.
+
+        Raises:
+            SiteError: units of the residual stream or behind a post-norm; or no one plain linear layer gives or reads
+                them, as with routed experts or an adapter.
+        """
+        updates = []
+        for site in vector.sites:
+            tap, is_input = _projection(model, site)
+            params = vector.params(site)
+            scaled = _scaled(params["units"], self._gains(params, torch.tensor(float(strength))))
+            # An nn.Linear holds its weight [outputs, inputs], GPT-2's Conv1D [inputs, outputs].
+            axis = int(is_input) if isinstance(tap.module, nn.Linear) else int(not is_input)
+            updates.append(WeightUpdate(f"{tap.name}.weight", scaled(axis)))
+            if not is_input and tap.module.bias is not None:
+                updates.append(WeightUpdate(f"{tap.name}.bias", scaled(0)))
+        return updates
+
+
+def _signed_share(up: Tensor, down: Tensor, pairs: int | Tensor, tie: Tie) -> Tensor:
+    """Share of the commoner direction, with its sign.
+
+    Raises:
+        FitError: `tie` is no sign.
+    """
+    if tie not in ("positive", "negative"):
+        raise FitError(f"tie {tie!r} is neither positive nor negative")
+    share = torch.maximum(up, down) / pairs
+    is_down = down > up if tie == "positive" else (down >= up) & (down > 0)
+    return torch.where(is_down, -share, share)
+
+
+def _ranked(beta: Tensor, effect: Tensor | None) -> Tensor:
+    """Places of all shares that are not zero, the largest first, then by `effect`, then in order."""
+    order = torch.arange(len(beta)) if effect is None else effect.argsort(descending=True, stable=True)
+    size = beta.abs().nan_to_num(0.0)[order]
+    order = order[size.argsort(descending=True, stable=True)]
+    return order[: int((size > 0).sum())]
+
+
+def _balanced(data: ContrastSet) -> ContrastSet:
+    """Without the last of those pairs whose answers stand the other way round in fewer pairs."""
+    labels = [(one.answer, other.answer) for one, other in zip(data.positive, data.negative, strict=True)]
+    counts, seen, kept = Counter(labels), Counter[Any](), []
+    for place, (good, bad) in enumerate(labels):
+        seen[good, bad] += 1
+        if seen[good, bad] <= (counts[bad, good] or len(labels)):
+            kept.append(place)
+    if len(kept) == len(labels):
+        return data
+    positive, negative = (tuple(side[place] for place in kept) for side in (data.positive, data.negative))
+    return replace(data, positive=positive, negative=negative, marks=())
+
+
+def _raw(item: Conversation) -> Conversation:
+    """A conversation without a chat template.
+
+    Raises:
+        DataError: it has several messages, or a system prompt.
+    """
+    if not isinstance(item.prompt, str) or item.system is not None:
+        raise DataError("austeer: without a template a prompt is one text; messages and system prompts need template")
+    return replace(item, raw=True)
+
+
+def _heads(decoder: Decoder) -> int:
+    """How many query heads stand side by side at `z`; 0 where the config does not say."""
+    return int(getattr(decoder.model.config.get_text_config(), "num_attention_heads", 0) or 0)
+
+
+def _projection(model: nn.Module, site: Site) -> tuple[Tap, bool]:
+    """The linear layer whose columns (it reads the units) or rows (it gives them) are the units of a site.
+
+    Raises:
+        SiteError: there is none.
+    """
+    try:
+        raw = next(iter(locate(model, [Site(site.layer, "mlp_raw")]))) if site.kind.startswith("mlp_") else None
+        if site.kind != "z" and site != raw:
+            what = "what a post-norm gives" if site.kind == "mlp_out" else "no linear layer's input or output alone"
+            raise SiteError(f"{what} is scaled here")
+        (tap,) = locate(model, [site if raw is None else Site(site.layer, "mlp_post")]).values()
+    except SiteError as error:
+        raise SiteError(f"{site}: scaling its units has no exact weight form ({error}); steer with hooks") from None
+    if hasattr(tap.module, "base_layer"):
+        raise SiteError(f"{site}: `{tap.name}` has an adapter beside it; merge it first, or steer with hooks")
+    if not isinstance(tap.module, nn.Linear) and type(tap.module).__name__ != "Conv1D":
+        raise SiteError(f"{site}: `{tap.name}` is {type(tap.module).__name__}, no plain linear layer; steer with hooks")
+    return tap, raw is None
+
+
+def _scaled(units: Tensor, gains: Tensor) -> Callable[[int], Callable[[Tensor | None], Tensor]]:
+    """By the dimension along which the units stand, what scales them there."""
+
+    def along(axis: int) -> Callable[[Tensor | None], Tensor]:
+        def update(old: Tensor | None) -> Tensor:
+            assert old is not None
+            places, gamma = units.to(old.device), gains.to(old)
+            part = old.index_select(axis, places).movedim(axis, -1)
+            return old.index_copy(axis, places, (part + gamma * part).movedim(-1, axis))
+
+        return update
+
+    return along
