@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 Item = str | Sequence[Mapping[str, str]] | Conversation | Rendered
 _COUNTED = re.compile(r"index\((-?\d+)\)|span\((\d+),(\d+)\)")
-_NAMES = ("last", "mean", "prompt_last", "prompt_mean", "response_mean")
+_NAMES = ("last", "mean", "prompt_last", "prompt_mean", "response_mean", "predicting_mean")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Readout:
     """Which tokens of a text are read.
 
     `last` (of the rendered text: the generation prompt's last token, or the answer's), `mean` (all but the first),
-    `prompt_last`, `prompt_mean`, `response_mean` (the answer's tokens), an index (negative ones count from the end), or
-    a character span of the answer (`span(0,3)`, the end excluded).
+    `prompt_last`, `prompt_mean`, `response_mean` (the answer's tokens), `predicting_mean` (the tokens from which the
+    answer's are predicted: the prompt's last, and the answer's without its last), an index (negative ones count from
+    the end), or a character span of the answer (`span(0,3)`, the end excluded).
     """
 
     kind: str
@@ -110,13 +111,15 @@ class Readout:
             chosen = range(1, prompt)
         elif self.kind == "response_mean":
             chosen = range(max(prompt, 1), length)
+        elif self.kind == "predicting_mean":
+            chosen = range(max(prompt - 1, 0), length - 1)
         elif self.kind == "index":
             index = self.start if self.start >= 0 else length + self.start
             chosen = range(index, index + 1) if 0 <= index < length else range(0)
         else:
             chosen = self._span(rendered)
         if len(chosen) == 0:
-            hint = "; give answers" if self.kind in ("response_mean", "span") else ""
+            hint = "; give answers" if self.kind in ("response_mean", "predicting_mean", "span") else ""
             raise DataError(f"readout '{self}' finds no token in {_short(rendered.text)} ({length} tokens){hint}")
         return chosen
 

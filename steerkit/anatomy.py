@@ -17,7 +17,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -216,6 +216,29 @@ class Anatomy:
             what = f"`{others[0]}` reads it too" if others else "no linear layer reads it as it is"
             raise self._refuse(kind, f"`{source.name}` gives what not only linear layers read: {what}")
         return found
+
+    def writer(self, kind: str) -> tuple[Place, Place]:
+        """The linear layer that gives the tensor of a kind, as it is or times a number.
+
+        Args:
+            kind: attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
+
+        Returns:
+            Where that layer reads (z or mlp_post), and where it writes, under its canonical kind.
+
+        Raises:
+            SiteError: another kind, a norm between the layer and the tensor, or no one layer that reads every token.
+        """
+        if kind not in ("attn_out", "attn_raw", "mlp_out", "mlp_raw", "mixer_out"):
+            raise self._refuse(kind, "no linear layer of this block gives it; ask for attn_raw, mlp_raw or mixer_out")
+        half = self._half(kind)
+        read = self.find("mlp_post" if half in self.mlps else "z")
+        added, raw = self._added(kind)[self.halves.index(half)]
+        if raw is not added and not kind.endswith("_raw"):
+            raw_kind = kind.replace("_out", "_raw")
+            raise self._refuse(kind, f"`{added.name}` norms what `{read.name}` gives; ask for {raw_kind}.{self.layer}")
+        own = kind if raw is not added else kind.replace("_raw", "_out")
+        return read, replace(read, kind=own, side="output", width=self.left.values.shape[-1])
 
     def output_kind(self, half: Half) -> str:
         """The kind of site at which a half adds to the residual stream.

@@ -12,6 +12,7 @@ from steerkit.errors import FitError
 
 __all__ = [
     "add",
+    "add_gated",
     "add_window",
     "aim",
     "heading",
@@ -38,6 +39,23 @@ def add(h: Tensor, direction: Tensor) -> Tensor:
         [b, t, d]
     """
     return h + direction
+
+
+def add_gated(h: Tensor, read: Tensor, gate: Tensor, direction: Tensor, strength: Tensor) -> Tensor:
+    """Add a direction as strongly as a gate says of what was read: `h + strength * (gate . read) * direction`.
+
+    Args:
+        h: [b, t, o] activations that are written.
+        read: [b, t, i] activations that are read.
+        gate: [i], in the dtype of `h`.
+        direction: [o], in the dtype of `h`.
+        strength: float32, [] or [b, 1, 1].
+
+    Returns:
+        [b, t, o] in the dtype of `h`.
+    """
+    amount = read.to(gate) @ gate
+    return torch.addcmul(h, (amount[..., None].float() * strength).to(h.dtype), direction)
 
 
 def add_window(h: Tensor, directions: Tensor, offset: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ from steerkit.activations import (
     record_ids,
     stream,
 )
+from steerkit.anatomy import Anatomy
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
+from steerkit.linears import linears_at, weight_digests
 from steerkit.methods._base import Method
 from steerkit.moments import NormMedian
 from steerkit.registry import resolve
-from steerkit.sites import Decoder, Site, execution_device, find_decoder, locate, parse_layers
+from steerkit.sites import Decoder, Site, anatomies, execution_device, find_decoder, locate, parse_layers
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector, model_facts
 
@@ -119,6 +121,7 @@ def fit(
         data_digest=data.digest,
         data_source=data.source or None,
         paper=chosen.paper,
+        extra=chosen.extra(subject, written),
         steerkit_version=steerkit.__version__,
         **model_facts(decoder.model, tokenizer),
     )
@@ -292,6 +295,7 @@ class Subject:
         self._batch_size, self._chat = batch_size, chat_template_kwargs
         self._decoder = decoder
         self._norms: dict[Site, float] = {}
+        self._anatomies: dict[int, Anatomy] | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -395,6 +399,38 @@ class Subject:
                 median.update(tensor[None], counted)
             self._norms[site] = median.result()
         return found
+
+    def weight(self, site: Site) -> Tensor:
+        """The matrix by which the linear layer that writes at a site acts.
+
+        Args:
+            site: of kind attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
+
+        Returns:
+            [o, i] float32, whatever way the layer stores it; an adapter around it is included.
+
+        Raises:
+            SiteError: no one linear layer writes there, or its weight cannot be read.
+        """
+        if self._anatomies is None:  # one pass for all sites
+            self._anatomies = anatomies(self._decoder, set(range(self._decoder.num_layers)))
+        (linear,) = linears_at(self._decoder, [site], found=self._anatomies).values()
+        return linear.weight(self._decoder.model.dtype).cpu()
+
+    def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
+        """What identifies the weights of the linear layers that write at some sites.
+
+        Args:
+            sites: of kind attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
+
+        Returns:
+            Name of the weight to its digest, for `SteeringVector.extra`.
+
+        Raises:
+            SiteError: no one linear layer writes there.
+            ModelError: a weight is offloaded.
+        """
+        return weight_digests(self._decoder, sites)
 
     def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
         """Median token norms at sites this subject has read whole rows at."""

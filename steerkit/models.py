@@ -29,7 +29,7 @@ from steerkit.errors import ModelError, SteerError, unknown_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ALIASES", "Embedded", "hub_id", "load_model"]
+__all__ = ["ALIASES", "Embedded", "hub_id", "load_model", "quiet"]
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _from_hub(
     where = {key: value for key, value in where.items() if value is not None}
     embedded = ALIASES["smollm2-135m"]
     try:
-        with _quiet():
+        with quiet():
             # Alone and first: the hub's client retries for 20 s per file, and everything else asks for several.
             AutoConfig.from_pretrained(hub_id, trust_remote_code=False, **where)
         return _load(hub_id, {**options, **where})
@@ -282,7 +282,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     logger.info("converting the embedded model once (about 20 s): %s", gguf.name)
     model, tokenizer = _from_gguf(gguf, {})
     folder.mkdir(parents=True)
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
@@ -321,7 +321,7 @@ def _load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
 
     of_weights = ("dtype", "device_map", "quantization_config")
     places = {key: value for key, value in options.items() if key not in of_weights}
-    with _quiet():
+    with quiet():
         # False, not absent: absent asks the user on stdin.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **places)
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
@@ -344,7 +344,7 @@ def _read_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' bars and messages away for a while; the switches are put back as they were."""
     from transformers.utils import logging as chatter
 

@@ -11,7 +11,7 @@ from steerkit.plugins import Plugins
 if TYPE_CHECKING:
     from steerkit.vector import SteeringVector
 
-__all__ = ["default_strength", "method_names", "method_of", "resolve"]
+__all__ = ["default_strength", "example_strength", "method_names", "method_of", "resolve"]
 
 _METHODS: Plugins[Method] = Plugins("steerkit.methods", "method", Method)
 
@@ -70,3 +70,19 @@ def default_strength(vector: SteeringVector) -> float:
             f"{kind.strength_unit}, such as {kind.ladder[len(kind.ladder) // 3]:g}"
         )
     return kind.default_strength
+
+
+def example_strength(vector: SteeringVector) -> float:
+    """A strength to show a vector with: the default one, else a weak one of the method's ladder.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        UnknownNameError: the method is not installed.
+    """
+    try:
+        return default_strength(vector)
+    except StrengthError:
+        ladder = resolve(vector.method).ladder
+        return ladder[len(ladder) // 3]

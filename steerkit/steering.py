@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, near_miss
+from steerkit.linears import linears_at
 from steerkit.methods._base import Method, Params
 from steerkit.registry import default_strength, method_of
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
@@ -220,8 +221,8 @@ class _Edit:
             if device.type != "meta":
                 self._ready[device, dtype, len(rows) if self._per_row else 0] = self._prepare(device, dtype, None)
 
-    def __call__(self, h: Tensor) -> Tensor:
-        """Write the tokens of this pass that the scope means."""
+    def __call__(self, h: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
+        """Write the tokens of this pass that the scope means; `args` is what the module was called with."""
         compiling = torch.compiler.is_compiling()
         # Compiled code may not look at what changes with the strength, or it would be compiled again.
         if not compiling and self._inert:
@@ -245,13 +246,17 @@ class _Edit:
             return h
         if self._minimum:
             tokens.require_prompt(self._minimum)
+        read = args[0] if self.method.reads_input else None
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
-            shaped = self._write(h.reshape(facts.batch, facts.width, h.shape[-1]), facts, tokens, compiling)
-            return shaped.reshape(h.shape)
-        return self._write(h, facts, tokens, compiling)
+            shape = facts.batch, facts.width, -1
+            read = None if read is None else read.reshape(shape)
+            return self._write(h.reshape(shape), read, facts, tokens, compiling).reshape(h.shape)
+        return self._write(h, read, facts, tokens, compiling)
 
-    def _write(self, h: Tensor, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
+    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
         prepared, active = self._prepared(h, facts)
+        if read is not None:
+            prepared = {**prepared, "input": read}
         edited = self.method.edit(h, prepared, tokens)
         if edited.dtype != h.dtype:
             edited = edited.to(h.dtype)
@@ -316,11 +321,11 @@ class _InputDispatcher(_Dispatcher):
 
 
 class _OutputDispatcher(_Dispatcher):
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         tap, plain = self.edits[0].tap, type(output) is Tensor
         before = h = output if plain else tap.read((), {}, output)
         for edit in self.edits:
-            h = edit(h)
+            h = edit(h, args)
         if h is before:
             return None
         return h if plain else tap.write_output(output, h)
@@ -368,8 +373,12 @@ def _plan(
     if only_all is not None and written.kind != "all":
         raise ScopeError(f"scope '{written}': {only_all}; use scope='all'")
     counted = vector.unit if vector.own_unit or unit is None else unit
+    if method.reads_input:
+        taps = {site: linear.tap for site, linear in linears_at(decoder, vector.sites).items()}
+    else:
+        taps = locate(decoder.model, vector.sites)
     edits = []
-    for site, tap in zip(vector.sites, locate(decoder.model, vector.sites).values(), strict=True):
+    for site, tap in zip(vector.sites, taps.values(), strict=True):
         params = vector.params(site)
         method.check(site, params)
         factor = 1.0 if counted == "paper" else _norm_factor(method, vector, site, params)

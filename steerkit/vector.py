@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from steerkit import __version__
 from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError, VectorMismatchError
 from steerkit.files import write_whole
+from steerkit.linears import check_weights
 from steerkit.sites import Site, inner_model
 from steerkit.tokens import Scope
 
@@ -93,7 +94,7 @@ class SteeringVector:
         held_out: figures measured on items it was not fitted on.
         steerkit_version: that fitted it.
         recipe: the exact recipe it was made by.
-        extra: what a method wants to add, such as a fingerprint of the weights.
+        extra: what a method wants to add; ``{"weights": {name: digest}}`` ties the vector to those weights.
         fitted_at: where it was fitted; None where that is where it is applied. See `reads`.
         strength: how strongly it is to be applied this time, one number or one per row of the batch; never stored.
         own_scope: whether `at` set the scope, so that it comes before one given for several vectors; never stored.
@@ -378,7 +379,7 @@ class SteeringVector:
             tokenizer: its tokenizer, to compare chat templates.
 
         Raises:
-            VectorMismatchError: the model has another width or depth.
+            VectorMismatchError: the model has another width or depth, or other weights than the vector is tied to.
         """
         inner = inner_model(model)
         facts = model_facts(model, tokenizer)
@@ -388,6 +389,8 @@ class SteeringVector:
                 f"vector fitted on {self.model_type} ({self.num_layers} layers, width {self.hidden_size}) cannot steer "
                 f"{type(inner).__name__} ({layers} layers, width {width}): fit one on this model, or load the other"
             )
+        if self.extra.get("weights"):
+            check_weights(model, self.extra["weights"])
         for name in _COMPARED:
             self._compare(name, facts.get(name))
 

@@ -1,23 +1,27 @@
-"""`edited`: run a model with its weights changed, and put them back bit for bit. The only file that changes weights."""
+"""`edited`: run a model with its weights changed, and put them back bit for bit. The only file that changes weights.
+
+What is to be changed comes from `exact_updates`, which the exports that write weights elsewhere use as well.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, StrengthError
+from steerkit.methods._base import WeightUpdate
 from steerkit.registry import default_strength, method_of
 from steerkit.sites import inner_model
 from steerkit.steering import strength_value, vectors_of
 from steerkit.tokens import inert, inert_hook
 from steerkit.vector import SteeringVector
 
-__all__ = ["edited"]
+__all__ = ["edited", "exact_strength", "exact_updates"]
 
 
 class _Edited:
@@ -59,23 +63,10 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
         ModelError: the model is edited already, or a weight is offloaded or quantised.
     """
     target = inner_model(model)
-    (vector,) = vectors_of(vector)
-    vector.check(model)
     if any(isinstance(hook, _Edited) for hook in target._forward_pre_hooks.values()):
         raise ModelError("edited: this model's weights are edited already; leave that context first")
-    if vector.scope != "all":
-        raise ScopeError(
-            f"edited: weights act on every token, the vector only on '{vector.scope}'; use vector.at(scope='all')"
-        )
-    if vector.unit != "paper":
-        raise StrengthError(
-            f"edited: weights count in unit 'paper', the vector in '{vector.unit}'; use vector.at(unit='paper')"
-        )
-    given = vector.strength if vector.strength is not None else strength
-    value = strength_value(default_strength(vector) if given is None else given)
-    if isinstance(value, tuple):
-        raise StrengthError(f"edited: got {len(value)} strengths; weights take one finite number")
-    updates = method_of(vector).weight_updates(target, vector, value)
+    (vector,) = vectors_of(vector)
+    updates = exact_updates(model, vector, strength)
     planned = [(*_parameter(target, update.name), update.update) for update in updates]
     uses = Counter(id(parameter) for _, parameter in target.named_parameters(remove_duplicate=False))
     mark = target.register_forward_pre_hook(_Edited())
@@ -89,6 +80,60 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
         with torch.no_grad():
             for step in reversed(undo):
                 step()
+
+
+def exact_updates(
+    model: nn.Module, vectors: SteeringVector | Sequence[SteeringVector], strength: float | Tensor | None = None
+) -> list[WeightUpdate]:
+    """The weight form of vectors, for every token.
+
+    Args:
+        model: the transformers model, wrapped or not.
+        vectors: one vector or several; where two change one weight, the later changes what the earlier made.
+        strength: one number in the paper unit, as for `edited`; a vector's own (`vector.at(...)`) comes first.
+
+    Returns:
+        The changes, to be made in this order.
+
+    Raises:
+        VectorMismatchError: a vector was fitted on a model of another width or depth.
+        ScopeError: a vector's scope is not `all`.
+        StrengthError: a method has no exact weight form, or the strength is not one finite number.
+        SiteError: this model has no place for the exact form.
+    """
+    updates: list[WeightUpdate] = []
+    for vector in vectors_of(vectors):
+        vector.check(model)
+        value = exact_strength(vector, strength)
+        updates += method_of(vector).weight_updates(inner_model(model), vector, value)
+    return updates
+
+
+def exact_strength(vector: SteeringVector, strength: float | Tensor | None = None) -> float:
+    """The strength at which a vector goes into weights. Needs no model, so that a command can ask before loading one.
+
+    Args:
+        vector: the vector.
+        strength: as for `exact_updates`.
+
+    Raises:
+        ScopeError: the vector's scope is not `all`.
+        StrengthError: another unit than paper, or not one finite number.
+    """
+    if vector.scope != "all":
+        raise ScopeError(
+            f"weights act on every token, this vector was made for '{vector.scope}', which is something else; accept "
+            "that with vector.at(scope='all') or --scope all, or steer with hooks"
+        )
+    if vector.unit != "paper":
+        raise StrengthError(
+            f"weights count in unit 'paper', the vector in '{vector.unit}'; use vector.at(unit='paper')"
+        )
+    given = vector.strength if vector.strength is not None else strength
+    value = strength_value(default_strength(vector) if given is None else given)
+    if isinstance(value, tuple):
+        raise StrengthError(f"got {len(value)} strengths, one for each row; weights take one finite number")
+    return value
 
 
 def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:

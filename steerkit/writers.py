@@ -23,7 +23,7 @@ from steerkit.errors import SiteError
 from steerkit.probe_block import tensor_of
 from steerkit.sites import Decoder, Site, anatomies
 
-__all__ = ["Matrix", "every_write", "other_uses", "writing_matrices"]
+__all__ = ["Matrix", "every_write", "other_uses", "output_biases", "writing_matrices"]
 
 _DOWN = ("down_proj", "w2")  # what transformers calls the last layer of an expert
 _ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -89,6 +89,44 @@ def writing_matrices(decoder: Decoder) -> list[Matrix]:
                 call = anatomy.projection(half)
                 matrices += _matrices(decoder, f"{decoder.path}.{layer}.{call.name}", call.module)
     return matrices
+
+
+def output_biases(decoder: Decoder, layers: set[int]) -> dict[int, list[str]]:
+    """The biases through which a constant reaches the output of a block as it is, and nothing else of that block.
+
+    Args:
+        decoder: the model's decoder.
+        layers: blocks counted from 0.
+
+    Returns:
+        By layer the names of the biases that all take the constant: one (it may be absent so far), or with routed
+        experts one for each.
+
+    Raises:
+        SiteError: a norm or a number comes after the last linear layer, or experts have no biases.
+    """
+    return {
+        layer: _output_biases(f"{decoder.path}.{layer}", anatomy)
+        for layer, anatomy in anatomies(decoder, layers).items()
+    }
+
+
+def _output_biases(block: str, anatomy: Anatomy) -> list[str]:
+    if not anatomy.halves:
+        raise SiteError(f"block {anatomy.layer} of {anatomy.owner} has no part that writes to the residual stream")
+    half = anatomy.halves[-1]  # a later half of the block would read what an earlier one adds
+    added = anatomy.added_by(half)
+    kind = f"{anatomy.output_kind(half)}.{anatomy.layer}"
+    if not half.experts:
+        call = anatomy.projection(half)
+        if call.gave is None or added.gave is None or not _close(call.gave.values, added.gave.values, call.gave.tensor):
+            raise SiteError(f"{kind}: what `{call.name}` of {anatomy.owner} gives is multiplied before it is added")
+        return [f"{block}.{call.name}.bias"]
+    matrices = _stacks(f"{block}.{half.first.name}", half)
+    biases = [matrix.name for matrix in matrices if matrix.name.endswith("bias")]
+    if not biases or not _shifts(f"{block}.{half.first.name}", biases, half):
+        raise SiteError(f"{kind}: {half} of {anatomy.owner} routes tokens to experts, which have no bias for all of it")
+    return biases
 
 
 def other_uses(decoder: Decoder, matrices: Sequence[Matrix]) -> dict[str, str]:
@@ -176,22 +214,27 @@ def _expert_matrices(decoder: Decoder, layer: int, anatomy: Anatomy, half: Half)
     """
     anatomy.added_by(half)
     name, owner = f"{decoder.path}.{layer}.{half.first.name}", half.first.module
-    matrices: list[Matrix] = []
+    matrices = _stacks(name, half)
     for path, module in owner.named_modules():
-        full = f"{name}.{path}".rstrip(".")
         if path.rpartition(".")[2] in _DOWN:
-            matrices += _matrices(decoder, full, module)
-        else:
-            own = module.named_parameters(recurse=False)
-            matrices += [
-                Matrix(f"{full}.{leaf}", _stacked_axis(module, value)) for leaf, value in own if _is_down(leaf)
-            ]
+            matrices += _matrices(decoder, f"{name}.{path}", module)
     if not matrices or not _silences(owner, name, matrices, half):
         raise SiteError(
             f"{anatomy.output_kind(half)}.{layer}: the matrices with which {half} of {type(decoder.model).__name__} "
             "writes, experts and all, are not those usually named down_proj or w2"
         )
     return matrices
+
+
+def _stacks(name: str, half: Half) -> list[Matrix]:
+    """The parameters that hold the down projections of all experts, and their biases."""
+    return [
+        Matrix(f"{f'{name}.{path}'.rstrip('.')}.{leaf}", _stacked_axis(module, value))
+        for path, module in half.first.module.named_modules()
+        if path.rpartition(".")[2] not in _DOWN
+        for leaf, value in module.named_parameters(recurse=False)
+        if _is_down(leaf)
+    ]
 
 
 def _is_down(leaf: str) -> bool:
@@ -205,8 +248,8 @@ def _stacked_axis(module: nn.Module, value: Tensor) -> int:
 
 def _silences(owner: nn.Module, name: str, matrices: list[Matrix], half: Half) -> bool:
     """Whether the half gives nothing along its usual output once that direction is taken out of the matrices."""
-    read, gave = half.first.read, half.last.gave
-    if read is None or gave is None or len(half.calls) > 1:
+    gave = half.last.gave
+    if half.first.read is None or gave is None or len(half.calls) > 1:
         return False
     usual = gave.values.reshape(-1, gave.values.shape[-1])[-1]
     along = usual / torch.linalg.vector_norm(usual)
@@ -218,7 +261,32 @@ def _silences(owner: nn.Module, name: str, matrices: list[Matrix], half: Half) -
             return False
         taken = (moved @ along.to(moved))[..., None] * along.to(moved)
         changed[matrix.name.removeprefix(f"{name}.")] = (moved - taken).movedim(-1, matrix.axis).to(old.dtype)
-    with torch.no_grad():
-        output: Tensor = tensor_of(torch.func.functional_call(owner, changed, (read.tensor,)))
-    left = output.detach().cpu().float().reshape(-1, len(along))[-1] @ along
+    left = _again(half, changed).reshape(-1, len(along))[-1] @ along
     return float(left.abs()) <= 0.1 * float(torch.linalg.vector_norm(usual))
+
+
+def _shifts(name: str, biases: Sequence[str], half: Half) -> bool:
+    """Whether a constant added to the biases of all experts is added to what the half gives, at every token."""
+    gave = half.last.gave
+    if half.first.read is None or gave is None or len(half.calls) > 1:
+        return False
+    size = float(gave.values.abs().max())
+    changed = {}
+    for bias in biases:
+        old = half.first.module.get_parameter(bias.removeprefix(f"{name}.")).detach()
+        changed[bias.removeprefix(f"{name}.")] = old + size
+    return _close(_again(half, changed).reshape(-1), gave.values.reshape(-1) + size, gave.tensor)
+
+
+def _again(half: Half, changed: dict[str, Tensor]) -> Tensor:
+    """What the half gives with some parameters replaced, in float32 on the CPU."""
+    assert half.first.read is not None
+    with torch.no_grad():
+        output: Tensor = tensor_of(torch.func.functional_call(half.first.module, changed, (half.first.read.tensor,)))
+    return output.detach().cpu().float()
+
+
+def _close(one: Tensor, other: Tensor, like: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of the dtype of `like`."""
+    gap = (one.reshape(other.shape) - other).abs().max()
+    return bool(gap <= _ROUNDING.get(like.dtype, 1e-4) * other.abs().max())

@@ -345,17 +345,21 @@ def test_stream_keeps_no_samples() -> None:
     )
     kept: list[tuple[int, int]] = []
 
+    def alive() -> list[Tensor]:
+        return [
+            entry
+            for entry in gc.get_objects()
+            if type(entry) is torch.Tensor and entry.dim() >= 1 and entry.shape[-1] == HIDDEN and entry.dim() <= 3
+        ]
+
     class Watching(Means):
         def update(self, positive: Tensor, negative: Tensor) -> None:
             super().update(positive, negative)
-            alive = [
-                entry
-                for entry in gc.get_objects()
-                if type(entry) is torch.Tensor and entry.dim() >= 1 and entry.shape[-1] == HIDDEN and entry.dim() <= 3
-            ]
-            kept.append((max(entry.shape[0] for entry in alive if entry.dim() == 2), len(alive)))
+            new = [entry for entry in alive() if id(entry) not in before]
+            kept.append((max(entry.shape[0] for entry in new if entry.dim() == 2), len(new)))
 
     gc.collect()
+    before = {id(entry): entry for entry in alive()}  # what other tests have left; kept, so that no id is used again
     stream(model, tokenizer, data, {site: Watching()}, batch_size=4)
     assert len(kept) == 2 * count // 4
     assert max(rows for rows, _ in kept[1:]) < count

@@ -26,6 +26,8 @@ PAIRS = [
 
 
 def data_for(method: Method) -> ContrastSet:
+    if method.readout == "response_mean":
+        return ContrastSet.from_answers([("What was it like?", f" {good}.", f" {bad}.") for good, bad in PAIRS])
     pairs = PAIRS[:1] if method.readout is None else PAIRS
     short = method.readout is None
     return ContrastSet.from_prompts(

@@ -30,6 +30,7 @@ ORDER = (
     "anatomy",
     "sites",
     "writers",
+    "linears",
     "moments",
     "activations",
     "directions",
@@ -168,7 +169,7 @@ def test_prompt_files_are_matched_and_varied(path: Path) -> None:
     for side in ("positive", "negative"):
         openings = [" ".join(item[side].split()[:2]).lower() for item in items]
         # Real refusals have few openings; everything else should not be told by its first words.
-        allowed = 20 if path.stem == "refusal" else 6
+        allowed = (0.18 if path.stem == "refusal" else 0.054) * len(items)
         assert max(openings.count(opening) for opening in openings) <= allowed
 
 

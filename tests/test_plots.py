@@ -17,6 +17,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured
 from steerkit.evaluate.sweep import Point
+from steerkit.methods._base import Map
 
 MARGIN, KL = Column("preference margin", "nats per token", "higher"), Column("KL divergence", "nats per token", "lower")
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 1.5, 2.0)
@@ -148,3 +149,29 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
     ):
         with pytest.raises(SteerError, match=r"pip install 'steerkit-hf\[plots\]'"):
             draw()
+
+
+def test_maps_mark_what_is_under_zero_and_leave_zeros_blank(tmp_path: Path) -> None:
+    few = Map("heads", "head", {0: [0.0, 2.0, -1.0], 3: [-4.0]}, "reinforce", "suppress")
+    many = Map("neurons", "rank", {1: [*[1.0] * 40, *[-2.0] * 30], 2: [-1.0] * 3}, "reinforce", "suppress")
+    with plots._style():
+        figure, (left, right) = plots._figure(6.0, 4.0, columns=2)
+        plots._draw_map(figure, left, few, 5)
+        plots._draw_map(figure, right, many, 5)
+    (mesh,) = left.collections
+    drawn = mesh.get_array().reshape(5, 3)
+    assert [(row, place) for row in range(5) for place in range(3) if not drawn.mask[row, place]] == [
+        (0, 1),
+        (0, 2),
+        (3, 0),
+    ]
+    assert mesh.norm.vmin == -4.0 and mesh.norm.vmax == 4.0
+    assert sorted(patch.get_xy() for patch in left.patches) == [(-0.42, 2.58), (1.58, -0.42)]
+    marks = [line.get_xdata()[0] for line in right.lines]
+    assert sorted(marks) == [-0.5, 39.5], "one mark where each row falls below zero"
+    assert not right.patches
+    assert "suppress" in left.get_title() and "reinforce" in figure.axes[2].get_xlabel()
+    one = plots.plot_maps([few, many], tmp_path / "a.svg", title="t", layers=5).read_bytes()
+    assert one == plots.plot_maps([few, many], tmp_path / "b.svg", title="t", layers=5).read_bytes()
+    with pytest.raises(SteerError, match="no parts"):
+        plots.plot_maps([], tmp_path / "c.svg", title="t", layers=5)

@@ -28,13 +28,16 @@ PLACES = (
     "bloom",
     "cohere",
     "llama_peft",
+    "gpt_oss",
+    "mamba",
 )
 NO_PLACE = {
-    "gemma2": "norms the MLP's output",
-    "olmo2": "norms the MLP's output",
-    "mixtral": "experts",
-    "gpt_oss": "experts",
-    "mamba": "no MLP",
+    "gemma2": "norms what `mlp` gives",
+    "olmo2": "norms what `mlp` gives",
+    "opt_post": "norms stand on the residual stream",
+    "mixtral": "experts, which have no bias",
+    "qwen3_moe": "experts, which have no bias",
+    "qwen3_next": "experts, which have no bias",
 }
 
 

@@ -11,6 +11,7 @@ import typer
 
 import steerkit
 from steerkit.cli import (
+    bake,
     calibrate,
     compare,
     demo,
@@ -53,6 +54,7 @@ for _command in (
     plan,
     doctor,
     report,
+    bake,
     export,
     lm_eval,
     methods,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from steerkit.export.likeness import Likeness
+
 __all__ = [
     "DEFAULT_MODEL",
     "BatchSize",
@@ -22,6 +24,7 @@ __all__ = [
     "Model",
     "RecipeModel",
     "Unit",
+    "comparison",
     "number",
     "print_json",
     "sites_table",
@@ -110,6 +113,18 @@ def sites_table(described: Mapping[str, Any]) -> Table:
             number(separation.get("cohens_d"), ".2f"),
         )
     return made
+
+
+def comparison(likeness: Likeness) -> dict[str, Any]:
+    """What a comparison with the hooks says, as rows of a table and entries of JSON."""
+    facts = {
+        "precision": likeness.dtype,
+        "largest_difference": likeness.absolute,
+        "relative": likeness.relative,
+    }
+    if likeness.rounding is not None:
+        facts |= {"relative_at_the_median_token": likeness.typical, "one_rounding_there": likeness.rounding}
+    return {**facts, "same_likeliest_token": f"{likeness.agree} of {likeness.tokens}", "effect": likeness.effect}
 
 
 def usage_line(prompt: str, vector: str, *, strength: float | None, model: str) -> str:

@@ -1,20 +1,18 @@
-"""`steerkit export`: a vector as a file of another program."""
+"""`steerkit export`: vectors in the format of another program."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import Json, print_json, stdout, table
-
-if TYPE_CHECKING:
-    from steerkit.vector import SteeringVector
+from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stderr, stdout, table
 
 __all__ = ["run"]
 
@@ -23,53 +21,81 @@ class Format(StrEnum):
     """What can be written; one entry of `_WRITERS` each."""
 
     gguf = "gguf"
+    peft = "peft"
+
+
+class _Asked(NamedTuple):
+    """What the command line asks for."""
+
+    names: list[str]
+    target: Path | None
+    strengths: list[float]
+    scope: str | None
+    model: str
+    force: bool
 
 
 class _Written(NamedTuple):
-    """What a writer tells: rows of facts, and how the file is used."""
+    """What a writer tells: where, rows of facts, and how the file is used."""
 
+    target: Path
     facts: dict[str, Any]
     usage: str
 
 
 def run(
-    vector: Annotated[str, typer.Argument(metavar="FILE", help="A vector file, or a shipped vector's name.")],
     to: Annotated[Format, typer.Option("--to", help="The format to write.")],
+    file: Annotated[
+        str | None, typer.Argument(metavar="[FILE]", help="A vector file, or a shipped vector's name.")
+    ] = None,
+    vector: Annotated[list[str] | None, typer.Option(metavar="FILE", help="The same; repeatable for peft.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where to write. (default: <vector>.<format>, here)")
+        Path | None, typer.Option(metavar="PATH", help="Where to write. (default: <vector>.gguf, <vector>-lora; here)")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="In the file's unit. (default: the file's suggested strength, else 1)")
+        list[float] | None,
+        typer.Option(help="In the file's unit, one for each vector. (default: the file's suggested strength, else 1)"),
     ] = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
+    model: Model = DEFAULT_MODEL,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a vector as a file of another program, its strength included.
+    """Write vectors in the format of another program, their strength included.
 
-    gguf is llama.cpp's control vector; it adds at every token, so most vectors need --scope all.
+    gguf is llama.cpp's control vector, of one vector; peft is a LoRA adapter
+    for --model, of one or several. Both act at every token, so most vectors
+    need --scope all.
     """
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
-
-    path = vector_path(vector)
-    target = out or Path(f"{path.stem}.{to.value}")
-    loaded = SteeringVector.load(path).at(scope=scope)
-    check_writable(target)
-    written = _WRITERS[to](loaded, target, strength)
+    names = [*([file] if file else []), *(vector or [])]
+    if not names:
+        raise typer.BadParameter("give a vector file or a shipped vector's name")
+    if strength and len(strength) != len(names):
+        raise typer.BadParameter(f"{len(strength)} --strength for {len(names)} vectors; give as many, or none")
+    written = _WRITERS[to](_Asked(names, out, strength or [], scope, model, force))
     if as_json:
-        print_json({"file": str(target), "format": to.value, "vector": str(path), **written.facts})
+        listed = names if len(names) > 1 else names[0]
+        print_json({"file": str(written.target), "format": to.value, "vector": listed, **written.facts})
         return
-    console, shown = stdout(), table("", str(target))
+    console, shown = stdout(), table("", str(written.target))
     for name, value in written.facts.items():
         shown.add_row(name.replace("_", " "), _text(value))
     console.print(shown)
     console.print(written.usage, soft_wrap=True)
 
 
-def _gguf(vector: SteeringVector, target: Path, strength: float | None) -> _Written:
+def _gguf(asked: _Asked) -> _Written:
     from steerkit.export.gguf import control_vector, write_control_vector
     from steerkit.registry import default_strength
+    from steerkit.shipped import vector_path
+    from steerkit.vector import SteeringVector
 
+    if len(asked.names) > 1:
+        raise typer.BadParameter(f"a control vector file holds one vector, got {len(asked.names)}")
+    path = vector_path(asked.names[0])
+    target = asked.target or Path(f"{path.stem}.gguf")
+    vector, strength = SteeringVector.load(path).at(scope=asked.scope), next(iter(asked.strengths), None)
+    check_writable(target)
     directions = control_vector(vector, strength=strength)
     write_control_vector(vector, target, strength=strength)
     facts = {
@@ -79,14 +105,47 @@ def _gguf(vector: SteeringVector, target: Path, strength: float | None) -> _Writ
         "layers": list(directions),
         "norms": [float(direction.norm()) for direction in directions.values()],
     }
-    return _Written(facts, f"llama-cli -m MODEL.gguf --control-vector {target}")
+    return _Written(target, facts, f"llama-cli -m MODEL.gguf --control-vector {target}")
+
+
+def _peft(asked: _Asked) -> _Written:
+    from steerkit.files import check_folder
+    from steerkit.shipped import vector_path
+    from steerkit.vector import SteeringVector
+    from steerkit.weights import exact_strength
+
+    paths = [vector_path(name, asked.model) for name in asked.names]
+    target = asked.target or Path(f"{paths[0].stem}-lora")
+    vectors = [
+        SteeringVector.load(path).at(strength=dose, scope=asked.scope)
+        for path, dose in itertools.zip_longest(paths, asked.strengths)
+    ]
+    for one in vectors:
+        exact_strength(one)
+    check_folder(target, replace=asked.force)
+
+    import steerkit
+    from steerkit.export.peft import write_adapter
+
+    loaded, tokenizer = steerkit.load_model(asked.model)
+    with stderr().status("writing the adapter, and comparing it with the hooks"):
+        adapter = write_adapter(loaded, tokenizer, vectors, target, force=asked.force)
+    facts = {
+        "rank": adapter.rank,
+        "adapts": len(adapter.modules),
+        "stored_whole": len(adapter.whole),
+        "merges": adapter.merges,
+        **comparison(adapter.likeness),
+    }
+    return _Written(target, facts, f'PeftModel.from_pretrained(model, "{target}")')
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(map(_text, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_Writer = Callable[["SteeringVector", Path, float | None], _Written]
-_WRITERS: Mapping[Format, _Writer] = MappingProxyType({Format.gguf: _gguf})
+_WRITERS: Mapping[Format, Callable[[_Asked], _Written]] = MappingProxyType({Format.gguf: _gguf, Format.peft: _peft})

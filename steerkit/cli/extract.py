@@ -75,7 +75,7 @@ def run(
         raise typer.BadParameter("--raw is for your own prompts; a recipe's data says it itself")
 
     import steerkit
-    from steerkit.registry import resolve
+    from steerkit.registry import example_strength, resolve
 
     resolve(method or "caa")
     fit: Callable[..., SteeringVector]
@@ -96,19 +96,7 @@ def run(
     if as_json:
         print_json({"file": str(target), **vector.describe()})
     else:
-        _show(vector, target, usage_line(question, str(target), strength=_shown_strength(vector), model=model))
-
-
-def _shown_strength(vector: SteeringVector) -> float:
-    """A strength to begin with, for the line that shows how to use the vector."""
-    from steerkit.errors import StrengthError
-    from steerkit.registry import default_strength, resolve
-
-    try:
-        return default_strength(vector)
-    except StrengthError:
-        ladder = resolve(vector.method).ladder
-        return ladder[len(ladder) // 3]
+        _show(vector, target, usage_line(question, str(target), strength=example_strength(vector), model=model))
 
 
 def _readout(text: str | None) -> str | int | None:

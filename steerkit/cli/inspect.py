@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._shared import Json, number, print_json, sites_table, stdout, table
+from steerkit.cli._shared import Json, number, print_json, sites_table, stderr, stdout, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +45,9 @@ _SHOWN = (
 
 def run(
     vector: Annotated[str, typer.Argument(metavar="FILE", help="A vector file, or a shipped vector's name.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw its parts as a heat map: a .png, .svg or .pdf file.", dir_okay=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a vector file holds: where it acts, norms, its strength in both units, where it came from."""
@@ -53,6 +57,12 @@ def run(
     path = vector_path(vector)
     loaded = SteeringVector.load(path)
     facts, parts = loaded.describe(), _parts(loaded)
+    if plot is not None:
+        from steerkit.plots import plot_maps
+        from steerkit.registry import method_of
+
+        plot_maps(method_of(loaded).maps(loaded), plot, title=path.stem, layers=loaded.num_layers)
+        stderr().print(f"wrote {plot}")
     if as_json:
         print_json({"file": str(path), **facts, "parts": None if parts is None else parts.as_json()})
         return
@@ -62,9 +72,11 @@ def run(
         if facts[name] not in (None, {}):
             unit = f" {_unit(facts['method'])}" if name == "suggested_strength" else ""
             shown.add_row(name.replace("_", " "), _text(name, facts[name]) + unit)
-    written, read = len(facts["sites"]), len(facts["fitted_at"])
-    if read > written:
-        shown.add_row("selected", f"{written} of {read} sites looked at")
+    written = [site["site"] for site in facts["sites"]]
+    kinds = {site.rpartition(".")[0] for site in written}
+    read = [site for site in facts["fitted_at"] if site.rpartition(".")[0] in kinds]
+    if len(read) > len(written):
+        shown.add_row("selected", f"{len(written)} of {len(read)} sites looked at")
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
     console.print(shown)

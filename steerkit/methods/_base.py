@@ -16,8 +16,9 @@ from steerkit import edits
 from steerkit.directions import random_direction
 from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
 from steerkit.plugins import Configured
-from steerkit.sites import Decoder, Site, locate
+from steerkit.sites import Decoder, Site, find_decoder
 from steerkit.vector import SteeringVector
+from steerkit.writers import output_biases
 
 if TYPE_CHECKING:
     from steerkit.activations import Activations
@@ -25,7 +26,17 @@ if TYPE_CHECKING:
     from steerkit.moments import Accumulator
     from steerkit.tokens import Tokens
 
-__all__ = ["AddDirection", "Listing", "Method", "Params", "Prepared", "Subject", "WeightUpdate", "check_direction"]
+__all__ = [
+    "AddDirection",
+    "Listing",
+    "Map",
+    "Method",
+    "Params",
+    "Prepared",
+    "Subject",
+    "WeightUpdate",
+    "check_direction",
+]
 
 Params = Mapping[str, Tensor]
 Prepared = Mapping[str, Tensor]
@@ -64,6 +75,24 @@ class Listing(NamedTuple):
         return {"title": self.title, "rows": rows, "note": self.note}
 
 
+class Map(NamedTuple):
+    """Signed sizes of the parts of a vector, layer by layer, to be drawn as a heat map.
+
+    Attributes:
+        title: what the parts are.
+        across: what stands from left to right.
+        rows: layer to one number for each part, 0 where it is left alone; rows may differ in length.
+        above: what a number over 0 means.
+        below: what a number under 0 means.
+    """
+
+    title: str
+    across: str
+    rows: Mapping[int, Sequence[float]]
+    above: str
+    below: str
+
+
 class Subject(Protocol):
     """The only door through which `Method.fit` reaches the model; `steerkit.fitting` gives it."""
 
@@ -88,6 +117,12 @@ class Subject(Protocol):
     def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
         """Activations [t, d] of every token of each row of ids, none of them masked."""
 
+    def weight(self, site: Site) -> Tensor:
+        """The matrix [o, i], float32, of the linear layer that writes at a site."""
+
+    def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
+        """What identifies the weights of the linear layers that write at some sites, by name."""
+
 
 @dataclass(frozen=True)
 class Method(Configured):
@@ -104,6 +139,8 @@ class Method(Configured):
         strength_unit: what strengths count, in a word for tables: a factor, degrees, a share.
         ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
         takes_pair: it is fitted on one pair of prompts; held-out items only measure it.
+        reads_input: what it adds at a site depends on what the linear layer that writes there reads. It is then called
+            at that layer, and `prepared["input"]` is the layer's input [b, t, i].
     """
 
     title: ClassVar[str]
@@ -117,6 +154,7 @@ class Method(Configured):
     strength_unit: ClassVar[str] = "factor"
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
     takes_pair: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
 
     @property
     def edit_name(self) -> str:
@@ -243,6 +281,18 @@ class Method(Configured):
         """
         return sites
 
+    def extra(self, subject: Subject, sites: Sequence[Site]) -> dict[str, Any]:
+        """What the vector's file says besides its tensors.
+
+        Args:
+            subject: the only door to the model.
+            sites: where the vector is applied.
+
+        Returns:
+            Entries of `SteeringVector.extra`. ``{"weights": {name: digest}}`` ties the vector to these weights.
+        """
+        return {}
+
     def check(self, site: Site, params: Params) -> None:
         """Refuse tensors that a file may hold but this method cannot apply.
 
@@ -303,7 +353,7 @@ class Method(Configured):
 
         Args:
             h: [b, t, d] activations.
-            prepared: what `prepare` gave.
+            prepared: what `prepare` gave, and `input` where the method `reads_input`.
             tokens: `tokens.position[b, t]` counts from each row's first real token. Which tokens are finally
                 written, and the dtype of the result, are the caller's business.
 
@@ -329,6 +379,14 @@ class Method(Configured):
             raise FitError(f"{self.name}: the vector holds no direction, so it has no random control")
         drawn = {name: random_direction(vector.tensors[name], generator) for name in sorted(directions)}
         return replace(vector, tensors={**vector.tensors, **drawn})
+
+    def maps(self, vector: SteeringVector) -> list[Map]:
+        """Heat maps of the parts a vector consists of, as `steerkit inspect --plot` draws them; here there are none.
+
+        Args:
+            vector: what this method fitted.
+        """
+        return []
 
     def table(self, vector: SteeringVector) -> Listing | None:
         """The parts a vector consists of, as `steerkit inspect` lists them; None where there is nothing to list.
@@ -377,17 +435,22 @@ class AddDirection(Method):
         return edits.add(h, prepared["direction"])
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
-        """A constant at a block's output is a bias of the last linear layer that writes to it.
+        """A constant at a block's output is a bias of the last linear layer that writes to it, or of every expert.
 
         Raises:
-            SiteError: the block has no linear layer of its MLP behind which nothing changes the sum.
+            SiteError: the block has no such layer behind which nothing changes the sum.
         """
-        updates = []
         for site in vector.sites:
             if site.kind != "resid_post":
                 raise SiteError(f"{site}: only additions at resid_post have an exact weight form; steer with hooks")
+        try:
+            names = output_biases(find_decoder(model), {site.layer for site in vector.sites})
+        except SiteError as error:
+            raise SiteError(f"an addition at a block's output has no exact weight form here ({error})") from None
+        updates = []
+        for site in vector.sites:
             shift = strength * vector.params(site)["direction"].float()
-            updates.append(WeightUpdate(f"{_last_linear(model, site)}.bias", _shifted(shift)))
+            updates += [WeightUpdate(name, _shifted(shift)) for name in names[site.layer]]
         return updates
 
 
@@ -410,17 +473,6 @@ def check_direction(wanted: str, params: Params, *, dims: int) -> None:
 
 def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:
     def update(old: Tensor | None) -> Tensor:
-        return shift.clone() if old is None else old + shift.to(old.device)
+        return shift.clone() if old is None else old + shift.to(old.device)  # [out], or of experts [n, out]
 
     return update
-
-
-def _last_linear(model: nn.Module, site: Site) -> str:
-    """Name of the MLP's down projection, where its output joins the stream as it is."""
-    try:
-        down, written = locate(model, [Site(site.layer, "mlp_post"), Site(site.layer, "mlp_raw")]).items()
-    except SiteError as error:
-        raise SiteError(f"{site}: an addition here has no exact weight form ({error})") from None
-    if written[0].kind != "mlp_out":
-        raise SiteError(f"{site}: this family norms the MLP's output, so a bias before it is not the same addition")
-    return down[1].name

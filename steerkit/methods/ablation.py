@@ -196,7 +196,7 @@ class DirectionalAblation(Method):
         for name, other in () if self.untie else other_uses(decoder, matrices).items():
             raise SiteError(
                 f"ablation: {type(decoder.model).__name__} uses `{name}` as `{other}` too (tied weights), which would "
-                "be edited with it; fit with untie=True, or steer with hooks"
+                "be edited with it; give it weights of its own (untie=True, bake --untie), or steer with hooks"
             )
         direction = vector.tensors["shared/direction"]
         return [WeightUpdate(matrix.name, _without(direction, matrix.axis)) for matrix in matrices]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ import steerkit
 from steerkit import edits
 from steerkit.activations import stream
 from steerkit.data import ContrastSet, Conversation, batches, pad_token_id, render
+from steerkit.export.bake import bake
 from steerkit.methods.austeer import AUSteer, activation_momentum
 from steerkit.moments import Means
 from steerkit.sites import Site, find_decoder
@@ -57,6 +59,16 @@ def main() -> None:
             "generation, 30 blocks steered / bare, batch 8",
             *ratio(*generation(model, tokenizer, 8), options.pairs),
             "<= 1.02",
+        ),
+        (
+            "generation, 100 units baked / untouched",
+            *baked_ratio(model, tokenizer, hundred_units(model), options.pairs),
+            "1.00",
+        ),
+        (
+            "generation, 30 additions baked / untouched",
+            *baked_ratio(model, tokenizer, every_block(model), options.pairs),
+            "new biases",
         ),
     ]
     print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")
@@ -218,6 +230,24 @@ def generation(
             return timed(lambda: model.generate(**options))
 
     return steered, bare
+
+
+def baked_ratio(model: Any, tokenizer: Any, vector: SteeringVector, pairs: int) -> tuple[float, float, float]:
+    """Time of a checkpoint with a vector in its weights over that of the model it was made of."""
+    with tempfile.TemporaryDirectory(prefix="steerkit-") as folder:
+        bake(model, tokenizer, vector.at(scope="all"), f"{folder}/baked", strength=1.0)
+        baked, _ = steerkit.load_model(f"{folder}/baked", dtype=model.dtype)
+    inputs = tokenizer("Tell me about number 0.", return_tensors="pt")
+    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+    def answers(which: Any) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                which.generate(**options)
+
+        return run
+
+    return ratio(answers(baked), answers(model), pairs)
 
 
 def every_block(model: Any) -> SteeringVector:

@@ -1,0 +1,100 @@
+"""`steerkit bake`: vectors written into the weights of a model."""
+
+from __future__ import annotations
+
+import itertools
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stderr, stdout, table
+
+__all__ = ["run"]
+
+
+class Precision(StrEnum):
+    """In which precision the model is loaded and written."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def run(
+    vector: Annotated[
+        list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="One for each vector, in unit paper. (default: the file's suggested strength, else 1)"),
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")
+    ] = False,
+    dtype: Annotated[
+        Precision | None, typer.Option(help="Of the model and the checkpoint. (default: the model's own)")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Where the model is put, such as auto. (default: in memory)")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands there.")] = False,
+    model: Model = DEFAULT_MODEL,
+    as_json: Json = False,
+) -> None:
+    """Write vectors into the weights of a model: a checkpoint that transformers loads without steerkit.
+
+    Weights act at every token, and most vectors were measured on the response
+    only: --scope all accepts the difference. The checkpoint is loaded again and
+    compared with the hooks; it stays only if it does what they do.
+    """
+    if strength and len(strength) != len(vector):
+        raise typer.BadParameter(f"{len(strength)} --strength for {len(vector)} --vector; give as many, or none")
+
+    from steerkit.files import check_folder
+    from steerkit.shipped import vector_path
+    from steerkit.vector import SteeringVector
+    from steerkit.weights import exact_strength
+
+    vectors = [
+        SteeringVector.load(vector_path(name, model)).at(strength=dose, scope=scope)
+        for name, dose in itertools.zip_longest(vector, strength or [])
+    ]
+    for one in vectors:
+        exact_strength(one)
+    check_folder(out, replace=force)
+
+    import steerkit
+    from steerkit.export.bake import bake
+
+    loaded, tokenizer = steerkit.load_model(model, dtype=dtype.value if dtype else None, device_map=device_map)
+    with stderr().status("writing the checkpoint, and comparing it with the hooks"):
+        baked = bake(loaded, tokenizer, vectors, out, untie=untie, force=force)
+    facts = {
+        "changed": len(baked.changed),
+        "new_biases": len(baked.added),
+        "untied": list(baked.untied),
+        "config": dict(baked.switches),
+        **comparison(baked.likeness),
+    }
+    if as_json:
+        listed = vector if len(vector) > 1 else vector[0]
+        print_json({"folder": str(out), "vector": listed, **facts})
+        return
+    console, shown = stdout(), table("", str(out))
+    for name, value in facts.items():
+        if value or isinstance(value, int | float):
+            shown.add_row(name.replace("_", " "), _text(value))
+    console.print(shown)
+    console.print(f'AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={entry}" for name, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
