@@ -157,7 +157,7 @@ def test_actadd_takes_one_raw_pair(answer: Callable[..., Any], here: Path, tiny:
 
 def test_inspect(cli: Cli, answer: Callable[..., Any], here: Path, vector: SteeringVector) -> None:
     found = answer("inspect", "v.safetensors")
-    assert found == {"file": "v.safetensors", **json.loads(json.dumps(vector.describe()))}
+    assert found == {"file": "v.safetensors", **json.loads(json.dumps(vector.describe())), "parts": None}
     shown = cli("inspect", "v.safetensors").out
     assert width(shown.split("\n")) <= WIDTH
     length = float(vector.tensors["resid_post.1/direction"].norm())
