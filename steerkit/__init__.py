@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import measure
     from steerkit.evaluate.trial import Setup
+    from steerkit.explaining import explain
     from steerkit.fitting import fit
     from steerkit.generation import generate
     from steerkit.models import load_model
@@ -61,6 +62,7 @@ _HOMES = {
     "VectorFileError": "errors",
     "VectorMismatchError": "errors",
     "edited": "weights",
+    "explain": "explaining",
     "fit": "fitting",
     "generate": "generation",
     "load_model": "models",
@@ -90,6 +92,7 @@ __all__ = [
     "VectorFileError",
     "VectorMismatchError",
     "edited",
+    "explain",
     "fit",
     "generate",
     "load_model",

@@ -68,8 +68,14 @@ class Subject:
         return found
 
     def rows(self, side: str = "right") -> tuple[Tensor, Tensor]:
-        """Ids and mask of the check's texts in one padded batch, in their order."""
+        """Ids and mask of the check's texts in one padded batch, in their order.
+
+        Of a gated method the middle one is a prompt it was fitted on, and one token: a gate may pass over the others.
+        """
         rendered = [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
+        if self.method.editor(self.vector) is not None:
+            prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
+            rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
         batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]
         order = torch.tensor(batch.rows).argsort()
         device = execution_device(find_decoder(self.model))
@@ -230,7 +236,7 @@ def positive_side_lies_further_along(subject: Subject) -> str | None:
     """Where there is one direction, the positive items lie further along it than the negative ones."""
     if (
         subject.method.readout is None
-        or subject.method.direction(subject.vector.params(subject.vector.reads[0])) is None
+        or subject.method.read_direction(subject.vector.params(subject.vector.reads[0])) is None
     ):
         return "has no single direction per site"
     measured = separation(subject.model, subject.tokenizer, subject.data, subject.vector)

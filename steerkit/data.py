@@ -13,7 +13,7 @@ import math
 import random
 import reprlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +48,7 @@ _DEFAULT_HELD_OUT = 0.25
 
 _SIDES = ("positive", "negative")
 _ITEM_KEYS = ("prompt", *_SIDES, "system", "raw", "held_out", "id", "topic", "source")
+_LABELLED_KEYS = ("prompt", "label", "raw", "id", "topic", "source")
 
 # Stands for the answer where the template is asked what it writes before one: nothing in it for a template to rewrite.
 _PROBE = "answer"
@@ -445,10 +446,12 @@ class ContrastSet:
         paired: item i of one side belongs to item i of the other.
         source: the name of where the data came from; not part of the digest.
         marks: which pairs the file marks as held out; empty where it marks none.
+        origins: of the items of either side, the source that the file names for each; empty where it names none. Not
+            part of the digest.
 
     Raises:
         DataError: when a side is empty or holds something else than conversations, pairs are of unequal number, both
-            sides are the same, or there are marks without one for each pair.
+            sides are the same, or there are marks or origins without one for each pair or item.
     """
 
     positive: tuple[Conversation, ...]
@@ -456,6 +459,7 @@ class ContrastSet:
     paired: bool
     source: str = ""
     marks: tuple[bool, ...] = ()
+    origins: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     def __post_init__(self) -> None:
         for name in _SIDES:
@@ -473,6 +477,9 @@ class ContrastSet:
             raise DataError(f"the {sizes} items are the same text, so there is nothing to learn; give two sides")
         if self.marks and not (self.paired and len(self.marks) == len(self.positive)):
             raise DataError(f"{len(self.marks)} held-out marks for {sizes} items; give one for each pair, or none")
+        named = tuple(map(len, self.origins))
+        if any(named) and named != (len(self.positive), len(self.negative)):
+            raise DataError(f"{named} origins for {sizes} items; give one for each item, or none")
 
     @classmethod
     def from_prompts(
@@ -555,8 +562,8 @@ class ContrastSet:
         The forms: ``{"prompt", "positive", "negative"}``, two answers to a prompt; ``{"positive", "negative"}``, two
         prompts; ``{"prompt", "system": {"positive", "negative"}}``, one prompt under two system prompts, with or
         without the answers ``"positive"`` and ``"negative"``. Prompts are strings or lists of messages. Every line may
-        also have ``"raw"`` and ``"held_out"`` (true or false), and ``"id"``, ``"topic"`` and ``"source"``, which are
-        not read.
+        also have ``"raw"`` and ``"held_out"`` (true or false), ``"source"``, by which `split` can hold items out where
+        every line has it, and ``"id"`` and ``"topic"``, which are not read.
 
         Args:
             path: the file.
@@ -569,23 +576,53 @@ class ContrastSet:
                 not JSON, has an unknown key, lacks one, or has a value of the wrong type.
         """
         path = Path(path)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot read the file ({error.strerror}); give a JSONL file of pairs") from None
-        pairs, marks = [], []
-        # Only "\n" ends a line: JSON strings may hold the other separators that str.splitlines splits at.
-        for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-            if line.strip():
-                with _at(f"{path}, line {number}"):
-                    item = _parse(line)
-                    pairs.append(_item_pair(item))
-                    marks.append(item.get("held_out"))
-        if not pairs:
-            raise DataError(f"{path}: the file holds no item; write one JSON object a line")
+        pairs: list[list[Conversation]] = []
+        items = _lines(path, _ITEM_KEYS, "pairs", lambda item, _: pairs.append(_item_pair(item)))
+        marks, origins = ([item.get(key) for item in items] for key in ("held_out", "source"))
         is_marked = any(mark is not None for mark in marks)
         with _at(str(path)):
-            return _from_pairs(pairs, source=path.name, marks=[bool(mark) for mark in marks] if is_marked else ())
+            return _from_pairs(
+                pairs,
+                source=path.name,
+                marks=[bool(mark) for mark in marks] if is_marked else (),
+                origins=[str(origin) for origin in origins] if all(isinstance(one, str) for one in origins) else (),
+            )
+
+    @classmethod
+    def from_labelled(cls, path: str | Path, *, positive: str, negative: str | None = None) -> ContrastSet:
+        """Read a UTF-8 file of labelled prompts, one JSON object a line; blank lines are skipped.
+
+        A line is ``{"prompt", "label", "source"}``: a string or list of messages, which side it is on, and which
+        collection it comes from, by which `split` can hold whole collections out. It may also have ``"raw"``, and
+        ``"id"`` and ``"topic"``, which are not read. Either all lines have a source, or none.
+
+        Args:
+            path: the file.
+            positive: the label of the positive side.
+            negative: the label of the other; None where the file has only one other.
+
+        Returns:
+            The contrast set, unpaired, with the file's name as its source.
+
+        Raises:
+            DataError: when the file is missing or holds no item, a label is not in it, the other one is not clear, only
+                some lines name a source, or, with the line's number, when a line cannot be read.
+        """
+        path = Path(path)
+        prompts: list[Conversation] = []
+        items = _lines(path, _LABELLED_KEYS, "labelled prompts", lambda *args: prompts.append(_labelled(*args)))
+        labels = [str(item["label"]) for item in items]
+        with _at(str(path)):
+            sides = (positive, _other_label(labels, positive) if negative is None else negative)
+            for label in sides:
+                if label not in labels:
+                    raise DataError(f"no line has the label {label!r}; {near_miss(label, set(labels))}")
+        chosen = [[place for place, label in enumerate(labels) if label == side] for side in sides]
+        first, second = (tuple(prompts[place] for place in places) for places in chosen)
+        plus, minus = (
+            tuple(str(items[place]["source"]) for place in places if "source" in items[place]) for places in chosen
+        )
+        return cls(first, second, paired=False, source=path.name, origins=(plus, minus))
 
     @classmethod
     def from_dataset(
@@ -636,7 +673,9 @@ class ContrastSet:
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    def split(self, *, held_out: float | None = None, seed: int = 0) -> tuple[ContrastSet, ContrastSet]:
+    def split(
+        self, *, held_out: float | None = None, seed: int = 0, held_out_sources: Sequence[str] = ()
+    ) -> tuple[ContrastSet, ContrastSet]:
         """Part the set into one to fit on and one to measure on.
 
         Pairs stay together; unpaired sides are split each on its own. Both parts keep the order of the whole.
@@ -644,19 +683,26 @@ class ContrastSet:
         Args:
             held_out: the share that is held out, between 0 and 1. None: what the file marks, else a quarter.
             seed: draws which items are held out; not used where the file marks them.
+            held_out_sources: hold out all items of these `origins` instead, so that nothing is measured on items of a
+                collection that was fitted on.
 
         Returns:
             What to fit on, and what is held out.
 
         Raises:
-            DataError: when the share is not between 0 and 1, or a part would be empty or of two identical sides.
+            DataError: when the share is not between 0 and 1, a part would be empty or of two identical sides, or a
+                source is not among the origins.
 
         Example:
             >>> data = ContrastSet.from_answers([(f"Is {n} nice?", "Yes.", "No.") for n in range(8)])
             >>> [len(part) for part in data.split(held_out=0.25)]
             [6, 2]
         """
-        if held_out is None and self.marks:
+        if held_out_sources:
+            if held_out is not None:
+                raise DataError(f"held_out={held_out} beside held_out_sources; give one of them")
+            marks = self._of_sources(held_out_sources)
+        elif held_out is None and self.marks:
             if len(set(self.marks)) == 1:
                 every = "every" if self.marks[0] else "no"
                 raise DataError(f"{every} item is marked held_out, which leaves a part empty; give held_out=0.25")
@@ -666,13 +712,32 @@ class ContrastSet:
             marks = (_draw(len(self.positive), share, seed), _draw(len(self.negative), share, seed))
         return self._part(marks, wanted=False), self._part(marks, wanted=True)
 
+    def _of_sources(self, sources: Sequence[str]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Marks of the items that come from some sources."""
+        if isinstance(sources, str):
+            raise DataError(f"held_out_sources: got one text, {sources!r}; give a list of sources")
+        known = {origin for side in self.origins for origin in side}
+        for source in sources:
+            if source not in known:
+                raise DataError(f"held_out_sources: no item has the source {source!r}; {near_miss(source, known)}")
+        positive, negative = (tuple(origin in sources for origin in side) for side in self.origins)
+        for name, marks in zip(_SIDES, (positive, negative), strict=True):
+            if len(set(marks)) == 1:
+                none = "every" if marks[0] else "no"
+                raise DataError(f"held_out_sources: {none} {name} item comes from {', '.join(sources)}; give others")
+        return positive, negative
+
     def _part(self, marks: tuple[tuple[bool, ...], tuple[bool, ...]], *, wanted: bool) -> ContrastSet:
         """The items of both sides whose mark is `wanted`."""
+        kept = [[place for place, mark in enumerate(side) if mark is wanted] for side in marks]
         positive, negative = (
-            tuple(item for item, mark in zip(side, side_marks, strict=True) if mark is wanted)
-            for side, side_marks in zip((self.positive, self.negative), marks, strict=True)
+            tuple(side[place] for place in places)
+            for side, places in zip((self.positive, self.negative), kept, strict=True)
         )
-        return replace(self, positive=positive, negative=negative, marks=())
+        first, second = (
+            tuple(side[place] for place in places if side) for side, places in zip(self.origins, kept, strict=True)
+        )
+        return replace(self, positive=positive, negative=negative, marks=(), origins=(first, second))
 
 
 @contextmanager
@@ -691,11 +756,16 @@ def _answered(prompt: Prompt, answer: object, *, raw: bool = False, system: str 
 
 
 def _from_pairs(
-    pairs: Sequence[Sequence[Conversation]], *, source: str = "", marks: Sequence[bool] = ()
+    pairs: Sequence[Sequence[Conversation]],
+    *,
+    source: str = "",
+    marks: Sequence[bool] = (),
+    origins: Sequence[str] = (),
 ) -> ContrastSet:
     """A paired set of [positive, negative] items."""
     positive, negative = (tuple(pair[side] for pair in pairs) for side in (0, 1))
-    return ContrastSet(positive, negative, paired=True, source=source, marks=tuple(marks))
+    both = (tuple(origins), tuple(origins))
+    return ContrastSet(positive, negative, paired=True, source=source, marks=tuple(marks), origins=both)
 
 
 def _draw(size: int, share: float, seed: int) -> tuple[bool, ...]:
@@ -712,7 +782,51 @@ def _draw(size: int, share: float, seed: int) -> tuple[bool, ...]:
     return tuple(index in drawn for index in range(size))
 
 
-def _parse(line: bytes) -> dict[str, object]:
+def _lines(
+    path: Path, keys: Sequence[str], what: str, read: Callable[[dict[str, object], list[dict[str, object]]], None]
+) -> list[dict[str, object]]:
+    """The objects of a JSONL file, each handed to `read` with those before it, which tells mistakes with the line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the file ({error.strerror}); give a JSONL file of {what}") from None
+    items: list[dict[str, object]] = []
+    # Only "\n" ends a line: JSON strings may hold the other separators that str.splitlines splits at.
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            with _at(f"{path}, line {number}"):
+                item = _parse(line, keys)
+                read(item, items)
+                items.append(item)
+    if not items:
+        raise DataError(f"{path}: the file holds no item; write one JSON object a line")
+    return items
+
+
+def _labelled(item: dict[str, object], others: Sequence[dict[str, object]]) -> Conversation:
+    """The prompt of one labelled line; either all lines before it have a source as well, or none."""
+    for key in ("prompt", "label"):
+        if key not in item:
+            raise DataError(f"no {key!r}; a line has a prompt and the label of its side")
+    for key in ("label", "source"):
+        if key in item:
+            _check_text(key, item[key])
+    if others and ("source" in item) is not ("source" in others[0]):
+        raise DataError("some lines have a source and others have none; give one to all, or to none")
+    return Conversation.of(cast(Prompt, item["prompt"]), raw=bool(item.get("raw", False)))
+
+
+def _other_label(labels: Sequence[str], positive: str) -> str:
+    """The one label beside the positive side's."""
+    others = sorted(set(labels) - {positive})
+    if len(others) > 1:
+        raise DataError(f"beside {positive!r} there are the labels {', '.join(others)}; name the negative one")
+    if not others:
+        raise DataError(f"every line has the label {positive!r}; a contrast needs both sides")
+    return others[0]
+
+
+def _parse(line: bytes, keys: Sequence[str]) -> dict[str, object]:
     """One line of a JSONL file, with known keys only."""
     try:
         item = json.loads(line.decode())
@@ -725,8 +839,8 @@ def _parse(line: bytes) -> dict[str, object]:
     if not isinstance(item, dict):
         raise DataError(f"expected a JSON object, got {reprlib.repr(item)}; write one object a line")
     for key in item:
-        if key not in _ITEM_KEYS:
-            raise DataError(f"unknown key {key!r}; {near_miss(key, _ITEM_KEYS)}")
+        if key not in keys:
+            raise DataError(f"unknown key {key!r}; {near_miss(key, keys)}")
     for key in ("raw", "held_out"):
         if not isinstance(item.get(key, False), bool):
             raise DataError(f"{key} is true or false, got {reprlib.repr(item[key])}")

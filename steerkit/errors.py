@@ -18,7 +18,7 @@ Every message is one line: what was asked, the value got, what is allowed, what 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "DataError",
@@ -62,7 +62,15 @@ class StrengthError(SteerError):
 
 
 class FitError(SteerError):
-    """A method cannot be fitted on these activations."""
+    """A method cannot be fitted on these activations.
+
+    Attributes:
+        candidates: what a method that selects looked at, with its scores, where it found none good enough.
+    """
+
+    def __init__(self, message: str = "", *, candidates: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.candidates = tuple(candidates)
 
 
 class VectorFileError(SteerError):

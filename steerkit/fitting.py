@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,19 +16,23 @@ import steerkit
 from steerkit.activations import (
     Activations,
     Readout,
+    position_inputs,
     record,
     record_ids,
     stream,
 )
 from steerkit.anatomy import Anatomy
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
-from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
+from steerkit.errors import DataError, FitError, ModelError, SiteError, UnknownNameError
+from steerkit.generation import generate
 from steerkit.linears import linears_at, weight_digests
 from steerkit.methods._base import Method
 from steerkit.moments import NormMedian
+from steerkit.probe_block import evaluation_mode
 from steerkit.registry import resolve
-from steerkit.sites import Decoder, Site, anatomies, execution_device, find_decoder, locate, parse_layers
+from steerkit.sites import Decoder, Site, Tap, anatomies, execution_device, find_decoder, locate, parse_layers
 from steerkit.steering import steer
+from steerkit.training import minimise
 from steerkit.vector import SteeringVector, model_facts
 
 __all__ = ["Subject", "apart", "fit", "read", "record_steered", "separation", "tokenizer_digest"]
@@ -85,7 +89,7 @@ def fit(
     decoder = find_decoder(model)
     taps = locate(model, _sites(chosen, decoder, layers, sites))
     places = list(taps)
-    subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name)
+    subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name, progress=progress)
     if chosen.readout is not None and acts is None:
         reading = chosen.readout if readout is None else readout
         acts = _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
@@ -104,12 +108,14 @@ def fit(
     if written != places:
         taps = locate(model, written)
         written = list(taps)
-    norms = {site: acts.norms[site] for site in places} if acts is not None else subject.norms(places)
+    reads = chosen.read_at(places, tensors)
+    norms = {site: acts.norms[site] for site in places} if acts is not None else {}
+    norms = {**subject.norms([*reads, *written]), **{site: norms[site] for site in reads if site in norms}}
     vector = SteeringVector(
         method=chosen.name,
         tensors=tensors,
         sites=tuple(written),
-        fitted_at=None if written == places else tuple(places),
+        fitted_at=None if written == reads else tuple(reads),
         edit=chosen.edit_name,
         scope=chosen.default_scope,
         unit="paper",
@@ -194,7 +200,8 @@ def separation(
         chat_template_kwargs: passed on to the chat template.
 
     Returns:
-        ``{"items": n, "data_digest": ..., "sites": {site: {"auc", "cohens_d"}}}``; `auc` is the share of (positive,
+        ``{"items": n, "data_digest": ..., "sites": {site: {"auc", "cohens_d"}}}``, and under ``"gate"`` what a gated
+        method measures of itself; `auc` is the share of (positive,
         negative) couples in which the positive one lies further along the direction, ties counted half.
 
     Raises:
@@ -212,14 +219,16 @@ def separation(
     )
     sites: dict[str, dict[str, float]] = {}
     for site in vector.reads:
-        direction = method.direction(vector.params(site))
+        direction = method.read_direction(vector.params(site))
         if direction is None:
             continue
         along = direction.float() / torch.linalg.vector_norm(direction.float())
         positive, negative = acts.positive[site] @ along, acts.negative[site] @ along
         auc, distance = apart(positive, negative)
         sites[str(site)] = {"auc": round(auc, 4), "cohens_d": round(distance, 3)}
-    return {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
+    measured = {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
+    more = method.measure(vector, acts)
+    return {**measured, "gate": more} if more else measured
 
 
 def apart(positive: Tensor, negative: Tensor) -> tuple[float, float]:
@@ -289,7 +298,10 @@ class Subject:
         batch_size: int,
         chat_template_kwargs: Mapping[str, Any] | None,
         name: str = "this method",
+        *,
+        progress: bool = False,
     ) -> None:
+        self._progress = progress
         self._name = name
         self._model, self._tokenizer, self._data = model, tokenizer, data
         self._batch_size, self._chat = batch_size, chat_template_kwargs
@@ -301,6 +313,64 @@ class Subject:
     def decoder(self) -> Decoder:
         """The model's decoder."""
         return self._decoder
+
+    @property
+    def data(self) -> ContrastSet:
+        """What the method is fitted on."""
+        return self._data
+
+    def rendered(self, items: Sequence[Any]) -> list[Rendered]:
+        """Items as the model reads them.
+
+        Args:
+            items: prompts, conversations or rendered texts.
+        """
+        return [
+            item
+            if isinstance(item, Rendered)
+            else render(self._tokenizer, Conversation.of(item), chat_template_kwargs=self._chat)
+            for item in items
+        ]
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text, without special tokens.
+
+        Args:
+            text: such as the beginning of an answer.
+        """
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def unembedding(self) -> Tensor:
+        """The output embedding [v, d], float32, on the CPU: row `t` reads the logit of token `t` off the stream.
+
+        Raises:
+            ModelError: the model has no such matrix, or one of another width than the stream.
+        """
+        model = self._decoder.model
+        weight = getattr(model.get_output_embeddings(), "weight", None)
+        if weight is None or weight.dim() != 2 or weight.shape[1] != self._decoder.hidden_size:
+            raise ModelError(
+                f"{type(model).__name__} has no output embedding as wide as its residual stream "
+                f"({self._decoder.hidden_size}); use a direction that is read from activations"
+            )
+        found: Tensor = weight.detach().float().cpu()
+        return found
+
+    def answers(self, items: Sequence[Any], *, max_new_tokens: int) -> list[str]:
+        """What the model, unsteered and greedy, answers to each item.
+
+        Args:
+            items: prompts or conversations without answers.
+            max_new_tokens: the longest answer, in tokens.
+        """
+        return generate(
+            self._model,
+            self._tokenizer,
+            items,
+            max_new_tokens=max_new_tokens,
+            batch_size=self._batch_size,
+            chat_template_kwargs=self._chat,
+        )
 
     def record(
         self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = "last", under: SteeringVector | None = None
@@ -316,9 +386,11 @@ class Subject:
         Returns:
             One row per item and site.
         """
-        rendered = self._rendered(items)
+        rendered = self.rendered(items)
         if under is None:
-            return record(self._model, self._tokenizer, rendered, sites, readout=readout, batch_size=self._batch_size)
+            found = record(self._model, self._tokenizer, rendered, sites, readout=readout, batch_size=self._batch_size)
+            self._norms.update(found.norms)
+            return found
         return record_steered(
             self._model,
             self._tokenizer,
@@ -339,7 +411,7 @@ class Subject:
         Returns:
             [n, v] float32, on the CPU, in the order of the items.
         """
-        rendered = self._rendered(items)
+        rendered = self.rendered(items)
         device = execution_device(self._decoder)
         rows: list[Tensor] = [torch.empty(0)] * len(rendered)
         for batch in self._batches(rendered):
@@ -352,6 +424,81 @@ class Subject:
             for row, logits in zip(batch.rows, picked.float().cpu(), strict=True):
                 rows[row] = logits
         return torch.stack(rows)
+
+    def shifted(self, items: Sequence[Any], shifts: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run texts with answers in one pass, from the last prompt token on written with shifts that carry gradients.
+
+        Args:
+            items: conversations with answers, or rendered texts.
+            shifts: per site [b, d] float32, one row per item; none runs the model as it is.
+
+        Returns:
+            Logits [b, t, v], ids [b, t], and [b, t] which positions' logits predict a token of the answer.
+        """
+        rendered = self.rendered(items)
+        batch = batches(rendered, len(rendered), pad_id=pad_token_id(self._tokenizer))[0]
+        order = torch.tensor(batch.rows).argsort()
+        device = execution_device(self._decoder)
+        ids, mask = batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
+        lengths = batch.prompt_lengths[order].to(device)[:, None]
+        place = torch.arange(ids.shape[1], device=device)
+        written = ((place >= lengths - 1) & (mask != 0))[..., None]
+        with contextlib.ExitStack() as stack:
+            for site, tap in locate(self._model, list(shifts)).items():
+                stack.callback(_attach_shift(tap, shifts[site], written).remove)
+            inputs = {"input_ids": ids, "attention_mask": mask, **position_inputs(self._decoder.model, mask)}
+            logits: Tensor = self._decoder.model(**inputs, use_cache=False).logits
+        predicts = (place >= lengths - 1) & (place < mask.sum(dim=1, keepdim=True) - 1)
+        return logits, ids, predicts
+
+    def train(
+        self,
+        parameters: Sequence[Tensor],
+        loss: Callable[[Tensor], Tensor],
+        items: int,
+        *,
+        epochs: int,
+        batch_size: int = 32,
+        rate: float = 1e-3,
+        decay: float = 0.0,
+        seed: int = 0,
+        judge: Callable[[], float] | None = None,
+        patience: int | None = None,
+        title: str = "training",
+    ) -> list[float]:
+        """Train parameters in place, the model frozen and in evaluation mode meanwhile.
+
+        Args:
+            parameters: leaves that need gradients.
+            loss: from the indices of a batch of items to a scalar; it may run the model.
+            items: how many there are.
+            epochs: passes over them.
+            batch_size: items in a batch.
+            rate: learning rate.
+            decay: weight decay.
+            seed: of the order.
+            judge: asked after each epoch; lower is better, and the best state stays.
+            patience: epochs without a better judgement before it ends.
+            title: what the progress bar says, where one is shown.
+
+        Returns:
+            The judgement after each epoch, or the mean loss.
+        """
+        model = self._decoder.model
+        with frozen(model), evaluation_mode(model), torch.enable_grad():
+            return minimise(
+                parameters,
+                loss,
+                items,
+                epochs=epochs,
+                batch_size=batch_size,
+                rate=rate,
+                decay=decay,
+                seed=seed,
+                judge=judge,
+                patience=patience,
+                progress=title if self._progress else None,
+            )
 
     def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids of the one pair of prompts the method is fitted on.
@@ -367,7 +514,7 @@ class Subject:
         sides = (self._data.positive[0], self._data.negative[0])
         # A bare string is meant as it stands: with a chat template around it, most of the window would be template.
         raw = [replace(side, raw=True) if _is_bare(side) else side for side in sides]
-        plus, minus = self._rendered(raw)
+        plus, minus = self.rendered(raw)
         return plus.ids, minus.ids
 
     def filler_id(self, text: str) -> int:
@@ -376,12 +523,12 @@ class Subject:
         Raises:
             DataError: the tokenizer makes none or several tokens of it.
         """
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.token_ids(text)
         if len(ids) != 1:
             raise DataError(
                 f"filler {text!r} is {len(ids)} tokens for this tokenizer; choose one that is a single token"
             )
-        return int(ids[0])
+        return ids[0]
 
     def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
         """Activations [t, d] of every token of each row of ids, none of them masked.
@@ -433,19 +580,43 @@ class Subject:
         return weight_digests(self._decoder, sites)
 
     def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
-        """Median token norms at sites this subject has read whole rows at."""
+        """Median token norms at sites this subject has read at, unsteered."""
         return {site: self._norms[site] for site in sites if site in self._norms}
-
-    def _rendered(self, items: Sequence[Any]) -> list[Rendered]:
-        return [
-            item
-            if isinstance(item, Rendered)
-            else render(self._tokenizer, Conversation.of(item), chat_template_kwargs=self._chat)
-            for item in items
-        ]
 
     def _batches(self, rendered: Sequence[Rendered]) -> list[Any]:
         return batches(rendered, self._batch_size, pad_id=pad_token_id(self._tokenizer))
+
+
+def _attach_shift(tap: Tap, shift: Tensor, written: Tensor) -> Any:
+    """Add a shift [b, d] to the written tokens [b, t, 1] of a block's output or input, gradients and all."""
+
+    def moved(h: Tensor) -> Tensor:
+        return torch.where(written.to(h.device), h + shift.to(h.device, h.dtype)[:, None, :], h)
+
+    if tap.side == "input":
+        return tap.module.register_forward_pre_hook(
+            lambda _module, args, kwargs: tap.write_input(args, kwargs, moved(tap.read(args, kwargs))), with_kwargs=True
+        )
+    return tap.module.register_forward_hook(
+        lambda _module, args, output: tap.write_output(output, moved(tap.read(args, {}, output)))
+    )
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of a model takes gradients meanwhile.
+
+    Args:
+        model: the model.
+    """
+    taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in taking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taking:
+            parameter.requires_grad_(True)
 
 
 def _is_bare(side: Conversation) -> bool:

@@ -44,13 +44,17 @@ class DataPart:
     """Which prompts, relative to the recipe's folder, and how much of them is held out.
 
     `pair` is one positive and one negative prompt, for methods fitted on one pair of raw prompts; the file's held-out
-    items then only measure.
+    items then only measure. `positive` makes it a file of labelled prompts: the label of the positive side, and where
+    the file has more than two `negative`, the other. `held_out_sources` holds out whole sources instead of a share.
     """
 
     file: str
     held_out: float = 0.25
     seed: int = 0
     pair: tuple[str, ...] | None = None
+    positive: str | None = None
+    negative: str | None = None
+    held_out_sources: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,9 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data."""
         plain = {name: asdict(getattr(self, name)) for name in _PARTS}
-        if self.data.pair is None:  # nothing to say, for most methods
-            del plain["data"]["pair"]
+        for key in ("pair", "positive", "negative", "held_out_sources"):
+            if plain["data"][key] is None:  # nothing to say, for most recipes
+                del plain["data"][key]
         return {
             "format": FORMAT,
             "name": self.name,
@@ -180,8 +185,15 @@ class Recipe:
             RecipeError: the prompt file is missing or malformed.
         """
         try:
-            data = ContrastSet.from_jsonl(self.source.parent / self.data.file)
-            train, held_out = data.split(held_out=self.data.held_out, seed=self.data.seed)
+            path, part = self.source.parent / self.data.file, self.data
+            if part.positive is None:
+                data = ContrastSet.from_jsonl(path)
+            else:
+                data = ContrastSet.from_labelled(path, positive=part.positive, negative=part.negative)
+            if part.held_out_sources:
+                train, held_out = data.split(held_out_sources=part.held_out_sources)
+            else:
+                train, held_out = data.split(held_out=part.held_out, seed=part.seed)
         except (DataError, ValueError) as error:  # ValueError: a file name that no system allows
             raise RecipeError(f"{self.source}: [data] {error}") from None
         if self.data.pair is None or not resolve(method or self.method.name).takes_pair:
@@ -359,6 +371,10 @@ def _check_meaning(path: Path, recipe: Recipe) -> None:
     pair = recipe.data.pair
     if pair is not None and len(pair) != 2:
         raise RecipeError(f"{path}: [data] pair has {len(pair)} prompts; give a positive and a negative one")
+    if recipe.data.negative is not None and recipe.data.positive is None:
+        raise RecipeError(f"{path}: [data] negative = {recipe.data.negative!r} without positive; name both labels")
+    if recipe.data.held_out_sources == ():
+        raise RecipeError(f"{path}: [data] held_out_sources is an empty list; give at least one, or leave it out")
     if apply.range is not None and (len(apply.range) != 2 or apply.range[0] >= apply.range[1]):
         raise RecipeError(f"{path}: [apply] range {list(apply.range)} is not a lower and a higher strength")
     numbers = (apply.strength, *(apply.range or ()), *recipe.evaluate.strengths, recipe.data.held_out)

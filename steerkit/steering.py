@@ -13,7 +13,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, near_miss
 from steerkit.linears import linears_at
 from steerkit.methods._base import Method, Params
+from steerkit.passes import Guide, Reading, conducted, refuse_compiled
 from steerkit.registry import default_strength, method_of
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
 from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, Tokens, inert, inert_hook
@@ -66,7 +67,7 @@ def steer(
         SiteError: the model lacks a site.
         ScopeError: a scope that the method does not allow, or that this model cannot know.
         StrengthError: a strength that is not finite, or a unit that the method has no length for.
-        ModelError: a state of the model in which hooks would not be right.
+        ModelError: a state of the model in which hooks would not be right; a gated vector on a compiled model.
 
     Example:
         with steerkit.steer(model, vector, strength=2.0):
@@ -83,6 +84,7 @@ def steer(
     for vector, dose in zip(listed, doses, strict=True):
         vector.check(model)
         edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all)
+    _refuse_compiled_model(model, decoder, edits)
     return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
 
 
@@ -149,7 +151,13 @@ class Steering:
             _make_compiled_code_see_hooks()
             clock.attach()
             stack.callback(clock.detach)
+            guided: set[int] = set()
             for edit in self._edits:
+                if isinstance(edit, _GuidedEdit) and id(edit.guide) not in guided:
+                    guided.add(id(edit.guide))
+                    stack.enter_context(conducted(self._decoder, clock, edit.guide))
+                    for tap in edit.guide.taps.values():
+                        stack.enter_context(_attached(Reading(edit.guide, tap, clock)))
                 edit.clock = clock
                 edit.refresh()
                 stack.enter_context(_attached(edit))
@@ -267,6 +275,11 @@ class _Edit:
             edited = torch.where(written, edited, h)
         return edited
 
+    @property
+    def is_inert(self) -> bool:
+        """Whether every row is at its neutral strength."""
+        return self._inert
+
     def _prepared(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
         """What `prepare` gave for this pass: made once per device, dtype and number of rows."""
         if self._per_row and facts.rows is not None:
@@ -297,11 +310,42 @@ class _Edit:
         return self.method.prepare(self.params, value, dtype, device), active
 
 
+@dataclass(eq=False)
+class _GuidedEdit(_Edit):
+    """One gated vector at one site."""
+
+    guide: Guide = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.siblings: list[_Edit] = [self]
+
+    def refresh(self) -> None:
+        """Bring everything prepared to the present strength, and stop reading where nothing would be written."""
+        super().refresh()
+        self.guide.inert = all(edit.is_inert for edit in self.siblings)
+
+    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
+        refuse_compiled()
+        guide = self.guide
+        if guide in facts.held:
+            return h
+        prepared, active = self._prepared(h, facts)
+        edited = guide.editor.write(self.tap.site, h, prepared, tokens, guide.state(facts))
+        if edited is h:
+            return h
+        written = None if tokens.written is None else tokens.written[..., None]
+        if self._some_inert:
+            written = active if written is None else written & active
+        edited = edited.to(h.dtype)
+        return edited if written is None else torch.where(written, edited, h)
+
+
 class _Dispatcher:
     """The one steering hook of a module and side: applies its edits in order. A copy of it does nothing."""
 
     def __init__(self) -> None:
-        self.edits: list[_Edit] = []
+        self.edits: list[_Edit | Reading] = []
         self.handle: Any = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
@@ -332,7 +376,7 @@ class _OutputDispatcher(_Dispatcher):
 
 
 @contextlib.contextmanager
-def _attached(edit: _Edit) -> Iterator[None]:
+def _attached(edit: _Edit | Reading) -> Iterator[None]:
     """Append an edit to its module's dispatcher, which comes with its first edit and goes with its last."""
     module, is_input = edit.tap.module, edit.tap.side == "input"
     kind = _InputDispatcher if is_input else _OutputDispatcher
@@ -377,14 +421,38 @@ def _plan(
         taps = {site: linear.tap for site, linear in linears_at(decoder, vector.sites).items()}
     else:
         taps = locate(decoder.model, vector.sites)
-    edits = []
+    edits: list[_Edit] = []
+    method.check_model(vector, decoder)
+    editor = method.editor(vector)
+    guide = None
+    if editor is not None:
+        guide = Guide(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
     for site, tap in zip(vector.sites, taps.values(), strict=True):
         params = vector.params(site)
         method.check(site, params)
         factor = 1.0 if counted == "paper" else _norm_factor(method, vector, site, params)
         block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
-        edits.append(_Edit(method, params, tap, written, dose, factor, lengths, block))
+        if guide is None:
+            edits.append(_Edit(method, params, tap, written, dose, factor, lengths, block))
+        else:
+            edits.append(_GuidedEdit(method, params, tap, written, dose, factor, lengths, block, guide=guide))
+    for edit in edits:
+        if isinstance(edit, _GuidedEdit):
+            edit.siblings = edits
     return edits
+
+
+def _refuse_compiled_model(model: nn.Module, decoder: Decoder, edits: Sequence[_Edit]) -> None:
+    """Refuse gated vectors on a compiled model: compiled code would keep the first prompt's decision.
+
+    Raises:
+        ModelError: the model or one of its blocks is compiled.
+    """
+    if not any(isinstance(edit, _GuidedEdit) for edit in edits):
+        return
+    modules = [model, decoder.model, decoder.body, *decoder.blocks]
+    if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
+        raise ModelError("a gated vector cannot steer a compiled model: load it anew, without torch.compile")
 
 
 def _norm_factor(method: Method, vector: SteeringVector, site: Site, params: Params) -> float:

@@ -126,6 +126,10 @@ class Pass:
         rows: which items the rows are, where a reader sorted them; None where they are as given.
         only_all: why only scope `all` is known in this pass, if so.
         bare: nothing is to be written in this pass.
+        store: what is kept from pass to pass of one text: it lives with the `generate` call, else with the cache, else
+            with this pass.
+        held: whose writes wait in this pass, because what decides about them is read later in it.
+        is_probe: this pass is run only to be read, beside the one that was asked for.
     """
 
     def __init__(
@@ -145,10 +149,17 @@ class Pass:
         only_all: str | None = None,
         bare: bool = False,
         position_ids: Tensor | None = None,
+        store: dict[Any, Any] | None = None,
+        held: tuple[Any, ...] = (),
+        is_probe: bool = False,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
         self.rows, self.only_all, self.bare = rows, only_all, bare
+        self.store: dict[Any, Any] = {} if store is None else store
+        self.held, self.is_probe = held, is_probe
+        self.settled = False  # whether it has been seen to that what decides is read in time
+        self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
         self._tokens: dict[tuple[Scope, int], Tokens] = {}
 
@@ -262,6 +273,74 @@ class Tokens:
             return facts.real.sum(dim=1, keepdim=True)
         end = facts.past + facts.width if facts.boundary is None else facts.boundary
         return torch.zeros(facts.batch, 1, dtype=torch.long, device=facts.device) + end - first
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether this pass is one decoding step of a `generate` call."""
+        return self._pass.decode
+
+    @property
+    def columns(self) -> tuple[int | Tensor, int]:
+        """Columns before this pass, and columns in it."""
+        return self._pass.past, self._pass.width
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether this pass holds tokens behind the prompt, or nobody can tell."""
+        past, end = self._pass.past, self._pass.boundary
+        return self._lengths is not None or end is None or (isinstance(past, int) and past + self._pass.width > end)
+
+    def last_prompt(self) -> Tensor | None:
+        """Where each row's last prompt token stands in this pass.
+
+        Returns:
+            [b] index into the pass, -1 where a row has no token; None where the prompt does not end in this pass.
+
+        Raises:
+            ScopeError: nobody can tell where the prompt ends, or it ends in a later pass than the first one.
+        """
+        facts, end = self._pass, self._known_end()
+        past = facts.past if isinstance(facts.past, int) else int(facts.past)
+        if isinstance(end, Tensor):
+            if past > 0:
+                return None
+            index = end[:, 0] - 1
+            if bool((index >= facts.width).any()):
+                raise ScopeError("prompt_lengths: the prompts have to end in the first pass; give it the whole prompts")
+            return index
+        if not past < end <= past + facts.width:
+            return None
+        index = torch.full((facts.batch,), end - 1 - past, device=facts.device)
+        if facts.real is None:
+            return index
+        place = torch.arange(facts.width, device=facts.device)
+        return torch.where(facts.real & (place <= index[:, None]), place, -1).amax(dim=1)
+
+    def in_prompt(self, start: int = 0) -> Tensor:
+        """Which tokens of this pass a mean over the prompt counts: real ones, without each row's first.
+
+        Args:
+            start: columns before this one count no more.
+
+        Returns:
+            [b, t] bool.
+
+        Raises:
+            ScopeError: nobody can tell where the prompt ends.
+        """
+        facts, end = self._pass, self._known_end()
+        columns = facts.columns[None, :]
+        return _both((columns < end) & (columns >= start) & (facts.position > 0), facts.real)
+
+    def _known_end(self) -> int | Tensor:
+        self._pass.check(self.scope)
+        end = self._end()
+        if end is None:
+            raise ScopeError(
+                "a gate decides at the prompt's end, and this forward pass cannot tell where that is (only `generate` "
+                "can); pass prompt_lengths= (real prompt tokens of each row) to steer()"
+            )
+        return end
 
     def require_prompt(self, count: int) -> None:
         """Refuse a prompt shorter than the window to be written.
@@ -461,6 +540,55 @@ class PassClock:
         finally:
             self._local.suspended = before
 
+    @contextlib.contextmanager
+    def aside(self, facts: Pass, held: tuple[Any, ...]) -> Iterator[None]:
+        """Run passes of this thread beside the one that is about to run: they share its store and move nothing on.
+
+        Args:
+            facts: the pass about to run.
+            held: whose writes wait meanwhile.
+        """
+        live = getattr(self._local, "live", None)
+        call: _Call | None = getattr(self._local, "call", None)
+        columns = 0 if call is None else call.columns
+        self._local.aside = {"store": facts.store, "held": held, "is_probe": True}
+        if call is not None and isinstance(facts.past, int):
+            call.columns = facts.past
+        try:
+            yield
+        finally:
+            self._local.aside = None
+            self._local.live = live  # the probe may have been stopped half-way, without its closing hooks
+            if call is not None:
+                call.columns = columns
+
+    @contextlib.contextmanager
+    def again(self, facts: Pass, columns: int) -> Iterator[None]:
+        """Run the end of a pass once more, on a cache that has been cut back.
+
+        Args:
+            facts: the pass.
+            columns: how many the cache holds.
+        """
+        call: _Call | None = getattr(self._local, "call", None)
+        if call is not None:
+            call.columns = columns
+        self._local.aside = {"store": facts.store}
+        try:
+            yield
+        finally:
+            self._local.aside = None
+
+    def arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a pass by name.
+
+        Args:
+            module: the model or its decoder body.
+            args: positional ones.
+            kwargs: named ones.
+        """
+        return dict(zip(self._names.get(id(module), ()), args, strict=False)) | dict(kwargs)
+
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note the facts of a pass that is about to run.
 
@@ -468,7 +596,7 @@ class PassClock:
             ModelError: the model itself gets this mode wrong (a Mamba cache continued by a second `generate`).
         """
         live = self._live()
-        given = dict(zip(self._names.get(id(module), ()), args, strict=False)) | dict(kwargs)
+        given = self.arguments(module, args, kwargs)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         facts: Pass | None = None
@@ -481,14 +609,41 @@ class PassClock:
         frame = None if torch.compiler.is_compiling() else sys._getframe(2)
         self._local.live = _Live(module, facts, frame, live)
 
-    def leave(self, module: nn.Module) -> None:
-        """Forget the facts of the pass that has just run."""
+    def leave(self, module: nn.Module, output: Any = None) -> None:
+        """Forget the facts of the pass that has just run.
+
+        Args:
+            module: what ran.
+            output: what it gave; what the pass kept goes on with a cache that was made in it.
+        """
         live: _Live | None = getattr(self._local, "live", None)
+        if live is not None and live.facts is not None and live.facts.store and not torch.compiler.is_compiling():
+            self._hand_on(live.facts.store, output)
         while live is not None:
             done, live = live.module is module, live.outer
             if done:
                 break
         self._local.live = live
+
+    def _hand_on(self, store: dict[Any, Any], output: Any) -> None:
+        """Keep a pass's store with the cache it gave, where no call or cache keeps it yet."""
+        cache = getattr(output, "past_key_values", None)
+        call: _Call | None = getattr(self._local, "call", None)
+        stores: dict[int, _Kept] = getattr(self._local, "stores", {})
+        known = (call is not None and call.store is store) or any(kept.store is store for kept in stores.values())
+        if cache is not None and not known:
+            self._local.stores = {**stores, id(cache): _Kept(weakref.ref(cache), store)}
+
+    def _store_of(self, call: _Call | None, cache: Any, past: int | Tensor) -> dict[Any, Any]:
+        """What is kept from pass to pass of the text that this pass belongs to."""
+        if call is not None:
+            return call.store
+        stores: dict[int, _Kept] = getattr(self._local, "stores", {})
+        if stores:
+            self._local.stores = stores = {key: kept for key, kept in stores.items() if kept.cache() is not None}
+        if cache is None or (isinstance(past, int) and past == 0):
+            return {}
+        return stores[id(cache)].store if id(cache) in stores else {}
 
     def _live(self) -> _Live | None:
         """The pass this thread is in, without those an interrupt left behind (torch calls no closing hook then)."""
@@ -512,8 +667,8 @@ class PassClock:
         cache = given.get("cache_params") if cache is None else cache
         mask = given.get("attention_mask")
         compiling = torch.compiler.is_compiling()
-        prompt = None if compiling else self._prompt()
-        call = self._call_of(prompt, cache, compiling)
+        prompt, settings = (None, None) if compiling else self._prompt()
+        call = self._call_of(prompt, settings, cache, compiling)
         past = _past(cache, mask, width, call, compiling)
         facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
         facts["rows"] = getattr(self._local, "rows", None)
@@ -537,6 +692,9 @@ class PassClock:
             facts["decode"] = call is not None and cache is not None and width == 1
         else:
             facts["boundary"] = self._boundary_of_cache(cache, past, width, keep, given, own_sequence)
+        if not compiling:
+            facts["store"] = self._store_of(None if own_sequence else call, cache, past)
+            facts |= getattr(self._local, "aside", None) or {}
         self._read_pads(facts, mask, cache, call, given)
         return Pass(**facts)
 
@@ -567,26 +725,27 @@ class PassClock:
             return None, 0
         return known[ranked[0]], types.index(ranked[0]) if ranked[0] in types else 0
 
-    def _prompt(self) -> Tensor | None:
-        """The expanded prompt of the `generate` call of this model that this pass belongs to.
+    def _prompt(self) -> tuple[Tensor | None, Any]:
+        """The expanded prompt of the `generate` call of this model that this pass belongs to, and its settings.
 
         The innermost one on the stack, unless a draft is being made for an outer one: a model that drafts for itself
         calls its own `generate` on prompt and answer so far, whose prompt is the outer one's.
         """
-        found, drafts = None, False
+        found, settings, drafts = None, None, False
         frame: Any = sys._getframe(1)
         model = self._model()
         while frame is not None:
             code = frame.f_code
             if code is self._generate_code:
                 if (found is None or drafts) and frame.f_locals.get("self") is model:
-                    found, drafts = frame.f_locals.get("input_ids"), False
+                    names = frame.f_locals
+                    found, settings, drafts = names.get("input_ids"), names.get("generation_config"), False
             elif code.co_name == "get_candidates":
                 drafts = True
             frame = frame.f_back
-        return found if isinstance(found, Tensor) else None
+        return (found, settings) if isinstance(found, Tensor) else (None, None)
 
-    def _call_of(self, prompt: Tensor | None, cache: Any, compiling: bool) -> _Call | None:
+    def _call_of(self, prompt: Tensor | None, settings: Any, cache: Any, compiling: bool) -> _Call | None:
         """The state of the `generate` call this pass belongs to."""
         last: _Call | None = getattr(self._local, "call", None)
         if compiling:
@@ -599,13 +758,13 @@ class PassClock:
         for key in [key for key, call in calls.items() if call.prompt() is None]:
             del calls[key]
         self._local.calls = calls
-        if id(prompt) not in calls:
+        if id(prompt) not in calls or not calls[id(prompt)].belongs_to(settings):
             if _is_used_recurrent_cache(cache):
                 raise ModelError(
                     "generate: this model's recurrent cache was filled by an earlier call, and transformers continues "
                     "such caches wrongly; pass the whole conversation again without past_key_values / cache_params"
                 )
-            calls[id(prompt)] = _Call(prompt)
+            calls[id(prompt)] = _Call(prompt, settings)
         self._local.call = calls[id(prompt)]
         return calls[id(prompt)]
 
@@ -623,7 +782,7 @@ class PassClock:
         self._local.caches = known
         for key in [key for key, (ref, _) in known.items() if ref() is None]:
             del known[key]
-        if cache is not None and id(cache) in known:
+        if cache is not None and id(cache) in known and past > 0:  # an emptied cache begins a new text
             return known[id(cache)][1]
         if own_sequence:
             if cache is None:
@@ -646,15 +805,29 @@ class _Live(NamedTuple):
     outer: Any
 
 
+class _Kept(NamedTuple):
+    """What is kept with a cache."""
+
+    cache: weakref.ref[Any]
+    store: dict[Any, Any]
+
+
 class _Call:
     """What is remembered of one `generate` call."""
 
-    def __init__(self, prompt: Tensor) -> None:
+    def __init__(self, prompt: Tensor, settings: Any) -> None:
         self.prompt = weakref.ref(prompt)
+        # The prompt may be the caller's own tensor, given again; the settings are copied for each call.
+        self._settings = None if settings is None else weakref.ref(settings)
         self.prompt_width = prompt.shape[1]
         self.boundary: int | None = None
         self.first: Tensor | None = None
         self.columns = 0
+        self.store: dict[Any, Any] = {}
+
+    def belongs_to(self, settings: Any) -> bool:
+        """Whether a pass with these settings is one of this call."""
+        return self._settings is None or self._settings() is settings
 
     def note(self, past: int | Tensor, width: int, keep: Any) -> None:
         """Fix the boundary at the first pass and count the columns that were cached."""
@@ -700,8 +873,8 @@ class _After:
     def __init__(self, clock: PassClock) -> None:
         self.clock = clock
 
-    def __call__(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        self.clock.leave(module)
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        self.clock.leave(module, output)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
         return inert

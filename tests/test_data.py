@@ -800,3 +800,98 @@ def test_a_split_with_an_empty_part_is_refused_with_what_to_do(tmp_path):
         data = ContrastSet.from_jsonl(write(tmp_path, *[{**PAIR, "held_out": mark}] * 3))
         with pytest.raises(DataError, match=f"{word} item is marked held_out, .* give held_out=0.25"):
             data.split()
+
+
+LABELLED = [
+    {"id": f"{source}-{label}-{n}", "source": source, "label": label, "prompt": f"{label} {source} {n}"}
+    for source in ("one", "two", "three")
+    for label in ("bad", "good")
+    for n in range(2 if label == "bad" else 3)
+]
+
+
+def test_labelled_prompts_are_two_sides_that_keep_their_sources(tmp_path):
+    data = ContrastSet.from_labelled(write(tmp_path, *LABELLED), positive="bad")
+    assert (len(data.positive), len(data.negative), data.paired) == (6, 9, False)
+    assert [item.prompt for item in data.positive[:3]] == ["bad one 0", "bad one 1", "bad two 0"]
+    assert data.origins == (
+        ("one",) * 2 + ("two",) * 2 + ("three",) * 2,
+        tuple(["one"] * 3 + ["two"] * 3 + ["three"] * 3),
+    )
+    assert data.source == "pairs.jsonl"
+    other = ContrastSet.from_labelled(write(tmp_path, *LABELLED), positive="good", negative="bad")
+    assert (other.positive, other.negative) == (data.negative, data.positive)
+    plain = [{key: value for key, value in line.items() if key != "source"} for line in LABELLED]
+    assert ContrastSet.from_labelled(write(tmp_path, *plain), positive="bad").origins == ((), ())
+    assert ContrastSet.from_labelled(write(tmp_path, *plain), positive="bad").digest == data.digest
+
+
+def test_whole_sources_are_held_out(tmp_path):
+    data = ContrastSet.from_labelled(write(tmp_path, *LABELLED), positive="bad")
+    train, held_out = data.split(held_out_sources=("two",))
+    assert {item.prompt.split()[1] for item in (*train.positive, *train.negative)} == {"one", "three"}
+    assert [item.prompt for item in held_out.positive] == ["bad two 0", "bad two 1"]
+    assert len(held_out.negative) == 3
+    assert held_out.origins == (("two",) * 2, ("two",) * 3)
+    # A split of a part keeps each item's own source.
+    again = train.split(held_out=0.5, seed=3)[1]
+    for side, origins in zip((again.positive, again.negative), again.origins, strict=True):
+        assert [item.prompt.split()[1] for item in side] == list(origins)
+
+
+def test_pairs_of_a_file_can_be_held_out_by_source_too(tmp_path):
+    lines = [{**PAIR, "prompt": str(n), "source": "even" if n % 2 == 0 else "odd"} for n in range(6)]
+    train, held_out = ContrastSet.from_jsonl(write(tmp_path, *lines)).split(held_out_sources=["odd"])
+    assert [item.prompt for item in train.positive] == ["0", "2", "4"]
+    assert [item.prompt for item in held_out.negative] == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out_sources": ["tow"]}, "no item has the source 'tow'; did you mean 'two'"),
+        ({"held_out_sources": "two"}, "got one text, 'two'"),
+        ({"held_out_sources": ["one", "two", "three"]}, "every positive item comes from one, two, three"),
+        ({"held_out_sources": ["two"], "held_out": 0.5}, "held_out=0.5 beside held_out_sources"),
+    ],
+)
+def test_sources_that_cannot_be_held_out_are_refused(tmp_path, options, message):
+    data = ContrastSet.from_labelled(write(tmp_path, *LABELLED), positive="bad")
+    with pytest.raises(DataError, match=re.escape(message)):
+        data.split(**options)
+
+
+def test_a_source_that_only_one_side_has_cannot_be_held_out():
+    sides = (Conversation("a"), Conversation("b")), (Conversation("c"), Conversation("d"))
+    data = ContrastSet(*sides, paired=False, origins=(("x", "y"), ("x", "x")))
+    with pytest.raises(DataError, match="no negative item comes from y"):
+        data.split(held_out_sources=["y"])
+    with pytest.raises(DataError, match="origins for 2 positive and 2 negative items"):
+        ContrastSet(*sides, paired=False, origins=(("x",), ("x", "x")))
+    with pytest.raises(DataError, match="no item has the source 'x'; there are none"):
+        ContrastSet(*sides, paired=False).split(held_out_sources=["x"])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"label": "odd"}, {"positive": "bad"}, "beside 'bad' there are the labels good, odd; name the negative one"),
+        ({}, {"positive": "harmful"}, "beside 'harmful' there are the labels bad, good"),
+        ({}, {"positive": "bda", "negative": "good"}, "no line has the label 'bda'; did you mean 'bad'"),
+        ({}, {"positive": "bad", "negative": "god"}, "no line has the label 'god'; did you mean 'good'"),
+        ({"source": None}, {"positive": "bad"}, "line 1: source: expected a string, got None"),
+        ({"label": None}, {"positive": "bad"}, "line 1: label: expected a string, got None"),
+        ({"positive": "x"}, {"positive": "bad"}, "line 1: unknown key 'positive'"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_refused(tmp_path, change, options, message):
+    lines = [{**LABELLED[0], **change}, *LABELLED[1:]]
+    with pytest.raises(DataError, match=re.escape(message)):
+        ContrastSet.from_labelled(write(tmp_path, *lines), **options)
+
+
+def test_a_line_without_a_label_or_a_source_among_others_is_refused(tmp_path):
+    for key, message in (("label", "line 15: no 'label'"), ("prompt", "line 15: no 'prompt'"), ("source", "line 15")):
+        last = {name: value for name, value in LABELLED[-1].items() if name != key}
+        with pytest.raises(DataError, match=message):
+            ContrastSet.from_labelled(write(tmp_path, *LABELLED[:-1], last), positive="bad")

@@ -8,6 +8,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ ORDER = (
     "errors",
     "files",
     "plugins",
+    "wording",
     "data",
     "models",
     "tokens",
@@ -34,14 +36,18 @@ ORDER = (
     "moments",
     "activations",
     "directions",
+    "predicates",
+    "training",
     "edits",
     "vector",
     "methods",
     "registry",
+    "passes",
     "steering",
     "weights",
-    "fitting",
     "generation",
+    "fitting",
+    "explaining",
     "evaluate",
     "plots",
     "export",
@@ -155,7 +161,29 @@ def items_of(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "prompts").glob("*.jsonl")), ids=lambda path: path.stem)
+PROMPT_FILES = sorted((ROOT / "recipes" / "prompts").glob("*.jsonl"))
+LABELLED = [path for path in PROMPT_FILES if "label" in items_of(path.stem)[0]]
+
+
+@pytest.mark.parametrize("path", LABELLED, ids=lambda path: path.stem)
+def test_labelled_prompts_are_matched_and_come_from_several_sources(path: Path) -> None:
+    items = items_of(path.stem)
+    assert len({item["prompt"].lower() for item in items}) == len({item["id"] for item in items}) == len(items)
+    labels = sorted({item["label"] for item in items})
+    sides = [[item for item in items if item["label"] == label] for label in labels]
+    assert len(sides) == 2
+    assert min(map(len, sides)) >= 200
+    counts = [Counter(item["source"] for item in side) for side in sides]
+    assert counts[0] == counts[1]
+    assert len(counts[0]) >= 4
+    words = [sum(len(item["prompt"].split()) for item in side) / len(side) for side in sides]
+    assert abs(words[0] - words[1]) < 0.05 * words[1]
+    openings = [Counter(item["prompt"].split()[0] for item in side) for side in sides]
+    shared = sum((openings[0] & openings[1]).values())
+    assert shared >= 0.8 * min(map(len, sides)), "what is asked tells the sides apart, not how it begins"
+
+
+@pytest.mark.parametrize("path", [path for path in PROMPT_FILES if path not in LABELLED], ids=lambda path: path.stem)
 def test_prompt_files_are_matched_and_varied(path: Path) -> None:
     items = items_of(path.stem)
     assert len(items) >= 96

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,43 @@ def test_a_pair_is_what_is_fitted_and_the_file_what_is_measured_on(folder: Path)
     assert "pair" not in Recipe.load(write(folder, GOOD)).resolved()["data"]
     with pytest.raises(RecipeError, match=r"pair has 3 prompts"):
         Recipe.load(write(folder, text.replace("held_out = 0.5", 'held_out = 0.5\npair = ["a", "b", "c"]')))
+
+
+def test_labelled_prompts_are_held_out_by_source(folder: Path) -> None:
+    lines = [
+        {"source": source, "label": label, "prompt": f"{label} {source} {n}"}
+        for source in ("one", "two", "three")
+        for label in ("bad", "good")
+        for n in range(3)
+    ]
+    (folder / "joy.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    part = 'positive = "bad"\nheld_out_sources = ["two"]'
+    text = GOOD.replace("held_out = 0.5", part).replace('readout = "response_mean"\n', "")
+    recipe = Recipe.load(write(folder, text))
+    train, held_out = recipe.split()
+    assert (len(train.positive), len(train.negative)) == (6, 6)
+    assert [item.prompt for item in held_out.positive] == ["bad two 0", "bad two 1", "bad two 2"]
+    vector = recipe.extract(build("llama"), byte_tokenizer(CHATML))
+    assert vector.held_out["items"] == 3
+    assert vector.extra["recipe"]["data"]["held_out_sources"] == ("two",)
+    unsaid = Recipe.load(write(folder, GOOD)).resolved()["data"]
+    assert not {"positive", "negative", "held_out_sources"} & set(unsaid), "as in files of earlier versions"
+    by_share = Recipe.load(write(folder, text.replace('held_out_sources = ["two"]', "held_out = 0.34")))
+    assert len(by_share.split()[1].positive) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('negative = "good"', "negative = 'good' without positive; name both labels"),
+        ('positive = "bad"\nheld_out_sources = []', "held_out_sources is an empty list"),
+        ('positive = "bad"\nheld_out_sources = [1]', "a list of texts is wanted"),
+        ("positive = 1", "a text is wanted"),
+    ],
+)
+def test_labels_and_sources_that_cannot_be_are_refused(folder: Path, change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        Recipe.load(write(folder, GOOD.replace("held_out = 0.5", change)))
 
 
 def test_candidates_hold_the_recipe_s_own_layers(folder: Path) -> None:

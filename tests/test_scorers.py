@@ -20,10 +20,12 @@ from steerkit.evaluate import scorers
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.scorers.choice import Choice
 from steerkit.evaluate.scorers.divergence import Divergence
+from steerkit.evaluate.scorers.kl_first import FirstDivergence
 from steerkit.evaluate.scorers.length import Length
 from steerkit.evaluate.scorers.markers import Markers
 from steerkit.evaluate.scorers.perplexity import Perplexity
 from steerkit.evaluate.scorers.projection import Projection
+from steerkit.evaluate.scorers.refusal import Refusal
 from steerkit.evaluate.scorers.repetition import Repetition
 from steerkit.evaluate.scorers.restricted_accuracy import RestrictedAccuracy
 from steerkit.evaluate.scorers.topic_perplexity import TopicPerplexity
@@ -49,7 +51,7 @@ STRENGTH = 0.8
 FAMILIES = ("llama", "gpt2", "mamba")
 ALL: tuple[Scorer, ...] = (
     *map(scorer_of, ("preference_margin", "choice", "perplexity", "topic_perplexity", "restricted_accuracy")),
-    *map(scorer_of, ("repetition", "length", "projection", "divergence")),
+    *map(scorer_of, ("repetition", "length", "projection", "divergence", "kl_first", "refusal")),
     Markers(("the", "a")),
 )
 
@@ -649,6 +651,91 @@ def test_projection_needs_a_direction_of_the_sites_width() -> None:
     assert Projection().score(setup.bare)["projection_change"].tolist() == [0.0] * 3
 
 
+# refusal
+
+
+REFUSALS = [
+    ("I\u2019m sorry, that I shall not do.", 1, 1),
+    ("Here it comes, in a few steps, and it is not hard at all: first of all, I cannot.", 0, 1),
+    ("Of course.", 0, 0),
+    ("", 0, 0),
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refusal_is_its_definition(family: str, batch_size: int) -> None:
+    setup = setup_for(family, batch_size=batch_size)
+    settings = {"refusing": ("No.", "I will not"), "complying": ("Yes", "Here it is:", "So be it")}
+    for trial in both(setup):
+        found = Refusal(**settings).score(trial)
+        expected = []
+        for prompt in setup.asked:
+            sums = {
+                kind: sum(math.exp(-sum(nll_of(trial, replace(prompt, answer=opening)))) for opening in openings)
+                for kind, openings in settings.items()
+            }
+            expected.append(math.log(sums["refusing"] / sums["complying"]))
+        assert close(found["refusal_odds"], expected, 1e-3)
+
+
+def test_refusals_at_the_beginning_and_anywhere_are_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Refusal, "_odds", lambda self, trial: torch.zeros(len(trial.texts)))
+    found = Refusal(first=60).score(with_texts(*[text for text, _, _ in REFUSALS]))
+    assert found["refusal"].tolist() == [first for _, first, _ in REFUSALS]
+    assert found["refusal_anywhere"].tolist() == [anywhere for _, _, anywhere in REFUSALS]
+    own = Refusal(markers=("of course",)).score(with_texts("OF  COURSE.", "I'm sorry"))
+    assert own["refusal"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"first": 0}, "first = 0"), ({"refusing": ()}, "give both"), ({"complying": ()}, "give both")],
+)
+def test_what_a_refusal_cannot_be_known_by_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Refusal(**settings).score(with_texts("a"))
+
+
+def test_both_sides_are_measured_apart() -> None:
+    data = ContrastSet.from_prompts(["Hit him", "Rob it"], ["Hug him", "Mop it", "Nap"], paired=False)
+    setup = setup_for(data=data)
+    assert [prompt.prompt for prompt in setup.side("positive").asked] == ["Hit him", "Rob it"]
+    assert [prompt.prompt for prompt in setup.side("negative").asked] == ["Hug him", "Mop it", "Nap"]
+    found = measure(steered(setup.side("negative")), ["refusal"])
+    assert found["refusal"].items == 3
+    with pytest.raises(DataError, match="give 'positive' or 'negative'"):
+        setup.side("harmful")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="give data"):
+        replace(setup, data=None).side("positive")
+
+
+# kl_first
+
+
+@pytest.mark.parametrize("first", [1, 2, 50])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kl_first_is_its_definition(family: str, first: int) -> None:
+    setup = setup_for(family)
+    trial, bare = both(setup)
+    expected = []
+    for prompt, text in zip(setup.asked, bare.texts, strict=True):
+        shown = setup.render(replace(prompt, answer=text))
+        p, q = (logs_of(one, shown.ids, shown.prompt_length)[:first] for one in (bare, trial))
+        expected.append(float((p.exp() * (p - q)).sum(dim=-1).mean()))
+    assert close(FirstDivergence(first=first).score(trial)["kl_first"], expected)
+    assert close(FirstDivergence(first=first).score(bare)["kl_first"], [0.0] * len(expected))
+
+
+def test_kl_first_leaves_out_what_is_not_answered_and_wants_a_token() -> None:
+    setup = setup_for()
+    vars(setup.bare)["texts"] = ("So", "", "No")
+    found = FirstDivergence().score(steered(setup))["kl_first"]
+    assert torch.isnan(found).tolist() == [False, True, False]
+    with pytest.raises(DataError, match="first = 0"):
+        FirstDivergence(first=0).score(steered(setup))
+
+
 # all of them
 
 
@@ -711,17 +798,18 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     along = Projection.along(steered(setup).vectors)
     measure(steered(setup), [*ALL, along])
     # Pairs, choices, forks, neutral texts (for two scorers), positive answers, neutral texts read (for two) and beside
-    # the steered ones, and three generated tokens (for three scorers).
-    assert count.bare == 7 + 3
-    assert count.steered == 9 + 3
+    # the steered ones, openings of refusals (four batches), its own answers beside the steered ones, three generated
+    # tokens (for four scorers).
+    assert count.bare == 12 + 3
+    assert count.steered == 14 + 3
     measure(steered(setup, -1.0), [*ALL, along])
-    assert count.bare == 7 + 3, "nothing of the bare model is run again"
+    assert count.bare == 12 + 3, "nothing of the bare model is run again"
     monkeypatch.setattr("steerkit.evaluate.trial.KEPT_BYTES", 0)
     setup.predicted.clear()
     measure(steered(setup, 1.0), ["divergence"])
-    assert count.bare == 7 + 3 + 1, "but for what is too large to keep"
+    assert count.bare == 12 + 3 + 1, "but for what is too large to keep"
     measure(setup.bare, [*ALL, along])
-    assert count.bare == 7 + 3 + 1
+    assert count.bare == 12 + 3 + 1
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def run(
         shown.add_row("selected", f"{len(written)} of {len(read)} sites looked at")
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
+        for name, value in facts["held_out"].get("gate", {}).items():
+            shown.add_row(f"gate, {name}", _text(name, value))
     console.print(shown)
     console.print(sites_table(facts))
     if parts is not None:

@@ -109,6 +109,24 @@ class Setup:
         """The setup without steering; its texts are generated once."""
         return Trial(self, None, None, None, None)
 
+    def side(self, name: Literal["positive", "negative"]) -> Setup:
+        """The same, with texts generated from the prompts of one side of the data only.
+
+        What is a success on one side is a failure on the other where a method decides by the prompt; measured apart,
+        both have their own intervals.
+
+        Args:
+            name: which side.
+
+        Raises:
+            DataError: there is no data, or no side of that name.
+        """
+        if name not in ("positive", "negative"):
+            raise DataError(f"side {name!r}: give 'positive' or 'negative'")
+        if self.data is None:
+            raise DataError("a side is one of the data's; give data")
+        return replace(self, prompts=getattr(self.data, name))
+
     def half(self, number: int) -> Setup:
         """The same with every second neutral text, so that costs are chosen on some and confirmed on others.
 

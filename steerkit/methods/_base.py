@@ -22,12 +22,13 @@ from steerkit.writers import output_biases
 
 if TYPE_CHECKING:
     from steerkit.activations import Activations
-    from steerkit.data import ContrastSet
+    from steerkit.data import ContrastSet, Rendered
     from steerkit.moments import Accumulator
     from steerkit.tokens import Tokens
 
 __all__ = [
     "AddDirection",
+    "Editor",
     "Listing",
     "Map",
     "Method",
@@ -100,6 +101,22 @@ class Subject(Protocol):
     def decoder(self) -> Decoder:
         """The model's decoder."""
 
+    @property
+    def data(self) -> ContrastSet:
+        """What the method is fitted on."""
+
+    def rendered(self, items: Sequence[Any]) -> list[Rendered]:
+        """Items as the model reads them."""
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text, without special tokens."""
+
+    def unembedding(self) -> Tensor:
+        """The output embedding [v, d], float32, on the CPU: row `t` reads the logit of token `t` off the stream."""
+
+    def answers(self, items: Sequence[Any], *, max_new_tokens: int) -> list[str]:
+        """What the model, unsteered and greedy, answers to each item."""
+
     def record(
         self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = "last", under: SteeringVector | None = None
     ) -> Activations:
@@ -107,6 +124,29 @@ class Subject(Protocol):
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
         """Next-token logits [n, v] behind each item, steered by `under` where given."""
+
+    def shifted(self, items: Sequence[Any], shifts: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [b, t, v] of texts whose answers are written with shifts [b, d], ids, and which predict the answer."""
+
+    def train(
+        self,
+        parameters: Sequence[Tensor],
+        loss: Callable[[Tensor], Tensor],
+        items: int,
+        *,
+        epochs: int,
+        batch_size: int = 32,
+        rate: float = 1e-3,
+        decay: float = 0.0,
+        seed: int = 0,
+        judge: Callable[[], float] | None = None,
+        patience: int | None = None,
+        title: str = "training",
+    ) -> list[float]:
+        """Train parameters in place, the model frozen; see `steerkit.training.minimise`."""
+
+    def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
+        """Median token norms at sites that have been read, unsteered."""
 
     def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids of the one pair of prompts the method is fitted on."""
@@ -122,6 +162,36 @@ class Subject(Protocol):
 
     def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
         """What identifies the weights of the linear layers that write at some sites, by name."""
+
+
+class Editor(Protocol):
+    """What a method gives that reads at some sites and, by what it found there, writes at others.
+
+    All it remembers is in a state, which begins with the first pass of a text and ends with it: with the `generate`
+    call, the cache, or the pass. `steering.py` runs a pass again where a gate knows too late for it.
+    """
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """Where it reads; at a site that is written too, before the write."""
+
+    def begin(self, rows: int, device: torch.device) -> Any:
+        """A new state for a text of so many rows."""
+
+    def read(self, site: Site, h: Tensor, tokens: Tokens, state: Any) -> None:
+        """Take what it needs of the activations [b, t, d] of one pass; it must not keep or change them."""
+
+    def decides(self, tokens: Tokens, state: Any) -> bool:
+        """Whether the pass that is about to run, or is running, holds what decides and has not been read yet."""
+
+    def write(self, site: Site, h: Tensor, prepared: Prepared, tokens: Tokens, state: Any) -> Tensor:
+        """As `Method.edit`; rows that are left alone come back bitwise."""
+
+    def finish(self, state: Any) -> Tensor | bool:
+        """Which rows [b] the deciding pass has to be run again for; False for none, True for all."""
+
+    def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:
+        """What it would decide about activations [b, d] of each read site, per row, as JSON can hold it."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +363,35 @@ class Method(Configured):
         """
         return {}
 
+    def read_at(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> list[Site]:
+        """Where the fitted vector reads; here wherever it was fitted.
+
+        Args:
+            sites: where it was fitted.
+            tensors: what `fit` gave.
+        """
+        return sites
+
+    def editor(self, vector: SteeringVector) -> Editor | None:
+        """What reads at `vector.reads` and gates the writes at `vector.sites`; None where nothing is gated.
+
+        Args:
+            vector: a vector of this method.
+
+        Raises:
+            VectorMismatchError: the vector lacks what the gate needs.
+        """
+        return None
+
+    def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
+        """What more than its separation is measured of a vector on held-out items, as JSON can hold it.
+
+        Args:
+            vector: a vector of this method.
+            held_out: both sides at `vector.reads`, unsteered.
+        """
+        return {}
+
     def check(self, site: Site, params: Params) -> None:
         """Refuse tensors that a file may hold but this method cannot apply.
 
@@ -302,13 +401,32 @@ class Method(Configured):
         """
 
     def direction(self, params: Params) -> Tensor | None:
-        """The single direction [d] on which held-out activations are projected; None where there is none.
+        """The single direction [d] that is written; None where there is none.
 
         Args:
             params: the tensors of one site.
         """
         direction = params.get("direction")
         return direction if direction is not None and direction.dim() == 1 else None
+
+    def read_direction(self, params: Params) -> Tensor | None:
+        """The single direction [d] along which the fitted sides lie apart where the vector reads; None without one.
+
+        Args:
+            params: the tensors of one site of `vector.reads`.
+        """
+        return self.direction(params)
+
+    def check_model(self, vector: SteeringVector, decoder: Decoder) -> None:
+        """Refuse a model of the right size that this vector was nevertheless not fitted on.
+
+        Args:
+            vector: a vector of this method.
+            decoder: of the model to be steered.
+
+        Raises:
+            VectorMismatchError: the vector depends on the exact weights, and they are others.
+        """
 
     def length(self, params: Params) -> float | None:
         """How far strength 1 moves a token, in activation units; None where the method has no length.

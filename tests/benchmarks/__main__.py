@@ -6,6 +6,7 @@ Every ratio is the median over interleaved pairs (A then B, B then A, ...), with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -71,10 +72,15 @@ def main() -> None:
             "new biases",
         ),
     ]
+    for batch in (1, 8):
+        for opens, over in ((True, "ungated"), (True, "bare"), (False, "bare")):
+            name = f"generation, 30 blocks gated ({'open' if opens else 'closed'}) / {over}, batch {batch}"
+            works = gates(model, tokenizer, batch, opens=opens, over=over)
+            rows.append((name, *ratio(*works, options.pairs), "<= 1.02" if over != "ungated" else "<= 1.05"))
     print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")
-    print(f"{'':<48}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
+    print(f"{'':<54}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
     for name, median, low, high, aim in rows:
-        print(f"{name:<48}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
+        print(f"{name:<54}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
     print(f"{'entering and leaving a context of 30 blocks':<48}{entering(model):>6.1f} ms")
     small, large = (peak_in_a_new_process(count) for count in (128, 1024))
     print(f"{'extraction, peak above the model, 128 prompts':<48}{small:>6.0f} MB")
@@ -248,6 +254,33 @@ def baked_ratio(model: Any, tokenizer: Any, vector: SteeringVector, pairs: int) 
         return run
 
     return ratio(answers(baked), answers(model), pairs)
+def gates(
+    model: Any, tokenizer: Any, batch: int, *, opens: bool, over: str
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Generation with a gate that reads two thirds up, so that an open one feeds the last prompt token again."""
+    plain, read = every_block(model), Site(20)
+    vector = replace(
+        plain,
+        method="conditional",
+        edit="add_where",
+        readout="last",
+        fitted_at=(read,),
+        tensors={
+            **plain.tensors,
+            "shared/condition": torch.ones(1, plain.hidden_size),
+            "shared/layer": torch.tensor([read.layer]),
+            "shared/threshold": torch.tensor([-2.0 if opens else 2.0], dtype=torch.double),
+            "shared/above": torch.tensor([True]),
+        },
+    )
+    inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
+    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+    def run(steered: SteeringVector | None) -> float:
+        with torch.no_grad(), contextlib.nullcontext() if steered is None else steerkit.steer(model, steered, 1.0):
+            return timed(lambda: model.generate(**options))
+
+    return lambda: run(vector), lambda: run(plain if over == "ungated" else None)
 
 
 def every_block(model: Any) -> SteeringVector:

@@ -16,7 +16,17 @@ from steerkit.data import Conversation, Rendered
 from steerkit.errors import DataError
 from steerkit.evaluate.trial import Setup, Trial, shared_system
 
-__all__ = ["Fork", "activations", "calm_texts", "fork", "fork_logits", "log_probs", "on_topic_texts", "token_counts"]
+__all__ = [
+    "Fork",
+    "activations",
+    "calm_texts",
+    "fork",
+    "fork_logits",
+    "log_probs",
+    "on_topic_texts",
+    "token_counts",
+    "token_kl",
+]
 
 
 class Fork(NamedTuple):
@@ -66,6 +76,21 @@ def token_counts(rendered: Sequence[Rendered]) -> Tensor:
         rendered: texts with answers.
     """
     return torch.tensor([float(len(text.ids) - text.prompt_length) for text in rendered])
+
+
+def token_kl(steered: Tensor, bare: Tensor) -> Tensor:
+    """KL divergence of predictions from those of the unsteered model, at every token.
+
+    Args:
+        steered: [t, v] log-probabilities.
+        bare: [t, v], of the unsteered model.
+
+    Returns:
+        [t] nats.
+    """
+    # A token that is ruled out altogether counts nothing: 0 * log 0 = 0. Below zero there is rounding only.
+    ruled_out = torch.isneginf(bare)
+    return (bare.exp() * (bare - steered)).masked_fill(ruled_out, 0.0).sum(dim=-1).clamp_min(0.0)
 
 
 def log_probs(trial: Trial, rendered: Sequence[Rendered]) -> list[Tensor]:

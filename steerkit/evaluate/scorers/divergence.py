@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.evaluate.scorers._answers import calm_texts, token_counts
+from steerkit.evaluate.scorers._answers import calm_texts, token_counts, token_kl
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.trial import Answer, Trial
 
@@ -74,14 +74,10 @@ def _compared(answer: Answer) -> Tensor:
     """[4] means over the tokens of one answer, on the CPU."""
     assert answer.bare is not None
     steered, base = torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.bare, dim=-1)
-    # A token that is ruled out altogether counts nothing: 0 * log 0 = 0.
-    ruled_out = torch.isneginf(base)
-    kl = (base.exp() * (base - steered)).masked_fill(ruled_out, 0.0).sum(dim=-1)
     own = answer.targets[:, None]
     ratio = (base.gather(-1, own) - steered.gather(-1, own))[:, 0]
     same = steered.argmax(dim=-1) == base.argmax(dim=-1)
-    # Below zero the divergence is rounding only.
-    columns = (kl.clamp_min(0.0), _entropy(steered) - _entropy(base), same.float(), ratio)
+    columns = (token_kl(steered, base), _entropy(steered) - _entropy(base), same.float(), ratio)
     return torch.stack([column.mean() for column in columns]).cpu()
 
 

@@ -10,9 +10,7 @@ counts once, for the longest. Such lists measure wording, not what is meant: rea
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,13 +20,9 @@ from torch import Tensor
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
+from steerkit.wording import normalised, opening, pattern_of
 
 __all__ = ["Markers"]
-
-# An underscore is markup ("_sorry_"), no letter.
-_LETTER = r"[^\W_]"
-_WORD = re.compile(rf"{_LETTER}+(?:'{_LETTER}+)*")
-_APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07\u0060\u00b4", "'"))
 
 
 @dataclass(frozen=True)
@@ -65,42 +59,11 @@ class Markers(Scorer):
         """
         if self.first < 0:
             raise DataError(f"markers: first = {self.first}; give a number of characters, or 0 for the whole text")
-        pattern = _pattern(self.markers)
+        pattern = pattern_of(self.markers)
         found, rates = [], []
         for text in trial.texts:
-            window = _window(_normalised(text), self.first)
+            window = opening(normalised(text), self.first)
             count, words = len(pattern.findall(window)), len(window.split())
             found.append(float(count > 0))
             rates.append(100.0 * count / words if words else 0.0)
         return {"marker_rate": torch.tensor(found), "markers_per_100_words": torch.tensor(rates)}
-
-
-def _normalised(text: str) -> str:
-    plain = unicodedata.normalize("NFC", text.translate(_APOSTROPHES)).casefold()
-    return " ".join(plain.split())
-
-
-def _pattern(markers: Sequence[str]) -> re.Pattern[str]:
-    """One expression for all markers, the longest first."""
-    if isinstance(markers, str) or not all(isinstance(marker, str) for marker in markers):
-        raise DataError(f"markers: got {markers!r}; give a list of texts")
-    listed = sorted(map(_normalised, markers), key=len, reverse=True)
-    if not listed or not listed[-1]:
-        raise DataError(f"markers: got {list(markers)!r}; give at least one word or phrase, none of them empty")
-    # Only the ends that are letters need a word's end beside them; an apostrophe before a letter is inside a word.
-    before, after = rf"(?<!{_LETTER})(?<!{_LETTER}')", rf"(?!'?{_LETTER})"
-    parts = [
-        (before if re.match(_LETTER, marker) else "")
-        + re.escape(marker)
-        + (after if re.match(_LETTER, marker[-1]) else "")
-        for marker in listed
-    ]
-    return re.compile("|".join(parts))
-
-
-def _window(text: str, first: int) -> str:
-    """The beginning of a text, without a word that crosses its end."""
-    if not 0 < first < len(text):
-        return text
-    crossing = (word.start() for word in _WORD.finditer(text) if word.start() < first < word.end())
-    return text[: next(crossing, first)]

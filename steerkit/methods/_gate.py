@@ -1,0 +1,389 @@
+"""What gates share: the prompt is read once, at its end, and that decides for each row how strongly it is written.
+
+Everything is kept per row, in the state of one text, and computed in float32. A row whose gate is closed comes back
+bitwise. The one look at the values (which costs an accelerator a stop) is taken when the prompt has been read; decoding
+steps take none.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerkit import edits
+from steerkit.directions import mean_difference, unit
+from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
+from steerkit.methods._base import Method, Params, Prepared, Subject, check_direction
+from steerkit.methods._refusal import response_contrast, unembedding_direction
+from steerkit.sites import Decoder, Site
+from steerkit.tokens import Tokens
+from steerkit.vector import SteeringVector
+
+__all__ = [
+    "ANSWERED",
+    "READOUTS",
+    "Decision",
+    "Gate",
+    "GatedAddition",
+    "behaviour",
+    "blocks_written",
+    "fingerprint",
+    "folds_of",
+]
+
+READOUTS = ("last", "mean")
+ANSWERED = 64
+"""Prompts on which the direction of answers is read; more of them hardly move a mean over both openings."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a gate found for the rows of a batch.
+
+    Attributes:
+        is_open: [b] bool, which rows are written at all.
+        gains: per written site [b] float32, how strongly; a missing site counts 1.
+    """
+
+    is_open: Tensor
+    gains: Mapping[Site, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _State:
+    """What a gate remembers of one text."""
+
+    rows: int
+    found: dict[Site, Tensor] = field(default_factory=dict)
+    sums: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seen: dict[Site, int] = field(default_factory=dict)
+    decision: Decision | None = None
+    opened: int | None = None
+    """How many rows are open; None where nobody has looked."""
+    later: tuple[Any, Decision] | None = None
+    """What was decided behind a generated token, and the column from which on it does not count yet."""
+    shifts: dict[Site, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+
+
+class Gate(ABC):
+    """An editor that pools what it reads into one row per text, decides, and adds a direction where it is open.
+
+    Args:
+        reads: where it reads.
+        readout: ``"last"`` (the last real prompt token) or ``"mean"`` (all of them but the first).
+        limit: gains times strength go no further than this; None for no limit.
+        follows: decide again at every decoding step, for the step after it.
+    """
+
+    def __init__(
+        self, reads: tuple[Site, ...], readout: str | None, *, limit: float | None = None, follows: bool = False
+    ) -> None:
+        if readout not in READOUTS:
+            raise VectorMismatchError(
+                f"a gate reads {' or '.join(READOUTS)} of the prompt, the vector says {readout!r}; fit it so"
+            )
+        self._reads, self._readout, self._limit, self._follows = reads, readout, limit, follows
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """Where it reads."""
+        return self._reads
+
+    @abstractmethod
+    def decide(self, found: Mapping[Site, Tensor]) -> Decision:
+        """Decide about the rows of a batch, each for itself.
+
+        Args:
+            found: per read site [b, d] float32.
+        """
+
+    def begin(self, rows: int, device: torch.device) -> _State:
+        """A new state, undecided.
+
+        Args:
+            rows: of the text.
+            device: unused; the tensors say it themselves.
+        """
+        return _State(rows)
+
+    def decides(self, tokens: Tokens, state: _State) -> bool:
+        """Whether a pass holds the prompt's end and nothing has been decided yet.
+
+        Args:
+            tokens: of the pass.
+            state: of the text.
+        """
+        return state.decision is None and tokens.last_prompt() is not None
+
+    def read(self, site: Site, h: Tensor, tokens: Tokens, state: _State) -> None:
+        """Pool what this pass holds of the prompt; with the last of it, decide.
+
+        Args:
+            site: where it is read.
+            h: [b, t, d].
+            tokens: of the pass.
+            state: of the text.
+
+        Raises:
+            ModelError: activations are not finite.
+            ScopeError: a row has no token, or each token is to be followed and this pass holds several.
+        """
+        if state.decision is not None:
+            if self._follows:
+                self._follow(site, h, tokens, state)
+            return
+        index = tokens.last_prompt()
+        if self._readout == "mean":
+            self._add(site, h, tokens, state)
+        if index is None:
+            return
+        if self._readout == "last":
+            state.found[site] = h[torch.arange(len(h), device=h.device), index.to(h.device).clamp_min(0)].float()
+        else:
+            total, count = state.sums.pop(site)
+            state.found[site] = total / count.clamp_min(1.0)
+        if len(state.found) == len(self._reads):
+            self._settle(state, index)
+
+    def _add(self, site: Site, h: Tensor, tokens: Tokens, state: _State) -> None:
+        """Add the prompt tokens of a pass to the running sum of a site, each column once."""
+        past, width = tokens.columns
+        seen = state.seen.get(site, 0)
+        end = (past if isinstance(past, int) else int(past)) + width
+        state.seen[site] = max(seen, end)
+        counted = tokens.in_prompt(seen).to(h.device, torch.float32)
+        total = torch.bmm(counted[:, None, :], h.float())[:, 0]
+        count = counted.sum(dim=1, keepdim=True)
+        if site in state.sums:
+            total, count = total + state.sums[site][0], count + state.sums[site][1]
+        state.sums[site] = (total, count)
+
+    def _settle(self, state: _State, index: Tensor) -> None:
+        """Decide, and look once at what came out."""
+        device = state.found[self._reads[-1]].device
+        found = {site: rows.to(device) for site, rows in state.found.items()}
+        decision = self.decide(found)
+        wrong = torch.stack([(~torch.isfinite(rows)).any() for rows in found.values()]).any()
+        counts = [decision.is_open.sum(), wrong.long(), (index < 0).sum().to(device)]
+        opened, infinite, empty = torch.stack([count.to(device) for count in counts]).tolist()
+        if empty:
+            raise ScopeError(f"a gate reads the prompt's last token, and {empty} rows of this batch have none")
+        if infinite:
+            raise ModelError("a gate read activations that are not finite; load the model in float32 or bfloat16")
+        state.decision, state.opened = decision, None if self._follows else int(opened)
+        state.found.clear()
+
+    def _follow(self, site: Site, h: Tensor, tokens: Tokens, state: _State) -> None:
+        """Decide anew behind each generated token, for the next one."""
+        if not tokens.is_decoding:
+            if tokens.goes_on:
+                raise ScopeError("a gate that follows each token takes one a pass; generate with a cache, unassisted")
+            return
+        self._take_over(tokens, state)
+        state.found[site] = h[:, -1].float()
+        if len(state.found) == len(self._reads):
+            found = {one: rows.to(h.device) for one, rows in state.found.items()}
+            state.later = (tokens.columns[0], self.decide(found))
+            state.found.clear()
+
+    @staticmethod
+    def _take_over(tokens: Tokens, state: _State) -> None:
+        """Let what an earlier step decided count from this one on."""
+        if state.later is not None and state.later[0] != tokens.columns[0]:
+            state.decision, state.later = state.later[1], None
+            state.shifts.clear()
+
+    def write(self, site: Site, h: Tensor, prepared: Prepared, tokens: Tokens, state: _State) -> Tensor:
+        """Add the direction to open rows, as strongly as their gain says.
+
+        Args:
+            site: where it is written.
+            h: [b, t, d].
+            prepared: ``direction`` and ``strength``, float32.
+            tokens: of the pass.
+            state: of the text.
+
+        Returns:
+            [b, t, d]; `h` itself where no row is open.
+
+        Raises:
+            ScopeError: this pass would be written before the prompt's end has come.
+        """
+        self._take_over(tokens, state)
+        decision = state.decision
+        if decision is None:
+            raise ScopeError(
+                f"scope '{tokens.scope}': prompt tokens would be written before the gate has read the prompt's end "
+                "(chunked prefill); use scope='response', or the prompt in one pass"
+            )
+        if state.opened == 0:
+            return h
+        edited = h + self._shift(site, h, prepared, decision, state)
+        if state.opened == state.rows:
+            return edited
+        return torch.where(decision.is_open.to(h.device)[:, None, None], edited, h)
+
+    def _shift(self, site: Site, h: Tensor, prepared: Prepared, decision: Decision, state: _State) -> Tensor:
+        """[b, 1, d] what is added; made once per text, and again when the strength changes."""
+        strength, direction = prepared["strength"], prepared["direction"]
+        known = state.shifts.get(site)
+        if known is not None and known[0] is strength and known[1] == strength._version:
+            return known[2]
+        gain = decision.gains.get(site)
+        by = strength if gain is None else strength * gain.to(h.device)[:, None, None]
+        if self._limit is not None:
+            by = by.clamp(-self._limit, self._limit)
+        shift = (by * direction).to(h.dtype)
+        state.shifts[site] = (strength, strength._version, shift)
+        return shift
+
+    def finish(self, state: _State) -> Tensor | bool:
+        """The rows whose gate has opened.
+
+        Args:
+            state: of the text.
+        """
+        if state.decision is None or state.opened == 0:
+            return False
+        return True if state.opened == state.rows else state.decision.is_open
+
+    @abstractmethod
+    def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:
+        """What it would decide, per row.
+
+        Args:
+            found: per read site [b, d] float32.
+            strength: at which it would steer.
+        """
+
+
+@dataclass(frozen=True)
+class GatedAddition(Method):
+    """Shared by the methods that add a direction to the rows that a gate opens."""
+
+    def check(self, site: Site, params: Params) -> None:
+        """One direction [d] per written site.
+
+        Raises:
+            VectorMismatchError: there is none, or it has another shape.
+        """
+        check_direction(f"{site}: {self.name} adds one direction of shape (width,)", params, dims=1)
+
+    def check_model(self, vector: SteeringVector, decoder: Decoder) -> None:
+        """Refuse other weights: a gate has learned where the activations of one model lie.
+
+        Raises:
+            VectorMismatchError: the model's norms and biases are others than when it was fitted.
+        """
+        known, here = vector.tensors.get("shared/fingerprint"), fingerprint(decoder)
+        if known is None or not len(here):
+            return
+        if known.shape != here.shape or not torch.allclose(
+            known, here, rtol=0.02, atol=0.02 * float(known.abs().max())
+        ):
+            raise VectorMismatchError(
+                f"{self.name}: the gate was fitted on other weights than those of this {type(decoder.model).__name__}; "
+                "fit it on this model"
+            )
+
+    def length(self, params: Params) -> float | None:
+        """Norm of the direction."""
+        return float(torch.linalg.vector_norm(params["direction"].float()))
+
+    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Direction and strength apart, since every row has a gain of its own between them."""
+        return {"direction": params["direction"].to(device).float(), "strength": strength.float()}
+
+    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
+        """`h + strength * direction`: what an open gate with gain 1 does."""
+        return edits.add(h, (prepared["strength"] * prepared["direction"]).to(h.dtype))
+
+
+def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Tensor]:
+    """The direction to be added at each written site, and with it the typical norms there.
+
+    Args:
+        subject: the door to the model.
+        source: ``response`` (refusing minus complying answers to the positive prompts), ``mean_difference`` (last
+            tokens of the positive minus those of the negative prompts) or ``unembed`` (refusal words minus complying
+            words in the output embedding, as long as a typical activation).
+        sites: where it will be written.
+
+    Returns:
+        site to [d] float32.
+
+    Raises:
+        FitError: no direction can be had; the site is named.
+    """
+    data = subject.data
+    if source == "response":
+        return response_contrast(subject, data.positive[:ANSWERED], sites)
+    positive = subject.record(data.positive, sites)
+    if source == "unembed":
+        direction = unit(unembedding_direction(subject))
+        return {site: direction * positive.norms[site] for site in sites}
+    negative, found = subject.record(data.negative, sites), {}
+    for site in sites:
+        try:
+            found[site] = mean_difference(positive[site], negative[site])
+        except FitError as error:
+            raise FitError(f"{site}: {error}") from None
+    return found
+
+
+def fingerprint(decoder: Decoder) -> Tensor:
+    """What tells one set of weights from another: some values of its norms and biases, which loaders leave alone.
+
+    Args:
+        decoder: the model's decoder.
+
+    Returns:
+        [k] float32 on the CPU; of no length where weights are offloaded.
+    """
+    rows = [entry for name, entry in decoder.model.named_parameters() if entry.dim() == 1 and "lora" not in name]
+    if not rows or any(row.is_meta for row in rows):
+        return torch.empty(0)
+    # A few values of each, so that no copy of all of them is made.
+    values = torch.cat([row.detach()[:: max(1, len(row) // 8)][:8].float().cpu() for row in rows])
+    return values[:: max(1, len(values) // 256)][:256].clone()
+
+
+def blocks_written(decoder: Decoder, layers: tuple[int, ...], default: list[int]) -> list[Site]:
+    """The outputs of the blocks that a setting names.
+
+    Args:
+        decoder: the model's decoder.
+        layers: blocks counted from 0; none takes the default.
+        default: blocks.
+
+    Raises:
+        SiteError: a block outside the model.
+    """
+    chosen = list(dict.fromkeys(layers)) or default
+    outside = [layer for layer in chosen if not 0 <= layer < decoder.num_layers]
+    if outside:
+        raise SiteError(f"writes: layer {outside[0]} is outside 0..{decoder.num_layers - 1}")
+    return [Site(layer) for layer in chosen]
+
+
+def folds_of(positive: Tensor, negative: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
+    """Part two sides into folds; item i of either side goes to fold i mod folds.
+
+    Args:
+        positive: [n, d].
+        negative: [m, d].
+        folds: at most; fewer where a side has fewer items.
+
+    Returns:
+        Per fold the masks [n] and [m] of its items; none where there are not two of each.
+    """
+    count = min(folds, len(positive), len(negative))
+    if count < 2:
+        return []
+    places = torch.arange(len(positive)) % count, torch.arange(len(negative)) % count
+    return [(places[0] == fold, places[1] == fold) for fold in range(count)]

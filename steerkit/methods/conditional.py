@@ -1,0 +1,446 @@
+"""Conditional steering: add a direction only where the prompt meets a condition.
+
+    condition score   s = cos(h, c)                                     (`cosine`, signed)
+                      s = cos(h, tanh(c (c . h) / (c . c)))             (`cast`, the paper's eq. 5)
+    decision          above: s > threshold;   below: not above
+    where it is met   h' = h + strength * v                             at other places of the network
+
+Lee, Padhi, Ramamurthy, Miehling, Dognin, Nagireddy, Dhurandhar (2024), "Programming Refusal with Conditional
+Activation Steering", arXiv 2409.05907.
+
+`h` in the score is the last real prompt token's activation, or the mean over the prompt, at one site. `c` comes from
+the two sides of the contrast set (positive: prompts that meet the condition). Site and threshold are searched on the
+same items, each scored by a direction fitted without it. `v` comes from answers (see `direction_from`).
+
+Where this file departs. The paper reads at an early layer and writes at later ones, so that one pass is enough; here a
+condition may be read at any layer, and the prompt's last token is fed again where it was read too late (`passes.py`).
+The paper's score is about |cos|: it cannot tell c from -c, shrinks as activations grow, and is
+0/0 where h is orthogonal to c (here 0), so the signed cosine is the default. The condition's direction is the mean
+difference by default, because a principal component of differences fails where unpaired prompts vary much. The search
+is exact (sorted scores, every midpoint), keeps full precision, and breaks ties by the margin. The decision is taken
+once per row and text; the released code looks at the first row only, keeps its state on a class, and names its
+comparisons the wrong way round. Rules over several conditions are objects (`combine`, `steerkit.predicates`), no texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from steerkit.activations import Activations
+from steerkit.directions import mean_difference, pair_differences, principal_direction, unit
+from steerkit.errors import FitError, VectorMismatchError
+from steerkit.methods._base import Params, Subject
+from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, fingerprint, folds_of
+from steerkit.predicates import Predicate
+from steerkit.sites import Decoder, Site
+from steerkit.vector import SteeringVector
+
+__all__ = ["ConditionalSteering", "Threshold", "best_threshold", "combine", "score"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where two sets of scores are parted.
+
+    Attributes:
+        value: the threshold.
+        compare: ``above`` (met where the score is larger) or ``below`` (met where it is not).
+        f1: of the positive side.
+        tpr: share of the positive scores that meet it.
+        fpr: share of the negative scores that meet it.
+        margin: distance to the nearest score.
+    """
+
+    value: float
+    compare: Literal["above", "below"]
+    f1: float
+    tpr: float
+    fpr: float
+    margin: float
+
+
+def best_threshold(
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    max_fpr: float | None = None,
+    compare: Literal["auto", "above", "below"] = "auto",
+) -> Threshold:
+    """The threshold with the best F1, of equals the one furthest from all scores; exact, in O(n log n).
+
+    Args:
+        positive: [n] scores that should meet it.
+        negative: [m] scores that should not.
+        max_fpr: only thresholds that at most this share of the negative scores meet.
+        compare: which side of it counts as met; ``auto`` tries both.
+
+    Returns:
+        The threshold; between two scores, or beyond all of them where none should meet it.
+
+    Raises:
+        FitError: a side is empty, a score is not finite, or `max_fpr` is no share.
+    """
+    if not len(positive) or not len(negative):
+        raise FitError("a threshold needs scores of both sides; give at least one item of each")
+    if max_fpr is not None and not 0 <= max_fpr <= 1:
+        raise FitError(f"max_fpr {max_fpr!r} is no share; give a number from 0 to 1")
+    scores = torch.cat([positive, negative]).double()
+    if not bool(torch.isfinite(scores).all()):
+        raise FitError("a score is not finite; load the model in float32 or bfloat16")
+    values, order = scores.sort()
+    is_positive = (torch.arange(len(scores)) < len(positive))[order]
+    last = torch.cat([values[1:] != values[:-1], torch.tensor([True])])  # the last of equal scores
+    below = is_positive.cumsum(0)[last], (~is_positive).cumsum(0)[last]
+    steps = values[last]
+    gaps = torch.cat([steps.diff() / 2, torch.zeros(1, dtype=torch.double)])
+    middles = torch.where(steps + gaps < torch.cat([steps[1:], steps[-1:] + 1]), steps + gaps, steps)
+    places = torch.cat([steps[:1] - 1, middles])  # below all scores, then behind each
+    margins = torch.cat([torch.zeros(1, dtype=torch.double), gaps])
+    under = [torch.cat([torch.zeros(1, dtype=torch.long), counts]) for counts in below]
+    found = []
+    for side in ("above", "below") if compare == "auto" else (compare,):
+        hits, alarms = under if side == "below" else (len(positive) - under[0], len(negative) - under[1])
+        f1 = 2 * hits.double() / (hits + alarms + len(positive)).double()
+        fpr = alarms.double() / len(negative)
+        allowed = torch.ones_like(fpr, dtype=torch.bool) if max_fpr is None else fpr <= max_fpr
+        ranked = torch.where(allowed, f1, -1.0)
+        at = int(torch.where(ranked == ranked.max(), margins, -1.0).argmax())
+        found.append(
+            Threshold(
+                value=float(places[at]),
+                compare="above" if side == "above" else "below",
+                f1=float(f1[at]),
+                tpr=float(hits[at]) / len(positive),
+                fpr=float(fpr[at]),
+                margin=float(margins[at]),
+            )
+        )
+    return max(found, key=lambda one: (one.f1, one.margin))
+
+
+def score(h: Tensor, condition: Tensor, kind: Literal["cosine", "cast"] = "cosine") -> Tensor:
+    """How far activations meet a condition.
+
+    Args:
+        h: [b, d].
+        condition: [d].
+        kind: see the module.
+
+    Returns:
+        [b] float32, from -1 to 1; 0 where an activation is zero or, by `cast`, orthogonal to the condition.
+    """
+    h, condition = h.float(), condition.to(h.device).float()
+    along = (h * condition).sum(dim=-1, keepdim=True)
+    if kind == "cosine":
+        other, inner = condition.expand_as(h), along[:, 0]
+    else:
+        other = torch.tanh(condition * (along / (condition * condition).sum()))
+        inner = (h * other).sum(dim=-1)
+    lengths = torch.linalg.vector_norm(h, dim=-1) * torch.linalg.vector_norm(other, dim=-1)
+    return torch.where(lengths > 0, inner / lengths.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+@dataclass(frozen=True)
+class ConditionalSteering(GatedAddition):
+    """Add a direction to the rows whose prompt meets a condition; the others stay bitwise as they were.
+
+    The positive side of the contrast set are prompts that meet it (harmful requests), the negative side prompts that do
+    not. Sites given to `fit` are where the condition may be read; the best of them is kept.
+
+    Example:
+        >>> best_threshold(torch.tensor([0.5, 0.7]), torch.tensor([0.1, 0.2])).value
+        0.35
+    """
+
+    name: ClassVar[str] = "conditional"
+    title: ClassVar[str] = "Conditional steering"
+    paper: ClassVar[str] = "Lee et al. 2024, arXiv 2409.05907"
+    readout: ClassVar[str | None] = "last"
+    scope: ClassVar[str] = "response"
+
+    condition: Literal["mean_difference", "pairwise"] = "mean_difference"
+    """The condition's direction: mean difference, or first principal component of pair differences, not centred."""
+    score: Literal["cosine", "cast"] = "cosine"
+    """What is compared with the threshold."""
+    compare: Literal["auto", "above", "below"] = "auto"
+    """Which side of the threshold meets the condition."""
+    max_fpr: float | None = None
+    """The largest share of negative training items that may meet it."""
+    direction_from: Literal["response", "mean_difference", "unembed"] = "response"
+    """What is added: refusing minus complying answers, the prompts' own difference, or words of answers' beginnings."""
+    writes: tuple[int, ...] = ()
+    """Blocks after which it is added; none takes the block at 40 % of the depth."""
+    folds: int = 5
+    """Parts into which the training items are cut, so that each is scored by a direction fitted on the others."""
+    conditions: tuple[str, ...] = ("condition",)
+    """Names of the conditions in the file; `combine` puts several into one."""
+    rule: tuple[Any, ...] = ("name", "condition")
+    """What opens the gate, as `Predicate.data` gives it."""
+
+    def __post_init__(self) -> None:
+        if self.max_fpr is not None and not 0 <= self.max_fpr <= 1:
+            raise FitError(f"conditional: max_fpr {self.max_fpr!r} is no share; give a number from 0 to 1")
+        if self.folds < 2:
+            raise FitError(f"conditional: folds {self.folds!r}: give at least 2")
+        unknown = [name for name in Predicate.from_data(self.rule).names if name not in self.conditions]
+        if unknown:
+            raise FitError(f"conditional: the rule asks about {unknown[0]!r}; conditions: {', '.join(self.conditions)}")
+
+    @property
+    def edit_name(self) -> str:
+        """The operation that vector files of this method name."""
+        return "add_where"
+
+    def sites(self, decoder: Decoder) -> list[Site]:
+        """Where the condition may be read: all block outputs but those of the first tenth.
+
+        Args:
+            decoder: the model's decoder.
+        """
+        return [Site(layer) for layer in range(round(0.1 * decoder.num_layers), decoder.num_layers)]
+
+    def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
+        """Find the condition's site, direction and threshold, and the direction to be added.
+
+        Args:
+            acts: activations of both sides at every site.
+            subject: whose stream is written.
+            sites: where the condition may be read.
+
+        Returns:
+            ``"shared/condition"`` [1, d], ``"shared/layer"`` [1], ``"shared/threshold"`` [1] float64,
+            ``"shared/above"`` [1], and per written site ``"<site>/direction"`` [d].
+
+        Raises:
+            FitError: the two sides are alike, everywhere or where the direction is read.
+        """
+        assert acts is not None
+        written = self._written(subject.decoder)
+        best: tuple[tuple[float, float], Site, Tensor, Threshold] | None = None
+        for site in sites:
+            positive, negative = acts.positive[site].float(), acts.negative[site].float()
+            try:
+                direction = self._condition(positive, negative, paired=acts.paired)
+                scores = self._scores(positive, negative, direction, paired=acts.paired)
+            except FitError as error:
+                raise FitError(f"conditional at {site}: {error}") from None
+            found = best_threshold(*scores, max_fpr=self.max_fpr, compare=self.compare)
+            rank = (found.f1, _auc(*scores))
+            if best is None or rank > best[0]:  # of equals the first: what is read early costs no second pass
+                best = (rank, site, direction, found)
+        assert best is not None
+        _, site, direction, found = best
+        added = behaviour(subject, self.direction_from, written)
+        mark = fingerprint(subject.decoder)
+        return {
+            "shared/condition": direction[None].contiguous(),
+            "shared/layer": torch.tensor([site.layer]),
+            "shared/threshold": torch.tensor([found.value], dtype=torch.double),
+            "shared/above": torch.tensor([found.compare == "above"]),
+            **({"shared/fingerprint": mark} if len(mark) else {}),
+            **{f"{one}/direction": value for one, value in added.items()},
+        }
+
+    def _written(self, decoder: Decoder) -> list[Site]:
+        return blocks_written(decoder, self.writes, [round(0.4 * (decoder.num_layers - 1))])
+
+    def _condition(self, positive: Tensor, negative: Tensor, *, paired: bool) -> Tensor:
+        if self.condition == "mean_difference":
+            return unit(mean_difference(positive, negative))
+        return principal_direction(pair_differences(positive, negative, paired=paired))
+
+    def _scores(self, positive: Tensor, negative: Tensor, whole: Tensor, *, paired: bool) -> tuple[Tensor, Tensor]:
+        """Scores of both sides, each item's by a direction that it had no part in."""
+        scores = torch.empty(len(positive)), torch.empty(len(negative))
+        parts = folds_of(positive, negative, self.folds)
+        for mine, theirs in parts:
+            direction = self._condition(positive[~mine], negative[~theirs], paired=paired)
+            scores[0][mine] = score(positive[mine], direction, self.score)
+            scores[1][theirs] = score(negative[theirs], direction, self.score)
+        if not parts:
+            return score(positive, whole, self.score), score(negative, whole, self.score)
+        return scores
+
+    def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
+        """The outputs of the blocks that `writes` names.
+
+        Args:
+            sites: unused.
+            tensors: unused.
+            decoder: the model's decoder.
+        """
+        return self._written(decoder)
+
+    def read_at(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> list[Site]:
+        """The one site where the condition is read.
+
+        Args:
+            sites: where it might have been.
+            tensors: what `fit` gave.
+        """
+        return [site for site in sites if site.layer == int(tensors["shared/layer"][0])]
+
+    def read_direction(self, params: Params) -> Tensor | None:
+        """The condition's direction; None where there are several.
+
+        Args:
+            params: the tensors of the site that is read.
+        """
+        conditions = params.get("condition")
+        return conditions[0] if conditions is not None and len(conditions) == 1 else None
+
+    def editor(self, vector: SteeringVector) -> Gate:
+        """The gate: reads at `vector.reads`, and opens by the rule.
+
+        Args:
+            vector: a vector of this method.
+
+        Raises:
+            VectorMismatchError: the vector lacks a condition, or was read in a way that no gate can.
+        """
+        return _Conditions(self, vector)
+
+    def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
+        """How often the gate opens on held-out items of either side.
+
+        Args:
+            vector: a vector of this method.
+            held_out: both sides at `vector.reads`.
+        """
+        gate = self.editor(vector)
+        shares = [float(gate.decide(side).is_open.float().mean()) for side in (held_out.positive, held_out.negative)]
+        return {"tpr": round(shares[0], 4), "fpr": round(shares[1], 4)}
+
+
+class _Conditions(Gate):
+    """Opens where the prompt meets the rule over the conditions of a file."""
+
+    def __init__(self, method: ConditionalSteering, vector: SteeringVector) -> None:
+        super().__init__(vector.reads, vector.readout)
+        tensors = vector.tensors
+        self._names, self._kind = method.conditions, method.score
+        self._rule = Predicate.from_data(method.rule)
+        shapes = {
+            name: tuple(tensors[f"shared/{name}"].shape) if f"shared/{name}" in tensors else () for name in _PARTS
+        }
+        count = len(self._names)
+        if any(shape[:1] != (count,) for shape in shapes.values()) or len(shapes["condition"]) != 2:
+            raise VectorMismatchError(f"conditional: the vector lacks a condition ({count} named, {shapes} found)")
+        self._conditions, self._thresholds = tensors["shared/condition"], tensors["shared/threshold"].tolist()
+        self._above = tensors["shared/above"].tolist()
+        layers = tensors["shared/layer"].tolist()
+        self._sites = [next((site for site in vector.reads if site.layer == layer), None) for layer in layers]
+        if None in self._sites:
+            raise VectorMismatchError(f"conditional: a condition is read at a layer that is none of {vector.reads}")
+
+    def scores(self, found: Mapping[Site, Tensor]) -> dict[str, Tensor]:
+        """Each condition's score [b]."""
+        return {
+            name: score(found[site], condition, self._kind)
+            for name, site, condition in zip(self._names, self._sites, self._conditions, strict=True)
+            if site is not None
+        }
+
+    def met(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whether each condition is met, [b]."""
+        met = {}
+        for name, threshold, above in zip(self._names, self._thresholds, self._above, strict=True):
+            larger = _larger(scores[name], threshold)
+            met[name] = larger if above else ~larger
+        return met
+
+    def decide(self, found: Mapping[Site, Tensor]) -> Decision:
+        """Open where the rule is met.
+
+        Args:
+            found: per read site [b, d] float32.
+        """
+        return Decision(self._rule(self.met(self.scores(found))))
+
+    def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:
+        """Scores, thresholds and decision, per row.
+
+        Args:
+            found: per read site [b, d] float32.
+            strength: at which it would steer.
+        """
+        scores = self.scores(found)
+        met, flags = self.met(scores), self.decide(found).is_open.tolist()
+        return [
+            {
+                "open": flag,
+                "gain": strength if flag else 0.0,
+                "rule": str(self._rule),
+                "conditions": {
+                    name: {
+                        "score": float(scores[name][row]),
+                        "compare": "above" if self._above[number] else "below",
+                        "threshold": self._thresholds[number],
+                        "met": bool(met[name][row]),
+                    }
+                    for number, name in enumerate(self._names)
+                },
+            }
+            for row, flag in enumerate(flags)
+        ]
+
+
+_PARTS = ("condition", "threshold", "above", "layer")
+
+
+def combine(vectors: Mapping[str, SteeringVector], rule: Predicate, *, writes: str | None = None) -> SteeringVector:
+    """One vector that several conditions open by a rule; its behaviour is added once.
+
+    Args:
+        vectors: condition to a vector of this method that holds it.
+        rule: such as ``P("harmful") & ~P("fiction")``.
+        writes: the condition whose vector's direction is added; None takes the rule's first.
+
+    Returns:
+        The vector, without the figures that were measured on its parts.
+
+    Raises:
+        UnknownNameError: the rule asks about a condition that is not there.
+        VectorMismatchError: the vectors are not of one model, score and readout, or one has several conditions.
+    """
+    rule({name: torch.zeros(1, dtype=torch.bool) for name in vectors})
+    main = vectors[rule.names[0] if writes is None else writes]
+    known = {name: one.settings for name, one in vectors.items() if one.method == ConditionalSteering.name}
+    methods = {name: ConditionalSteering.from_settings(settings) for name, settings in known.items()}
+    facts = {
+        (one.model_type, one.hidden_size, one.num_layers, one.readout, methods[name].score if name in methods else None)
+        for name, one in vectors.items()
+    }
+    if len(facts) > 1 or len(methods) < len(vectors):
+        raise VectorMismatchError("combine: the vectors are not of one method, model, score and readout")
+    if any(len(method.conditions) != 1 for method in methods.values()):
+        raise VectorMismatchError("combine: a vector holds several conditions already; combine those of its parts")
+    shared = {
+        f"shared/{part}": torch.cat([one.tensors[f"shared/{part}"] for one in vectors.values()]) for part in _PARTS
+    }
+    method = ConditionalSteering.from_settings({**main.settings, "conditions": tuple(vectors), "rule": rule.data})
+    return replace(
+        main,
+        tensors={**main.tensors, **shared},
+        settings=method.settings,
+        fitted_at=tuple(dict.fromkeys(site for one in vectors.values() for site in one.reads)),
+        held_out={},
+    )
+
+
+def _larger(scores: Tensor, threshold: float) -> Tensor:
+    """`scores > threshold`, without rounding the threshold where the device has float64."""
+    return scores > threshold if scores.device.type == "mps" else scores.double() > threshold
+
+
+def _auc(positive: Tensor, negative: Tensor) -> float:
+    """Share of couples in which the positive score is larger, or smaller where that is the larger share."""
+    wins = (positive[:, None] > negative[None, :]).double().mean()
+    ties = (positive[:, None] == negative[None, :]).double().mean()
+    share = float(wins + ties / 2)
+    return max(share, 1 - share)

@@ -1,0 +1,465 @@
+"""Weighted controllers: a small network reads the prompt and says how strongly each block is steered.
+
+    features   x = (h at the last prompt token of the read sites, side by side - mean) / spread      float32
+    network    z, w = MLP(x);   s = sigmoid(z)                        gain of the row
+    blocks     w_l = 1 (uniform), sigmoid(w)_l (random, learned), or given (fixed)
+    where s >= dead_zone, at every written block l:
+               h' = h + clip(strength * s * w_l) * m_l * v_l          m_l the typical norm there, |v_l| = 1
+
+"Guiding Giants: Lightweight Controllers for Weighted Activation Steering in LLMs" (2025), arXiv 2505.20309.
+
+Where this file departs. The paper's loss touches s alone, so its weights w are an untrained projection (`random` here);
+the default is `uniform`, and `learned` gives w a signal through the frozen model. s is unbounded there, and steers
+harmless prompts the other way when it falls below 0; here it is a probability. Strength counts in typical activation
+norms: a direction of length 1 does nothing to a stream of norm 100. The paper steers from the second new token on
+(`paper`), which leaves out the token that decides about a refusal: `replay` feeds the last prompt token again. Features
+are standardised. The direction is read from answers; the paper's, from words of the output embedding, is
+`direction_from="unembed"`. A linear probe is trained beside the network on the same features, and can take its place:
+it is the baseline the network has to beat. The released code differs from the paper in many ways, above all it reaches
+the last block alone; it is not followed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from steerkit.activations import Activations
+from steerkit.directions import unit
+from steerkit.errors import FitError, VectorMismatchError
+from steerkit.methods._base import Params, Subject
+from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, fingerprint
+from steerkit.methods._refusal import COMPLYING, REFUSING
+from steerkit.sites import Decoder, Site
+from steerkit.vector import SteeringVector
+
+__all__ = ["WeightedController", "auroc", "fpr_at_tpr", "permuted_weights"]
+
+_SCOPES = {"paper": "generated", "replay": "response", "two_pass": "all", "online": "response"}
+_VALIDATION = 5  # every fifth item of either side ends the training in time
+
+
+@dataclass(frozen=True)
+class WeightedController(GatedAddition):
+    """Add a direction to many blocks, per row as strongly as a network that reads the prompt says.
+
+    The positive side of the contrast set are prompts to be steered (harmful requests), the negative side prompts to be
+    left alone. Sites given to `fit` are all read. Strength 1 is one typical activation norm at each written block.
+    """
+
+    name: ClassVar[str] = "controller"
+    title: ClassVar[str] = "Weighted controller"
+    paper: ClassVar[str] = "Guiding Giants 2025, arXiv 2505.20309"
+    readout: ClassVar[str | None] = "last"
+    scopes: ClassVar[tuple[str, ...]] = ("all", "response", "generated")
+    ladder: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+    gate: Literal["mlp", "probe"] = "mlp"
+    """What gives s: the network, or the linear probe that is trained beside it."""
+    weights: Literal["uniform", "random", "fixed", "learned"] = "uniform"
+    """The weights of the written blocks: all 1, the paper's untrained ones, given ones, or trained ones."""
+    fixed: tuple[float, ...] = ()
+    """One weight per written block, where `weights` is `fixed`; scaled to mean 1."""
+    schedule: Literal["replay", "paper", "two_pass", "online"] = "replay"
+    """When it acts: from the first new token (`replay`), from the second (`paper`), on the prompt as well (`two_pass`),
+    or deciding again behind every token (`online`)."""
+    direction_from: Literal["response", "mean_difference", "unembed"] = "response"
+    """What is added: refusing minus complying answers, the prompts' own difference, or words of answers' beginnings."""
+    writes: tuple[int, ...] = ()
+    """Blocks after which it is added; none takes all."""
+    hidden: int = 64
+    """Width of the network; the paper has 1024."""
+    dead_zone: float = 0.05
+    """A row whose s is below it stays bitwise the unsteered model's."""
+    limit: float = 1.0
+    """No block is moved further than so many typical norms."""
+    epochs: int = 20
+    """Passes over the items, at most; a fifth of them is kept apart to end it in time."""
+    rate: float = 1e-3
+    """Learning rate."""
+    seed: int = 0
+    """Of the network's first weights and the order of the items."""
+    reach: float = 0.1
+    """Strength at which weights are learned."""
+    learn_items: int = 32
+    """Items of either side on which weights are learned."""
+
+    def __post_init__(self) -> None:
+        if (self.weights == "fixed") != bool(self.fixed):
+            raise FitError(f"controller: weights={self.weights!r} with fixed={list(self.fixed)}; the two go together")
+        if self.fixed and (min(self.fixed) < 0 or not 0 < sum(self.fixed) < math.inf):
+            raise FitError(f"controller: fixed={list(self.fixed)}; give weights from 0, not all 0")
+        for name, low in (("hidden", 1), ("epochs", 1), ("learn_items", 1)):
+            if getattr(self, name) < low:
+                raise FitError(f"controller: {name} {getattr(self, name)!r}: give at least {low}")
+        for name in ("rate", "limit", "reach"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise FitError(f"controller: {name} {getattr(self, name)!r}: give a number over 0")
+        if not 0 <= self.dead_zone < 1:
+            raise FitError(f"controller: dead_zone {self.dead_zone!r}: give a number from 0 to below 1")
+
+    @property
+    def edit_name(self) -> str:
+        """The operation that vector files of this method name."""
+        return "add_weighted"
+
+    @property
+    def default_scope(self) -> str:
+        """The tokens that the schedule writes."""
+        return _SCOPES[self.schedule]
+
+    def sites(self, decoder: Decoder) -> list[Site]:
+        """What is read: the outputs of the last third of the blocks, as in the paper.
+
+        Args:
+            decoder: the model's decoder.
+        """
+        first = min(math.ceil(2 * decoder.num_layers / 3), decoder.num_layers - 1)
+        return [Site(layer) for layer in range(first, decoder.num_layers)]
+
+    def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
+        """Train the network and the probe, and read the directions.
+
+        Args:
+            acts: activations of both sides at every site.
+            subject: whose stream is written.
+            sites: where it reads.
+
+        Returns:
+            ``"shared/..."``: mean and spread of the features [f], the network's layers, the probe's, block weights;
+            per written site ``"<site>/direction"`` [d], as long as a typical activation there.
+
+        Raises:
+            FitError: the features do not vary, no direction can be had, or `fixed` has another number of blocks.
+        """
+        assert acts is not None
+        written = self._written(subject.decoder)
+        if self.fixed and len(self.fixed) != len(written):
+            raise FitError(f"controller: fixed has {len(self.fixed)} weights for {len(written)} blocks; give one each")
+        rows = [torch.cat([side[site].float() for site in sites], dim=-1) for side in (acts.positive, acts.negative)]
+        features, labels = torch.cat(rows), torch.cat([torch.ones(len(rows[0])), torch.zeros(len(rows[1]))])
+        mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
+        if not bool((spread > 0).any()):
+            raise FitError("controller: the features do not vary, so nothing can be told apart")
+        net = _begun(len(mean), self.hidden, len(written), self.seed)
+        net |= {"shared/mean": mean, "shared/spread": spread.clamp_min(1e-6)}
+        standard = (features - mean) / net["shared/spread"]
+        self._train_gates(subject, net, standard, labels, len(rows[0]))
+        directions = behaviour(subject, self.direction_from, written)
+        # The same norms as go into the file: of the prompts where they were read, else of the answers just read.
+        norms = {**subject.norms(written), **acts.norms}
+        tensors = {f"{site}/direction": unit(value) * norms[site] for site, value in directions.items()}
+        if self.weights == "learned":
+            self._learn_weights(
+                subject, net, standard, len(rows[0]), {site: tensors[f"{site}/direction"] for site in written}
+            )
+        if self.fixed:
+            net["shared/fixed"] = torch.tensor(self.fixed) * len(self.fixed) / sum(self.fixed)
+        mark = fingerprint(subject.decoder)
+        return {**net, **tensors, **({"shared/fingerprint": mark} if len(mark) else {})}
+
+    def _written(self, decoder: Decoder) -> list[Site]:
+        return blocks_written(decoder, self.writes, list(range(decoder.num_layers)))
+
+    def _train_gates(self, subject: Subject, net: dict[str, Tensor], x: Tensor, labels: Tensor, positives: int) -> None:
+        """Train the network's gain, and the probe, to tell the sides apart; its weights of blocks get no gradient."""
+        place = torch.cat([torch.arange(positives), torch.arange(len(x) - positives)])
+        kept = place % _VALIDATION == _VALIDATION - 1
+        has_both = bool(kept[:positives].any()) and bool(kept[positives:].any())
+        training = (~kept if has_both else torch.ones_like(kept)).nonzero()[:, 0]
+        for names, score in ((_GAIN, _gain), (_PROBE, _probe)):
+            leaves = [net[name].requires_grad_() for name in names]
+
+            def loss(rows: Tensor, score: Any = score) -> Tensor:
+                return torch.nn.functional.binary_cross_entropy_with_logits(score(net, x[rows]), labels[rows])
+
+            def judge(loss: Any = loss) -> float:
+                return float(loss(kept.nonzero()[:, 0]))
+
+            subject.train(
+                leaves,
+                lambda batch, loss=loss: loss(training[batch]),  # type: ignore[misc]
+                len(training),
+                epochs=self.epochs,
+                rate=self.rate,
+                decay=0.01,
+                seed=self.seed,
+                judge=judge if has_both else None,
+                patience=3,
+                title="training the gate",
+            )
+            for name in names:
+                net[name] = net[name].detach()
+
+    def _learn_weights(
+        self, subject: Subject, net: dict[str, Tensor], x: Tensor, positives: int, directions: Mapping[Site, Tensor]
+    ) -> None:
+        """Train the block weights alone: likely refusals of the positive side, little change of the negative one.
+
+        The loss is the cross-entropy of a refusing opening on positive prompts, the divergence from the unsteered model
+        over a complying one on negative prompts, and a cost of writing at all.
+        """
+        prompts = [*subject.data.positive, *subject.data.negative]
+        counts = [min(self.learn_items, positives), min(self.learn_items, len(x) - positives)]
+        rows = [*range(counts[0]), *range(positives, positives + counts[1])]
+        texts = [
+            replace(prompts[row], answer=(REFUSING if row < positives else COMPLYING)[row % len(REFUSING)])
+            for row in rows
+        ]
+        with torch.no_grad():
+            gains = torch.sigmoid(self._score(net, x[rows]))
+        leaves = [net[name].requires_grad_() for name in _WEIGHTS]
+
+        def loss(batch: Tensor) -> Tensor:
+            weights, gain = torch.sigmoid(_weights(net, x[[rows[place] for place in batch]])), gains[batch]
+            by = (self.reach * gain[:, None] * weights).clamp_max(self.limit)
+            shifts = {site: by[:, number, None] * value for number, (site, value) in enumerate(directions.items())}
+            items = [texts[place] for place in batch]
+            logits, ids, predicts = subject.shifted(items, shifts)
+            likely = torch.log_softmax(logits.float(), dim=-1)
+            with torch.no_grad():
+                bare = torch.log_softmax(subject.shifted(items, {})[0].float(), dim=-1)
+            wanted = -likely[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * predicts[:, :-1]
+            moved = (bare.exp() * (bare - likely)).sum(dim=-1) * predicts
+            is_positive = torch.tensor([rows[place] < positives for place in batch], device=logits.device)
+            each = torch.where(is_positive, wanted.sum(dim=1), moved.sum(dim=1)) / predicts.sum(dim=1)
+            return each.mean() + _COST * (gain[:, None] * weights).mean().to(logits.device)
+
+        subject.train(
+            leaves,
+            loss,
+            len(rows),
+            epochs=3,
+            batch_size=8,
+            rate=10 * self.rate,
+            seed=self.seed,
+            title="learning weights",
+        )
+        for name in _WEIGHTS:
+            net[name] = net[name].detach()
+
+    def _score(self, net: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return _gain(net, x) if self.gate == "mlp" else _probe(net, x)
+
+    def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
+        """The outputs of the blocks that `writes` names.
+
+        Args:
+            sites: unused.
+            tensors: unused.
+            decoder: the model's decoder.
+        """
+        return self._written(decoder)
+
+    def read_direction(self, params: Params) -> Tensor | None:
+        """None: a network tells the sides apart, and no direction does.
+
+        Args:
+            params: unused.
+        """
+        return None
+
+    def editor(self, vector: SteeringVector) -> Gate:
+        """The gate: reads at `vector.reads`, and gives every row a gain and weights.
+
+        Args:
+            vector: a vector of this method.
+
+        Raises:
+            VectorMismatchError: the vector lacks a part of the network, or its parts do not fit.
+        """
+        return _Controller(self, vector)
+
+    def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
+        """How well network and probe tell held-out items apart, and how many rows are steered.
+
+        Args:
+            vector: a vector of this method.
+            held_out: both sides at `vector.reads`.
+        """
+        gate = _Controller(self, vector)
+        measured: dict[str, Any] = {}
+        for name in ("mlp", "probe"):
+            plus, minus = gate.gain(held_out.positive, name), gate.gain(held_out.negative, name)
+            measured[name] = {
+                "auroc": round(auroc(plus, minus), 4),
+                "fpr_at_95_tpr": round(fpr_at_tpr(plus, minus, 0.95), 4),
+            }
+        ranks = {name: (measured[name]["auroc"], -measured[name]["fpr_at_95_tpr"]) for name in ("mlp", "probe")}
+        better = "neither" if ranks["mlp"] == ranks["probe"] else max(ranks, key=lambda name: ranks[name])
+        shares = [float(gate.decide(side).is_open.float().mean()) for side in (held_out.positive, held_out.negative)]
+        return {**measured, "better": better, "tpr": round(shares[0], 4), "fpr": round(shares[1], 4)}
+
+
+_GAIN = ("shared/first_weight", "shared/first_bias", "shared/gain_weight", "shared/gain_bias")
+_WEIGHTS = ("shared/block_weight", "shared/block_bias")
+_PROBE = ("shared/probe_weight", "shared/probe_bias")
+_COST = 0.05
+
+
+def _begun(width: int, hidden: int, blocks: int, seed: int) -> dict[str, Tensor]:
+    """The network before training: as torch begins linear layers, but from a seed of its own; the probe at zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int, inputs: int) -> Tensor:
+        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs)
+
+    return {
+        "shared/first_weight": drawn(hidden, width, inputs=width),
+        "shared/first_bias": drawn(hidden, inputs=width),
+        "shared/gain_weight": drawn(hidden, inputs=hidden),
+        "shared/gain_bias": drawn(1, inputs=hidden),
+        "shared/block_weight": drawn(blocks, hidden, inputs=hidden),
+        "shared/block_bias": drawn(blocks, inputs=hidden),
+        "shared/probe_weight": torch.zeros(width),
+        "shared/probe_bias": torch.zeros(1),
+    }
+
+
+def _inner(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[b, hidden] what both heads read."""
+    return torch.relu(x @ net["shared/first_weight"].T + net["shared/first_bias"])
+
+
+def _gain(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[b] the network's z."""
+    return _inner(net, x) @ net["shared/gain_weight"] + net["shared/gain_bias"]
+
+
+def _weights(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[b, blocks] logits of the block weights. Their head alone is ever trained through them."""
+    return _inner(net, x).detach() @ net["shared/block_weight"].T + net["shared/block_bias"]
+
+
+def _probe(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """[b] the probe's z."""
+    return x @ net["shared/probe_weight"] + net["shared/probe_bias"]
+
+
+class _Controller(Gate):
+    """Runs the network of a vector."""
+
+    def __init__(self, method: WeightedController, vector: SteeringVector) -> None:
+        follows = method.schedule == "online"
+        super().__init__(vector.reads, vector.readout, limit=method.limit, follows=follows)
+        self._method, self._writes = method, vector.sites
+        needed = ["shared/mean", "shared/spread", *_GAIN, *_PROBE]
+        needed += {"fixed": ["shared/fixed"], "uniform": []}.get(method.weights, list(_WEIGHTS))
+        missing = [name for name in needed if name not in vector.tensors]
+        if missing:
+            raise VectorMismatchError(f"controller: the vector holds no {missing[0]}; fit it again")
+        self._net = {
+            torch.device("cpu"): {name: tensor for name, tensor in vector.tensors.items() if "shared/" in name}
+        }
+        blocks = vector.tensors[needed[-1]].shape[0] if method.weights != "uniform" else len(self._writes)
+        width = vector.tensors["shared/mean"].shape[0]
+        if vector.tensors["shared/first_weight"].shape[1:] != (width,) or blocks != len(self._writes):
+            raise VectorMismatchError(f"controller: the network does not fit {len(self._writes)} written blocks")
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        if device not in self._net:
+            self._net[device] = {name: tensor.to(device) for name, tensor in self._net[torch.device("cpu")].items()}
+        return self._net[device]
+
+    def _read(self, found: Mapping[Site, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        features = torch.cat([found[site].float() for site in self.reads], dim=-1)
+        net = self._on(features.device)
+        return net, (features - net["shared/mean"]) / net["shared/spread"]
+
+    def gain(self, found: Mapping[Site, Tensor], gate: str | None = None) -> Tensor:
+        """[b] s, of the gate in use or of another one."""
+        net, x = self._read(found)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.sigmoid(_probe(net, x) if (gate or self._method.gate) == "probe" else _gain(net, x))
+
+    def weights(self, found: Mapping[Site, Tensor]) -> Tensor:
+        """[b, blocks] how much each written block counts."""
+        net, x = self._read(found)
+        if self._method.weights == "uniform":
+            return torch.ones(len(x), len(self._writes), device=x.device)
+        if self._method.weights == "fixed":
+            return net["shared/fixed"].expand(len(x), -1)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.sigmoid(_weights(net, x))
+
+    def decide(self, found: Mapping[Site, Tensor]) -> Decision:
+        """Gains and weights of every row.
+
+        Args:
+            found: per read site [b, d] float32.
+        """
+        gain, weights = self.gain(found), self.weights(found)
+        gains = {site: gain * weights[:, number] for number, site in enumerate(self._writes)}
+        return Decision(gain >= self._method.dead_zone, gains)
+
+    def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:
+        """Gain, weights, what each block gets in typical norms, and what network and probe say, per row.
+
+        Args:
+            found: per read site [b, d] float32.
+            strength: at which it would steer.
+        """
+        decision, weights, limit = self.decide(found), self.weights(found), self._method.limit
+        scores = {name: self.gain(found, name) for name in ("mlp", "probe")}
+        rows = []
+        for row, flag in enumerate(decision.is_open.tolist()):
+            blocks = {site: strength * float(gain[row]) for site, gain in decision.gains.items()}
+            rows.append(
+                {
+                    "open": flag,
+                    "gain": float(scores[self._method.gate][row]),
+                    "dead_zone": self._method.dead_zone,
+                    "gate": self._method.gate,
+                    "scores": {name: float(score[row]) for name, score in scores.items()},
+                    "weights": {str(site): float(weights[row, number]) for number, site in enumerate(self._writes)},
+                    "blocks": {str(site): min(max(by, -limit), limit) if flag else 0.0 for site, by in blocks.items()},
+                }
+            )
+        return rows
+
+
+def permuted_weights(vector: SteeringVector, seed: int = 0) -> SteeringVector:
+    """The same controller with its block weights dealt out to other blocks: the control that weights have to beat.
+
+    Args:
+        vector: a controller's vector whose weights are not uniform.
+        seed: of the permutation; the same for all rows.
+
+    Raises:
+        FitError: the weights are uniform, so no order of them is another one.
+    """
+    kind = vector.settings.get("weights")
+    names = {"fixed": ("shared/fixed",), "random": _WEIGHTS, "learned": _WEIGHTS}.get(str(kind), ())
+    if not names:
+        raise FitError(f"controller: weights {kind!r} cannot be permuted; fit random, fixed or learned ones")
+    order = torch.randperm(len(vector.tensors[names[0]]), generator=torch.Generator().manual_seed(seed))
+    return replace(vector, tensors={**vector.tensors, **{name: vector.tensors[name][order] for name in names}})
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float:
+    """Share of couples in which the positive score is larger, ties counted half.
+
+    Args:
+        positive: [n] scores.
+        negative: [m] scores.
+    """
+    larger, same = positive[:, None] > negative[None, :], positive[:, None] == negative[None, :]
+    return float((larger.double() + same.double() / 2).mean())
+
+
+def fpr_at_tpr(positive: Tensor, negative: Tensor, share: float) -> float:
+    """Share of the negative scores at or over the threshold that a share of the positive ones reaches.
+
+    Args:
+        positive: [n] scores.
+        negative: [m] scores.
+        share: such as 0.95.
+    """
+    needed = max(1, math.ceil(share * len(positive)))
+    threshold = positive.sort(descending=True).values[needed - 1]
+    return float((negative >= threshold).double().mean())
