@@ -222,19 +222,23 @@ class WeightedController(GatedAddition):
             items = [texts[place] for place in batch]
             logits, ids, predicts = subject.shifted(items, shifts)
             likely = torch.log_softmax(logits.float(), dim=-1)
-            with torch.no_grad():
-                bare = torch.log_softmax(subject.shifted(items, {})[0].float(), dim=-1)
             wanted = -likely[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * predicts[:, :-1]
-            moved = (bare.exp() * (bare - likely)).sum(dim=-1) * predicts
-            is_positive = torch.tensor([rows[place] < positives for place in batch], device=logits.device)
-            each = torch.where(is_positive, wanted.sum(dim=1), moved.sum(dim=1)) / predicts.sum(dim=1)
+            each = wanted.sum(dim=1)
+            left = [row for row, place in enumerate(batch.tolist()) if rows[place] >= positives]
+            if left:
+                with torch.no_grad():
+                    bare = torch.log_softmax(subject.shifted([items[row] for row in left], {})[0].float(), dim=-1)
+                width = bare.shape[1]  # pads stand behind, so fewer rows are at most narrower
+                moved = (bare.exp() * (bare - likely[left, :width])).sum(dim=-1) * predicts[left, :width]
+                each = each.index_copy(0, torch.tensor(left, device=each.device), moved.sum(dim=1))
+            each = each / predicts.sum(dim=1)
             return each.mean() + _COST * (gain[:, None] * weights).mean().to(logits.device)
 
         subject.train(
             leaves,
             loss,
             len(rows),
-            epochs=3,
+            epochs=2,
             batch_size=8,
             rate=10 * self.rate,
             seed=self.seed,
