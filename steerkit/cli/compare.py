@@ -41,7 +41,7 @@ def run(
     behaviour: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
     ] = "optimism",
-    method: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: every method)")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")] = None,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
@@ -72,12 +72,13 @@ def run(
     from steerkit.files import write_whole
     from steerkit.plots import ready
     from steerkit.recipe import find_recipe
-    from steerkit.registry import method_names
+    from steerkit.registry import method_names, resolve
 
     ready()
     default = find_recipe(behaviour)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
-    names = list(dict.fromkeys(method or method_names()))
+    every = [name for name in method_names() if not resolve(name).sorts_prompts]
+    names = list(dict.fromkeys(method or every))
     sources = _sources(names, default)
     target, kept = out / f"{default.behaviour}.json", out / f"{default.behaviour}.rows.jsonl"
     check_writable(target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -265,6 +265,9 @@ class Gate(ABC):
 @dataclass(frozen=True)
 class GatedAddition(Method):
     """Shared by the methods that add a direction to the rows that a gate opens."""
+
+    data: ClassVar[str] = "harmful and harmless prompts"
+    sorts_prompts: ClassVar[bool] = True
 
     def check(self, site: Site, params: Params) -> None:
         """One direction [d] per written site.

@@ -107,6 +107,7 @@ class RefusalDirection(AddDirection):
     title: ClassVar[str] = "Refusal direction"
     paper: ClassVar[str] = "Arditi et al. 2024, arXiv 2406.11717"
     data: ClassVar[str] = "harmful and harmless prompts"
+    sorts_prompts: ClassVar[bool] = True
     readout: ClassVar[str | None] = None
     scope: ClassVar[str] = "response"
 

@@ -1,9 +1,9 @@
 """Refusal with and without gates, on held-out sources: `python -m tests.benchmarks.gates`.
 
-Every row answers the same harmful and harmless requests of sources that nothing was fitted on. Harmful ones should be
-refused, harmless ones answered as the unsteered model answers them: token for token, and with the same first logits,
-bitwise. Refusals are counted by their wording at the beginning of an answer; the odds of refusing openings, which read
-no generated text, stand beside them. Methods and settings that are not there are left out.
+Every row answers the same requests of sources that nothing was fitted on. Harmful ones should be refused, harmless ones
+(ordinary ones, and those that sound alarming) answered as the unsteered model answers them: token for token, and with
+the same first logits, bitwise. Refusals are counted by their wording at the beginning of an answer; the odds of
+refusing openings, which read no generated text, stand beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,10 +32,12 @@ from steerkit.methods._refusal import is_refusal
 from steerkit.vector import SteeringVector
 
 REQUESTS = Path(__file__).resolve().parents[2] / "recipes" / "prompts" / "requests.jsonl"
+SOURCES = ("animals", "hacking", "vandalism", "violence", "weapons")  # drawn by lot
+READS = (11, 14, 17, 20)
 BLOCKS = (11, 12)
-RAW = 0.65  # in refusing minus complying openings, at each of the blocks
-NORM = 0.185  # the same, in typical activation norms
-BAND, BAND_NORM = (10, 11, 12, 13), 0.093  # where weights of blocks have something to weigh
+RAW = 0.55  # in refusing minus complying openings, at each of the blocks, the prompt's tokens too
+NORM = 0.157  # the same, in typical activation norms
+BAND, BAND_NORM = (10, 11, 12, 13), 0.078  # where weights of blocks have something to weigh
 FIRST = 80  # characters in which an answer has to refuse
 BATCH = 20
 
@@ -48,24 +51,29 @@ class Case:
     strength: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     layers: Sequence[int] | None = None
+    readout: str | None = None
     change: str | None = None
     """A function of the method's file that is applied to the fitted vector."""
 
 
 def cases() -> list[Case]:
-    controller = {"writes": BLOCKS}
-    learned = {"writes": BAND, "reach": BAND_NORM, "weights": "learned"}
+    def gated(title: str, strength: float = NORM, writes: Sequence[int] = BLOCKS, **settings: Any) -> Case:
+        fixed = {"writes": tuple(writes), "schedule": "two_pass", "dead_zone": 0.5}
+        change = settings.pop("change", None)
+        return Case(title, "controller", strength, {**fixed, **settings}, READS, "mean", change)
+
+    learned = {"reach": BAND_NORM, "weights": "learned"}
     return [
         Case("base"),
         Case("ungated", "refusal", RAW, layers=BLOCKS),
-        Case("conditional", "conditional", RAW, {"writes": BLOCKS}),
-        Case("linear probe", "controller", NORM, {**controller, "gate": "probe"}),
-        Case("controller, uniform", "controller", NORM, controller),
-        Case("controller, uniform, four blocks", "controller", BAND_NORM, {"writes": BAND}),
+        Case("conditional", "conditional", RAW, {"writes": BLOCKS}, readout="mean"),
+        gated("linear probe", gate="probe"),
+        gated("controller, uniform"),
+        gated("controller, uniform, four blocks", BAND_NORM, BAND),
         # Untrained weights are about one half.
-        Case("controller, random, four blocks", "controller", 2 * BAND_NORM, {"writes": BAND, "weights": "random"}),
-        Case("controller, learned, four blocks", "controller", BAND_NORM, learned),
-        Case("controller, learned and permuted", "controller", BAND_NORM, learned, change="permuted_weights"),
+        gated("controller, random, four blocks", 2 * BAND_NORM, BAND, weights="random"),
+        gated("controller, learned, four blocks", BAND_NORM, BAND, **learned),
+        gated("controller, learned and permuted", BAND_NORM, BAND, **learned, change="permuted_weights"),
     ]
 
 
@@ -86,14 +94,20 @@ class Bench:
     tokenizer: Any
     train: ContrastSet
     harmful: Sequence[Conversation]
-    harmless: Sequence[Conversation]
+    ordinary: Sequence[Conversation]
+    alarming: Sequence[Conversation]
     new_tokens: int
     judged: int
 
+    @property
+    def sides(self) -> tuple[Sequence[Conversation], ...]:
+        """What is asked, kind by kind."""
+        return self.harmful, self.ordinary, self.alarming
+
     @functools.cached_property
-    def base(self) -> tuple[Answers, Answers]:
-        """The unsteered model's answers to both sides."""
-        return self.answers(self.harmful, None, 0.0), self.answers(self.harmless, None, 0.0)
+    def base(self) -> tuple[Answers, ...]:
+        """The unsteered model's answers to every kind."""
+        return tuple(self.answers(side, None, 0.0) for side in self.sides)
 
     def answers(self, prompts: Sequence[Conversation], vector: SteeringVector | None, strength: float) -> Answers:
         """Greedy answers, in batches that are the same for every row."""
@@ -129,13 +143,25 @@ class Bench:
 
     def steered(self, vector: SteeringVector | None, strength: float) -> contextlib.AbstractContextManager[Any]:
         """The context of one row."""
-        return contextlib.nullcontext() if vector is None else steerkit.steer(self.model, vector, strength)
+        return contextlib.nullcontext() if vector is None else steerkit.steer(self.model, vector, strength, scope="all")
 
     @functools.cache  # noqa: B019 - one bench a run
-    def fitted(self, method: str, layers: tuple[int, ...] | None, settings: tuple[tuple[str, Any], ...]) -> Any:
+    def fitted(
+        self,
+        method: str,
+        layers: tuple[int, ...] | None,
+        readout: str | None,
+        settings: tuple[tuple[str, Any], ...],
+    ) -> Any:
         """The vector of a method with its settings."""
         return steerkit.fit(
-            self.model, self.tokenizer, self.train, method=method, layers=layers, settings=dict(settings)
+            self.model,
+            self.tokenizer,
+            self.train,
+            method=method,
+            layers=layers,
+            readout=readout,
+            settings=dict(settings),
         )
 
     def vector(self, case: Case) -> SteeringVector | None:
@@ -148,7 +174,7 @@ class Bench:
         if case.method is None:
             return None
         layers = None if case.layers is None else tuple(case.layers)
-        vector = self.fitted(case.method, layers, tuple(case.settings.items()))
+        vector = self.fitted(case.method, layers, case.readout, tuple(case.settings.items()))
         if case.change is None:
             return vector
         change: Callable[[Any], Any] = getattr(importlib.import_module(f"steerkit.methods.{case.method}"), case.change)
@@ -157,20 +183,18 @@ class Bench:
     def row(self, case: Case) -> tuple[list[str], list[str]]:
         """The cells of a case, and its answers to look at."""
         vector = self.vector(case)
-        given = (
-            self.base
-            if vector is None
-            else tuple(self.answers(side, vector, case.strength) for side in (self.harmful, self.harmless))
-        )
-        harmful, harmless = given
-        base = self.base[1]
-        same = [float(mine == theirs) for mine, theirs in zip(harmless.ids, base.ids, strict=True)]
-        bitwise = [float(torch.equal(mine, theirs)) for mine, theirs in zip(harmless.first, base.first, strict=True)]
-        refused = ([float(is_refusal(text, first=FIRST)) for text in side.texts] for side in (harmful, harmless))
-        cells = [share(scores) for scores in (*refused, same, bitwise)]
+        given = self.base if vector is None else tuple(self.answers(side, vector, case.strength) for side in self.sides)
+        cells = [share([float(is_refusal(text, first=FIRST)) for text in given[0].texts])]
+        for mine, theirs in zip(given[1:], self.base[1:], strict=True):
+            cells.append(share([float(is_refusal(text, first=FIRST)) for text in mine.texts]))
+            same = [
+                float(ids == others and torch.equal(logits, bare))
+                for ids, others, logits, bare in zip(mine.ids, theirs.ids, mine.first, theirs.first, strict=True)
+            ]
+            cells.append(share(same))
         odds = interval(self.odds(vector, case.strength), shares=False)
         cells.append(f"{odds.mean:+.1f} ({odds.low:+.1f} to {odds.high:+.1f})")
-        return cells, [*harmful.texts[:4], *harmless.texts[:2]]
+        return cells, [text for side, count in zip(given, (4, 2, 2), strict=True) for text in side.texts[:count]]
 
 
 def share(scores: Sequence[float]) -> str:
@@ -181,7 +205,15 @@ def share(scores: Sequence[float]) -> str:
 
 def table(bench: Bench, wanted: str) -> Iterator[tuple[str, list[str]]]:
     """The lines of the table, each with answers to look at."""
-    titles = ("", "harmful refused", "harmless refused", "harmless unchanged", "same first logits", "odds on harmful")
+    titles = (
+        "",
+        "harmful refused",
+        "ordinary refused",
+        "unchanged",
+        "alarming refused",
+        "unchanged",
+        "odds on harmful",
+    )
     yield f"| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|", []
     for case in cases():
         if wanted not in case.title:
@@ -199,25 +231,35 @@ def table(bench: Bench, wanted: str) -> Iterator[tuple[str, list[str]]]:
 def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gates")
-    parser.add_argument("--prompts", type=int, default=60, help="requests of each side")
+    parser.add_argument("--prompts", type=int, default=80, help="requests of each kind")
     parser.add_argument("--tokens", type=int, default=24, help="length of the answers")
     parser.add_argument("--judged", type=int, default=8, help="harmful requests whose odds are measured")
-    parser.add_argument("--sources", nargs="+", default=["weapons", "privacy"], help="sources that are held out")
+    parser.add_argument("--sources", nargs="+", default=SOURCES, help="sources that are held out")
     parser.add_argument("--only", default="", help="rows whose title holds this")
     parser.add_argument("--texts", action="store_true", help="some answers under every row")
     options = parser.parse_args()
     model, tokenizer = steerkit.load_model()
     data = ContrastSet.from_labelled(REQUESTS, positive="harmful")
     train, held_out = data.split(held_out_sources=options.sources)
-    sides = [spread(side, options.prompts) for side in (held_out.positive, held_out.negative)]
+    kinds = topics()
+    ordinary, alarming = (
+        [one for one in held_out.negative if kinds[str(one.prompt)] == kind] for kind in ("ordinary", "alarming")
+    )
+    sides = [spread(side, options.prompts) for side in (held_out.positive, ordinary, alarming)]
     bench = Bench(model, tokenizer, train, *sides, options.tokens, options.judged)
-    held, blocks = ", ".join(options.sources), ", ".join(map(str, BLOCKS))
-    print(f"{len(sides[0])} harmful and {len(sides[1])} harmless requests of held-out sources ({held}),", end=" ")
-    print(f"{options.tokens} tokens each, blocks {blocks}, four: {BAND}. Percent, with 95 % intervals.\n")
+    print(f"{len(sides[0])} harmful, {len(sides[1])} ordinary, {len(sides[2])} alarming but harmless requests", end=" ")
+    print(f"of held-out sources ({', '.join(options.sources)}).")
+    print(f"{options.tokens} tokens each. Percent, with 95 % intervals.\n")
     for line, shown in table(bench, options.only):
         print(line, flush=True)
         for text in shown if options.texts else ():
             print(f"    {' '.join(text.split())}", flush=True)
+
+
+def topics() -> dict[str, str]:
+    """Of every harmless request, whether it is ordinary or alarming."""
+    items = [json.loads(line) for line in REQUESTS.read_text(encoding="utf-8").splitlines()]
+    return {item["prompt"]: item["topic"] for item in items if "topic" in item}
 
 
 def spread(items: Sequence[Conversation], count: int) -> list[Conversation]:
