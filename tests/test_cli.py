@@ -316,6 +316,53 @@ def test_what_demo_prints(cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.
     assert width(line for line in ended.out.split("\n") if str(tiny) not in line) <= WIDTH
 
 
+ASKED = """
+format = 1
+behaviour = "caution"
+[model]
+name = "{model}"
+[data]
+file = "asked.jsonl"
+positive = "bad"
+held_out_sources = ["b"]
+[method]
+name = "{method}"
+layers = [1]
+[method.settings]
+writes = [1]
+[apply]
+strength = {strength}
+[evaluate]
+questions = ["Is it good?"]
+"""
+
+
+@pytest.mark.parametrize(("method", "strength"), [("controller", 0.0), ("conditional", 3.0)])
+def test_demo_of_two_kinds_of_prompts(
+    answer: Callable[..., Any], cli: Cli, here: Path, tiny: Path, method: str, strength: float
+) -> None:
+    items = [
+        {"prompt": f"{word} {n}", "label": label, "source": source}
+        for label, word in (("bad", "Break"), ("good", "Mend"))
+        for source in "ab"
+        for n in range(6)
+    ]
+    Path("asked.jsonl").write_text(jsonl(items))
+    Path(f"asked-{method}.toml").write_text(ASKED.format(model=tiny, method=method, strength=strength))
+    found = answer("demo", "--recipe", f"asked-{method}.toml")
+    assert [(kind["side"], kind["items"]) for kind in found["kinds"]] == [("positive", 6), ("negative", 6)]
+    assert found["picture"] is None
+    if not strength:
+        assert all(kind["unchanged"][0] == 1 and kind["refused"] == kind["before"] for kind in found["kinds"])
+    card = Path(f"out/asked-{method}.md").read_text()
+    assert "| positive side | 6 | 0 (0 to 39) |" in card
+    assert "## The gate" in card
+    ended = cli("demo", "--recipe", f"asked-{method}.toml")
+    assert "not bad" in ended.out
+    assert "picture" not in ended.out
+    assert width(line for line in ended.out.split("\n") if str(tiny) not in line) <= WIDTH
+
+
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_demo_on_the_embedded_model(answer: Callable[..., Any], tmp_path: Path) -> None:

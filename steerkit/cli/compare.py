@@ -41,7 +41,9 @@ def run(
     behaviour: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
     ] = "optimism",
-    method: Annotated[list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
+    ] = None,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,

@@ -6,7 +6,7 @@ import importlib.util
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from steerkit.evaluate.curve import Curve
+    from steerkit.evaluate.kinds import Kind
     from steerkit.recipe import Recipe
     from steerkit.vector import SteeringVector
 
 __all__ = ["run"]
 
 CONTROLS = 5
+KIND = 60
 MAX_NEW_TOKENS = 40
 
 
@@ -47,10 +49,12 @@ def run(
 ) -> None:
     """Do the main job in one go: fit a recipe's vector, steer both ways, measure the effect, draw it.
 
-    Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and <out>/<recipe>.png.
+    Of a recipe of two kinds of prompts, answers of either kind are counted: how many refuse, how many stay as they
+    were. Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and, of a curve, <out>/<recipe>.png.
     """
     import steerkit
     from steerkit.evaluate.curve import dose_response
+    from steerkit.evaluate.kinds import by_kind
     from steerkit.evaluate.trial import Setup
     from steerkit.recipe import find_recipe
 
@@ -64,19 +68,26 @@ def run(
     vector.save(target)
 
     questions, strengths = chosen.evaluate.questions, chosen.evaluate.strengths
-    doses = (-chosen.apply.strength, 0.0, chosen.apply.strength)
-    answers = {}
-    with _progress(len(doses) + len(strengths) * (1 + CONTROLS)) as step:
+    sorts = chosen.data.positive is not None
+    doses = (0.0, chosen.apply.strength) if sorts else (-chosen.apply.strength, 0.0, chosen.apply.strength)
+    answers: dict[float, list[str]] = {}
+    curve: Curve | None = None
+    kinds: Sequence[Kind] = ()
+    with _progress(len(doses) + (2 if sorts else len(strengths) * (1 + CONTROLS))) as step:
         for dose in doses:
             answers[dose] = steerkit.generate(
                 loaded, tokenizer, questions, vector=vector, strength=dose, max_new_tokens=MAX_NEW_TOKENS
             )
             step()
         setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size)
-        curve = dose_response(setup, vector, strengths, controls=CONTROLS, step=step)
-    card = _write_card(target.with_suffix(".md"), vector, curve, answers, questions)
-    picture = _draw(curve, target.with_suffix(".png"), chosen, vector)
-    found = _Findings(chosen, name, target, vector, answers, curve, card, picture)
+        if sorts:
+            setup = replace(setup, texts=KIND, max_new_tokens=MAX_NEW_TOKENS)
+            kinds = by_kind(setup, vector, chosen.apply.strength, step=step)
+        else:
+            curve = dose_response(setup, vector, strengths, controls=CONTROLS, step=step)
+    card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, questions)
+    picture = None if curve is None else _draw(curve, target.with_suffix(".png"), chosen, vector)
+    found = _Findings(chosen, name, target, vector, answers, curve, kinds, card, picture)
     if as_json:
         print_json(found.as_json())
     else:
@@ -92,7 +103,8 @@ class _Findings:
     file: Path
     vector: SteeringVector
     answers: Mapping[float, Sequence[str]]
-    curve: Curve
+    curve: Curve | None
+    kinds: Sequence[Kind]
     card: Path
     picture: Path | None
 
@@ -107,12 +119,20 @@ class _Findings:
                 for number, question in enumerate(self.recipe.evaluate.questions)
                 for strength, texts in self.answers.items()
             ],
+            **self._measured(),
+            "card": str(self.card),
+            "picture": None if self.picture is None else str(self.picture),
+        }
+
+    def _measured(self) -> dict[str, Any]:
+        """The curve, or what each kind of prompts got."""
+        if self.curve is None:
+            return {"kinds": [kind.as_json() for kind in self.kinds]}
+        return {
             "curve": self.curve.as_rows(),
             "items": self.curve.items,
             "rises": self.curve.rises,
             "clear_of_controls": self.curve.clear_of_controls,
-            "card": str(self.card),
-            "picture": None if self.picture is None else str(self.picture),
         }
 
 
@@ -130,7 +150,8 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
 def _write_card(
     path: Path,
     vector: SteeringVector,
-    curve: Curve,
+    curve: Curve | None,
+    kinds: Sequence[Kind],
     answers: Mapping[float, Sequence[str]],
     questions: Sequence[str],
 ) -> Path:
@@ -141,7 +162,7 @@ def _write_card(
         for number, question in enumerate(questions)
         for dose, texts in answers.items()
     ]
-    card = vector_card(path.stem, vector, curve=curve, answers=listed, new_tokens=MAX_NEW_TOKENS)
+    card = vector_card(path.stem, vector, curve=curve, kinds=kinds, answers=listed, new_tokens=MAX_NEW_TOKENS)
     path.write_text(card, encoding="utf-8")
     return path
 
@@ -161,10 +182,13 @@ def _show(found: _Findings) -> None:
     console.print(sites_table(found.vector.describe()))
     for number, question in enumerate(recipe.evaluate.questions):
         _show_answers(console, question, {dose: texts[number] for dose, texts in found.answers.items()})
-    _show_curve(console, found.curve)
-    if found.picture is None:
-        typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
+    if found.curve is None:
+        _show_kinds(console, found.kinds, recipe)
     else:
+        _show_curve(console, found.curve)
+    if found.curve is not None and found.picture is None:
+        typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
+    elif found.picture is not None:
         typer.echo(f"picture: {found.picture}")
     typer.echo("try next:")
     typer.echo(
@@ -196,6 +220,20 @@ def _show_curve(console: Console, curve: Curve) -> None:
     console.print(shown)
     rises, clear = ("yes" if found else "no" for found in (curve.rises, curve.clear_of_controls))
     typer.echo(f"rises over the whole range: {rises}; outer intervals clear of random directions: {clear}")
+
+
+def _show_kinds(console: Console, kinds: Sequence[Kind], recipe: Recipe) -> None:
+    """What each kind of prompts got, as a table."""
+    columns = ("prompts", "", "refused before", "refused", "unchanged")
+    shown = table(*columns, right=columns[1:], title=f"Answers at strength {kinds[0].strength:g}, percent")
+    names = {"positive": recipe.data.positive or "", "negative": recipe.data.negative or f"not {recipe.data.positive}"}
+    for kind in kinds:
+        shares = [
+            f"{100 * share.mean:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
+            for share in (kind.before, kind.refused, kind.unchanged)
+        ]
+        shown.add_row(names[kind.side], str(kind.items), *shares)
+    console.print(shown)
 
 
 def _signed(strength: float) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from steerkit.evaluate.curve import Curve
+from steerkit.evaluate.kinds import Kind
 from steerkit.export.likeness import Likeness
 from steerkit.models import hub_id
 from steerkit.registry import default_strength, example_strength
@@ -34,7 +35,13 @@ class Answer(NamedTuple):
 
 
 def vector_card(
-    name: str, vector: SteeringVector, *, curve: Curve | None, answers: Sequence[Answer], new_tokens: int
+    name: str,
+    vector: SteeringVector,
+    *,
+    curve: Curve | None,
+    kinds: Sequence[Kind] = (),
+    answers: Sequence[Answer],
+    new_tokens: int,
 ) -> str:
     """Write the card of a vector.
 
@@ -42,6 +49,7 @@ def vector_card(
         name: of the vector, without ending.
         vector: the vector.
         curve: its dose-response on held-out items, where it was measured.
+        kinds: what it does to either kind of prompts, where that was measured.
         answers: texts before and after, greedy.
         new_tokens: how long the answers were allowed to be.
 
@@ -107,6 +115,7 @@ def vector_card(
             lines.append(
                 f"| {row['strength']:g} | {row['effect']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {randoms} |"
             )
+    lines += _gate_lines(vector) + _kind_lines(kinds)
     if answers:
         lines += ["", "## Before and after", "", f"Greedy, {new_tokens} new tokens."]
         for prompt in dict.fromkeys(answer.prompt for answer in answers):
@@ -117,6 +126,33 @@ def vector_card(
                 if answer.prompt == prompt
             ]
     return "\n".join(lines) + "\n"
+
+
+def _gate_lines(vector: SteeringVector) -> list[str]:
+    """How well a gate tells held-out prompts apart."""
+    told = {name: value for name, value in vector.held_out.items() if name not in ("sites", "items")}
+    if not told:
+        return []
+    lines = ["", "## The gate", "", f"On {vector.held_out['items']} held-out items:", "", "| | |", "| --- | --- |"]
+    for name, value in told.items():
+        text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
+        lines.append(f"| {name} | {text} |")
+    return lines
+
+
+def _kind_lines(kinds: Sequence[Kind]) -> list[str]:
+    """What either kind of prompts got."""
+    if not kinds:
+        return []
+    lines = ["", "## Effect", "", f"Answers to held-out prompts at strength {kinds[0].strength:g}, percent:", ""]
+    lines += ["| prompts | | refused without | refused | unchanged |", "| --- | --- | --- | --- | --- |"]
+    for kind in kinds:
+        shares = " | ".join(
+            f"{100 * share.mean:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
+            for share in (kind.before, kind.refused, kind.unchanged)
+        )
+        lines.append(f"| {kind.side} side | {kind.items} | {shares} |")
+    return lines
 
 
 def weights_card(

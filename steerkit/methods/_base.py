@@ -205,8 +205,8 @@ class Method(Configured):
         scope, scopes: default tokens written, and all that are allowed.
         neutral: the strength at which it is the exact identity; None where no strength is.
         data: what it is fitted on, for the table of methods.
-        sorts_prompts: it is fitted on two kinds of prompts, and what it does shows on the kinds: pairs of answers to the
-            same prompts do not measure it.
+        sorts_prompts: it is fitted on two kinds of prompts, and what it does shows on the kinds: pairs of answers to
+            the same prompts do not measure it.
         default_strength: where neither the user nor the file names one; None where one has to be named.
         strength_unit: what strengths count, in a word for tables: a factor, degrees, a share.
         ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
