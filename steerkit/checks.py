@@ -19,7 +19,7 @@ from steerkit.activations import position_inputs
 from steerkit.data import ContrastSet, Conversation, batches, pad_token_id, render
 from steerkit.errors import SteerError
 from steerkit.fitting import fit, separation
-from steerkit.linears import linears_at
+from steerkit.linears import writers_at
 from steerkit.methods._base import Method
 from steerkit.sites import execution_device, find_decoder, inner_model
 from steerkit.steering import steer
@@ -160,8 +160,8 @@ def keeps_shape_and_dtype_and_input(subject: Subject) -> None:
         before = h.clone()
         prepared = subject.method.prepare(params, torch.tensor(subject.strength), dtype, h.device)
         if subject.method.reads_input:
-            (linear,) = linears_at(subject.model, [site]).values()
-            prepared["input"] = torch.randn(2, 6, linear.inputs, generator=generator).to(dtype)
+            (writer,) = writers_at(subject.model, [site]).values()
+            prepared["input"] = torch.randn(2, 6, writer.inputs, generator=generator).to(dtype)
         after = subject.method.edit(h, prepared, tokens)
         _hold(after.shape == h.shape, f"shape {tuple(h.shape)} became {tuple(after.shape)}")
         _hold(torch.equal(before, h), "the input was changed in place")

@@ -24,12 +24,14 @@ from steerkit.activations import (
 from steerkit.anatomy import Anatomy
 from steerkit.data import ContrastSet, Conversation, Rendered, batches, pad_token_id, render
 from steerkit.errors import DataError, FitError, ModelError, SiteError, UnknownNameError
+from steerkit.experts import experts_at
 from steerkit.generation import generate
 from steerkit.linears import linears_at, weight_digests
 from steerkit.methods._base import Method
 from steerkit.moments import NormMedian
 from steerkit.probe_block import evaluation_mode
 from steerkit.registry import resolve
+from steerkit.routing import ExpertMeans, expert_means
 from steerkit.sites import Decoder, Site, Tap, anatomies, execution_device, find_decoder, locate, parse_layers
 from steerkit.steering import steer
 from steerkit.training import minimise
@@ -559,13 +561,41 @@ class Subject:
         Raises:
             SiteError: no one linear layer writes there, or its weight cannot be read.
         """
-        if self._anatomies is None:  # one pass for all sites
-            self._anatomies = anatomies(self._decoder, set(range(self._decoder.num_layers)))
-        (linear,) = linears_at(self._decoder, [site], found=self._anatomies).values()
+        (linear,) = linears_at(self._decoder, [site], found=self._found).values()
         return linear.weight(self._decoder.model.dtype).cpu()
 
+    @property
+    def _found(self) -> dict[int, Anatomy]:
+        if self._anatomies is None:  # one pass for all sites
+            self._anatomies = anatomies(self._decoder, set(range(self._decoder.num_layers)))
+        return self._anatomies
+
+    def experts(self, sites: Sequence[Site], readout: Any) -> dict[Site, ExpertMeans]:
+        """What the experts read at those of the sites where routed ones write, in one pass over the data.
+
+        Args:
+            sites: of kind attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
+            readout: which tokens.
+
+        Returns:
+            By site the means of both sides, of each expert over the tokens that are routed to it.
+
+        Raises:
+            SiteError: what writes at a site is neither one linear layer nor experts that can be told apart.
+            DataError: an item has no token to be read.
+        """
+        found = {site: experts_at(self._decoder, self._found[site.layer], site) for site in sites}
+        return expert_means(
+            self._decoder,
+            (self.rendered(self._data.positive), self.rendered(self._data.negative)),
+            {site: one for site, one in found.items() if one is not None},
+            readout=readout,
+            batch_size=self._batch_size,
+            pad_id=pad_token_id(self._tokenizer),
+        )
+
     def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
-        """What identifies the weights of the linear layers that write at some sites.
+        """What identifies the matrices of the linear layers and routed experts that write at some sites.
 
         Args:
             sites: of kind attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
@@ -574,7 +604,7 @@ class Subject:
             Name of the weight to its digest, for `SteeringVector.extra`.
 
         Raises:
-            SiteError: no one linear layer writes there.
+            SiteError: neither writes there.
             ModelError: a weight is offloaded.
         """
         return weight_digests(self._decoder, sites)

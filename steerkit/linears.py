@@ -1,7 +1,8 @@
 """The linear layers that write at a site: where they read, their weights as they act, and what identifies those.
 
 A layer writes at `attn_raw`, `mlp_raw` or `mixer_out` (the first two are `attn_out` and `mlp_out` where no norm
-follows) and reads at `z` or `mlp_post` of the same block.
+follows) and reads at `z` or `mlp_post` of the same block. Where a block routes tokens to experts, those write at
+`mlp_raw` together (`experts.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from steerkit.anatomy import Anatomy
 from steerkit.errors import ModelError, SiteError, VectorMismatchError
+from steerkit.experts import Experts, experts_at
 from steerkit.sites import Decoder, Site, Tap, anatomies, find_decoder, inner_model
 
-__all__ = ["Linear", "check_weights", "linears_at", "weight_digests"]
+__all__ = ["Linear", "check_weights", "linears_at", "weight_digests", "writers_at"]
 
 _ROWS = 256  # unit vectors that go through a layer at once
 
@@ -55,6 +57,11 @@ class Linear:
     def parameter(self) -> str:
         """The name of its weight in the transformers model, without any adapter."""
         return f"{self.tap.name}.weight"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """`parameter` alone, as `Experts` have several."""
+        return (self.parameter,)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The matrix by which it acts, an adapter around it included.
@@ -127,6 +134,49 @@ def linears_at(
         SiteError: no one linear layer writes there (routed experts, a norm behind it), or two layers of the model are
             one.
     """
+    decoder, asked, found = _asked(model, sites, found)
+    linears = {}
+    for site in asked:
+        linear = _linear(decoder, found[site.layer], site)
+        linears[linear.tap.site] = linear
+    _refuse_tied(decoder, linears)
+    return linears
+
+
+def writers_at(
+    model: nn.Module | Decoder, sites: Iterable[Site], *, found: Mapping[int, Anatomy] | None = None
+) -> dict[Site, Linear | Experts]:
+    """Find what writes at some sites: a linear layer, or routed experts.
+
+    Args:
+        model: as for `linears_at`.
+        sites: as for `linears_at`.
+        found: as for `linears_at`.
+
+    Returns:
+        The writers by canonical site, in the order asked.
+
+    Raises:
+        SiteError: neither writes there, or one matrix writes at two places of the model.
+    """
+    decoder, asked, found = _asked(model, sites, found)
+    writers: dict[Site, Linear | Experts] = {}
+    for site in asked:
+        anatomy = found[site.layer]
+        writer = experts_at(decoder, anatomy, site) or _linear(decoder, anatomy, site)
+        writers[writer.tap.site] = writer
+    _refuse_tied(decoder, writers)
+    return writers
+
+
+def _asked(
+    model: nn.Module | Decoder, sites: Iterable[Site], found: Mapping[int, Anatomy] | None
+) -> tuple[Decoder, list[Site], Mapping[int, Anatomy]]:
+    """The decoder, the sites, and what stands in their blocks.
+
+    Raises:
+        SiteError: a layer is outside of the model.
+    """
     decoder = model if isinstance(model, Decoder) else find_decoder(model)
     asked = list(sites)
     last = decoder.num_layers - 1
@@ -134,27 +184,46 @@ def linears_at(
         raise SiteError(
             f"{outside[0]}: layer {outside[0].layer} is outside 0..{last} of {type(decoder.model).__name__}"
         )
-    found = anatomies(decoder, {site.layer for site in asked}) if found is None else found
-    linears: dict[Site, Linear] = {}
-    for site in asked:
-        read, write = found[site.layer].writer(site.kind)
-        name = f"{decoder.path}.{site.layer}.{write.name}"
-        tap = Tap(Site(site.layer, write.kind), write.module, name, "output", write.flat, write.width)
-        linears[tap.site] = Linear(tap, Site(site.layer, read.kind), read.width)
-    weights: dict[int, Linear] = {}
-    for linear in linears.values():
-        weight = getattr(_base(linear.tap.module), "weight", linear.tap.module)
-        other = weights.setdefault(id(weight), linear)
-        if other is not linear:
-            raise SiteError(
-                f"{linear.tap.site}: {linear.parameter} is the weight of {other.tap.site} too (tied), so two edits of "
-                "it would add up; choose one of the sites"
-            )
-    return linears
+    return decoder, asked, anatomies(decoder, {site.layer for site in asked}) if found is None else found
+
+
+def _linear(decoder: Decoder, anatomy: Anatomy, site: Site) -> Linear:
+    """The one linear layer that writes at a site.
+
+    Raises:
+        SiteError: there is none.
+    """
+    read, write = anatomy.writer(site.kind)
+    name = f"{decoder.path}.{site.layer}.{write.name}"
+    tap = Tap(Site(site.layer, write.kind), write.module, name, "output", write.flat, write.width)
+    return Linear(tap, Site(site.layer, read.kind), read.width)
+
+
+def _refuse_tied(decoder: Decoder, writers: Mapping[Site, Linear | Experts]) -> None:
+    """Refuse one matrix that writes at two sites.
+
+    Raises:
+        SiteError: there is one.
+    """
+    weights: dict[int, Site] = {}
+    for site, writer in writers.items():
+        for name in writer.parameters:
+            weight = _parameter(decoder.model, name)
+            if weight is not None and weights.setdefault(id(weight), site) != site:
+                raise SiteError(
+                    f"{site}: {name} is the weight of {weights[id(weight)]} too (tied), so two edits of it would add "
+                    "up; choose one of the sites"
+                )
+
+
+def _parameter(model: nn.Module, name: str) -> Any:
+    """A weight without any adapter around it; None where the module hides it."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(_base(model.get_submodule(path)), leaf, None)
 
 
 def weight_digests(model: nn.Module | Decoder, sites: Iterable[Site]) -> dict[str, str]:
-    """What identifies the weights of the linear layers that write at some sites; see `check_weights`.
+    """What identifies the matrices of the linear layers and experts that write at some sites; see `check_weights`.
 
     Args:
         model: as for `find_decoder`, or its decoder.
@@ -165,15 +234,17 @@ def weight_digests(model: nn.Module | Decoder, sites: Iterable[Site]) -> dict[st
         that a checkpoint loaded in float32 and in bfloat16 is the same), as they are stored where they are packed.
 
     Raises:
-        SiteError: no one linear layer writes there.
+        SiteError: neither a linear layer nor routed experts write there.
         ModelError: a weight is offloaded.
     """
     found = {}
-    for linear in linears_at(model, sites).values():
-        weight = getattr(_base(linear.tap.module), "weight", None)
-        if not isinstance(weight, Tensor) or weight.is_meta:
-            raise ModelError(f"{linear.parameter} is offloaded or hidden, so it cannot be identified; load it whole")
-        found[linear.parameter] = _digest(weight)
+    decoder = model if isinstance(model, Decoder) else find_decoder(model)
+    for writer in writers_at(decoder, sites).values():
+        for name in writer.parameters:
+            weight = _parameter(decoder.model, name)
+            if not isinstance(weight, Tensor) or weight.is_meta:
+                raise ModelError(f"{name} is offloaded or hidden, so it cannot be identified; load it whole")
+            found[name] = _digest(weight)
     return found
 
 
@@ -189,9 +260,8 @@ def check_weights(model: nn.Module, digests: Mapping[str, str]) -> None:
     """
     inner = inner_model(model)
     for name, digest in digests.items():
-        path, _, leaf = name.rpartition(".")
         try:
-            weight: Any = getattr(_base(inner.get_submodule(path)), leaf, None)
+            weight = _parameter(inner, name)
         except AttributeError:
             weight = None
         if not isinstance(weight, Tensor):

@@ -12,7 +12,7 @@ import contextlib
 import math
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, near_miss
-from steerkit.linears import linears_at
+from steerkit.experts import Experts
+from steerkit.linears import writers_at
 from steerkit.methods._base import Method, Params
 from steerkit.passes import Guide, Reading, conducted, refuse_compiled
 from steerkit.registry import default_strength, method_of
@@ -200,8 +201,10 @@ class _Edit:
     lengths: PromptLengths | None
     block: nn.Module | None
     clock: PassClock | None = None
+    experts: Experts | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._reader: tuple[Any, Callable[[Tensor], Tensor]] | None = None
         self._ready: dict[tuple[torch.device, torch.dtype, int], tuple[dict[str, Tensor], Tensor]] = {}
         self._minimum = self.method.minimum_prompt(self.params)
         self._inert = self._some_inert = self._per_row = False
@@ -214,6 +217,10 @@ class _Edit:
         active = [not self.method.is_neutral(value * self.factor) for value in rows]
         self._inert, self._some_inert = not any(active), not all(active)
         self._active = active if self._per_row else active[0]
+        if self.experts is not None and (self._reader is None or self._reader[0] != self.experts.place):
+            with torch.inference_mode(mode=False), torch.no_grad():
+                reader = self.experts.reader(*self.method.expert_gates(self.params))
+            self._reader = self.experts.place, reader
         for key in list(self._ready):
             device, dtype, batch = key
             old, old_active = self._ready.pop(key)
@@ -255,6 +262,8 @@ class _Edit:
         if self._minimum:
             tokens.require_prompt(self._minimum)
         read = args[0] if self.method.reads_input else None
+        if self._reader is not None and read is not None:
+            read = self._reader[1](read)
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
             shape = facts.batch, facts.width, -1
             read = None if read is None else read.reshape(shape)
@@ -417,10 +426,8 @@ def _plan(
     if only_all is not None and written.kind != "all":
         raise ScopeError(f"scope '{written}': {only_all}; use scope='all'")
     counted = vector.unit if vector.own_unit or unit is None else unit
-    if method.reads_input:
-        taps = {site: linear.tap for site, linear in linears_at(decoder, vector.sites).items()}
-    else:
-        taps = locate(decoder.model, vector.sites)
+    writers = writers_at(decoder, vector.sites) if method.reads_input else {}
+    taps = {site: one.tap for site, one in writers.items()} or locate(decoder.model, vector.sites)
     edits: list[_Edit] = []
     method.check_model(vector, decoder)
     editor = method.editor(vector)
@@ -433,7 +440,9 @@ def _plan(
         factor = 1.0 if counted == "paper" else _norm_factor(method, vector, site, params)
         block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
         if guide is None:
-            edits.append(_Edit(method, params, tap, written, dose, factor, lengths, block))
+            writer = writers.get(tap.site)
+            experts = writer if isinstance(writer, Experts) else None
+            edits.append(_Edit(method, params, tap, written, dose, factor, lengths, block, experts=experts))
         else:
             edits.append(_GuidedEdit(method, params, tap, written, dose, factor, lengths, block, guide=guide))
     for edit in edits:

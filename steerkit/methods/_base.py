@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from steerkit.activations import Activations
     from steerkit.data import ContrastSet, Rendered
     from steerkit.moments import Accumulator
+    from steerkit.routing import ExpertMeans
     from steerkit.tokens import Tokens
 
 __all__ = [
@@ -160,8 +161,11 @@ class Subject(Protocol):
     def weight(self, site: Site) -> Tensor:
         """The matrix [o, i], float32, of the linear layer that writes at a site."""
 
+    def experts(self, sites: Sequence[Site], readout: Any) -> dict[Site, ExpertMeans]:
+        """What the experts read at those of the sites where routed ones write, as means over their own tokens."""
+
     def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
-        """What identifies the weights of the linear layers that write at some sites, by name."""
+        """What identifies the weights that write at some sites, by name."""
 
 
 class Editor(Protocol):
@@ -212,7 +216,8 @@ class Method(Configured):
         ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
         takes_pair: it is fitted on one pair of prompts; held-out items only measure it.
         reads_input: what it adds at a site depends on what the linear layer that writes there reads. It is then called
-            at that layer, and `prepared["input"]` is the layer's input [b, t, i].
+            at that layer, and `prepared["input"]` is the layer's input [b, t, i]. Where routed experts write, it is
+            called at the MLP, and the input is what `expert_gates` find in the experts' inputs [b, t, 1].
     """
 
     title: ClassVar[str]
@@ -468,6 +473,20 @@ class Method(Configured):
             name to tensor; the shapes may not depend on the strength's value.
         """
         raise NotImplementedError
+
+    def expert_gates(self, params: Params) -> tuple[Tensor, Tensor | None]:
+        """For a method that `reads_input`: what the inputs of routed experts are multiplied with.
+
+        Args:
+            params: the tensors of one site.
+
+        Returns:
+            [e, i] one gate for each expert, and [j] that of an expert shared by all tokens, where there is one.
+
+        Raises:
+            SiteError: the method does not edit experts.
+        """
+        raise SiteError(f"{self.name} does not edit routed experts; choose other sites")
 
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """Change the activations of one pass, without touching `h`.

@@ -29,8 +29,12 @@ It lets alpha = 1, empty answers and values that are not finite through to the w
 the gates of neurons, whose sign is that of the mean input, as if it meant reinforcing or suppressing; here tables and
 pictures show the magnitude, whose sign means that. Scores leave a neuron's activity out by design: one that is nearly
 always silent scores like a busy one. Where a norm follows the layer (Gemma 2 and 3, OLMo 2), activations are read and
-weights changed before it. Heads are query heads, or value heads of linear attention. Routed experts are left alone:
-no module gives what each expert reads, so that their means over routed tokens cannot be had.
+weights changed before it. Heads are query heads, or value heads of linear attention. The released code knows no
+experts; here each neuron of each routed expert is a component, v is what all of them write together, and m is the mean
+over the tokens that were routed to that expert, on either side. Router weights enter none of it: a weight is a positive
+factor of what an expert writes, and g does not see it. An expert to which no token of one side was routed has no m
+and is left alone. A shared expert beside them is an ordinary MLP. As a hook, the experts run a second time to find what
+their gates say, since no module gives what they read; in the weights there is nothing of that.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ from steerkit import edits
 from steerkit.activations import Activations
 from steerkit.directions import mean_difference, random_direction
 from steerkit.errors import FitError, SiteError, VectorMismatchError
-from steerkit.linears import linears_at
+from steerkit.experts import Experts, experts_at
+from steerkit.linears import writers_at
 from steerkit.methods._base import (
     Listing,
     Map,
@@ -60,6 +65,7 @@ from steerkit.methods._base import (
     check_direction,
 )
 from steerkit.moments import Means
+from steerkit.routing import ExpertMeans
 from steerkit.sites import Decoder, Site, anatomies
 from steerkit.tokens import Tokens
 from steerkit.vector import SteeringVector
@@ -291,7 +297,7 @@ class Steer2Edit(Method):
         return self.rho_mlp if site.kind.startswith("mlp") else self.rho_attn
 
     def sites(self, decoder: Decoder) -> list[Site]:
-        """All blocks, as far as one linear layer writes there.
+        """All blocks, as far as one linear layer, or routed experts, write there.
 
         Args:
             decoder: the model's decoder.
@@ -299,14 +305,16 @@ class Steer2Edit(Method):
         return self.sites_at(decoder, range(decoder.num_layers))
 
     def sites_at(self, decoder: Decoder, layers: Sequence[int]) -> list[Site]:
-        """What the last linear layers of chosen blocks read and write; halves without one are left out.
+        """What the last linear layers of chosen blocks read and write, and where routed experts write.
+
+        Halves without either are left out.
 
         Args:
             decoder: the model's decoder.
             layers: blocks counted from 0.
 
         Raises:
-            SiteError: no block has such a layer; the reason is the first one's.
+            SiteError: no block has such layers or experts; the reason is the first one's.
         """
         found: list[Site] = []
         reasons: list[SiteError] = []
@@ -315,6 +323,10 @@ class Steer2Edit(Method):
                 if self._rho(Site(layer, kind)) <= 0:
                     continue
                 try:
+                    experts = experts_at(decoder, anatomy, Site(layer, kind))
+                    if experts is not None:
+                        found.append(experts.tap.site)
+                        continue
                     read, written = anatomy.writer(kind)
                     _head_width(decoder, Site(layer, written.kind), read.width)
                 except SiteError as error:
@@ -349,62 +361,106 @@ class Steer2Edit(Method):
 
         Args:
             acts: activations of both sides at every site.
-            subject: gives the weights.
-            sites: what linear layers read and write: z beside attn_out, mlp_post beside mlp_out.
+            subject: gives the weights, and what routed experts read.
+            sites: what linear layers read and write: z beside attn_out, mlp_post beside mlp_out; where routed experts
+                write, mlp_out alone.
 
         Returns:
             For each site with an edit ``"<site>/direction"`` [o] of length 1, ``"<site>/gate"`` [i] and
-            ``"<site>/magnitude"`` [a].
+            ``"<site>/magnitude"`` [a]. Of routed experts gate and magnitude are [e, i], with ``"<site>/tokens"`` [2, e]
+            the share of each side's tokens that went to each; ``"<site>/shared_gate"`` and
+            ``"<site>/shared_magnitude"`` [j] are those of a shared expert.
 
         Raises:
             FitError: a site lacks its partner, an activation is not finite, or no component is edited.
         """
         assert acts is not None
+        pairs = _pairs(sites)
+        routed = subject.experts([site for read, site in pairs if read not in sites], acts.readout)
         tensors: dict[str, Tensor] = {}
         largest: dict[str, float] = {}
-        for read, site in _pairs(sites):
+        for read, site in pairs:
+            if read not in sites and site not in routed:
+                raise FitError(f"steer2edit: {site} needs {read} beside it; give both, or choose layers instead")
             try:
-                found = self._components(acts, subject, read, site)
+                direction = self._direction(acts, site)
+                if direction is None:
+                    continue
+                if site in routed:
+                    score, found = self._experts(routed[site], direction, site)
+                else:
+                    score, found = self._linear(acts, subject, read, site, direction)
             except FitError as error:
                 raise FitError(f"{error} ({site})") from None
-            if found is None:
-                continue
-            direction, parts = found
             block = "rho_mlp" if site.kind.startswith("mlp") else "rho_attn"
-            largest[block] = max(largest.get(block, 0.0), float(parts.score.abs().max()))
-            if bool(parts.magnitude.any()):
-                named = {"direction": direction, "gate": parts.gate, "magnitude": parts.magnitude}
-                tensors.update({f"{site}/{name}": value.float() for name, value in named.items()})
+            largest[block] = max(largest.get(block, 0.0), score)
+            if any(bool(value.any()) for name, value in found.items() if name.endswith("magnitude")):
+                found["direction"] = direction / torch.linalg.vector_norm(direction)
+                tensors.update({f"{site}/{name}": value.float() for name, value in found.items()})
         if not tensors:
             raise FitError(self._nothing(largest))
         return tensors
 
-    def _components(
-        self, acts: Activations, subject: Subject, read: Site, site: Site
-    ) -> tuple[Tensor, Components] | None:
-        """The direction at a site and the components that write there; None where the sides do not differ."""
-        means = [
-            [side[place].to(self._dtype).mean(dim=0) for side in (acts.positive, acts.negative)]
-            for place in (site, read)
-        ]
-        if not all(bool(torch.isfinite(mean).all()) for pair in means for mean in pair):
-            raise FitError("steer2edit: activations are not finite; load the model in float32 or bfloat16")
-        (positive, negative), (positive_input, negative_input) = means
+    def _direction(self, acts: Activations, site: Site) -> Tensor | None:
+        """The difference of the sides at a site; None where they do not differ."""
+        positive, negative = self._means(acts.positive[site], acts.negative[site])
         try:
             mean_difference(positive[None], negative[None])
         except FitError:
             return None
-        direction = positive - negative
-        parts = score_components(
-            subject.weight(site).to(self._dtype),
+        return positive - negative
+
+    def _means(self, positive: Tensor, negative: Tensor) -> list[Tensor]:
+        """The means of both sides, in the method's precision.
+
+        Raises:
+            FitError: one is not finite.
+        """
+        means = [side.to(self._dtype).mean(dim=0) for side in (positive, negative)]
+        if not all(bool(torch.isfinite(mean).all()) for mean in means):
+            raise FitError("steer2edit: activations are not finite; load the model in float32 or bfloat16")
+        return means
+
+    def _linear(
+        self, acts: Activations, subject: Subject, read: Site, site: Site, direction: Tensor
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The largest |score| of the components of one linear layer, and its gate and magnitudes."""
+        means = self._means(acts.positive[read], acts.negative[read])
+        parts = self._score(
+            subject.weight(site), direction, means, site, _head_width(subject.decoder, site, len(means[0]))
+        )
+        return float(parts.score.abs().max()), {"gate": parts.gate, "magnitude": parts.magnitude}
+
+    def _experts(self, means: ExpertMeans, direction: Tensor, site: Site) -> tuple[float, dict[str, Tensor]]:
+        """The same of routed experts, one after the other, and of the one that all tokens share."""
+        gate, magnitude = (torch.zeros_like(means.inputs[0]) for _ in range(2))
+        largest = 0.0
+        for expert in (means.tokens > 0).all(dim=0).nonzero().flatten().tolist():
+            inputs = self._means(means.inputs[0, expert, None], means.inputs[1, expert, None])
+            parts = self._score(means.experts.weight(expert), direction, inputs, site)
+            gate[expert], magnitude[expert] = parts.gate, parts.magnitude
+            largest = max(largest, float(parts.score.abs().max()))
+        found = {"gate": gate, "magnitude": magnitude, "tokens": means.tokens}
+        if means.shared is not None:
+            inputs = self._means(means.shared[:1], means.shared[1:])
+            parts = self._score(means.experts.shared_weight(), direction, inputs, site)
+            found.update(shared_gate=parts.gate, shared_magnitude=parts.magnitude)
+            largest = max(largest, float(parts.score.abs().max()))
+        return largest, found
+
+    def _score(
+        self, weight: Tensor, direction: Tensor, means: Sequence[Tensor], site: Site, head_width: int | None = None
+    ) -> Components:
+        """The components of one matrix, in the method's precision, from the mean inputs of both sides."""
+        return score_components(
+            weight.to(self._dtype),
             direction,
-            0.5 * (positive_input + negative_input),
+            0.5 * (means[0] + means[1]),
             rho=self._rho(site),
             alpha=self.alpha,
-            head_width=_head_width(subject.decoder, site, len(positive_input)),
+            head_width=head_width,
             no_reversal=self.no_reversal,
         )
-        return direction / torch.linalg.vector_norm(direction), parts
 
     def _nothing(self, largest: Mapping[str, float]) -> str:
         """Why nothing is edited, in numbers."""
@@ -436,26 +492,36 @@ class Steer2Edit(Method):
         return {"weights": subject.weight_digests(sites)}
 
     def check(self, site: Site, params: Params) -> None:
-        """A direction [o], a gate [i] and a magnitude for each of its components.
+        """A direction [o], and for every matrix a gate [i] and a magnitude for each of its components.
 
         Raises:
             VectorMismatchError: one is missing or has another shape, or no linear layer writes at the site.
         """
         check_direction(f"{site}: steer2edit writes one direction of shape (width,)", params, dims=1)
-        gate, magnitude = params.get("gate"), params.get("magnitude")
-        shapes = [None if one is None else tuple(one.shape) for one in (gate, magnitude)]
-        fits = gate is not None and magnitude is not None and gate.dim() == magnitude.dim() == 1
-        if not fits or len(gate) % len(magnitude) or site.kind not in _WRITTEN:  # type: ignore[arg-type]
+        shapes = [tuple(params[name].shape) if name in params else None for name in ("gate", "magnitude")]
+        fits = site.kind in _WRITTEN and all(map(_fits, _parts(params)))
+        if not fits:
             raise VectorMismatchError(
                 f"{site}: steer2edit needs a gate (inputs,) and a magnitude for each component of it, at a site that a "
                 f"linear layer writes; the vector has {shapes[0]} and {shapes[1]}"
             )
 
+    def expert_gates(self, params: Params) -> tuple[Tensor, Tensor | None]:
+        """The gates of routed experts and of a shared one.
+
+        Raises:
+            SiteError: the vector was fitted on a model without experts.
+        """
+        if params["gate"].dim() != 2:
+            raise SiteError("steer2edit: the vector holds no gates of experts; fit one on this model")
+        return params["gate"], params.get("shared_gate")
+
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Both factors, rounded once, and the strength."""
+        """Both factors, rounded once, and the strength. Of experts the input is what the gates have found already."""
+        gate = params["gate"] if params["gate"].dim() == 1 else torch.ones(1)
         return {
             "direction": params["direction"].to(device, dtype),
-            "gate": params["gate"].to(device, dtype),
+            "gate": gate.to(device, dtype),
             "strength": strength,
         }
 
@@ -474,10 +540,11 @@ class Steer2Edit(Method):
         for site in vector.sites:
             params = vector.params(site)
             tensors[f"{site}/direction"] = random_direction(params["direction"], generator)
-            gates = params["gate"].reshape(len(params["magnitude"]), -1).clone()
-            for row in params["magnitude"].nonzero().flatten().tolist():
-                gates[row] = random_direction(gates[row], generator)
-            tensors[f"{site}/gate"] = gates.flatten()
+            for part in _parts(params):
+                gates = part.gate.reshape(part.magnitude.numel(), -1).clone()
+                for row in part.magnitude.flatten().nonzero().flatten().tolist():
+                    gates[row] = random_direction(gates[row], generator)
+                tensors[f"{site}/{part.prefix}gate"] = gates.reshape(part.gate.shape)
         return replace(vector, tensors=tensors)
 
     def table(self, vector: SteeringVector) -> Listing:
@@ -487,26 +554,23 @@ class Steer2Edit(Method):
             vector: what this method fitted.
         """
         rows: list[tuple[str | int | float, ...]] = []
-        counts = {"head": 0, "neuron": 0}
+        counts, idle = {"head": 0, "neuron": 0}, 0
         for site in vector.sites:
-            magnitude = vector.params(site)["magnitude"]
-            block, is_mlp = site.kind.partition("_")[0], site.kind.startswith("mlp")
-            counts["neuron" if is_mlp else "head"] += int(magnitude.count_nonzero())
-            for does, chosen in (("reinforce", magnitude > 0), ("suppress", magnitude < 0)):
-                numbers = chosen.nonzero().flatten().tolist()
-                if is_mlp and numbers:
-                    plural = "s" if len(numbers) > 1 else ""
-                    size = float(torch.linalg.vector_norm(magnitude[chosen]))
-                    rows.append((site.layer, block, f"{len(numbers)} neuron{plural}", size, does))
-                elif not is_mlp:
-                    heads = [(head, abs(float(magnitude[head]))) for head in numbers]
-                    rows += [(site.layer, block, f"head {head}", size, does) for head, size in heads]
+            params = vector.params(site)
+            is_mlp = site.kind.startswith("mlp")
+            idle += int((params["tokens"] == 0).any(dim=0).sum()) if "tokens" in params else 0
+            for part in _parts(params):
+                counts["neuron" if is_mlp else "head"] += int(part.magnitude.count_nonzero())
+                rows += _neurons(site, part) if is_mlp else _heads(site, part.magnitude)
         title = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
+        note = "gate: length of its part of the gate at strength 1. reinforce: it writes along the direction already"
+        if idle:
+            note += f". {idle} expert{'' if idle == 1 else 's'} left alone: no token of one side was routed there"
         return Listing(
             f"{title} edited",
             ("layer", "block", "edited", "gate", "what"),
             sorted(rows, key=lambda row: -float(row[3])),
-            "gate: length of its part of the gate at strength 1. reinforce: it writes along the direction already",
+            note,
         )
 
     def maps(self, vector: SteeringVector) -> list[Map]:
@@ -518,7 +582,7 @@ class Steer2Edit(Method):
         heads: dict[int, list[float]] = {}
         neurons: dict[int, list[float]] = {}
         for site in vector.sites:
-            magnitude = vector.params(site)["magnitude"]
+            magnitude = torch.cat([part.magnitude.flatten() for part in _parts(vector.params(site))])
             if site.kind.startswith("mlp"):
                 neurons[site.layer] = magnitude[magnitude != 0].sort(descending=True).values.tolist()
             else:
@@ -528,35 +592,111 @@ class Steer2Edit(Method):
         return maps + ([Map("neurons", "rank among the edited neurons", neurons, *words)] if neurons else [])
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
-        """The rank-1 change of every edited matrix; of the matrix inside, where an adapter adds to it.
+        """The rank-1 change of every edited matrix, each expert's by itself; of the matrix inside an adapter around it.
 
         Raises:
-            SiteError: the model has no one linear layer at a site, or an adapter does more than add to it.
+            SiteError: neither one linear layer nor routed experts write at a site, or an adapter does more than add.
         """
         updates = []
-        for site, linear in linears_at(model, vector.sites).items() if strength else ():
-            if not linear.additive:
-                raise SiteError(f"{site}: an adapter around {linear.parameter} rescales what it gives; merge it first")
-            update = self._update(vector.params(site), strength, linear.transposed)
-            updates.append(WeightUpdate(linear.parameter, update))
+        for site, writer in writers_at(model, vector.sites).items() if strength else ():
+            params = vector.params(site)
+            if isinstance(writer, Experts):
+                self.expert_gates(params)
+                layouts = [down.transposed for down in (writer.stack, writer.shared) if down is not None]
+            elif not writer.additive:
+                raise SiteError(f"{site}: an adapter around {writer.parameter} rescales what it gives; merge it first")
+            else:
+                layouts = [writer.transposed]
+            parts = _parts(params)
+            if len(parts) != len(layouts):
+                raise SiteError(f"{site}: {len(layouts)} matrices write there and the vector edits {len(parts)}")
+            for name, transposed, part in zip(writer.parameters, layouts, parts, strict=True):
+                updates.append(WeightUpdate(name, self._update(params["direction"], part, strength, transposed)))
         return updates
 
-    def _update(self, params: Params, strength: float, transposed: bool) -> Callable[[Tensor | None], Tensor]:
-        """From the old weight to the new one, as it is stored."""
-        direction, gate, magnitude = params["direction"], params["gate"], params["magnitude"]
+    def _update(
+        self, direction: Tensor, part: _Part, strength: float, transposed: bool
+    ) -> Callable[[Tensor | None], Tensor]:
+        """From the old weight to the new one, as it is stored: one matrix, or a stack of them."""
+        gate, magnitude = part.gate, part.magnitude
 
         def update(old: Tensor | None) -> Tensor:
             assert old is not None
-            weight = old.T if transposed else old
+            weight = old.mT if transposed else old
             if self.precision == "float32":
-                edited = weight + torch.outer((strength * direction).to(old.device), gate.to(old.device))
+                rows = gate.to(old.device)[..., None, :]
+                edited = weight + (strength * direction).to(old.device)[:, None] * rows
             else:
-                parts = gate.reshape(len(magnitude), -1)
-                inputs = torch.where(magnitude[:, None] != 0, parts / magnitude[:, None], torch.zeros_like(parts))
-                edited = add_in_order(weight.bfloat16(), direction, inputs, strength * magnitude).float()
-            return edited.T if transposed else edited
+                parts = gate.reshape(*magnitude.shape, -1)
+                inputs = torch.where(magnitude[..., None] != 0, parts / magnitude[..., None], torch.zeros_like(parts))
+                edited = weight.bfloat16()
+                for expert in range(len(gate)) if gate.dim() == 2 else (...,):
+                    one = edited[expert], direction, inputs[expert], strength * magnitude[expert]
+                    edited[expert] = add_in_order(*one)
+                edited = edited.float()
+            return edited.mT if transposed else edited
 
         return update
+
+
+class _Part(NamedTuple):
+    """What a vector holds of one matrix, or one stack of them, at a site.
+
+    Attributes:
+        prefix: of the names of its tensors.
+        gate: [i] or [e, i].
+        magnitude: [a] or [e, i].
+    """
+
+    prefix: str
+    gate: Tensor
+    magnitude: Tensor
+
+
+def _parts(params: Params) -> list[_Part]:
+    """The matrices that a vector edits at a site: the one there, or routed experts and a shared one."""
+    empty = torch.empty(0)
+    prefixes = [prefix for prefix in ("", "shared_") if not prefix or f"{prefix}gate" in params]
+    return [
+        _Part(prefix, params.get(f"{prefix}gate", empty), params.get(f"{prefix}magnitude", empty))
+        for prefix in prefixes
+    ]
+
+
+def _fits(part: _Part) -> bool:
+    """Whether a gate has a magnitude for each of its components."""
+    gate, magnitude = part.gate, part.magnitude
+    if gate.dim() == 2:
+        return not part.prefix and gate.numel() > 0 and gate.shape == magnitude.shape
+    return (
+        gate.dim() == magnitude.dim() == 1 and len(magnitude) > 0 and len(gate) > 0 and not len(gate) % len(magnitude)
+    )
+
+
+def _heads(site: Site, magnitude: Tensor) -> list[tuple[str | int | float, ...]]:
+    """The rows of a table that tell of one block's heads."""
+    return [
+        (site.layer, site.kind.partition("_")[0], f"head {head}", abs(size), "reinforce" if size > 0 else "suppress")
+        for head, size in enumerate(magnitude.tolist())
+        if size
+    ]
+
+
+def _neurons(site: Site, part: _Part) -> list[tuple[str | int | float, ...]]:
+    """The rows of a table that tell of one block's neurons, or of those of its experts."""
+    rows: list[tuple[str | int | float, ...]] = []
+    for does, chosen in (("reinforce", part.magnitude > 0), ("suppress", part.magnitude < 0)):
+        count = int(chosen.count_nonzero())
+        if not count:
+            continue
+        where = "of the shared expert" if part.prefix else ""
+        if chosen.dim() == 2:
+            experts = int(chosen.any(dim=1).count_nonzero())
+            where = f"of {experts} expert{'' if experts == 1 else 's'}"
+        what = f"{count} neuron{'' if count == 1 else 's'} {where}".rstrip()
+        size = float(torch.linalg.vector_norm(part.magnitude[chosen]))
+        rows.append((site.layer, site.kind.partition("_")[0], what, size, does))
+    return rows
 
 
 def _check_penalty(name: str, rho: float, alpha: float) -> None:
@@ -572,18 +712,15 @@ def _check_penalty(name: str, rho: float, alpha: float) -> None:
 
 
 def _pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
-    """Each written site behind the one that its linear layer reads.
+    """Each written site behind the one that its linear layer reads; experts have none of those.
 
     Raises:
-        FitError: a site lacks its partner, or is of another kind.
+        FitError: no site is written, or one is of another kind.
     """
     pairs = []
     for site in sites:
         if site.kind in _WRITTEN:
-            read = Site(site.layer, "mlp_post" if site.kind.startswith("mlp") else "z")
-            if read not in sites:
-                raise FitError(f"steer2edit: {site} needs {read} beside it; give both, or choose layers instead")
-            pairs.append((read, site))
+            pairs.append((Site(site.layer, "mlp_post" if site.kind.startswith("mlp") else "z"), site))
         elif site.kind not in ("z", "mlp_post"):
             raise FitError(f"steer2edit: {site} is not what a linear layer reads or writes; choose layers instead")
     if not pairs:
