@@ -33,7 +33,18 @@ def units(family: str) -> tuple[Any, SteeringVector]:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("make", "family"),
-    [(edit, "llama"), (edit, "gpt2"), (edit, "gemma2"), (units, "llama"), (units, "gpt2"), (units, "qwen3")],
+    [
+        (edit, "llama"),
+        (edit, "gpt2"),
+        (edit, "gemma2"),
+        (edit, "mixtral"),
+        (edit, "qwen3_moe"),
+        (edit, "gpt_oss"),
+        (edit, "qwen3_next"),
+        (units, "llama"),
+        (units, "gpt2"),
+        (units, "qwen3"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_what_is_written_is_what_the_hooks_do(

@@ -218,6 +218,8 @@ def _parts(model: nn.Module, changes: Mapping[str, Change]) -> _Parts:
         StrengthError: a rank is too high.
     """
     parts = _Parts()
+    # peft takes a linear layer for the experts whose stack bears its name, unless it goes as a parameter as well.
+    stacked = {name.rpartition(".")[2] for name, value in model.named_parameters() if value.dim() == 3}
     has_biases = any(_is_linear_bias(model, name) for name in changes)
     for name, change in changes.items():
         path, _, leaf = name.rpartition(".")
@@ -235,7 +237,7 @@ def _parts(model: nn.Module, changes: Mapping[str, Change]) -> _Parts:
             else:
                 rows, columns = low_rank(new - old, size)
                 parts.embeddings[path] = columns.mT, rows.mT
-        elif _is_linear(module) and leaf == "weight":
+        elif _is_linear(module) and leaf == "weight" and path.rpartition(".")[2] not in stacked:
             left, right = low_rank(new - old, size)
             parts.linear[path] = (right.mT, left.mT) if _inputs_first(module) else (left, right)
         elif old.dim() in (2, 3):

@@ -384,14 +384,14 @@ class Steer2Edit(Method):
                 raise FitError(f"steer2edit: {site} needs {read} beside it; give both, or choose layers instead")
             try:
                 direction = self._direction(acts, site)
-                if direction is None:
-                    continue
                 if site in routed:
                     score, found = self._experts(routed[site], direction, site)
                 else:
                     score, found = self._linear(acts, subject, read, site, direction)
             except FitError as error:
                 raise FitError(f"{error} ({site})") from None
+            if not bool(direction.any()):
+                continue
             block = "rho_mlp" if site.kind.startswith("mlp") else "rho_attn"
             largest[block] = max(largest.get(block, 0.0), score)
             if any(bool(value.any()) for name, value in found.items() if name.endswith("magnitude")):
@@ -401,13 +401,13 @@ class Steer2Edit(Method):
             raise FitError(self._nothing(largest))
         return tensors
 
-    def _direction(self, acts: Activations, site: Site) -> Tensor | None:
-        """The difference of the sides at a site; None where they do not differ."""
+    def _direction(self, acts: Activations, site: Site) -> Tensor:
+        """The difference of the sides at a site; zero where they do not differ."""
         positive, negative = self._means(acts.positive[site], acts.negative[site])
         try:
             mean_difference(positive[None], negative[None])
         except FitError:
-            return None
+            return torch.zeros_like(positive)
         return positive - negative
 
     def _means(self, positive: Tensor, negative: Tensor) -> list[Tensor]:
