@@ -148,26 +148,25 @@ class Experts:
         Raises:
             SiteError: the module is not told, token by token, which experts are meant.
         """
-        hidden, index, weights = _routing(self.tap.site, args, kwargs)
-        count = index.shape[1]
-        expert, token = index[chosen].reshape(-1), chosen.repeat_interleave(count)
+        routing = _routing(args, kwargs)
+        if routing is None:
+            raise SiteError(f"{self.tap.site}: `{self.stack.owner}` is not told which experts are meant")
+        hidden, index, weights = routing
+        expert, token = index[chosen].reshape(-1), chosen.repeat_interleave(index.shape[1])
         new = {id(hidden): hidden[token], id(index): expert[:, None], id(weights): torch.ones_like(weights[token, :1])}
-        old = self.tap.module.get_parameter(self.stack.name)
-        width = old.shape[1 if self.stack.transposed else 2]
-        pieces, twin = [], _bare(self.tap.module.get_submodule(self.stack.owner))
+        asked = [new.get(id(one), one) for one in args]
+        named = {name: new.get(id(one), one) for name, one in kwargs.items()}
+        twin = _bare(self.tap.module)
         for name in self.biases:
-            if name.rpartition(".")[0] == self.stack.owner:
-                _put(twin, name.rpartition(".")[2], torch.zeros_like(twin.get_parameter(name.rpartition(".")[2])))
+            _put(twin, name, torch.zeros_like(twin.get_parameter(name)))
+        old = twin.get_parameter(self.stack.name)
+        width = old.shape[1 if self.stack.transposed else 2]
+        pieces = []
         for start in range(0, width, self.tap.width):
             unit = old.new_zeros(self.tap.width, width)
             unit.diagonal(start).fill_(1.0)
-            unit = unit.mT if self.stack.transposed else unit
-            _put(twin, self.stack.name.rpartition(".")[2], unit.expand(len(old), *unit.shape))
-            given = tensor_of(
-                twin(
-                    *(new.get(id(one), one) for one in args), **{k: new.get(id(one), one) for k, one in kwargs.items()}
-                )
-            )
+            _put(twin, self.stack.name, (unit.mT if self.stack.transposed else unit).expand_as(old))
+            given = tensor_of(twin.get_submodule(self.stack.owner)(*asked, **named))
             pieces.append(given.float()[:, : width - start])
         return Routed(expert, token, torch.cat(pieces, dim=1))
 
@@ -182,7 +181,7 @@ def experts_at(decoder: Decoder, anatomy: Anatomy, site: Site) -> Experts | None
 
     Raises:
         SiteError: tokens are routed there, but a norm comes after, or the matrices that write are not one stack and at
-            most one linear layer beside it.
+            most one linear layer beside it, or nothing says which tokens go where.
     """
     half = anatomy.mlps[0] if len(anatomy.mlps) == 1 else None
     if site.kind not in ("mlp_out", "mlp_raw") or half is None or not half.experts:
@@ -191,16 +190,14 @@ def experts_at(decoder: Decoder, anatomy: Anatomy, site: Site) -> Experts | None
     if anatomy.find(site.kind).kind != kind:
         raise SiteError(f"{site}: a norm comes after what {half} of {anatomy.owner} gives; ask for {kind}.{site.layer}")
     read, gave = half.first.read, half.first.gave
+    found: _Found | str = "it is more than one module"
     if len(half.calls) == 1 and read is not None and gave is not None:
         found = _structure(half.first.module, read.tensor, gave.tensor)
-        if found is not None:
-            name, shape = f"{decoder.path}.{site.layer}.{half.first.name}", gave.tensor.shape
-            tap = Tap(Site(site.layer, kind), half.first.module, name, "output", len(shape) == 2, shape[-1])
-            return Experts(tap, *found)
-    raise SiteError(
-        f"{site}: what {half} of {anatomy.owner} routes to `{half.experts}` is not written by one stack of experts' "
-        "matrices and at most one linear layer beside it, so no expert's part in it can be told"
-    )
+    if isinstance(found, str) or gave is None:
+        raise SiteError(f"{site}: {half} of {anatomy.owner} has routed experts that cannot be told apart: {found}")
+    name, shape = f"{decoder.path}.{site.layer}.{half.first.name}", gave.tensor.shape
+    tap = Tap(Site(site.layer, kind), half.first.module, name, "output", len(shape) == 2, shape[-1])
+    return Experts(tap, *found)
 
 
 # Found once for each module: which parameters write does not depend on their values.
@@ -208,16 +205,16 @@ _KNOWN: Any = WeakIdKeyDictionary()
 _Found = tuple[Down, Down | None, tuple[str, ...]]
 
 
-def _structure(module: nn.Module, read: Tensor, gave: Tensor) -> _Found | None:
-    """The parameters of an MLP that write; None where they are others than this file knows what to do with."""
+def _structure(module: nn.Module, read: Tensor, gave: Tensor) -> _Found | str:
+    """The parameters of an MLP that write; or why this file does not know what to do with it."""
     if module not in _KNOWN:
         with torch.no_grad():
             _KNOWN[module] = _search(module, read, gave)
-    known: _Found | None = _KNOWN[module]
+    known: _Found | str = _KNOWN[module]
     return known
 
 
-def _search(module: nn.Module, read: Tensor, gave: Tensor) -> _Found | None:
+def _search(module: nn.Module, read: Tensor, gave: Tensor) -> _Found | str:
     twin, width = _bare(module), gave.shape[-1]
     stacks: list[Down] = []
     linears: list[Down] = []
@@ -230,7 +227,11 @@ def _search(module: nn.Module, read: Tensor, gave: Tensor) -> _Found | None:
                 found.append(Down(name, axis == last))
                 break
     if len(stacks) != 1 or len(linears) > 1:
-        return None
+        return (
+            f"{len(stacks)} stacks of matrices and {len(linears)} linear layers write, where 1 and at most 1 are known"
+        )
+    if not _is_told(twin, read, stacks[0].owner):
+        return f"`{stacks[0].owner}` is not told, token by token, which experts are meant"
     for down in (*stacks, *linears):  # a number that every row is multiplied with moves nothing any more: no bias
         _put(twin, down.name, torch.zeros_like(parameters[down.name]))
     matrices = {down.name for down in (*stacks, *linears)}
@@ -244,8 +245,22 @@ def _search(module: nn.Module, read: Tensor, gave: Tensor) -> _Found | None:
         _put(twin, name, torch.zeros_like(parameters[name]))
     left = tensor_of(twin(read)).abs().max()
     if float(left) > _ROUNDING.get(gave.dtype, 1e-4) * float(gave.abs().max()):
-        return None  # something else writes, too
+        return "something writes beside their matrices"
     return stacks[0], (linears[0] if linears else None), biases
+
+
+def _is_told(twin: nn.Module, read: Tensor, owner: str) -> bool:
+    """Whether a module is called with every token, and with which experts it goes to."""
+    told = []
+
+    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routing = _routing(args, kwargs)
+        told.append(routing is not None and len(routing[0]) == read.shape[:-1].numel())
+
+    handle = twin.get_submodule(owner).register_forward_pre_hook(look, with_kwargs=True)
+    twin(read)
+    handle.remove()
+    return told == [True]
 
 
 def _writes(twin: nn.Module, read: Tensor, name: str, axis: int) -> bool:
@@ -273,18 +288,14 @@ def _writes(twin: nn.Module, read: Tensor, name: str, axis: int) -> bool:
     return bool(both[..., 0].abs().max() > 5 * near) and bool(apart <= near)
 
 
-def _routing(site: Site, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [n, d], their experts [n, k] and the weights [n, k] of those, among what a module is called with.
-
-    Raises:
-        SiteError: it is called in another way.
-    """
+def _routing(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Tokens [n, d], their experts [n, k] and the weights [n, k] of those, if that is what a module is called with."""
     hidden = argument_of(args, kwargs)
     rest = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor) and one is not hidden]
     index = [one for one in rest if not one.is_floating_point() and one.dtype != torch.bool and one.dim() == 2]
     weights = [one for one in rest if one.is_floating_point() and len(index) == 1 and one.shape == index[0].shape]
     if not isinstance(hidden, Tensor) or len(weights) != 1 or hidden.shape[:-1] != index[0].shape[:1]:
-        raise SiteError(f"{site}: its experts are not told, token by token, which of them are meant")
+        return None
     return hidden, index[0], weights[0]
 
 

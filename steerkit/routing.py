@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from steerkit.activations import Readout, forward_body
 from steerkit.data import Batch, Rendered, batches
-from steerkit.errors import SiteError
 from steerkit.experts import Experts
 from steerkit.probe_block import argument_of
 from steerkit.sites import Decoder, Site, execution_device
@@ -72,7 +71,6 @@ def expert_means(
 
     Raises:
         DataError: a text has no token to be read.
-        SiteError: a block routes its tokens in an unknown way.
     """
     if not experts:
         return {}
@@ -140,10 +138,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
 
     def _note_routed(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         places = self.weights.nonzero()[:, 0]
-        hidden = argument_of(args, kwargs)
-        device = hidden.device
-        if hidden.shape[:-1].numel() != len(self.weights):
-            raise SiteError(f"{self.experts.tap.site}: its experts are not given every token, so none can be told")
+        device = argument_of(args, kwargs).device
         routed = self.experts.routed(args, kwargs, places.to(device))
         weights = self.weights.to(device)[routed.token]
         count = self._counts.shape[1]
