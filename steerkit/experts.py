@@ -208,8 +208,12 @@ _Found = tuple[Down, Down | None, tuple[str, ...]]
 def _structure(module: nn.Module, read: Tensor, gave: Tensor) -> _Found | str:
     """The parameters of an MLP that write; or why this file does not know what to do with it."""
     if module not in _KNOWN:
-        with torch.no_grad():
-            _KNOWN[module] = _search(module, read, gave)
+        try:
+            with torch.no_grad():
+                _KNOWN[module] = _search(module, read, gave)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # offloaded, quantised
+            reason = (str(error).splitlines() or [""])[0]
+            return f"a copy of them does not run ({type(error).__name__}: {reason})"
     known: _Found | str = _KNOWN[module]
     return known
 
@@ -278,14 +282,16 @@ def _writes(twin: nn.Module, read: Tensor, name: str, axis: int) -> bool:
         return output.float()
 
     try:
-        still = given(torch.zeros_like(one))
-        first, second, both = (given(part) - still for part in (one, other, one + other))
+        for scale in (1.0, 1e3):  # a shared expert may be all but silent on these few tokens
+            still = given(torch.zeros_like(one))
+            first, second, both = (given(scale * part) - still for part in (one, other, one + other))
+            near = _ROUNDING.get(old.dtype, 1e-4) * torch.stack([still, first, second, both]).abs().max()
+            if bool(both[..., 0].abs().max() > 5 * near):
+                apart = torch.maximum((both - first - second).abs().max(), both[..., 1:].abs().max())
+                return bool(apart <= near)
     finally:
         _put(twin, name, old)
-    size = torch.stack([still, first, second, both]).abs().max()
-    near = _ROUNDING.get(old.dtype, 1e-4) * size
-    apart = torch.maximum((both - first - second).abs().max(), both[..., 1:].abs().max())
-    return bool(both[..., 0].abs().max() > 5 * near) and bool(apart <= near)
+    return False
 
 
 def _routing(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -209,10 +209,11 @@ def _refuse_tied(decoder: Decoder, writers: Mapping[Site, Linear | Experts]) -> 
     for site, writer in writers.items():
         for name in writer.parameters:
             weight = _parameter(decoder.model, name)
-            if weight is not None and weights.setdefault(id(weight), site) != site:
+            other = weights.setdefault(id(writer.tap.module if weight is None else weight), site)
+            if other != site:
                 raise SiteError(
-                    f"{site}: {name} is the weight of {weights[id(weight)]} too (tied), so two edits of it would add "
-                    "up; choose one of the sites"
+                    f"{site}: {name} is the weight of {other} too (tied), so two edits of it would add up; choose one "
+                    "of the sites"
                 )
 
 

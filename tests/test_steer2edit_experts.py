@@ -407,6 +407,34 @@ def test_experts_that_are_given_every_token_are_refused() -> None:
         experts_at(decoder, anatomies(decoder, {1})[1], Site(1, "mlp_out"))
 
 
+def test_experts_under_accelerate() -> None:
+    """Its hooks run a module through its own `forward`; offloaded weights cannot be looked at."""
+    from accelerate import cpu_offload, dispatch_model
+
+    _, vector = fitted("qwen3_next")
+    model: Any = dispatch_model(build("qwen3_next"), {"": "cpu"}, force_hooks=True)
+    assert hasattr(mlp_of(model, 1).experts, "_hf_hook"), "the case is not what it says"
+    with steerkit.steer(model, vector):
+        hooked = modes.plain_logits(model, modes.SHORT)
+    with steerkit.edited(model, vector):
+        close(modes.plain_logits(model, modes.SHORT), hooked)
+    offloaded = build("mixtral")
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(SiteError, match="a copy of them does not run") as error:
+        fit(offloaded, byte_tokenizer(CHATML), data_for(SMALL), method=MLPS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_shared_expert_that_is_all_but_silent_is_found() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build("qwen3_next").to(dtype)
+        for layer in model.model.layers:
+            with torch.no_grad():
+                layer.mlp.shared_expert.up_proj.weight *= 1e-3
+        (writer,) = writers_at(model, [Site(1, "mlp_out")]).values()
+        assert isinstance(writer, Experts) and writer.shared is not None
+
+
 def test_a_vector_of_other_matrices_is_refused() -> None:
     model, vector = fitted("mixtral", MLPS)
     site = vector.sites[0]
