@@ -19,7 +19,7 @@ import steerkit
 from steerkit.directions import orthonormalise
 from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError, VectorMismatchError
 from steerkit.export import peft as exporting
-from steerkit.export.peft import low_rank, write_adapter
+from steerkit.export.peft import _loaded, _Parts, _parts, _write, low_rank, write_adapter
 from steerkit.methods.selective import SelectiveSteering
 from steerkit.vector import SteeringVector
 from tests import test_ablation
@@ -236,7 +236,6 @@ def test_low_rank_refuses_a_change_of_full_rank() -> None:
     ("family", "reason"),
     [
         ("gpt_oss", "no adapter for experts and biases in one"),
-        ("qwen3_next", "peft leaves out `model.layers.0.mlp.shared_expert.down_proj`"),
         ("mamba", "peft refuses this adapter"),
         ("gemma2", "norms what `self_attn` gives"),
     ],
@@ -248,6 +247,30 @@ def test_what_peft_cannot_express_is_refused(family: str, reason: str, tmp_path:
         write_adapter(model, None, test_ablation.vector_for(model, writes="every", untie=True), tmp_path / "out")
     assert left_in(tmp_path) == []
     assert torch.equal(logits(model), before)
+
+
+def test_a_layer_that_bears_the_name_of_a_stack_of_experts_is_adapted(tmp_path: Path) -> None:
+    """peft takes a module of that name for the experts, and leaves the module out; as a parameter it is adapted."""
+    model = build("qwen3_next")
+    name = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    along, gate = test_ablation.draw(32), test_ablation.draw(24)
+    parts = _parts(model, {name: lambda old: None if old is None else old + torch.outer(along, gate)})
+    assert list(parts.stacks) == [name] and not parts.linear
+    (tmp_path / "out").mkdir()
+    _write(model, parts, tmp_path / "out")
+    changed = build("qwen3_next")
+    with torch.no_grad():
+        changed.get_parameter(name).add_(torch.outer(along, gate))
+    assert gap(logits(adapted(model, tmp_path / "out")), logits(changed)) < 1e-5
+    left_out = _Parts(linear={name.removesuffix(".weight"): (along[:, None], gate[None])})
+    (tmp_path / "other").mkdir()
+    other = build("qwen3_next")
+    _write(other, left_out, tmp_path / "other")
+    with (
+        pytest.raises(SiteError, match=r"peft (leaves out|refuses).*bake it"),
+        _loaded(other, left_out, tmp_path / "other"),
+    ):
+        pass
 
 
 def test_wrong_models_and_vectors_are_refused(tmp_path: Path) -> None:
