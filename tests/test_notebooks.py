@@ -33,7 +33,8 @@ def test_notebooks_are_committed_with_their_outputs(path: Path) -> None:
 def test_notebooks_run(path: Path) -> None:
     committed = nbformat.read(path, as_version=4)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
     for now, before in zip(notebook.cells, committed.cells, strict=True):
         if now.cell_type == "code":
             assert shown(now) == shown(before), now.source
