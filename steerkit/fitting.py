@@ -31,6 +31,7 @@ from steerkit.methods._base import Method
 from steerkit.moments import NormMedian
 from steerkit.probe_block import evaluation_mode
 from steerkit.registry import resolve
+from steerkit.roles import Roles
 from steerkit.routing import ExpertMeans, expert_means
 from steerkit.sites import Decoder, Site, Tap, anatomies, execution_device, find_decoder, locate, parse_layers
 from steerkit.steering import steer
@@ -306,6 +307,7 @@ class Subject:
         self._progress = progress
         self._name = name
         self._model, self._tokenizer, self._data = model, tokenizer, data
+        self._roles = Roles(tokenizer)
         self._batch_size, self._chat = batch_size, chat_template_kwargs
         self._decoder = decoder
         self._norms: dict[Site, float] = {}
@@ -400,7 +402,7 @@ class Subject:
             sites,
             readout=readout,
             batch_size=self._batch_size,
-            steering=lambda lengths: steer(self._model, under, prompt_lengths=lengths),
+            steering=lambda lengths: steer(self._model, under, prompt_lengths=lengths, tokenizer=self._roles),
         )
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
@@ -417,7 +419,9 @@ class Subject:
         device = execution_device(self._decoder)
         rows: list[Tensor] = [torch.empty(0)] * len(rendered)
         for batch in self._batches(rendered):
-            context: Any = steer(self._model, under, prompt_lengths=batch.prompt_lengths) if under else torch.no_grad()
+            context: Any = torch.no_grad()
+            if under:
+                context = steer(self._model, under, prompt_lengths=batch.prompt_lengths, tokenizer=self._roles)
             mask = batch.attention_mask.to(device)
             with context, torch.no_grad():
                 out = self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)

@@ -11,6 +11,7 @@ from torch import nn
 
 from steerkit.data import Conversation, Message, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
+from steerkit.roles import Roles
 from steerkit.sites import execution_device, find_decoder
 from steerkit.steering import Strength, steer, strength_value, vectors_of
 from steerkit.tokens import Scope
@@ -75,6 +76,7 @@ def generate(
         _rows(one.strength, len(prompts))
     if scope is not None:
         Scope.parse(scope)
+    roles = Roles(tokenizer)
     rendered = [
         render(
             tokenizer,
@@ -98,7 +100,7 @@ def generate(
         for batch in batches(rendered, batch_size, pad_id=pad, side="left"):
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             own = [rows[row] for row in batch.rows] if rows is not None else strength
-            with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit):
+            with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles):
                 out = model.generate(input_ids=ids, attention_mask=mask, **settings)  # type: ignore[operator]
             out = getattr(out, "sequences", out)
             answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -108,8 +110,12 @@ def generate(
     return [text for answers in texts for text in answers]
 
 
-def _steered(model: nn.Module, vectors: Sequence[SteeringVector], strength: Any, scope: str | None, unit: Any) -> Any:
-    return steer(model, vectors, strength, scope=scope, unit=unit) if vectors else contextlib.nullcontext()
+def _steered(
+    model: nn.Module, vectors: Sequence[SteeringVector], strength: Any, scope: str | None, unit: Any, roles: Roles
+) -> Any:
+    if not vectors:
+        return contextlib.nullcontext()
+    return steer(model, vectors, strength, scope=scope, unit=unit, tokenizer=roles)
 
 
 def _of_batch(vectors: Sequence[SteeringVector], rows: Sequence[int]) -> list[SteeringVector]:

@@ -171,7 +171,7 @@ def plan(
         strength: as for `steer`.
         scope: as for `steer`.
         unit: as for `steer`.
-        tokenizer: the model's, to compare chat templates.
+        tokenizer: the model's, to compare chat templates and for scopes by role.
         batch_size: rows of the forecast.
         prompt_tokens: tokens of each prompt in the forecast.
         new_tokens: tokens of each answer in the forecast.
@@ -189,7 +189,7 @@ def plan(
         if size < 1:
             raise DataError(f"{name} is at least 1, got {size}")
     listed, decoder = vectors_of(vectors), find_decoder(model)
-    options: dict[str, Any] = {"strength": strength, "scope": scope, "unit": unit}
+    options: dict[str, Any] = {"strength": strength, "scope": scope, "unit": unit, "tokenizer": tokenizer}
     edits: list[Edit] = []
     problems: list[str] = []
     with warnings.catch_warnings(record=True) as caught:

@@ -26,6 +26,7 @@ from steerkit.linears import writers_at
 from steerkit.methods._base import Method, Params
 from steerkit.passes import Guide, Reading, conducted, refuse_compiled
 from steerkit.registry import default_strength, method_of
+from steerkit.roles import Roles
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
 from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, Tokens, inert, inert_hook
 from steerkit.vector import UNITS, SteeringVector
@@ -45,6 +46,7 @@ def steer(
     scope: str | None = None,
     unit: Literal["paper", "norm"] | None = None,
     prompt_lengths: Sequence[int] | Tensor | int | None = None,
+    tokenizer: Any = None,
 ) -> Steering:
     """Steer a model inside a `with` block.
 
@@ -59,6 +61,8 @@ def steer(
             site); None takes each vector's own.
         prompt_lengths: real prompt tokens of each row, for forward passes outside `generate`, which cannot tell where
             the prompt ends.
+        tokenizer: the model's, for scopes by role (`assistant`, `answer`, `after(n)`), whose marks are those of its
+            chat template; or its `steerkit.roles.Roles`, to find the marks once for many calls.
 
     Returns:
         A context manager. Its `strength` can be changed while it is active.
@@ -80,11 +84,12 @@ def steer(
     decoder = find_decoder(model)
     only_all = _prompt_learning(model)
     lengths = None if prompt_lengths is None else PromptLengths(prompt_lengths)
+    roles = None if tokenizer is None else Roles.of(tokenizer)
     doses = [_Dose(vector, strength, unit) for vector in listed]
     edits: list[_Edit] = []
     for vector, dose in zip(listed, doses, strict=True):
         vector.check(model)
-        edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all)
+        edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all, roles)
     _refuse_compiled_model(model, decoder, edits)
     return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
 
@@ -417,6 +422,7 @@ def _plan(
     unit: str | None,
     lengths: PromptLengths | None,
     only_all: str | None,
+    roles: Roles | None,
 ) -> list[_Edit]:
     """Turn one vector into edits, checking all that can be checked."""
     method = method_of(vector)
@@ -425,6 +431,7 @@ def _plan(
         raise ScopeError(f"{method.name}: scope '{written}' is not one of its own: {', '.join(method.scopes)}")
     if only_all is not None and written.kind != "all":
         raise ScopeError(f"scope '{written}': {only_all}; use scope='all'")
+    written = written.marked(roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
     writers = writers_at(decoder, vector.sites) if method.reads_input else {}
     taps = {site: one.tap for site, one in writers.items()} or locate(decoder.model, vector.sites)

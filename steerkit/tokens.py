@@ -8,30 +8,52 @@ Columns count from the left edge of the padded sequence; positions count from ea
 prompt ends is certain inside `generate`: the expanded prompt is a local variable of the outermost `generate` frame, in
 every mode (beams, chunked prefill, assisted decoding, `use_cache=False`, ...). In any other forward pass nobody can
 know, so scopes that depend on it need `prompt_lengths`.
+
+Scopes by role (`assistant`, `answer`, `after(n)`) need the ids of the whole text so far, in every pass. Inside
+`generate` they are a local variable of the frame that decodes, whichever rows beams and rejected candidates have moved;
+elsewhere they are in the pass itself, or kept with its cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, near_miss
+from steerkit.roles import Marks, Roles
 
 __all__ = ["Pass", "PassClock", "PromptLengths", "Scope", "Tokens", "inert", "inert_hook"]
 
-SCOPES = ("all", "prompt", "response", "generated", "first(n)", "front", "mid", "back")
+SCOPES = (
+    "all",
+    "prompt",
+    "response",
+    "generated",
+    "first(n)",
+    "assistant",
+    "answer",
+    "after(n)",
+    "front",
+    "mid",
+    "back",
+)
 PACKED = "several texts share a row of this pass (packed, or batched continuously), so their ends are not known"
-_COUNTED = re.compile(r"first\((\d+)\)")
+ROLES = ("assistant", "answer", "after")
+_COUNTED = re.compile(r"(first|after)\((\d+)\)")
+# What the frame that decodes calls the ids of the whole text: with candidates, of beams, else.
+_IDS = "ids"  # where the ids of a text are kept among what goes with its cache
+_RUNNING = ("candidate_input_ids", "flat_running_sequences", "input_ids")
 
 
 @dataclass(frozen=True)
@@ -42,10 +64,20 @@ class Scope:
     whose output is a generated token); `generated` (one later); `first(n)` (counted from each row's first real token);
     `front`, `mid` and `back` (a window of the prompt as long as the vector, for methods that store one row per
     position). Pads are never written.
+
+    By role, where the tokenizer's chat template tells: `assistant` (all assistant messages, in the history too),
+    `answer` (the same without thinking), `after(n)` (all behind message n, counted from 0 as the template renders
+    them). Like `response`, each begins at the position whose output is its first token: see `steerkit.roles`.
+
+    Attributes:
+        kind: the name.
+        count: n of `first(n)` and `after(n)`.
+        marks: of scopes by role, the marks of the tokenizer's template; no part of the scope's text.
     """
 
     kind: str
     count: int = 0
+    marks: Marks | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str | Scope) -> Scope:
@@ -62,15 +94,35 @@ class Scope:
         name = text.replace(" ", "")
         counted = _COUNTED.fullmatch(name)
         if counted:
-            if int(counted[1]) < 1:
+            if counted[1] == "first" and int(counted[2]) < 1:
                 raise ScopeError(f"scope {text!r}: first(n) needs n of at least 1")
-            return cls("first", int(counted[1]))
-        if name not in SCOPES or name == "first(n)":
+            return cls(counted[1], int(counted[2]))
+        if name not in SCOPES or name.endswith("(n)"):
             raise ScopeError(f"unknown scope {text!r}; {near_miss(name, SCOPES)}")
         return cls(name)
 
     def __str__(self) -> str:
-        return f"first({self.count})" if self.kind == "first" else self.kind
+        return f"{self.kind}({self.count})" if self.kind in ("first", "after") else self.kind
+
+    @property
+    def is_by_role(self) -> bool:
+        """Whether this scope needs a chat template's marks."""
+        return self.kind in ROLES
+
+    def marked(self, roles: Roles | None) -> Scope:
+        """The scope with the marks it needs; other scopes come back as they are.
+
+        Args:
+            roles: of the model's tokenizer, where it was given.
+
+        Raises:
+            ScopeError: the scope needs marks and there is no tokenizer, or its template has none that ids can tell.
+        """
+        if not self.is_by_role:
+            return self
+        if roles is None:
+            raise ScopeError(f"scope '{self}': its marks are the chat template's; pass tokenizer= to steer()")
+        return Scope(self.kind, self.count, roles.check(self.kind))
 
     @property
     def needs_prompt_end(self) -> bool:
@@ -152,6 +204,8 @@ class Pass:
         store: dict[Any, Any] | None = None,
         held: tuple[Any, ...] = (),
         is_probe: bool = False,
+        given: Tensor | None = None,
+        running: Callable[[], tuple[Tensor, int] | None] | None = None,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
@@ -161,7 +215,9 @@ class Pass:
         self.settled = False  # whether it has been seen to that what decides is read in time
         self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
-        self._tokens: dict[tuple[Scope, int], Tokens] = {}
+        self._given, self._running = given, running
+        self._ids: Tensor | None = None
+        self._tokens: dict[tuple[Scope, int, int], Tokens] = {}
 
     @property
     def columns(self) -> Tensor:
@@ -224,10 +280,58 @@ class Pass:
         Raises:
             ScopeError: the scope depends on something this pass cannot tell.
         """
-        key = (scope, id(lengths))
+        key = (scope, id(lengths), id(scope.marks))
         if key not in self._tokens:
             self._tokens[key] = Tokens(self, scope, lengths)
         return self._tokens[key]
+
+    def ids(self, scope: Scope) -> Tensor:
+        """The ids of all tokens up to the end of this pass.
+
+        Args:
+            scope: what needs them, for the error.
+
+        Returns:
+            [b, past + t].
+
+        Raises:
+            ScopeError: nobody can tell them.
+        """
+        if self._ids is None:
+            self._ids = self._find_ids(scope)
+        return self._ids
+
+    def _find_ids(self, scope: Scope) -> Tensor:
+        given, past = self._given, self.past
+        if given is None:
+            raise ScopeError(f"scope '{scope}': this pass has no token ids (inputs_embeds); give input_ids")
+        if isinstance(past, int) and past == 0:
+            whole = given
+        elif not isinstance(past, int):
+            raise ScopeError(
+                f"scope '{scope}': compiled code and static caches outside of generate do not tell the text so far; "
+                "pass disable_compile=True to generate(), or use a dynamic cache"
+            )
+        elif self._running is not None:
+            found = self._running()
+            whole = given if found is None else found[0]
+            if found is None or found[1] or whole.shape[0] != self.batch or whole.shape[1] < past + self.width:
+                raise ScopeError(
+                    f"scope '{scope}': this generate call does not tell the ids of the text so far; give it the whole "
+                    "text and not only what is new, and one of transformers' own ways to decode"
+                )
+            return whole[:, : past + self.width].to(self.device)
+        else:
+            kept = self.store.get(_IDS)
+            if kept is None or kept.shape[0] != self.batch or kept.shape[1] < past:
+                raise ScopeError(
+                    f"scope '{scope}': the cache of this pass was not filled under it, so the text so far is not "
+                    "known; run the whole text inside steer()"
+                )
+            whole = torch.cat([kept[:, :past], given], dim=1)
+        if self._running is None:
+            self.store[_IDS] = whole
+        return whole
 
     def check(self, scope: Scope) -> None:
         """Refuse a scope other than `all` in a pass where nothing else is known.
@@ -368,6 +472,8 @@ class Tokens:
         facts.check(scope)
         if scope.kind == "first":
             return self._choose_first(scope.count)
+        if scope.is_by_role:
+            return self._choose_role()
         if facts.decode and self._lengths is None:
             return scope.kind in ("response", "generated")
         end = self._end()
@@ -389,6 +495,13 @@ class Tokens:
             if facts.past + facts.width <= count:
                 return _mask_or_all(facts.real)
         return _both(facts.position < count, facts.real)
+
+    def _choose_role(self) -> Tensor:
+        facts, scope = self._pass, self.scope
+        assert scope.marks is not None
+        ids = facts.ids(scope)
+        written = scope.marks.written(scope.kind, scope.count, ids)[:, ids.shape[1] - facts.width :]
+        return _both(written, facts.real)
 
     def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
         facts = self._pass
@@ -469,7 +582,7 @@ class PassClock:
         self._local = threading.local()
         self._handles: list[Any] = []
         self._names = {id(module): tuple(inspect.signature(module.forward).parameters) for module in (model, body)}
-        self._generate_code = _generate_code()
+        self._generate_code, self._decoding_codes = _generate_code(), _decoding_codes()
         self.owner = threading.get_ident()
         self.users = 0
 
@@ -669,10 +782,12 @@ class PassClock:
         compiling = torch.compiler.is_compiling()
         prompt, settings = (None, None) if compiling else self._prompt()
         call = self._call_of(prompt, settings, cache, compiling)
+        ids = given.get("input_ids")
         past = _past(cache, mask, width, call, compiling)
         facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
         facts["rows"] = getattr(self._local, "rows", None)
         facts["bare"] = self.is_suspended
+        facts["given"] = ids if isinstance(ids, Tensor) and ids.shape[:2] == (batch, width) else None
         facts["expands"] = compiling or call is not None or cache is not None
         if past is None:
             reason = "a recurrent cache does not say how many tokens it has seen; pass attention_mask over all of them"
@@ -688,6 +803,7 @@ class PassClock:
             call.note(past, width, keep)
             facts["boundary"] = call.boundary
             facts["decode"] = cache is not None and width == 1 and call.past_prompt(past)
+            facts["running"] = functools.partial(self._text_of, call)
         elif compiling:
             facts["decode"] = call is not None and cache is not None and width == 1
         else:
@@ -744,6 +860,20 @@ class PassClock:
                 drafts = True
             frame = frame.f_back
         return (found, settings) if isinstance(found, Tensor) else (None, None)
+
+    def _text_of(self, call: _Call) -> tuple[Tensor, int] | None:
+        """The ids of the whole text of the innermost decoding of this model on the stack, and columns before them.
+
+        Innermost, because a model that drafts for itself decodes inside its own decoding.
+        """
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code in self._decoding_codes and frame.f_locals.get("self") is self._model():
+                names = frame.f_locals
+                running = next((names[name] for name in _RUNNING if isinstance(names.get(name), Tensor)), None)
+                return None if running is None else (running, (call.boundary or 0) - call.prompt_width)
+            frame = frame.f_back
+        return None
 
     def _call_of(self, prompt: Tensor | None, settings: Any, cache: Any, compiling: bool) -> _Call | None:
         """The state of the `generate` call this pass belongs to."""
@@ -888,6 +1018,14 @@ def _generate_code() -> Any:
     from transformers.generation.utils import GenerationMixin
 
     return inspect.unwrap(GenerationMixin.generate).__code__
+
+
+def _decoding_codes() -> frozenset[Any]:
+    """The code objects of the loops that decode, whose frames hold the ids of the whole text."""
+    from transformers.generation.utils import GenerationMixin
+
+    loops = (getattr(GenerationMixin, name, None) for name in ("_sample", "_beam_search", "_assisted_decoding"))
+    return frozenset(inspect.unwrap(loop).__code__ for loop in loops if loop is not None)
 
 
 def _past(cache: Any, mask: Any, width: int, call: _Call | None, compiling: bool) -> int | Tensor | None:

@@ -25,6 +25,7 @@ ORDER = (
     "files",
     "plugins",
     "wording",
+    "roles",
     "data",
     "models",
     "tokens",

@@ -22,6 +22,7 @@ from steerkit.errors import DataError, StrengthError
 from steerkit.fitting import record_steered
 from steerkit.generation import generate
 from steerkit.probe_block import evaluation_mode
+from steerkit.roles import Roles
 from steerkit.sites import Decoder, Site, execution_device, find_decoder
 from steerkit.steering import steer, vectors_of
 from steerkit.vector import SteeringVector
@@ -149,6 +150,11 @@ class Setup:
         return find_decoder(self.model)
 
     @cached_property
+    def roles(self) -> Roles:
+        """Whose words a token is, for scopes by role."""
+        return Roles(self.tokenizer)
+
+    @cached_property
     def asked(self) -> tuple[Conversation, ...]:
         """The prompts that texts are generated from, without answers and without a contrast in the system prompt.
 
@@ -266,6 +272,7 @@ class Trial:
             scope=self.scope,
             unit=self.unit,
             prompt_lengths=prompt_lengths,
+            tokenizer=self.setup.roles,
         )
 
     @cached_property

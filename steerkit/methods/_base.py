@@ -226,7 +226,16 @@ class Method(Configured):
     sorts_prompts: ClassVar[bool] = False
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
-    scopes: ClassVar[tuple[str, ...]] = ("all", "prompt", "response", "generated", "first")
+    scopes: ClassVar[tuple[str, ...]] = (
+        "all",
+        "prompt",
+        "response",
+        "generated",
+        "first",
+        "assistant",
+        "answer",
+        "after",
+    )
     neutral: ClassVar[float | None] = 0.0
     default_strength: ClassVar[float | None] = 1.0
     strength_unit: ClassVar[str] = "factor"
