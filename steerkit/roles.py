@@ -129,9 +129,14 @@ class Marks:
         assistant, others, closes = self._events(ids)
         shared = any(mark.core == self.assistant.core[: len(mark.core)] for mark in self.others)
         opens = others if shared else others | assistant
-        open_now = _last(opens | closes, opens)
-        before = torch.nn.functional.pad(open_now, (1, 0))[:, : open_now.shape[1]]
-        return ((opens | closes) & before).cumsum(dim=1)
+        is_open = _last(opens | closes, opens)
+        before = torch.nn.functional.pad(is_open, (1, 0))[:, : is_open.shape[1]]
+        ends = (opens | closes) & before
+        header = None if shared else self.assistant.goes_on(ids)
+        if header is None:
+            return ends.cumsum(dim=1)
+        # What opens the assistant's turn ends the user's, when its tail is through.
+        return ends.cumsum(dim=1) - (header & _last(opens | closes, assistant & before)).long()
 
 
 def _found(ids: Tensor, run: tuple[int, ...]) -> Tensor:
@@ -218,7 +223,9 @@ class _Turn(NamedTuple):
 class _Probe:
     """One conversation as the model would read it."""
 
-    def __init__(self, text: str, turns: Sequence[_Turn], ids: Sequence[int], offsets: Sequence[tuple[int, int]]):
+    def __init__(
+        self, text: str, turns: Sequence[_Turn], ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+    ) -> None:
         self.text, self.turns, self.ids, self.offsets = text, turns, ids, offsets
 
     def gaps(self) -> Iterator[tuple[str, str, tuple[_Token, ...]]]:
