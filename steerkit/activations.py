@@ -24,6 +24,7 @@ from steerkit.data import Batch, ContrastSet, Conversation, Rendered, batches, p
 from steerkit.errors import DataError, FitError, SiteError
 from steerkit.moments import Accumulator, NormMedian
 from steerkit.probe_block import evaluation_mode
+from steerkit.roles import outside_thinking
 from steerkit.sites import Decoder, Site, Tap, execution_device, find_decoder, locate
 from steerkit.tokens import PassClock
 
@@ -42,7 +43,17 @@ logger = logging.getLogger(__name__)
 
 Item = str | Sequence[Mapping[str, str]] | Conversation | Rendered
 _COUNTED = re.compile(r"index\((-?\d+)\)|span\((\d+),(\d+)\)")
-_NAMES = ("last", "mean", "prompt_last", "prompt_mean", "response_mean", "predicting_mean")
+_NAMES = (
+    "last",
+    "mean",
+    "prompt_last",
+    "prompt_mean",
+    "response_mean",
+    "predicting_mean",
+    "assistant_mean",
+    "answer_mean",
+)
+_NEEDS_ANSWERS = ("response_mean", "predicting_mean", "span", "assistant_mean", "answer_mean")
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,9 @@ class Readout:
 
     `last` (of the rendered text: the generation prompt's last token, or the answer's), `mean` (all but the first),
     `prompt_last`, `prompt_mean`, `response_mean` (the answer's tokens), `predicting_mean` (the tokens from which the
-    answer's are predicted: the prompt's last, and the answer's without its last), an index (negative ones count from
-    the end), or a character span of the answer (`span(0,3)`, the end excluded).
+    answer's are predicted: the prompt's last, and the answer's without its last), `assistant_mean` (the tokens of all
+    assistant messages, those of the history too), `answer_mean` (the same without thinking and its marks), an index
+    (negative ones count from the end), or a character span of the answer (`span(0,3)`, the end excluded).
     """
 
     kind: str
@@ -91,7 +103,7 @@ class Readout:
             return f"index({self.start})"
         return f"span({self.start},{self.stop})" if self.kind == "span" else self.kind
 
-    def tokens(self, rendered: Rendered) -> range:
+    def tokens(self, rendered: Rendered) -> Sequence[int]:
         """The token indices read in one text.
 
         Args:
@@ -101,6 +113,7 @@ class Readout:
             DataError: there is no such token in this text.
         """
         length, prompt = len(rendered.ids), rendered.prompt_length
+        chosen: Sequence[int]
         if self.kind == "last":
             chosen = range(length - 1, length)
         elif self.kind == "mean":
@@ -116,12 +129,28 @@ class Readout:
         elif self.kind == "index":
             index = self.start if self.start >= 0 else length + self.start
             chosen = range(index, index + 1) if 0 <= index < length else range(0)
-        else:
+        elif self.kind == "span":
             chosen = self._span(rendered)
+        else:
+            chosen = self._said(rendered)
         if len(chosen) == 0:
-            hint = "; give answers" if self.kind in ("response_mean", "predicting_mean", "span") else ""
+            hint = "; give answers" if self.kind in _NEEDS_ANSWERS else ""
             raise DataError(f"readout '{self}' finds no token in {_short(rendered.text)} ({length} tokens){hint}")
         return chosen
+
+    def _said(self, rendered: Rendered) -> list[int]:
+        """Tokens of the assistant's messages; one that also holds a character of the template belongs to them."""
+        spans = rendered.assistant
+        if spans is None or not rendered.offsets:
+            why = "the tokenizer tells no character offsets" if spans else "the chat template rewrites the history"
+            raise DataError(f"readout '{self}': where assistant messages stand is not known ({why}); use response_mean")
+        if self.kind == "answer_mean":
+            spans = tuple(part for span in spans for part in outside_thinking(rendered.text, *span))
+        return [
+            index
+            for index, (first, last) in enumerate(rendered.offsets)
+            if index > 0 and any(last > start and first < stop for start, stop in spans)
+        ]
 
     def _span(self, rendered: Rendered) -> range:
         answer = rendered.ids[rendered.prompt_length :]
@@ -226,10 +255,15 @@ def record(
             found[site] = torch.empty(len(rendered), rows.shape[-1])
         found[site][list(batch.rows)] = rows.cpu()
 
-    norms = _read(decoder, taps, work, [plan.tokens(text) for text in rendered], keep, progress)
+    count = len(sides.positive) if sides is not None else len(rendered)
+
+    def name(row: int) -> str:
+        side = "" if sides is None else "positive " if row < count else "negative "
+        return f"{side}row {row if row < count else row - count}"
+
+    norms = _read(decoder, taps, work, _chosen(plan, rendered, name), keep, progress)
     _warn_of_special(tokenizer, plan, rendered)
     _check_finite(found)
-    count = len(sides.positive) if sides is not None else len(rendered)
     return Activations(
         positive={site: rows[:count] for site, rows in found.items()},
         negative={site: rows[count:] for site, rows in found.items()} if sides is not None else {},
@@ -290,8 +324,12 @@ def stream(
         others = [place for place, row in enumerate(batch.rows) if not is_positive(row)]
         accumulators[site].update(rows[chosen], rows[others])
 
+    def name(row: int) -> str:
+        number = row // 2 if data.paired else row if row < positives else row - positives
+        return f"{'positive' if is_positive(row) else 'negative'} row {number}"
+
     taps = locate(model, accumulators)
-    norms = _read(decoder, taps, work, [plan.tokens(text) for text in rendered], feed, progress)
+    norms = _read(decoder, taps, work, _chosen(plan, rendered, name), feed, progress)
     _warn_of_special(tokenizer, plan, rendered)
     results = {site: accumulator.result() for site, accumulator in accumulators.items()}
     positive = {site: pair[0] for site, pair in results.items()}
@@ -406,7 +444,7 @@ def _read(
     decoder: Decoder,
     taps: Mapping[Site, Tap],
     work: Sequence[Batch],
-    chosen: Sequence[range],
+    chosen: Sequence[Sequence[int]],
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
 ) -> dict[Site, float]:
@@ -430,16 +468,16 @@ def _read(
 class _Pool:
     """Turns [b, t, d] into one row [b, d] per text: one token, or the mean of several, in float32."""
 
-    def __init__(self, batch: Batch, chosen: Sequence[range], device: torch.device) -> None:
+    def __init__(self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device) -> None:
         starts = (batch.attention_mask != 0).long().argmax(dim=1).tolist()
-        places = [(start + tokens.start, start + tokens.stop) for start, tokens in zip(starts, chosen, strict=True)]
-        self._single = all(stop - start == 1 for start, stop in places)
+        places = [[start + token for token in tokens] for start, tokens in zip(starts, chosen, strict=True)]
+        self._single = all(len(tokens) == 1 for tokens in places)
         rows, width = batch.input_ids.shape
-        self._index = torch.tensor([start for start, _ in places], device=device)
+        self._index = torch.tensor([tokens[0] for tokens in places], device=device)
         weights = torch.zeros(rows, 1, width)
         counted = batch.attention_mask.float()
-        for row, (start, stop) in enumerate(places):
-            weights[row, 0, start:stop] = 1.0 / (stop - start)
+        for row, tokens in enumerate(places):
+            weights[row, 0, tokens] = 1.0 / len(tokens)
             counted[row, starts[row]] = 0.0
         self._weights, self._counted = weights.to(device), counted.to(device)
         self._padded = bool((batch.attention_mask == 0).any())
@@ -458,6 +496,17 @@ class _Pool:
         if self._padded and (h.device.type != "cpu" or not bool(torch.isfinite(pooled).all())):
             pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
         return pooled
+
+
+def _chosen(plan: Readout, rendered: Sequence[Rendered], name: Callable[[int], str]) -> list[Sequence[int]]:
+    """The tokens read in each text; a text without any is named."""
+    found = []
+    for row, text in enumerate(rendered):
+        try:
+            found.append(plan.tokens(text))
+        except DataError as error:
+            raise DataError(f"{name(row)}: {error}") from None
+    return found
 
 
 def _rendered(tokenizer: Any, item: Item, chat_template_kwargs: Mapping[str, Any] | None) -> Rendered:
@@ -490,7 +539,7 @@ def _warn_of_special(tokenizer: Any, plan: Readout, rendered: Sequence[Rendered]
     if plan.kind not in ("last", "index", "prompt_last"):
         return
     special = set(getattr(tokenizer, "all_special_ids", None) or [])
-    read = {text.ids[plan.tokens(text).start] for text in rendered}
+    read = {text.ids[plan.tokens(text)[0]] for text in rendered}
     if read and read <= special:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in sorted(read))
         warnings.warn(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from steerkit.errors import DataError, near_miss
+from steerkit.roles import THINKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +54,10 @@ _LABELLED_KEYS = ("prompt", "label", "raw", "id", "topic", "source")
 
 # Stands for the answer where the template is asked what it writes before one: nothing in it for a template to rewrite.
 _PROBE = "answer"
+
+# Stands for a message whose place in the text is looked for: a character of no script.
+_STAND_IN = "\ue0f5"
+_EMPTY_THOUGHT = re.compile("(?:" + "|".join(rf"{re.escape(a)}\s*{re.escape(b)}\s*" for a, b in THINKING) + r")\Z")
 
 # Options of `apply_chat_template` that decide what comes back; the others belong to the template.
 _OUR_OPTIONS = ("add_generation_prompt", "continue_final_message", "conversation", "return_dict", "tokenize")
@@ -205,6 +211,8 @@ class Rendered:
             holds characters of both belongs to the answer.
         offsets: characters of `text` that each token stands for, (start, end); empty where the tokenizer tells none.
         answer_start: the character of `text` at which the answer begins; ``len(text)`` where there is no answer.
+        assistant: characters of `text` of each assistant message, (start, end), those of the history and the answer;
+            None where the template does not tell which those of the history are.
     """
 
     text: str
@@ -212,6 +220,7 @@ class Rendered:
     prompt_length: int
     offsets: tuple[tuple[int, int], ...]
     answer_start: int = 0
+    assistant: tuple[tuple[int, int], ...] | None = ()
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -253,16 +262,17 @@ def render(
             text with blank lines between them.
     """
     is_chat = has_chat_template(tokenizer) and not conversation.raw
-    if is_chat:
-        prompt = _chat_prompt(tokenizer, conversation, dict(chat_template_kwargs or {}))
-    else:
-        prompt = _plain_prompt(tokenizer, conversation)
+    options = dict(chat_template_kwargs or {})
+    if not is_chat:
+        _warn_of_plain_text(tokenizer, conversation)
+    prompt = _prompt(tokenizer, conversation, options)
+    said = _assistant_spans(tokenizer, conversation, options, prompt)
     text = prompt + (conversation.answer or "")
     ids, offsets, added = _tokenise(tokenizer, text, is_chat=is_chat)
     if not ids:
         raise DataError(f"the prompt {reprlib.repr(text)} yields no token; give a prompt with text in it")
     if conversation.answer is None:
-        return Rendered(text, ids, len(ids), offsets, len(text))
+        return Rendered(text, ids, len(ids), offsets, len(text), said)
     if not offsets:
         raise DataError(
             f"{_name(tokenizer)} tells no character offsets, so where an answer begins cannot be known; "
@@ -274,7 +284,41 @@ def render(
         raise DataError(
             f"the answer {reprlib.repr(conversation.answer)} yields no token; give an answer with text in it"
         )
-    return Rendered(text, ids, first, offsets, len(prompt))
+    said = None if said is None else (*said, (len(prompt), len(text)))
+    return Rendered(text, ids, first, offsets, len(prompt), said)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, options: dict[str, object]) -> str:
+    """All text before the answer."""
+    if has_chat_template(tokenizer) and not conversation.raw:
+        return _chat_prompt(tokenizer, conversation, options)
+    return _plain_prompt(conversation)
+
+
+def _assistant_spans(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, options: dict[str, object], prompt: str
+) -> tuple[tuple[int, int], ...] | None:
+    """Where the assistant's messages of the history stand in the prompt's text.
+
+    Each is rendered once more as a single character that stands nowhere else; what is around it is the template's and
+    the other messages', whatever the template makes of the message itself.
+    """
+    turns = () if isinstance(conversation.prompt, str) else conversation.prompt
+    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    found = []
+    for place in places:
+        replaced = (*turns[:place], {**turns[place], "content": _STAND_IN}, *turns[place + 1 :])
+        around = _prompt(tokenizer, replace(conversation, prompt=replaced), options)
+        before, stood, behind = around.partition(_STAND_IN)
+        if not stood:
+            continue  # a template that drops the message altogether
+        if not prompt.startswith(before):  # it puts an empty thought before a message that holds none
+            before = _EMPTY_THOUGHT.sub("", before)
+        stop = len(prompt) - len(behind)
+        if not (prompt.startswith(before) and prompt.endswith(behind) and len(before) <= stop):
+            return None
+        found.append((len(before), stop))
+    return tuple(found)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -342,18 +386,22 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], opti
         ) from None
 
 
-def _plain_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str:
-    """The text before the answer where there is no chat template."""
-    prompt, system = conversation.prompt, conversation.system
-    if isinstance(prompt, str) and system is None:
-        return prompt
+def _warn_of_plain_text(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
+    """Say that messages become plain text where there is no chat template."""
+    if isinstance(conversation.prompt, str) and conversation.system is None:
+        return
     warnings.warn(
         f"{_name(tokenizer)} has no chat template: messages and system prompts become plain text, "
         "with blank lines between them",
         stacklevel=3,
     )
+
+
+def _plain_prompt(conversation: Conversation) -> str:
+    """The text before the answer where there is no chat template."""
+    prompt, system = conversation.prompt, conversation.system
     if isinstance(prompt, str):
-        return f"{system}\n\n{prompt}"
+        return prompt if system is None else f"{system}\n\n{prompt}"
     text = "\n\n".join(message["content"] for message in prompt)
     return text if conversation.answer is None else f"{text}\n\n"
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steerkit.errors import ScopeError
 
-__all__ = ["THINKING", "Mark", "Marks", "Roles"]
+__all__ = ["THINKING", "Mark", "Marks", "Roles", "outside_thinking"]
 
 # What models put around their thinking; the first pair that a tokenizer or its template knows is the one.
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
@@ -34,6 +34,33 @@ THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING
 # Messages of probes: plain words with what may join their first and last characters to the template's own.
 _EDGES = (("", ""), ("\n", "\n"), (" ", " "), ("(", ")"), ("\n\n", "."), ("I ", "?"), ("0", "!"), ('"', '"'))
 _WORDS = ("alpha", "bravo", "delta", "kilo", "lima", "tango")
+
+
+def outside_thinking(text: str, start: int, stop: int) -> list[tuple[int, int]]:
+    """The parts of an assistant's message that are no thinking.
+
+    Args:
+        text: the whole text.
+        start: where the message begins in it. Text before it that ends with an opening mark leaves thinking open.
+        stop: where it ends.
+
+    Returns:
+        (start, stop) of each part, without marks and the white space behind a closing one; empty parts left out.
+    """
+    found, place = [], start
+    closing = next((pair[1] for pair in THINKING if text[:start].rstrip().endswith(pair[0])), None)
+    while place < stop:
+        if closing is None:
+            begins = [(text.find(pair[0], place, stop), pair) for pair in THINKING]
+            end, pair = min(((at, pair) for at, pair in begins if at >= 0), default=(stop, ("", "")))
+            found.append((place, end))
+            place, closing = end + len(pair[0]), pair[1]
+        else:
+            end = text.find(closing, place, stop)
+            place, closing = stop if end < 0 else end + len(closing), None
+            while place < stop and text[place].isspace():
+                place += 1
+    return [part for part in found if part[1] > part[0]]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import steerkit
 from steerkit.data import Conversation, render
-from steerkit.errors import ScopeError
-from steerkit.roles import Marks, Roles
+from steerkit.errors import DataError, ScopeError
+from steerkit.roles import Marks, Roles, outside_thinking
 from steerkit.sites import find_decoder
 from steerkit.tokens import Scope
 from steerkit.vector import SteeringVector
@@ -463,9 +463,10 @@ def marks_of(template: str, *special: str) -> tuple[Any, Marks]:
 def test_marks_of_special_tokens_without_headers() -> None:
     """Mistral's newer tokenizers and DeepSeek's: one special token is all there is; thinking begins in the prompt."""
     mistral = (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no') }}"
-        "{% elif message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
-        "{% endfor %}"
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
+        "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer, marks = marks_of(mistral, "[INST]", "[/INST]")
     assert tokenizer.convert_ids_to_tokens(marks.assistant.core) == ["[/INST]"]
@@ -507,3 +508,95 @@ def test_steerkit_generate(model: Any, chat: tuple[str, Any], scope: str) -> Non
         alone = [steerkit.generate(model, tokenizer, [one], scope=scope, **options, **more)[0] for one in CHATS]
         assert steerkit.generate(model, tokenizer, CHATS, scope=scope, **options, **more) == alone
     assert alone != steerkit.generate(model, tokenizer, CHATS, max_new_tokens=6, **more)
+
+
+READ = {"assistant_mean": "assistant", "answer_mean": "answer"}
+
+
+def characters_read(name: str, tokenizer: Any, readout: str, ids: Sequence[int]) -> list[int]:
+    """The tokens with a character of an assistant's message (or of it without thinking), from the characters alone."""
+    text, ends = written_out(tokenizer, ids)
+    starts = [0, *ends[:-1]]
+    spans = []
+    for found in re.finditer(TURNS[name][0], text, re.DOTALL):
+        inner = found["turn"]
+        offset = found.start("turn") + len(inner) - len(inner.lstrip())  # a template's own space before an answer
+        inner = inner.strip()
+        if readout == "assistant_mean":
+            spans.append((offset, offset + len(inner)))
+            continue
+        blanked = re.sub(r"<think>.*?(</think>\s*|$)", lambda one: "\0" * len(one.group()), inner, flags=re.DOTALL)
+        spans += [(offset + one.start(), offset + one.end()) for one in re.finditer(r"[^\0]+", blanked)]
+    return [
+        place
+        for place, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if any(end > first and start < last for first, last in spans)
+    ]
+
+
+@pytest.mark.parametrize("readout", READ)
+@pytest.mark.parametrize("answer", [None, "<think>\nso\n</think>\n\nWell, yes."])
+def test_readouts_by_role(model: Any, chat: tuple[str, Any], readout: str, answer: str | None) -> None:
+    name, tokenizer = chat
+    items = [Conversation(tuple(one), answer=answer) for one in CHATS[1:]]
+    read = steerkit.record(model, tokenizer, items, ["resid_post.1"], readout=readout, batch_size=2)
+    for row, item in enumerate(items):
+        ids = render(tokenizer, item).ids
+        chosen = characters_read(name, tokenizer, readout, ids)
+        assert chosen
+        every = steerkit.activations.record_ids(model, [ids], [modes.RESID])[modes.RESID][0]
+        assert close(read["resid_post.1"][row], every[chosen].mean(dim=0))
+    both = steerkit.record(model, tokenizer, items, ["resid_post.1"], readout="assistant_mean")["resid_post.1"]
+    thought = answer is not None or name != "thinking"  # whose history has no thinking left
+    assert close(read["resid_post.1"], both) is (readout == "assistant_mean" or not thought)
+
+
+def test_readouts_of_one_turn_are_the_response_s(model: Any, chat: tuple[str, Any]) -> None:
+    _, tokenizer = chat
+    items = [Conversation("Hi?", answer="Well, yes."), Conversation("And now?", answer="So it is: two\nlines.")]
+    found = [
+        steerkit.record(model, tokenizer, items, ["resid_post.1"], readout=readout)["resid_post.1"]
+        for readout in ("response_mean", *READ)
+    ]
+    assert close(found[1], found[0])
+    assert close(found[2], found[0])
+
+
+def test_a_row_without_the_tokens_is_named(model: Any) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["thinking"])
+    items = [Conversation("Hi?", answer="Well."), Conversation("Hi?", answer="<think>\nand so on")]
+    steerkit.record(model, tokenizer, items, ["resid_post.1"], readout="assistant_mean")
+    with pytest.raises(DataError, match=r"^row 1: readout 'answer_mean' finds no token"):
+        steerkit.record(model, tokenizer, items, ["resid_post.1"], readout="answer_mean")
+    data = steerkit.ContrastSet(tuple(items[:1]), tuple(items[1:]), paired=True)
+    with pytest.raises(DataError, match=r"^negative row 0: readout 'answer_mean' finds no token"):
+        steerkit.record(model, tokenizer, data, ["resid_post.1"], readout="answer_mean")
+    with pytest.raises(DataError, match=r"^negative row 0: "):
+        steerkit.fit(model, tokenizer, data, method="caa", layers=[1], readout="answer_mean")
+
+
+def test_a_template_that_wraps_the_last_message_in_a_thought() -> None:
+    """As newer ones do: an empty thought where a message has none, its own where it has one."""
+    template = TEMPLATES["thinking"].replace(
+        "{{ '<|im_start|>' + message['role'] + '\n' + content",
+        "{% if message['role'] == 'assistant' and loop.index0 > last.user and '</think>' not in content %}"
+        "{% set content = '<think>\n\n</think>\n\n' + content %}{% endif %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + content",
+    )
+    tokenizer = byte_tokenizer(template)
+    assert Roles(tokenizer).marks.counts
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."},
+        {"role": "assistant", "content": "No."},
+    ]
+    text = render(tokenizer, Conversation(tuple(turns)))
+    assert text.assistant is not None
+    assert [text.text[start:stop] for start, stop in text.assistant] == [turns[1]["content"], "No."]
+
+
+def test_thinking_that_the_prompt_has_begun() -> None:
+    text = "ask<think>\nso\n</think>\n\nYes <think>no</think> it is"
+    parts = outside_thinking(text, len("ask<think>\n"), len(text))
+    assert [text[start:stop] for start, stop in parts] == ["Yes ", "it is"]
+    assert outside_thinking("[THINK]never ends", 0, 17) == []

@@ -206,7 +206,7 @@ def warn_of_confounds(
 
 
 def _text(item: Conversation, rendered: Rendered, plan: Readout | None) -> _Text:
-    read = None if plan is None else plan.tokens(rendered).start
+    read = None if plan is None else plan.tokens(rendered)[0]
     start = rendered.prompt_length
     if item.answer is not None:
         return _Text(item.answer, len(rendered.ids) - start, start, read)
