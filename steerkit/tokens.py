@@ -17,7 +17,6 @@ elsewhere they are in the pass itself, or kept with its cache.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import re
 import sys
@@ -205,7 +204,8 @@ class Pass:
         held: tuple[Any, ...] = (),
         is_probe: bool = False,
         given: Tensor | None = None,
-        running: Callable[[], tuple[Tensor, int] | None] | None = None,
+        call: _Call | None = None,
+        cache: Any = None,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
@@ -215,8 +215,8 @@ class Pass:
         self.settled = False  # whether it has been seen to that what decides is read in time
         self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
-        self._given, self._running = given, running
-        self._ids: Tensor | None = None
+        self._given, self._call, self._cache = given, call, cache
+        self._text: tuple[Tensor, int | Tensor] | None = None
         self._tokens: dict[tuple[Scope, int, int], Tokens] = {}
 
     @property
@@ -285,42 +285,38 @@ class Pass:
             self._tokens[key] = Tokens(self, scope, lengths)
         return self._tokens[key]
 
-    def ids(self, scope: Scope) -> Tensor:
-        """The ids of all tokens up to the end of this pass.
+    def text(self, scope: Scope) -> tuple[Tensor, int | Tensor]:
+        """The ids of the whole text so far, and the column among them at which this pass begins.
 
         Args:
             scope: what needs them, for the error.
 
         Returns:
-            [b, past + t].
+            [b, past + t] and a number; inside compiled decoding a longer tensor and the one column of this pass.
 
         Raises:
             ScopeError: nobody can tell them.
         """
-        if self._ids is None:
-            self._ids = self._find_ids(scope)
-        return self._ids
+        if self._text is None:
+            self._text = self._find_text(scope)
+        return self._text
 
-    def _find_ids(self, scope: Scope) -> Tensor:
+    def _find_text(self, scope: Scope) -> tuple[Tensor, int | Tensor]:
         given, past = self._given, self.past
         if given is None:
             raise ScopeError(f"scope '{scope}': this pass has no token ids (inputs_embeds); give input_ids")
-        if isinstance(past, int) and past == 0:
-            whole = given
-        elif not isinstance(past, int):
-            raise ScopeError(
-                f"scope '{scope}': compiled code and static caches outside of generate do not tell the text so far; "
-                "pass disable_compile=True to generate(), or use a dynamic cache"
-            )
-        elif self._running is not None:
-            found = self._running()
-            whole = given if found is None else found[0]
-            if found is None or found[1] or whole.shape[0] != self.batch or whole.shape[1] < past + self.width:
+        if not isinstance(past, int):
+            if self._call is None or self._call.text is None or self.width > 1:
                 raise ScopeError(
-                    f"scope '{scope}': this generate call does not tell the ids of the text so far; give it the whole "
-                    "text and not only what is new, and one of transformers' own ways to decode"
+                    f"scope '{scope}': compiled code and static caches outside of generate do not tell the text so "
+                    "far; use a dynamic cache, or pass disable_compile=True to generate()"
                 )
-            return whole[:, : past + self.width].to(self.device)
+            column = past.reshape(1)
+            return self._call.text.index_copy_(1, column, given), column
+        if self._call is not None:
+            whole = self._text_of_call(self._call, given, past, scope)
+        elif past == 0:
+            whole = self.store[_IDS] = given
         else:
             kept = self.store.get(_IDS)
             if kept is None or kept.shape[0] != self.batch or kept.shape[1] < past:
@@ -328,9 +324,21 @@ class Pass:
                     f"scope '{scope}': the cache of this pass was not filled under it, so the text so far is not "
                     "known; run the whole text inside steer()"
                 )
-            whole = torch.cat([kept[:, :past], given], dim=1)
-        if self._running is None:
-            self.store[_IDS] = whole
+            whole = self.store[_IDS] = torch.cat([kept[:, :past], given], dim=1)
+        return whole, past
+
+    def _text_of_call(self, call: _Call, given: Tensor, past: int, scope: Scope) -> Tensor:
+        whole: Tensor | None = given
+        if past > 0:
+            whole = None if call.starts_late or call.running is None else call.running()
+        if whole is None or whole.shape[0] != self.batch or whole.shape[1] < past + self.width:
+            raise ScopeError(
+                f"scope '{scope}': this generate call does not tell the ids of the text so far; give it the whole "
+                "text and not only what is new, and one of transformers' own ways to decode"
+            )
+        whole = whole[:, : past + self.width].to(self.device)
+        if not self.decode and getattr(self._cache, "is_compileable", False):
+            call.keep_text(whole)
         return whole
 
     def check(self, scope: Scope) -> None:
@@ -499,9 +507,10 @@ class Tokens:
     def _choose_role(self) -> Tensor:
         facts, scope = self._pass, self.scope
         assert scope.marks is not None
-        ids = facts.ids(scope)
-        written = scope.marks.written(scope.kind, scope.count, ids)[:, ids.shape[1] - facts.width :]
-        return _both(written, facts.real)
+        ids, start = facts.text(scope)
+        written = scope.marks.written(scope.kind, scope.count, ids)
+        here = written[:, start:] if isinstance(start, int) else written.index_select(1, start)
+        return _both(here, facts.real)
 
     def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
         facts = self._pass
@@ -803,9 +812,11 @@ class PassClock:
             call.note(past, width, keep)
             facts["boundary"] = call.boundary
             facts["decode"] = cache is not None and width == 1 and call.past_prompt(past)
-            facts["running"] = functools.partial(self._text_of, call)
+            facts |= {"call": call, "cache": cache}
+            call.running = self._running
         elif compiling:
             facts["decode"] = call is not None and cache is not None and width == 1
+            facts["call"] = call if facts["decode"] else None
         else:
             facts["boundary"] = self._boundary_of_cache(cache, past, width, keep, given, own_sequence)
         if not compiling:
@@ -861,8 +872,8 @@ class PassClock:
             frame = frame.f_back
         return (found, settings) if isinstance(found, Tensor) else (None, None)
 
-    def _text_of(self, call: _Call) -> tuple[Tensor, int] | None:
-        """The ids of the whole text of the innermost decoding of this model on the stack, and columns before them.
+    def _running(self) -> Tensor | None:
+        """The ids of the whole text in the innermost decoding of this model on the stack.
 
         Innermost, because a model that drafts for itself decodes inside its own decoding.
         """
@@ -870,8 +881,7 @@ class PassClock:
         while frame is not None:
             if frame.f_code in self._decoding_codes and frame.f_locals.get("self") is self._model():
                 names = frame.f_locals
-                running = next((names[name] for name in _RUNNING if isinstance(names.get(name), Tensor)), None)
-                return None if running is None else (running, (call.boundary or 0) - call.prompt_width)
+                return next((names[name] for name in _RUNNING if isinstance(names.get(name), Tensor)), None)
             frame = frame.f_back
         return None
 
@@ -954,6 +964,20 @@ class _Call:
         self.first: Tensor | None = None
         self.columns = 0
         self.store: dict[Any, Any] = {}
+        self.running: Callable[[], Tensor | None] | None = None
+        self.text: Tensor | None = None
+
+    @property
+    def starts_late(self) -> bool:
+        """Whether the call was given only what is new behind a cache."""
+        return self.boundary is not None and self.boundary > self.prompt_width
+
+    def keep_text(self, ids: Tensor) -> None:
+        """Keep the ids of a static cache's text where compiled code, which sees no frames, can go on with them."""
+        settings = None if self._settings is None else self._settings()
+        width = max(getattr(settings, "max_length", None) or 0, ids.shape[1])
+        self.text = ids.new_full((ids.shape[0], width), -1)
+        self.text[:, : ids.shape[1]] = ids
 
     def belongs_to(self, settings: Any) -> bool:
         """Whether a pass with these settings is one of this call."""
