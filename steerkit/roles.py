@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from steerkit.errors import ScopeError
 
 __all__ = ["THINKING", "Mark", "Marks", "Roles", "outside_thinking"]
 
-# What models put around their thinking; the first pair that a tokenizer or its template knows is the one.
+# What models put around their thinking; the first pair that a template writes, or that the vocabulary has, is the one.
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
 
 # Messages of probes: plain words with what may join their first and last characters to the template's own.
@@ -267,8 +267,8 @@ class _Probe:
             yield left.role, right.role, tuple(inside)
 
     def of(self, turn: _Turn) -> list[int]:
-        """The tokens that lie in a message's word."""
-        return [place for place, (start, end) in enumerate(self.offsets) if turn.start <= start < end <= turn.end]
+        """The tokens that hold a part of a message's word."""
+        return [place for place, (start, end) in enumerate(self.offsets) if start < turn.end and end > turn.start]
 
 
 class _Probes:
@@ -377,14 +377,15 @@ class _Probes:
 
     def thinking(self) -> tuple[Mark | None, Mark | None]:
         """What opens and closes thinking, if the tokenizer or the template knows any."""
-        template = str(self._tokenizer.chat_template)
-        known = self._tokenizer.get_added_vocab()
-        for pair in THINKING:
-            if all(text in known for text in pair):
-                return Mark((known[pair[0]],)), Mark((known[pair[1]],))
-            if all(text in template for text in pair):
-                return self._written_out(pair[0]), self._written_out(pair[1])
+        template, known = str(self._tokenizer.chat_template), self._tokenizer.get_added_vocab()
+        written = [pair for pair in THINKING if all(text in template for text in pair)]
+        added = [pair for pair in THINKING if all(text in known for text in pair)]
+        for opening, closing in (*written, *added):
+            return self._thought(opening, known), self._thought(closing, known)
         return None, None
+
+    def _thought(self, text: str, known: Mapping[str, int]) -> Mark:
+        return Mark((known[text],)) if text in known else self._written_out(text)
 
     def _written_out(self, text: str) -> Mark:
         """The mark that a text without a token of its own is."""

@@ -21,8 +21,9 @@ from steerkit.roles import Marks, Roles, outside_thinking
 from steerkit.sites import find_decoder
 from steerkit.tokens import Scope
 from steerkit.vector import SteeringVector
-from tests import modes
+from tests import gated, modes
 from tests.families import build
+from tests.test_compile import counted, steerkit_compile_config
 from tests.tiny_tokenizers import TEMPLATES, byte_tokenizer
 
 # Where each template's turns are, in the characters of the text: an assistant's turn; what ends a turn or opens one.
@@ -234,8 +235,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", OPTIONS)
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("scope", "mode"),
+    [("answer", mode) for mode in OPTIONS]
+    + [(scope, mode) for scope in SCOPES if scope != "answer" for mode in ("cached", "uncached")],
+)
 def test_generate_equals_the_plain_pass(model: Any, chat: tuple[str, Any], scope: str, mode: str) -> None:
     name, tokenizer = chat
     rows = prompts(tokenizer)
@@ -392,19 +396,17 @@ def test_a_padded_forward_pass(model: Any, chat: tuple[str, Any], side: str) -> 
             assert close(logits[row][mask[row] == 1], plain)
 
 
-@pytest.mark.parametrize("scope", ["answer", "after(1)"])
-def test_compiled_code_agrees(model: Any, scope: str) -> None:
-    tokenizer = byte_tokenizer(TEMPLATES["llama2"])
+def test_compiled_code_agrees(model: Any) -> None:
+    scope, tokenizer = "answer", byte_tokenizer(TEMPLATES["llama2"])
     ids, mask = padded(prompts(tokenizer))
     torch._dynamo.reset()
     run = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         bare = run(ids, attention_mask=mask).logits
-        for _ in range(2):
-            with steered(model, modes.vector_for(model, scope="all"), scope, tokenizer):
-                got = run(ids, attention_mask=mask).logits
-                with torch.compiler.set_stance("force_eager"):
-                    assert close(got, model(ids, attention_mask=mask).logits)
+        with steered(model, modes.vector_for(model, scope="all"), scope, tokenizer):
+            got = run(ids, attention_mask=mask).logits
+            with torch.compiler.set_stance("force_eager"):
+                assert close(got, model(ids, attention_mask=mask).logits)
     assert not close(got, bare, 1e-2)
     torch._dynamo.reset()
 
@@ -491,23 +493,88 @@ def test_marks_of_special_tokens_without_headers() -> None:
 
 
 def test_thinking_without_tokens_of_its_own() -> None:
-    """A template's `<think>` that the vocabulary spells out."""
-    template = TEMPLATES["thinking"].replace("think>", "thought>")
-    tokenizer = byte_tokenizer(template.replace("thought>", "think>"))
+    """Marks that the vocabulary spells out; the last character of one may be joined to what follows."""
+    template = TEMPLATES["thinking"].replace("</think>", "[/THINK]").replace("<think>", "[THINK]")
+    tokenizer = byte_tokenizer(template)
     marks = Roles(tokenizer).marks
     assert marks.think is not None
-    assert len(marks.think.core) == 1
+    assert marks.answer is not None
+    assert "".join(tokenizer.convert_ids_to_tokens(marks.answer.core)) == "[/THINK"
+    text = "<|im_start|>assistant\nI[THINK]so[/THINK] No[THINK] I[/THINK]!<|im_end|>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    written = marks.written("answer", 0, torch.tensor([ids]))[0].tolist()
+    spelt, ends = written_out(tokenizer, ids)
+    assert spelt == text
+    # From each closing mark's end on, and up to the opening mark's; "] " is one token.
+    spans = [("\nI", "\nI[THINK"), ("so[/THINK]", "No[THINK"), ("I[/THINK]", "!")]
+    bounds = [(text.index(first) + len(first), text.index(last) + len(last)) for first, last in spans]
+    assert written == [
+        any(start <= end < stop or end == stop == bounds[-1][1] for start, stop in bounds) for end in ends
+    ]
 
 
-@pytest.mark.parametrize("scope", ["assistant", "answer"])
-def test_steerkit_generate(model: Any, chat: tuple[str, Any], scope: str) -> None:
-    _, tokenizer = chat
+@pytest.mark.parametrize("settings", [{"merges": False}, {"trim_offsets": True}, {"bos": False}], ids=str)
+@pytest.mark.parametrize("name", FIVE)
+def test_marks_are_found_however_the_tokenizer_cuts(name: str, settings: dict[str, bool]) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES[name], **settings)
+    marks = Roles(tokenizer).marks
+    assert marks.counts
+    for ids in prompts(tokenizer):
+        for scope in SCOPES:
+            asked = Scope.parse(scope)
+            written = marks.written(asked.kind, asked.count, torch.tensor([ids]))[0].tolist()
+            assert written == expected(name, tokenizer, scope, ids)
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_gate_decides_before_the_history_is_written(model: Any, opens: bool) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES["thinking"])
+    (row,) = prompts(tokenizer)[1:2]
+    sides: dict[str, Any] = {"opens": [row, modes.SHORT], "closes": [modes.LONG, modes.SHORT[:4]]}
+    if not opens:
+        sides = {"opens": sides["closes"], "closes": sides["opens"]}
+    vector = gated.gated_vector(model, scope="answer", **sides)
+    says = script(tokenizer, "thinking", len(row))
+    with torch.no_grad(), steerkit.steer(model, vector, tokenizer=tokenizer):
+        out = generated(model, [row], logits_processor=says)
+    whole = [*row, *out.sequences[0, len(row) :].tolist()]
+    written = expected("thinking", tokenizer, "answer", whole) if opens else [False] * len(whole)
+    plain = by_hand(model, gated.plain_of(vector), whole, written)
+    assert close(torch.stack(out.logits, dim=1)[0], plain[len(row) - 1 : -1])
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_decoding(model: Any, fullgraph: bool) -> None:
+    """`generate` compiles by itself with a static cache on an accelerator; compiled code sees no frames."""
+    tokenizer = byte_tokenizer(TEMPLATES["thinking"])
+    rows = prompts(tokenizer)
     vector = modes.vector_for(model, scope="all")
-    options: dict[str, Any] = {"max_new_tokens": 6, "vector": vector}
-    for more in ({}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 3, "use_cache": False}):
-        alone = [steerkit.generate(model, tokenizer, [one], scope=scope, **options, **more)[0] for one in CHATS]
-        assert steerkit.generate(model, tokenizer, CHATS, scope=scope, **options, **more) == alone
-    assert alone != steerkit.generate(model, tokenizer, CHATS, max_new_tokens=6, **more)
+    torch._dynamo.reset()
+    backend, calls = counted()
+    config = steerkit_compile_config(backend)
+    config.fullgraph = fullgraph
+    says = script(tokenizer, "thinking", max(map(len, rows)))
+    options: dict[str, Any] = {"cache_implementation": "static", "compile_config": config, "logits_processor": says}
+    with torch.no_grad(), steered(model, vector, "answer", tokenizer):
+        out = generated(model, rows, **options)
+        compiles = len(calls)
+        assert compiles > 0
+        again = generated(model, rows, **options)
+    assert len(calls) == compiles  # a second text is another state, and the same code
+    assert torch.equal(again.sequences, out.sequences)
+    check_rows(model, vector, ("thinking", tokenizer), "answer", rows, out)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"num_beams": 3, "use_cache": False}], ids=str)
+def test_steerkit_generate(model: Any, chat: tuple[str, Any], more: dict[str, Any]) -> None:
+    _, tokenizer = chat
+    options: dict[str, Any] = {"max_new_tokens": 5, "vector": modes.vector_for(model, scope="all"), "scope": "answer"}
+    alone = [steerkit.generate(model, tokenizer, [one], **options, **more)[0] for one in CHATS]
+    assert steerkit.generate(model, tokenizer, CHATS, **options, **more) == alone
+    assert alone != steerkit.generate(model, tokenizer, CHATS, max_new_tokens=5, **more)
+    with steerkit.steer(model, options["vector"], scope="answer", tokenizer=tokenizer):
+        assert steerkit.generate(model, tokenizer, CHATS, max_new_tokens=5, **more) == alone
 
 
 READ = {"assistant_mean": "assistant", "answer_mean": "answer"}
