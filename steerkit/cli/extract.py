@@ -46,7 +46,8 @@ def run(
         str | None, typer.Option(help="Blocks counted from 0, such as 11,13 or 10-14 (both ends included).")
     ] = None,
     readout: Annotated[
-        str | None, typer.Option(help="Tokens read: last, mean, response_mean, an index. (default: the method's)")
+        str | None,
+        typer.Option(help="Tokens read: last, mean, response_mean, answer_mean, an index. (default: the method's)"),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
     held_out: Annotated[

@@ -41,7 +41,10 @@ def run(
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="Tokens written: all, prompt, response, generated, first(n). (default: the file's)"),
+        typer.Option(
+            help="Tokens written: all, prompt, response, generated, first(n), assistant, answer, after(n). "
+            "(default: the file's)"
+        ),
     ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,

@@ -34,7 +34,7 @@ def run(
     ] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="Tokens written: all, prompt, response, generated, first(n). Without it, the file's."),
+        typer.Option(help="Tokens written, such as all, response, first(4), answer. Without it, the file's."),
     ] = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. Without it, the file's.")] = None,
     model: Model = DEFAULT_MODEL,
