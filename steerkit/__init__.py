@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from steerkit import methods
     from steerkit.activations import Activations, record
     from steerkit.data import ContrastSet, Conversation
+    from steerkit.drift import finetuning_shift, projection_difference
     from steerkit.errors import (
         DataError,
         FitError,
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scoring import measure
     from steerkit.evaluate.trial import Setup
     from steerkit.explaining import explain
+    from steerkit.finetuning import SteeringCallback
     from steerkit.fitting import fit
     from steerkit.generation import generate
     from steerkit.models import load_model
+    from steerkit.monitoring import Monitor
     from steerkit.sites import Site
     from steerkit.steering import Steering, steer
     from steerkit.vector import SteeringVector
@@ -48,6 +51,7 @@ _HOMES = {
     "DataError": "errors",
     "FitError": "errors",
     "ModelError": "errors",
+    "Monitor": "monitoring",
     "RecipeError": "errors",
     "ScopeError": "errors",
     "Scorer": "evaluate.scorers._base",
@@ -56,6 +60,7 @@ _HOMES = {
     "SiteError": "errors",
     "SteerError": "errors",
     "Steering": "steering",
+    "SteeringCallback": "finetuning",
     "SteeringVector": "vector",
     "StrengthError": "errors",
     "UnknownNameError": "errors",
@@ -63,10 +68,12 @@ _HOMES = {
     "VectorMismatchError": "errors",
     "edited": "weights",
     "explain": "explaining",
+    "finetuning_shift": "drift",
     "fit": "fitting",
     "generate": "generation",
     "load_model": "models",
     "measure": "evaluate.scoring",
+    "projection_difference": "drift",
     "record": "activations",
     "steer": "steering",
 }
@@ -78,6 +85,7 @@ __all__ = [
     "DataError",
     "FitError",
     "ModelError",
+    "Monitor",
     "RecipeError",
     "ScopeError",
     "Scorer",
@@ -86,6 +94,7 @@ __all__ = [
     "SiteError",
     "SteerError",
     "Steering",
+    "SteeringCallback",
     "SteeringVector",
     "StrengthError",
     "UnknownNameError",
@@ -93,11 +102,13 @@ __all__ = [
     "VectorMismatchError",
     "edited",
     "explain",
+    "finetuning_shift",
     "fit",
     "generate",
     "load_model",
     "measure",
     "methods",
+    "projection_difference",
     "record",
     "steer",
 ]

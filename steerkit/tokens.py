@@ -648,6 +648,11 @@ class PassClock:
             self._local.rows = None
 
     @property
+    def settings(self) -> Any:
+        """The settings of the `generate` call of this model that this thread is in; None outside of one."""
+        return self._prompt()[1]
+
+    @property
     def is_suspended(self) -> bool:
         """Whether this thread has switched the edits off."""
         return getattr(self._local, "suspended", False)

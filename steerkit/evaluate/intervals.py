@@ -7,11 +7,15 @@ intervals, Student's and the studentised bootstrap's. Costs of steering are skew
 little (92 % of a stated 95 % on 24 exponential values); tails can be heavy, and there the bootstrap does (91 % on 24
 values of Student's t with 3 degrees of freedom). Their mean covered 93.5 % to 96 % in every simulation tried, and was
 at most a tenth wider than Student's. One outlier among values that agree is beyond all of them.
+
+Two figures are no means: a correlation gets Fisher's interval, and the area under the curve of two sides the one of
+Newcombe (2006, Statistics in Medicine 25:559, method 5), which like Wilson's is honest where the sides do not overlap.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from steerkit.errors import DataError
 
-__all__ = ["Estimate", "NotScored", "interval"]
+__all__ = ["Estimate", "NotScored", "correlation", "interval", "separability"]
 
 DRAWS = 2000
 LEAST_ERROR = 0.2
@@ -111,6 +115,74 @@ def interval(
     below, above = torch.quantile(steps, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
     low, high = mean - error * (student + above) / 2, mean + error * (student - below) / 2
     return Estimate(mean, min(low, mean), max(high, mean))
+
+
+def correlation(first: Tensor, second: Tensor, *, level: float = 0.95) -> Estimate:
+    """Pearson's correlation with Fisher's interval.
+
+    Args:
+        first: [n]; items where one of both is nan are left out.
+        second: [n].
+        level: share of the interval.
+
+    Returns:
+        The estimate; with three items the interval is everything from -1 to 1.
+
+    Raises:
+        DataError: the two are not of one length.
+        NotScored: fewer than three items, or one of both does not vary.
+    """
+    x, y = (values.detach().cpu().double().flatten() for values in (first, second))
+    if x.shape != y.shape:
+        raise DataError(f"correlation: {len(x)} values beside {len(y)}; give one to each item")
+    kept = torch.isfinite(x) & torch.isfinite(y)
+    x, y = x[kept], y[kept]
+    if len(x) < 3:
+        raise NotScored(f"correlation: got {len(x)} items with both numbers; give at least 3")
+    x, y = x - x.mean(), y - y.mean()
+    lengths = float(x.norm() * y.norm())
+    if lengths == 0:
+        raise NotScored("correlation: one of the two numbers is the same for all items")
+    found = max(-1.0, min(1.0, float(x @ y) / lengths))
+    if len(x) == 3:
+        return Estimate(found, -1.0, 1.0)
+    middle = math.atanh(max(-1 + 1e-15, min(1 - 1e-15, found)))
+    half = _normal(level) / math.sqrt(len(x) - 3)
+    return Estimate(found, min(math.tanh(middle - half), found), max(math.tanh(middle + half), found))
+
+
+def separability(positive: Tensor, negative: Tensor, *, level: float = 0.95) -> Estimate:
+    """Area under the curve: the share of couples in which the positive one is larger, ties counted half.
+
+    Args:
+        positive: [n]; nan is left out.
+        negative: [m].
+        level: share of the interval.
+
+    Raises:
+        NotScored: a side has no item.
+    """
+    plus, minus = (values.detach().cpu().double().flatten() for values in (positive, negative))
+    plus, minus = plus[~plus.isnan()], minus[~minus.isnan()]
+    if not (len(plus) and len(minus)):
+        raise NotScored(f"area under the curve: got {len(plus)} positive and {len(minus)} negative items; give both")
+    greater = (plus[:, None] > minus).double() + 0.5 * (plus[:, None] == minus).double()
+    found, z = float(greater.mean()), _normal(level)
+    couples, half = len(plus) * len(minus), (len(plus) + len(minus)) / 2
+
+    def is_inside(area: float) -> bool:
+        spread = 1 + (half - 1) * ((1 - area) / (2 - area) + area / (1 + area))
+        return abs(area - found) <= z * math.sqrt(area * (1 - area) * spread / couples)
+
+    return Estimate(found, _edge(found, 0.0, is_inside), _edge(found, 1.0, is_inside))
+
+
+def _edge(inside: float, outside: float, is_inside: Callable[[float], bool]) -> float:
+    """Where what holds at one number stops to hold on the way to another."""
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if is_inside(middle) else (inside, middle)
+    return inside
 
 
 def _error(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

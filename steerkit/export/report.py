@@ -24,7 +24,7 @@ from steerkit.export.evidence import Evidence, Plan, is_clear, mean, plain, sign
 from steerkit.export.gather import gather
 from steerkit.sites import Site, sites_text
 
-__all__ = ["Evidence", "Plan", "comparison_html", "gather", "report_html"]
+__all__ = ["Evidence", "Plan", "Token", "comparison_html", "gather", "report_html", "token_cells"]
 
 COSTS = ("kl", "perplexity_ratio", "repetition", "words")
 
@@ -355,7 +355,7 @@ def _control_rows(evidence: Evidence) -> list[tuple[str, str, str]]:
     return rows
 
 
-class _Token(NamedTuple):
+class Token(NamedTuple):
     """One token of the heat map."""
 
     text: str
@@ -373,7 +373,8 @@ def _heat_part(evidence: Evidence) -> dict[str, Any] | None:
     scale = float(answers.abs().max()) if len(answers) else 0.0
     scale = scale or 1.0
     cells = {
-        name: _cells(scores, heat.middle, scale) for name, scores in (("bare", heat.bare), ("steered", heat.steered))
+        name: token_cells(scores, heat.middle, scale)
+        for name, scores in (("bare", heat.bare), ("steered", heat.steered))
     }
     means = [float(scores.values[scores.prompt :].mean()) - heat.middle for scores in (heat.bare, heat.steered)]
     words = (
@@ -394,14 +395,14 @@ def _heat_part(evidence: Evidence) -> dict[str, Any] | None:
     }
 
 
-def _cells(scores: TokenScores, middle: float, scale: float) -> list[_Token]:
+def token_cells(scores: TokenScores, middle: float, scale: float) -> list[Token]:
     """Each token with the colour and the number of its own value."""
     cells = []
     for text, value in zip(scores.tokens, scores.values.tolist(), strict=True):
         share = max(-1.0, min(1.0, (value - middle) / scale))
         kind = "up" if share > 0.5 else "down" if share < -0.5 else "even"
         shown = text.replace("\n", "\u21b5\n").replace("\t", "\u21e5")
-        cells.append(_Token(shown, f"{value - middle:+.3f}", _colour(share), kind))
+        cells.append(Token(shown, f"{value - middle:+.3f}", _colour(share), kind))
     return cells
 
 

@@ -254,6 +254,8 @@ def baked_ratio(model: Any, tokenizer: Any, vector: SteeringVector, pairs: int) 
         return run
 
     return ratio(answers(baked), answers(model), pairs)
+
+
 def gates(
     model: Any, tokenizer: Any, batch: int, *, opens: bool, over: str
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -1,0 +1,284 @@
+"""Steering while a model is trained: prevention, and ablation while training. Nothing of it stays in the model.
+
+    prevention:  h' = h + strength * v          at every token of every training forward, v fixed
+    CAFT:        h' = h - Q^T Q h               Q: [k, d] orthonormal rows that span the directions
+
+What steering supplies, the weights need not learn: a model that is steered towards a trait while it is trained on data
+that shows the trait has less reason to acquire it, and is used without steering afterwards.
+
+Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
+Models", arXiv 2507.21509 (preventative steering). Casademunt, Juang, Karvonen, Marks, Rajamanoharan, Nanda (2025),
+"Steering Out-of-Distribution Generalization with Concept Ablation Fine-Tuning", arXiv 2507.16795 (CAFT).
+
+Where this file departs. CAFT as published finds its directions by principal components or sparse autoencoders; here
+they are those of the vectors given. The steering is on in training steps only: evaluation in between sees the plain
+model, unless asked otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from steerkit.directions import orthonormalise
+from steerkit.errors import DataError, ModelError, ScopeError
+from steerkit.registry import method_of
+from steerkit.sites import Site, find_decoder
+from steerkit.steering import Steering, Strength, steer, vectors_of
+from steerkit.tokens import inert, inert_hook
+from steerkit.vector import SteeringVector
+
+__all__ = ["SteeringCallback", "additions", "span_ablation"]
+
+_OUTSIDE = ("resid_pre", "resid_post")
+
+
+class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+    """Steers a model during the training steps of a `transformers.Trainer`, and at no other time.
+
+    The steering is attached when a step begins (all its accumulated batches included) and comes off when it ends, so
+    that evaluation, prediction and saving in between see the plain model. If training is broken off by an error, the
+    first forward pass outside of the training loop finds that out and takes it off before anything is computed; used as
+    a context manager the callback takes it off at once. Adapters (PEFT) are trained like anything else.
+
+    Args:
+        vectors: one vector or several. They are fixed: gradients flow through, not into them.
+        strength: see `steer`; None takes each vector's own, else its suggested one, else the method's.
+        mode: None applies the vectors as they are; `add` adds their directions, whatever method fitted them; `ablate`
+            takes the space that their directions span out (CAFT).
+        scope: which tokens are written; a trainer does not say where prompts end, so scopes other than `all` and
+            `first(n)` raise a `ScopeError`.
+        unit: see `steer`.
+        during_evaluation: stay on for evaluation in the course of training.
+
+    Raises:
+        DataError: an unknown mode, or a vector without a direction where the mode needs one.
+
+    Example:
+        callback = steerkit.SteeringCallback(vector, strength=2.0)
+        Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        vectors: SteeringVector | Sequence[SteeringVector],
+        strength: Strength | None = None,
+        *,
+        mode: Literal["add", "ablate"] | None = None,
+        scope: str = "all",
+        unit: Literal["paper", "norm"] | None = None,
+        during_evaluation: bool = False,
+    ) -> None:
+        if mode not in (None, "add", "ablate"):
+            raise DataError(f"mode {mode!r}: give 'add', 'ablate', or None for the vectors' own edit")
+        listed = vectors_of(vectors)
+        changed = {"add": additions, "ablate": span_ablation}
+        self.vectors = tuple(listed if mode is None else changed[mode](listed))
+        self.strength, self.scope, self.unit, self.during_evaluation = strength, scope, unit, during_evaluation
+        self._model: nn.Module | None = None
+        self._steering: Steering | None = None
+        self._guards: list[Any] = []
+        self._loop: Any = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model is steered at the moment."""
+        return bool(self._guards)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Plan the steering, before the first step.
+
+        Args:
+            args: the trainer's arguments.
+            state: not used.
+            control: not used.
+            kwargs: `model` is the one that is trained.
+
+        Raises:
+            ScopeError: a site inside a block under gradient checkpointing, or a scope that a trainer cannot tell.
+            ModelError: the trainer copies the model to several devices (`nn.DataParallel`).
+            SteerError: whatever `steer` finds wrong.
+        """
+        self._detach()
+        model: nn.Module = kwargs["model"]
+        if (getattr(args, "n_gpu", 1) or 1) > 1:
+            raise ModelError(
+                f"{args.n_gpu} devices would get copies of the model without its steering; start one process per "
+                "device (torchrun), or show the trainer a single one"
+            )
+        self._model = model
+        self._steering = steer(model, self.vectors, self.strength, scope=self.scope, unit=self.unit)
+        _refuse_checkpointed(model, self._steering.sites)
+        if self.during_evaluation:
+            self._attach()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach the steering, for all batches of this step."""
+        self._attach()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take it off: what follows may be an evaluation."""
+        if not self.during_evaluation:
+            self._detach()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take it off after a step that was broken off on purpose."""
+        if not self.during_evaluation:
+            self._detach()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take it off for good."""
+        self._forget()
+
+    def __enter__(self) -> SteeringCallback:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._forget()
+
+    def _attach(self) -> None:
+        if self.is_attached or self._steering is None or self._model is None:
+            return
+        self._loop = _caller()
+        decoder = find_decoder(self._model)
+        self._steering.__enter__()
+        # On the body as well, which people also call alone. Appended: torch looks up how to call each hook before a
+        # module while it runs them, so only those that have run already may be taken off in one.
+        places = {id(one): one for one in (decoder.model, decoder.body)}.values()
+        self._guards = [one.register_forward_pre_hook(_Guard(self)) for one in places]
+
+    def _detach(self) -> None:
+        guards, self._guards, self._loop = self._guards, [], None
+        for guard in guards:
+            guard.remove()
+        if guards and self._steering is not None:
+            self._steering.__exit__(None, None, None)
+
+    def _forget(self) -> None:
+        self._detach()
+        self._model = self._steering = None
+
+    def look(self) -> None:
+        """Take the steering off if the training loop that attached it has been left."""
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            if frame is self._loop:
+                return
+            frame = frame.f_back
+        self._forget()
+
+
+class _Guard:
+    """Asks before each pass whether training goes on. A copy of it does nothing."""
+
+    def __init__(self, callback: SteeringCallback) -> None:
+        self._callback = callback
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            self._callback.look()
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return inert_hook, ()
+
+
+def _caller() -> Any:
+    """The frame that runs the training steps: the first that is neither ours nor of the callbacks' own machinery."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, TrainerCallback.__module__):
+        frame = frame.f_back
+    return frame
+
+
+def _refuse_checkpointed(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse, before the first step, what each pass would refuse: a second run of a block sees another pass's state."""
+    blocks = find_decoder(model).blocks
+    for site in sites:
+        if site.kind not in _OUTSIDE and getattr(blocks[site.layer], "gradient_checkpointing", False):
+            raise ScopeError(
+                f"{site}: a site inside a block cannot be steered under gradient checkpointing, whose second run comes "
+                "after the pass; steer at resid_pre or resid_post, or switch checkpointing off"
+            )
+
+
+def additions(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
+    """The same directions, as vectors that add them.
+
+    Args:
+        vectors: of any method with one direction per site.
+
+    Returns:
+        One vector of method `caa` for each.
+
+    Raises:
+        DataError: a vector has no single direction.
+    """
+    return [_made(vector, _directions(vector), "caa", "add") for vector in vectors]
+
+
+def span_ablation(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
+    """Vectors that together take the space out that some directions span: h - Q^T Q h at each of their sites.
+
+    Args:
+        vectors: of any method with one direction per site; several directions at a site are made orthonormal, so that
+            taking them out one after the other is the projection.
+
+    Returns:
+        Vectors of method `ablation`; as many as there are directions at one site at most.
+
+    Raises:
+        DataError: a vector has no single direction.
+        FitError: directions at a site are linearly dependent.
+    """
+    rows: dict[Site, list[Tensor]] = {}
+    for vector in vectors:
+        for site, direction in _directions(vector).items():
+            rows.setdefault(site, []).append(direction.float())
+    bases = {site: orthonormalise(torch.stack(found)) for site, found in rows.items()}
+    most = max(len(basis) for basis in bases.values())
+    layers = [{site: basis[k] for site, basis in bases.items() if k < len(basis)} for k in range(most)]
+    return [_made(vectors[0], chosen, "ablation", "project_out") for chosen in layers]
+
+
+def _made(vector: SteeringVector, directions: dict[Site, Tensor], method: str, edit: str) -> SteeringVector:
+    """A vector of another method, for the model of a given one."""
+    return SteeringVector(
+        method=method,
+        tensors={f"{site}/direction": direction for site, direction in directions.items()},
+        sites=tuple(directions),
+        edit=edit,
+        scope="all",
+        unit="paper",
+        model_type=vector.model_type,
+        hidden_size=vector.hidden_size,
+        num_layers=vector.num_layers,
+        norms={site: norm for site, norm in vector.norms.items() if site in directions},
+        widths={site: len(row) for site, row in directions.items() if len(row) != vector.hidden_size},
+        model_id=vector.model_id,
+        strength=vector.strength,
+    )
+
+
+def _directions(vector: SteeringVector) -> dict[Site, Tensor]:
+    """The direction [d] at each site that is written.
+
+    Raises:
+        DataError: there is none.
+    """
+    method = method_of(vector)
+    found = {site: method.direction(vector.params(site)) for site in vector.sites}
+    kept = {site: direction for site, direction in found.items() if direction is not None}
+    if len(kept) < len(found):
+        raise DataError(f"{vector.method} has no single direction to add or to take out; use mode=None")
+    return kept

@@ -1,0 +1,531 @@
+"""Monitor: how far a model's activations lie along a vector's direction, for prompts, answers, and while it generates.
+
+    proj(text) = a . u          cos(text) = a . u / |a|          u = v / |v|, at the vector's site
+    calibrated = (proj(text) - mean over neutral texts) / standard deviation over neutral texts
+
+with `a` the activation of the prompt's last token (before any answer: what the model is about to be like) or the mean
+over the answer's tokens. Of a vector with several sites the number is the mean over sites of the calibrated numbers,
+brought to standard deviation 1 over the neutral texts again; uncalibrated, the mean of the projections.
+
+Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
+Models", arXiv 2507.21509.
+
+Where this file departs. The paper shows raw projections; here they count in standard deviations of shipped neutral
+texts unless asked otherwise, so that vectors and layers can be compared. As the paper finds, the number tells
+conditions (system prompts, many-shot prompts) apart better than single answers under one condition.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.activations import record
+from steerkit.data import Conversation, Message, Rendered, render
+from steerkit.directions import unit
+from steerkit.errors import DataError, ModelError, ScopeError
+from steerkit.evaluate.heat import TokenScores, token_projections
+from steerkit.evaluate.trial import Setup, neutral_texts
+from steerkit.registry import method_of
+from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
+from steerkit.tokens import Pass, PassClock, Scope, inert, inert_hook
+from steerkit.vector import SteeringVector
+
+__all__ = ["Item", "Monitor", "Step", "Watched", "conversation_of"]
+
+Item = str | Sequence[Message] | Conversation | Mapping[str, Any]
+Read = Literal["prompt_last", "response_mean"]
+Kind = Literal["proj", "cos"]
+READS: tuple[Read, ...] = ("prompt_last", "response_mean")
+KINDS: tuple[Kind, ...] = ("proj", "cos")
+_RESPONSE = Scope("response")
+
+
+def conversation_of(item: Item, *, raw: bool = False) -> Conversation:
+    """What is read, from the ways to write it.
+
+    Args:
+        item: a prompt, a chat (which may end with its answer), a conversation, or an object with `prompt` (perhaps
+            `system` and `response`) or `messages`. Other keys of an object are left alone; an empty response is none.
+        raw: leave string prompts as they are, without the chat template.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    if not isinstance(item, Mapping):
+        return Conversation.of(item, raw=raw and isinstance(item, str))
+    if ("prompt" in item) == ("messages" in item):
+        raise DataError(f"give 'prompt' or 'messages'; the object has {', '.join(map(repr, item)) or 'nothing'}")
+    if "messages" in item:
+        turns = item["messages"]
+        empty = isinstance(turns, list) and turns[1:] and turns[-1] == {"role": "assistant", "content": ""}
+        return Conversation.of(turns[:-1] if empty else turns)
+    prompt = item["prompt"]
+    return Conversation.of(
+        prompt, answer=item.get("response") or None, system=item.get("system"), raw=raw and isinstance(prompt, str)
+    )
+
+
+class _Scale(NamedTuple):
+    """Mean [s] and standard deviation [s] over neutral texts at each site, and that of the mean over sites."""
+
+    mean: Tensor
+    deviation: Tensor
+    joint: float
+
+
+class Monitor:
+    """Reads one vector's direction in one model.
+
+    The neutral texts are read once, when they are first needed, and without any steering.
+
+    Args:
+        model: any decoder-only transformers model.
+        tokenizer: its tokenizer; never changed.
+        vector: whose direction; its sites that have one are read.
+        read: `prompt_last` (the prompt's last token) or `response_mean` (mean over the answer's tokens).
+        kind: `proj` (projection) or `cos` (cosine).
+        calibrated: count in standard deviations of neutral texts, from their mean; else raw numbers.
+        sites: some of the vector's sites; None takes all that have a direction.
+        neutral: answered prompts to calibrate on; None takes the shipped ones.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+
+    Raises:
+        DataError: no site has a direction, or an unknown `read` or `kind`.
+        VectorMismatchError: the vector was fitted on a model of another width or depth.
+        SiteError: the model lacks a site.
+
+    Example:
+        monitor = steerkit.Monitor(model, tokenizer, vector)
+        monitor.score(["How are you?"])  # tensor([0.4]), in standard deviations of neutral prompts
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        vector: SteeringVector,
+        *,
+        read: Read = "prompt_last",
+        kind: Kind = "proj",
+        calibrated: bool = True,
+        sites: Sequence[Site | str] | None = None,
+        neutral: Sequence[Conversation] | None = None,
+        batch_size: int = 16,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value, allowed in (("read", read, READS), ("kind", kind, KINDS)):
+            if value not in allowed:
+                raise DataError(f"{name} {value!r}: give {' or '.join(allowed)}")
+        vector.check(model)
+        self.model, self.tokenizer, self.vector = model, tokenizer, vector
+        self.read, self.kind, self.calibrated = read, kind, calibrated
+        self._setup = Setup(
+            model, tokenizer, neutral=neutral, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+        )
+        self._directions = _directions(vector, sites)
+        self._decoder: Decoder = find_decoder(model)
+        self._taps = locate(model, self._directions)
+        # Under the names that reading uses (a raw output is the plain one where no post-norm follows).
+        self._units = dict(zip(self._taps, self._directions.values(), strict=True))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where is read."""
+        return tuple(self._directions)
+
+    def score(self, items: Sequence[Item], *, raw: bool = False) -> Tensor:
+        """One number per item.
+
+        Inside a `steer` context the steered model is read, after the edit where a site is written; scopes that depend
+        on the prompt's end then need `prompt_lengths`. The calibration stays that of the unsteered model.
+
+        Args:
+            items: prompts, chats, conversations, or objects with `prompt` and perhaps `response`, or `messages`.
+            raw: leave string prompts as they are, without the chat template.
+
+        Returns:
+            [n] float32; nan for an item without an answer where answers are read.
+
+        Raises:
+            DataError: an item is none of these, or there is none.
+        """
+        rendered = self.rendered(items, raw=raw)
+        return self.scaled(self.project(rendered, self.read), differences=False)
+
+    def rendered(self, items: Sequence[Item], *, raw: bool = False) -> list[Rendered]:
+        """The items as the model reads them.
+
+        Args:
+            items: see `score`.
+            raw: leave string prompts as they are.
+
+        Raises:
+            DataError: one string instead of a list, no item, or one that is none.
+        """
+        if isinstance(items, str):
+            raise DataError("monitor: got one string; give a list of prompts")
+        kwargs = self._setup.chat_template_kwargs
+        found = [render(self.tokenizer, conversation_of(item, raw=raw), chat_template_kwargs=kwargs) for item in items]
+        if not found:
+            raise DataError("monitor: got no prompts; give at least one")
+        return found
+
+    def project(self, rendered: Sequence[Rendered], read: Read) -> Tensor:
+        """Raw numbers, before calibration.
+
+        Args:
+            rendered: what is read.
+            read: which tokens.
+
+        Returns:
+            [n, s], one column per site; nan where there is no token to read.
+        """
+        kept = [row for row, text in enumerate(rendered) if read == "prompt_last" or len(text.ids) > text.prompt_length]
+        values = torch.full((len(rendered), len(self._units)), torch.nan)
+        if kept:
+            acts = record(
+                self.model,
+                self.tokenizer,
+                [rendered[row] for row in kept],
+                self._units,
+                readout=read if read == "response_mean" else "prompt_last",
+                batch_size=self._setup.batch_size,
+            )
+            columns = [self._along(acts.positive[site], direction) for site, direction in self._units.items()]
+            values[kept] = torch.stack(columns, dim=1)
+        return values
+
+    def scaled(self, values: Tensor, *, differences: bool) -> Tensor:
+        """One number of the raw ones of all sites, calibrated where that was asked for.
+
+        Args:
+            values: [..., s].
+            differences: they are differences of two projections, from which no mean is taken.
+
+        Returns:
+            [...]
+        """
+        if not self.calibrated:
+            return values.mean(dim=-1)
+        mean, deviation, joint = (one.to(values) if isinstance(one, Tensor) else one for one in self._scale)
+        moved = values if differences else values - mean
+        return (moved / deviation).mean(dim=-1) / joint
+
+    def heat(self, item: Item, *, site: Site | str | None = None, raw: bool = False) -> TokenScores:
+        """Every token of a text with its own projection, raw.
+
+        Args:
+            item: see `score`.
+            site: where; None takes the first that is read.
+            raw: leave a string prompt as it is.
+
+        Returns:
+            The tokens and their values, read at each token itself.
+        """
+        (rendered,) = self.rendered([item], raw=raw)
+        return token_projections(self._setup.bare, rendered, self.vector, site=site or self.sites[0])
+
+    def middle(self, site: Site | str | None = None) -> float:
+        """Where neutral texts lie: the mean of their raw numbers.
+
+        Args:
+            site: one of `sites`; None takes the first.
+        """
+        place = Site.parse(site) if isinstance(site, str) else site or self.sites[0]
+        return float(self._scale.mean[self.sites.index(place)])
+
+    @contextlib.contextmanager
+    def watch(self, callback: Callable[[Step], object] | None = None) -> Iterator[Watched]:
+        """Read while `model.generate` runs, whoever calls it.
+
+        What is read is the value as it flows on: at a site that is being steered, the one after the edit, whichever
+        context was entered first. Calibration is that of `read`: a running mean of the response ends, but for the last
+        token, as the `response_mean` of the text. That last token is never fed to the model, so nothing is read of it.
+        End and pad tokens do not count.
+
+        Args:
+            callback: called after every pass with a `Step`, whose tensors are on the model's device: nothing waits for
+                the accelerator unless the callback looks at them.
+
+        Yields:
+            What has been read, one entry per call of `generate`.
+
+        Raises:
+            ModelError: the model is compiled, or is being steered from another thread.
+        """
+        model, decoder = self._decoder.model, self._decoder
+        modules = [self.model, model, decoder.body, *decoder.blocks]
+        if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
+            raise ModelError("watch: compiled code does not call what reads it; load the model without torch.compile")
+        if self.calibrated:
+            _ = self._scale  # read before, not in the middle of somebody's generate
+        clock = PassClock.of(model) or PassClock(model, decoder.body)
+        if clock.users and clock.owner != threading.get_ident():
+            raise ModelError("watch: this model object is being steered from another thread; leave that context first")
+        watched = Watched(self, clock, callback)
+        with contextlib.ExitStack() as stack:
+            clock.attach()
+            stack.callback(clock.detach)
+            # Appended: the clock's own hook comes first, and steering's dispatchers are prepended.
+            stack.callback(model.register_forward_pre_hook(_Opening(watched), with_kwargs=True).remove)
+            for site, tap in self._taps.items():
+                hook, module = _Reading(watched, site, tap), tap.module
+                if tap.side == "input":
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                else:
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            yield watched
+
+    def along(self, site: Site, h: Tensor) -> Tensor:
+        """Raw numbers of activations at one site.
+
+        Args:
+            site: where, under the name that `record` uses.
+            h: [..., d].
+
+        Returns:
+            [...] float32.
+        """
+        return self._along(h.detach().float(), self._units[site].to(h.device))
+
+    def _along(self, h: Tensor, direction: Tensor) -> Tensor:
+        found = h @ direction
+        return found / torch.linalg.vector_norm(h, dim=-1) if self.kind == "cos" else found
+
+    @cached_property
+    def _scale(self) -> _Scale:
+        texts = neutral_texts() if self._setup.neutral is None else list(self._setup.neutral)
+        clock = PassClock.of(self._decoder.model)
+        with contextlib.nullcontext() if clock is None else clock.suspended():
+            values = self.project(self.rendered(texts), self.read)
+        values = values[~values.isnan().any(dim=1)]
+        if len(values) < 3:
+            raise DataError(f"monitor: {len(values)} neutral texts can be read; give at least 3, with answers")
+        mean, deviation = values.mean(dim=0), values.std(dim=0)
+        if not bool((deviation > 0).all()):
+            raise DataError("monitor: all neutral texts have the same projection; give different ones")
+        return _Scale(mean, deviation, float(((values - mean) / deviation).mean(dim=1).std()))
+
+
+class Step(NamedTuple):
+    """What one pass of `generate` has shown.
+
+    Attributes:
+        number: generated tokens read so far, 0 at the prompt's end.
+        values: [b] of the token just read: the prompt's last, or one of the response; nan for rows that have ended.
+        mean: [b] mean over the response so far; nan where nothing of it has been read.
+    """
+
+    number: int
+    values: Tensor
+    mean: Tensor
+
+
+class Watched:
+    """What `Monitor.watch` has read. Made by it.
+
+    Attributes:
+        calls: one entry per call of `generate`, in order. `steerkit.generate` makes one per batch, sorted by length.
+    """
+
+    def __init__(self, monitor: Monitor, clock: PassClock, callback: Callable[[Step], object] | None) -> None:
+        self._monitor, self._clock, self._callback = monitor, clock, callback
+        self.calls: list[WatchedCall] = []
+
+    @property
+    def last(self) -> WatchedCall:
+        """The latest call of `generate`.
+
+        Raises:
+            DataError: there was none.
+        """
+        if not self.calls:
+            raise DataError("watch: the model has generated nothing yet")
+        return self.calls[-1]
+
+    def open(self, ids: Any) -> None:
+        """Note the token ids of a pass that is about to run.
+
+        Args:
+            ids: [b, t], or None where embeddings are given.
+
+        Raises:
+            ScopeError: rows change their places (beams).
+        """
+        facts = self._facts()
+        if facts is None:
+            return
+        call: WatchedCall | None = facts.store.get(self)
+        if call is None:
+            call = facts.store[self] = WatchedCall(self._clock.settings, facts)
+            self.calls.append(call)
+        call.ids, call.read = ids, {}
+
+    def take(self, site: Site, tap: Tap, h: Tensor) -> None:
+        """Read a site in the pass under way.
+
+        Args:
+            site: which.
+            tap: how.
+            h: [b, t, d], or rows and tokens in one dimension.
+        """
+        facts = self._facts()
+        call: WatchedCall | None = None if facts is None else facts.store.get(self)
+        if facts is None or call is None:
+            return
+        shaped = h.reshape(facts.batch, facts.width, -1) if tap.flat else h
+        place = call.place(facts)
+        if place is None:
+            return
+        rows = torch.arange(facts.batch, device=h.device)
+        call.read[site] = self._monitor.along(site, shaped[rows, place.to(h.device)])
+        if len(call.read) == len(self._monitor._taps):
+            order = self._monitor._taps
+            columns = torch.stack([call.read[one].to(h.device) for one in order], dim=-1)
+            step = call.add(self._monitor.scaled(columns, differences=False), facts)
+            if self._callback is not None and step is not None:
+                self._callback(step)
+
+    def _facts(self) -> Pass | None:
+        """The pass under way, where it belongs to a `generate`.
+
+        Raises:
+            ScopeError: it is being compiled.
+        """
+        if torch.compiler.is_compiling():
+            raise ScopeError("watch: compiled code cannot be read; run the model eagerly (disable_compile=True)")
+        facts = self._clock.now
+        if facts is None or facts.bare or facts.is_probe or facts.boundary is None:
+            return None
+        return facts
+
+
+class WatchedCall:
+    """What has been read in one call of `generate`.
+
+    Attributes:
+        prompt: [b] of the prompt's last token; None where it has not been read.
+        values: per response token [b]; nan for rows that have ended.
+    """
+
+    def __init__(self, settings: Any, facts: Pass) -> None:
+        if (getattr(settings, "num_beams", None) or 1) > 1:
+            raise ScopeError("watch: beams change their rows from step to step; score the finished texts instead")
+        ends = [getattr(settings, name, None) for name in ("eos_token_id", "pad_token_id")]
+        self._ends, self._pads = (
+            torch.tensor([] if end is None else end, dtype=torch.long, device=facts.device).flatten() for end in ends
+        )
+        self.prompt: Tensor | None = None
+        self.values: list[Tensor] = []
+        self.ids: Tensor | None = None
+        self.read: dict[Site, Tensor] = {}
+        self._finished = torch.zeros(facts.batch, dtype=torch.bool, device=facts.device)
+        self._sum = torch.zeros(facts.batch, device=facts.device)
+        self._count = torch.zeros(facts.batch, device=facts.device)
+
+    @property
+    def mean(self) -> Tensor:
+        """[b] mean over the response so far; nan where nothing of it has been read."""
+        return self._sum / self._count
+
+    @property
+    def tokens(self) -> Tensor:
+        """[b, t] one number per response token that the model has read; nan for rows that have ended."""
+        return torch.stack(self.values, dim=1) if self.values else self._sum.new_zeros(len(self._sum), 0)
+
+    def place(self, facts: Pass) -> Tensor | None:
+        """[b] which column of a pass is read; None where none is.
+
+        Args:
+            facts: the pass.
+
+        Raises:
+            ScopeError: the pass holds tokens that may be thrown away again (assisted decoding).
+        """
+        past = facts.past if isinstance(facts.past, int) else int(facts.past)
+        assert facts.boundary is not None
+        end = past + facts.width
+        if end <= facts.boundary:
+            return facts.tokens(_RESPONSE).last_prompt()
+        if end != facts.boundary + len(self.values) + 1:
+            raise ScopeError(
+                "watch: this pass holds several tokens behind the prompt, which may be thrown away again (assisted "
+                "decoding); score the finished texts instead"
+            )
+        return torch.full((facts.batch,), facts.width - 1, device=facts.device)
+
+    def add(self, values: Tensor, facts: Pass) -> Step | None:
+        """Keep what all sites have shown of one token per row.
+
+        Args:
+            values: [b].
+            facts: the pass.
+
+        Returns:
+            The step.
+        """
+        past = facts.past if isinstance(facts.past, int) else int(facts.past)
+        assert facts.boundary is not None
+        values = values.to(self._sum.device)
+        if past + facts.width <= facts.boundary:
+            self.prompt = values
+            return Step(0, values, self.mean)
+        counted = ~self._finished
+        if self.ids is not None:
+            last = self.ids[:, -1].to(self._finished.device)
+            self._finished = self._finished | torch.isin(last, self._ends)
+            counted = ~self._finished & ~torch.isin(last, self._pads)
+        self._sum = self._sum + torch.where(counted, values, 0.0)
+        self._count = self._count + counted
+        self.values.append(torch.where(counted, values, torch.nan))
+        return Step(len(self.values), self.values[-1], self.mean)
+
+
+class _Hook:
+    """A copy of it does nothing: a deep copy of a watched model is not watched."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return inert_hook, ()
+
+
+class _Opening(_Hook):
+    def __init__(self, watched: Watched) -> None:
+        self.watched = watched
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.watched.open(kwargs.get("input_ids", args[0] if args else None))
+
+
+class _Reading(_Hook):
+    def __init__(self, watched: Watched, site: Site, tap: Tap) -> None:
+        self.watched, self.site, self.tap = watched, site, tap
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        """Both as a hook before a module and after it."""
+        self.watched.take(self.site, self.tap, self.tap.read(args, kwargs, *output))
+
+
+def _directions(vector: SteeringVector, sites: Sequence[Site | str] | None) -> dict[Site, Tensor]:
+    """Directions [d] of length 1 at the sites that are read.
+
+    Raises:
+        DataError: none of the sites has a direction.
+    """
+    method = method_of(vector)
+    wanted = vector.reads if sites is None else [Site.parse(one) if isinstance(one, str) else one for one in sites]
+    found = {site: method.read_direction(vector.params(site)) for site in wanted}
+    kept = {site: unit(direction.float()) for site, direction in found.items() if direction is not None}
+    if not kept or (sites is not None and len(kept) < len(found)):
+        raise DataError(f"{vector.method} has no single direction to project on at {', '.join(map(str, found))}")
+    return kept
