@@ -17,6 +17,7 @@ model, unless asked otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -31,7 +32,7 @@ from steerkit.errors import DataError, ModelError, ScopeError
 from steerkit.registry import method_of
 from steerkit.sites import Site, find_decoder
 from steerkit.steering import Steering, Strength, steer, vectors_of
-from steerkit.tokens import inert, inert_hook
+from steerkit.tokens import PassClock, inert, inert_hook
 from steerkit.vector import SteeringVector
 
 __all__ = ["SteeringCallback", "additions", "span_ablation"]
@@ -45,7 +46,9 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     The steering is attached when a step begins (all its accumulated batches included) and comes off when it ends, so
     that evaluation, prediction and saving in between see the plain model. If training is broken off by an error, the
     first forward pass outside of the training loop finds that out and takes it off before anything is computed; used as
-    a context manager the callback takes it off at once. Adapters (PEFT) are trained like anything else.
+    a context manager the callback takes it off at once (with a compiled model, whose code asks nobody, use it so).
+    Adapters (PEFT) are trained like anything else. A compiled model keeps its hooks between steps, where they do
+    nothing: attaching them anew would compile it again for every step.
 
     Args:
         vectors: one vector or several. They are fixed: gradients flow through, not into them.
@@ -85,6 +88,8 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self._steering: Steering | None = None
         self._guards: list[Any] = []
         self._loop: Any = None
+        self._is_compiled = False
+        self._pause = contextlib.ExitStack()
 
     @property
     def is_attached(self) -> bool:
@@ -115,22 +120,23 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self._model = model
         self._steering = steer(model, self.vectors, self.strength, scope=self.scope, unit=self.unit)
         _refuse_checkpointed(model, self._steering.sites)
-        if self.during_evaluation:
+        self._is_compiled = bool(getattr(args, "torch_compile", False)) or _has_compiled_code(model)
+        if self.during_evaluation or self._is_compiled:
             self._attach()
+            self._step_aside()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the steering, for all batches of this step."""
+        self._pause.close()
         self._attach()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take it off: what follows may be an evaluation."""
-        if not self.during_evaluation:
-            self._detach()
+        self._step_aside()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take it off after a step that was broken off on purpose."""
-        if not self.during_evaluation:
-            self._detach()
+        self._step_aside()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take it off for good."""
@@ -155,7 +161,19 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         places = {id(one): one for one in (decoder.model, decoder.body)}.values()
         self._guards = [one.register_forward_pre_hook(_Guard(self)) for one in places]
 
+    def _step_aside(self) -> None:
+        if self.during_evaluation:
+            return
+        if not self._is_compiled:
+            self._detach()
+            return
+        self._pause.close()
+        clock = PassClock.of(find_decoder(self._model).model) if self._model is not None else None
+        if clock is not None:
+            self._pause.enter_context(clock.suspended())
+
     def _detach(self) -> None:
+        self._pause.close()
         guards, self._guards, self._loop = self._guards, [], None
         for guard in guards:
             guard.remove()
@@ -199,6 +217,12 @@ def _caller() -> Any:
     while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, TrainerCallback.__module__):
         frame = frame.f_back
     return frame
+
+
+def _has_compiled_code(model: nn.Module) -> bool:
+    decoder = find_decoder(model)
+    modules = (model, decoder.model, decoder.body, *decoder.blocks)
+    return any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules)
 
 
 def _refuse_checkpointed(model: nn.Module, sites: Sequence[Site]) -> None:

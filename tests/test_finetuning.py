@@ -444,17 +444,33 @@ def test_adapters_with_checkpointing(tmp_path: Any) -> None:
     close(trained(model, tmp_path, SteeringCallback(vector, 2.0), **options), expected)
 
 
-def test_a_compiled_training_is_steered_alike(tmp_path: Any) -> None:
-    vector = vector_for(build("llama"), scope="all")
-    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
-    expected = trained(build("llama"), tmp_path, SteeringCallback(vector), **options)
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+@pytest.mark.parametrize("during", [False, True])
+def test_a_compiled_training_is_steered_alike(during: bool, tmp_path: Any) -> None:
+    """Evaluated after each of twelve steps; compiled once for each state and not once for each step."""
+    vector, count = vector_for(build("llama"), scope="all"), 0
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 12}
+
+    def counting(graph: Any, _example: Any) -> Any:
+        nonlocal count
+        count += 1
+        return graph.forward
+
+    eager, compiled = build("llama"), build("llama")
+    first = trainer_of(eager, tmp_path, SteeringCallback(vector, during_evaluation=during), **options)
+    first.train()
     torch._dynamo.reset()
-    model = build("llama")
-    trainer = trainer_of(
-        model, tmp_path, SteeringCallback(vector), torch_compile=True, torch_compile_backend="aot_eager", **options
-    )
-    trainer.train()
-    close([parameter.detach() for parameter in model.parameters()], expected)
+    compiled.compile(backend=counting)
+    second = trainer_of(compiled, tmp_path, SteeringCallback(vector, during_evaluation=during), **options)
+    second.train()
+    close([one.detach() for one in compiled.parameters()], [one.detach() for one in eager.parameters()])
+    assert losses_of(second) == pytest.approx(losses_of(first), abs=1e-4)
+    assert 1 <= count <= 4
+    assert hooks_of(compiled) == 0
+    torch.testing.assert_close(logits_of(compiled), logits_of(eager), rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 
