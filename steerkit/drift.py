@@ -32,7 +32,7 @@ from steerkit.monitoring import Item, Kind, Monitor, Read, conversation_of
 from steerkit.sites import Site, inner_model
 from steerkit.vector import SteeringVector
 
-__all__ = ["Difference", "Shift", "finetuning_shift", "own_answers", "projection_difference"]
+__all__ = ["Difference", "Shift", "finetuning_shift", "own_answers", "projection_difference", "with_adapter"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +134,31 @@ def finetuning_shift(
     else:
         monitor = Monitor(before, tokenizer, vector, **options)
         first = monitor.score(prompts)
-    # The scale stays that of the model as it was.
-    other = Monitor(after, tokenizer, vector, **options)
+    # The scale stays that of the model as it was, for which the vector was fitted: the other has another name.
+    other = Monitor(after, tokenizer, replace(vector, model_id=None, model_revision=None), **options)
     values = other.project(other.rendered(prompts), read)
     return Shift(first, monitor.scaled(values, differences=False))
+
+
+def with_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """A model with the adapter that PEFT saved in a folder; the model itself gets the adapter's layers.
+
+    Args:
+        model: what the adapter was trained on.
+        folder: with an `adapter_config.json`.
+
+    Raises:
+        ModelError: peft is not installed, or the adapter does not fit the model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ModelError(f"{folder}: reading an adapter needs peft; install it with: pip install peft") from None
+    try:
+        found: nn.Module = PeftModel.from_pretrained(model, str(folder)).eval()
+    except Exception as error:
+        raise ModelError(f"{folder}: this adapter cannot be put on the model ({str(error).splitlines()[0]})") from error
+    return found
 
 
 def projection_difference(

@@ -32,6 +32,7 @@ __all__ = [
     "plot_curve",
     "plot_maps",
     "plot_sweep",
+    "plot_tokens",
     "ready",
     "separation_svg",
     "spots_svg",
@@ -227,6 +228,63 @@ def plot_maps(maps: Sequence[Map], path: str | Path, *, title: str, layers: int)
         grid.flat[0].set_ylabel("block, counted from 0")
         figure.suptitle(title, fontsize=10)
         return _save(figure, Path(path))
+
+
+def plot_tokens(texts: Sequence[Sequence[tuple[str, str]]], path: str | Path, *, title: str) -> Path:
+    """Write a picture of texts with a colour behind every token.
+
+    Args:
+        texts: per text its tokens, each with a colour; a line end in a token ends the line.
+        path: a .png, .svg or .pdf file.
+        title: what it shows.
+
+    Returns:
+        The path.
+
+    Raises:
+        SteerError: matplotlib is missing, or the file cannot be written.
+    """
+    lines = [line for text in texts for line in [*_lines_of(text), []]]
+    with _style():
+        figure, axes = _figure(WIDTH_OF_TEXT * 0.085 + 0.3, max(1.2, 0.24 * len(lines) + 0.5))
+        axes.set_axis_off()
+        axes.set_xlim(0, WIDTH_OF_TEXT)
+        axes.set_ylim(len(lines), 0)
+        axes.set_title(title, loc="left")
+        for number, line in enumerate(lines):
+            for start, part, colour in line:
+                # Boxes of their own: the background of a text is as wide as its font, which may lack a character.
+                axes.add_patch(_rectangle(start, number, len(part), colour))
+                axes.text(start, number + 0.5, part, family="monospace", fontsize=9, va="center", parse_math=False)
+        return _save(figure, Path(path))
+
+
+WIDTH_OF_TEXT = 90
+
+
+def _lines_of(tokens: Sequence[tuple[str, str]]) -> list[list[tuple[int, str, str]]]:
+    """Tokens set in lines: each part with its column and its colour."""
+    lines: list[list[tuple[int, str, str]]] = [[]]
+    column = 0
+    for text, colour in tokens:
+        for place, part in enumerate(text.split("\n")):
+            if place > 0 or (column > 0 and column + len(part) > WIDTH_OF_TEXT):
+                lines.append([])
+                column = 0
+            for start in range(0, len(part), WIDTH_OF_TEXT):
+                piece = part[start : start + WIDTH_OF_TEXT]
+                if start > 0:
+                    lines.append([])
+                    column = 0
+                lines[-1].append((column, piece, colour))
+                column += len(piece)
+    return lines
+
+
+def _rectangle(start: int, line: int, width: int, colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((start, line + 0.05), width, 0.9, facecolor=colour, edgecolor="none", zorder=0)
 
 
 def separation_svg(
