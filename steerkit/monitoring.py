@@ -249,7 +249,8 @@ class Monitor:
         What is read is the value as it flows on: at a site that is being steered, the one after the edit, whichever
         context was entered first. Calibration is that of `read`: a running mean of the response ends, but for the last
         token, as the `response_mean` of the text. That last token is never fed to the model, so nothing is read of it.
-        End and pad tokens do not count.
+        End and pad tokens do not count. Under a gated vector that writes before it has decided, the number at the
+        prompt's end is that of the pass with writes, in rows too whose gate stayed closed.
 
         Args:
             callback: called after every pass with a `Step`, whose tensors are on the model's device: nothing waits for

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -256,7 +257,9 @@ def plot_tokens(texts: Sequence[Sequence[tuple[str, str]]], path: str | Path, *,
                 # Boxes of their own: the background of a text is as wide as its font, which may lack a character.
                 axes.add_patch(_rectangle(start, number, len(part), colour))
                 axes.text(start, number + 0.5, part, family="monospace", fontsize=9, va="center", parse_math=False)
-        return _save(figure, Path(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # models write characters that the font may lack
+            return _save(figure, Path(path))
 
 
 WIDTH_OF_TEXT = 90
