@@ -175,3 +175,18 @@ def test_maps_mark_what_is_under_zero_and_leave_zeros_blank(tmp_path: Path) -> N
     assert one == plots.plot_maps([few, many], tmp_path / "b.svg", title="t", layers=5).read_bytes()
     with pytest.raises(SteerError, match="no parts"):
         plots.plot_maps([], tmp_path / "c.svg", title="t", layers=5)
+
+
+def test_tokens_are_set_in_lines_with_their_colours(tmp_path: Path) -> None:
+    tokens = [("One ", "#111111"), ("two\u21b5\n", "#222222"), ("x" * 200, "#333333"), ("\U0001f600 $5", "#444444")]
+    lines = plots._lines_of(tokens)
+    assert [[part for _, part, _ in line] for line in lines] == [
+        ["One ", "two\u21b5"], ["x" * 90], ["x" * 90], ["x" * 20, "\U0001f600 $5"],
+    ]  # fmt: skip
+    for line in lines:
+        assert [start for start, _, _ in line] == [sum(len(part) for _, part, _ in line[:n]) for n in range(len(line))]
+    written = plots.plot_tokens([tokens, tokens], tmp_path / "tokens.svg", title="caa at resid_post.1")
+    drawn = written.read_text()
+    assert all(drawn.count(colour) == 2 * count for colour, count in (("#111111", 1), ("#333333", 3), ("#444444", 1)))
+    with pytest.raises(SteerError, match="a picture is"):
+        plots.plot_tokens([tokens], tmp_path / "tokens.txt", title="")
