@@ -172,7 +172,8 @@ def test_shift_of_a_checkpoint_and_of_an_adapter(
             found = answer(*words, after)
         torch.testing.assert_close(values(found["items"], "shift"), expected.values, rtol=1e-3, atol=1e-3)
         assert list(found["summary"]["shift"].values()) == pytest.approx(list(expected.estimate), abs=1e-3)
-    ended = cli(*words, "tuned")
+    ended = cli(*words, "tuned", "--out", "shift.jsonl")
+    assert [json.loads(line)["prompt"] for line in Path("shift.jsonl").read_text().splitlines()] == PROMPTS
     assert f"{expected.estimate.mean:+.3f}" in plain(ended.out)
     assert width(ended.out.split("\n")) <= WIDTH
     Path("adapter/adapter_model.safetensors").write_bytes(b"")
@@ -214,6 +215,7 @@ def test_a_stream_s_items_come_from_stdin_here_too(
         (("Why?", "--vector", "v.safetensors", "--difference"), 2, "--difference compares"),
         (("Why?", "--vector", "v.safetensors", "--cheap"), 2, "--cheap is a form"),
         (("--data", "-", "--vector", "v.safetensors", "--json"), 2, "line by line"),
+        (("Why?", "--vector", "v.safetensors", "--after", "tuned", "--raw"), 2, "--raw and --heat stand with"),
         (("--data", "none.jsonl", "--vector", "v.safetensors"), 1, "error: none.jsonl: cannot read the file"),
         (("--data", "empty.jsonl", "--vector", "v.safetensors"), 1, "error: empty.jsonl: the file holds no item"),
         (("--data", "wrong.jsonl", "--vector", "v.safetensors"), 1, "error: wrong.jsonl, line 2: give 'prompt' or"),

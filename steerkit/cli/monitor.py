@@ -85,6 +85,8 @@ def run(
         raise typer.BadParameter("give prompts, or a file of them with --data")
     if difference and (data is None or after is not None):
         raise typer.BadParameter("--difference compares the responses of --data, before any training")
+    if (difference or after) and (raw or heat):
+        raise typer.BadParameter("--raw and --heat stand with plain scores; leave out --difference and --after")
     if cheap and not difference:
         raise typer.BadParameter("--cheap is a form of --difference; give both")
     if data == "-" and (difference or after or heat or as_json or out):
@@ -118,7 +120,7 @@ def run(
         return
     if after is not None:
         assert isinstance(rows, list)
-        _shift(loaded, tokenizer, rows, found, after, {"read": read.value, **options}, unit, as_json)
+        _shift(loaded, tokenizer, rows, found, after, {"read": read.value, **options}, unit, out, as_json)
         return
     monitor = steerkit.Monitor(loaded, tokenizer, found, read=read.value, **options)
     name = column or "projection"
@@ -234,10 +236,7 @@ def _finish(
     rows: list[dict[str, Any]], name: str, summary: dict[str, Any], *, out: Path | None, as_json: bool, is_data: bool
 ) -> None:
     """Write the items, and show the summary."""
-    if out is not None:
-        from steerkit.files import write_whole
-
-        write_whole(out, "".join(_line(row) + "\n" for row in rows).encode())
+    _write(rows, out)
     if as_json:
         print_json({"items": rows, "summary": summary})
         return
@@ -254,6 +253,13 @@ def _finish(
     _print_summary(stdout() if out is not None else stderr(), summary)
     if out is not None:
         stdout().print(f"wrote {out}")
+
+
+def _write(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
+    if out is not None:
+        from steerkit.files import write_whole
+
+        write_whole(out, "".join(_line(row) + "\n" for row in rows).encode())
 
 
 def _print_summary(console: Console, summary: dict[str, Any]) -> None:
@@ -283,6 +289,7 @@ def _shift(
     after: str,
     options: dict[str, Any],
     unit: str,
+    out: Path | None,
     as_json: bool,
 ) -> None:
     """The finetuning shift, between two checkpoints or of an adapter."""
@@ -296,6 +303,7 @@ def _shift(
         shift = steerkit.finetuning_shift(None if is_adapter else loaded, other, tokenizer, rows, vector, **options)
     parts = zip(rows, _plain(shift.before), _plain(shift.after), _plain(shift.values), strict=True)
     listed = [{**row, "before": first, "after": second, "shift": moved} for row, first, second, moved in parts]
+    _write(listed, out)
     estimate = _estimate(shift.estimate)
     found = {"after": after, "unit": unit, "items": len(rows), "shift": estimate}
     if as_json:

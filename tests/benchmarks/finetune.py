@@ -109,7 +109,7 @@ def measured(
 def trained(data: Sequence[dict[str, str]], callback: Any, steps: int) -> tuple[Any, float]:
     """The embedded model with a LoRA adapter, trained on the samples."""
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     model, tokenizer = steerkit.load_model()
     rows = []
@@ -148,6 +148,7 @@ def trained(data: Sequence[dict[str, str]], callback: Any, steps: int) -> tuple[
         data_collator=Collate(0),
         callbacks=[] if callback is None else [callback],
     )
+    trainer.remove_callback(PrinterCallback)
     loss = trainer.train().training_loss
     return adapted.eval(), loss
 
