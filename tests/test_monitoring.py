@@ -270,6 +270,16 @@ def test_watching_reads_what_flows_on(family: str, mode: str, steered: bool) -> 
         assert torch.equal(out, generated(model, prompts, **MODES[mode]))
 
 
+@pytest.mark.parametrize("family", ["mamba", "gemma3_vlm", "bloom", "gpt_oss", "qwen3_next", "mixtral"])
+def test_watching_works_in_other_families(family: str) -> None:
+    model = build(family)
+    vector = vector_at(model)
+    monitor = Monitor(model, TOKENIZER, vector, read="response_mean", neutral=NEUTRAL)
+    with monitor.watch() as watched, steerkit.steer(model, vector):
+        out = generated(model, [SHORT, LONG])
+    check(model, monitor, watched, out, [SHORT, LONG], vector=vector)
+
+
 def test_watching_reads_after_the_edit() -> None:
     model = build("llama")
     vector = vector_at(model)
