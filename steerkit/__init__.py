@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from steerkit.monitoring import Monitor
     from steerkit.sites import Site
     from steerkit.steering import Steering, steer
+    from steerkit.traits import TraitSpec
     from steerkit.vector import SteeringVector
     from steerkit.weights import edited
 
@@ -63,6 +64,7 @@ _HOMES = {
     "SteeringCallback": "finetuning",
     "SteeringVector": "vector",
     "StrengthError": "errors",
+    "TraitSpec": "traits",
     "UnknownNameError": "errors",
     "VectorFileError": "errors",
     "VectorMismatchError": "errors",
@@ -97,6 +99,7 @@ __all__ = [
     "SteeringCallback",
     "SteeringVector",
     "StrengthError",
+    "TraitSpec",
     "UnknownNameError",
     "VectorFileError",
     "VectorMismatchError",

@@ -1,4 +1,9 @@
-"""Prompts to texts: chat template, left padding, seeds, and steering where a vector is given."""
+"""Prompts to texts: chat template, left padding, seeds, and steering where a vector is given.
+
+One seed for all prompts draws each token for the whole batch at once, so a text depends on what is answered beside it.
+One seed per prompt draws for each row alone. The most likely token is taken after noise was added to the logits (Gumbel
+noise: that draws a token exactly with its probability), which moves little where rounding moves the logits.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steerkit.data import Conversation, Message, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
@@ -31,7 +36,7 @@ def generate(
     unit: Literal["paper", "norm"] | None = None,
     max_new_tokens: int = 128,
     batch_size: int = 8,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     raw: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
@@ -49,7 +54,8 @@ def generate(
         unit: `paper` or `norm`; None takes each vector's own.
         max_new_tokens: the longest answer, in tokens.
         batch_size: prompts per pass.
-        seed: fixes sampling without touching the caller's random state.
+        seed: fixes sampling without touching the caller's random state. One number for all prompts, or one per prompt:
+            then a text does not depend on batches, and `temperature` is the only further option of sampling.
         raw: leave strings as they are, without the chat template.
         chat_template_kwargs: passed on to the chat template.
         options: handed on to `transformers`' own `generate` (`num_return_sequences`, `do_sample`, ...).
@@ -58,7 +64,7 @@ def generate(
         The texts without their prompts, in the order given (`num_return_sequences` of each in a row).
 
     Raises:
-        DataError: no prompts, or one string instead of a list of them.
+        DataError: no prompts, one string instead of a list of them, or seeds per prompt that do not fit.
         StrengthError: one strength per prompt was given, but not as many as prompts.
         SteerError: a prompt cannot be rendered (see `steerkit.data.render`), or the model not steered (see `steer`).
     """
@@ -70,6 +76,7 @@ def generate(
     if max_new_tokens < 1:
         raise DataError(f"max_new_tokens is at least 1, got {max_new_tokens}")
     rows = _rows(strength, len(prompts))
+    seeds = None if seed is None or isinstance(seed, int) else _seeds(seed, len(prompts), options)
     vectors = [] if vector is None else vectors_of(vector)
     for one in vectors:
         one.check_template(tokenizer)
@@ -93,13 +100,18 @@ def generate(
     if settings.get("do_sample") is False:
         # A checkpoint's sampling defaults would only draw warnings here.
         settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
+    if seeds is not None:
+        settings = {**settings, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     texts: list[list[str]] = [[] for _ in prompts]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None):
-        if seed is not None:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=isinstance(seed, int)):
+        if isinstance(seed, int):
             torch.manual_seed(seed)
         for batch in batches(rendered, batch_size, pad_id=pad, side="left"):
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             own = [rows[row] for row in batch.rows] if rows is not None else strength
+            if seeds is not None:
+                noise = _RowNoise([seeds[row] for row in batch.rows], options.get("temperature", 1.0))
+                settings["logits_processor"] = [*options.get("logits_processor", ()), noise]
             with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles):
                 out = model.generate(input_ids=ids, attention_mask=mask, **settings)  # type: ignore[operator]
             out = getattr(out, "sequences", out)
@@ -134,3 +146,47 @@ def _rows(strength: Strength | None, prompts: int) -> list[float] | None:
     if len(listed) != prompts:
         raise StrengthError(f"strength: got {len(listed)} numbers for {prompts} prompts; give one, or one per prompt")
     return list(listed)
+
+
+_DRAWING = ("do_sample", "logits_processor", "temperature")
+
+
+def _seeds(seeds: Sequence[int], prompts: int, options: Mapping[str, Any]) -> list[int]:
+    """One seed per prompt, and options that go with that.
+
+    Raises:
+        DataError: another number of seeds, or an option that draws in another way.
+    """
+    if len(seeds) != prompts:
+        raise DataError(f"seed: got {len(seeds)} numbers for {prompts} prompts; give one, or one per prompt")
+    if not options.get("do_sample", True):
+        raise DataError("one seed per prompt draws, and do_sample=False does not; leave one of them out")
+    for name in options:
+        if name not in _DRAWING and name.startswith(("top_", "min_p", "typical_p", "num_", "penalty_alpha")):
+            raise DataError(f"one seed per prompt: {name} cannot be given beside it; temperature can")
+    temperature = options.get("temperature", 1.0)
+    if not isinstance(temperature, int | float) or not temperature > 0:
+        raise DataError(f"temperature is a number above 0, got {temperature!r}")
+    return [int(one) for one in seeds]
+
+
+class _RowNoise:
+    """A logits processor after which the most likely token of each row is one drawn from the row's own numbers.
+
+    Args:
+        seeds: one per row.
+        temperature: that the logits are divided by.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        # argmax(log p - log E) with E exponential is a draw from p (Gumbel's trick).
+        # In float64: in float32 one draw in 16 million is 0, and there are that many in a few hundred tokens.
+        drawn = [
+            torch.empty(scores.shape[-1], dtype=torch.float64).exponential_(generator=one) for one in self.generators
+        ]
+        noise = torch.stack(drawn).log().float().to(scores.device)
+        return scores.float() / self.temperature - noise

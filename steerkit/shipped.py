@@ -1,4 +1,4 @@
-"""Where the shipped recipes and vectors lie: beside the package in a checkout, inside it once installed."""
+"""Where the shipped recipes, traits and vectors lie: beside the package in a checkout, inside it once installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from steerkit.errors import unknown_name
 
-__all__ = ["recipe_path", "recipes", "vector_path", "vectors"]
+__all__ = ["recipe_path", "recipes", "trait_path", "traits", "vector_path", "vectors"]
 
 
 def _folder(name: str) -> Path:
@@ -23,6 +23,28 @@ def recipes() -> dict[str, Path]:
 def vectors() -> dict[str, Path]:
     """The shipped vectors, ``model/name`` to file, sorted."""
     return {f"{path.parent.name}/{path.stem}": path for path in sorted(_folder("vectors").glob("*/*.safetensors"))}
+
+
+def traits() -> dict[str, Path]:
+    """The shipped trait specifications, name to file, sorted."""
+    return {path.stem: path for path in sorted(_folder("recipes").glob("traits/*.toml"))}
+
+
+def trait_path(name: str | Path) -> Path:
+    """Find a trait specification by its path or its shipped name.
+
+    Args:
+        name: a .toml or .json file, or a name such as ``optimistic``.
+
+    Raises:
+        UnknownNameError: neither a file nor a shipped trait.
+    """
+    path = Path(name)
+    if path.suffix in (".toml", ".json"):
+        return path
+    if str(name) not in traits():
+        raise unknown_name("trait", str(name), traits())
+    return traits()[str(name)]
 
 
 def recipe_path(name: str) -> Path:

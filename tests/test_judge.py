@@ -21,6 +21,7 @@ import torch
 
 import steerkit
 from steerkit.data import Conversation, render
+from steerkit.endpoint import KEYS
 from steerkit.errors import DataError, SteerError, UnknownNameError
 from steerkit.evaluate import judge as judging
 from steerkit.evaluate.judge import (
@@ -47,7 +48,7 @@ KEY = "sk-very-secret-0123456789"
 
 @pytest.fixture(autouse=True)
 def no_keys_no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in judging.KEYS:
+    for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("no_proxy", "*")
 

@@ -192,6 +192,8 @@ def test_the_shipped_files_travel_inside_the_wheel(tmp_path: Path) -> None:
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "steerkit/recipes/optimism-caa.toml" in names
     assert "steerkit/recipes/prompts/optimism.jsonl" in names
+    assert "steerkit/recipes/traits/optimistic.toml" in names
+    assert "steerkit/recipes/finetune/finetune-pirate.jsonl" in names
     assert "steerkit/vectors/smollm2-135m/optimism-caa.safetensors" in names
     assert "steerkit/py.typed" in names
     assert not [name for name in names if name.startswith(("tests", "recipes", "vectors"))]

@@ -89,6 +89,7 @@ class Search:
         controls: random directions, and fits on shuffled labels, of the confirmation.
         trials: number of points an optimiser (optuna) may try instead of the ladder; None climbs.
         seed: fixes splits, controls, intervals and the optimiser.
+        together: whether the best single blocks are tried together too.
     """
 
     candidates: Sequence[Sequence[int]] | None = None
@@ -100,6 +101,7 @@ class Search:
     controls: int = 5
     trials: int | None = None
     seed: int = 0
+    together: bool = True
 
     def __post_init__(self) -> None:
         if self.controls < 1 or self.finalists < 1 or self.screened_items < 2 or self.neutral_texts < 1:
@@ -385,6 +387,8 @@ class _Search:
                 promised[layers] = scores[self.effect].gain.mean / math.sqrt(kl)
         ranked = sorted(promised, key=lambda layers: -promised[layers])
         finalists = ranked[: self.search.finalists]
+        if not self.search.together:
+            return finalists
         together = tuple(sorted({layer for layers in [one for one in ranked if len(one) == 1][:3] for layer in layers}))
         if len(together) > 1 and together not in finalists and self.is_possible(together):
             finalists.append(together)

@@ -16,18 +16,12 @@ this. A `LocalJudge` follows every number of the scale to its last token and has
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
-from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 import torch
@@ -35,6 +29,7 @@ from torch import Tensor, nn
 
 from steerkit.activations import position_inputs
 from steerkit.data import Conversation, Rendered, batches, has_chat_template, pad_token_id, render
+from steerkit.endpoint import FILTERED, Endpoint, told
 from steerkit.errors import DataError, SteerError
 from steerkit.models import load_model
 from steerkit.sites import execution_device, find_decoder
@@ -54,11 +49,7 @@ __all__ = [
 ]
 
 LEAST_MASS = 0.25
-KEYS = ("STEERKIT_JUDGE_KEY", "OPENAI_API_KEY")
 LARGEST_SCALE = 1000
-FILTERED = "content_filter"
-"""Code and reason with which providers refuse one prompt for what it says: a failure of that item alone."""
-LARGEST_REPLY = 2**24  # bytes
 LONGEST_ANSWER = 200  # characters; what is longer is not a number and nothing else
 
 Spelling: TypeAlias = tuple[int, ...]
@@ -128,12 +119,8 @@ class EndpointJudge:
         max_tokens: int = 16,
         least_mass: float = LEAST_MASS,
     ) -> None:
-        self.base_url = _checked_url(base_url)
-        if not model:
-            raise SteerError(f"judge at {self.base_url}: no model is named; write {self.base_url}#model-name")
-        self.model = model
-        self._key = _checked_key(api_key)
-        self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self._endpoint = Endpoint(base_url, model, api_key, timeout=timeout, retries=retries, backoff=backoff)
+        self.base_url, self.model = self._endpoint.base_url, model
         self.parallel, self.max_tokens, self.least_mass = parallel, max_tokens, least_mass
         self._gives_logprobs = True
 
@@ -186,10 +173,10 @@ class EndpointJudge:
             "seed": 0,
         }
         if self._gives_logprobs:
-            status, body = self._post({**asked, "logprobs": True, "top_logprobs": 20})
-            if status not in (400, 422) or _told(body)[1] == FILTERED:
+            status, body = self._endpoint.post({**asked, "logprobs": True, "top_logprobs": 20})
+            if status not in (400, 422) or told(body)[1] == FILTERED:
                 return self._reply(status, body)
-        status, body = self._post(asked)
+        status, body = self._endpoint.post(asked)
         reply = self._reply(status, body)
         self._gives_logprobs = False  # only now: what was refused was the option, not the prompt
         return reply
@@ -200,58 +187,13 @@ class EndpointJudge:
         Raises:
             SteerError: it is an error, or no chat completion.
         """
-        told, code = _told(body)
-        if code == FILTERED:
+        if told(body)[1] == FILTERED:
             return _Reply([], "", cut_off=True)
-        if status in (401, 403):  # nothing of the reply: providers quote the key in it
-            raise self._error(f"HTTP {status}, the key is missing or refused; set {KEYS[0]}")
-        if status != 200:
-            raise self._error(f"HTTP {status}{self._shown(told)}")
+        self._endpoint.check(status, body)
         try:
             return _Reply.of(body)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise self._error(f"the reply is no chat completion{self._shown(told)}; check the url") from None
-
-    def _post(self, asked: Mapping[str, Any]) -> tuple[int, bytes]:
-        """Send a request, again where that may help.
-
-        Returns:
-            Status and body of the reply.
-
-        Raises:
-            SteerError: there was none, or the last one too says to come back later.
-        """
-        headers = {"Content-Type": "application/json", "User-Agent": "steerkit"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(
-            f"{self.base_url}/chat/completions", json.dumps(asked).encode(), headers, method="POST"
-        )
-        happened, pause = "", 0.0
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(max(pause, self.backoff * 2 ** (attempt - 1)))
-            try:
-                with _OPENER.open(request, timeout=self.timeout) as response:
-                    return response.status, response.read(LARGEST_REPLY)
-            except urllib.error.HTTPError as error:
-                with error:
-                    body = _body(error)
-                if error.code not in (408, 429) and error.code < 500:
-                    return error.code, body
-                happened, pause = f"HTTP {error.code}{self._shown(_told(body)[0])}", _asked_pause(error.headers)
-            except (OSError, http.client.HTTPException, UnicodeError) as error:
-                happened, pause = _what_broke(error, self.timeout), 0.0
-        raise self._error(f"{happened}, {self.retries + 1} tries")
-
-    def _shown(self, told: str) -> str:
-        """What an endpoint says about an error, short, on one line, without the key."""
-        text = told.replace(self._key, "...") if self._key else told
-        text = " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())
-        return f" ({text[:200]})" if text else ""
-
-    def _error(self, happened: str) -> SteerError:
-        return SteerError(f"judge {self.model} at {self.base_url}: {happened}")
+            raise self._endpoint.no_completion(body) from None
 
 
 class LocalJudge:
@@ -503,7 +445,7 @@ def last_question(conversation: Conversation) -> str:
     return asked[-1] if asked else conversation.prompt[-1]["content"]
 
 
-def rate(judge: Judge, prompts: Sequence[str], *, low: int, high: int) -> Tensor:
+def rate(judge: Judge, prompts: Sequence[str], *, low: int, high: int, partly: bool = False) -> Tensor:
     """Let a judge score prompts.
 
     Args:
@@ -511,12 +453,13 @@ def rate(judge: Judge, prompts: Sequence[str], *, low: int, high: int) -> Tensor
         prompts: filled rubrics.
         low: lower end of the scale.
         high: upper end.
+        partly: these are some of many prompts, so that it may be that none of them can be scored.
 
     Returns:
         [n], nan where the judge gave no score.
 
     Raises:
-        DataError: the judge gave another number of scores, one beyond the scale, or none at all.
+        DataError: the judge gave another number of scores, one beyond the scale, or, unless `partly`, none at all.
     """
     scores = judge.score(prompts, low=low, high=high)
     if len(scores) != len(prompts):
@@ -527,7 +470,7 @@ def rate(judge: Judge, prompts: Sequence[str], *, low: int, high: int) -> Tensor
     beyond = [score for score in given if not low <= score <= high]
     if beyond:
         raise DataError(f"judge {judge.name} gave {beyond[0]!r}; allowed are numbers from {low} to {high}, and None")
-    if prompts and not given:
+    if prompts and not given and not partly:
         raise DataError(
             f"judge {judge.name} scored none of {len(prompts)} prompts; it has to answer with one number from {low} to "
             f"{high} and nothing else: change the rubric or the judge"
@@ -576,51 +519,6 @@ def judge_of(spec: str | Judge) -> Judge:
 
 
 _LOADED: WeakValueDictionary[str, LocalJudge] = WeakValueDictionary()
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Leaves redirects as errors: urllib would hand the key to wherever they lead."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-# The standard library's client: the one of huggingface_hub falls back on the user's hub token for any address, and
-# does not work with HF_HUB_OFFLINE set, which a local endpoint is no reason to unset.
-_OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-def _checked_url(base_url: str) -> str:
-    """A plain address without a slash at its end.
-
-    Raises:
-        SteerError: it is none. A part that may be secret is not shown.
-    """
-    hint = "give it as https://host/v1"
-    try:
-        parts = urlsplit(base_url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        whole = False
-    if not whole or not base_url.isprintable() or not base_url.isascii() or " " in base_url:
-        raise SteerError(f"judge: the url is no address of an endpoint; {hint}")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise SteerError(f"judge at {parts.hostname}: the url holds more than host and path; {hint} and the key apart")
-    return base_url.rstrip("/#?").removesuffix("/chat/completions")
-
-
-def _checked_key(api_key: str | None) -> str:
-    """The key, which may be empty.
-
-    Raises:
-        SteerError: it cannot stand in a header; the client's own error would show it.
-    """
-    if api_key is None:
-        api_key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
-    key = api_key.strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise SteerError("judge: the key holds blanks or characters other than ASCII; check how it was copied")
-    return key
 
 
 def check_scale(low: int, high: int) -> None:
@@ -674,43 +572,3 @@ def _broken_up(text: str, special: Iterable[str]) -> str:
     if not longest_first:
         return text
     return re.sub("|".join(map(re.escape, longest_first)), lambda found: f"{found[0][0]} {found[0][1:]}", text)
-
-
-def _body(response: Any) -> bytes:
-    """What an error's reply says, where it arrives at all."""
-    try:
-        body: bytes = response.read(LARGEST_REPLY)
-    except (OSError, http.client.HTTPException):
-        return b""
-    return body
-
-
-def _told(body: bytes) -> tuple[str, str]:
-    """Message and code of an error's reply, in the shapes that endpoints use; empty where there are none."""
-    try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError):
-        return "", ""
-    error = reply.get("error", reply) if isinstance(reply, dict) else None
-    if isinstance(error, str):
-        return error, ""
-    if not isinstance(error, dict):
-        return "", ""
-    told = error.get("message") or error.get("detail") or ""
-    return str(told), str(error.get("code") or "")
-
-
-def _asked_pause(headers: Any) -> float:
-    """Seconds that the endpoint asks to wait, at most a minute; dates are not read."""
-    asked = str(headers.get("Retry-After", "")).strip()
-    return min(float(asked), 60.0) if re.fullmatch(r"[0-9]{1,6}", asked) else 0.0
-
-
-def _what_broke(error: BaseException, timeout: float) -> str:
-    """A failed connection in a few words."""
-    inner = getattr(error, "reason", None)
-    cause = inner if isinstance(inner, BaseException) else error
-    if isinstance(cause, TimeoutError):
-        return f"no answer within {timeout:g} s"
-    said = " ".join(str(cause).split())[:200]
-    return f"no connection ({type(cause).__name__}{': ' if said else ''}{said})"

@@ -33,7 +33,7 @@ from steerkit.errors import DataError
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
 
-__all__ = ["Repetition"]
+__all__ = ["Repetition", "repeated_share"]
 
 _LONGEST = 30
 
@@ -75,6 +75,20 @@ class Repetition(Scorer):
             "repetition": torch.tensor([_repeated(one) for one in counts]),
             "ngram_entropy": torch.tensor([_evenness(one) for one in counts]),
         }
+
+
+def repeated_share(text: str, n: int = 4) -> float:
+    """Share of the n-grams of one text that stood there before; 0 for fewer than n words.
+
+    Args:
+        text: any text.
+        n: words of an n-gram.
+
+    Example:
+        >>> repeated_share("to be or not to be or not to be")  # seven 4-grams, four different ones
+        0.4285714285714286
+    """
+    return _repeated(_ngrams(text, n))
 
 
 def _ngrams(text: str, n: int) -> Counter[tuple[str, ...]]:
