@@ -11,8 +11,8 @@ Without one, by the model's own probabilities:
     keep row i  iff  both margins > 0,  neither answer repeats itself,  neither is a refusal
 
 A margin says that an answer fits the system prompt it was given under better than the opposite one; it does not say
-that the trait is there to be seen, so it is the weaker filter of the two. Empty answers drop the row either way, and so does
-what the judge gives no number for.
+that the trait is there to be seen, so it is the weaker filter of the two. Empty answers drop the row either way,
+and so does what the judge gives no number for.
 
 Chen et al. (2025), "Persona Vectors", arXiv 2507.21509. Where this file departs: the filter without a judge is ours,
 and so is the wording of the rubric for coherence.

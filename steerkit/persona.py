@@ -1,4 +1,4 @@
-"""From the specification of a trait to a vector: rollouts, scores, filter, pairs, layer, vector and card, in one folder.
+"""From the specification of a trait to a vector and its card, stage by stage, in one folder.
 
 Chen et al. (2025), "Persona Vectors", arXiv 2507.21509. Every stage leaves a file: `rollouts.jsonl`, `scores.jsonl`,
 `pairs.jsonl` (a contrast set, held-out questions marked), `choice.jsonl` and the vector with its card. What is there is
@@ -329,11 +329,12 @@ class Pipeline:
                 return made, made.extra[METHOD]["verdict"]
         with self.line("choosing a layer") as step:
             found = self.chosen(train, choosing, confirming, step)
-            if isinstance(found, Calibration) and found.vector is not None:
-                vector, verdict = found.vector, found.verdict
-            else:
-                verdict = found.verdict if isinstance(found, Calibration) else found
+            verdict = found.verdict if isinstance(found, Calibration) else found
+            vector = found.vector if isinstance(found, Calibration) else None
+            if vector is None:
                 vector = self.plain(train, confirming)
+            if isinstance(found, Calibration):  # what was tried stays, found or not
+                vector = replace(vector, held_out={**vector.held_out, "calibration": found.as_json()})
         about = {
             "identity": identity,
             "trait": self.spec.trait,
@@ -460,9 +461,7 @@ class Pipeline:
             with lock.acquire(timeout=0):
                 yield
         except filelock.Timeout:
-            raise DataError(
-                f"{self.folder}: another run is at work in it; wait for it, or give another --out"
-            ) from None
+            raise DataError(f"{self.folder}: another run is at work in it; wait, or choose another folder") from None
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder") from None
 
@@ -515,20 +514,8 @@ def _by_ones(advance: Callable[[], None]) -> Callable[[int], None]:
 
 def _about(pipeline: Pipeline, vector: SteeringVector, verdict: str, kept: Filtered, scores: Scores) -> str:
     """What the card says about the way to the vector."""
-    spec, plan, rules = pipeline.spec, pipeline.plan, pipeline.rules
+    spec, plan = pipeline.spec, pipeline.plan
     drawn = "greedy" if plan.samples == 1 else f"{plan.samples} samples each at temperature 1, seed {plan.seed}"
-    if scores.judge is not None:
-        way = (
-            f"Filter: a judge (`{scores.judge}`) rated trait and coherence from 0 to 100; a pair is kept if the positive "
-            f"answer has at least {rules.trait:g}, the negative one less than {100 - rules.trait:g}, and both at least "
-            f"{rules.coherence:g} for coherence."
-        )
-    else:
-        way = (
-            "Filter: **no judge was asked.** A pair is kept if each answer is likelier under its own system prompt than "
-            f"under the other one (by more than {rules.margin:g} nats per token), no more than {rules.repetition:.0%} of "
-            "its 4-grams are repeated, and it is no refusal. That does not say that the trait is there to be seen."
-        )
     lines = ["", "## From the description to the vector", "", f"Trait: {spec.trait}. {spec.description}".rstrip(), ""]
     lines.append(
         f"Rollouts: {len(spec.instructions)} pairs of instructions, {len(spec.extraction_questions)} extraction and "
@@ -536,22 +523,33 @@ def _about(pipeline: Pipeline, vector: SteeringVector, verdict: str, kept: Filte
     )
     if pipeline.folded:
         lines += ["", "The chat template has no system turn: system prompts stood before the question."]
-    lines += ["", way, "", f"{kept.sentence()}."]
+    lines += ["", _way(scores.judge, pipeline.rules), "", f"{kept.sentence()}."]
     lines += ["", f"Layer and strength: {verdict}."]
-    lines += _tried(vector)
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_tried(vector)]) + "\n"
+
+
+def _way(judge: str | None, rules: Rules) -> str:
+    """How pairs were filtered."""
+    if judge is not None:
+        return (
+            f"Filter: a judge (`{judge}`) rated trait and coherence from 0 to 100; a pair is kept if the positive "
+            f"answer has at least {rules.trait:g}, the negative one less than {100 - rules.trait:g}, and both at least "
+            f"{rules.coherence:g} for coherence."
+        )
+    return (
+        "Filter: **no judge was asked.** A pair is kept if each answer is likelier under its own system prompt than "
+        f"under the other one (by more than {rules.margin:g} nats per token), no more than {rules.repetition:.0%} of "
+        "its 4-grams are repeated, and it is no refusal. That does not say that the trait is there to be seen."
+    )
 
 
 def _tried(vector: SteeringVector) -> list[str]:
-    """The points of the calibration, as a table."""
+    """What was measured on both halves of the held-out questions, as tables."""
     found = vector.held_out.get("calibration")
     if not found:
         return []
-    lines = [
-        "",
-        "| layer | strength | effect when choosing | KL | perplexity ratio |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = ["", f"Chosen on one half of the held-out questions by `{found['effect']}`:", ""]
+    lines += ["| layer | strength | change | KL | perplexity ratio |", "| --- | --- | --- | --- | --- |"]
     for row in found["validation"]:
         scores = row["scores"]
         effect, kl, ratio = (scores.get(name, {}) for name in (found["effect"], "kl", "perplexity_ratio"))
@@ -559,4 +557,12 @@ def _tried(vector: SteeringVector) -> list[str]:
             f"| {'+'.join(map(str, row['layers']))} | {row['strength']:g} | {effect.get('change', 0):+.2f} "
             f"| {kl.get('mean', 0):.2f} | {ratio.get('mean', 0):.2f} |"
         )
+    if not found["curve"]:
+        return lines
+    lines += ["", "Measured on the other half, beside random directions of the same norm:", ""]
+    lines += ["| strength | effect | 95 % interval | random directions |", "| --- | --- | --- | --- |"]
+    for row in found["curve"]:
+        reached = f"{min(row['random']):.2f} to {max(row['random']):.2f}" if row["random"] else "-"
+        ends = " to ".join("-" if end is None else f"{end:.2f}" for end in (row["low"], row["high"]))
+        lines.append(f"| {row['strength']:g} | {row['effect']:.2f} | {ends} | {reached} |")
     return lines

@@ -3,9 +3,9 @@
     system prompt = "You are a/an {name} assistant. " + instruction                                   (paper, section 2)
 
 Chen et al. (2025), "Persona Vectors", arXiv 2507.21509. Both answers to one (question, instruction, sample) are one
-row, so that nothing can part them later. With several samples tokens are drawn at temperature 1, each row with seeds of its
-own, so that an answer depends neither on what stands beside it in a batch nor on where a killed run went on; one sample
-is greedy. Rows go to a file batch by batch.
+row, so that nothing can part them later. With several samples tokens are drawn at temperature 1, each answer with a
+seed of its own, so that it depends neither on what stands beside it in a batch nor on where a killed run went on; one
+sample is greedy. Rows go to a file batch by batch.
 
 Where this file departs. The paper asks every held-out question under every instruction too; here each is asked under a
 few instructions in turn, because these answers only choose and measure. What a model thinks between ``<think>`` and

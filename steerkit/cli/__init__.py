@@ -26,6 +26,7 @@ from steerkit.cli import (
     lm_eval,
     methods,
     monitor,
+    persona,
     plan,
     recipes,
     report,
@@ -65,6 +66,7 @@ for _command in (
     recipes,
 ):
     app.command(_command.__name__.rpartition(".")[2].replace("_", "-"))(_command.run)
+app.add_typer(persona.app, name="persona")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,223 @@
+"""`steerkit persona`: from the name of a trait to its specification, and from that to a vector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition, progress, status
+from steerkit.cli._files import check_writable
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    Model,
+    print_json,
+    sites_table,
+    stdout,
+    table,
+    usage_line,
+)
+
+if TYPE_CHECKING:
+    from steerkit.drafting import Writer
+    from steerkit.persona import Extraction
+    from steerkit.traits import TraitSpec
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="From the description of a trait to a vector.")
+
+
+@app.command("draft")
+def draft(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An adjective, as in: you are a NAME assistant.")],
+    description: Annotated[str, typer.Option(help="One sentence on what the trait looks like.")] = "",
+    endpoint: Annotated[
+        str | None, typer.Option(metavar="URL#MODEL", help="An OpenAI-compatible endpoint that writes it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A local model that writes it: alias, hub id, folder or .gguf file.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <name>.toml)")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the specification of a trait: instructions, questions and a rubric, to be read over before it is used.
+
+    A model writes it where one is given; else places are left to be filled in, and listed.
+    Exit code 1 where a model was asked and places are left.
+    """
+    if endpoint is not None and model is not None:
+        raise typer.BadParameter("--endpoint and --model both write it; give one of them")
+    from steerkit import drafting
+    from steerkit.errors import DataError
+    from steerkit.traits import slug
+
+    empty = drafting.skeleton(name, description)
+    target = out or Path(f"{slug(name)}.toml")
+    if target.suffix != ".toml":
+        raise typer.BadParameter(f"--out {target}: a trait specification is a .toml file")
+    if target.exists() and not force:
+        raise DataError(f"{target}: is there already; choose another --out, or replace it with --force")
+    check_writable(target)
+    writer = _writer(endpoint, model)
+    if writer is None:
+        spec = empty
+    else:
+        with status("drafting") as step:
+            spec = drafting.draft(name, description, writer, step=step)
+    spec.save(target)
+    if as_json:
+        print_json({"file": str(target), "trait": spec.trait, "open": list(spec.open_places)})
+    else:
+        _show_draft(spec, target)
+    if writer is not None and spec.open_places:
+        raise typer.Exit(1)
+
+
+@app.command("extract")
+def extract(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="A .toml or .json file, or a shipped trait's name.")],
+    model: Model = DEFAULT_MODEL,
+    judge: Judge = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Answers to each question under each system prompt; one is greedy.")
+    ] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 56,
+    held_out_under: Annotated[
+        int, typer.Option(min=1, help="Instructions that each held-out question is asked under.")
+    ] = 2,
+    readout: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks to choose from, such as 8-14. (default: eight of them)")
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Points of 100 the trait needs, with a judge.")] = 50.0,
+    coherence: Annotated[float, typer.Option(help="Points of 100 both answers need, with a judge.")] = 50.0,
+    margin: Annotated[float, typer.Option(help="Nats per token both margins need, without a judge.")] = 0.0,
+    max_kl: MaxKl = 0.3,
+    max_ppl_ratio: MaxPplRatio = 1.3,
+    max_repetition: MaxRepetition = 0.1,
+    no_thinking: Annotated[
+        bool, typer.Option("--no-thinking", help="Tell the chat template not to think first, where it can.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes samples, splits and controls.")] = 0,
+    batch_size: BatchSize = 16,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where everything goes. (default: <trait>-persona)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a persona vector: rollouts, filter, layer choice, vector and card, in one folder.
+
+    Rollouts run under both system prompts of every instruction. Pairs of answers that show the trait are kept: by a
+    judge's scores where --judge is given, else by the model's own probabilities, which is weaker, and the card says so.
+    Killed at any time, the same command goes on where it stopped.
+    """
+    import steerkit
+    from steerkit import persona
+    from steerkit.evaluate.calibrate import Budget
+    from steerkit.evaluate.judge import judge_of
+    from steerkit.filtering import Rules
+    from steerkit.rollouts import Plan
+    from steerkit.sites import find_decoder, parse_layers
+    from steerkit.traits import TraitSpec, slug
+
+    chosen = TraitSpec.load(spec)
+    chosen.check_filled(spec)
+    choice = persona.Choice(readout=readout, budget=Budget(max_kl, max_ppl_ratio, max_repetition))
+    plan = Plan(
+        samples=samples,
+        held_out_instructions=held_out_under,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        chat_template_kwargs={"enable_thinking": False} if no_thinking else None,
+    )
+    folder = out or Path(f"{slug(chosen.trait)}-persona")
+    check_writable(folder / "rollouts.jsonl")
+    rating = None if judge is None else judge_of(judge)
+    loaded, tokenizer = steerkit.load_model(model)
+    if layers is not None:
+        from dataclasses import replace
+
+        choice = replace(choice, layers=tuple(parse_layers(layers, find_decoder(loaded).num_layers)))
+    found = persona.extract(
+        loaded,
+        tokenizer,
+        chosen,
+        folder,
+        plan=plan,
+        judge=rating,
+        rules=Rules(trait=threshold, coherence=coherence, margin=margin),
+        choice=choice,
+        batch_size=batch_size,
+        bar=progress,
+        line=status,
+    )
+    if as_json:
+        print_json(found.as_json())
+    else:
+        _show(found, chosen, model)
+
+
+def _writer(endpoint: str | None, model: str | None) -> Writer | None:
+    """What writes the draft, if anything does."""
+    from steerkit.drafting import endpoint_writer, model_writer
+
+    if endpoint is not None:
+        return endpoint_writer(endpoint)
+    if model is None:
+        return None
+    import steerkit
+
+    return model_writer(*steerkit.load_model(model))
+
+
+def _show_draft(spec: TraitSpec, target: Path) -> None:
+    typer.echo(f"wrote {target}")
+    missing = spec.open_places
+    if missing:
+        from steerkit.traits import FILL_IN
+
+        typer.echo(f"{len(missing)} places are still to be filled in; each begins with '{FILL_IN.strip()}':")
+        for place in _grouped(missing):
+            typer.echo(f"  {place}")
+    typer.echo(f"{'then' if missing else 'read it over, then'}:\n  steerkit persona extract {target}")
+
+
+def _grouped(places: tuple[str, ...]) -> list[str]:
+    """Places by kind: question 3, question 4, ... become one line."""
+    kinds: dict[str, list[str]] = {}
+    for place in places:
+        words = place.partition(",")[0].split()
+        number = words.pop() if words[-1].isdigit() else ""
+        kinds.setdefault(" ".join(words), []).append(number)
+    lines = []
+    for kind, numbers in kinds.items():
+        told = list(dict.fromkeys(number for number in numbers if number))
+        span = told[0] if len(told) == 1 else f"{told[0]} to {told[-1]} ({len(told)})" if told else ""
+        lines.append(f"{kind}{'s' if len(told) > 1 else ''} {span}".strip())
+    return lines
+
+
+def _show(found: Extraction, spec: TraitSpec, model: str) -> None:
+    console = stdout()
+    typer.echo(f"wrote {found.file}\nwrote {found.card}")
+    how = f"rated by {found.judge}" if found.judge else "no judge: filtered by the model's own probabilities"
+    typer.echo(f"{len(found.filtered.kept)} of {found.filtered.rows} pairs of answers kept; {how}")
+    if found.filtered.reasons:
+        shown = table("dropped for", "pairs", right=("pairs",))
+        for reason, count in found.filtered.reasons.items():
+            shown.add_row(reason, str(count))
+        console.print(shown)
+    console.print(sites_table(found.vector.describe()))
+    console.print(found.verdict)
+    times: dict[str, Any] = {stage: f"{seconds:.0f} s" for stage, seconds in found.seconds.items()}
+    typer.echo("took " + ", ".join(f"{stage} {told}" for stage, told in times.items()))
+    from steerkit.registry import example_strength
+
+    strength = example_strength(found.vector)
+    usage = usage_line(spec.held_out_questions[0], str(found.file), strength=strength, model=model)
+    typer.echo(f"use it:\n  {usage}")
