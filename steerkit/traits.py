@@ -279,8 +279,9 @@ class TraitSpec:
             return
         named = f"{path}: " if path else ""
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        places = "1 place is" if len(missing) == 1 else f"{len(missing)} places are"
         raise DataError(
-            f"{named}{len(missing)} places are still to be filled in ({'; '.join(missing[:4])}{more}); write them, or "
+            f"{named}{places} still to be filled in ({'; '.join(missing[:4])}{more}); write them, or "
             "let a model do it: steerkit persona draft --endpoint URL#MODEL"
         )
 

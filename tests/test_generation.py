@@ -97,3 +97,53 @@ def test_the_embedded_model_is_steered_both_ways(embedded: tuple[Any, Any]) -> N
     }
     assert len(set(texts.values())) == 3
     assert texts[0.0] == steerkit.generate(model, tokenizer, question, max_new_tokens=24)[0]
+
+
+def test_a_seed_per_prompt_does_not_depend_on_batches(model: Any, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 8}
+    prompts, seeds = [*PROMPTS, *PROMPTS], [1, 2, 3, 4, 5, 6]
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    alone = [
+        steerkit.generate(model, tokenizer, [prompt], seed=[seed], **options)[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    assert torch.equal(torch.rand(1), expected)
+    for batch_size in (2, 4, 8):
+        assert steerkit.generate(model, tokenizer, prompts, seed=seeds, batch_size=batch_size, **options) == alone
+    assert all(alone[place] != alone[place + 3] for place in range(3)), "another seed, another text"
+    assert steerkit.generate(model, tokenizer, prompts, seed=seeds, max_new_tokens=8) == alone
+    cold = steerkit.generate(model, tokenizer, prompts, seed=seeds, max_new_tokens=8, temperature=1e-4)
+    assert cold == steerkit.generate(model, tokenizer, prompts, max_new_tokens=8)
+
+
+def test_a_seed_per_prompt_draws_tokens_with_their_probability(model: Any, tokenizer: Any) -> None:
+    from steerkit.generation import _RowNoise
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf])
+    draws = 20000
+    noise = _RowNoise([7], temperature=2.0)
+    counts = torch.zeros(4)
+    for _ in range(draws):
+        counts[noise(torch.zeros(1, 1), logits[None]).argmax()] += 1
+    shares = torch.softmax(logits / 2, dim=-1)
+    spread = (shares * (1 - shares) / draws).sqrt()
+    assert counts[3] == 0
+    assert bool(((counts / draws - shares).abs() <= 4 * spread + 1e-9).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": [1, 2]}, "2 numbers for 3 prompts"),
+        ({"do_sample": False}, "do_sample=False does not"),
+        ({"top_p": 0.9}, "top_p cannot be given beside it"),
+        ({"num_beams": 2}, "num_beams cannot"),
+        ({"num_return_sequences": 2}, "num_return_sequences cannot"),
+        ({"temperature": 0}, "a number above 0, got 0"),
+    ],
+)
+def test_what_a_seed_per_prompt_cannot_do(model: Any, tokenizer: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        steerkit.generate(model, tokenizer, PROMPTS, **{"seed": [1, 2, 3], **options})

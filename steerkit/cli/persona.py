@@ -135,6 +135,7 @@ def extract(
         seed=seed,
         chat_template_kwargs={"enable_thinking": False} if no_thinking else None,
     )
+    rules = Rules(trait=threshold, coherence=coherence, margin=margin)
     folder = out or Path(f"{slug(chosen.trait)}-persona")
     check_writable(folder / "rollouts.jsonl")
     rating = None if judge is None else judge_of(judge)
@@ -150,7 +151,7 @@ def extract(
         folder,
         plan=plan,
         judge=rating,
-        rules=Rules(trait=threshold, coherence=coherence, margin=margin),
+        rules=rules,
         choice=choice,
         batch_size=batch_size,
         bar=progress,
@@ -181,7 +182,8 @@ def _show_draft(spec: TraitSpec, target: Path) -> None:
     if missing:
         from steerkit.traits import FILL_IN
 
-        typer.echo(f"{len(missing)} places are still to be filled in; each begins with '{FILL_IN.strip()}':")
+        places = "1 place is" if len(missing) == 1 else f"{len(missing)} places are"
+        typer.echo(f"{places} still to be filled in, marked by '{FILL_IN.strip()}':")
         for place in _grouped(missing):
             typer.echo(f"  {place}")
     typer.echo(f"{'then' if missing else 'read it over, then'}:\n  steerkit persona extract {target}")
@@ -206,7 +208,7 @@ def _show(found: Extraction, spec: TraitSpec, model: str) -> None:
     console = stdout()
     typer.echo(f"wrote {found.file}\nwrote {found.card}")
     how = f"rated by {found.judge}" if found.judge else "no judge: filtered by the model's own probabilities"
-    typer.echo(f"{len(found.filtered.kept)} of {found.filtered.rows} pairs of answers kept; {how}")
+    console.print(f"{len(found.filtered.kept)} of {found.filtered.rows} pairs of answers kept; {how}")
     if found.filtered.reasons:
         shown = table("dropped for", "pairs", right=("pairs",))
         for reason, count in found.filtered.reasons.items():
