@@ -300,7 +300,7 @@ def test_a_judge_behind_an_endpoint(cli: Cli, trait: Path, tiny: Path, serve: Ca
 
 # --- kills -----------------------------------------------------------------------------------------------------------
 
-LONG = replace(TRAIT, questions=tuple(f"What about number {n}?" for n in range(40)))
+LONG = replace(TRAIT, questions=tuple(f"What about number {n}?" for n in range(20)))
 ROLL = ("persona", "extract", "long.toml", "--max-new-tokens", 8, "--samples", 2, "--batch-size", 4, "--layers", "1")
 
 
@@ -314,28 +314,35 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
     pytest.fail("no such line in a minute")
 
 
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_goes_on(cli: Cli, trait: Path, tiny: Path, sign: int, code: int) -> None:
-    LONG.save("long.toml")
-    words = (*ROLL, *FREE, "--margin", "-1000", "--model", tiny)
-    whole = cli(*words, "--out", "whole")
-    assert whole.code == 0, whole.err
-    process = start(*words, "--out", "stopped", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    rollouts = Path("stopped/rollouts.jsonl")
+def stopped(words: tuple[object, ...], lines: int, sign: int) -> int:
+    """Start a run and stop it when its file of rollouts has so many lines; gives the exit code."""
+    process = start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        wait_for(rollouts, 5, process)
+        wait_for(Path("stopped/rollouts.jsonl"), lines, process)
         process.send_signal(sign)
         _, told = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == code, told
     assert "Traceback" not in told
-    kept = rollouts.read_bytes()
-    assert kept.count(b"\n") < Path("whole/rollouts.jsonl").read_bytes().count(b"\n")
-    rollouts.write_bytes(kept + b'{"held_out": fal')  # as a kill in the middle of a line leaves it
+    return int(process.returncode)
+
+
+def test_a_run_that_is_stopped_again_and_again_goes_on(cli: Cli, trait: Path, tiny: Path) -> None:
+    LONG.save("long.toml")
+    words = (*ROLL, *FREE, "--margin", "-1000", "--model", tiny)
+    whole = cli(*words, "--out", "whole")
+    assert whole.code == 0, whole.err
+    words = (*words, "--out", "stopped")
+    rollouts, all_rows = Path("stopped/rollouts.jsonl"), Path("whole/rollouts.jsonl").read_bytes()
+    assert stopped(words, 5, signal.SIGINT) == 130
+    after_one = rollouts.read_bytes()
+    assert stopped(words, after_one.count(b"\n") + 4, signal.SIGKILL) == -signal.SIGKILL
+    after_two = rollouts.read_bytes()
+    assert len(after_one) < len(after_two) < len(all_rows)
     assert not list(Path("stopped").glob("*.safetensors"))
-    assert cli(*words, "--out", "stopped").code == 0
+    rollouts.write_bytes(after_two + b'{"held_out": fal')  # as a kill in the middle of a line leaves it
+    assert cli(*words).code == 0
     for name in ("rollouts.jsonl", "pairs.jsonl", "glad.toml", "glad-persona.md"):
         assert (Path("stopped") / name).read_bytes() == (Path("whole") / name).read_bytes(), name
     vectors = [SteeringVector.load(Path(folder) / "glad-persona.safetensors") for folder in ("stopped", "whole")]

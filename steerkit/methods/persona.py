@@ -12,7 +12,9 @@ of a trait and keeps those that show it.
 Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
 Models", arXiv 2507.21509.
 
-Where this file departs. The paper writes its vectors at the last token of every pass; the default scope here is the
+Where this file departs. The paper's coefficients are 0.5 to 2.5 for models of 7 billion parameters. What a small model
+says under two system prompts differs less, and so does the vector: the ladder of strengths goes further, up to what a
+calibration's budget allows. The paper writes its vectors at the last token of every pass; the default scope here is the
 same set of tokens, told by position. Prompt means leave each row's first token out: some models park huge activations
 there. The paper's incremental vectors begin with the embeddings; here the first site keeps its vector whole, so that
 the increments up to a site always add up to that site's own vector.
@@ -52,6 +54,7 @@ class PersonaVector(AddDirection):
     paper: ClassVar[str] = "Chen et al. 2025, arXiv 2507.21509"
     readout: ClassVar[str | None] = "response_mean"
     scope: ClassVar[str] = "response"
+    ladder: ClassVar[tuple[float, ...]] = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 
     incremental: bool = False
     """Write at every block, each with what its vector has more than that of the site before."""
