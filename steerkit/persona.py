@@ -332,7 +332,9 @@ class Pipeline:
             verdict = found.verdict if isinstance(found, Calibration) else found
             vector = found.vector if isinstance(found, Calibration) else None
             if vector is None:
-                vector = self.plain(train, confirming)
+                best = _most(found) if isinstance(found, Calibration) else None
+                vector = self.plain(train, confirming, best)
+                verdict += f"; layer {vector.sites[0].layer} {'changed most' if best else 'is taken unchosen'}"
             if isinstance(found, Calibration):  # what was tried stays, found or not
                 vector = replace(vector, held_out={**vector.held_out, "calibration": found.as_json()})
         about = {
@@ -401,9 +403,12 @@ class Pipeline:
             return scorer_of("preference_margin")
         return scorer_of("judge", {"judge": self.judge, "rubric": self.spec.rubric, "low": 0, "high": 100})
 
-    def plain(self, train: ContrastSet, held_out: ContrastSet | None) -> SteeringVector:
-        """The vector at one layer that nobody has chosen: the middle one of those allowed, else the method's own."""
-        layers = None if self.choice.layers is None else [self.choice.layers[len(self.choice.layers) // 2]]
+    def plain(
+        self, train: ContrastSet, held_out: ContrastSet | None, layers: Sequence[int] | None = None
+    ) -> SteeringVector:
+        """The vector at a layer that nothing confirms: that given, the middle of those allowed, the method's own."""
+        if layers is None and self.choice.layers is not None:
+            layers = [self.choice.layers[len(self.choice.layers) // 2]]
         return fit(
             self.model,
             self.tokenizer,
@@ -543,18 +548,25 @@ def _way(judge: str | None, rules: Rules) -> str:
     )
 
 
+def _most(found: Calibration) -> tuple[int, ...] | None:
+    """The layer with the largest effect inside the budget, sure or not, as the paper chooses; None without any."""
+    inside = [point for point in found.points if not found.budget.breaks(dict(point.scores))]
+    best = max(inside, key=lambda point: point.scores[found.effect].gain.mean, default=None)
+    return None if best is None or not best.scores[found.effect].gain.mean > 0 else best.layers
+
+
 def _tried(vector: SteeringVector) -> list[str]:
     """What was measured on both halves of the held-out questions, as tables."""
     found = vector.held_out.get("calibration")
     if not found:
         return []
     lines = ["", f"Chosen on one half of the held-out questions by `{found['effect']}`:", ""]
-    lines += ["| layer | strength | change | KL | perplexity ratio |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| layer | strength | change (95 %) | KL | perplexity ratio |", "| --- | --- | --- | --- | --- |"]
     for row in found["validation"]:
         scores = row["scores"]
         effect, kl, ratio = (scores.get(name, {}) for name in (found["effect"], "kl", "perplexity_ratio"))
         lines.append(
-            f"| {'+'.join(map(str, row['layers']))} | {row['strength']:g} | {effect.get('change', 0):+.2f} "
+            f"| {'+'.join(map(str, row['layers']))} | {row['strength']:g} | {_span(effect)} "
             f"| {kl.get('mean', 0):.2f} | {ratio.get('mean', 0):.2f} |"
         )
     if not found["curve"]:
@@ -566,3 +578,9 @@ def _tried(vector: SteeringVector) -> list[str]:
         ends = " to ".join("-" if end is None else f"{end:.2f}" for end in (row["low"], row["high"]))
         lines.append(f"| {row['strength']:g} | {row['effect']:.2f} | {ends} | {reached} |")
     return lines
+
+
+def _span(row: Mapping[str, Any]) -> str:
+    """A change with its interval."""
+    ends = ("-" if row.get(end) is None else f"{row[end]:+.2f}" for end in ("change_low", "change_high"))
+    return f"{row.get('change', 0):+.2f} ({' to '.join(ends)})"

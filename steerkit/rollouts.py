@@ -55,7 +55,7 @@ class Plan:
     """
 
     samples: int = 1
-    held_out_instructions: int = 2
+    held_out_instructions: int = 4
     max_new_tokens: int = 56
     seed: int = 0
     chat_template_kwargs: Mapping[str, Any] | None = None

@@ -89,7 +89,7 @@ def extract(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 56,
     held_out_under: Annotated[
         int, typer.Option(min=1, help="Instructions that each held-out question is asked under.")
-    ] = 2,
+    ] = 4,
     readout: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
     layers: Annotated[
         str | None, typer.Option(help="Blocks to choose from, such as 8-14. (default: eight of them)")
