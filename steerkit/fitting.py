@@ -431,12 +431,15 @@ class Subject:
                 rows[row] = logits
         return torch.stack(rows)
 
-    def shifted(self, items: Sequence[Any], shifts: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def shifted(
+        self, items: Sequence[Any], shifts: Mapping[Site, Tensor], *, prompts: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run texts with answers in one pass, from the last prompt token on written with shifts that carry gradients.
 
         Args:
             items: conversations with answers, or rendered texts.
             shifts: per site [b, d] float32, one row per item; none runs the model as it is.
+            prompts: write the prompts' other tokens too.
 
         Returns:
             Logits [b, t, v], ids [b, t], and [b, t] which positions' logits predict a token of the answer.
@@ -448,7 +451,7 @@ class Subject:
         ids, mask = batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
         lengths = batch.prompt_lengths[order].to(device)[:, None]
         place = torch.arange(ids.shape[1], device=device)
-        written = ((place >= lengths - 1) & (mask != 0))[..., None]
+        written = (((place >= lengths - 1) | prompts) & (mask != 0))[..., None]
         with contextlib.ExitStack() as stack:
             for site, tap in locate(self._model, list(shifts)).items():
                 stack.callback(_attach_shift(tap, shifts[site], written).remove)

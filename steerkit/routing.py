@@ -96,13 +96,13 @@ def _ignore(_site: Site, _h: Tensor) -> None:
     """The watches have read already; the taps only say how far to run."""
 
 
-def _weights(batch: Batch, chosen: Sequence[range]) -> Tensor:
+def _weights(batch: Batch, chosen: Sequence[Sequence[int]]) -> Tensor:
     """[b, t] what every token counts: each text 1 in all."""
     starts = (batch.attention_mask != 0).long().argmax(dim=1).tolist()
     weights = torch.zeros(batch.input_ids.shape)
     for place, (row, start) in enumerate(zip(batch.rows, starts, strict=True)):
         tokens = chosen[row]
-        weights[place, start + tokens.start : start + tokens.stop] = 1.0 / len(tokens)
+        weights[place, [start + token for token in tokens]] = 1.0 / len(tokens)
     return weights
 
 

@@ -126,7 +126,9 @@ class Subject(Protocol):
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
         """Next-token logits [n, v] behind each item, steered by `under` where given."""
 
-    def shifted(self, items: Sequence[Any], shifts: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def shifted(
+        self, items: Sequence[Any], shifts: Mapping[Site, Tensor], *, prompts: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [b, t, v] of texts whose answers are written with shifts [b, d], ids, and which predict the answer."""
 
     def train(

@@ -201,8 +201,9 @@ class WeightedController(GatedAddition):
     ) -> None:
         """Train the block weights alone: likely refusals of the positive side, little change of the negative one.
 
-        The loss is the cross-entropy of a refusing opening on positive prompts, the divergence from the unsteered model
-        over a complying one on negative prompts, and a cost of writing at all.
+        The loss is the cross-entropy of the first words of a refusal on positive prompts, the divergence from the
+        unsteered model over a complying opening on negative prompts, and a cost of writing at all. Behind its first
+        words a refusal is as likely as the model's own habits make it, steered or not.
         """
         prompts = [*subject.data.positive, *subject.data.negative]
         counts = [min(self.learn_items, positives), min(self.learn_items, len(x) - positives)]
@@ -220,18 +221,19 @@ class WeightedController(GatedAddition):
             by = (self.reach * gain[:, None] * weights).clamp_max(self.limit)
             shifts = {site: by[:, number, None] * value for number, (site, value) in enumerate(directions.items())}
             items = [texts[place] for place in batch]
-            logits, ids, predicts = subject.shifted(items, shifts)
+            logits, ids, predicts = subject.shifted(items, shifts, prompts=self.default_scope == "all")
             likely = torch.log_softmax(logits.float(), dim=-1)
-            wanted = -likely[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * predicts[:, :-1]
-            each = wanted.sum(dim=1)
+            first = predicts & (predicts.cumsum(dim=1) <= _FIRST_WORDS)
+            wanted = -likely[:, :-1].gather(-1, ids[:, 1:, None])[..., 0] * first[:, :-1]
+            each = wanted.sum(dim=1) / first.sum(dim=1)
             left = [row for row, place in enumerate(batch.tolist()) if rows[place] >= positives]
             if left:
                 with torch.no_grad():
                     bare = torch.log_softmax(subject.shifted([items[row] for row in left], {})[0].float(), dim=-1)
                 width = bare.shape[1]  # pads stand behind, so fewer rows are at most narrower
                 moved = (bare.exp() * (bare - likely[left, :width])).sum(dim=-1) * predicts[left, :width]
-                each = each.index_copy(0, torch.tensor(left, device=each.device), moved.sum(dim=1))
-            each = each / predicts.sum(dim=1)
+                moved = moved.sum(dim=1) / predicts[left].sum(dim=1)
+                each = each.index_copy(0, torch.tensor(left, device=each.device), moved)
             return each.mean() + _COST * (gain[:, None] * weights).mean().to(logits.device)
 
         subject.train(
@@ -304,6 +306,7 @@ _GAIN = ("shared/first_weight", "shared/first_bias", "shared/gain_weight", "shar
 _WEIGHTS = ("shared/block_weight", "shared/block_bias")
 _PROBE = ("shared/probe_weight", "shared/probe_bias")
 _COST = 0.05
+_FIRST_WORDS = 4  # tokens: "I'm sorry,"
 
 
 def _begun(width: int, hidden: int, blocks: int, seed: int) -> dict[str, Tensor]:
