@@ -1,0 +1,87 @@
+"""The shipped traits, steered both ways and monitored: `python -m tests.benchmarks.traits FOLDER [TRAIT]...`.
+
+FOLDER holds what `steerkit persona extract TRAIT --out FOLDER/TRAIT` wrote. Steering: preference margin of held-out
+pairs (of the questions that layer and strength were not chosen on) at minus the strength, 0 and the strength, beside
+random directions of the same norm. Monitoring: how well the projection at the last prompt token tells held-out
+questions under the trait's system prompts from the same questions under a neutral one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import steerkit
+from steerkit.data import ContrastSet, Conversation
+from steerkit.evaluate.curve import Curve, dose_response
+from steerkit.evaluate.intervals import separability
+from steerkit.evaluate.trial import Setup
+from steerkit.registry import default_strength
+from steerkit.shipped import traits
+from steerkit.traits import TraitSpec
+from steerkit.vector import SteeringVector
+
+NEUTRAL = "You are a helpful assistant."
+CONTROLS = 5
+WHERE_NONE = 4.0
+"""Strength where the extraction suggests none."""
+
+
+def confirming(path: Path) -> ContrastSet:
+    """The held-out pairs of odd questions: `steerkit.persona` chooses on the even ones."""
+    data = ContrastSet.from_jsonl(path)
+    numbers = [int(line.split('"question-')[1].split("-")[0]) for line in path.read_text("utf-8").splitlines()]
+    kept = [place for place, held in enumerate(data.marks) if held and numbers[place] % 2]
+    sides = [tuple(side[place] for place in kept) for side in (data.positive, data.negative)]
+    return ContrastSet(*sides, paired=True)
+
+
+def end(curve: Curve, place: int) -> str:
+    """What the margin gained at one end of the curve, and what random directions gave."""
+    found, unsteered = curve.points[place][curve.effect].effect, curve.effects[1].mean
+    randoms = [control[curve.strengths[place]] - unsteered for control in curve.controls]
+    span = f"{min(randoms):+.2f} to {max(randoms):+.2f}"
+    return f"{found.mean:+.2f} ({found.low:+.2f} to {found.high:+.2f}), random {span}"
+
+
+def row(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
+    """One line of the table."""
+    vector = SteeringVector.load(folder / f"{trait}-persona.safetensors")
+    strength = default_strength(vector) if vector.suggested_strength is not None else WHERE_NONE
+    setup = Setup(model, tokenizer, confirming(folder / "pairs.jsonl"))
+    curve = dose_response(setup, vector, (-strength, 0.0, strength), controls=CONTROLS)
+    ends = [end(curve, place) for place in (0, -1)]
+    spec = TraitSpec.load(traits()[trait])
+    asked = list(enumerate(spec.held_out_questions))
+    induced = [Conversation(text, system=spec.system_prompt(n % 5, "positive")) for n, text in asked]
+    neutral = [Conversation(text, system=NEUTRAL) for _, text in asked]
+    monitor = steerkit.Monitor(model, tokenizer, vector)
+    area = separability(monitor.score(induced), monitor.score(neutral))
+    cells = [
+        f"`{trait}`",
+        ", ".join(map(str, vector.sites)),
+        f"{strength:g}" + ("" if vector.suggested_strength is not None else " (not confirmed)"),
+        str(curve.items),
+        *ends,
+        "yes" if curve.rises and curve.clear_of_controls else "no",
+        f"{area.mean:.3f} ({area.low:.3f} to {area.high:.3f})",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.traits")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("traits", nargs="*")
+    options = parser.parse_args()
+    model, tokenizer = steerkit.load_model()
+    print("| trait | site | strength | pairs | margin down | margin up | both ways, clear | monitor AUC |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for trait in options.traits or sorted(traits()):
+        print(row(model, tokenizer, trait, options.folder / trait), flush=True)
+
+
+if __name__ == "__main__":
+    main()
