@@ -130,10 +130,11 @@ def vector_card(
 
 def _gate_lines(vector: SteeringVector) -> list[str]:
     """How well a gate tells held-out prompts apart."""
-    told = {name: value for name, value in vector.held_out.items() if name not in ("sites", "items")}
+    told = vector.held_out.get("gate")
     if not told:
         return []
-    lines = ["", "## The gate", "", f"On {vector.held_out['items']} held-out items:", "", "| | |", "| --- | --- |"]
+    lines = ["", "## The gate", "", f"On {vector.held_out['items']} held-out items of either kind:", ""]
+    lines += ["| | |", "| --- | --- |"]
     for name, value in told.items():
         text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
         lines.append(f"| {name} | {text} |")
