@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from steerkit.moments import Means
 from steerkit.sites import Site, find_decoder
 from steerkit.vector import SteeringVector
 
+Timing = Callable[[], tuple[float, float, float]]
 WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while", "children", "counted", "birds")
 
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs per ratio")
     parser.add_argument("--operators", action="store_true", help="only the operators, without a model")
+    parser.add_argument("--only", default="", help="only the timings of the model whose name holds this")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.operators:
@@ -44,43 +47,43 @@ def main() -> None:
         print(peak_of_extraction(options.peak))
         return
     model, tokenizer = steerkit.load_model()
-    rows = [
-        ("extraction, 30 layers / bare forward", *ratio(*extraction(model, tokenizer), options.pairs), "<= 1.05"),
-        (
-            "generation, 30 blocks steered / bare, batch 1",
-            *ratio(*generation(model, tokenizer, 1), options.pairs),
-            "<= 1.02",
-        ),
+    pairs = options.pairs
+
+    def paired(make: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> Timing:
+        return lambda: ratio(*make(), pairs)
+
+    works: list[tuple[str, Timing, str]] = [
+        ("extraction, 30 layers / bare forward", paired(lambda: extraction(model, tokenizer)), "<= 1.05"),
+        ("generation, 30 blocks steered / bare, batch 1", paired(lambda: generation(model, tokenizer, 1)), "<= 1.02"),
         (
             "generation, 100 units in 30 blocks / bare",
-            *ratio(*generation(model, tokenizer, 1, hundred_units(model)), options.pairs),
+            paired(lambda: generation(model, tokenizer, 1, hundred_units(model))),
             "<= 1.028",
         ),
-        (
-            "generation, 30 blocks steered / bare, batch 8",
-            *ratio(*generation(model, tokenizer, 8), options.pairs),
-            "<= 1.02",
-        ),
+        ("generation, 30 blocks steered / bare, batch 8", paired(lambda: generation(model, tokenizer, 8)), "<= 1.02"),
         (
             "generation, 100 units baked / untouched",
-            *baked_ratio(model, tokenizer, hundred_units(model), options.pairs),
+            lambda: baked_ratio(model, tokenizer, hundred_units(model), pairs),
             "1.00",
         ),
         (
             "generation, 30 additions baked / untouched",
-            *baked_ratio(model, tokenizer, every_block(model), options.pairs),
+            lambda: baked_ratio(model, tokenizer, every_block(model), pairs),
             "new biases",
         ),
     ]
     for batch in (1, 8):
         for opens, over in ((True, "ungated"), (True, "bare"), (False, "bare")):
             name = f"generation, 30 blocks gated ({'open' if opens else 'closed'}) / {over}, batch {batch}"
-            works = gates(model, tokenizer, batch, opens=opens, over=over)
-            rows.append((name, *ratio(*works, options.pairs), "<= 1.02" if over != "ungated" else "<= 1.05"))
+            gated = functools.partial(gates, model, tokenizer, batch, opens=opens, over=over)
+            works.append((name, paired(gated), "<= 1.02" if over != "ungated" else "<= 1.05"))
+    rows = [(name, *work(), aim) for name, work, aim in works if options.only in name]
     print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")
     print(f"{'':<54}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
     for name, median, low, high, aim in rows:
         print(f"{name:<54}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
+    if options.only:
+        return
     print(f"{'entering and leaving a context of 30 blocks':<48}{entering(model):>6.1f} ms")
     small, large = (peak_in_a_new_process(count) for count in (128, 1024))
     print(f"{'extraction, peak above the model, 128 prompts':<48}{small:>6.0f} MB")
