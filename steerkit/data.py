@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from jinja2 import TemplateError
@@ -39,11 +39,14 @@ __all__ = [
     "Rendered",
     "batches",
     "has_chat_template",
+    "opens_thought",
     "pad_token_id",
     "render",
+    "spread",
 ]
 
 Message: TypeAlias = Mapping[str, str]
+Item = TypeVar("Item")
 
 # Held out by `split` where neither the caller nor the file says how much.
 _DEFAULT_HELD_OUT = 0.25
@@ -223,6 +226,16 @@ class Rendered:
     assistant: tuple[tuple[int, int], ...] | None = ()
 
 
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many items, evenly over a list, so that none of the sources it goes through is left out.
+
+    Args:
+        items: any.
+        count: how many at most.
+    """
+    return [items[place * len(items) // count] for place in range(count)] if count < len(items) else list(items)
+
+
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Say whether the tokenizer brings a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
@@ -241,7 +254,8 @@ def render(
     the assistant's turn where the template has no generation prompt and writes it only together with the turn. The
     template brings its own special tokens. Without a chat template, or for a raw prompt, prompt and answer are joined
     as they stand and the tokenizer adds its special tokens: never a second BOS, never a closing EOS. The tokenizer is
-    not changed.
+    not changed. Where the generation prompt opens a thought, an answer that does not close it follows the prompt as it
+    stands in a history, outside of any thought.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -369,8 +383,28 @@ def _chat_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     before = continued.removesuffix(_PROBE)
     if before.startswith(prompt) and not before[len(prompt) :].strip():
         return before
+    opened = _opened(prompt)
+    if opened is not None and opened not in conversation.answer and prompt.startswith(before):
+        return before  # as in a history: an answer without its thought does not stand inside of one
     has_generation_prompt = prompt != _apply(tokenizer, messages, {**options, "add_generation_prompt": False})
     return prompt if has_generation_prompt else before
+
+
+def _opened(prompt: str) -> str | None:
+    """What closes the thought that a prompt ends in; None where it ends in none."""
+    return next((end for begin, end in THINKING if prompt.rstrip().endswith(begin)), None)
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, object] | None = None) -> bool:
+    """Whether the chat template's generation prompt opens a thought that the model then goes on with.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        chat_template_kwargs: passed on to the chat template.
+    """
+    if not has_chat_template(tokenizer):
+        return False
+    return _opened(render(tokenizer, Conversation("Hello"), chat_template_kwargs=chat_template_kwargs).text) is not None
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, object]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steerkit.data import Conversation, Rendered, batches, pad_token_id, render
+from steerkit.data import Conversation, Rendered, batches, opens_thought, pad_token_id, render
 from steerkit.errors import DataError, ModelError
 from steerkit.evaluate.identity import digest_of, setup_identity
 from steerkit.evaluate.intervals import Estimate, interval
@@ -29,6 +29,7 @@ from steerkit.evaluate.sweep import Store
 from steerkit.evaluate.trial import Setup
 from steerkit.generation import generate
 from steerkit.monitoring import Item, Kind, Monitor, Read, conversation_of
+from steerkit.roles import spoken
 from steerkit.sites import Site, inner_model
 from steerkit.vector import SteeringVector
 
@@ -240,7 +241,7 @@ def own_answers(
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """The model's own answers, greedy; those in the store are taken from it.
+    """The model's own answers, greedy and without thoughts; those in the store are taken from it.
 
     Args:
         model: any decoder-only transformers model.
@@ -264,6 +265,7 @@ def own_answers(
     texts: list[Rendered] = [
         render(tokenizer, prompts[row], chat_template_kwargs=chat_template_kwargs) for row in missing
     ]
+    in_thought = opens_thought(tokenizer, chat_template_kwargs)
     # In the order of their lengths, a batch at a time, so that what has been answered is kept.
     for batch in batches(texts, batch_size, pad_id=pad_token_id(tokenizer)) if missing else ():
         rows = [missing[place] for place in batch.rows]
@@ -276,5 +278,5 @@ def own_answers(
             chat_template_kwargs=chat_template_kwargs,
         )
         for row, answer in zip(rows, answers, strict=True):
-            kept.put(keys[row], {"answer": answer})
+            kept.put(keys[row], {"answer": spoken(answer, in_thought=in_thought)})
     return [str((kept.get(key) or {})["answer"]) for key in keys]

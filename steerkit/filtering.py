@@ -181,9 +181,10 @@ def judge_scores(
     whole = {**header, "judge": judge.name, "coherence": COHERENCE}
     rows = _scored(Journal(path, whole), rollouts, rated, step)
     trait, coherence = ([row[name] for row in rows] for name in ("trait", "coherence"))
-    if all(score is None for pair in trait for score in pair):
+    asked = sum(bool(row.answer(side)) for row in rollouts for side in SIDES)
+    if asked and all(score is None for pair in trait for score in pair):
         raise DataError(
-            f"judge {judge.name} scored none of {2 * len(rows)} answers; it has to reply with one number from 0 to 100 "
+            f"judge {judge.name} scored none of {asked} answers; it has to reply with one number from 0 to 100 "
             "and nothing else: change the rubric or the judge"
         )
     return Scores(judge.name, trait, coherence)

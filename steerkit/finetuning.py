@@ -212,9 +212,12 @@ class _Guard:
 
 
 def _caller() -> Any:
-    """The frame that runs the training steps: the first that is neither ours nor of the callbacks' own machinery."""
+    """The frame that runs the training steps: the first that is neither a callback's nor of their own machinery."""
+    ours = (__name__, TrainerCallback.__module__)
     frame: Any = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, TrainerCallback.__module__):
+    while frame.f_back is not None and (
+        frame.f_globals.get("__name__") in ours or isinstance(frame.f_locals.get("self"), TrainerCallback)
+    ):
         frame = frame.f_back
     return frame
 
@@ -276,21 +279,24 @@ def span_ablation(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
 
 
 def _made(vector: SteeringVector, directions: dict[Site, Tensor], method: str, edit: str) -> SteeringVector:
-    """A vector of another method, for the model of a given one."""
+    """A vector of another method, for the model of a given one; its dose only where it still means the same."""
+    adds = edit == "add" and vector.edit == "add"
     return SteeringVector(
         method=method,
         tensors={f"{site}/direction": direction for site, direction in directions.items()},
         sites=tuple(directions),
         edit=edit,
         scope="all",
-        unit="paper",
+        unit=vector.unit if adds else "paper",
         model_type=vector.model_type,
         hidden_size=vector.hidden_size,
         num_layers=vector.num_layers,
         norms={site: norm for site, norm in vector.norms.items() if site in directions},
         widths={site: len(row) for site, row in directions.items() if len(row) != vector.hidden_size},
         model_id=vector.model_id,
-        strength=vector.strength,
+        strength=vector.strength if adds else None,
+        suggested_strength=vector.suggested_strength if adds else None,
+        own_unit=adds and vector.own_unit,
     )
 
 

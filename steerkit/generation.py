@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steerkit.data import Conversation, Message, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
-from steerkit.roles import Roles
+from steerkit.roles import THINKING, Roles
 from steerkit.sites import execution_device, find_decoder
 from steerkit.steering import Strength, steer, strength_value, vectors_of
 from steerkit.tokens import Scope
@@ -115,11 +115,22 @@ def generate(
             with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles):
                 out = model.generate(input_ids=ids, attention_mask=mask, **settings)  # type: ignore[operator]
             out = getattr(out, "sequences", out)
-            answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            answers = _decoded(tokenizer, out[:, ids.shape[1] :])
             each = len(answers) // len(batch.rows)
             for place, row in enumerate(batch.rows):
                 texts[row] = answers[place * each : (place + 1) * each]
     return [text for answers in texts for text in answers]
+
+
+def _decoded(tokenizer: Any, rows: Tensor) -> list[str]:
+    """Texts without special tokens, but for the marks around thoughts: without them nobody can part them again."""
+    special = set(tokenizer.all_special_ids)
+    vocabulary = tokenizer.get_vocab() if special else {}
+    marks = {vocabulary[mark] for pair in THINKING for mark in pair if mark in vocabulary} & special
+    if not marks:
+        answers: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return answers
+    return [tokenizer.decode([token for token in row if token not in special - marks]) for row in rows.tolist()]
 
 
 def _steered(

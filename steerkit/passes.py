@@ -169,7 +169,7 @@ class _Conductor:
         model, body = self.decoder.model, self.decoder.body
         for module in {id(model): model, id(body): body}.values():
             self.handles.append(module.register_forward_pre_hook(_Opening(self), with_kwargs=True))
-        self.handles.append(model.register_forward_hook(_Closing(self), prepend=True))
+        self.handles.append(model.register_forward_hook(_Closing(self), prepend=True, always_call=True))
 
     def detach(self) -> None:
         """Take them off."""
@@ -202,6 +202,9 @@ class _Conductor:
             return None
         replay, waiting = facts.replay, facts.held
         facts.replay, facts.held = None, ()
+        if output is None:  # the pass failed
+            _forget_past(replay.given["past_key_values"], replay.recorded)
+            return None
         rows: Tensor | bool = False
         for guide in waiting:
             wanted = guide.editor.finish(guide.state(facts))

@@ -322,7 +322,7 @@ class Pipeline:
         self, train: ContrastSet, choosing: ContrastSet | None, confirming: ContrastSet | None, kept: Filtered
     ) -> tuple[SteeringVector, str]:
         """The vector at the layer that is chosen, taken from the file where nothing it depends on has changed."""
-        identity = self.identity()
+        identity = self.identity(kept)
         with contextlib.suppress(VectorFileError):
             made = SteeringVector.load(self.file)
             if made.extra.get(METHOD, {}).get("identity") == identity:
@@ -354,12 +354,13 @@ class Pipeline:
         vector.save(self.file)
         return vector, verdict
 
-    def identity(self) -> str:
-        """Digest of what the vector depends on."""
+    def identity(self, kept: Filtered) -> str:
+        """Digest of what the vector and its card depend on."""
         pairs = (self.folder / "pairs.jsonl").read_bytes().decode()
         judge = None if self.judge is None else self.judge.name
         model = weights_digest(inner_model(self.model))
-        return digest_of([pairs, judge, model, self.spec.digest, asdict(self.choice), asdict(self.plan)])
+        told = [asdict(self.choice), asdict(self.plan), asdict(self.rules), dict(kept.reasons)]
+        return digest_of([pairs, judge, model, self.spec.digest, *told])
 
     def chosen(
         self,
@@ -463,12 +464,15 @@ class Pipeline:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder / ".lock")
-            with lock.acquire(timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except filelock.Timeout:
             raise DataError(f"{self.folder}: another run is at work in it; wait, or choose another folder") from None
         except OSError as error:
             raise DataError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def pairs_jsonl(spec: TraitSpec, rows: Sequence[Rollout], *, folded: bool = False) -> str:

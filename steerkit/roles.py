@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steerkit.errors import ScopeError
 
-__all__ = ["THINKING", "Mark", "Marks", "Roles", "outside_thinking"]
+__all__ = ["THINKING", "Mark", "Marks", "Roles", "outside_thinking", "spoken"]
 
 # What models put around their thinking; the first pair that a template writes, or that the vocabulary has, is the one.
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
@@ -34,6 +34,29 @@ THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING
 # Messages of probes: plain words with what may join their first and last characters to the template's own.
 _EDGES = (("", ""), ("\n", "\n"), (" ", " "), ("(", ")"), ("\n\n", "."), ("I ", "?"), ("0", "!"), ('"', '"'))
 _WORDS = ("alpha", "bravo", "delta", "kilo", "lima", "tango")
+
+
+def spoken(text: str, *, in_thought: bool = False) -> str:
+    """A text without what was thought, and without blanks around it; nothing where the thought has no end.
+
+    Args:
+        text: what the model wrote.
+        in_thought: the prompt has opened a thought.
+
+    Example:
+        >>> spoken("<think>Hm.</think> Yes."), spoken("<think>Hm, let"), spoken("Hm.</think>Yes.", in_thought=True)
+        ('Yes.', '', 'Yes.')
+    """
+    ends = {text.rfind(end) + len(end) for _, end in THINKING if end in text}
+    if ends:
+        return spoken(text[max(ends) :])
+    if in_thought:
+        return ""
+    begins = [(text.find(begin), len(begin)) for begin, _ in THINKING if begin in text]
+    if not begins:
+        return text.strip()
+    head, _ = min(begins)
+    return text[:head].strip()
 
 
 def outside_thinking(text: str, start: int, stop: int) -> list[tuple[int, int]]:

@@ -8,9 +8,9 @@ seed of its own, so that it depends neither on what stands beside it in a batch 
 sample is greedy. Rows go to a file batch by batch.
 
 Where this file departs. The paper asks every held-out question under every instruction too; here each is asked under a
-few instructions in turn, because these answers only choose and measure. What a model thinks between ``<think>`` and
-``</think>`` is kept in the file and left out of what is read. Where a chat template has no system turn, refuses one or
-drops it without a word, the system prompt is written before the question.
+few instructions in turn, because these answers only choose and measure. What a model thinks (`steerkit.roles.THINKING`)
+is kept in the file and left out of what is read. Where a chat template has no system turn, refuses one or drops it
+without a word, the system prompt is written before the question.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from steerkit.data import Conversation, has_chat_template, render
+from steerkit.data import Conversation, has_chat_template, opens_thought, render
 from steerkit.errors import DataError
 from steerkit.evaluate.identity import weights_digest
 from steerkit.files import Journal
 from steerkit.generation import generate
+from steerkit.roles import spoken
 from steerkit.sites import inner_model
 from steerkit.traits import TraitSpec
 from steerkit.vector import model_facts
 
-__all__ = ["SIDES", "Asked", "Plan", "Rollout", "Side", "opens_thought", "roll_out", "spoken", "takes_system"]
+__all__ = ["SIDES", "Asked", "Plan", "Rollout", "Side", "roll_out", "takes_system"]
 
 FORMAT = 1
 Side = Literal["positive", "negative"]
 SIDES: tuple[Side, Side] = ("positive", "negative")
 
-_BEGIN, _END = "<think>", "</think>"
 _PROBE = "steerkit-system-probe"
 
 
@@ -148,26 +148,6 @@ class Rollout(NamedTuple):
         return spoken(getattr(self, side), in_thought=self.in_thought)
 
 
-def spoken(text: str, *, in_thought: bool = False) -> str:
-    """A text without what was thought, and without blanks around it; nothing where the thought has no end.
-
-    Args:
-        text: what the model wrote.
-        in_thought: the prompt has opened a thought.
-
-    Example:
-        >>> spoken("<think>Hm.</think> Yes."), spoken("<think>Hm, let"), spoken("Hm.</think>Yes.", in_thought=True)
-        ('Yes.', '', 'Yes.')
-    """
-    _, ended, after = text.rpartition(_END)
-    if ended:
-        return spoken(after)
-    head, begun, _ = after.partition(_BEGIN)
-    if in_thought:
-        return ""
-    return (head if begun else after).strip()
-
-
 def takes_system(tokenizer: Any) -> bool:
     """Whether the chat template writes a system turn: some refuse it, some drop it, and without a template is none.
 
@@ -180,17 +160,6 @@ def takes_system(tokenizer: Any) -> bool:
         return _PROBE in render(tokenizer, Conversation("Hello", system=_PROBE)).text
     except DataError:
         return False
-
-
-def opens_thought(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Whether the chat template's generation prompt opens a thought that the model then goes on with.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        chat_template_kwargs: passed on to the chat template.
-    """
-    text = render(tokenizer, Conversation("Hello"), chat_template_kwargs=chat_template_kwargs).text
-    return text.rstrip().endswith(_BEGIN)
 
 
 def roll_out(

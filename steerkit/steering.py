@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, near_miss
+from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError, VectorMismatchError, near_miss
 from steerkit.experts import Experts
 from steerkit.linears import writers_at
 from steerkit.methods._base import Method, Params
@@ -90,6 +90,7 @@ def steer(
     for vector, dose in zip(listed, doses, strict=True):
         vector.check(model)
         edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all, roles)
+    _refuse_twice(edits)
     _refuse_compiled_model(model, decoder, edits)
     return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
 
@@ -438,6 +439,8 @@ def _plan(
     edits: list[_Edit] = []
     method.check_model(vector, decoder)
     editor = method.editor(vector)
+    if editor is not None and only_all is not None:
+        raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
     guide = None
     if editor is not None:
         guide = Guide(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
@@ -456,6 +459,18 @@ def _plan(
         if isinstance(edit, _GuidedEdit):
             edit.siblings = edits
     return edits
+
+
+def _refuse_twice(edits: Sequence[_Edit]) -> None:
+    """Refuse two gates that add one direction at one site: a row that opens both would get it twice."""
+    gated = [edit for edit in edits if isinstance(edit, _GuidedEdit)]
+    for number, edit in enumerate(gated):
+        for other in gated[:number]:
+            if edit.tap.site == other.tap.site and torch.equal(edit.params["direction"], other.params["direction"]):
+                raise VectorMismatchError(
+                    f"{edit.tap.site}: two gated vectors add the same direction, twice to a row that opens both; join "
+                    "their conditions with | (steerkit.methods.conditional.combine)"
+                )
 
 
 def _refuse_compiled_model(model: nn.Module, decoder: Decoder, edits: Sequence[_Edit]) -> None:

@@ -392,6 +392,13 @@ class Tokens:
         return self._pass.decode
 
     @property
+    def moves_rows(self) -> bool:
+        """Whether rows may change places between the passes of this text, as beams do."""
+        call = self._pass._call
+        settings = None if call is None or call._settings is None else call._settings()
+        return (getattr(settings, "num_beams", 1) or 1) > 1
+
+    @property
     def columns(self) -> tuple[int | Tensor, int]:
         """Columns before this pass, and columns in it."""
         return self._pass.past, self._pass.width

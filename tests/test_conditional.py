@@ -234,6 +234,8 @@ def test_combining_refuses_what_does_not_fit() -> None:
         combine({"harmful": one}, P("harmless"))
     with pytest.raises(VectorMismatchError, match="one method, model"):
         combine({"a": one, "b": gated_vector(gpt2)}, P("a") | P("b"))
+    with pytest.raises(UnknownNameError, match="'c'"):
+        combine({"a": one, "b": one}, P("a"), writes="c")
     both = combine({"a": one, "b": one}, P("a") | P("b"))
     with pytest.raises(VectorMismatchError, match="several"):
         combine({"a": both, "b": one}, P("a"))

@@ -43,7 +43,8 @@ def data() -> ContrastSet:
 @functools.cache
 def fitted(family: str = "llama", **settings: Any) -> SteeringVector:
     model, tokenizer = model_of(family), byte_tokenizer(CHATML)
-    return steerkit.fit(model, tokenizer, data(), method="controller", settings=settings)
+    readout = settings.pop("readout", None)
+    return steerkit.fit(model, tokenizer, data(), method="controller", readout=readout, settings=settings)
 
 
 def set_gain(vector: SteeringVector, gain: float | None = None, **settings: Any) -> SteeringVector:
@@ -159,7 +160,8 @@ def test_learning_lowers_the_loss_of_refusals() -> None:
         with torch.no_grad():
             logits, ids, predicts = subject.shifted(items, shifts)
         likely = torch.log_softmax(logits, dim=-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-        losses.append(-float((likely * predicts[:, :-1]).sum() / predicts.sum()))
+        first = predicts & (predicts.cumsum(dim=1) <= 4)  # the words with which a refusal begins
+        losses.append(-float((likely * first[:, :-1]).sum() / first.sum()))
     assert losses[1] < losses[0]
 
 
@@ -255,6 +257,8 @@ def test_online_follows_each_token() -> None:
         answer = ran.sequences[0, len(LONG) :].tolist()
         with pytest.raises(ScopeError, match="one a pass"):
             generate(model, [SHORT], use_cache=False)
+        with pytest.raises(ScopeError, match="num_beams=1"):
+            generate(model, [SHORT], num_beams=3)
     (row,) = _explained(model, vector, SHORT)
     gains = [row["gain"]]
     ids = [*SHORT]
@@ -359,9 +363,32 @@ def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> N
         steerkit.steer(build("llama", seed=5), loaded)
     with pytest.raises(VectorMismatchError, match="other weights"):
         steerkit.explain(build("llama", seed=5), byte_tokenizer(CHATML), "hello", loaded)
+    redrawn = build("llama")
+    with torch.no_grad():
+        for parameter in redrawn.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.flip(0))
+    with pytest.raises(VectorMismatchError, match="other weights"):
+        steerkit.steer(redrawn, loaded)
     broken = {name: tensor for name, tensor in vector.tensors.items() if name != "shared/spread"}
     with pytest.raises(VectorMismatchError, match="shared/spread"):
         steerkit.steer(model, SteeringVector(**{**_fields(vector), "tensors": broken}))
+
+
+def test_a_gate_over_the_prompt_needs_all_of_it() -> None:
+    model, vector = build("llama"), set_gain(fitted(readout="mean"), 0.9)
+    with torch.no_grad():
+        cached = model(input_ids=torch.tensor([SHORT[:2]]), use_cache=True).past_key_values
+        with steerkit.steer(model, vector, STRENGTH), pytest.raises(ScopeError, match="cached before"):
+            model.generate(torch.tensor([SHORT]), past_key_values=cached, max_new_tokens=2, do_sample=False)
+        with steerkit.steer(model, vector, STRENGTH), pytest.raises(ScopeError, match="behind the first"):
+            generate(model, [SHORT[:1]])
+
+
+def test_two_gates_do_not_add_one_direction_twice() -> None:
+    model, vector = build("llama"), set_gain(fitted(), 0.9)
+    with pytest.raises(VectorMismatchError, match="twice"):
+        steerkit.steer(model, [vector, vector], STRENGTH)
 
 
 def test_activations_that_are_not_finite_are_refused() -> None:
@@ -369,7 +396,7 @@ def test_activations_that_are_not_finite_are_refused() -> None:
 
     model, vector = build("llama"), set_gain(fitted())
     with torch.no_grad():
-        model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
+        model.model.layers[2].mlp.down_proj.weight[1, 1] = float("nan")
     with steerkit.steer(model, vector, STRENGTH), pytest.raises(ModelError, match="not finite"):
         generate(model, [SHORT])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -180,6 +181,30 @@ def test_directions_of_another_method_are_added() -> None:
         steered = logits_of(model)
     with steerkit.steer(model, caa, strength=1 / float(direction_at(caa).norm()), scope="all"):
         torch.testing.assert_close(steered, logits_of(model))
+
+
+class Delegates(steerkit.SteeringCallback):
+    """As a user's own subclass does."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_step_begin(*args, **kwargs)
+
+
+def test_a_subclass_steers_every_step_too(tmp_path: Any) -> None:
+    vector = vector_for(build("llama"), scope="response")
+    expected = trained(build("llama"), tmp_path / "a", steerkit.SteeringCallback(vector, 2.0))
+    got = trained(build("llama"), tmp_path / "b", Delegates(vector, 2.0))
+    close(got, expected)
+    plain = trained(build("llama"), tmp_path / "c")
+    assert any(not torch.allclose(one, other, atol=1e-5) for one, other in zip(got, plain, strict=True))
+
+
+def test_a_dose_stays_only_where_it_means_the_same() -> None:
+    vector = replace(vector_for(build("llama"), scope="response"), suggested_strength=4.0)
+    (added,) = additions([vector.at(strength=0.3, unit="norm")])
+    assert (added.strength, added.unit, added.suggested_strength) == (0.3, "norm", 4.0)
+    (taken,) = span_ablation([vector.at(strength=3.0)])
+    assert (taken.strength, taken.unit, taken.suggested_strength) == (None, "paper", None)
 
 
 def test_the_vector_is_fixed(tmp_path: Any) -> None:

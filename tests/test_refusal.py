@@ -369,7 +369,7 @@ def test_response_contrast_gives_many_prompts_one_opening_of_each_side(monkeypat
     assert {item.answer for item in seen[1::2]} == set(_refusal.COMPLYING)
     seen.clear()
     response_contrast(subject, [Conversation(f"Number {n}") for n in range(170)], [Site(1)])
-    assert [item.prompt for item in seen[::2]] == [f"Number {n}" for n in range(0, 170, 3)]
+    assert [item.prompt for item in seen[::2]] == [f"Number {n * 170 // 80}" for n in range(80)], "from all of them"
     with pytest.raises(FitError, match="no prompt"):
         response_contrast(subject, [], [Site(1)])
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import steerkit
+from steerkit.data import Conversation, opens_thought, render
 from steerkit.errors import DataError
 from steerkit.files import Journal
-from steerkit.rollouts import Asked, Plan, Rollout, opens_thought, roll_out, spoken, takes_system
+from steerkit.roles import spoken
+from steerkit.rollouts import Asked, Plan, Rollout, roll_out, takes_system
 from steerkit.traits import FILL_IN
 from tests.families import build
 from tests.test_traits import SPEC
@@ -206,6 +208,7 @@ def test_places_to_fill_in_are_refused(model: Any, tokenizer: Any, tmp_path: Pat
         ("So far", True, ""),
         ("So.</think>Yes.<think>Or", True, "Yes."),
         ("", False, ""),
+        ("[THINK]Hm.[/THINK]Yes.", False, "Yes."),
     ],
 )
 def test_thoughts_are_not_read(text: str, in_thought: bool, said: str) -> None:
@@ -216,7 +219,13 @@ def test_thoughts_are_not_read(text: str, in_thought: bool, said: str) -> None:
 def test_who_opens_a_thought() -> None:
     opening = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
     assert opening != CHATML
-    assert opens_thought(byte_tokenizer(opening))
+    tokenizer = byte_tokenizer(opening)
+    assert opens_thought(tokenizer)
+    bare = render(tokenizer, Conversation("Hi", answer="Yes."))
+    assert "<think>" not in bare.text
+    assert bare.text.endswith("assistant\nYes.")
+    assert render(tokenizer, Conversation("Hi")).text.endswith("<think>\n")
+    assert render(tokenizer, Conversation("Hi", answer="Hm.</think>Yes.")).text.endswith("<think>\nHm.</think>Yes.")
     assert not opens_thought(byte_tokenizer(THINKING))
     assert not opens_thought(byte_tokenizer(THINKING), {"enable_thinking": False})
 

@@ -70,6 +70,9 @@ def run(
         Path | None, typer.Option(metavar="FILE", help="Draw every token's projection: .html, .png, .svg, .pdf.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
+    no_thinking: Annotated[
+        bool, typer.Option("--no-thinking", help="Tell the chat template not to think first, where it can.")
+    ] = False,
     model: Model = DEFAULT_MODEL,
     batch_size: BatchSize = 16,
     as_json: Json = False,
@@ -87,6 +90,8 @@ def run(
         raise typer.BadParameter("--difference compares the responses of --data, before any training")
     if (difference or after) and (raw or heat):
         raise typer.BadParameter("--raw and --heat stand with plain scores; leave out --difference and --after")
+    if heat and kind is Kinds.cos:
+        raise typer.BadParameter("--heat draws projections; leave out --kind cos")
     if cheap and not difference:
         raise typer.BadParameter("--cheap is a form of --difference; give both")
     if data == "-" and (difference or after or heat or as_json or out):
@@ -104,6 +109,7 @@ def run(
     found = SteeringVector.load(vector_path(vector, model))
     loaded, tokenizer = steerkit.load_model(model)
     options: dict[str, Any] = {"kind": kind.value, "calibrated": not uncalibrated, "batch_size": batch_size}
+    options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
     unit = "standard deviations" if not uncalibrated else "cosine" if kind == Kinds.cos else "activation units"
     if difference:
         assert isinstance(rows, list)
@@ -223,7 +229,10 @@ def _summary(rows: Sequence[dict[str, Any]], name: str, unit: str) -> dict[str, 
         found["correlation_with_score"] = None
     if True in labels and False in labels:
         sides = [values[torch.tensor([label is side for label in labels])] for side in (True, False)]
-        found["auc_of_label"] = _estimate(separability(*sides))
+        try:
+            found["auc_of_label"] = _estimate(separability(*sides))
+        except NotScored:
+            found["auc_of_label"] = None
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from steerkit.data import spread
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers.refusal import Refusal
 from steerkit.evaluate.trial import Setup
@@ -77,7 +78,7 @@ def by_kind(
     sides: tuple[Literal["positive"], Literal["negative"]] = ("positive", "negative")
     for side in sides:
         there = setup.side(side)
-        there = replace(there, prompts=_spread(there.prompts or (), setup.texts))
+        there = replace(there, prompts=spread(there.prompts or (), setup.texts))
         bare, steered = there.bare.texts, there.trial(vector, strength).texts
         shares = (
             [_refuses(text) for text in bare],
@@ -96,8 +97,3 @@ def _refuses(text: str) -> bool:
 
 def _share(values: Sequence[bool]) -> Estimate:
     return interval(torch.tensor(values, dtype=torch.double), shares=True)
-
-
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """So many items, evenly over the list."""
-    return [items[place * len(items) // count] for place in range(count)] if count < len(items) else list(items)

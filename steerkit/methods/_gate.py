@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from steerkit import edits
+from steerkit.data import spread
 from steerkit.directions import mean_difference, unit
 from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.methods._base import Method, Params, Prepared, Subject, check_direction
@@ -147,12 +148,17 @@ class Gate(ABC):
         else:
             total, count = state.sums.pop(site)
             state.found[site] = total / count.clamp_min(1.0)
+            index = torch.where(count[:, 0].to(index.device) > 0, index, -1)
         if len(state.found) == len(self._reads):
             self._settle(state, index)
 
     def _add(self, site: Site, h: Tensor, tokens: Tokens, state: _State) -> None:
         """Add the prompt tokens of a pass to the running sum of a site, each column once."""
         past, width = tokens.columns
+        if site not in state.seen and (past if isinstance(past, int) else int(past)) > 0:
+            raise ScopeError(
+                "a gate over the whole prompt, and part of the prompt was cached before; give it without that cache"
+            )
         seen = state.seen.get(site, 0)
         end = (past if isinstance(past, int) else int(past)) + width
         state.seen[site] = max(seen, end)
@@ -172,7 +178,8 @@ class Gate(ABC):
         counts = [decision.is_open.sum(), wrong.long(), (index < 0).sum().to(device)]
         opened, infinite, empty = torch.stack([count.to(device) for count in counts]).tolist()
         if empty:
-            raise ScopeError(f"a gate reads the prompt's last token, and {empty} rows of this batch have none")
+            what = "last token" if self._readout == "last" else "tokens behind the first"
+            raise ScopeError(f"a gate reads the prompt's {what}, and {empty} rows of this batch have none")
         if infinite:
             raise ModelError("a gate read activations that are not finite; load the model in float32 or bfloat16")
         state.decision, state.opened = decision, None if self._follows else int(opened)
@@ -180,6 +187,8 @@ class Gate(ABC):
 
     def _follow(self, site: Site, h: Tensor, tokens: Tokens, state: _State) -> None:
         """Decide anew behind each generated token, for the next one."""
+        if tokens.moves_rows:
+            raise ScopeError("a gate that follows each token cannot follow beams; generate with num_beams=1")
         if not tokens.is_decoding:
             if tokens.goes_on:
                 raise ScopeError("a gate that follows each token takes one a pass; generate with a cache, unassisted")
@@ -216,6 +225,10 @@ class Gate(ABC):
         """
         self._take_over(tokens, state)
         decision = state.decision
+        if decision is None and tokens.is_decoding:
+            raise ScopeError(
+                "nothing was decided when the prompt was read, because the strength was neutral; begin with another one"
+            )
         if decision is None:
             raise ScopeError(
                 f"scope '{tokens.scope}': prompt tokens would be written before the gate has read the prompt's end "
@@ -281,14 +294,13 @@ class GatedAddition(Method):
         """Refuse other weights: a gate has learned where the activations of one model lie.
 
         Raises:
-            VectorMismatchError: the model's norms and biases are others than when it was fitted.
+            VectorMismatchError: the model's weights are others than when it was fitted.
         """
         known, here = vector.tensors.get("shared/fingerprint"), fingerprint(decoder)
         if known is None or not len(here):
             return
-        if known.shape != here.shape or not torch.allclose(
-            known, here, rtol=0.02, atol=0.02 * float(known.abs().max())
-        ):
+        both = min(len(known), len(here))
+        if not torch.allclose(known[:both], here[:both], rtol=0.02, atol=0.02):
             raise VectorMismatchError(
                 f"{self.name}: the gate was fitted on other weights than those of this {type(decoder.model).__name__}; "
                 "fit it on this model"
@@ -325,7 +337,7 @@ def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Te
     """
     data = subject.data
     if source == "response":
-        return response_contrast(subject, data.positive[:ANSWERED], sites)
+        return response_contrast(subject, spread(data.positive, ANSWERED), sites)
     positive = subject.record(data.positive, sites)
     if source == "unembed":
         direction = unit(unembedding_direction(subject))
@@ -340,7 +352,10 @@ def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Te
 
 
 def fingerprint(decoder: Decoder) -> Tensor:
-    """What tells one set of weights from another: some values of its norms and biases, which loaders leave alone.
+    """What tells one set of weights from another: some values of its norms and biases, then some of its matrices.
+
+    Both parts are scaled to a largest value of 1. Quantised matrices are left out, so a quantised model has the first
+    part only.
 
     Args:
         decoder: the model's decoder.
@@ -348,12 +363,18 @@ def fingerprint(decoder: Decoder) -> Tensor:
     Returns:
         [k] float32 on the CPU; of no length where weights are offloaded.
     """
-    rows = [entry for name, entry in decoder.model.named_parameters() if entry.dim() == 1 and "lora" not in name]
-    if not rows or any(row.is_meta for row in rows):
+    named = [entry for name, entry in decoder.model.named_parameters() if "lora" not in name]
+    if not named or any(entry.is_meta for entry in named):
         return torch.empty(0)
-    # A few values of each, so that no copy of all of them is made.
-    values = torch.cat([row.detach()[:: max(1, len(row) // 8)][:8].float().cpu() for row in rows])
-    return values[:: max(1, len(values) // 256)][:256].clone()
+    parts = []
+    for dims in (1, 2):
+        rows = [entry for entry in named if entry.dim() == dims and entry.is_floating_point()]
+        # A few values of each, so that no copy of all of them is made.
+        some = [row.detach().flatten()[:: max(1, row.numel() // 8)][:8].float().cpu() for row in spread(rows, 64)]
+        if some:
+            values = torch.cat(some)
+            parts.append(values / values.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def blocks_written(decoder: Decoder, layers: tuple[int, ...], default: list[int]) -> list[Site]:

@@ -24,7 +24,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from steerkit.data import Conversation, Rendered
+from steerkit.data import Conversation, Rendered, spread
 from steerkit.directions import mean_difference
 from steerkit.errors import FitError
 from steerkit.methods._base import Subject
@@ -157,7 +157,7 @@ def response_contrast(subject: Subject, prompts: Sequence[Conversation], sites: 
     """
     if not prompts:
         raise FitError("there is no prompt to be answered with refusals; give at least one")
-    prompts = prompts[:: -(-len(prompts) // _PROMPTS)]
+    prompts = spread(prompts, _PROMPTS)
     rounds = -(-len(REFUSING) // len(prompts))
     texts = []
     for number, prompt in enumerate([*prompts] * rounds):

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from steerkit.activations import Activations
 from steerkit.directions import mean_difference, pair_differences, principal_direction, unit
-from steerkit.errors import FitError, VectorMismatchError
+from steerkit.errors import FitError, VectorMismatchError, unknown_name
 from steerkit.methods._base import Params, Subject
 from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, fingerprint, folds_of
 from steerkit.predicates import Predicate
@@ -217,9 +217,11 @@ class ConditionalSteering(GatedAddition):
             ``"shared/above"`` [1], and per written site ``"<site>/direction"`` [d].
 
         Raises:
-            FitError: the two sides are alike, everywhere or where the direction is read.
+            FitError: the two sides are alike, everywhere or where the direction is read; or two sites of one layer.
         """
         assert acts is not None
+        if len({site.layer for site in sites}) < len(sites):
+            raise FitError("conditional: two sites of one layer were given; give one kind of site")
         written = self._written(subject.decoder)
         best: tuple[tuple[float, float], Site, Tensor, Threshold] | None = None
         for site in sites:
@@ -409,6 +411,13 @@ def combine(vectors: Mapping[str, SteeringVector], rule: Predicate, *, writes: s
         VectorMismatchError: the vectors are not of one model, score and readout, or one has several conditions.
     """
     rule({name: torch.zeros(1, dtype=torch.bool) for name in vectors})
+    if writes is not None and writes not in vectors:
+        raise unknown_name("condition", writes, vectors)
+    reads = {site for one in vectors.values() for site in one.reads}
+    if len({site.layer for site in reads}) < len(reads):
+        raise VectorMismatchError(
+            "combine: conditions are read at two sites of one layer; fit them at one kind of site"
+        )
     main = vectors[rule.names[0] if writes is None else writes]
     known = {name: one.settings for name, one in vectors.items() if one.method == ConditionalSteering.name}
     methods = {name: ConditionalSteering.from_settings(settings) for name, settings in known.items()}

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from steerkit.activations import Activations
+from steerkit.data import spread
 from steerkit.directions import unit
 from steerkit.errors import FitError, VectorMismatchError
 from steerkit.methods._base import Params, Subject
@@ -207,10 +208,10 @@ class WeightedController(GatedAddition):
         """
         prompts = [*subject.data.positive, *subject.data.negative]
         counts = [min(self.learn_items, positives), min(self.learn_items, len(x) - positives)]
-        rows = [*range(counts[0]), *range(positives, positives + counts[1])]
+        rows = [*spread(range(positives), counts[0]), *spread(range(positives, len(x)), counts[1])]
         texts = [
-            replace(prompts[row], answer=(REFUSING if row < positives else COMPLYING)[row % len(REFUSING)])
-            for row in rows
+            replace(prompts[row], answer=(REFUSING if row < positives else COMPLYING)[number % len(REFUSING)])
+            for number, row in enumerate(rows)
         ]
         with torch.no_grad():
             gains = torch.sigmoid(self._score(net, x[rows]))

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from steerkit import edits
 from steerkit.activations import Activations
-from steerkit.data import Conversation, Rendered
+from steerkit.data import Conversation, Rendered, spread
 from steerkit.directions import unit
 from steerkit.errors import FitError, StrengthError
 from steerkit.methods._base import AddDirection, Params, Prepared, Subject, WeightUpdate
@@ -261,8 +261,8 @@ class _Selection:
         self._beginnings = self._refusals(asked[0], harmful, harmless)
         self._sides = self._as_labelled(harmful, refused=True), self._as_labelled(harmless, refused=False)
         harmful, harmless = (subject.rendered(_asked(side)) for side in (held_out.positive, held_out.negative))
-        self._harmful = self._as_labelled(harmful, refused=True)[: method.validation]
-        self._harmless = self._as_labelled(harmless, refused=False)[: method.validation]
+        self._harmful = spread(self._as_labelled(harmful, refused=True), method.validation)
+        self._harmless = spread(self._as_labelled(harmless, refused=False), method.validation)
         self._base = torch.log_softmax(subject.logits(self._harmless).double(), dim=-1)
         self._shallow = [site for site in sites if method._is_shallow(site.layer, subject.decoder)]
         self._deep = [site for site in sites if site not in self._shallow]
@@ -324,14 +324,14 @@ class _Selection:
         """
         if self._method.openings:
             return [self._subject.token_ids(text) for text in self._method.openings]
-        texts = self._subject.answers(asked[:_OWN_REFUSALS], max_new_tokens=_ANSWER_TOKENS)
+        texts = self._subject.answers(spread(asked, _OWN_REFUSALS), max_new_tokens=_ANSWER_TOKENS)
         refused = [place for place, text in enumerate(texts) if is_refusal(text)]
         hint = "name how refusals begin with `openings`, or use source='responses'"
         if not refused:
             raise FitError(f"refusal: the model refuses 0 of {len(texts)} harmful prompts; {hint}")
         first, others = (
             self._subject.logits(items).argmax(dim=-1).tolist()
-            for items in ([harmful[place] for place in refused], list(harmless[:_OWN_REFUSALS]))
+            for items in ([harmful[place] for place in refused], spread(harmless, _OWN_REFUSALS))
         )
         usual = Counter(others)
         found = [(t,) for t, n in Counter(first).items() if n / len(first) > usual[t] / len(others)]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import steerkit
-from steerkit.data import ContrastSet, Conversation, batches, pad_token_id, render
+from steerkit.data import ContrastSet, Conversation, batches, pad_token_id, render, spread
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.intervals import interval
 from steerkit.evaluate.scorers.refusal import Refusal
@@ -260,11 +260,6 @@ def topics() -> dict[str, str]:
     """Of every harmless request, whether it is ordinary or alarming."""
     items = [json.loads(line) for line in REQUESTS.read_text(encoding="utf-8").splitlines()]
     return {item["prompt"]: item["topic"] for item in items if "topic" in item}
-
-
-def spread(items: Sequence[Conversation], count: int) -> list[Conversation]:
-    """So many items, evenly over the list."""
-    return [items[place * len(items) // count] for place in range(count)] if count < len(items) else list(items)
 
 
 if __name__ == "__main__":

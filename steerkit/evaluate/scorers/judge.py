@@ -6,17 +6,21 @@ steered. What a judge could not rate is nan and counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from steerkit.data import opens_thought
 from steerkit.errors import DataError
 from steerkit.evaluate.judge import Judge, check_judge, check_scale, fill, judge_of, last_question, rate
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
+from steerkit.roles import spoken
 
 __all__ = ["RUBRIC", "Judged"]
 
@@ -85,7 +89,7 @@ class Judged(Scorer):
             trial: needs prompts.
 
         Returns:
-            ``{"judged": [n]}``
+            ``{"judged": [n]}``, of answers without their thoughts; nan where a thought has no end.
 
         Raises:
             DataError: there is no prompt, or the judge rated nothing.
@@ -93,8 +97,16 @@ class Judged(Scorer):
         """
         judge = self.judging  # before the texts, which take longer
         fixed = {"behaviour": self.behaviour, "low": str(self.low), "high": str(self.high)}
+        setup = trial.setup
+        in_thought = opens_thought(setup.tokenizer, setup.chat_template_kwargs)
+        said = [spoken(text, in_thought=in_thought) for text in trial.texts]
+        # A thought without an end is no answer; where nothing was ever thought, an empty text is one.
+        kept = [row for row, text in enumerate(trial.texts) if said[row] or not text.strip()]
         prompts = [
-            fill(self.rubric or RUBRIC, {**fixed, "question": last_question(asked), "answer": text})
-            for asked, text in zip(trial.setup.asked, trial.texts, strict=True)
+            fill(self.rubric or RUBRIC, {**fixed, "question": last_question(setup.asked[row]), "answer": said[row]})
+            for row in kept
         ]
-        return {"judged": rate(judge, prompts, low=self.low, high=self.high)}
+        judged = torch.full((len(said),), math.nan, dtype=torch.double)
+        if prompts:
+            judged[kept] = rate(judge, prompts, low=self.low, high=self.high).double()
+        return {"judged": judged}
