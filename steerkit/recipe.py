@@ -164,6 +164,11 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data."""
         plain = {name: asdict(getattr(self, name)) for name in _PARTS}
+        # As a vector file gives them back.
+        plain["method"]["settings"] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in plain["method"]["settings"].items()
+        }
         for key in ("pair", "positive", "negative", "held_out_sources"):
             if plain["data"][key] is None:  # nothing to say, for most recipes
                 del plain["data"][key]

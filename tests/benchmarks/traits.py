@@ -23,7 +23,7 @@ from steerkit.traits import TraitSpec
 from steerkit.vector import SteeringVector
 
 NEUTRAL = "You are a helpful assistant."
-CONTROLS = 5
+CONTROLS = 3
 WHERE_NONE = 4.0
 """Strength where the extraction suggests none."""
 
