@@ -84,7 +84,9 @@ def test_recipes(cli: Cli, answer: Callable[..., Any]) -> None:
     for row in rows:
         recipe = Recipe.load(recipe_path(row["name"]))
         train, held_out = recipe.split()
-        if recipe.data.pair is None:
+        if recipe.data.positive is not None:  # prompts of two kinds
+            assert row["items"] == sum(len(part.positive) + len(part.negative) for part in (train, held_out))
+        elif recipe.data.pair is None:
             assert row["items"] == len(train) + len(held_out)
         assert (row["behaviour"], row["method"], row["default"], row["strength"]) == (
             recipe.behaviour,

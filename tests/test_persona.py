@@ -277,7 +277,7 @@ def test_a_judge_that_goes_away_loses_one_batch(tmp_path: Path) -> None:
 
 
 def test_a_judge_that_scores_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="judge fake scored none of 8 answers"):
+    with pytest.raises(DataError, match="judge fake scored none of 6 answers"):
         judge_scores(Fake(lambda prompt: None), TRAIT, ROWS, tmp_path / "s.jsonl", {})
 
 
