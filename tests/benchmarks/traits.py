@@ -3,7 +3,8 @@
 FOLDER holds what `steerkit persona extract TRAIT --out FOLDER/TRAIT` wrote. Steering: preference margin of held-out
 pairs (of the questions that layer and strength were not chosen on) at minus the strength, 0 and the strength, beside
 random directions of the same norm. Monitoring: how well the projection at the last prompt token tells held-out
-questions under the trait's system prompts from the same questions under a neutral one.
+questions under the trait's system prompts from the same questions under neutral ones of about the same length, along
+the vector of responses and along one that was read at the last prompt token.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from steerkit.shipped import traits
 from steerkit.traits import TraitSpec
 from steerkit.vector import SteeringVector
 
-NEUTRAL = "You are a helpful assistant."
+NEUTRAL = (
+    "You are a helpful assistant. Answer what the user asks as you usually would, in your own words and at any length.",
+    "You are a helpful assistant. Read the question with care, then give the answer that you would give to anybody.",
+    "You are a helpful assistant. The user will ask one thing at a time; say what you know of it and nothing else.",
+    "You are a helpful assistant. Do what the user asks for, in the order in which it is asked, and then stop there.",
+    "You are a helpful assistant. There are no special rules today: answer each question in the way you find fitting.",
+)
 CONTROLS = 3
 WHERE_NONE = 4.0
 """Strength where the extraction suggests none."""
@@ -52,12 +59,6 @@ def row(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
     setup = Setup(model, tokenizer, confirming(folder / "pairs.jsonl"))
     curve = dose_response(setup, vector, (-strength, 0.0, strength), controls=CONTROLS)
     ends = [end(curve, place) for place in (0, -1)]
-    spec = TraitSpec.load(traits()[trait])
-    asked = list(enumerate(spec.held_out_questions))
-    induced = [Conversation(text, system=spec.system_prompt(n % 5, "positive")) for n, text in asked]
-    neutral = [Conversation(text, system=NEUTRAL) for _, text in asked]
-    monitor = steerkit.Monitor(model, tokenizer, vector)
-    area = separability(monitor.score(induced), monitor.score(neutral))
     cells = [
         f"`{trait}`",
         ", ".join(map(str, vector.sites)),
@@ -65,8 +66,24 @@ def row(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
         str(curve.items),
         *ends,
         "yes" if curve.rises and curve.clear_of_controls else "no",
-        f"{area.mean:.3f} ({area.low:.3f} to {area.high:.3f})",
     ]
+    return f"| {' | '.join(cells)} |"
+
+
+def monitored(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
+    """One line of the second table."""
+    vector = SteeringVector.load(folder / f"{trait}-persona.safetensors")
+    train, _ = ContrastSet.from_jsonl(folder / "pairs.jsonl").split()
+    at_prompt = steerkit.fit(model, tokenizer, train, method="persona", sites=list(vector.sites), readout="prompt_last")
+    spec = TraitSpec.load(traits()[trait])
+    asked = list(enumerate(spec.held_out_questions))
+    induced = [Conversation(text, system=spec.system_prompt(n % 5, "positive")) for n, text in asked]
+    neutral = [Conversation(text, system=NEUTRAL[n % 5]) for n, text in asked]
+    cells = [f"`{trait}`", ", ".join(map(str, vector.sites))]
+    for one in (vector, at_prompt):
+        monitor = steerkit.Monitor(model, tokenizer, one)
+        area = separability(monitor.score(induced), monitor.score(neutral))
+        cells.append(f"{area.mean:.2f} ({area.low:.2f} to {area.high:.2f})")
     return f"| {' | '.join(cells)} |"
 
 
@@ -75,12 +92,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.traits")
     parser.add_argument("folder", type=Path)
     parser.add_argument("traits", nargs="*")
+    parser.add_argument("--monitor", action="store_true", help="the second table only")
     options = parser.parse_args()
     model, tokenizer = steerkit.load_model()
-    print("| trait | site | strength | pairs | margin down | margin up | both ways, clear | monitor AUC |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for trait in options.traits or sorted(traits()):
-        print(row(model, tokenizer, trait, options.folder / trait), flush=True)
+    chosen = options.traits or sorted(traits())
+    if not options.monitor:
+        print("| trait | site | strength | pairs | margin down | margin up | both ways, clear |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for trait in chosen:
+            print(row(model, tokenizer, trait, options.folder / trait), flush=True)
+        print()
+    print("| trait | site | AUC, vector of responses | AUC, vector of last prompt tokens |")
+    print("| --- | --- | --- | --- |")
+    for trait in chosen:
+        print(monitored(model, tokenizer, trait, options.folder / trait), flush=True)
 
 
 if __name__ == "__main__":
