@@ -32,7 +32,7 @@ from steerkit.errors import DataError, ModelError, ScopeError
 from steerkit.registry import method_of
 from steerkit.sites import Site, find_decoder
 from steerkit.steering import Steering, Strength, steer, vectors_of
-from steerkit.tokens import PassClock, inert, inert_hook
+from steerkit.tokens import Hook, PassClock
 from steerkit.vector import SteeringVector
 
 __all__ = ["SteeringCallback", "additions", "span_ablation"]
@@ -194,8 +194,8 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self._forget()
 
 
-class _Guard:
-    """Asks before each pass whether training goes on. A copy of it does nothing."""
+class _Guard(Hook):
+    """Asks before each pass whether training goes on."""
 
     def __init__(self, callback: SteeringCallback) -> None:
         self._callback = callback
@@ -203,12 +203,6 @@ class _Guard:
     def __call__(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
             self._callback.look()
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
-        return inert
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_hook, ()
 
 
 def _caller() -> Any:

@@ -34,7 +34,7 @@ from steerkit.evaluate.heat import TokenScores, token_projections
 from steerkit.evaluate.trial import Setup, neutral_texts
 from steerkit.registry import method_of
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
-from steerkit.tokens import Pass, PassClock, Scope, inert, inert_hook
+from steerkit.tokens import Hook, Pass, PassClock, Scope
 from steerkit.vector import SteeringVector
 
 __all__ = ["Item", "Monitor", "Step", "Watched", "conversation_of"]
@@ -490,17 +490,7 @@ class WatchedCall:
         return Step(len(self.values), self.values[-1], self.mean)
 
 
-class _Hook:
-    """A copy of it does nothing: a deep copy of a watched model is not watched."""
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
-        return inert
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_hook, ()
-
-
-class _Opening(_Hook):
+class _Opening(Hook):
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
 
@@ -508,7 +498,7 @@ class _Opening(_Hook):
         self.watched.open(kwargs.get("input_ids", args[0] if args else None))
 
 
-class _Reading(_Hook):
+class _Reading(Hook):
     def __init__(self, watched: Watched, site: Site, tap: Tap) -> None:
         self.watched, self.site, self.tap = watched, site, tap
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from steerkit.errors import ScopeError
 from steerkit.methods._base import Editor
 from steerkit.sites import Decoder, Site, Tap
-from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, Tokens, inert, inert_hook
+from steerkit.tokens import Hook, Pass, PassClock, PromptLengths, Scope, Tokens
 
 __all__ = ["Guide", "Reading", "conducted"]
 
@@ -335,25 +335,19 @@ def _joined(whole: Tensor, end: Tensor, dim: int) -> Tensor:
     return end if kept <= 0 else torch.cat([whole.narrow(dim, 0, kept), end], dim=dim)
 
 
-class _Hook:
-    """A hook of a conductor; a copy of it does nothing."""
+class _ConductorHook(Hook):
+    """A hook of a conductor."""
 
     def __init__(self, conductor: _Conductor) -> None:
         self.conductor = conductor
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
-        return inert
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_hook, ()
-
-
-class _Opening(_Hook):
+class _Opening(_ConductorHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.conductor.before(module, args, kwargs)
 
 
-class _Closing(_Hook):
+class _Closing(_ConductorHook):
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         return self.conductor.after(module, output)
 

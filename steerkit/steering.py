@@ -28,7 +28,7 @@ from steerkit.passes import Guide, Reading, conducted, refuse_compiled
 from steerkit.registry import default_strength, method_of
 from steerkit.roles import Roles
 from steerkit.sites import Decoder, Site, Tap, find_decoder, locate
-from steerkit.tokens import Pass, PassClock, PromptLengths, Scope, Tokens, inert, inert_hook
+from steerkit.tokens import Hook, Pass, PassClock, PromptLengths, Scope, Tokens
 from steerkit.vector import UNITS, SteeringVector
 
 __all__ = ["Steering", "Strength", "steer", "strength_value", "vectors_of"]
@@ -356,18 +356,12 @@ class _GuidedEdit(_Edit):
         return edited if written is None else torch.where(written, edited, h)
 
 
-class _Dispatcher:
-    """The one steering hook of a module and side: applies its edits in order. A copy of it does nothing."""
+class _Dispatcher(Hook):
+    """The one steering hook of a module and side: applies its edits in order."""
 
     def __init__(self) -> None:
         self.edits: list[_Edit | Reading] = []
         self.handle: Any = None
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
-        return inert
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_hook, ()
 
 
 class _InputDispatcher(_Dispatcher):

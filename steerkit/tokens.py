@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from steerkit.errors import ModelError, ScopeError, near_miss
 from steerkit.roles import Marks, Roles
 
-__all__ = ["Pass", "PassClock", "PromptLengths", "Scope", "Tokens", "inert", "inert_hook"]
+__all__ = ["Hook", "Pass", "PassClock", "PromptLengths", "Scope", "Tokens"]
 
 SCOPES = (
     "all",
@@ -395,8 +395,7 @@ class Tokens:
     def moves_rows(self) -> bool:
         """Whether rows may change places between the passes of this text, as beams do."""
         call = self._pass._call
-        settings = None if call is None or call._settings is None else call._settings()
-        return (getattr(settings, "num_beams", 1) or 1) > 1
+        return call is not None and (getattr(call.settings, "num_beams", 1) or 1) > 1
 
     @property
     def columns(self) -> tuple[int | Tensor, int]:
@@ -575,13 +574,23 @@ def _columns_of(mask: Tensor, past: int | Tensor, width: int) -> Tensor:
     return mask.index_select(1, torch.arange(width, device=mask.device) + past)
 
 
-def inert(*_args: Any, **_kwargs: Any) -> None:
-    """What a copy of a hook does: nothing. A deep copy of a steered model is not steered."""
+class Hook:
+    """Base of every hook on a model: a copy of it does nothing, so a deep copy of a steered model is not steered."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
+        return _inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert_hook, ()
 
 
-def inert_hook() -> Any:
+def _inert(*_args: Any, **_kwargs: Any) -> None:
+    """What a copy of a hook does."""
+
+
+def _inert_hook() -> Any:
     """What a pickled hook comes back as."""
-    return inert
+    return _inert
 
 
 class PassClock:
@@ -980,14 +989,18 @@ class _Call:
         self.text: Tensor | None = None
 
     @property
+    def settings(self) -> Any:
+        """The call's generation settings; None where they are unknown or gone."""
+        return None if self._settings is None else self._settings()
+
+    @property
     def starts_late(self) -> bool:
         """Whether the call was given only what is new behind a cache."""
         return self.boundary is not None and self.boundary > self.prompt_width
 
     def keep_text(self, ids: Tensor) -> None:
         """Keep the ids of a static cache's text where compiled code, which sees no frames, can go on with them."""
-        settings = None if self._settings is None else self._settings()
-        width = max(getattr(settings, "max_length", None) or 0, ids.shape[1])
+        width = max(getattr(self.settings, "max_length", None) or 0, ids.shape[1])
         self.text = ids.new_full((ids.shape[0], width), -1)
         self.text[:, : ids.shape[1]] = ids
 
@@ -1013,8 +1026,8 @@ class _Call:
         return isinstance(past, int) and self.boundary is not None and past >= self.boundary
 
 
-class _Before:
-    """The pre-hook of a clock; a copy of it does nothing."""
+class _Before(Hook):
+    """The pre-hook of a clock."""
 
     def __init__(self, clock: PassClock) -> None:
         self.clock = clock
@@ -1026,27 +1039,15 @@ class _Before:
         """See `PassClock.suspended`."""
         return self.clock.suspended()
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
-        return inert
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_hook, ()
-
-
-class _After:
-    """The closing hook of a clock; a copy of it does nothing."""
+class _After(Hook):
+    """The closing hook of a clock."""
 
     def __init__(self, clock: PassClock) -> None:
         self.clock = clock
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
         self.clock.leave(module, output)
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
-        return inert
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_hook, ()
 
 
 def _generate_code() -> Any:

@@ -18,23 +18,17 @@ from steerkit.methods._base import WeightUpdate
 from steerkit.registry import default_strength, method_of
 from steerkit.sites import inner_model
 from steerkit.steering import strength_value, vectors_of
-from steerkit.tokens import inert, inert_hook
+from steerkit.tokens import Hook
 from steerkit.vector import SteeringVector
 
 __all__ = ["edited", "exact_strength", "exact_updates"]
 
 
-class _Edited:
-    """Marks a model whose weights are changed at present; a copy of the mark says nothing."""
+class _Edited(Hook):
+    """Marks a model whose weights are changed at present."""
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> None:
         return None
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Any:
-        return inert
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return inert_hook, ()
 
 
 @contextlib.contextmanager

@@ -153,8 +153,8 @@ class ConditionalSteering(GatedAddition):
     not. Sites given to `fit` are where the condition may be read; the best of them is kept.
 
     Example:
-        >>> best_threshold(torch.tensor([0.5, 0.7]), torch.tensor([0.1, 0.2])).value
-        0.35
+        >>> best_threshold(torch.tensor([0.5, 0.75]), torch.tensor([0.125, 0.25])).value
+        0.375
     """
 
     name: ClassVar[str] = "conditional"
