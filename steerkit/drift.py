@@ -137,7 +137,7 @@ def finetuning_shift(
         first = monitor.score(prompts)
     # The scale stays that of the model as it was, for which the vector was fitted: the other has another name.
     other = Monitor(after, tokenizer, replace(vector, model_id=None, model_revision=None), **options)
-    values = other.project(other.rendered(prompts), read)
+    values = other.project(other.rendered(prompts, read=read), read)
     return Shift(first, monitor.scaled(values, differences=False))
 
 
@@ -221,7 +221,7 @@ def projection_difference(
     )
     given = monitor.score(items)
     if cheap:
-        values = monitor.project(monitor.rendered(items), "prompt_last")
+        values = monitor.project(monitor.rendered(items, read="prompt_last"), "prompt_last")
         return Difference(given, monitor.scaled(values, differences=False), None)
     prompts = [replace(item, answer=None) for item in items]
     if own is None:

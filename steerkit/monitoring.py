@@ -3,9 +3,9 @@
     proj(text) = a . u          cos(text) = a . u / |a|          u = v / |v|, at the vector's site
     calibrated = (proj(text) - mean over neutral texts) / standard deviation over neutral texts
 
-with `a` the activation of the prompt's last token (before any answer: what the model is about to be like) or the mean
-over the answer's tokens. Of a vector with several sites the number is the mean over sites of the calibrated numbers,
-brought to standard deviation 1 over the neutral texts again; uncalibrated, the mean of the projections.
+with `a` the activation of the prompt's last token (read without any answer: what the model is about to be like) or the
+mean over the answer's tokens. Of a vector with several sites the number is the mean over sites of the calibrated
+numbers, brought to standard deviation 1 over the neutral texts again; uncalibrated, the mean of the projections.
 
 Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
 Models", arXiv 2507.21509.
@@ -20,13 +20,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations import record
+from steerkit.activations import record, record_ids
 from steerkit.data import Conversation, Message, Rendered, render
 from steerkit.directions import unit
 from steerkit.errors import DataError, ModelError, ScopeError
@@ -135,6 +135,10 @@ class Monitor:
         self._taps = locate(model, self._directions)
         # Under the names that reading uses (a raw output is the plain one where no post-norm follows).
         self._units = dict(zip(self._taps, self._directions.values(), strict=True))
+        # What reading while generating needs, by device: nothing may wait for a copy there.
+        self._placed: dict[tuple[str, torch.device], Tensor] = {}
+        self._scales: dict[Read, _Scale] = {}
+        self._middles: dict[Site, float] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -157,15 +161,17 @@ class Monitor:
         Raises:
             DataError: an item is none of these, or there is none.
         """
-        rendered = self.rendered(items, raw=raw)
+        rendered = self.rendered(items, raw=raw, read=self.read)
         return self.scaled(self.project(rendered, self.read), differences=False)
 
-    def rendered(self, items: Sequence[Item], *, raw: bool = False) -> list[Rendered]:
+    def rendered(self, items: Sequence[Item], *, raw: bool = False, read: Read | None = None) -> list[Rendered]:
         """The items as the model reads them.
 
         Args:
             items: see `score`.
             raw: leave string prompts as they are.
+            read: which tokens will be read; `prompt_last` leaves the answers out, before which some templates write
+                another prompt's end than the one that the model answers (no thought is opened). None keeps them.
 
         Raises:
             DataError: one string instead of a list, no item, or one that is none.
@@ -173,7 +179,10 @@ class Monitor:
         if isinstance(items, str):
             raise DataError("monitor: got one string; give a list of prompts")
         kwargs = self._setup.chat_template_kwargs
-        found = [render(self.tokenizer, conversation_of(item, raw=raw), chat_template_kwargs=kwargs) for item in items]
+        listed = [conversation_of(item, raw=raw) for item in items]
+        if read == "prompt_last":
+            listed = [replace(one, answer=None) for one in listed]
+        found = [render(self.tokenizer, one, chat_template_kwargs=kwargs) for one in listed]
         if not found:
             raise DataError("monitor: got no prompts; give at least one")
         return found
@@ -203,54 +212,77 @@ class Monitor:
             values[kept] = torch.stack(columns, dim=1)
         return values
 
-    def scaled(self, values: Tensor, *, differences: bool) -> Tensor:
+    def scaled(self, values: Tensor, *, differences: bool, read: Read | None = None) -> Tensor:
         """One number of the raw ones of all sites, calibrated where that was asked for.
 
         Args:
             values: [..., s].
             differences: they are differences of two projections, from which no mean is taken.
+            read: in whose scale; None takes the monitor's own.
 
         Returns:
             [...]
         """
         if not self.calibrated:
             return values.mean(dim=-1)
-        mean, deviation, joint = (one.to(values) if isinstance(one, Tensor) else one for one in self._scale)
+        chosen = read or self.read
+        scale = self._scale(chosen)
+        mean, deviation = (
+            self._on(values.device, f"{chosen} {name}", one).to(values.dtype)
+            for name, one in (("mean", scale.mean), ("deviation", scale.deviation))
+        )
         moved = values if differences else values - mean
-        return (moved / deviation).mean(dim=-1) / joint
+        return (moved / deviation).mean(dim=-1) / scale.joint
 
     def heat(self, item: Item, *, site: Site | str | None = None, raw: bool = False) -> TokenScores:
         """Every token of a text with its own projection, raw.
 
         Args:
             item: see `score`.
-            site: where; None takes the first that is read.
+            site: where; None takes the first that is read. At a site that is not read, its direction is taken.
             raw: leave a string prompt as it is.
 
         Returns:
             The tokens and their values, read at each token itself.
         """
         (rendered,) = self.rendered([item], raw=raw)
-        return token_projections(self._setup.bare, rendered, self.vector, site=site or self.sites[0])
+        place = _place(site) or self.sites[0]
+        direction = self._directions.get(place, self._directions[self.sites[0]])
+        return token_projections(self._setup.bare, rendered, self.vector, site=place, direction=direction)
 
     def middle(self, site: Site | str | None = None) -> float:
-        """Where neutral texts lie: the mean of their raw numbers.
+        """Where the tokens of neutral texts lie: the mean projection of all but each text's first, answers included.
+
+        It is raw and counts tokens as `heat` shows them, whatever the monitor reads.
 
         Args:
             site: one of `sites`; None takes the first.
+
+        Raises:
+            DataError: nothing is read at the site.
         """
-        place = Site.parse(site) if isinstance(site, str) else site or self.sites[0]
-        return float(self._scale.mean[self.sites.index(place)])
+        place = _place(site) or self.sites[0]
+        if place not in self._directions:
+            raise DataError(f"{place} is not read; give one of {', '.join(map(str, self.sites))}")
+        if place not in self._middles:
+            with self._unsteered():
+                rows = [record_ids(self.model, [text.ids], [place]) for text in self.rendered(self._neutral())]
+                values = [next(iter(row.values()))[0][1:] @ self._directions[place] for row in rows]
+            self._middles[place] = float(torch.cat(values).mean())
+        return self._middles[place]
 
     @contextlib.contextmanager
     def watch(self, callback: Callable[[Step], object] | None = None) -> Iterator[Watched]:
         """Read while `model.generate` runs, whoever calls it.
 
         What is read is the value as it flows on: at a site that is being steered, the one after the edit, whichever
-        context was entered first. Calibration is that of `read`: a running mean of the response ends, but for the last
-        token, as the `response_mean` of the text. That last token is never fed to the model, so nothing is read of it.
-        End and pad tokens do not count. Under a gated vector that writes before it has decided, the number at the
-        prompt's end is that of the pass with writes, in rows too whose gate stayed closed.
+        context was entered first. Whatever `read` is, the prompt's end counts in the scale of `prompt_last` and the
+        response in that of `response_mean`: its running mean ends as the `response_mean` score of the text, but for the
+        last token, which is never fed to the model, so that nothing is read of it. With `kind="cos"` that mean is, as
+        there, the cosine of the mean activation, not the mean of the tokens' cosines. End and pad tokens do not count.
+        Of guidance (`guidance_scale`) the prompt's own passes are read, not those of the negative prompt. Under a gated
+        vector that writes before it has decided, the number at the prompt's end is that of the pass with writes, in
+        rows too whose gate stayed closed.
 
         Args:
             callback: called after every pass with a `Step`, whose tensors are on the model's device: nothing waits for
@@ -261,13 +293,15 @@ class Monitor:
 
         Raises:
             ModelError: the model is compiled, or is being steered from another thread.
+            DataError: the neutral texts have no answers to calibrate the response on.
         """
         model, decoder = self._decoder.model, self._decoder
         modules = [self.model, model, decoder.body, *decoder.blocks]
         if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
             raise ModelError("watch: compiled code does not call what reads it; load the model without torch.compile")
         if self.calibrated:
-            _ = self._scale  # read before, not in the middle of somebody's generate
+            for read in READS:  # before, not in the middle of somebody's generate
+                self._scale(read)
         clock = PassClock.of(model) or PassClock(model, decoder.body)
         if clock.users and clock.owner != threading.get_ident():
             raise ModelError("watch: this model object is being steered from another thread; leave that context first")
@@ -295,25 +329,44 @@ class Monitor:
         Returns:
             [...] float32.
         """
-        return self._along(h.detach().float(), self._units[site].to(h.device))
+        return self._along(h.detach().float(), self._on(h.device, str(site), self._units[site]))
 
     def _along(self, h: Tensor, direction: Tensor) -> Tensor:
         found = h @ direction
         return found / torch.linalg.vector_norm(h, dim=-1) if self.kind == "cos" else found
 
-    @cached_property
-    def _scale(self) -> _Scale:
-        texts = neutral_texts() if self._setup.neutral is None else list(self._setup.neutral)
+    def _on(self, device: torch.device, name: str, one: Tensor) -> Tensor:
+        """A tensor on a device, copied there once."""
+        if (name, device) not in self._placed:
+            with torch.inference_mode(mode=False):
+                self._placed[name, device] = one.to(device)
+        return self._placed[name, device]
+
+    def _neutral(self) -> list[Conversation]:
+        return neutral_texts() if self._setup.neutral is None else list(self._setup.neutral)
+
+    def _unsteered(self) -> contextlib.AbstractContextManager[None]:
         clock = PassClock.of(self._decoder.model)
-        with contextlib.nullcontext() if clock is None else clock.suspended():
-            values = self.project(self.rendered(texts), self.read)
-        values = values[~values.isnan().any(dim=1)]
-        if len(values) < 3:
-            raise DataError(f"monitor: {len(values)} neutral texts can be read; give at least 3, with answers")
-        mean, deviation = values.mean(dim=0), values.std(dim=0)
-        if not bool((deviation > 0).all()):
-            raise DataError("monitor: all neutral texts have the same projection; give different ones")
-        return _Scale(mean, deviation, float(((values - mean) / deviation).mean(dim=1).std()))
+        return contextlib.nullcontext() if clock is None else clock.suspended()
+
+    def _scale(self, read: Read) -> _Scale:
+        """The scale of one way to read, found when it is first asked for.
+
+        Raises:
+            DataError: too few neutral texts can be read, or they are all alike.
+        """
+        if read not in self._scales:
+            with self._unsteered():
+                values = self.project(self.rendered(self._neutral(), read=read), read)
+            values = values[~values.isnan().any(dim=1)]
+            if len(values) < 3:
+                raise DataError(f"monitor: {len(values)} neutral texts can be read; give at least 3, with answers")
+            mean, deviation = values.mean(dim=0), values.std(dim=0)
+            if not bool((deviation > 0).all()):
+                raise DataError("monitor: all neutral texts have the same projection; give different ones")
+            joint = float(((values - mean) / deviation).mean(dim=1).std())
+            self._scales[read] = _Scale(mean, deviation, joint)
+        return self._scales[read]
 
 
 class Step(NamedTuple):
@@ -322,7 +375,7 @@ class Step(NamedTuple):
     Attributes:
         number: generated tokens read so far, 0 at the prompt's end.
         values: [b] of the token just read: the prompt's last, or one of the response; nan for rows that have ended.
-        mean: [b] mean over the response so far; nan where nothing of it has been read.
+        mean: [b] of the response so far; nan where nothing of it has been read.
     """
 
     number: int
@@ -366,7 +419,7 @@ class Watched:
             return
         call: WatchedCall | None = facts.store.get(self)
         if call is None:
-            call = facts.store[self] = WatchedCall(self._clock.settings, facts)
+            call = facts.store[self] = WatchedCall(self._monitor, self._clock.settings, facts)
             self.calls.append(call)
         call.ids, call.read = ids, {}
 
@@ -387,12 +440,11 @@ class Watched:
         if place is None:
             return
         rows = torch.arange(facts.batch, device=h.device)
-        call.read[site] = self._monitor.along(site, shaped[rows, place.to(h.device)])
+        # A copy: some models add into what flows on in place.
+        call.read[site] = shaped[rows, place.to(h.device)].detach().float()
         if len(call.read) == len(self._monitor._taps):
-            order = self._monitor._taps
-            columns = torch.stack([call.read[one].to(h.device) for one in order], dim=-1)
-            step = call.add(self._monitor.scaled(columns, differences=False), facts)
-            if self._callback is not None and step is not None:
+            step = call.add(facts)
+            if self._callback is not None:
                 self._callback(step)
 
     def _facts(self) -> Pass | None:
@@ -404,7 +456,7 @@ class Watched:
         if torch.compiler.is_compiling():
             raise ScopeError("watch: compiled code cannot be read; run the model eagerly (disable_compile=True)")
         facts = self._clock.now
-        if facts is None or facts.bare or facts.is_probe or facts.boundary is None:
+        if facts is None or facts.bare or facts.is_probe or facts.is_apart or facts.boundary is None:
             return None
         return facts
 
@@ -415,9 +467,10 @@ class WatchedCall:
     Attributes:
         prompt: [b] of the prompt's last token; None where it has not been read.
         values: per response token [b]; nan for rows that have ended.
+        mean: [b] of the response so far; nan where nothing of it has been read.
     """
 
-    def __init__(self, settings: Any, facts: Pass) -> None:
+    def __init__(self, monitor: Monitor, settings: Any, facts: Pass) -> None:
         if (getattr(settings, "num_beams", None) or 1) > 1:
             raise ScopeError("watch: beams change their rows from step to step; score the finished texts instead")
         ends = [getattr(settings, name, None) for name in ("eos_token_id", "pad_token_id")]
@@ -428,19 +481,16 @@ class WatchedCall:
         self.values: list[Tensor] = []
         self.ids: Tensor | None = None
         self.read: dict[Site, Tensor] = {}
+        self.mean = torch.full((facts.batch,), torch.nan, device=facts.device)
+        self._monitor = monitor
         self._finished = torch.zeros(facts.batch, dtype=torch.bool, device=facts.device)
-        self._sum = torch.zeros(facts.batch, device=facts.device)
+        self._sums: dict[Site, Tensor] = {}
         self._count = torch.zeros(facts.batch, device=facts.device)
-
-    @property
-    def mean(self) -> Tensor:
-        """[b] mean over the response so far; nan where nothing of it has been read."""
-        return self._sum / self._count
 
     @property
     def tokens(self) -> Tensor:
         """[b, t] one number per response token that the model has read; nan for rows that have ended."""
-        return torch.stack(self.values, dim=1) if self.values else self._sum.new_zeros(len(self._sum), 0)
+        return torch.stack(self.values, dim=1) if self.values else self.mean.new_zeros(len(self.mean), 0)
 
     def place(self, facts: Pass) -> Tensor | None:
         """[b] which column of a pass is read; None where none is.
@@ -463,11 +513,10 @@ class WatchedCall:
             )
         return torch.full((facts.batch,), facts.width - 1, device=facts.device)
 
-    def add(self, values: Tensor, facts: Pass) -> Step | None:
+    def add(self, facts: Pass) -> Step:
         """Keep what all sites have shown of one token per row.
 
         Args:
-            values: [b].
             facts: the pass.
 
         Returns:
@@ -475,19 +524,29 @@ class WatchedCall:
         """
         past = facts.past if isinstance(facts.past, int) else int(facts.past)
         assert facts.boundary is not None
-        values = values.to(self._sum.device)
         if past + facts.width <= facts.boundary:
-            self.prompt = values
-            return Step(0, values, self.mean)
+            self.prompt = self._scaled(self.read, "prompt_last")
+            return Step(0, self.prompt, self.mean)
         counted = ~self._finished
         if self.ids is not None:
             last = self.ids[:, -1].to(self._finished.device)
             self._finished = self._finished | torch.isin(last, self._ends)
             counted = ~self._finished & ~torch.isin(last, self._pads)
-        self._sum = self._sum + torch.where(counted, values, 0.0)
         self._count = self._count + counted
-        self.values.append(torch.where(counted, values, torch.nan))
+        # The activations themselves: a cosine of means is no mean of cosines.
+        means: dict[Site, Tensor] = {}
+        for site, h in self.read.items():
+            kept = torch.where(counted.to(h.device)[:, None], h, 0.0)
+            self._sums[site] = self._sums[site] + kept if site in self._sums else kept
+            means[site] = self._sums[site] / self._count.to(h.device)[:, None]
+        self.mean = self._scaled(means, "response_mean")
+        self.values.append(torch.where(counted, self._scaled(self.read, "response_mean"), torch.nan))
         return Step(len(self.values), self.values[-1], self.mean)
+
+    def _scaled(self, rows: Mapping[Site, Tensor], read: Read) -> Tensor:
+        """[b] one number of the activations [b, d] at all sites."""
+        columns = [self._monitor.along(site, rows[site]).to(self.mean.device) for site in self._monitor._units]
+        return self._monitor.scaled(torch.stack(columns, dim=-1), differences=False, read=read)
 
 
 class _Opening(Hook):
@@ -505,6 +564,10 @@ class _Reading(Hook):
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         """Both as a hook before a module and after it."""
         self.watched.take(self.site, self.tap, self.tap.read(args, kwargs, *output))
+
+
+def _place(site: Site | str | None) -> Site | None:
+    return Site.parse(site) if isinstance(site, str) else site
 
 
 def _directions(vector: SteeringVector, sites: Sequence[Site | str] | None) -> dict[Site, Tensor]:

@@ -181,6 +181,7 @@ class Pass:
             with this pass.
         held: whose writes wait in this pass, because what decides about them is read later in it.
         is_probe: this pass is run only to be read, beside the one that was asked for.
+        is_apart: inside a `generate` call this pass is of another text than the call's (guidance's negative prompt).
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class Pass:
         store: dict[Any, Any] | None = None,
         held: tuple[Any, ...] = (),
         is_probe: bool = False,
+        is_apart: bool = False,
         given: Tensor | None = None,
         call: _Call | None = None,
         cache: Any = None,
@@ -211,7 +213,7 @@ class Pass:
         self.boundary, self.decode, self.expands = boundary, decode, expands
         self.rows, self.only_all, self.bare = rows, only_all, bare
         self.store: dict[Any, Any] = {} if store is None else store
-        self.held, self.is_probe = held, is_probe
+        self.held, self.is_probe, self.is_apart = held, is_probe, is_apart
         self.settled = False  # whether it has been seen to that what decides is read in time
         self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
@@ -829,6 +831,7 @@ class PassClock:
         # `generate` always says how many logits it wants, where the model's forward can be told.
         tells = "logits_to_keep" in self._names.get(id(self._model()), ())
         own_sequence = call is not None and not compiling and keep is None and tells
+        facts["is_apart"] = own_sequence
         if call is not None and not compiling and not own_sequence:
             call.note(past, width, keep)
             facts["boundary"] = call.boundary

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,13 +21,15 @@ from steerkit.errors import DataError, ModelError, ScopeError, SiteError, Vector
 from steerkit.evaluate.intervals import NotScored, correlation, separability
 from steerkit.evaluate.trial import neutral_texts
 from steerkit.monitoring import Monitor, Step, Watched, conversation_of
+from steerkit.registry import method_of
 from steerkit.sites import Site
 from steerkit.vector import SteeringVector
 from tests.families import build
 from tests.modes import LONG, PAD, SHORT, rows_of, vector_for
-from tests.tiny_tokenizers import byte_tokenizer
+from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
+THINKS = byte_tokenizer(CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"))
 PROMPTS = ["How are you?", "Tell me of the sea, please.", "Why?"]
 ANSWERED = [
     {"prompt": "How are you?", "response": "Fine, thank you."},
@@ -42,16 +46,15 @@ TWO = (Site(1), Site(2, "resid_pre"))
 
 
 def vector_at(model: Any, sites: Sequence[Site] = (Site(1),)) -> SteeringVector:
-    from dataclasses import replace
-
     parts = [vector_for(model, scope="response", site=site, seed=seed) for seed, site in enumerate(sites)]
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     return replace(parts[0], tensors=tensors, sites=tuple(sites))
 
 
 def slow_projection(model: Any, item: Any, vector: SteeringVector, site: Site, read: str, kind: str) -> float:
-    """One text on its own, token by token."""
-    text = render(TOKENIZER, conversation_of(item))
+    """One text on its own, token by token; the prompt's end as it is without an answer."""
+    given = conversation_of(item)
+    text = render(TOKENIZER, replace(given, answer=None) if read == "prompt_last" else given)
     rows = record_ids(model, [text.ids], [site])[site][0]
     chosen = [text.prompt_length - 1] if read == "prompt_last" else range(text.prompt_length, len(text.ids))
     mean = sum(rows[place] for place in chosen) / len(chosen)
@@ -116,7 +119,7 @@ def test_the_scale_is_that_of_the_bare_model_and_read_once(monkeypatch: pytest.M
         torch.testing.assert_close(steered, plain.score(PROMPTS))
     assert not torch.allclose(steered, plain.score(PROMPTS))
     # The value read is that after the edit: exactly `strength` lengths further along.
-    moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain._scale.deviation[0])
+    moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain._scale("prompt_last").deviation[0])
     torch.testing.assert_close(steered - plain.score(PROMPTS), torch.full((3,), moved), rtol=1e-3, atol=1e-3)
     calls = []
     monkeypatch.setattr(
@@ -124,6 +127,23 @@ def test_the_scale_is_that_of_the_bare_model_and_read_once(monkeypatch: pytest.M
     )
     plain.score(PROMPTS)
     assert len(calls) == 1
+
+
+def test_the_prompt_s_end_is_read_without_the_answer() -> None:
+    """Some templates open a thought in the prompt that a given answer closes again."""
+    model = build("llama")
+    monitor = Monitor(model, THINKS, vector_at(model), neutral=NEUTRAL)
+    assert monitor.rendered(["Why?"])[0].text.endswith("<think>\n")
+    assert not monitor.rendered(ANSWERED[1:2])[0].text[:-40].endswith("<think>\n")
+    bare = monitor.score([replace(text, answer=None) for text in NEUTRAL])
+    assert float(bare.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(bare.std()) == pytest.approx(1, abs=1e-5)
+    assert torch.equal(monitor.score([{"prompt": "Why?", "response": "So."}]), monitor.score(["Why?"]))
+    shift = finetuning_shift(build("llama"), finetuned(), THINKS, ANSWERED, vector_at(model))
+    plain = [{"prompt": "How are you?"}, "Why?", "Well?"]
+    assert torch.equal(
+        shift.values, finetuning_shift(build("llama"), finetuned(), THINKS, plain, vector_at(model)).values
+    )
 
 
 def test_items_may_be_written_in_every_way() -> None:
@@ -172,8 +192,6 @@ def test_mistakes() -> None:
     with pytest.raises(DataError, match="no single direction"):
         Monitor(model, TOKENIZER, vector_for(model, scope="front"))
     with pytest.raises(VectorMismatchError):
-        from dataclasses import replace
-
         Monitor(model, TOKENIZER, replace(vector, num_layers=9))
 
 
@@ -187,9 +205,39 @@ def test_heat_shows_every_token_at_itself() -> None:
         direction = vector.params(site)["direction"]
         rows = record_ids(model, [text.ids], [site])[site][0]
         torch.testing.assert_close(shown.values, rows @ direction / direction.norm(), rtol=1e-4, atol=1e-4)
-        calm = [slow_projection(model, one, vector, site, "prompt_last", "proj") for one in NEUTRAL]
-        assert monitor.middle(site) == pytest.approx(sum(calm) / 4, abs=1e-4)
     assert "".join(shown.tokens) == text.text
+
+
+@pytest.mark.parametrize("options", [{}, {"read": "response_mean"}, {"kind": "cos"}], ids=str)
+def test_the_middle_of_a_heat_map_is_where_tokens_of_neutral_texts_lie(options: Any) -> None:
+    model = build("llama")
+    monitor = Monitor(model, TOKENIZER, vector_at(model, TWO), neutral=NEUTRAL, **options)
+    for site in TWO:
+        tokens = torch.cat([monitor.heat(text, site=site).values[1:] for text in NEUTRAL])
+        assert monitor.middle(site) == pytest.approx(float(tokens.mean()), abs=1e-4)
+        with steerkit.steer(model, monitor.vector, strength=3.0, scope="all"):
+            inside = Monitor(model, TOKENIZER, monitor.vector, neutral=NEUTRAL, **options)
+            assert inside.middle(site) == pytest.approx(monitor.middle(site))
+    assert monitor.middle() == monitor.middle("resid_post.1")
+    with pytest.raises(DataError, match=r"resid_post\.3 is not read; give one of resid_post\.1, resid_pre\.2"):
+        monitor.middle("resid_post.3")
+
+
+def test_heat_projects_on_what_the_monitor_reads() -> None:
+    """The direction that decides, in a method that writes along others."""
+    from steerkit.data import ContrastSet
+
+    model = build("llama")
+    data = ContrastSet.from_prompts(
+        [f"Break into the {one}" for one in "abcd"], [f"Walk to the {one}" for one in "efgh"]
+    )
+    vector = steerkit.fit(model, TOKENIZER, data, method="conditional")
+    monitor = Monitor(model, TOKENIZER, vector, neutral=NEUTRAL, calibrated=False)
+    assert method_of(vector).direction(vector.params(monitor.sites[0])) is None
+    shown = monitor.heat("Why?")
+    torch.testing.assert_close(shown.values[-1:], monitor.score(["Why?"]), rtol=1e-4, atol=1e-4)
+    elsewhere = monitor.heat("Why?", site="resid_post.0")
+    assert elsewhere.site == Site(0)
 
 
 # Reading while the model generates.
@@ -198,14 +246,13 @@ NEW = 6
 
 
 def forward_values(model: Any, monitor: Monitor, ids: Sequence[int], vector: Any = None, prompt: int = 0) -> Tensor:
-    """Calibrated numbers [t] of every token of one row, from one plain forward pass."""
-    import contextlib
-
+    """Calibrated numbers [t] of every token of one row, from one plain pass: the prompt's in the prompt's scale."""
     steering = contextlib.nullcontext() if vector is None else steerkit.steer(model, vector, prompt_lengths=prompt)
     with steering:
         found = record_ids(model, [ids], monitor.sites)
     columns = torch.stack([monitor.along(site, found[site][0]) for site in monitor.sites], dim=-1)
-    return monitor.scaled(columns, differences=False)
+    parts = (columns[:prompt], "prompt_last"), (columns[prompt:], "response_mean")
+    return torch.cat([monitor.scaled(part, differences=False, read=read) for part, read in parts])  # type: ignore[arg-type]
 
 
 def generated(model: Any, prompts: Sequence[Sequence[int]], *, side: str = "left", **options: Any) -> Tensor:
@@ -280,6 +327,60 @@ def test_watching_works_in_other_families(family: str) -> None:
     check(model, monitor, watched, out, [SHORT, LONG], vector=vector)
 
 
+@pytest.mark.parametrize("kind", ["proj", "cos"])
+@pytest.mark.parametrize("read", ["prompt_last", "response_mean"])
+def test_the_watched_mean_is_the_score_of_the_text(read: Any, kind: Any) -> None:
+    model = build("llama")
+    monitor = Monitor(model, TOKENIZER, vector_at(model, TWO), read=read, kind=kind, neutral=NEUTRAL)
+    scorer = Monitor(model, TOKENIZER, monitor.vector, read="response_mean", kind=kind, neutral=NEUTRAL)
+    ids = monitor.rendered(["Why?"])[0].ids
+    with monitor.watch() as watched:
+        out = generated(model, [ids])
+    read_ids = out[0, :-1].tolist()  # the last token is never fed
+    found = record_ids(model, [read_ids], monitor.sites)
+    means = [monitor.along(site, found[site][0][len(ids) :].mean(dim=0)) for site in monitor.sites]
+    expected = scorer.scaled(torch.stack(means), differences=False)
+    torch.testing.assert_close(watched.last.mean[0], expected, rtol=1e-3, atol=1e-3)
+    (asked,) = Monitor(model, TOKENIZER, monitor.vector, kind=kind, neutral=NEUTRAL).score(["Why?"])
+    assert watched.last.prompt is not None
+    torch.testing.assert_close(watched.last.prompt[0], asked, rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_makes_one_entry() -> None:
+    model = build("llama")
+    monitor = Monitor(model, TOKENIZER, vector_at(model), neutral=NEUTRAL)
+    steps: list[Step] = []
+    for negative in (SHORT, LONG[:1]):
+        steps.clear()
+        with monitor.watch(steps.append) as watched:
+            out = generated(model, [LONG], guidance_scale=1.5, negative_prompt_ids=torch.tensor([negative]))
+        assert len(watched.calls) == 1
+        assert [step.number for step in steps] == list(range(NEW))
+        check(model, monitor, watched, out, [LONG])
+
+
+def test_watching_copies_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy to the accelerator in every pass would make the host wait for it."""
+    model = build("llama")
+    monitor = Monitor(model, TOKENIZER, vector_at(model, TWO), neutral=NEUTRAL)
+    monitor._scale("prompt_last"), monitor._scale("response_mean")
+    copied: list[str] = []
+    plain = Tensor.to
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and args[0] == torch.device("meta"):
+            copied.append("one")
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    rows = torch.zeros(2, 32, device="meta")
+    for _ in range(3):
+        columns = torch.stack([monitor.along(site, rows) for site in monitor.sites], dim=-1)
+        monitor.scaled(columns, differences=False)
+        monitor.scaled(columns, differences=False, read="response_mean")
+    assert len(copied) == 2 + 2 + 2  # directions, and mean and deviation of both scales
+
+
 def test_watching_reads_after_the_edit() -> None:
     model = build("llama")
     vector = vector_at(model)
@@ -306,7 +407,9 @@ def test_padding_sides_and_returned_sequences(side: str) -> None:
     assert watched.last.prompt is not None
     for row in range(6):
         prompt = prompts[row // 3]
-        expected = forward_values(model, monitor, prompt)[-1]  # at the right, of the last real token
+        expected = forward_values(model, monitor, prompt, prompt=len(prompt))[
+            -1
+        ]  # at the right, of the last real token
         torch.testing.assert_close(watched.last.prompt[row], expected, rtol=1e-3, atol=1e-3)
     if side == "left":
         check(model, monitor, watched, out, prompts, each=3)
@@ -326,7 +429,7 @@ def test_ended_rows_count_no_more() -> None:
         out = generated(model, prompts, min_new_tokens=None, eos_token_id=end, pad_token_id=PAD)
     assert out[0, width + stop :].tolist() == [end] + [PAD] * (NEW - stop - 1)
     call = watched.last
-    expected = forward_values(model, monitor, [*SHORT, *answer[:stop]])[len(SHORT) :]
+    expected = forward_values(model, monitor, [*SHORT, *answer[:stop]], prompt=len(SHORT))[len(SHORT) :]
     torch.testing.assert_close(call.tokens[0, :stop], expected, rtol=1e-3, atol=1e-3)
     assert bool(call.tokens[0, stop:].isnan().all())
     torch.testing.assert_close(call.mean[0], expected.mean(), rtol=1e-3, atol=1e-3)

@@ -54,7 +54,12 @@ class TokenScores:
 
 
 def token_projections(
-    trial: Trial, rendered: Rendered, vector: SteeringVector, *, site: Site | str | None = None
+    trial: Trial,
+    rendered: Rendered,
+    vector: SteeringVector,
+    *,
+    site: Site | str | None = None,
+    direction: Tensor | None = None,
 ) -> TokenScores:
     """Project every token of one text on a vector's direction.
 
@@ -64,6 +69,7 @@ def token_projections(
         vector: whose direction.
         site: where to read; None takes the vector's first site with a direction. At a site that is not the vector's,
             the direction of its first site is taken.
+        direction: [d] another one to project on, at `site`; None takes the vector's.
 
     Returns:
         Each token with its own projection.
@@ -73,8 +79,10 @@ def token_projections(
         SiteError: the model lacks the site.
         FitError: the direction has no length, or an activation is not finite.
     """
-    home, direction = direction_of(vector, site)
-    place = Site.parse(site) if isinstance(site, str) else site or home
+    place = Site.parse(site) if isinstance(site, str) else site
+    if place is None or direction is None:
+        home, direction = direction_of(vector, place)
+        place = place or home
     with trial.steering([rendered.prompt_length]):
         rows = next(iter(record_ids(trial.setup.model, [rendered.ids], [place]).values()))[0]
     if rows.shape[1] != len(direction):
