@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Literal
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from types import CodeType, TracebackType
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ from steerkit.errors import DataError, ModelError, ScopeError
 from steerkit.registry import method_of
 from steerkit.sites import Site, find_decoder
 from steerkit.steering import Steering, Strength, steer, vectors_of
-from steerkit.tokens import Hook, PassClock
+from steerkit.tokens import Hook, PassClock, Scope
 from steerkit.vector import SteeringVector
 
 __all__ = ["SteeringCallback", "additions", "span_ablation"]
@@ -55,8 +57,9 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         strength: see `steer`; None takes each vector's own, else its suggested one, else the method's.
         mode: None applies the vectors as they are; `add` adds their directions, whatever method fitted them; `ablate`
             takes the space that their directions span out (CAFT).
-        scope: which tokens are written; a trainer does not say where prompts end, so scopes other than `all` and
-            `first(n)` raise a `ScopeError`.
+        scope: which tokens are written. Scopes by role (`assistant`, `answer`, `after(n)`) need the trainer's
+            `processing_class`, whose chat template tells whose tokens are whose. A trainer does not say where prompts
+            end, so `response` and others that ask for it raise a `ScopeError`.
         unit: see `steer`.
         during_evaluation: stay on for evaluation in the course of training.
 
@@ -87,7 +90,7 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self._model: nn.Module | None = None
         self._steering: Steering | None = None
         self._guards: list[Any] = []
-        self._loop: Any = None
+        self._loop: _Loop | None = None
         self._is_compiled = False
         self._pause = contextlib.ExitStack()
 
@@ -106,11 +109,18 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
             kwargs: `model` is the one that is trained.
 
         Raises:
-            ScopeError: a site inside a block under gradient checkpointing, or a scope that a trainer cannot tell.
+            ScopeError: a site inside a block under gradient checkpointing, a scope that a trainer cannot tell, or one
+                by role without the trainer's tokenizer.
             ModelError: the trainer copies the model to several devices (`nn.DataParallel`).
             SteerError: whatever `steer` finds wrong.
         """
         self._detach()
+        self._plan(args, kwargs)
+        if self.during_evaluation or self._is_compiled:
+            self._attach()
+            self._step_aside()
+
+    def _plan(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         model: nn.Module = kwargs["model"]
         if (getattr(args, "n_gpu", 1) or 1) > 1:
             raise ModelError(
@@ -118,15 +128,17 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
                 "device (torchrun), or show the trainer a single one"
             )
         self._model = model
-        self._steering = steer(model, self.vectors, self.strength, scope=self.scope, unit=self.unit)
+        tokenizer = _tokenizer_for(Scope.parse(self.scope), kwargs.get("processing_class"))
+        self._steering = steer(
+            model, self.vectors, self.strength, scope=self.scope, unit=self.unit, tokenizer=tokenizer
+        )
         _refuse_checkpointed(model, self._steering.sites)
         self._is_compiled = bool(getattr(args, "torch_compile", False)) or _has_compiled_code(model)
-        if self.during_evaluation or self._is_compiled:
-            self._attach()
-            self._step_aside()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach the steering, for all batches of this step."""
+        if self._steering is None:  # taken off since training began: not silently for the rest of it
+            self._plan(args, kwargs)
         self._pause.close()
         self._attach()
 
@@ -153,7 +165,7 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     def _attach(self) -> None:
         if self.is_attached or self._steering is None or self._model is None:
             return
-        self._loop = _caller()
+        self._loop = _Loop.around()
         decoder = find_decoder(self._model)
         self._steering.__enter__()
         # On the body as well, which people also call alone. Appended: torch looks up how to call each hook before a
@@ -186,12 +198,8 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     def look(self) -> None:
         """Take the steering off if the training loop that attached it has been left."""
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            if frame is self._loop:
-                return
-            frame = frame.f_back
-        self._forget()
+        if self._loop is not None and not self._loop.is_running:
+            self._forget()
 
 
 class _Guard(Hook):
@@ -205,15 +213,59 @@ class _Guard(Hook):
             self._callback.look()
 
 
-def _caller() -> Any:
-    """The frame that runs the training steps: the first that is neither a callback's nor of their own machinery."""
-    ours = (__name__, TrainerCallback.__module__)
-    frame: Any = sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_globals.get("__name__") in ours or isinstance(frame.f_locals.get("self"), TrainerCallback)
-    ):
-        frame = frame.f_back
-    return frame
+class _Loop(NamedTuple):
+    """What runs the training steps, told by its frame's id: holding the frame would keep all that it holds alive.
+
+    Attributes:
+        thread: the thread it runs in; passes of others say nothing about it.
+        frame: the id of its frame.
+        code: what runs in the frame.
+        owner: whose method that is; None of a plain function. An id alone may be given to a later frame.
+    """
+
+    thread: int
+    frame: int
+    code: CodeType
+    owner: weakref.ref[Any] | None
+
+    @classmethod
+    def around(cls) -> _Loop:
+        """The first frame that is neither a callback's nor of their own machinery."""
+        ours = (__name__, TrainerCallback.__module__)
+        frame: Any = sys._getframe(1)
+        while frame.f_back is not None and (
+            frame.f_globals.get("__name__") in ours or isinstance(frame.f_locals.get("self"), TrainerCallback)
+        ):
+            frame = frame.f_back
+        owner = frame.f_locals.get("self")
+        held = None if owner is None or not hasattr(owner, "__weakref__") else weakref.ref(owner)
+        return cls(threading.get_ident(), id(frame), frame.f_code, held)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its frame is still on its thread's stack."""
+        frame: Any = sys._current_frames().get(self.thread)
+        while frame is not None and (id(frame) != self.frame or frame.f_code is not self.code):
+            frame = frame.f_back
+        return frame is not None and (self.owner is None or frame.f_locals.get("self") is self.owner())
+
+
+def _tokenizer_for(scope: Scope, processing: Any) -> Any:
+    """The trainer's tokenizer, where a scope needs one.
+
+    Raises:
+        ScopeError: the trainer has none, or no trainer can tell the scope.
+    """
+    if scope.needs_prompt_end:
+        raise ScopeError(
+            f"scope '{scope}': a trainer cannot tell where the prompt ends; use scope='assistant' or 'answer' with the "
+            "trainer's processing_class, or scope='all'"
+        )
+    if scope.is_by_role and processing is None:
+        raise ScopeError(
+            f"scope '{scope}': its marks are the chat template's; give the trainer the tokenizer (processing_class=)"
+        )
+    return getattr(processing, "tokenizer", processing) if scope.is_by_role else None
 
 
 def _has_compiled_code(model: nn.Module) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import steerkit
 from steerkit.errors import DataError, FitError, ModelError, ScopeError
@@ -20,7 +23,7 @@ from steerkit.sites import Site, find_decoder
 from steerkit.vector import SteeringVector
 from tests.families import build
 from tests.modes import LONG, SHORT, rows_of, vector_for
-from tests.tiny_tokenizers import byte_tokenizer
+from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 ROWS = [{"input_ids": list(ids), "labels": list(ids)} for ids in (LONG, LONG[::-1], LONG, LONG[::-1])]
 RESID = Site(1, "resid_post")
@@ -307,6 +310,78 @@ def test_an_error_leaves_no_steering(how: str, body: bool, tmp_path: Any) -> Non
     assert torch.equal(logits_of(model), clean)
     assert hooks_of(model) == 0
     assert not callback.is_attached
+
+
+class Peeks(TrainerCallback):
+    """Runs the model in another thread in the middle of a step, and notes whether the step is steered."""
+
+    def __init__(self, callback: SteeringCallback, *, take_off: bool = False) -> None:
+        self.callback, self.take_off, self.seen = callback, take_off, list[bool]()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seen.append(self.callback.is_attached)
+        if self.take_off:
+            self.callback.__exit__(None, None, None)
+        worker = threading.Thread(target=logits_of, args=(model,))
+        worker.start()
+        worker.join()
+
+
+@pytest.mark.parametrize("take_off", [False, True])
+def test_steering_lasts_as_long_as_the_training(take_off: bool, tmp_path: Any) -> None:
+    callback = SteeringCallback(vector_for(build("llama"), scope="all"))
+    peeks = Peeks(callback, take_off=take_off)
+    trained(build("llama"), tmp_path, callback, peeks, max_steps=3)
+    assert peeks.seen == [True] * 3
+
+
+def test_a_training_that_failed_in_another_thread_leaves_no_steering(tmp_path: Any) -> None:
+    model = build("llama")
+    clean = logits_of(model)
+    callback = SteeringCallback(vector_for(model, scope="all"))
+
+    def train() -> None:
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer_of(model, tmp_path, callback, Fails()).train()
+
+    worker = threading.Thread(target=train)
+    worker.start()
+    worker.join()
+    assert callback.is_attached
+    assert torch.equal(logits_of(model), clean)
+    assert not callback.is_attached
+
+
+def test_an_error_keeps_no_trainer_alive(tmp_path: Any) -> None:
+    model = build("llama")
+    trainer = trainer_of(model, tmp_path, SteeringCallback(vector_for(model, scope="all")), Fails())
+    with pytest.raises(RuntimeError, match="out of luck") as caught:
+        trainer.train()
+    del caught
+    gone = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("scope", ["assistant", "answer"])
+def test_scopes_by_role_take_the_trainer_s_tokenizer(scope: str, tmp_path: Any) -> None:
+    tokenizer = byte_tokenizer(CHATML)
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
+    ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    vector = vector_for(build("llama"), scope="all")
+    found: list[Tensor] = []
+    for given in ("all", scope):
+        model, callback = build("llama"), SteeringCallback(vector, scope=given)
+        rows = [{"input_ids": ids, "labels": ids}] * 2
+        args = trainer_of(model, tmp_path).args
+        given_too: dict[str, Any] = {"processing_class": tokenizer, "data_collator": default_data_collator}
+        trainer = Trainer(model=model, args=args, train_dataset=rows, callbacks=[callback], **given_too)
+        trainer.train()
+        found.append(logits_of(model))
+    assert not torch.allclose(*found, atol=1e-5)
+    with pytest.raises(ScopeError, match="processing_class="):
+        trainer_of(build("llama"), tmp_path, SteeringCallback(vector, scope=scope)).train()
 
 
 def test_an_error_leaves_no_steering_in_another_training_of_the_model(tmp_path: Any) -> None:
