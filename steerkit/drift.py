@@ -158,7 +158,8 @@ def with_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     try:
         found: nn.Module = PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:
-        raise ModelError(f"{folder}: this adapter cannot be put on the model ({str(error).splitlines()[0]})") from error
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError(f"{folder}: this adapter cannot be put on the model ({reason})") from error
     return found
 
 
@@ -180,6 +181,8 @@ def projection_difference(
 ) -> Difference:
     """Measure how far the answers of a training set lie along a vector from the model's own answers.
 
+    Both are read without what was thought (`steerkit.roles.spoken`); an answer that is nothing else has no number.
+
     Args:
         model: the model that is to be finetuned.
         tokenizer: its tokenizer.
@@ -199,13 +202,14 @@ def projection_difference(
         One number per sample; `estimate` is their mean with its interval.
 
     Raises:
-        DataError: no sample has an answer, or `own` has another length, or stands beside `cheap`.
+        DataError: no sample has an answer beside its thoughts, or `own` has another length, or stands beside `cheap`.
         VectorMismatchError: the vector was fitted on a model of another width or depth.
     """
     items = [conversation_of(item) for item in data]
     if own is not None and (cheap or len(own) != len(items)):
         beside = "beside cheap=True" if cheap else f"for {len(items)} samples"
         raise DataError(f"projection difference: got {len(own)} own answers {beside}; give one per sample, or none")
+    items = [replace(item, answer=spoken(item.answer or "") or None) for item in items]
     if not any(item.answer for item in items):
         raise DataError("projection difference: no sample has an answer; give {'prompt', 'response'} or {'messages'}")
     monitor = Monitor(
@@ -227,7 +231,7 @@ def projection_difference(
     if own is None:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         own = own_answers(model, tokenizer, prompts, store=store, chat_template_kwargs=chat_template_kwargs, **options)
-    answered = [replace(prompt, answer=text or None) for prompt, text in zip(prompts, own, strict=True)]
+    answered = [replace(prompt, answer=spoken(text) or None) for prompt, text in zip(prompts, own, strict=True)]
     return Difference(given, monitor.score(answered), tuple(own))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import steerkit
 from steerkit.activations import record_ids
 from steerkit.data import Conversation, render
-from steerkit.drift import finetuning_shift, own_answers, projection_difference
+from steerkit.drift import finetuning_shift, own_answers, projection_difference, with_adapter
 from steerkit.errors import DataError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.evaluate.intervals import NotScored, correlation, separability
 from steerkit.evaluate.trial import neutral_texts
@@ -593,6 +593,35 @@ def test_samples_without_answers_are_left_out() -> None:
             projection_difference(model, TOKENIZER, data, vector_at(model), **wrong)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no sample has an answer"):
         projection_difference(model, TOKENIZER, ["Why?"], vector_at(model))
+
+
+def test_neither_side_of_a_difference_is_read_with_its_thoughts() -> None:
+    model = build("llama")
+    said = ["Because.", "Me."]
+    thought = [
+        {"prompt": prompt, "response": f"<think>Hm, let me see about that.</think>\n\n{text}"}
+        for prompt, text in zip(("Why?", "Who?"), said, strict=True)
+    ]
+    unended = {"prompt": "When?", "response": "<think>Well"}
+    found = projection_difference(model, TOKENIZER, [*thought, unended], vector_at(model), own=[*said, "Now."])
+    assert found.values.tolist()[:2] == pytest.approx([0, 0], abs=1e-6)
+    assert bool(found.given[2].isnan())
+    own = [sample["response"] for sample in thought]
+    found = projection_difference(model, TOKENIZER, thought, vector_at(model), own=own)
+    assert found.values.tolist() == pytest.approx([0, 0], abs=1e-6)
+    with pytest.raises(DataError, match="no sample has an answer"):
+        projection_difference(model, TOKENIZER, [unended], vector_at(model))
+
+
+def test_an_adapter_that_fails_without_a_word_is_still_an_error(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise ValueError
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"cannot be put on the model \(ValueError\)"):
+        with_adapter(build("llama"), tmp_path)
 
 
 def test_own_answers_are_generated_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
