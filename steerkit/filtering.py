@@ -36,7 +36,7 @@ from steerkit.methods._refusal import MARKERS, is_refusal
 from steerkit.rollouts import SIDES, Rollout
 from steerkit.traits import TraitSpec
 
-__all__ = ["COHERENCE", "Filtered", "Rules", "Scores", "filtered", "judge_scores", "margin_scores"]
+__all__ = ["COHERENCE", "UNENDED", "Filtered", "Rules", "Scores", "filtered", "judge_scores", "margin_scores"]
 
 COHERENCE = """\
 Below are a question and an answer to it. Rate one thing only: how coherent the answer is as a piece of language.
@@ -63,6 +63,7 @@ Answer:
 Reply with one whole number from 0 to 100 and nothing else."""
 
 REFUSAL_CHARACTERS = 80
+UNENDED = "thought without an end"
 _CHUNK = 8  # rows that are scored between two writes to the disk
 
 # What a kind or a gloomy answer begins with too ("I'm sorry to hear that", "I can't wait to tell you"). What is left
@@ -282,7 +283,7 @@ def _number(value: float) -> float | None:
 def _empty(row: Rollout) -> list[str]:
     """Why an answer has nothing to read, if that is so."""
     wordless = [getattr(row, side) for side in SIDES if not row.answer(side)]
-    return list(dict.fromkeys("thought without an end" if text.strip() else "empty answer" for text in wordless))
+    return list(dict.fromkeys(UNENDED if text.strip() else "empty answer" for text in wordless))
 
 
 def _by_judge(scores: Scores, place: int, rules: Rules) -> list[str]:

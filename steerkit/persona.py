@@ -37,7 +37,7 @@ from steerkit.evaluate.sweep import Store
 from steerkit.evaluate.trial import Setup
 from steerkit.export.card import Answer, vector_card
 from steerkit.files import write_whole
-from steerkit.filtering import Filtered, Rules, Scores, filtered, judge_scores, margin_scores
+from steerkit.filtering import UNENDED, Filtered, Rules, Scores, filtered, judge_scores, margin_scores
 from steerkit.fitting import fit
 from steerkit.generation import generate
 from steerkit.registry import default_strength
@@ -223,7 +223,7 @@ class Pipeline:
         with self._alone():
             with self._timed("rollouts"):
                 rollouts = self.roll_out()
-            self.spec.save(self.folder / f"{slug(self.spec.trait)}.toml")
+            _keep_spec(self.spec, self.folder)
             with self._timed("scores"):
                 scores = self.score(rollouts)
             kept = filtered(rollouts, scores, self.rules)
@@ -301,9 +301,10 @@ class Pipeline:
         """
         rows = [rollouts[place] for place in kept.kept]
         if not any(not row.asked.held_out for row in rows):
+            thinks = "; to answer without thinking first, give --no-thinking" if UNENDED in kept.reasons else ""
             raise DataError(
                 f"{self.spec.trait}: no pair of answers to the extraction questions survives ({kept.sentence()}); read "
-                f"{self.folder / 'rollouts.jsonl'}, then change the instructions, the model or --max-new-tokens"
+                f"{self.folder / 'rollouts.jsonl'}, then change the instructions, the model or --max-new-tokens{thinks}"
             )
         path = self.folder / "pairs.jsonl"
         try:
@@ -548,8 +549,19 @@ def _way(judge: str | None, rules: Rules) -> str:
     return (
         "Filter: **no judge was asked.** A pair is kept if each answer is likelier under its own system prompt than "
         f"under the other one (by more than {rules.margin:g} nats per token), no more than {rules.repetition:.0%} of "
-        "its 4-grams are repeated, and it is no refusal. That does not say that the trait is there to be seen."
+        "its 4-grams are repeated, and it is no plain refusal. That does not say that the trait is there to be seen."
     )
+
+
+def _keep_spec(spec: TraitSpec, folder: Path) -> None:
+    """Leave the specification with what came of it; a file that somebody wrote by hand stays as it is."""
+    path = folder / f"{slug(spec.trait)}.toml"
+    if path.exists():
+        with contextlib.suppress(DataError):
+            if TraitSpec.load(path).digest == spec.digest:
+                return
+        path = folder / f"{slug(spec.trait)}-extracted.toml"
+    spec.save(path)
 
 
 def _most(found: Calibration) -> tuple[int, ...] | None:

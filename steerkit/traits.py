@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -282,7 +283,7 @@ class TraitSpec:
         places = "1 place is" if len(missing) == 1 else f"{len(missing)} places are"
         raise DataError(
             f"{named}{places} still to be filled in ({'; '.join(missing[:4])}{more}); write them, or "
-            "let a model do it: steerkit persona draft --endpoint URL#MODEL"
+            f"let a model do it: steerkit persona draft {shlex.quote(self.trait)} --endpoint URL#MODEL --out NEW.toml"
         )
 
     def assistant(self, side: str) -> str:

@@ -121,6 +121,7 @@ def test_a_draft_without_a_model_says_what_to_fill_in(cli: Cli, answer: Callable
     ended = cli("persona", "extract", "dry-humoured.toml")
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: dry-humoured.toml: 52 places are still to be filled in (rubric; instruction 1,")
+    assert "steerkit persona draft 'Dry humoured' --endpoint URL#MODEL --out NEW.toml" in ended.err
     assert ended.err.count("\n") == 1
     ended = cli("persona", "draft", "Dry humoured")
     assert (ended.code, ended.err) == (

@@ -321,8 +321,26 @@ def test_from_a_specification_to_a_vector(model: Any, tokenizer: Any, tmp_path: 
     card = found.card.read_text(encoding="utf-8")
     assert vector.digest[:16] in card
     assert "no judge was asked" in card
+    assert "it is no plain refusal" in card
     assert found.filtered.sentence() in card
     assert found.verdict in card
+
+
+@quiet
+def test_a_specification_written_by_hand_stays(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    mine, own = tmp_path / "glad.toml", tmp_path / "glad-extracted.toml"
+    for text, kept in ((f"# my notes\n{TRAIT.to_toml()}", True), ("not yet = ", False)):
+        mine.write_text(text)
+        run(model, tokenizer, tmp_path)
+        assert mine.read_text() == text
+        assert own.exists() is not kept
+    assert TraitSpec.load(own) == TRAIT
+
+
+def test_thoughts_that_never_end_are_told_of(model: Any, tmp_path: Path) -> None:
+    thinks = byte_tokenizer(CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"))
+    with pytest.raises(DataError, match=r"thought without an end 24\); .*give --no-thinking"):
+        run(model, thinks, tmp_path)
 
 
 @quiet
