@@ -206,9 +206,50 @@ def test_a_stream_s_items_come_from_stdin_here_too(
     assert json.loads(ended.out)["projection"] == pytest.approx(float(monitor().score(["Why?"])), abs=1e-4)
 
 
+def test_a_stream_that_is_no_text_is_a_short_error(
+    cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'"Why?"\n\xff\xfe\n'), encoding="utf-8"))
+    ended = cli("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny)
+    assert (ended.code, ended.err) == (1, "error: stdin: it is not UTF-8; give one JSON object a line\n")
+
+
+def test_labels_may_be_numbers(answer: Callable[..., Any], monitor: Callable[..., Monitor], tiny: Path) -> None:
+    rows = [{"prompt": prompt, "label": label} for prompt, label in (("Why?", 1), ("How?", 0), ("Who?", 1), ("So?", 2))]
+    Path("labels.jsonl").write_text(jsonl(rows))
+    found = answer("monitor", "--data", "labels.jsonl", "--vector", "v.safetensors", "--model", tiny)["summary"]
+    scores = monitor().score([row["prompt"] for row in rows])
+    assert found["auc_of_label"]["mean"] == pytest.approx(separability(scores[[0, 2]], scores[[1]]).mean, abs=1e-3)
+
+
+def test_what_could_not_be_read_is_told(answer: Callable[..., Any], cli: Cli, here: Path, tiny: Path) -> None:
+    common = ("--vector", "v.safetensors", "--model", tiny, "--read", "response_mean")
+    rows = [{"prompt": "Hi", "response": "ok"}, {"prompt": "Hi", "response": ""}, {"prompt": "Ho", "response": "so"}]
+    Path("some.jsonl").write_text(jsonl(rows))
+    Path("none.jsonl").write_text(jsonl(rows[1:2]))
+    found = answer("monitor", "--data", "some.jsonl", *common, "--after", tiny)["summary"]
+    assert (found["items"], found["scored"]) == (3, 2)
+    ended = cli("monitor", "--data", "some.jsonl", *common, "--after", tiny)
+    assert "means over 2 items; 95 % interval of the shift (1 of 3 items have no" in " ".join(plain(ended.out).split())
+    for words in (("Why?",), ("--data", "none.jsonl"), ("--data", "none.jsonl", "--after", tiny)):
+        ended = cli("monitor", *words, *common, "--out", "out.jsonl")
+        assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1)
+        assert "error: none of 1 items has a response to read" in ended.err
+        assert not Path("out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        (("Why?", "--vector", "v.safetensors", "--after", "tuned", "--column", "joy"), 2, "--column names the one new"),
+        (("Why?", "--vector", "v.safetensors", "--column", "messages"), 2, "--column messages: items have a key"),
+        (("--data", "kept.jsonl", "--vector", "v.safetensors", "--column", "id"), 2, "--column id: items have a key"),
+        (
+            ("--data", "kept.jsonl", "--vector", "v.safetensors", "--difference", "--read", "prompt_last"),
+            2,
+            "leave out --read",
+        ),
+        (("Why?", "--vector", "v.safetensors", "--max-new-tokens", "4"), 2, "--max-new-tokens is the length of own"),
         (("Why?",), 2, "give --vector"),
         (("--vector", "v.safetensors"), 2, "give prompts, or a file"),
         (("Why?", "--data", "x.jsonl", "--vector", "v.safetensors"), 2, "give prompts, or a file"),
@@ -226,6 +267,7 @@ def test_a_stream_s_items_come_from_stdin_here_too(
     ],
 )
 def test_mistakes(cli: Cli, here: Path, tiny: Path, words: Any, code: int, message: str) -> None:
+    Path("kept.jsonl").write_text('{"prompt": "Why?", "id": 1}\n')
     Path("empty.jsonl").write_text("\n")
     Path("wrong.jsonl").write_text('{"prompt": "Why?"}\n{"text": "Why?"}\n')
     Path("number.jsonl").write_text("7\n")

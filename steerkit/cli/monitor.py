@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _HEATED = 20
+_KEYS = ("prompt", "system", "response", "messages", "own_response")
 
 
 class Reads(StrEnum):
@@ -48,8 +49,9 @@ def run(
         typer.Option(metavar="FILE", help="JSONL of prompts, prompts with responses, or messages; - reads stdin."),
     ] = None,
     read: Annotated[
-        Reads, typer.Option(help="The prompt's last token, or the mean over the response.")
-    ] = Reads.prompt_last,
+        Reads | None,
+        typer.Option(help="The prompt's last token, or the mean over the response. (default: prompt_last)"),
+    ] = None,
     kind: Annotated[Kinds, typer.Option(help="Projection or cosine.")] = Kinds.proj,
     uncalibrated: Annotated[
         bool, typer.Option("--uncalibrated", help="Raw numbers, not standard deviations of neutral texts.")
@@ -63,7 +65,9 @@ def run(
     cheap: Annotated[
         bool, typer.Option("--cheap", help="With --difference: the prompt's last token instead of own answers.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="With --difference: length of own answers.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --difference: length of own answers, in tokens. (default: 64)")
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where the items go, with their numbers.")] = None,
     column: Annotated[str | None, typer.Option(help="Name of the new column. (default: projection)")] = None,
     heat: Annotated[
@@ -80,7 +84,7 @@ def run(
     """Show how far prompts, answers, a data set or a finetuned model lie along a vector.
 
     Numbers count in standard deviations of neutral texts, from their mean. Items of --data go out again with a new
-    column; where they bring a `score` or a true-or-false `label`, its correlation or AUC is shown too.
+    column; where they bring a `score` or a true-or-false `label` (or 1 and 0), its correlation or AUC is shown too.
     """
     if not vector:
         raise typer.BadParameter("give --vector, a file or a shipped vector's name")
@@ -94,6 +98,15 @@ def run(
         raise typer.BadParameter("--heat draws projections; leave out --kind cos")
     if cheap and not difference:
         raise typer.BadParameter("--cheap is a form of --difference; give both")
+    if column is not None and after is not None:
+        raise typer.BadParameter("--column names the one new column; --after writes before, after and shift")
+    _check_column(column, [dict.fromkeys(_KEYS)])
+    if difference and read is not None:
+        raise typer.BadParameter("--difference reads responses, --cheap prompts too; leave out --read")
+    if max_new_tokens is not None and (not difference or cheap):
+        raise typer.BadParameter(
+            "--max-new-tokens is the length of own answers, which --difference without --cheap asks for"
+        )
     if data == "-" and (difference or after or heat or as_json or out):
         raise typer.BadParameter("a stream (--data -) is answered line by line; it takes none of the other forms")
     for path in (out, heat):
@@ -101,6 +114,8 @@ def run(
             check_writable(path)
     items = _given(prompts or []) if data is None else _items(data)
     rows = items if data == "-" else list(items)
+    if isinstance(rows, list):
+        _check_column(column, rows)
 
     import steerkit
     from steerkit.shipped import vector_path
@@ -110,11 +125,12 @@ def run(
     loaded, tokenizer = steerkit.load_model(model)
     options: dict[str, Any] = {"kind": kind.value, "calibrated": not uncalibrated, "batch_size": batch_size}
     options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
+    chosen = (read or Reads.prompt_last).value
     unit = "standard deviations" if not uncalibrated else "cosine" if kind == Kinds.cos else "activation units"
     if difference:
         assert isinstance(rows, list)
         store = None if out is None or cheap else out.with_name(out.name + ".own.jsonl")
-        options |= {"cheap": cheap, "max_new_tokens": max_new_tokens, "store": store}
+        options |= {"cheap": cheap, "max_new_tokens": max_new_tokens or 64, "store": store}
         with stderr().status("comparing"):
             flagged = steerkit.projection_difference(loaded, tokenizer, rows, found, **options)
         name = column or "projection_difference"
@@ -126,12 +142,13 @@ def run(
         return
     if after is not None:
         assert isinstance(rows, list)
-        _shift(loaded, tokenizer, rows, found, after, {"read": read.value, **options}, unit, out, as_json)
+        _shift(loaded, tokenizer, rows, found, after, {"read": chosen, **options}, unit, out, as_json)
         return
-    monitor = steerkit.Monitor(loaded, tokenizer, found, read=read.value, **options)
+    monitor = steerkit.Monitor(loaded, tokenizer, found, read=chosen, **options)
     name = column or "projection"
     if data == "-":
         for row in rows:
+            _check_column(column, [row])
             (value,) = _plain(monitor.score([row], raw=raw))
             _print_line({**row, name: value})
             sys.stdout.flush()
@@ -139,10 +156,16 @@ def run(
     assert isinstance(rows, list)
     with stderr().status("reading"):
         values = _plain(monitor.score(rows, raw=raw))
+    _check_read(values)
     if heat is not None:
         _draw(monitor, rows, heat, found, raw)
     rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
     _finish(rows, name, _summary(rows, name, unit), out=out, as_json=as_json, is_data=data is not None)
+
+
+def _check_column(column: str | None, rows: Sequence[dict[str, Any]]) -> None:
+    if column is not None and any(column in row for row in rows):
+        raise typer.BadParameter(f"--column {column}: items have a key of that name; give another one")
 
 
 def _given(prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -154,20 +177,22 @@ def _items(data: str) -> Iterator[dict[str, Any]]:
     """The items of a JSONL file or of stdin, one at a time.
 
     Raises:
-        DataError: the file is missing or empty, or, with the line's number, a line is no item.
+        DataError: the file is missing, empty or no UTF-8, or, with the line's number, a line is no item.
     """
     from steerkit.errors import DataError
 
-    name = "stdin" if data == "-" else data
     if data == "-":
-        yield from _parsed(name, sys.stdin)
+        try:
+            yield from _parsed("stdin", sys.stdin)
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin: it is not {error.encoding.upper()}; give one JSON object a line") from None
         return
     try:
         content = Path(data).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"{data}: cannot read the file ({reason}); give a JSONL file") from None
-    rows = list(_parsed(name, content.split("\n")))
+    rows = list(_parsed(data, content.split("\n")))
     if not rows:
         raise DataError(f"{data}: the file holds no item; write one JSON object a line")
     yield from rows
@@ -189,6 +214,20 @@ def _parsed(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError):
             raise DataError(f"{name}, line {place}: malformed JSON; write one object a line") from None
         yield row
+
+
+def _check_read(values: Sequence[float | None]) -> None:
+    """Refuse numbers that are none.
+
+    Raises:
+        DataError: nothing could be read.
+    """
+    from steerkit.errors import DataError
+
+    if all(value is None for value in values):
+        raise DataError(
+            f"none of {len(values)} items has a response to read; give --data with responses, or --read prompt_last"
+        )
 
 
 def _plain(values: Any) -> list[float | None]:
@@ -227,8 +266,9 @@ def _summary(rows: Sequence[dict[str, Any]], name: str, unit: str) -> dict[str, 
             found["correlation_with_score"] = _estimate(correlation(values, numbers(scores)))
     except NotScored:
         found["correlation_with_score"] = None
-    if True in labels and False in labels:
-        sides = [values[torch.tensor([label is side for label in labels])] for side in (True, False)]
+    truths = [bool(label) if isinstance(label, int | float) and label in (0, 1) else None for label in labels]
+    if True in truths and False in truths:
+        sides = [values[torch.tensor([truth is side for truth in truths])] for side in (True, False)]
         try:
             found["auc_of_label"] = _estimate(separability(*sides))
         except NotScored:
@@ -310,21 +350,26 @@ def _shift(
     other = with_adapter(loaded, folder) if is_adapter else steerkit.load_model(after)[0]
     with stderr().status("reading"):
         shift = steerkit.finetuning_shift(None if is_adapter else loaded, other, tokenizer, rows, vector, **options)
-    parts = zip(rows, _plain(shift.before), _plain(shift.after), _plain(shift.values), strict=True)
+    moves = _plain(shift.values)
+    _check_read(moves)
+    parts = zip(rows, _plain(shift.before), _plain(shift.after), moves, strict=True)
     listed = [{**row, "before": first, "after": second, "shift": moved} for row, first, second, moved in parts]
     _write(listed, out)
     estimate = _estimate(shift.estimate)
-    found = {"after": after, "unit": unit, "items": len(rows), "shift": estimate}
+    scored = sum(move is not None for move in moves)
+    found = {"after": after, "unit": unit, "items": len(rows), "scored": scored, "shift": estimate}
     if as_json:
         print_json({"items": listed, "summary": found})
         return
-    means = [float(one[~one.isnan()].mean()) for one in (shift.before, shift.after)]
+    kept = ~shift.values.isnan()
+    means = [float(one[kept].mean()) for one in (shift.before, shift.after)]
     shown = table("", unit, right=(unit,))
     shown.add_row("before", number(means[0], "+.3f"))
     shown.add_row("after", number(means[1], "+.3f"))
     shown.add_row("shift", f"{number(estimate['mean'], '+.3f')} ({_ends(estimate)})")
     stdout().print(shown)
-    stdout().print(f"means over {len(rows)} prompts; 95 % interval of the shift")
+    left = f" ({len(rows) - scored} of {len(rows)} items have no response to read)" if scored < len(rows) else ""
+    stdout().print(f"means over {scored} items; 95 % interval of the shift{left}")
 
 
 def _draw(monitor: Monitor, rows: list[dict[str, Any]], path: Path, vector: SteeringVector, raw: bool) -> None:
