@@ -20,6 +20,7 @@ from torch import nn
 
 from steerkit.data import Conversation
 from steerkit.endpoint import Endpoint
+from steerkit.errors import SteerError
 from steerkit.generation import generate
 from steerkit.traits import FILL_IN, Instruction, TraitSpec, assembled_rubric
 
@@ -74,7 +75,13 @@ def skeleton(trait: str, description: str = "") -> TraitSpec:
 
 
 def draft(
-    trait: str, description: str, writer: Writer, *, tries: int = TRIES, step: Callable[[str], None] = lambda note: None
+    trait: str,
+    description: str,
+    writer: Writer,
+    *,
+    tries: int = TRIES,
+    step: Callable[[str], None] = lambda note: None,
+    failed: Callable[[SteerError], None] | None = None,
 ) -> TraitSpec:
     """Let a model write a specification.
 
@@ -84,6 +91,8 @@ def draft(
         writer: the model.
         tries: replies to each part at the most.
         step: called with a few words before each request.
+        failed: called with the error if the model fails after some part has been written; that part then comes back.
+            None raises the error in any case.
 
     Returns:
         The specification; what no reply gave is still to be filled in, see `TraitSpec.open_places`.
@@ -99,25 +108,30 @@ def draft(
         step(f"{part}, try {number + 1}")
         return writer(head + prompt, number)
 
-    opposite = None
-    for number in range(tries):
-        opposite = opposite or _opposite(ask("assistants", _NAMES.format(trait=trait), number))
+    opposite: str | None = None
     pairs: list[Instruction] = []
-    for number in range(tries):
-        if len(pairs) < INSTRUCTIONS:
-            others = _others("instructions", [pair.positive for pair in pairs])
-            reply = ask("instructions", _PAIRS.format(count=INSTRUCTIONS - len(pairs), others=others), number)
-            _add(pairs, _pairs(reply), INSTRUCTIONS, lambda pair: pair.positive)
     questions: list[str] = []
-    for number in range(2 * tries):
-        if len(questions) < QUESTIONS:
-            others = _others("questions", questions)
-            reply = ask("questions", _QUESTIONS.format(count=QUESTIONS - len(questions), others=others), number)
-            _add(questions, _questions(reply), QUESTIONS, lambda question: question)
     scale: dict[str, str] = {}
-    for number in range(tries):
-        if len(scale) < len(SCALE) + 2:
-            scale = {**_scale(ask("rubric", _SCALE.format(), number)), **scale}
+    try:
+        for number in range(tries):
+            opposite = opposite or _opposite(ask("assistants", _NAMES.format(trait=trait), number), trait)
+        for number in range(tries):
+            if len(pairs) < INSTRUCTIONS:
+                others = _others("instructions", [pair.positive for pair in pairs])
+                reply = ask("instructions", _PAIRS.format(count=INSTRUCTIONS - len(pairs), others=others), number)
+                _add(pairs, _pairs(reply), INSTRUCTIONS, lambda pair: pair.positive)
+        for number in range(2 * tries):
+            if len(questions) < QUESTIONS:
+                others = _others("questions", questions)
+                reply = ask("questions", _QUESTIONS.format(count=QUESTIONS - len(questions), others=others), number)
+                _add(questions, _questions(reply), QUESTIONS, lambda question: question)
+        for number in range(tries):
+            if len(scale) < len(SCALE) + 2:
+                scale = {**_scale(ask("rubric", _SCALE.format(), number)), **scale}
+    except SteerError as error:
+        if failed is None or not (opposite or pairs or questions or scale):
+            raise
+        failed(error)
     return _assembled(trait, description, opposite, pairs, questions, scale)
 
 
@@ -268,10 +282,11 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _opposite(reply: str) -> str | None:
+def _opposite(reply: str, trait: str) -> str | None:
+    """What the opposite assistant is called: something else than the trait's."""
     for found in _objects(_said(reply)):
         name = _clean(found.get("opposite"))
-        if name and len(name) <= 40:
+        if name and len(name) <= 40 and name.casefold() != " ".join(trait.casefold().split()):
             return name
     return None
 

@@ -1,7 +1,8 @@
 """Asking a model behind an OpenAI-compatible endpoint (vLLM, llama.cpp, TGI, the large providers): HTTP and its errors.
 
 The key is sent to the address given alone (redirects are not followed) and shown nowhere. What is asked again is what
-may help: time-outs, broken connections, HTTP 408, 429 and 5xx.
+may help: time-outs, broken connections, HTTP 408, 429 and 5xx. A request that is refused for a field which some models
+do not know (`max_tokens`, `temperature`, `seed`) is sent once more without it, and so are all further ones.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import http.client
 import json
 import os
 import re
-import time
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +26,8 @@ KEYS = ("STEERKIT_JUDGE_KEY", "OPENAI_API_KEY")
 FILTERED = "content_filter"
 """Code and reason with which providers refuse one prompt for what it says: a failure of that item alone."""
 LARGEST_REPLY = 2**24  # bytes
+# Fields that some models refuse, and what they are called there; None leaves them out.
+_OPTIONAL = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 
 
 class Endpoint:
@@ -60,6 +63,7 @@ class Endpoint:
         self.model, self.role = model, role
         self._key = _checked_key(api_key, role)
         self.timeout, self.retries, self.backoff = timeout, retries, backoff
+        self._refused: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r}, {self.model!r})"
@@ -87,11 +91,12 @@ class Endpoint:
         """
         return self.error(f"the reply is no chat completion{self.shown(told(body)[0])}; check the url")
 
-    def post(self, asked: Mapping[str, Any]) -> tuple[int, bytes]:
+    def post(self, asked: Mapping[str, Any], stop: threading.Event | None = None) -> tuple[int, bytes]:
         """Send a request, again where that may help.
 
         Args:
             asked: the request's fields.
+            stop: once it is set, nothing is sent any more.
 
         Returns:
             Status and body of the reply.
@@ -99,6 +104,21 @@ class Endpoint:
         Raises:
             SteerError: there was none, or the last one too says to come back later.
         """
+        refused = self._refused
+        while True:
+            status, body = self._sent(_without(asked, refused), stop or threading.Event())
+            said, code = told(body) if status in (400, 422) and len(refused) < len(_OPTIONAL) else ("", FILTERED)
+            named = [name for name in _OPTIONAL if name in asked and re.search(rf"\b{name}\b", said)]
+            more = next((name for name in named if name not in refused), None)
+            if more is None or code == FILTERED:
+                break
+            refused = (*refused, more)
+        if status == 200:  # only now: it was the field
+            self._refused = refused
+        return status, body
+
+    def _sent(self, asked: Mapping[str, Any], stop: threading.Event) -> tuple[int, bytes]:
+        """Send one request as it is, again where that may help."""
         headers = {"Content-Type": "application/json", "User-Agent": "steerkit"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -107,8 +127,8 @@ class Endpoint:
         )
         happened, pause = "", 0.0
         for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(max(pause, self.backoff * 2 ** (attempt - 1)))
+            if stop.wait(max(pause, self.backoff * 2 ** (attempt - 1)) if attempt else 0):
+                raise self.error("stopped")
             try:
                 with _OPENER.open(request, timeout=self.timeout) as response:
                     return response.status, response.read(LARGEST_REPLY)
@@ -139,6 +159,12 @@ class Endpoint:
             happened: what went wrong.
         """
         return SteerError(f"{self.role} {self.model} at {self.base_url}: {happened}")
+
+
+def _without(asked: Mapping[str, Any], refused: Sequence[str]) -> dict[str, Any]:
+    """A request's fields without those that the endpoint refuses."""
+    names = {name: _OPTIONAL[name] if name in refused else name for name in asked}
+    return {new: asked[name] for name, new in names.items() if new is not None}
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

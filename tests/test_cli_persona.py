@@ -193,6 +193,28 @@ def test_an_endpoint_that_cannot_be_used(cli: Cli, trait: Path, serve: Callable[
     assert not Path("merry.toml").exists()
 
 
+def test_what_was_written_is_kept_when_the_endpoint_fails(
+    cli: Cli, trait: Path, serve: Callable[[Any], Server]
+) -> None:
+    write = author()
+    server = serve(
+        lambda asked, number: failure(404, "gone") if "will rate" in str(asked["messages"]) else write(asked, number)
+    )
+    ended = cli("persona", "draft", "merry", "--description", "It laughs.", "--endpoint", f"{server.url}#writer")
+    assert ended.code == 1
+    assert "HTTP 404 (gone); merry.toml keeps what was written until then" in ended.err
+    assert "wrote merry.toml" in ended.out
+    spec = TraitSpec.load("merry.toml")
+    assert (spec.open_places, spec.questions) == (("rubric",), tuple(QUESTIONS[:40]))
+
+
+def test_the_opposite_has_another_name(cli: Cli, trait: Path, serve: Callable[[Any], Server]) -> None:
+    server = serve(author(lambda text, number: text.replace("sad", " Merry") if not number else text))
+    ended = cli("persona", "draft", "merry", "--description", "It laughs.", "--endpoint", f"{server.url}#writer")
+    assert ended.code == 0
+    assert TraitSpec.load("merry.toml").assistants == ("merry", "sad")
+
+
 def test_a_local_model_writes_a_draft(cli: Cli, trait: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reply, asked = author(), []
 

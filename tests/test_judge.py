@@ -7,6 +7,8 @@ import copy
 import json
 import logging
 import math
+import os
+import signal
 import threading
 import time
 import traceback
@@ -357,6 +359,49 @@ def test_a_failure_in_the_middle_stops_the_rest(serve: Any) -> None:
     with pytest.raises(SteerError, match="HTTP 404"):
         endpoint(server).score(["?"] * 200)
     assert len(server.requests) < 50
+
+
+def test_ctrl_c_comes_back_while_the_endpoint_hangs(serve: Any) -> None:
+    def reply(_asked: dict[str, Any], number: int) -> tuple[int, Any]:
+        if number:
+            if number == 2:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            server.release.wait(20)
+        return completion("7")
+
+    server = serve(reply)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        endpoint(server, timeout=2.0, retries=9).score(["?"] * 9)
+    assert time.monotonic() - began < 1.8
+    asking = [thread for thread in threading.enumerate() if "(work)" in thread.name]
+    assert asking
+    assert all(thread.daemon for thread in asking), "the interpreter's end waits for the others"
+    asked = len(server.requests)
+    time.sleep(2.2)
+    assert len(server.requests) == asked, "nothing is sent any more"
+
+
+@pytest.mark.parametrize("gives", [True, False])
+def test_fields_that_a_model_refuses_are_left_out(serve: Any, gives: bool) -> None:
+    def reply(asked: dict[str, Any], _: int) -> tuple[int, Any]:
+        for name, more in (("max_tokens", " Use 'max_completion_tokens' instead."), ("temperature", ""), ("seed", "")):
+            if name in asked:
+                return failure(400, f"Unsupported parameter: '{name}' is not supported with this model.{more}")
+        return failure(400, "no logprobs here") if "logprobs" in asked and not gives else completion("7")
+
+    server = serve(reply)
+    assert endpoint(server, max_tokens=12).score(["?"] * 5) == [7.0] * 5
+    assert all("temperature" not in asked for asked in server.requests[-4:])
+    assert [asked["max_completion_tokens"] for asked in server.requests[-4:]] == [12] * 4
+    assert len(server.requests) == 4 + 4 + (0 if gives else 4)
+
+
+def test_a_field_that_is_not_to_blame_stays(serve: Any) -> None:
+    server = serve(lambda asked, _: failure(400, "the temperature is 0 and the moon is full"))
+    with pytest.raises(SteerError, match="the moon is full"):
+        endpoint(server).score(["?"])
+    assert len(server.requests) <= 4
 
 
 def test_where_the_key_comes_from(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def run(
     loaded, tokenizer = steerkit.load_model(model)
     options: dict[str, Any] = {"kind": kind.value, "calibrated": not uncalibrated, "batch_size": batch_size}
     options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
-    chosen = (read or Reads.prompt_last).value
+    chosen = Reads.prompt_last.value if read is None else read.value
     unit = "standard deviations" if not uncalibrated else "cosine" if kind == Kinds.cos else "activation units"
     if difference:
         assert isinstance(rows, list)

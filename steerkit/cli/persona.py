@@ -53,7 +53,7 @@ def draft(
     if endpoint is not None and model is not None:
         raise typer.BadParameter("--endpoint and --model both write it; give one of them")
     from steerkit import drafting
-    from steerkit.errors import DataError
+    from steerkit.errors import DataError, SteerError
     from steerkit.traits import slug
 
     empty = drafting.skeleton(name, description)
@@ -64,16 +64,19 @@ def draft(
         raise DataError(f"{target}: is there already; choose another --out, or replace it with --force")
     check_writable(target)
     writer = _writer(endpoint, model)
+    failures: list[SteerError] = []
     if writer is None:
         spec = empty
     else:
         with status("drafting") as step:
-            spec = drafting.draft(name, description, writer, step=step)
+            spec = drafting.draft(name, description, writer, step=step, failed=failures.append)
     spec.save(target)
     if as_json:
         print_json({"file": str(target), "trait": spec.trait, "open": list(spec.open_places)})
     else:
         _show_draft(spec, target)
+    if failures:
+        raise SteerError(f"{failures[0]}; {target} keeps what was written until then")
     if writer is not None and spec.open_places:
         raise typer.Exit(1)
 

@@ -19,8 +19,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 from weakref import WeakValueDictionary
 
@@ -147,15 +149,35 @@ class EndpointJudge:
         if not prompts:
             return []
         # The first alone: it finds out whether there are log-probabilities, and a wrong key fails once, not four times.
-        replies = [self._ask(prompts[0])]
-        with ThreadPoolExecutor(self.parallel) as pool:
-            waiting = [pool.submit(self._ask, prompt) for prompt in prompts[1:]]
-            try:
-                replies += [future.result() for future in waiting]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        replies = [self._ask(prompts[0], threading.Event()), *self._ask_all(prompts[1:])]
         return [self._read(reply, low, high) for reply in replies]
+
+    def _ask_all(self, prompts: Sequence[str]) -> list[_Reply]:
+        """The answers to all prompts, some of which are under way at once.
+
+        In threads of our own: nothing waits for those, not even the interpreter's end, when one request fails or
+        somebody presses Ctrl-C while the endpoint hangs.
+        """
+        stop, left = threading.Event(), deque((prompt, Future[_Reply]()) for prompt in prompts)
+        answers = [answer for _, answer in left]
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    prompt, answer = left.popleft()
+                except IndexError:
+                    return
+                try:
+                    answer.set_result(self._ask(prompt, stop))
+                except BaseException as error:  # noqa: BLE001  # raised again where it is waited for
+                    answer.set_exception(error)
+
+        for _ in range(min(self.parallel, len(prompts))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            return [answer.result() for answer in answers]
+        finally:
+            stop.set()
 
     def _read(self, reply: _Reply, low: int, high: int) -> float | None:
         """The score of one answer."""
@@ -163,7 +185,7 @@ class EndpointJudge:
             return expected_score(reply.tops, low, high, least_mass=self.least_mass)
         return None if reply.cut_off else parse_score(reply.text, low, high)
 
-    def _ask(self, prompt: str) -> _Reply:
+    def _ask(self, prompt: str, stop: threading.Event) -> _Reply:
         """One answer, with log-probabilities where the endpoint gives them."""
         asked: dict[str, Any] = {
             "model": self.model,
@@ -173,10 +195,10 @@ class EndpointJudge:
             "seed": 0,
         }
         if self._gives_logprobs:
-            status, body = self._endpoint.post({**asked, "logprobs": True, "top_logprobs": 20})
+            status, body = self._endpoint.post({**asked, "logprobs": True, "top_logprobs": 20}, stop)
             if status not in (400, 422) or told(body)[1] == FILTERED:
                 return self._reply(status, body)
-        status, body = self._endpoint.post(asked)
+        status, body = self._endpoint.post(asked, stop)
         reply = self._reply(status, body)
         self._gives_logprobs = False  # only now: what was refused was the option, not the prompt
         return reply
