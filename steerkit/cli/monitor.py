@@ -125,7 +125,7 @@ def run(
     loaded, tokenizer = steerkit.load_model(model)
     options: dict[str, Any] = {"kind": kind.value, "calibrated": not uncalibrated, "batch_size": batch_size}
     options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
-    chosen = Reads.prompt_last.value if read is None else read.value
+    reading: dict[str, Any] = {"read": (read or Reads.prompt_last).value, **options}
     unit = "standard deviations" if not uncalibrated else "cosine" if kind == Kinds.cos else "activation units"
     if difference:
         assert isinstance(rows, list)
@@ -142,9 +142,9 @@ def run(
         return
     if after is not None:
         assert isinstance(rows, list)
-        _shift(loaded, tokenizer, rows, found, after, {"read": chosen, **options}, unit, out, as_json)
+        _shift(loaded, tokenizer, rows, found, after, reading, unit, out, as_json)
         return
-    monitor = steerkit.Monitor(loaded, tokenizer, found, read=chosen, **options)
+    monitor = steerkit.Monitor(loaded, tokenizer, found, **reading)
     name = column or "projection"
     if data == "-":
         for row in rows:
