@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from steerkit.errors import DataError, near_miss
-from steerkit.roles import THINKING
+from steerkit.roles import CHANNEL, FINAL, THINKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -255,7 +255,8 @@ def render(
     template brings its own special tokens. Without a chat template, or for a raw prompt, prompt and answer are joined
     as they stand and the tokenizer adds its special tokens: never a second BOS, never a closing EOS. The tokenizer is
     not changed. Where the generation prompt opens a thought, an answer that does not close it follows the prompt as it
-    stands in a history, outside of any thought.
+    stands in a history, outside of any thought; and where the template writes in channels, an answer without any stands
+    behind the header of the final one.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -381,7 +382,8 @@ def _chat_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
     except DataError:
         return prompt  # a template that only knows histories: its generation prompt is all there is
     before = continued.removesuffix(_PROBE)
-    if before.startswith(prompt) and not before[len(prompt) :].strip():
+    more = before[len(prompt) :].strip() if before.startswith(prompt) else None
+    if more == "" or (more == FINAL and CHANNEL not in conversation.answer):
         return before
     opened = _opened(prompt)
     if opened is not None and opened not in conversation.answer and prompt.startswith(before):

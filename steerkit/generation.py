@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steerkit.data import Conversation, Message, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
-from steerkit.roles import THINKING, Roles
+from steerkit.roles import CHANNEL, FRAME, THINKING, Roles
 from steerkit.sites import execution_device, find_decoder
 from steerkit.steering import Strength, steer, strength_value, vectors_of
 from steerkit.tokens import Scope
@@ -123,10 +123,11 @@ def generate(
 
 
 def _decoded(tokenizer: Any, rows: Tensor) -> list[str]:
-    """Texts without special tokens, but for the marks around thoughts: without them nobody can part them again."""
+    """Texts without special tokens, but for the marks of thoughts: without them nobody can part them again."""
     special = set(tokenizer.all_special_ids)
     vocabulary = tokenizer.get_vocab() if special else {}
-    marks = {vocabulary[mark] for pair in THINKING for mark in pair if mark in vocabulary} & special
+    known = [mark for pair in THINKING for mark in pair] + ([*FRAME[:4]] if CHANNEL in vocabulary else [])
+    marks = {vocabulary[mark] for mark in known if mark in vocabulary} & special
     if not marks:
         answers: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
         return answers

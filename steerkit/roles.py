@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,10 +27,17 @@ from torch import Tensor
 
 from steerkit.errors import ScopeError
 
-__all__ = ["THINKING", "Mark", "Marks", "Roles", "outside_thinking", "spoken"]
+__all__ = ["CHANNEL", "FINAL", "FRAME", "THINKING", "Mark", "Marks", "Roles", "outside_thinking", "spoken"]
 
 # What models put around their thinking; the first pair that a template writes, or that the vocabulary has, is the one.
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
+
+# Other models write in channels (GPT-OSS): what is said stands in messages with one header, all others are thought, or
+# are calls of tools.
+CHANNEL = "<|channel|>"
+FINAL = "<|channel|>final<|message|>"
+FRAME = ("<|start|>", CHANNEL, "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+_CHANNELLED = re.compile("|".join(map(re.escape, FRAME)))
 
 # Messages of probes: plain words with what may join their first and last characters to the template's own.
 _EDGES = (("", ""), ("\n", "\n"), (" ", " "), ("(", ")"), ("\n\n", "."), ("I ", "?"), ("0", "!"), ('"', '"'))
@@ -39,6 +47,8 @@ _WORDS = ("alpha", "bravo", "delta", "kilo", "lima", "tango")
 def spoken(text: str, *, in_thought: bool = False) -> str:
     """A text without what was thought, and without blanks around it; nothing where the thought has no end.
 
+    Of a text in channels, what its last final message says.
+
     Args:
         text: what the model wrote.
         in_thought: the prompt has opened a thought.
@@ -47,6 +57,9 @@ def spoken(text: str, *, in_thought: bool = False) -> str:
         >>> spoken("<think>Hm.</think> Yes."), spoken("<think>Hm, let"), spoken("Hm.</think>Yes.", in_thought=True)
         ('Yes.', '', 'Yes.')
     """
+    if CHANNEL in text:
+        parts = _final(text, 0, len(text))
+        return text[slice(*parts[-1])].strip() if parts else ""
     ends = {text.rfind(end) + len(end) for _, end in THINKING if end in text}
     if ends:
         return spoken(text[max(ends) :])
@@ -70,6 +83,8 @@ def outside_thinking(text: str, start: int, stop: int) -> list[tuple[int, int]]:
     Returns:
         (start, stop) of each part, without marks and the white space behind a closing one; empty parts left out.
     """
+    if CHANNEL in text[start:stop]:
+        return _final(text, start, stop)
     found, place = [], start
     closing = next((pair[1] for pair in THINKING if text[:start].rstrip().endswith(pair[0])), None)
     while place < stop:
@@ -84,6 +99,14 @@ def outside_thinking(text: str, start: int, stop: int) -> list[tuple[int, int]]:
             while place < stop and text[place].isspace():
                 place += 1
     return [part for part in found if part[1] > part[0]]
+
+
+def _final(text: str, start: int, stop: int) -> list[tuple[int, int]]:
+    """The final messages of a text in channels, (start, stop) each; empty ones left out."""
+    begins = [match.end() for match in re.finditer(re.escape(FINAL), text[:stop]) if match.start() >= start]
+    ends = [match.start() for match in _CHANNELLED.finditer(text[:stop])]
+    spans = [(begin, next((end for end in ends if end >= begin), stop)) for begin in begins]
+    return [span for span in spans if span[1] > span[0]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +148,8 @@ class Marks:
         others: open any turn, or any but the assistant's.
         closes: special tokens that end a turn.
         think: opens thinking; None where the template knows none.
-        answer: closes thinking.
+        answer: closes thinking, or, where `headed`, opens an answer.
+        headed: the assistant's messages have channels: only what follows `answer` is one, not all but thoughts.
         counts: whether every message has marks, so that messages can be counted.
     """
 
@@ -134,6 +158,7 @@ class Marks:
     closes: tuple[int, ...]
     think: Mark | None = None
     answer: Mark | None = None
+    headed: bool = False
     counts: bool = True
 
     def written(self, kind: str, count: int, ids: Tensor) -> Tensor:
@@ -153,9 +178,14 @@ class Marks:
         inside = _last(assistant | others | closes, assistant)
         header = self.assistant.goes_on(ids)
         inside = inside if header is None else inside & ~header
-        if kind == "assistant" or self.think is None or self.answer is None:
+        if kind == "assistant" or self.answer is None:
             return inside
-        thinks, answers = self.think.ends(ids), self.answer.ends(ids)
+        answers = self.answer.ends(ids)
+        if self.headed:
+            return inside & _last(answers | assistant | others | closes, answers)
+        if self.think is None:
+            return inside
+        thinks = self.think.ends(ids)
         thinking = _last(thinks | answers | assistant | others | closes, thinks)
         rest = self.answer.goes_on(ids)
         return inside & ~thinking if rest is None else inside & ~thinking & ~rest
@@ -250,6 +280,11 @@ class Roles:
         Raises:
             ScopeError: they do not.
         """
+        channels = CHANNEL in str(getattr(self._tokenizer, "chat_template", None) or "")
+        if kind == "answer" and channels and not self.marks.headed:
+            raise ScopeError(
+                f"scope 'answer': this chat template writes in channels, none of them {FINAL}; use scope='assistant'"
+            )
         if kind == "after" and not self.marks.counts:
             raise ScopeError("scope 'after(n)': this chat template does not mark every message; use scope='assistant'")
         return self.marks
@@ -398,14 +433,16 @@ class _Probes:
             end += 1
         return ids[start:end]
 
-    def thinking(self) -> tuple[Mark | None, Mark | None]:
-        """What opens and closes thinking, if the tokenizer or the template knows any."""
+    def thinking(self) -> tuple[Mark | None, Mark | None, bool]:
+        """What opens and closes thinking, where tokenizer or template know any, and whether there are channels."""
         template, known = str(self._tokenizer.chat_template), self._tokenizer.get_added_vocab()
+        if FINAL in template:
+            return None, self._thought(FINAL, known), True
         written = [pair for pair in THINKING if all(text in template for text in pair)]
         added = [pair for pair in THINKING if all(text in known for text in pair)]
         for opening, closing in (*written, *added):
-            return self._thought(opening, known), self._thought(closing, known)
-        return None, None
+            return self._thought(opening, known), self._thought(closing, known), False
+        return None, None, False
 
     def _thought(self, text: str, known: Mapping[str, int]) -> Mark:
         return Mark((known[text],)) if text in known else self._written_out(text)

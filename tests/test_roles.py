@@ -17,7 +17,7 @@ from torch import Tensor
 import steerkit
 from steerkit.data import Conversation, render
 from steerkit.errors import DataError, ScopeError
-from steerkit.roles import Marks, Roles, outside_thinking
+from steerkit.roles import Marks, Roles, outside_thinking, spoken
 from steerkit.sites import find_decoder
 from steerkit.tokens import Scope
 from steerkit.vector import SteeringVector
@@ -490,6 +490,68 @@ def test_marks_of_special_tokens_without_headers() -> None:
     written = marks.written("answer", 0, ids)[0].tolist()
     tokens = tokenizer.convert_ids_to_tokens(ids[0].tolist())
     assert [token for token, one in zip(tokens, written, strict=True) if one] == ["<|Assistant|>", "</think>", *"So."]
+
+
+HARMONY = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + message['content'] }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% else %}{{ '<|start|>' + message['role'] + '<|message|>' + message['content'] + '<|end|>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")
+REPLY = "<|channel|>analysis<|message|>User greets.<|end|><|start|>assistant<|channel|>final<|message|>Hello."
+
+
+def harmony(template: str = HARMONY) -> Any:
+    tokenizer = byte_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(CHANNELS)})
+    return tokenizer
+
+
+def test_channels_other_than_the_final_one_are_no_answer() -> None:
+    tokenizer = harmony()
+    marks = Roles(tokenizer).check("answer")
+    text = f"<|start|>user<|message|>Hi<|end|><|start|>assistant{REPLY}<|end|><|start|>user<|message|>So?<|end|>"
+    text += "<|start|>assistant<|channel|>commentary<|message|>{}<|call|><|start|>assistant<|channel|>final<|message|>I"
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = torch.tensor([encoding["input_ids"]])
+    written = marks.written("answer", 0, ids)[0].tolist()
+    shown = [text[slice(*span)] for span, one in zip(encoding["offset_mapping"], written, strict=True) if one]
+    assert shown == ["<|message|>", *"Hello.", "<|message|>", "I"]
+    by_token = [bool(marks.written("answer", 0, ids[:, : end + 1])[0, -1]) for end in range(ids.shape[1])]
+    assert by_token == written
+    assistant = marks.written("assistant", 0, ids)[0].tolist()
+    assert sum(assistant) > sum(written)
+    with pytest.raises(ScopeError, match="writes in channels, none of them"):
+        Roles(harmony(HARMONY.replace("final", "says"))).check("answer")
+
+
+def test_what_is_said_in_channels() -> None:
+    assert spoken(REPLY) == spoken(f"{REPLY} <|return|>") == "Hello."
+    assert spoken("<|channel|>analysis<|message|>User greets.<|end|><|start|>assistant<|channel|>fin") == ""
+    text = f"<|start|>assistant{REPLY}"
+    start = text.index("<|channel|>")
+    assert [text[slice(*part)] for part in outside_thinking(text, start, len(text))] == ["Hello."]
+
+
+def test_an_answer_stands_behind_the_header_of_its_channel(model: Any) -> None:
+    tokenizer = harmony()
+    prompt = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
+    assert render(tokenizer, Conversation("Hi")).text == prompt
+    plain = render(tokenizer, Conversation("Hi", answer="Hello."))
+    assert plain.text == f"{prompt}<|channel|>final<|message|>Hello."
+    assert plain.text[plain.answer_start :] == "Hello."
+    assert render(tokenizer, Conversation("Hi", answer=REPLY)).text == prompt + REPLY
+
+
+def test_generated_text_keeps_its_channels() -> None:
+    from steerkit.generation import _decoded
+
+    tokenizer = harmony()
+    ids = torch.tensor([tokenizer(f"{REPLY}<|return|></s>", add_special_tokens=False)["input_ids"]])
+    assert spoken(_decoded(tokenizer, ids)[0]) == "Hello."
+    assert "<|message|>" not in _decoded(byte_tokenizer(), ids[:, -1:])[0]
 
 
 def test_thinking_without_tokens_of_its_own() -> None:
