@@ -109,7 +109,9 @@ class Endpoint:
             status, body = self._sent(_without(asked, refused), stop or threading.Event())
             said, code = told(body) if status in (400, 422) and len(refused) < len(_OPTIONAL) else ("", FILTERED)
             named = [name for name in _OPTIONAL if name in asked and re.search(rf"\b{name}\b", said)]
-            more = next((name for name in named if name not in refused), None)
+            # Some name one field and mean another: where it is gone already, the next one goes.
+            left = [name for name in (*named, *_OPTIONAL) if name in asked and name not in refused]
+            more = left[0] if named and left else None
             if more is None or code == FILTERED:
                 break
             refused = (*refused, more)

@@ -397,11 +397,22 @@ def test_fields_that_a_model_refuses_are_left_out(serve: Any, gives: bool) -> No
     assert len(server.requests) == 4 + 4 + (0 if gives else 4)
 
 
+def test_one_message_for_all_fields_is_understood(serve: Any) -> None:
+    wrong = failure(400, "Unsupported parameter: 'max_tokens' is not supported with this model.")
+    server = serve(lambda asked, _: wrong if "max_tokens" in asked or "temperature" in asked else completion("7"))
+    assert endpoint(server).score(["?"] * 2) == [7.0] * 2
+    assert "seed" in server.requests[-1]
+
+
 def test_a_field_that_is_not_to_blame_stays(serve: Any) -> None:
     server = serve(lambda asked, _: failure(400, "the temperature is 0 and the moon is full"))
-    with pytest.raises(SteerError, match="the moon is full"):
-        endpoint(server).score(["?"])
-    assert len(server.requests) <= 4
+    judge = endpoint(server)
+    for tries in (8, 16):  # with and without log-probabilities, four times each
+        before = len(server.requests)
+        with pytest.raises(SteerError, match="the moon is full"):
+            judge.score(["?"])
+        assert {"max_tokens", "temperature", "seed"} <= set(server.requests[before])
+        assert len(server.requests) == tries
 
 
 def test_where_the_key_comes_from(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
