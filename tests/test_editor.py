@@ -137,6 +137,25 @@ def test_acceptance_02_closed_rows_keep_their_first_logits_and_cache_bitwise(fam
     assert changed
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_acceptance_02_an_open_row_at_strength_0_is_bitwise_bare_beside_a_steered_one(family: str) -> None:
+    """The part that is fed again is another matrix product than the whole pass, so only written rows may take it."""
+    model, vector = model_of(family), vector_of(family)
+    prompts = [SHORT, REPEATED, LONG]  # open, open, closed
+    bare = generate(model, prompts, num_beams=2)
+    with steerkit.steer(model, vector, [0.0, 1.0, 1.0]):
+        beams = generate(model, prompts, num_beams=2)
+        ran = generate(model, prompts)
+    assert torch.equal(beams.logits[0][[0, 1, 4, 5]], bare.logits[0][[0, 1, 4, 5]])
+    bare = generate(model, prompts)
+    for one, other in zip(ran.logits, bare.logits, strict=True):
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+    assert not torch.equal(ran.logits[0][1], bare.logits[0][1])
+    for mine, theirs in zip(ran.past_key_values.layers, bare.past_key_values.layers, strict=True):
+        assert torch.equal(mine.keys[[0, 2]], theirs.keys[[0, 2]])
+        assert torch.equal(mine.values[[0, 2]], theirs.values[[0, 2]])
+
+
 def test_acceptance_02_a_batch_of_closed_rows_is_bitwise_bare() -> None:
     model, vector = model_of("llama"), vector_of("llama")
     bare = generate(model, [LONG, SHORT[:4]])
