@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import steerkit
 from steerkit import passes
 from steerkit.errors import ModelError, ScopeError
-from steerkit.methods import _gate
+from steerkit.methods import _gate, conditional
 from steerkit.methods.conditional import score
 from steerkit.sites import Site
 from tests import gated, modes
@@ -222,6 +222,25 @@ def test_acceptance_04_replay_equals_a_second_pass_patched_at_the_last_prompt_to
     for one, other in zip(replayed.logits, probed.logits, strict=True):
         assert (one - other).abs().max() / other.abs().max() < 1e-5
     assert modes.run_steered(model, "cached", gated.plain_of(vector))[0][0].answer == replayed.sequences[0, 9:].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_over_a_prompt_is_in_float32_under_autocast(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Half precision would be coarse, and in float16 the sum over a long prompt infinite."""
+    model, vector = build("llama").eval(), vector_of("llama", readout="mean")
+    model.model.embed_tokens.weight.data *= 2e4 / model.model.embed_tokens.weight.abs().max()
+    read, found = [], []
+    add, decide = _gate.Gate._add, conditional._Conditions.decide
+    monkeypatch.setattr(_gate.Gate, "_add", lambda self, site, h, *rest: (read.append(h), add(self, site, h, *rest)))
+    monkeypatch.setattr(
+        conditional._Conditions, "decide", lambda self, rows: (found.append(rows[gated.READ]), decide(self, rows))[1]
+    )
+    prompt = [5, 17, 44, 9] * 30
+    with torch.no_grad(), torch.autocast("cpu", dtype), steerkit.steer(model, vector, prompt_lengths=len(prompt)):
+        model(torch.tensor([prompt]), use_cache=False)
+    exact = read[0][:, 1:].double().mean(dim=1)
+    assert exact.abs().max() * len(prompt) > torch.finfo(torch.float16).max
+    assert (found[0] - exact).norm() / exact.norm() < 1e-6
 
 
 def test_acceptance_05_nothing_leaks_from_one_generate_to_the_next() -> None:

@@ -163,7 +163,8 @@ class Gate(ABC):
         end = (past if isinstance(past, int) else int(past)) + width
         state.seen[site] = max(seen, end)
         counted = tokens.in_prompt(seen).to(h.device, torch.float32)
-        total = torch.bmm(counted[:, None, :], h.float())[:, 0]
+        with torch.autocast(h.device.type, enabled=False):  # in half precision the sum would be coarse, or infinite
+            total = torch.bmm(counted[:, None, :], h.float())[:, 0]
         count = counted.sum(dim=1, keepdim=True)
         if site in state.sums:
             total, count = total + state.sums[site][0], count + state.sums[site][1]
