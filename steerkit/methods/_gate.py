@@ -20,6 +20,7 @@ from steerkit.data import spread
 from steerkit.directions import mean_difference, unit
 from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.methods._base import Method, Params, Prepared, Subject, check_direction
+from steerkit.methods._fingerprint import fits
 from steerkit.methods._refusal import response_contrast, unembedding_direction
 from steerkit.sites import Decoder, Site
 from steerkit.tokens import Tokens
@@ -33,7 +34,6 @@ __all__ = [
     "GatedAddition",
     "behaviour",
     "blocks_written",
-    "fingerprint",
     "folds_of",
 ]
 
@@ -297,11 +297,8 @@ class GatedAddition(Method):
         Raises:
             VectorMismatchError: the model's weights are others than when it was fitted.
         """
-        known, here = vector.tensors.get("shared/fingerprint"), fingerprint(decoder)
-        if known is None or not len(here):
-            return
-        both = min(len(known), len(here))
-        if not torch.allclose(known[:both], here[:both], rtol=0.02, atol=0.02):
+        known = vector.tensors.get("shared/fingerprint")
+        if known is not None and not fits(known, decoder):
             raise VectorMismatchError(
                 f"{self.name}: the gate was fitted on other weights than those of this {type(decoder.model).__name__}; "
                 "fit it on this model"
@@ -350,32 +347,6 @@ def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Te
         except FitError as error:
             raise FitError(f"{site}: {error}") from None
     return found
-
-
-def fingerprint(decoder: Decoder) -> Tensor:
-    """What tells one set of weights from another: some values of its norms and biases, then some of its matrices.
-
-    Both parts are scaled to a largest value of 1. Quantised matrices are left out, so a quantised model has the first
-    part only.
-
-    Args:
-        decoder: the model's decoder.
-
-    Returns:
-        [k] float32 on the CPU; of no length where weights are offloaded.
-    """
-    named = [entry for name, entry in decoder.model.named_parameters() if "lora" not in name]
-    if not named or any(entry.is_meta for entry in named):
-        return torch.empty(0)
-    parts = []
-    for dims in (1, 2):
-        rows = [entry for entry in named if entry.dim() == dims and entry.is_floating_point()]
-        # A few values of each, so that no copy of all of them is made.
-        some = [row.detach().flatten()[:: max(1, row.numel() // 8)][:8].float().cpu() for row in spread(rows, 64)]
-        if some:
-            values = torch.cat(some)
-            parts.append(values / values.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def blocks_written(decoder: Decoder, layers: tuple[int, ...], default: list[int]) -> list[Site]:

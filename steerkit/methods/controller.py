@@ -34,7 +34,8 @@ from steerkit.data import spread
 from steerkit.directions import unit
 from steerkit.errors import FitError, VectorMismatchError
 from steerkit.methods._base import Params, Subject
-from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, fingerprint
+from steerkit.methods._fingerprint import fingerprint
+from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written
 from steerkit.methods._refusal import COMPLYING, REFUSING
 from steerkit.sites import Decoder, Site
 from steerkit.vector import SteeringVector
