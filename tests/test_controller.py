@@ -350,6 +350,27 @@ def test_weights_dealt_out_anew_are_the_same_weights_elsewhere() -> None:
         permuted_weights(fitted())
 
 
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+def test_every_weight_is_dealt_to_another_block(blocks: int) -> None:
+    fields, found = _fields(fitted(weights="random")), set()
+    weights = torch.arange(blocks).float()
+
+    def with_weights(values: Tensor) -> SteeringVector:
+        changed = {"shared/block_weight": values[:, None], "shared/block_bias": values}
+        return SteeringVector(**fields | {"tensors": {**fields["tensors"], **changed}})
+
+    for seed in range(8):
+        dealt = permuted_weights(with_weights(weights), seed)
+        order = dealt.tensors["shared/block_bias"]
+        assert (order != weights).all(), "every block's weight belongs to another block"
+        assert order.sort().values.tolist() == weights.tolist()
+        assert torch.equal(dealt.tensors["shared/block_weight"][:, 0], order)
+        found.add(tuple(order.tolist()))
+    assert (len(found) > 1) == (blocks > 2)
+    with pytest.raises(FitError, match="one block"):
+        permuted_weights(with_weights(weights[:1]))
+
+
 def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> None:
     model, vector = model_of("llama"), set_gain(fitted())
     loaded = SteeringVector.load(vector.save(tmp_path / "v.safetensors"))
