@@ -14,6 +14,7 @@ from torch import Tensor
 import steerkit
 from steerkit.data import ContrastSet
 from steerkit.errors import FitError, ScopeError, VectorMismatchError
+from steerkit.export.card import vector_card
 from steerkit.methods import controller
 from steerkit.methods.controller import WeightedController, auroc, fpr_at_tpr, permuted_weights
 from steerkit.sites import Site
@@ -501,3 +502,25 @@ def test_the_command_explains(answer: Callable[..., Any], cli: Any, here: Path, 
     assert all(len(line) <= 80 for line in shown.splitlines())
     inspected = cli("inspect", "controller.safetensors").out
     assert "controller" in inspected
+    assert "sites looked at" not in inspected
+    assert [line.split()[-1] for line in inspected.splitlines() if "gate reads" in line] == [str(vector.reads[0])]
+    assert all(str(site) in inspected for site in vector.reads)
+
+
+@pytest.mark.parametrize("name", ["conditional", "controller"])
+def test_the_cards_and_inspect_say_where_a_shipped_gate_reads(name: str, cli: Any) -> None:
+    folder = Path(__file__).parents[1] / "vectors" / "smollm2-135m"
+    vector = SteeringVector.load(folder / f"refusal-{name}.safetensors")
+    made = vector_card(f"refusal-{name}", vector, curve=None, answers=[], new_tokens=0).splitlines()
+    kept = (folder / f"refusal-{name}.md").read_text(encoding="utf-8").splitlines()
+    assert made == kept[: len(made)]
+    figures = dict(vector.held_out["sites"])
+    assert any("Separation" in line for line in made) == bool(figures)
+    assert not any("Separation measured on" in line for line in made), "no listed site has figures"
+    shown = " ".join(cli("inspect", folder / f"refusal-{name}.safetensors").out.split())
+    assert "looked at" not in shown
+    for site in vector.reads:
+        assert f"`{site}`" in "\n".join(made)
+        assert str(site) in shown.split("gate reads")[1].split("held out")[0]
+    for one in figures.values():
+        assert f"(held-out AUC {one['auc']:.3f}, d {one['cohens_d']:.2f})" in shown
