@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import steerkit
+from steerkit import passes
 from steerkit.data import ContrastSet
 from steerkit.errors import FitError, ScopeError, VectorMismatchError
 from steerkit.export.card import vector_card
@@ -273,6 +275,31 @@ def test_online_follows_each_token() -> None:
             gains[1:] = gains[:1]  # what the prompt's end decided acts on its own position and on the next
     assert gap(torch.stack(ran.logits)[:, 0], torch.stack(found)) < 1e-5
     assert max(gains) - min(gains) > 1e-3, "the gains differ, or nothing is tested"
+
+
+@pytest.mark.parametrize("opens_later", [False, True])
+def test_online_feeds_nothing_again_where_the_prompt_opens_no_gate(
+    opens_later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, vector = model_of("llama"), set_gain(fitted(), schedule="online", gain=0.01)
+    decide, again = controller._Controller.decide, passes._Conductor._again
+    calls: list[str] = []
+
+    def decided(self: Any, found: Any) -> Any:
+        decision = decide(self, found)
+        calls.append("decide")
+        behind = opens_later and len(calls) > 1
+        return replace(decision, is_open=torch.full_like(decision.is_open, behind))
+
+    monkeypatch.setattr(controller._Controller, "decide", decided)
+    monkeypatch.setattr(passes._Conductor, "_again", lambda *args: (calls.append("again"), again(*args))[1])
+    bare = generate(model, [SHORT, LONG])
+    with steerkit.steer(model, vector, 100 * STRENGTH):
+        ran = generate(model, [SHORT, LONG])
+    assert calls == ["decide"] * len(bare.logits)
+    same = [torch.equal(one, other) for one, other in zip(ran.logits, bare.logits, strict=True)]
+    # What is decided behind the first token that is generated acts on the second one.
+    assert same == ([True, True, False, False, False] if opens_later else [True] * 5)
 
 
 def _online_pass(

@@ -156,6 +156,17 @@ def test_acceptance_02_an_open_row_at_strength_0_is_bitwise_bare_beside_a_steere
         assert torch.equal(mine.values[[0, 2]], theirs.values[[0, 2]])
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"])
+def test_acceptance_02_experts_mix_rows_by_rounding_and_from_the_second_step_on_only(family: str) -> None:
+    model, vector = model_of(family), vector_of(family)
+    bare = generate(model, [SHORT, LONG, SHORT[:4]])
+    with steerkit.steer(model, vector):
+        ran = generate(model, [SHORT, LONG, SHORT[:4]])
+    assert torch.equal(ran.logits[0][1:], bare.logits[0][1:])
+    for one, other in zip(ran.logits, bare.logits, strict=True):
+        assert (one[1:] - other[1:]).abs().max() < 1e-5
+
+
 def test_acceptance_02_a_batch_of_closed_rows_is_bitwise_bare() -> None:
     model, vector = model_of("llama"), vector_of("llama")
     bare = generate(model, [LONG, SHORT[:4]])

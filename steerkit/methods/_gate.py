@@ -1,8 +1,9 @@
 """What gates share: the prompt is read once, at its end, and that decides for each row how strongly it is written.
 
 Everything is kept per row, in the state of one text, and computed in float32. A row whose gate is closed comes back
-bitwise. The one look at the values (which costs an accelerator a stop) is taken when the prompt has been read; decoding
-steps take none.
+bitwise (in models of routed experts, which mix the rows of a batch, beside open rows from the second step on only up to
+rounding). The one look at the values (which costs an accelerator a stop) is taken when the prompt has been read;
+decoding steps take none.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class _State:
     seen: dict[Site, int] = field(default_factory=dict)
     decision: Decision | None = None
     opened: int | None = None
-    """How many rows are open; None where nobody has looked."""
+    """How many rows are open by the prompt; None behind a later decision, at which nobody looks."""
     later: tuple[Any, Decision] | None = None
     """What was decided behind a generated token, and the column from which on it does not count yet."""
     shifts: dict[Site, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
@@ -183,7 +184,7 @@ class Gate(ABC):
             raise ScopeError(f"a gate reads the prompt's {what}, and {empty} rows of this batch have none")
         if infinite:
             raise ModelError("a gate read activations that are not finite; load the model in float32 or bfloat16")
-        state.decision, state.opened = decision, None if self._follows else int(opened)
+        state.decision, state.opened = decision, int(opened)
         state.found.clear()
 
     def _follow(self, site: Site, h: Tensor, tokens: Tokens, state: _State) -> None:
@@ -205,7 +206,7 @@ class Gate(ABC):
     def _take_over(tokens: Tokens, state: _State) -> None:
         """Let what an earlier step decided count from this one on."""
         if state.later is not None and state.later[0] != tokens.columns[0]:
-            state.decision, state.later = state.later[1], None
+            state.decision, state.later, state.opened = state.later[1], None, None
             state.shifts.clear()
 
     def write(self, site: Site, h: Tensor, prepared: Prepared, tokens: Tokens, state: _State) -> Tensor:

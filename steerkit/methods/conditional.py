@@ -150,6 +150,9 @@ def score(h: Tensor, condition: Tensor, kind: Literal["cosine", "cast"] = "cosin
 class ConditionalSteering(GatedAddition):
     """Add a direction to the rows whose prompt meets a condition; the others stay bitwise as they were.
 
+    In models of routed experts, which mix the rows of a batch, the others beside written ones stay so in their first
+    step only, and differ by rounding afterwards.
+
     The positive side of the contrast set are prompts that meet it (harmful requests), the negative side prompts that do
     not. Sites given to `fit` are where the condition may be read; the best of them is kept.
 

@@ -77,7 +77,7 @@ class WeightedController(GatedAddition):
     hidden: int = 64
     """Width of the network; the paper has 1024."""
     dead_zone: float = 0.05
-    """A row whose s is below it stays bitwise the unsteered model's."""
+    """A row whose s is below it stays bitwise the unsteered model's (with routed experts: see `conditional`)."""
     limit: float = 1.0
     """No block is moved further than so many typical norms."""
     epochs: int = 20
