@@ -491,10 +491,11 @@ class _Pool:
             index = self._index.to(h.device)
             return h[torch.arange(h.shape[0], device=h.device), index].float()
         weights, values = self._weights.to(h.device), h.float()
-        pooled = torch.bmm(weights, values)[:, 0]
-        # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
-        if self._padded and (h.device.type != "cpu" or not bool(torch.isfinite(pooled).all())):
-            pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
+        with torch.autocast(h.device.type, enabled=False):  # it would give products in half precision
+            pooled = torch.bmm(weights, values)[:, 0]
+            # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
+            if self._padded and (h.device.type != "cpu" or not bool(torch.isfinite(pooled).all())):
+                pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
         return pooled
 
 

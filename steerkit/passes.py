@@ -49,6 +49,7 @@ class Guide:
         writes: where is written.
         taps: where is read.
         inert: every write is at its neutral strength, so nothing needs to be read.
+        active: which rows have another strength than the neutral one; None where all have.
     """
 
     editor: Editor
@@ -57,6 +58,7 @@ class Guide:
     writes: tuple[Site, ...]
     taps: Mapping[Site, Tap]
     inert: bool = False
+    active: tuple[bool, ...] | None = None
     is_late: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +89,19 @@ class Guide:
                 f"a gate decided about {kept[0]} rows and this pass has {facts.batch}; keep the rows of a text together"
             )
         return kept[1]
+
+    def wanted(self, facts: Pass) -> Tensor | bool:
+        """The rows of a pass that are written now that it has been read: open, and not at the neutral strength.
+
+        Args:
+            facts: the pass.
+        """
+        opened = self.editor.finish(self.state(facts))
+        if opened is False or self.active is None:
+            return opened
+        device = facts.device if opened is True else opened.device
+        active = facts.expand(torch.tensor(self.active, device=device), "strength")
+        return active if opened is True else opened & active
 
     def waits(self, facts: Pass) -> bool:
         """Whether a pass writes before it has read what decides.
@@ -207,8 +222,7 @@ class _Conductor:
             return None
         rows: Tensor | bool = False
         for guide in waiting:
-            wanted = guide.editor.finish(guide.state(facts))
-            rows = _either(rows, wanted)
+            rows = _either(rows, guide.wanted(facts))
         cache = replay.given["past_key_values"]
         try:
             return None if rows is False else self._again(module, replay, facts, output, rows)

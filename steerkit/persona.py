@@ -1,8 +1,9 @@
 """From the specification of a trait to a vector and its card, stage by stage, in one folder.
 
 Chen et al. (2025), "Persona Vectors", arXiv 2507.21509. Every stage leaves a file: `rollouts.jsonl`, `scores.jsonl`,
-`pairs.jsonl` (a contrast set, held-out questions marked), `choice.jsonl` and the vector with its card. What is there is
-not done again, and a run that was killed has lost a batch at the most.
+`pairs.jsonl` (a contrast set, held-out questions marked), `choice.jsonl`, the vector to steer with, the one to watch
+with (`steerkit.watchpoint`) and a card of both. What is there is not done again, and a run that was killed has lost a
+batch at the most.
 
 Where this file departs. The paper steers every layer at one coefficient and takes the highest trait score; here
 `calibrate` screens the blocks at one strength, lets the best of them climb a ladder of strengths inside a budget of
@@ -45,6 +46,7 @@ from steerkit.rollouts import SIDES, Plan, Rollout, roll_out, takes_system
 from steerkit.sites import inner_model
 from steerkit.traits import TraitSpec, slug
 from steerkit.vector import SteeringVector
+from steerkit.watchpoint import watchpoint
 
 __all__ = ["Choice", "Extraction", "Pipeline", "extract", "pairs_jsonl"]
 
@@ -98,7 +100,9 @@ class Extraction:
     Attributes:
         vector: the persona vector, with a suggested strength where one was confirmed.
         file: where it is.
-        card: its card.
+        monitor: the vector to watch the trait with, before any answer; see `steerkit.watchpoint`.
+        monitor_file: where that is.
+        card: of both.
         filtered: which pairs were kept, and why the others were not.
         pairs: kept pairs to extract from, to choose on and to confirm on.
         verdict: how the layer was chosen and whether it is confirmed, in one line.
@@ -109,6 +113,8 @@ class Extraction:
 
     vector: SteeringVector
     file: Path
+    monitor: SteeringVector
+    monitor_file: Path
     card: Path
     filtered: Filtered
     pairs: tuple[int, int, int]
@@ -131,6 +137,11 @@ class Extraction:
             "verdict": self.verdict,
             "seconds": {stage: round(seconds, 1) for stage, seconds in self.seconds.items()},
             "vector": self.vector.describe(),
+            "monitor": {
+                "file": str(self.monitor_file),
+                "site": str(self.monitor.sites[0]),
+                "auc": {kind: dict(self.monitor.extra["watchpoint"][kind]) for kind in ("neutral", "negative")},
+            },
         }
 
 
@@ -230,11 +241,15 @@ class Pipeline:
             train, choosing, confirming = self.pairs(rollouts, kept)
             with self._timed("vector"):
                 vector, verdict = self.vector(train, choosing, confirming, kept)
+            with self._timed("monitor"), self.line("looking for where to watch"):
+                monitor = self.monitor()
             with self._timed("card"):
-                card = self.card(vector, verdict, kept, scores)
+                card = self.card(vector, monitor, verdict, kept, scores)
         return Extraction(
             vector=vector,
             file=self.file,
+            monitor=monitor,
+            monitor_file=self.monitor_file,
             card=card,
             filtered=kept,
             pairs=(len(train), len(choosing or ()), len(confirming or ())),
@@ -249,6 +264,11 @@ class Pipeline:
         """Where the vector goes; one that is not read from responses says so in its name."""
         more = "" if self.choice.readout == READOUTS[0] else f"-{self.choice.readout.replace('_', '-')}"
         return self.folder / f"{slug(self.spec.trait)}-{METHOD}{more}.safetensors"
+
+    @property
+    def monitor_file(self) -> Path:
+        """Where the vector to watch with goes."""
+        return self.folder / f"{slug(self.spec.trait)}-monitor.safetensors"
 
     @cached_property
     def folded(self) -> bool:
@@ -355,6 +375,20 @@ class Pipeline:
         vector.save(self.file)
         return vector, verdict
 
+    def monitor(self) -> SteeringVector:
+        """The vector to watch with, taken from its file where specification and model are the same."""
+        template = self.plan.chat_template_kwargs
+        identity = digest_of([self.spec.digest, weights_digest(inner_model(self.model)), template, self.folded])
+        with contextlib.suppress(VectorFileError):
+            made = SteeringVector.load(self.monitor_file)
+            if made.extra.get("watchpoint", {}).get("identity") == identity:
+                return made
+        vector = watchpoint(self.setup, self.spec, method=METHOD, folded=self.folded)
+        about = {**vector.extra["watchpoint"], "identity": identity, "trait": self.spec.trait}
+        vector = replace(vector, extra={**vector.extra, "watchpoint": about})
+        vector.save(self.monitor_file)
+        return vector
+
     def identity(self, kept: Filtered) -> str:
         """Digest of what the vector and its card depend on."""
         pairs = (self.folder / "pairs.jsonl").read_bytes().decode()
@@ -423,16 +457,19 @@ class Pipeline:
             chat_template_kwargs=self.plan.chat_template_kwargs,
         )
 
-    def card(self, vector: SteeringVector, verdict: str, kept: Filtered, scores: Scores) -> Path:
+    def card(
+        self, vector: SteeringVector, monitor: SteeringVector, verdict: str, kept: Filtered, scores: Scores
+    ) -> Path:
         """Write the card, with answers before and after."""
         path = self.file.with_suffix(".md")
-        mark = f"vector digest | `{vector.digest[:16]}`"
-        if path.exists() and mark in path.read_text(encoding="utf-8"):
+        marks = [f"vector digest | `{vector.digest[:16]}`", f"digest `{monitor.digest[:16]}`"]
+        if path.exists() and all(mark in path.read_text(encoding="utf-8") for mark in marks):
             return path
         answers = self.answers(vector)
         text = vector_card(self.file.stem, vector, curve=None, answers=answers, new_tokens=self.choice.max_new_tokens)
         try:
-            write_whole(path, (text + _about(self, vector, verdict, kept, scores)).encode())
+            more = _about(self, vector, verdict, kept, scores) + _watching(self.monitor_file, monitor)
+            write_whole(path, (text + more).encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
         return path
@@ -536,6 +573,22 @@ def _about(pipeline: Pipeline, vector: SteeringVector, verdict: str, kept: Filte
     lines += ["", _way(scores.judge, pipeline.rules), "", f"{kept.sentence()}."]
     lines += ["", f"Layer and strength: {verdict}."]
     return "\n".join([*lines, *_tried(vector)]) + "\n"
+
+
+def _watching(file: Path, monitor: SteeringVector) -> str:
+    """The vector to watch with."""
+    found = monitor.extra["watchpoint"]
+    areas = []
+    for what, kind in (("neutral ones", "neutral"), ("the opposite", "negative")):
+        areas.append("{mean:.2f} ({low:.2f} to {high:.2f}) against ".format(**found[kind]) + what)
+    lines = ["", "## To watch the trait", ""]
+    lines.append(
+        f"`{file.name}` (`{monitor.sites[0]}`, digest `{monitor.digest[:16]}`) is read at a prompt's last token, "
+        f"before any answer. Area under the curve of {found['prompts']} held-out prompts of the trait: "
+        f"{', '.join(areas)}."
+    )
+    lines += ["", f'    steerkit monitor "PROMPT" --vector {file.name}']
+    return "\n".join(lines) + "\n"
 
 
 def _way(judge: str | None, rules: Rules) -> str:

@@ -11,7 +11,7 @@ from steerkit.plugins import Plugins
 if TYPE_CHECKING:
     from steerkit.vector import SteeringVector
 
-__all__ = ["default_strength", "example_strength", "method_names", "method_of", "resolve"]
+__all__ = ["default_strength", "example_strength", "is_gated", "method_names", "method_of", "resolve"]
 
 _METHODS: Plugins[Method] = Plugins("steerkit.methods", "method", Method)
 
@@ -49,6 +49,20 @@ def method_of(vector: SteeringVector) -> Method:
             f"the vector wants edit {vector.edit!r}, but method {vector.method!r} as set does {method.edit_name!r}"
         )
     return method
+
+
+def is_gated(vector: SteeringVector) -> bool:
+    """Whether the vector reads each prompt, at `vector.reads`, and decides by it how it is steered.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        UnknownNameError: the method is not installed.
+        VectorFileError: the method's edit is not the one the vector names.
+        VectorMismatchError: the vector lacks a part.
+    """
+    return method_of(vector).editor(vector) is not None
 
 
 def default_strength(vector: SteeringVector) -> float:

@@ -339,6 +339,9 @@ class _GuidedEdit(_Edit):
         """Bring everything prepared to the present strength, and stop reading where nothing would be written."""
         super().refresh()
         self.guide.inert = all(edit.is_inert for edit in self.siblings)
+        rows = self.dose.value if isinstance(self.dose.value, tuple) else ()
+        active = tuple(any(not self.method.is_neutral(value * edit.factor) for edit in self.siblings) for value in rows)
+        self.guide.active = None if all(active) else active
 
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
         refuse_compiled()

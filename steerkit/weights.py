@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ModelError, ScopeError, StrengthError
+from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError
 from steerkit.methods._base import WeightUpdate
 from steerkit.registry import default_strength, method_of
 from steerkit.sites import inner_model
@@ -50,6 +50,7 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
         Nothing.
 
     Raises:
+        VectorFileError: this is no vector, or several.
         VectorMismatchError: the vector was fitted on a model of another width or depth.
         ScopeError: the vector's scope is not `all`.
         StrengthError: the method has no exact weight form, or the strength is not one finite number.
@@ -59,21 +60,20 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
     target = inner_model(model)
     if any(isinstance(hook, _Edited) for hook in target._forward_pre_hooks.values()):
         raise ModelError("edited: this model's weights are edited already; leave that context first")
-    (vector,) = vectors_of(vector)
-    updates = exact_updates(model, vector, strength)
+    listed = vectors_of(vector)
+    if len(listed) > 1:
+        raise VectorFileError(f"edited: got {len(listed)} vectors; give one, or write several with bake")
+    updates = exact_updates(model, listed, strength)
     planned = [(*_parameter(target, update.name), update.update) for update in updates]
     uses = Counter(id(parameter) for _, parameter in target.named_parameters(remove_duplicate=False))
-    mark = target.register_forward_pre_hook(_Edited())
-    undo: list[Callable[[], None]] = [mark.remove]
-    try:
+    # Each step back is noted before its step is made, and all are taken even if one fails.
+    with contextlib.ExitStack() as undo:
+        undo.callback(_unmark, target)
+        target.register_forward_pre_hook(_Edited())
         with torch.no_grad():
             for owner, leaf, update in planned:
-                undo.append(_write(owner, leaf, update, uses[id(getattr(owner, leaf))] > 1))
+                _write(owner, leaf, update, uses[id(getattr(owner, leaf))] > 1, undo)
         yield
-    finally:
-        with torch.no_grad():
-            for step in reversed(undo):
-                step()
 
 
 def exact_updates(
@@ -112,8 +112,11 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
 
     Raises:
         ScopeError: the vector's scope is not `all`.
-        StrengthError: another unit than paper, or not one finite number.
+        StrengthError: the method has no exact weight form, another unit than paper, or not one finite number.
     """
+    method = method_of(vector)
+    if not method.has_weight_form:
+        raise StrengthError(f"{method.name} has no exact weight form; steer with hooks instead")
     if vector.scope != "all":
         raise ScopeError(
             f"weights act on every token, this vector was made for '{vector.scope}', which is something else; accept "
@@ -153,20 +156,33 @@ def _wide(old: Tensor) -> Tensor:
     return old.detach().to(torch.promote_types(old.dtype, torch.float32), copy=True)
 
 
-def _write(owner: nn.Module, leaf: str, update: Callable[[Tensor | None], Tensor], shared: bool) -> Callable[[], None]:
-    """Write one new weight and return what takes it back."""
+def _write(
+    owner: nn.Module, leaf: str, update: Callable[[Tensor | None], Tensor], shared: bool, undo: contextlib.ExitStack
+) -> None:
+    """Write one new weight, when what takes it back has been noted."""
     old: nn.Parameter | None = getattr(owner, leaf)
     if old is None:
         like: Tensor = owner.weight  # type: ignore[assignment]
-        setattr(owner, leaf, nn.Parameter(update(None).to(like), requires_grad=False))
-        return lambda: setattr(owner, leaf, None)
-    if shared:
-        setattr(owner, leaf, nn.Parameter(update(_wide(old)).to(old.dtype), requires_grad=old.requires_grad))
-        return lambda: setattr(owner, leaf, old)
-    kept = old.detach().clone()
-    old.copy_(update(_wide(old)).to(old.dtype))
+        new = nn.Parameter(update(None).to(like), requires_grad=False)
+    else:
+        values = update(_wide(old)).to(old.dtype)
+        if not shared:
+            undo.callback(_put_back, old, old.detach().clone())
+            old.copy_(values)
+            return
+        new = nn.Parameter(values, requires_grad=old.requires_grad)
+    undo.callback(setattr, owner, leaf, old)
+    setattr(owner, leaf, new)
 
-    def restore() -> None:
-        old.copy_(kept)
 
-    return restore
+@torch.no_grad()
+def _put_back(parameter: nn.Parameter, kept: Tensor) -> None:
+    """Give a weight the values it had."""
+    parameter.copy_(kept)
+
+
+def _unmark(model: nn.Module) -> None:
+    """Take the mark off; one that was never set is no matter."""
+    hooks = model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Edited)]:
+        del hooks[key]

@@ -379,6 +379,15 @@ def test_bug_34_means_of_half_precision_models_are_float32(family: str, dtype: t
     assert torch.equal(last, h[-1].float())
 
 
+def test_means_are_float32_under_autocast() -> None:
+    """What `explain` says a gate reads is what the gate reads."""
+    model, tokenizer, site = build("llama"), byte_tokenizer(None), Site(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        acts = record(model, tokenizer, [TEXTS[2]], [site], readout="mean")
+        h = seen_by_hooks(model, [site], *padded([TEXTS[2]], "right"))[site][0]
+    torch.testing.assert_close(acts[site][0].double(), h[1:].double().mean(dim=0), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 3e3, 1e5])
 def test_median_norm(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -277,6 +277,14 @@ def test_config_tokenizer_template_and_generation_config_come_along(tmp_path: Pa
     assert (config["architectures"], config["dtype"], config["mlp_bias"]) == (["LlamaForCausalLM"], "float32", True)
 
 
+def test_a_model_in_training_is_compared_without_dropout_and_stays_in_training(tmp_path: Path) -> None:
+    model = build("gpt2").train()
+    model.transformer.h[0].eval()
+    flags = [module.training for module in model.modules()]
+    assert bake(model, None, added(model), tmp_path / "out").likeness.relative < 1e-5
+    assert [module.training for module in model.modules()] == flags
+
+
 def test_it_can_be_split_into_files(tmp_path: Path) -> None:
     model = build("mixtral")
     vector = test_ablation.vector_for(model, writes="every")

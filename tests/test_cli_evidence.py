@@ -546,7 +546,7 @@ def test_what_the_others_print(
     ended = cli(*words)
     assert (ended.code, ended.err) == (0, "")
     assert fits(ended.out), ended.out
-    ended = cli(*words, "--json")
+    ended = cli(*words, "--json", *(["--force"] if words[0] == "export" else []))
     assert (ended.code, ended.err) == (0, "")
     strict_json(ended.out)
 

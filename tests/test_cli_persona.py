@@ -272,9 +272,9 @@ def test_extract(cli: Cli, trait: Path, tiny: Path) -> None:
     assert f"{kept} of 24 pairs of answers kept; no judge: filtered by the model's own probabilities" in plain(
         ended.out
     )
-    assert f"wrote {folder / 'glad-persona.safetensors'}\nwrote {folder / 'glad-persona.md'}\n" in ended.out
+    assert f"wrote {folder / 'glad-persona.safetensors'}\nwrote {folder / 'glad-monitor.safetensors'}\n" in ended.out
     assert str(vector.sites[0]) in ended.out
-    assert re.search(r"took rollouts \d+ s, scores \d+ s, vector \d+ s, card \d+ s", ended.out)
+    assert re.search(r"took rollouts \d+ s, scores \d+ s, vector \d+ s, monitor \d+ s, card \d+ s", ended.out)
     assert f'steerkit generate "{TRAIT.held_out_questions[0]}" --vector {folder / vector.method}' not in ended.out
     assert f"--model {tiny}" in ended.out
     again = cli(*EXTRACT, *FREE, "--model", tiny, "--json")
@@ -283,7 +283,7 @@ def test_extract(cli: Cli, trait: Path, tiny: Path) -> None:
     assert found["vector"]["digest"] == vector.digest
     assert (found["rows"], found["kept"], found["judge"]) == (24, kept, None)
     assert sum(found["pairs"].values()) == kept
-    assert set(found["seconds"]) == {"rollouts", "scores", "vector", "card"}
+    assert set(found["seconds"]) == {"rollouts", "scores", "vector", "monitor", "card"}
     other = cli(*EXTRACT, *FREE, "--model", tiny, "--samples", 2)
     assert other.code == 1
     assert "was begun with samples 1, now it is 2; give the same again, or choose another folder" in other.err

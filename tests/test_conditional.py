@@ -5,22 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import steerkit
-from steerkit.data import ContrastSet
+from steerkit.data import ContrastSet, spread
 from steerkit.errors import FitError, SiteError, UnknownNameError, VectorMismatchError
+from steerkit.methods._fingerprint import fingerprint, fits
 from steerkit.methods.conditional import ConditionalSteering, best_threshold, combine, score
 from steerkit.predicates import P, Predicate, fired
-from steerkit.sites import Site
+from steerkit.sites import Site, find_decoder
 from steerkit.vector import SteeringVector
-from tests.families import build
+from tests.families import FAMILIES, build
 from tests.gated import LONG, SHORT, gated_vector
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -339,6 +342,129 @@ def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> N
     with pytest.raises(VectorMismatchError, match="other weights"):
         steerkit.steer(build("llama", seed=1), loaded)
     steerkit.steer(build("llama").to(torch.bfloat16), loaded)
+
+
+class _Packed(nn.Linear):
+    """A layer that keeps its weight as bitsandbytes does, and computes with other values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kept.T  # type: ignore[operator]
+
+
+def _pack(model: Any) -> Any:
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name != "lm_head":
+            module.__class__ = _Packed
+            object.__setattr__(module, "kept", module.weight.detach().clone())
+            packed = torch.randint(256, (module.weight.numel() // 2, 1), dtype=torch.uint8)
+            module.weight = nn.Parameter(packed, requires_grad=False)
+    return model
+
+
+def _round_to_four_bits(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                blocks = parameter.view(-1, 32)
+                step = blocks.abs().amax(dim=1, keepdim=True) / 7
+                blocks.copy_((blocks / step).round() * step)
+    return model
+
+
+def _resized(model: Any) -> Any:
+    model.resize_token_embeddings(model.config.vocab_size + 1, mean_resizing=False)
+    return model
+
+
+def _adapted(kind: str, **settings: Any) -> Callable[[Any], Any]:
+    def adapt(model: Any) -> Any:
+        with warnings.catch_warnings():  # peft 0.21 asks for an attribute that transformers 5 renames
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
+
+    return adapt
+
+
+SAME: dict[str, Callable[[Any], Any]] = {
+    "packed": _pack,
+    "rounded to four bits": _round_to_four_bits,
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "float16": lambda model: model.to(torch.float16),
+    "one token more": _resized,
+    "lora": _adapted("LoraConfig", target_modules=["q_proj"]),
+    "lora with a head of its own": _adapted("LoraConfig", target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "ia3": _adapted("IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_gate_knows_the_weights_it_was_fitted_on(name: str) -> None:
+    _, _, vector = fitted()
+    steerkit.steer(SAME[name](build("llama")), vector)
+    with pytest.raises(VectorMismatchError, match="other weights"):
+        steerkit.steer(_moved(build("llama"), 1.0, dims=1 if name == "packed" else 2), vector)
+
+
+def test_a_gate_fitted_on_packed_weights_knows_them_unpacked() -> None:
+    model = _moved(_pack(build("llama")), 0.3, dims=1)
+    vector = steerkit.fit(model, byte_tokenizer(CHATML), data(), method="conditional")
+    steerkit.steer(_moved(build("llama"), 0.3, dims=1), vector)
+    with pytest.raises(VectorMismatchError, match="other weights"):
+        steerkit.steer(_moved(build("llama"), 0.3, dims=1, seed=1), vector)
+
+
+def test_conditions_of_different_weights_are_not_combined() -> None:
+    def one(model: Any, **settings: Any) -> SteeringVector:
+        return steerkit.fit(model, byte_tokenizer(CHATML), data(), method="conditional", settings=settings)
+
+    mine, rounded = one(build("llama")), one(_round_to_four_bits(build("llama")), direction_from="mean_difference")
+    combine({"x": mine, "y": rounded, "z": one(_pack(build("llama")))}, P("x") & P("y") & P("z"))
+    with pytest.raises(VectorMismatchError, match="not of one model; fit all of them on the same weights"):
+        combine({"x": mine, "y": rounded, "z": one(build("llama", seed=5))}, P("x") & P("y") & P("z"))
+
+
+def _moved(model: Any, size: float, *, dims: int, seed: int = 0) -> Any:
+    """A model whose weights were moved by so many of their standard deviations, or so much of a norm's 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == dims and parameter.is_floating_point():
+                step = float(parameter.std()) if dims == 2 else 1.0
+                parameter.add_(size * step * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_vlm", "mamba", "qwen3_moe"])
+def test_other_weights_are_refused(family: str) -> None:
+    known = fingerprint(find_decoder(build(family)))
+    assert fits(known, find_decoder(build(family)))
+    others = [build(family, seed=1), build(family, seed=7), _moved(build(family), 0.5, dims=2)]
+    others.append(_moved(build(family), 0.2, dims=1))
+    for other in others:
+        assert not fits(known, find_decoder(other))
+
+
+def test_a_model_trained_further_is_refused() -> None:
+    model, known = build("llama"), fingerprint(find_decoder(build("llama")))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ids = torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        optimiser.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+    assert not fits(known, find_decoder(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fingerprints_are_what_earlier_files_hold(family: str) -> None:
+    """Values of all vectors, then of all matrices, as they stand in a plain model; no random number is drawn."""
+    decoder, parts, state = find_decoder(build(family)), [], torch.get_rng_state()
+    for dims in (1, 2):
+        rows = [entry for name, entry in decoder.model.named_parameters() if entry.dim() == dims and "lora" not in name]
+        values = torch.cat([row.detach().flatten()[:: max(1, row.numel() // 8)][:8] for row in spread(rows, 64)])
+        parts.append(values / values.abs().max())
+    assert torch.equal(fingerprint(decoder), torch.cat(parts))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 import steerkit
+from steerkit import passes
 from steerkit.data import ContrastSet
 from steerkit.errors import FitError, ScopeError, VectorMismatchError
+from steerkit.export.card import vector_card
 from steerkit.methods import controller
 from steerkit.methods.controller import WeightedController, auroc, fpr_at_tpr, permuted_weights
 from steerkit.sites import Site
@@ -274,6 +277,31 @@ def test_online_follows_each_token() -> None:
     assert max(gains) - min(gains) > 1e-3, "the gains differ, or nothing is tested"
 
 
+@pytest.mark.parametrize("opens_later", [False, True])
+def test_online_feeds_nothing_again_where_the_prompt_opens_no_gate(
+    opens_later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, vector = model_of("llama"), set_gain(fitted(), schedule="online", gain=0.01)
+    decide, again = controller._Controller.decide, passes._Conductor._again
+    calls: list[str] = []
+
+    def decided(self: Any, found: Any) -> Any:
+        decision = decide(self, found)
+        calls.append("decide")
+        behind = opens_later and len(calls) > 1
+        return replace(decision, is_open=torch.full_like(decision.is_open, behind))
+
+    monkeypatch.setattr(controller._Controller, "decide", decided)
+    monkeypatch.setattr(passes._Conductor, "_again", lambda *args: (calls.append("again"), again(*args))[1])
+    bare = generate(model, [SHORT, LONG])
+    with steerkit.steer(model, vector, 100 * STRENGTH):
+        ran = generate(model, [SHORT, LONG])
+    assert calls == ["decide"] * len(bare.logits)
+    same = [torch.equal(one, other) for one, other in zip(ran.logits, bare.logits, strict=True)]
+    # What is decided behind the first token that is generated acts on the second one.
+    assert same == ([True, True, False, False, False] if opens_later else [True] * 5)
+
+
 def _online_pass(
     model: Any, vector: SteeringVector, ids: list[int], start: int, gains: list[float]
 ) -> tuple[Tensor, float]:
@@ -348,6 +376,27 @@ def test_weights_dealt_out_anew_are_the_same_weights_elsewhere() -> None:
     assert sorted(before) == pytest.approx(sorted(after))
     with pytest.raises(FitError, match="cannot be permuted"):
         permuted_weights(fitted())
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+def test_every_weight_is_dealt_to_another_block(blocks: int) -> None:
+    fields, found = _fields(fitted(weights="random")), set()
+    weights = torch.arange(blocks).float()
+
+    def with_weights(values: Tensor) -> SteeringVector:
+        changed = {"shared/block_weight": values[:, None], "shared/block_bias": values}
+        return SteeringVector(**fields | {"tensors": {**fields["tensors"], **changed}})
+
+    for seed in range(8):
+        dealt = permuted_weights(with_weights(weights), seed)
+        order = dealt.tensors["shared/block_bias"]
+        assert (order != weights).all(), "every block's weight belongs to another block"
+        assert order.sort().values.tolist() == weights.tolist()
+        assert torch.equal(dealt.tensors["shared/block_weight"][:, 0], order)
+        found.add(tuple(order.tolist()))
+    assert (len(found) > 1) == (blocks > 2)
+    with pytest.raises(FitError, match="one block"):
+        permuted_weights(with_weights(weights[:1]))
 
 
 def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> None:
@@ -480,3 +529,25 @@ def test_the_command_explains(answer: Callable[..., Any], cli: Any, here: Path, 
     assert all(len(line) <= 80 for line in shown.splitlines())
     inspected = cli("inspect", "controller.safetensors").out
     assert "controller" in inspected
+    assert "sites looked at" not in inspected
+    assert [line.split()[-1] for line in inspected.splitlines() if "gate reads" in line] == [str(vector.reads[0])]
+    assert all(str(site) in inspected for site in vector.reads)
+
+
+@pytest.mark.parametrize("name", ["conditional", "controller"])
+def test_the_cards_and_inspect_say_where_a_shipped_gate_reads(name: str, cli: Any) -> None:
+    folder = Path(__file__).parents[1] / "vectors" / "smollm2-135m"
+    vector = SteeringVector.load(folder / f"refusal-{name}.safetensors")
+    made = vector_card(f"refusal-{name}", vector, curve=None, answers=[], new_tokens=0).splitlines()
+    kept = (folder / f"refusal-{name}.md").read_text(encoding="utf-8").splitlines()
+    assert made == kept[: len(made)]
+    figures = dict(vector.held_out["sites"])
+    assert any("Separation" in line for line in made) == bool(figures)
+    assert not any("Separation measured on" in line for line in made), "no listed site has figures"
+    shown = " ".join(cli("inspect", folder / f"refusal-{name}.safetensors").out.split())
+    assert "looked at" not in shown
+    for site in vector.reads:
+        assert f"`{site}`" in "\n".join(made)
+        assert str(site) in shown.split("gate reads")[1].split("held out")[0]
+    for one in figures.values():
+        assert f"(held-out AUC {one['auc']:.3f}, d {one['cohens_d']:.2f})" in shown

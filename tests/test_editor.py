@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import steerkit
 from steerkit import passes
 from steerkit.errors import ModelError, ScopeError
-from steerkit.methods import _gate
+from steerkit.methods import _gate, conditional
 from steerkit.methods.conditional import score
 from steerkit.sites import Site
 from tests import gated, modes
@@ -137,6 +137,36 @@ def test_acceptance_02_closed_rows_keep_their_first_logits_and_cache_bitwise(fam
     assert changed
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_acceptance_02_an_open_row_at_strength_0_is_bitwise_bare_beside_a_steered_one(family: str) -> None:
+    """The part that is fed again is another matrix product than the whole pass, so only written rows may take it."""
+    model, vector = model_of(family), vector_of(family)
+    prompts = [SHORT, REPEATED, LONG]  # open, open, closed
+    bare = generate(model, prompts, num_beams=2)
+    with steerkit.steer(model, vector, [0.0, 1.0, 1.0]):
+        beams = generate(model, prompts, num_beams=2)
+        ran = generate(model, prompts)
+    assert torch.equal(beams.logits[0][[0, 1, 4, 5]], bare.logits[0][[0, 1, 4, 5]])
+    bare = generate(model, prompts)
+    for one, other in zip(ran.logits, bare.logits, strict=True):
+        assert torch.equal(one[[0, 2]], other[[0, 2]])
+    assert not torch.equal(ran.logits[0][1], bare.logits[0][1])
+    for mine, theirs in zip(ran.past_key_values.layers, bare.past_key_values.layers, strict=True):
+        assert torch.equal(mine.keys[[0, 2]], theirs.keys[[0, 2]])
+        assert torch.equal(mine.values[[0, 2]], theirs.values[[0, 2]])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"])
+def test_acceptance_02_experts_mix_rows_by_rounding_and_from_the_second_step_on_only(family: str) -> None:
+    model, vector = model_of(family), vector_of(family)
+    bare = generate(model, [SHORT, LONG, SHORT[:4]])
+    with steerkit.steer(model, vector):
+        ran = generate(model, [SHORT, LONG, SHORT[:4]])
+    assert torch.equal(ran.logits[0][1:], bare.logits[0][1:])
+    for one, other in zip(ran.logits, bare.logits, strict=True):
+        assert (one[1:] - other[1:]).abs().max() < 1e-5
+
+
 def test_acceptance_02_a_batch_of_closed_rows_is_bitwise_bare() -> None:
     model, vector = model_of("llama"), vector_of("llama")
     bare = generate(model, [LONG, SHORT[:4]])
@@ -203,6 +233,25 @@ def test_acceptance_04_replay_equals_a_second_pass_patched_at_the_last_prompt_to
     for one, other in zip(replayed.logits, probed.logits, strict=True):
         assert (one - other).abs().max() / other.abs().max() < 1e-5
     assert modes.run_steered(model, "cached", gated.plain_of(vector))[0][0].answer == replayed.sequences[0, 9:].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_over_a_prompt_is_in_float32_under_autocast(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Half precision would be coarse, and in float16 the sum over a long prompt infinite."""
+    model, vector = build("llama").eval(), vector_of("llama", readout="mean")
+    model.model.embed_tokens.weight.data *= 2e4 / model.model.embed_tokens.weight.abs().max()
+    read, found = [], []
+    add, decide = _gate.Gate._add, conditional._Conditions.decide
+    monkeypatch.setattr(_gate.Gate, "_add", lambda self, site, h, *rest: (read.append(h), add(self, site, h, *rest)))
+    monkeypatch.setattr(
+        conditional._Conditions, "decide", lambda self, rows: (found.append(rows[gated.READ]), decide(self, rows))[1]
+    )
+    prompt = [5, 17, 44, 9] * 30
+    with torch.no_grad(), torch.autocast("cpu", dtype), steerkit.steer(model, vector, prompt_lengths=len(prompt)):
+        model(torch.tensor([prompt]), use_cache=False)
+    exact = read[0][:, 1:].double().mean(dim=1)
+    assert exact.abs().max() * len(prompt) > torch.finfo(torch.float16).max
+    assert (found[0] - exact).norm() / exact.norm() < 1e-6
 
 
 def test_acceptance_05_nothing_leaks_from_one_generate_to_the_next() -> None:

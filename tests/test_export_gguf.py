@@ -234,12 +234,28 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, shown.stdout.splitlines())) <= 80
 
 
+def test_what_stands_there_stays_unless_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vector_at(1).save("warm.safetensors")
+    (tmp_path / "warm.gguf").write_text("mine", encoding="utf-8")
+    words = ["warm.safetensors", "--to", "gguf", "--scope", "all"]
+    refused = CliRunner().invoke(command(), words)
+    assert isinstance(refused.exception, VectorFileError)
+    assert "warm.gguf: is there already; choose another name, or replace it with --force" in str(refused.exception)
+    assert (tmp_path / "warm.gguf").read_text(encoding="utf-8") == "mine"
+    assert CliRunner().invoke(command(), [*words, "--force"]).exit_code == 0
+    assert list(read_as_repeng(tmp_path / "warm.gguf")[2]) == [1]
+
+
 def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     replace(vector_at(1), scope="response").save("warm.safetensors")
     asked = CliRunner().invoke(command(), ["warm.safetensors", "--to", "gguf"])
     assert isinstance(asked.exception, ScopeError)
     assert CliRunner().invoke(command(), ["warm.safetensors", "--to", "onnx"]).exit_code == 2
+    idle = CliRunner().invoke(command(), ["warm.safetensors", "--to", "gguf", "--scope", "all", "--model", "gpt2"])
+    assert idle.exit_code == 2
+    assert "without a model" in idle.output
     assert [entry.name for entry in tmp_path.iterdir()] == ["warm.safetensors"]
 
 

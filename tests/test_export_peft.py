@@ -224,6 +224,19 @@ def test_low_rank_finds_the_rank_and_the_factors(shape: tuple[int, ...], rank: i
     assert float((found_left @ found_right - left @ right).abs().max()) < 2e-5
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_in_training_is_compared_without_dropout_and_stays_in_training(family: str, tmp_path: Path) -> None:
+    model = build(family).train()
+    next(model.children()).eval()
+    flags = [module.training for module in model.modules()]
+    assert True in flags and False in flags
+    assert write_adapter(model, None, added(model), tmp_path / "half").likeness.relative < 1e-5
+    assert [module.training for module in model.modules()] == flags
+    model.train()
+    write_adapter(model, None, added(model), tmp_path / "out")
+    assert all(module.training for module in model.modules())
+
+
 def test_low_rank_refuses_a_change_of_full_rank() -> None:
     with pytest.raises(StrengthError, match="above 256"):
         low_rank(torch.randn(300, 300, generator=torch.Generator().manual_seed(0)), 4.0)

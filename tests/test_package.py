@@ -63,6 +63,7 @@ ORDER = (
     "drafting",
     "rollouts",
     "filtering",
+    "watchpoint",
     "persona",
     "recipe",
     "checks",

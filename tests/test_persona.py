@@ -305,10 +305,11 @@ def test_from_a_specification_to_a_vector(model: Any, tokenizer: Any, tmp_path: 
         "choice.jsonl",
         "glad-persona.safetensors",
         "glad-persona.md",
+        "glad-monitor.safetensors",
     }
     assert TraitSpec.load(tmp_path / "made" / "glad.toml") == TRAIT
     assert found.filtered.rows == 2 * 6 + 2 * 6
-    assert set(found.seconds) == {"rollouts", "scores", "vector", "card"}
+    assert set(found.seconds) == {"rollouts", "scores", "vector", "monitor", "card"}
     assert json.loads(json.dumps(found.as_json()))["pairs"] == dict(
         zip(("extraction", "choosing", "confirming"), found.pairs, strict=True)
     )
@@ -381,6 +382,7 @@ def test_finished_stages_are_not_done_again(
         ("persona", "fit"),
         ("persona", "generate"),
         ("rollouts", "generate"),
+        ("watchpoint", "fit"),
     ):
         monkeypatch.setattr(f"steerkit.{module}.{name}", refuse)
     monkeypatch.setattr(Setup, "bare", property(refuse))

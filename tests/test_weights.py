@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 
 import steerkit
-from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError
+from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError, VectorFileError
 from steerkit.sites import Site
+from steerkit.weights import exact_updates
 from tests import modes
 from tests.families import build
+from tests.gated import gated_vector
 
 PLACES = (
     "llama",
@@ -87,8 +90,6 @@ def test_an_error_at_the_second_weight_puts_the_first_back(monkeypatch: pytest.M
     model = build("gpt2")
     one = modes.vector_for(model, scope="all", site=Site(1, "resid_post"))
     other = modes.vector_for(model, scope="all", site=Site(2, "resid_post"))
-    import dataclasses
-
     both = dataclasses.replace(one, sites=(*one.sites, *other.sites), tensors={**one.tensors, **other.tensors})
     real, calls = weights._write, []
 
@@ -104,6 +105,65 @@ def test_an_error_at_the_second_weight_puts_the_first_back(monkeypatch: pytest.M
         pass
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert not model._forward_pre_hooks
+
+
+def test_ctrl_c_just_behind_a_write_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal's exception comes as soon as the copy returns."""
+    model = build("gpt2")
+    vector = modes.vector_for(model, scope="all")
+    before, real = state_of(model), torch.Tensor.copy_
+
+    def copy_(self: Any, *args: Any) -> Any:
+        written = real(self, *args)
+        if isinstance(self, torch.nn.Parameter):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return written
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    with pytest.raises(KeyboardInterrupt), steerkit.edited(model, vector):
+        pytest.fail("not interrupted")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert not model._forward_pre_hooks
+
+
+def test_one_weight_that_cannot_be_put_back_does_not_keep_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit import weights
+
+    model = build("gpt2")
+    parts = [modes.vector_for(model, scope="all", site=Site(layer, "resid_post")) for layer in (1, 2)]
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    both = dataclasses.replace(parts[0], sites=tuple(part.sites[0] for part in parts), tensors=tensors)
+    before, real, calls = state_of(model), weights._put_back, []
+
+    def put_back(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("lost device")
+        real(*args)
+
+    monkeypatch.setattr(weights, "_put_back", put_back)
+    with pytest.raises(RuntimeError, match="lost device"), steerkit.edited(model, both):
+        pass
+    changed = [name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)]
+    assert changed == ["transformer.h.2.mlp.c_proj.bias"], "the last written is put back first"
+    assert not model._forward_pre_hooks
+
+
+def test_one_vector_at_a_time() -> None:
+    model = build("gpt2")
+    vector = modes.vector_for(model, scope="all")
+    with pytest.raises(VectorFileError, match="got 2 vectors"), steerkit.edited(model, [vector, vector]):  # type: ignore[arg-type]
+        pass
+    with steerkit.edited(model, [vector]):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_gate_is_no_weight_whatever_its_scope() -> None:
+    model = build("llama")
+    for scope in ("response", "all"):
+        with pytest.raises(StrengthError, match="conditional has no exact weight form"):
+            exact_updates(model, gated_vector(model, scope=scope))
 
 
 def test_applying_twice_is_refused() -> None:
@@ -151,7 +211,7 @@ def test_only_additions_at_the_block_s_output_have_a_weight_form() -> None:
     with pytest.raises(SiteError, match="resid_post"), steerkit.edited(model, vector):
         pass
     window = modes.vector_for(model, scope="front", site=Site(1, "resid_pre"))
-    with pytest.raises(ScopeError), steerkit.edited(model, window):
+    with pytest.raises(StrengthError, match="no exact weight form"), steerkit.edited(model, window):
         pass
 
 

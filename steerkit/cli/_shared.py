@@ -127,10 +127,13 @@ def comparison(likeness: Likeness) -> dict[str, Any]:
     return {**facts, "same_likeliest_token": f"{likeness.agree} of {likeness.tokens}", "effect": likeness.effect}
 
 
-def usage_line(prompt: str, vector: str, *, strength: float | None, model: str) -> str:
+def usage_line(
+    prompt: str, vector: str, *, strength: float | None = None, model: str, command: str = "generate"
+) -> str:
     """A command that uses a vector, to be copied into a shell."""
     is_plain = not set(prompt) & set('"$`\\!')
-    words = ["steerkit generate", f'"{prompt}"' if is_plain else shlex.quote(prompt), "--vector", shlex.quote(vector)]
+    quoted = f'"{prompt}"' if is_plain else shlex.quote(prompt)
+    words = [f"steerkit {command}", quoted, "--vector", shlex.quote(vector)]
     if strength is not None:
         words += ["--strength", f"{strength:g}"]
     if model != DEFAULT_MODEL:

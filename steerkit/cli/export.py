@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stderr, stdout, table
+from steerkit.cli._shared import DEFAULT_MODEL, Json, comparison, print_json, stderr, stdout, table
 
 __all__ = ["run"]
 
@@ -31,7 +31,7 @@ class _Asked(NamedTuple):
     target: Path | None
     strengths: list[float]
     scope: str | None
-    model: str
+    model: str | None
     force: bool
 
 
@@ -57,15 +57,18 @@ def run(
         typer.Option(help="In the file's unit, one for each vector. (default: the file's suggested strength, else 1)"),
     ] = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
-    model: Model = DEFAULT_MODEL,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that stands there.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help=f"For peft alone: alias, hub id, folder or .gguf file. (default: {DEFAULT_MODEL})"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file or adapter that stands there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write vectors in the format of another program, their strength included.
 
-    gguf is llama.cpp's control vector, of one vector; peft is a LoRA adapter
-    for --model, of one or several. Both act at every token, so most vectors
-    need --scope all.
+    gguf is llama.cpp's control vector, of one vector and without a model;
+    peft is a LoRA adapter for --model, of one or several. Both act at every
+    token, so most vectors need --scope all.
     """
     names = [*([file] if file else []), *(vector or [])]
     if not names:
@@ -85,6 +88,7 @@ def run(
 
 
 def _gguf(asked: _Asked) -> _Written:
+    from steerkit.errors import VectorFileError
     from steerkit.export.gguf import control_vector, write_control_vector
     from steerkit.registry import default_strength
     from steerkit.shipped import vector_path
@@ -92,10 +96,14 @@ def _gguf(asked: _Asked) -> _Written:
 
     if len(asked.names) > 1:
         raise typer.BadParameter(f"a control vector file holds one vector, got {len(asked.names)}")
+    if asked.model is not None:
+        raise typer.BadParameter("a control vector is written without a model; leave --model out, or use --to peft")
     path = vector_path(asked.names[0])
     target = asked.target or Path(f"{path.stem}.gguf")
     vector, strength = SteeringVector.load(path).at(scope=asked.scope), next(iter(asked.strengths), None)
     check_writable(target)
+    if target.exists() and not asked.force:
+        raise VectorFileError(f"{target}: is there already; choose another name, or replace it with --force")
     directions = control_vector(vector, strength=strength)
     write_control_vector(vector, target, strength=strength)
     facts = {
@@ -114,7 +122,8 @@ def _peft(asked: _Asked) -> _Written:
     from steerkit.vector import SteeringVector
     from steerkit.weights import exact_strength
 
-    paths = [vector_path(name, asked.model) for name in asked.names]
+    model = asked.model or DEFAULT_MODEL
+    paths = [vector_path(name, model) for name in asked.names]
     target = asked.target or Path(f"{paths[0].stem}-lora")
     vectors = [
         SteeringVector.load(path).at(strength=dose, scope=asked.scope)
@@ -127,7 +136,7 @@ def _peft(asked: _Asked) -> _Written:
     import steerkit
     from steerkit.export.peft import write_adapter
 
-    loaded, tokenizer = steerkit.load_model(asked.model)
+    loaded, tokenizer = steerkit.load_model(model)
     with stderr().status("writing the adapter, and comparing it with the hooks"):
         adapter = write_adapter(loaded, tokenizer, vectors, target, force=asked.force)
     facts = {

@@ -72,11 +72,14 @@ def run(
         if facts[name] not in (None, {}):
             unit = f" {_unit(facts['method'])}" if name == "suggested_strength" else ""
             shown.add_row(name.replace("_", " "), _text(name, facts[name]) + unit)
-    written = [site["site"] for site in facts["sites"]]
-    kinds = {site.rpartition(".")[0] for site in written}
-    read = [site for site in facts["fitted_at"] if site.rpartition(".")[0] in kinds]
-    if len(read) > len(written):
-        shown.add_row("selected", f"{len(written)} of {len(read)} sites looked at")
+    if _is_gated(loaded):
+        shown.add_row("gate reads", "\n".join(_read(site, facts) for site in facts["fitted_at"]))
+    else:
+        written = [site["site"] for site in facts["sites"]]
+        kinds = {site.rpartition(".")[0] for site in written}
+        looked_at = [site for site in facts["fitted_at"] if site.rpartition(".")[0] in kinds]
+        if len(looked_at) > len(written):
+            shown.add_row("selected", f"{len(written)} of {len(looked_at)} sites looked at")
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
         for name, value in facts["held_out"].get("gate", {}).items():
@@ -85,6 +88,25 @@ def run(
     console.print(sites_table(facts))
     if parts is not None:
         _print_parts(console, parts)
+
+
+def _is_gated(vector: SteeringVector) -> bool:
+    """Whether the vector is known to be gated."""
+    from steerkit.errors import SteerError
+    from steerkit.registry import is_gated
+
+    try:
+        return is_gated(vector)
+    except SteerError:  # a file may be looked at that cannot be used
+        return False
+
+
+def _read(site: str, facts: dict[str, Any]) -> str:
+    """A site that is read, and how well it separates held-out items where that was measured."""
+    figures = (facts["held_out"] or {}).get("sites", {}).get(site)
+    if not figures:
+        return site
+    return f"{site} (held-out AUC {number(figures.get('auc'), '.3f')}, d {number(figures.get('cohens_d'), '.2f')})"
 
 
 def _parts(vector: SteeringVector) -> Listing | None:

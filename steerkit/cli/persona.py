@@ -209,7 +209,7 @@ def _grouped(places: tuple[str, ...]) -> list[str]:
 
 def _show(found: Extraction, spec: TraitSpec, model: str) -> None:
     console = stdout()
-    typer.echo(f"wrote {found.file}\nwrote {found.card}")
+    typer.echo(f"wrote {found.file}\nwrote {found.monitor_file}\nwrote {found.card}")
     how = f"rated by {found.judge}" if found.judge else "no judge: filtered by the model's own probabilities"
     console.print(f"{len(found.filtered.kept)} of {found.filtered.rows} pairs of answers kept; {how}")
     if found.filtered.reasons:
@@ -219,10 +219,17 @@ def _show(found: Extraction, spec: TraitSpec, model: str) -> None:
         console.print(shown)
     console.print(sites_table(found.vector.describe()))
     console.print(found.verdict)
+    area = found.monitor.extra["watchpoint"]["neutral"]
+    console.print(
+        f"to watch: {found.monitor.sites[0]} tells held-out prompts of the trait from neutral ones, AUC "
+        f"{area['mean']:.2f} ({area['low']:.2f} to {area['high']:.2f})"
+    )
     times: dict[str, Any] = {stage: f"{seconds:.0f} s" for stage, seconds in found.seconds.items()}
     typer.echo("took " + ", ".join(f"{stage} {told}" for stage, told in times.items()))
     from steerkit.registry import example_strength
 
     strength = example_strength(found.vector)
-    usage = usage_line(spec.held_out_questions[0], str(found.file), strength=strength, model=model)
-    typer.echo(f"use it:\n  {usage}")
+    asked = spec.held_out_questions[0]
+    usage = usage_line(asked, str(found.file), strength=strength, model=model)
+    watch = usage_line(asked, str(found.monitor_file), model=model, command="monitor")
+    typer.echo(f"use it:\n  {usage}\n  {watch}")

@@ -11,7 +11,7 @@ from steerkit.evaluate.curve import Curve
 from steerkit.evaluate.kinds import Kind
 from steerkit.export.likeness import Likeness
 from steerkit.models import hub_id
-from steerkit.registry import default_strength, example_strength
+from steerkit.registry import default_strength, example_strength, is_gated
 from steerkit.vector import SteeringVector, model_facts
 
 __all__ = ["Answer", "vector_card", "weights_card"]
@@ -100,8 +100,7 @@ def vector_card(
             f"| `{site}` | {_number(length)} | {_number(norm)} | {_number(figures.get('auc'), 3)} "
             f"| {_number(figures.get('cohens_d'), 2)} |"
         )
-    if measured:
-        lines += ["", f"Separation measured on {vector.held_out['items']} items the vector was not fitted on."]
+    lines += _separation_lines(vector, measured)
     if curve is not None:
         column = curve.points[0][curve.effect].column
         title = f"{column.title[:1].upper()}{column.title[1:]}"
@@ -128,13 +127,30 @@ def vector_card(
     return "\n".join(lines) + "\n"
 
 
+def _separation_lines(vector: SteeringVector, measured: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """On how many items the separation was measured, and the figures of sites that are only read."""
+    if not measured:
+        return []
+    on = f"on {vector.held_out['items']} items the vector was not fitted on"
+    if any(str(site) in measured for site in vector.sites):
+        return ["", f"Separation measured {on}."]
+    figures = ", ".join(
+        f"`{site}` AUC {_number(one.get('auc'), 3)}, Cohen's d {_number(one.get('cohens_d'), 2)}"
+        for site, one in measured.items()
+    )
+    return ["", f"Separation where it reads, measured {on}: {figures}."]
+
+
 def _gate_lines(vector: SteeringVector) -> list[str]:
-    """How well a gate tells held-out prompts apart."""
+    """Where a gate reads, and how well it tells held-out prompts apart."""
+    if not is_gated(vector):
+        return []
+    lines = ["", "## The gate", "", f"It reads {', '.join(f'`{site}`' for site in vector.reads)}."]
     told = vector.held_out.get("gate")
     if not told:
-        return []
-    lines = ["", "## The gate", "", f"On {vector.held_out['items']} held-out items of either kind:", ""]
-    lines += ["| | |", "| --- | --- |"]
+        return lines
+    lines[-1] += f" On {vector.held_out['items']} held-out items of either kind:"
+    lines += ["", "| | |", "| --- | --- |"]
     for name, value in told.items():
         text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
         lines.append(f"| {name} | {text} |")

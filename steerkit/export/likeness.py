@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from steerkit.data import Conversation, render
 from steerkit.errors import ModelError
 from steerkit.evaluate.trial import neutral_texts
+from steerkit.probe_block import evaluation_mode
 from steerkit.sites import execution_device, find_decoder, inner_model
 from steerkit.steering import steer
 from steerkit.vector import SteeringVector
@@ -115,7 +116,7 @@ def probe_ids(model: nn.Module, tokenizer: Any = None) -> Tensor:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: Tensor, *, noise: Tensor | None = None) -> Tensor:
-    """Logits [b, t, v] of one plain pass, float32, on the CPU.
+    """Logits [b, t, v] of one plain pass without dropout, float32, on the CPU.
 
     Args:
         model: the transformers model.
@@ -128,7 +129,8 @@ def logits_of(model: nn.Module, ids: Tensor, *, noise: Tensor | None = None) -> 
     if noise is not None:
         embedded = inner.get_input_embeddings()(ids)
         inputs = {"inputs_embeds": embedded * noise.to(embedded)}
-    logits: Tensor = model(**inputs, use_cache=False).logits
+    with evaluation_mode(model):
+        logits: Tensor = model(**inputs, use_cache=False).logits
     return logits.float().cpu()
 
 

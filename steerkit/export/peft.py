@@ -351,13 +351,14 @@ def _loaded(model: Any, parts: _Parts, folder: Path) -> Iterator[nn.Module]:
     from peft import PeftModel
 
     attributes, modules = set(vars(model)), dict(model.named_modules())
+    training = [module for module in modules.values() if module.training]
     needs = {name: value.requires_grad for name, value in model.named_parameters()}
     try:
         with warnings.catch_warnings():
             # peft tells of merging into layers without a bias, and asks for an attribute that transformers 5 renames.
             warnings.simplefilter("ignore")
             try:
-                adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+                adapted = PeftModel.from_pretrained(model, str(folder))
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise SiteError(f"peft refuses this adapter ({reason}); bake it, or steer with hooks") from error
@@ -373,6 +374,8 @@ def _loaded(model: Any, parts: _Parts, folder: Path) -> Iterator[nn.Module]:
             delattr(model, name)
         for name, value in model.named_parameters():
             value.requires_grad_(needs[name])
+        for module in training:  # peft switches all of them over
+            module.training = True
 
 
 def _check_adapted(adapted: nn.Module, parts: _Parts) -> None:

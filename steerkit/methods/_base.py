@@ -547,6 +547,11 @@ class Method(Configured):
         """
         return None
 
+    @property
+    def has_weight_form(self) -> bool:
+        """Whether some vectors of this method can be weights."""
+        return type(self).weight_updates is not Method.weight_updates
+
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The same change as weights, where that is exact.
 

@@ -1,8 +1,9 @@
 """What gates share: the prompt is read once, at its end, and that decides for each row how strongly it is written.
 
 Everything is kept per row, in the state of one text, and computed in float32. A row whose gate is closed comes back
-bitwise. The one look at the values (which costs an accelerator a stop) is taken when the prompt has been read; decoding
-steps take none.
+bitwise (in models of routed experts, which mix the rows of a batch, beside open rows from the second step on only up to
+rounding). The one look at the values (which costs an accelerator a stop) is taken when the prompt has been read;
+decoding steps take none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from steerkit.data import spread
 from steerkit.directions import mean_difference, unit
 from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.methods._base import Method, Params, Prepared, Subject, check_direction
+from steerkit.methods._fingerprint import fits
 from steerkit.methods._refusal import response_contrast, unembedding_direction
 from steerkit.sites import Decoder, Site
 from steerkit.tokens import Tokens
@@ -33,7 +35,6 @@ __all__ = [
     "GatedAddition",
     "behaviour",
     "blocks_written",
-    "fingerprint",
     "folds_of",
 ]
 
@@ -65,7 +66,7 @@ class _State:
     seen: dict[Site, int] = field(default_factory=dict)
     decision: Decision | None = None
     opened: int | None = None
-    """How many rows are open; None where nobody has looked."""
+    """How many rows are open by the prompt; None behind a later decision, at which nobody looks."""
     later: tuple[Any, Decision] | None = None
     """What was decided behind a generated token, and the column from which on it does not count yet."""
     shifts: dict[Site, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
@@ -163,7 +164,8 @@ class Gate(ABC):
         end = (past if isinstance(past, int) else int(past)) + width
         state.seen[site] = max(seen, end)
         counted = tokens.in_prompt(seen).to(h.device, torch.float32)
-        total = torch.bmm(counted[:, None, :], h.float())[:, 0]
+        with torch.autocast(h.device.type, enabled=False):  # in half precision the sum would be coarse, or infinite
+            total = torch.bmm(counted[:, None, :], h.float())[:, 0]
         count = counted.sum(dim=1, keepdim=True)
         if site in state.sums:
             total, count = total + state.sums[site][0], count + state.sums[site][1]
@@ -182,7 +184,7 @@ class Gate(ABC):
             raise ScopeError(f"a gate reads the prompt's {what}, and {empty} rows of this batch have none")
         if infinite:
             raise ModelError("a gate read activations that are not finite; load the model in float32 or bfloat16")
-        state.decision, state.opened = decision, None if self._follows else int(opened)
+        state.decision, state.opened = decision, int(opened)
         state.found.clear()
 
     def _follow(self, site: Site, h: Tensor, tokens: Tokens, state: _State) -> None:
@@ -204,7 +206,7 @@ class Gate(ABC):
     def _take_over(tokens: Tokens, state: _State) -> None:
         """Let what an earlier step decided count from this one on."""
         if state.later is not None and state.later[0] != tokens.columns[0]:
-            state.decision, state.later = state.later[1], None
+            state.decision, state.later, state.opened = state.later[1], None, None
             state.shifts.clear()
 
     def write(self, site: Site, h: Tensor, prepared: Prepared, tokens: Tokens, state: _State) -> Tensor:
@@ -296,11 +298,8 @@ class GatedAddition(Method):
         Raises:
             VectorMismatchError: the model's weights are others than when it was fitted.
         """
-        known, here = vector.tensors.get("shared/fingerprint"), fingerprint(decoder)
-        if known is None or not len(here):
-            return
-        both = min(len(known), len(here))
-        if not torch.allclose(known[:both], here[:both], rtol=0.02, atol=0.02):
+        known = vector.tensors.get("shared/fingerprint")
+        if known is not None and not fits(known, decoder):
             raise VectorMismatchError(
                 f"{self.name}: the gate was fitted on other weights than those of this {type(decoder.model).__name__}; "
                 "fit it on this model"
@@ -349,32 +348,6 @@ def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Te
         except FitError as error:
             raise FitError(f"{site}: {error}") from None
     return found
-
-
-def fingerprint(decoder: Decoder) -> Tensor:
-    """What tells one set of weights from another: some values of its norms and biases, then some of its matrices.
-
-    Both parts are scaled to a largest value of 1. Quantised matrices are left out, so a quantised model has the first
-    part only.
-
-    Args:
-        decoder: the model's decoder.
-
-    Returns:
-        [k] float32 on the CPU; of no length where weights are offloaded.
-    """
-    named = [entry for name, entry in decoder.model.named_parameters() if "lora" not in name]
-    if not named or any(entry.is_meta for entry in named):
-        return torch.empty(0)
-    parts = []
-    for dims in (1, 2):
-        rows = [entry for entry in named if entry.dim() == dims and entry.is_floating_point()]
-        # A few values of each, so that no copy of all of them is made.
-        some = [row.detach().flatten()[:: max(1, row.numel() // 8)][:8].float().cpu() for row in spread(rows, 64)]
-        if some:
-            values = torch.cat(some)
-            parts.append(values / values.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.cat(parts) if parts else torch.empty(0)
 
 
 def blocks_written(decoder: Decoder, layers: tuple[int, ...], default: list[int]) -> list[Site]:

@@ -35,7 +35,8 @@ from steerkit.activations import Activations
 from steerkit.directions import mean_difference, pair_differences, principal_direction, unit
 from steerkit.errors import FitError, VectorMismatchError, unknown_name
 from steerkit.methods._base import Params, Subject
-from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, fingerprint, folds_of
+from steerkit.methods._fingerprint import are_alike, fingerprint
+from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, folds_of
 from steerkit.predicates import Predicate
 from steerkit.sites import Decoder, Site
 from steerkit.vector import SteeringVector
@@ -148,6 +149,9 @@ def score(h: Tensor, condition: Tensor, kind: Literal["cosine", "cast"] = "cosin
 @dataclass(frozen=True)
 class ConditionalSteering(GatedAddition):
     """Add a direction to the rows whose prompt meets a condition; the others stay bitwise as they were.
+
+    In models of routed experts, which mix the rows of a batch, the others beside written ones stay so in their first
+    step only, and differ by rounding afterwards.
 
     The positive side of the contrast set are prompts that meet it (harmful requests), the negative side prompts that do
     not. Sites given to `fit` are where the condition may be read; the best of them is kept.
@@ -408,7 +412,7 @@ def combine(vectors: Mapping[str, SteeringVector], rule: Predicate, *, writes: s
 
     Raises:
         UnknownNameError: the rule asks about a condition that is not there.
-        VectorMismatchError: the vectors are not of one model, score and readout, or one has several conditions.
+        VectorMismatchError: the vectors are not of one model, its weights, score and readout, or one has several.
     """
     rule({name: torch.zeros(1, dtype=torch.bool) for name in vectors})
     if writes is not None and writes not in vectors:
@@ -427,6 +431,9 @@ def combine(vectors: Mapping[str, SteeringVector], rule: Predicate, *, writes: s
     }
     if len(facts) > 1 or len(methods) < len(vectors):
         raise VectorMismatchError("combine: the vectors are not of one method, model, score and readout")
+    marks = [one.tensors["shared/fingerprint"] for one in vectors.values() if "shared/fingerprint" in one.tensors]
+    if not are_alike(marks):
+        raise VectorMismatchError("combine: the vectors are not of one model; fit all of them on the same weights")
     if any(len(method.conditions) != 1 for method in methods.values()):
         raise VectorMismatchError("combine: a vector holds several conditions already; combine those of its parts")
     shared = {

@@ -34,7 +34,8 @@ from steerkit.data import spread
 from steerkit.directions import unit
 from steerkit.errors import FitError, VectorMismatchError
 from steerkit.methods._base import Params, Subject
-from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, fingerprint
+from steerkit.methods._fingerprint import fingerprint
+from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written
 from steerkit.methods._refusal import COMPLYING, REFUSING
 from steerkit.sites import Decoder, Site
 from steerkit.vector import SteeringVector
@@ -76,7 +77,7 @@ class WeightedController(GatedAddition):
     hidden: int = 64
     """Width of the network; the paper has 1024."""
     dead_zone: float = 0.05
-    """A row whose s is below it stays bitwise the unsteered model's."""
+    """A row whose s is below it stays bitwise the unsteered model's (with routed experts: see `conditional`)."""
     limit: float = 1.0
     """No block is moved further than so many typical norms."""
     epochs: int = 20
@@ -432,20 +433,26 @@ class _Controller(Gate):
 
 
 def permuted_weights(vector: SteeringVector, seed: int = 0) -> SteeringVector:
-    """The same controller with its block weights dealt out to other blocks: the control that weights have to beat.
+    """The same controller with every block's weight given to another block: the control that weights have to beat.
 
     Args:
         vector: a controller's vector whose weights are not uniform.
-        seed: of the permutation; the same for all rows.
+        seed: of the permutation (one cycle through all blocks); the same for all rows.
 
     Raises:
-        FitError: the weights are uniform, so no order of them is another one.
+        FitError: the weights are uniform, or there is one block, so no order of them is another one.
     """
     kind = vector.settings.get("weights")
     names = {"fixed": ("shared/fixed",), "random": _WEIGHTS, "learned": _WEIGHTS}.get(str(kind), ())
     if not names:
         raise FitError(f"controller: weights {kind!r} cannot be permuted; fit random, fixed or learned ones")
-    order = torch.randperm(len(vector.tensors[names[0]]), generator=torch.Generator().manual_seed(seed))
+    blocks = len(vector.tensors[names[0]])
+    if blocks < 2:
+        raise FitError("controller: weights of one block cannot be permuted; fit a vector that writes several blocks")
+    # A cycle through the blocks in a drawn order: nothing stays in its place, and not all move by one distance.
+    cycle = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(1)
     return replace(vector, tensors={**vector.tensors, **{name: vector.tensors[name][order] for name in names}})
 
 

@@ -54,7 +54,7 @@ class PersonaVector(AddDirection):
     paper: ClassVar[str] = "Chen et al. 2025, arXiv 2507.21509"
     readout: ClassVar[str | None] = "response_mean"
     scope: ClassVar[str] = "response"
-    ladder: ClassVar[tuple[float, ...]] = (2.0, 4.0, 6.0)
+    ladder: ClassVar[tuple[float, ...]] = (1.0, 2.0, 4.0)
 
     incremental: bool = False
     """Write at every block, each with what its vector has more than that of the site before."""

@@ -54,13 +54,15 @@ class Case:
     readout: str | None = None
     change: str | None = None
     """A function of the method's file that is applied to the fitted vector."""
+    without: str | None = None
+    """A kind of harmless requests that is left out of what it is fitted on."""
 
 
 def cases() -> list[Case]:
     def gated(title: str, strength: float = NORM, writes: Sequence[int] = BLOCKS, **settings: Any) -> Case:
         fixed = {"writes": tuple(writes), "schedule": "two_pass", "dead_zone": 0.5}
-        change = settings.pop("change", None)
-        return Case(title, "controller", strength, {**fixed, **settings}, READS, "mean", change)
+        change, without = settings.pop("change", None), settings.pop("without", None)
+        return Case(title, "controller", strength, {**fixed, **settings}, READS, "mean", change, without)
 
     learned = {"reach": BAND_NORM, "weights": "learned"}
     return [
@@ -69,6 +71,7 @@ def cases() -> list[Case]:
         Case("conditional", "conditional", RAW, {"writes": BLOCKS}, readout="mean"),
         gated("linear probe", gate="probe"),
         gated("controller, uniform"),
+        gated("controller, uniform, fitted without alarming ones", without="alarming"),
         gated("controller, uniform, four blocks", BAND_NORM, BAND),
         # Untrained weights are about one half.
         gated("controller, random, four blocks", 2 * BAND_NORM, BAND, weights="random"),
@@ -152,12 +155,13 @@ class Bench:
         layers: tuple[int, ...] | None,
         readout: str | None,
         settings: tuple[tuple[str, Any], ...],
+        without: str | None,
     ) -> Any:
         """The vector of a method with its settings."""
         return steerkit.fit(
             self.model,
             self.tokenizer,
-            self.train,
+            self.train if without is None else left(self.train, without),
             method=method,
             layers=layers,
             readout=readout,
@@ -174,7 +178,7 @@ class Bench:
         if case.method is None:
             return None
         layers = None if case.layers is None else tuple(case.layers)
-        vector = self.fitted(case.method, layers, case.readout, tuple(case.settings.items()))
+        vector = self.fitted(case.method, layers, case.readout, tuple(case.settings.items()), case.without)
         if case.change is None:
             return vector
         change: Callable[[Any], Any] = getattr(importlib.import_module(f"steerkit.methods.{case.method}"), case.change)
@@ -195,6 +199,14 @@ class Bench:
         odds = interval(self.odds(vector, case.strength), shares=False)
         cells.append(f"{odds.mean:+.1f} ({odds.low:+.1f} to {odds.high:+.1f})")
         return cells, [text for side, count in zip(given, (4, 2, 2), strict=True) for text in side.texts[:count]]
+
+
+def left(data: ContrastSet, kind: str) -> ContrastSet:
+    """The requests without the harmless ones of a kind."""
+    kinds = topics()
+    return ContrastSet(
+        data.positive, tuple(one for one in data.negative if kinds[str(one.prompt)] != kind), paired=False
+    )
 
 
 def share(scores: Sequence[float]) -> str:

@@ -2,9 +2,9 @@
 
 FOLDER holds what `steerkit persona extract TRAIT --out FOLDER/TRAIT` wrote. Steering: preference margin of held-out
 pairs (of the questions that layer and strength were not chosen on) at minus the strength, 0 and the strength, beside
-random directions of the same norm. Monitoring: how well the projection at the last prompt token tells held-out
-questions under the trait's system prompts from the same questions under neutral ones of about the same length, along
-the vector of responses and along one that was read at the last prompt token.
+random directions of the same norm. Monitoring: how well the last prompt token's projection on the vector to watch with
+tells held-out questions under held-out system prompts of the trait from the same questions under neutral and under
+opposite ones, beside the vector to steer with at its own block.
 """
 
 from __future__ import annotations
@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import steerkit
-from steerkit.data import ContrastSet, Conversation
+from steerkit.data import ContrastSet
 from steerkit.evaluate.curve import Curve, dose_response
-from steerkit.evaluate.intervals import separability
 from steerkit.evaluate.trial import Setup
 from steerkit.registry import default_strength
 from steerkit.shipped import traits
 from steerkit.traits import TraitSpec
 from steerkit.vector import SteeringVector
+from steerkit.watchpoint import separates
 
-NEUTRAL = (
-    "You are a helpful assistant. Answer what the user asks as you usually would, in your own words and at any length.",
-    "You are a helpful assistant. Read the question with care, then give the answer that you would give to anybody.",
-    "You are a helpful assistant. The user will ask one thing at a time; say what you know of it and nothing else.",
-    "You are a helpful assistant. Do what the user asks for, in the order in which it is asked, and then stop there.",
-    "You are a helpful assistant. There are no special rules today: answer each question in the way you find fitting.",
-)
 CONTROLS = 3
 WHERE_NONE = 4.0
 """Strength where the extraction suggests none."""
@@ -72,17 +65,13 @@ def row(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
 
 def monitored(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
     """One line of the second table."""
-    vector = SteeringVector.load(folder / f"{trait}-persona.safetensors")
-    train, _ = ContrastSet.from_jsonl(folder / "pairs.jsonl").split()
-    at_prompt = steerkit.fit(model, tokenizer, train, method="persona", sites=list(vector.sites), readout="prompt_last")
     spec = TraitSpec.load(traits()[trait])
-    asked = list(enumerate(spec.held_out_questions))
-    induced = [Conversation(text, system=spec.system_prompt(n % 5, "positive")) for n, text in asked]
-    neutral = [Conversation(text, system=NEUTRAL[n % 5]) for n, text in asked]
-    cells = [f"`{trait}`", ", ".join(map(str, vector.sites))]
-    for one in (vector, at_prompt):
-        monitor = steerkit.Monitor(model, tokenizer, one)
-        area = separability(monitor.score(induced), monitor.score(neutral))
+    watching, steering = (
+        SteeringVector.load(folder / f"{trait}-{kind}.safetensors") for kind in ("monitor", "persona")
+    )
+    cells = [f"`{trait}`", str(watching.sites[0])]
+    for vector, other in ((watching, "neutral"), (watching, "negative"), (steering, "neutral")):
+        area = separates(steerkit.Monitor(model, tokenizer, vector), spec, other)
         cells.append(f"{area.mean:.2f} ({area.low:.2f} to {area.high:.2f})")
     return f"| {' | '.join(cells)} |"
 
@@ -102,8 +91,8 @@ def main() -> None:
         for trait in chosen:
             print(row(model, tokenizer, trait, options.folder / trait), flush=True)
         print()
-    print("| trait | site | AUC, vector of responses | AUC, vector of last prompt tokens |")
-    print("| --- | --- | --- | --- |")
+    print("| trait | site | from neutral ones | from the opposite | steering vector, from neutral ones |")
+    print("| --- | --- | --- | --- | --- |")
     for trait in chosen:
         print(monitored(model, tokenizer, trait, options.folder / trait), flush=True)
 
