@@ -106,3 +106,19 @@ def test_neutral_prompts_are_as_long_as_those_of_the_shipped_traits() -> None:
         for held_out in (False, True):
             of_trait, calm = (words(prompts(spec, kind, held_out=held_out)) for kind in ("positive", "neutral"))
             assert 0.7 < calm / of_trait < 1.4, path
+
+
+def test_every_shipped_trait_has_a_confirmed_vector_and_one_to_watch_with() -> None:
+    from steerkit.shipped import traits, vector_path
+    from steerkit.traits import TraitSpec
+
+    for name, path in traits().items():
+        spec = TraitSpec.load(path)
+        steering, watching = (
+            steerkit.SteeringVector.load(vector_path(f"{name}-{kind}")) for kind in ("persona", "monitor")
+        )
+        assert steering.extra["persona"]["spec"] == spec.digest
+        assert steering.suggested_strength is not None
+        assert steering.held_out["calibration"]["curve"]
+        assert watching.extra["watchpoint"]["trait"] == spec.trait
+        assert all(watching.extra["watchpoint"][kind]["low"] > 0.5 for kind in ("neutral", "negative"))
