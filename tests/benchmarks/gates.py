@@ -72,6 +72,7 @@ def cases() -> list[Case]:
         gated("linear probe", gate="probe"),
         gated("controller, uniform"),
         gated("controller, uniform, fitted without alarming ones", without="alarming"),
+        gated("controller, uniform, the same with dead zone 0.8", without="alarming", dead_zone=0.8),
         gated("controller, uniform, four blocks", BAND_NORM, BAND),
         # Untrained weights are about one half.
         gated("controller, random, four blocks", 2 * BAND_NORM, BAND, weights="random"),
