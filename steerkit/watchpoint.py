@@ -19,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from steerkit.activations import record
 from steerkit.data import ContrastSet, Conversation
 from steerkit.evaluate.intervals import Estimate, separability
 from steerkit.evaluate.trial import Setup
-from steerkit.fitting import apart, fit, read
+from steerkit.fitting import apart, fit
 from steerkit.monitoring import Monitor
 from steerkit.sites import Site
 from steerkit.traits import TraitSpec
@@ -56,14 +57,15 @@ def watchpoint(setup: Setup, spec: TraitSpec, *, method: str, folded: bool = Fal
     sides = {kind: prompts(spec, kind, held_out=False, folded=folded) for kind in _KINDS}
     others = sides["negative"] + sides["neutral"]
     data = ContrastSet(sides["positive"], others, paired=False, source=f"prompts of {spec.trait}")
-    options = {**shared, "method": method, "readout": "prompt_last"}
-    acts = read(setup.model, setup.tokenizer, data, sites=sites, **options)
-    every = fit(setup.model, setup.tokenizer, data, sites=sites, acts=acts, **options)
-    monitor = Monitor(setup.model, setup.tokenizer, every, calibrated=False, **shared)
-    plus, minus = (monitor.project(monitor.rendered(side), "prompt_last") for side in (data.positive, data.negative))
-    reached = [apart(plus[:, place], minus[:, place]) for place in range(len(sites))]
+    acts = record(setup.model, setup.tokenizer, data, sites, readout="prompt_last", **shared)
+    options = {**shared, "method": method, "readout": "prompt_last", "acts": acts}
+    every = fit(setup.model, setup.tokenizer, data, sites=sites, **options)
+    reached = []
+    for site in sites:
+        direction = every.params(site)["direction"].float()
+        reached.append(apart(acts.positive[site] @ direction, acts.negative[site] @ direction))
     best = sites[reached.index(max(reached))]
-    vector = fit(setup.model, setup.tokenizer, data, sites=[best], acts=acts, **options)
+    vector = fit(setup.model, setup.tokenizer, data, sites=[best], **options)
     watching = Monitor(setup.model, setup.tokenizer, vector, calibrated=False, **shared)
     about: dict[str, Any] = {
         kind: separates(watching, spec, kind, folded=folded)._asdict() for kind in ("neutral", "negative")
