@@ -20,7 +20,7 @@ slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m benchmarks
 
 # The committed vectors and cards, anew (about two minutes each).
 vectors: $(STAMP)

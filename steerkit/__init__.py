@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steerkit import methods
-    from steerkit.activations import Activations, record
-    from steerkit.data import ContrastSet, Conversation
-    from steerkit.drift import finetuning_shift, projection_difference
+    from steerkit.activations.recording import Activations, record
     from steerkit.errors import (
         DataError,
         FitError,
@@ -30,52 +28,55 @@ if TYPE_CHECKING:
     )
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import measure
-    from steerkit.evaluate.trial import Setup
-    from steerkit.explaining import explain
-    from steerkit.finetuning import SteeringCallback
-    from steerkit.fitting import fit
+    from steerkit.evaluate.setup import Setup
+    from steerkit.fitting.fitting import fit
     from steerkit.generation import generate
-    from steerkit.models import load_model
-    from steerkit.monitoring import Monitor
-    from steerkit.sites import Site
-    from steerkit.steering import Steering, steer
-    from steerkit.traits import TraitSpec
-    from steerkit.vector import SteeringVector
-    from steerkit.weights import edited
+    from steerkit.model import load_model
+    from steerkit.monitor.decisions import explain
+    from steerkit.monitor.monitor import Monitor
+    from steerkit.monitor.shift import finetuning_shift, projection_difference
+    from steerkit.network.sites import Site
+    from steerkit.persona.traits import TraitSpec
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.prompts.conversation import Conversation
+    from steerkit.steering.callback import SteeringCallback
+    from steerkit.steering.steering import Steering, steer
+    from steerkit.steering.weights import edited
+    from steerkit.vector.steering_vector import SteeringVector
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Activations": "activations",
-    "ContrastSet": "data",
-    "Conversation": "data",
+    "ContrastSet": "prompts",
+    "Conversation": "prompts",
     "DataError": "errors",
     "FitError": "errors",
     "ModelError": "errors",
-    "Monitor": "monitoring",
+    "Monitor": "monitor",
     "RecipeError": "errors",
     "ScopeError": "errors",
     "Scorer": "evaluate.scorers._base",
-    "Setup": "evaluate.trial",
-    "Site": "sites",
+    "Setup": "evaluate",
+    "Site": "network",
     "SiteError": "errors",
     "SteerError": "errors",
     "Steering": "steering",
-    "SteeringCallback": "finetuning",
+    "SteeringCallback": "steering",
     "SteeringVector": "vector",
     "StrengthError": "errors",
-    "TraitSpec": "traits",
+    "TraitSpec": "persona.traits",
     "UnknownNameError": "errors",
     "VectorFileError": "errors",
     "VectorMismatchError": "errors",
-    "edited": "weights",
-    "explain": "explaining",
-    "finetuning_shift": "drift",
+    "edited": "steering",
+    "explain": "monitor",
+    "finetuning_shift": "monitor",
     "fit": "fitting",
     "generate": "generation",
-    "load_model": "models",
-    "measure": "evaluate.scoring",
-    "projection_difference": "drift",
+    "load_model": "model",
+    "measure": "evaluate",
+    "projection_difference": "monitor",
     "record": "activations",
     "steer": "steering",
 }

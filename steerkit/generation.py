@@ -14,13 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit.data import Conversation, Message, batches, pad_token_id, render
 from steerkit.errors import DataError, StrengthError
-from steerkit.roles import CHANNEL, FRAME, THINKING, Roles
-from steerkit.sites import execution_device, find_decoder
-from steerkit.steering import Strength, steer, strength_value, vectors_of
-from steerkit.tokens import Scope
-from steerkit.vector import SteeringVector
+from steerkit.network.decoder import execution_device, find_decoder
+from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.chat_roles import Roles
+from steerkit.prompts.conversation import Conversation, Message
+from steerkit.prompts.marks import CHANNEL, FRAME, THINKING
+from steerkit.prompts.rendering import render
+from steerkit.steering.steering import steer
+from steerkit.steering.strengths import Strength, strength_value, vectors_of
+from steerkit.tokens.scope import Scope
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["generate"]
 

@@ -15,17 +15,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from steerkit.activations import Readout
-from steerkit.data import ContrastSet
+from steerkit._support.shipped import recipe_path, recipes
+from steerkit.activations.readout import Readout
 from steerkit.errors import DataError, RecipeError, SteerError, near_miss, unknown_name
-from steerkit.evaluate.calibrate import default_candidates
-from steerkit.fitting import fit
+from steerkit.evaluate.calibration.budget import default_candidates
+from steerkit.fitting.fitting import fit
 from steerkit.methods._base import Method
-from steerkit.registry import resolve
-from steerkit.shipped import recipe_path, recipes
-from steerkit.sites import Site, find_decoder, parse_layers
-from steerkit.tokens import Scope
-from steerkit.vector import SteeringVector
+from steerkit.methods._registry import resolve
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site, parse_layers
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.tokens.scope import Scope
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "Recipe", "find_recipe", "of_behaviour"]
 

@@ -12,7 +12,7 @@ import pytest
 from tests.program import PAIRS, RECIPE, WIDTH, Cli, Ended, jsonl, strict_json
 
 if TYPE_CHECKING:
-    from steerkit.vector import SteeringVector
+    from steerkit.vector.steering_vector import SteeringVector
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,8 +50,8 @@ def vector(tiny: Path) -> SteeringVector:
     """A random direction for the tiny model."""
     import torch
 
-    from steerkit.sites import Site
-    from steerkit.vector import SteeringVector
+    from steerkit.network.sites import Site
+    from steerkit.vector.steering_vector import SteeringVector
     from tests.families import BLOCKS, HIDDEN
 
     generator = torch.Generator().manual_seed(0)

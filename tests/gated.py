@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import steerkit
-from steerkit.methods.conditional import score
-from steerkit.sites import Site, find_decoder
-from steerkit.vector import SteeringVector
+from steerkit.methods._thresholds import score
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site
+from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
 from tests.modes import LONG, SHORT
 

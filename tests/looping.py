@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import transformers as tf
 
-from steerkit.data import ContrastSet, Conversation
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.conversation import Conversation
 from tests.families import QUIET
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import steerkit
-from steerkit.sites import Site, find_decoder, inner_model
-from steerkit.vector import SteeringVector
+from steerkit.network.decoder import find_decoder, inner_model
+from steerkit.network.sites import Site
+from steerkit.vector.steering_vector import SteeringVector
 
 NEW = 5
 SHORT, LONG = (5, 17, 44, 9, 101, 63), (7, 23, 42, 88, 15, 3, 211, 99, 30)

@@ -26,7 +26,7 @@ def put(name: str, content: str) -> None:
 
 def methods() -> str:
     """The table of methods, as the code states it."""
-    from steerkit import registry
+    from steerkit.methods import _registry as registry
 
     lines = ["| method | what | paper | fitted on | scope |", "| --- | --- | --- | --- | --- |"]
     for name in registry.method_names():

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import steerkit
-from steerkit.activations import Activations
-from steerkit.directions import orthonormalise
+from steerkit.activations.recording import Activations
+from steerkit.maths.directions import orthonormalise
 from steerkit.methods._plane import RotateInPlane
-from steerkit.sites import Site, find_decoder
-from steerkit.vector import SteeringVector
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site
+from steerkit.vector.steering_vector import SteeringVector
 
 FOLDER = Path(__file__).parent / "golden"
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}

@@ -86,7 +86,7 @@ def test_the_tokenizer_and_model_are_left_alone(model: Any, tokenizer: Any) -> N
 
 @pytest.mark.embedded
 def test_the_embedded_model_is_steered_both_ways(embedded: tuple[Any, Any]) -> None:
-    from steerkit.shipped import vector_path
+    from steerkit._support.shipped import vector_path
 
     model, tokenizer = embedded
     vector = steerkit.SteeringVector.load(vector_path("optimism-caa"))

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from steerkit import plugins, registry, shipped
+from steerkit._support import plugins, shipped
 from steerkit.errors import RecipeError, UnknownNameError, VectorFileError
+from steerkit.methods import _registry as registry
 from steerkit.recipe import Recipe, find_recipe
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer

@@ -15,10 +15,10 @@ from steerkit.cli._shared import number, stderr, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from steerkit.data import ContrastSet
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
-    from steerkit.vector import SteeringVector
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = [
     "Behaviour",
@@ -95,7 +95,7 @@ def scorers_of(
         BadParameter: a scorer lacks what it needs, or what is given belongs to no scorer.
         UnknownNameError: no scorer of that name.
     """
-    from steerkit.evaluate.judge import judge_of
+    from steerkit.evaluate.judges.judging import judge_of
     from steerkit.evaluate.scoring import scorer_of
 
     listed = list(dict.fromkeys(names or DEFAULT_SCORERS))
@@ -126,7 +126,7 @@ def check_items(name: str, method: str, train: ContrastSet, held_out: ContrastSe
         DataError: there are too few.
     """
     from steerkit.errors import DataError
-    from steerkit.registry import resolve
+    from steerkit.methods._registry import resolve
 
     fewest = (1, 2) if resolve(method).takes_pair else (8, 2)
     if len(train) < fewest[0] or len(held_out) < fewest[1]:
@@ -153,8 +153,8 @@ def check_way(
             or the file no activation norm, for unit `norm`.
     """
     from steerkit.errors import ScopeError, StrengthError
-    from steerkit.registry import method_of
-    from steerkit.tokens import Scope
+    from steerkit.methods._registry import method_of
+    from steerkit.tokens.scope import Scope
 
     method = method_of(vector)
     written = Scope.parse(vector.scope if scope is None else scope)
@@ -185,9 +185,9 @@ def data_of(vector: SteeringVector, file: Path | None) -> tuple[ContrastSet | No
         DataError: the file cannot be used.
         RecipeError: the recipe's data cannot be read.
     """
-    from steerkit.data import ContrastSet
+    from steerkit._support.shipped import recipes
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import find_recipe
-    from steerkit.shipped import recipes
 
     train = held_out = None
     if vector.recipe in recipes():
@@ -231,7 +231,7 @@ def estimate(found: Any) -> str:
 
 def layers_text(layers: Sequence[int]) -> str:
     """A set of layers in little room: 8+12-20."""
-    from steerkit import sites
+    from steerkit.network import sites
 
     return sites.layers_text(layers)
 

@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         DataError: it is missing or holds no prompt, or, with the line's number, a line is not what it should be.
     """
-    from steerkit.data import Conversation
+    from steerkit.prompts.conversation import Conversation
 
     lines = _lines(path)
     is_jsonl = path.suffix in (".jsonl", ".ndjson") or _is_json(lines[0][1])

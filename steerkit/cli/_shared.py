@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from steerkit.export.likeness import Likeness
+    from steerkit.export.verify import Likeness
 
 __all__ = [
     "DEFAULT_MODEL",

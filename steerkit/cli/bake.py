@@ -54,10 +54,10 @@ def run(
     if strength and len(strength) != len(vector):
         raise typer.BadParameter(f"{len(strength)} --strength for {len(vector)} --vector; give as many, or none")
 
-    from steerkit.files import check_folder
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
-    from steerkit.weights import exact_strength
+    from steerkit._support.files import check_folder
+    from steerkit._support.shipped import vector_path
+    from steerkit.steering.weights import exact_strength
+    from steerkit.vector.steering_vector import SteeringVector
 
     vectors = [
         SteeringVector.load(vector_path(name, model)).at(strength=dose, scope=scope)
@@ -68,7 +68,7 @@ def run(
     check_folder(out, replace=force)
 
     import steerkit
-    from steerkit.export.bake import bake
+    from steerkit.export.baking import bake
 
     loaded, tokenizer = steerkit.load_model(model, dtype=dtype.value if dtype else None, device_map=device_map)
     with stderr().status("writing the checkpoint, and comparing it with the hooks"):

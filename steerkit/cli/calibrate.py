@@ -37,7 +37,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.evaluate.calibrate import Calibration
+    from steerkit.evaluate.calibration.budget import Calibration
 
 __all__ = ["run"]
 
@@ -83,11 +83,12 @@ def run(
     Exit code 1 where nothing works.
     """
     import steerkit
-    from steerkit.evaluate.calibrate import Budget, Search, calibrate
-    from steerkit.evaluate.sweep import Store, parse_candidates
-    from steerkit.evaluate.trial import Setup
+    from steerkit.evaluate.calibration.budget import Budget, Search
+    from steerkit.evaluate.calibration.search import calibrate
+    from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.sweeps import Store, parse_candidates
+    from steerkit.methods._registry import resolve
     from steerkit.recipe import find_recipe
-    from steerkit.registry import resolve
 
     chosen = find_recipe(recipe)
     part = chosen.method_part(method)

@@ -66,15 +66,15 @@ def run(
     <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
     """
     import steerkit
-    from steerkit.evaluate.calibrate import Budget
+    from steerkit._support.files import write_whole
+    from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.compare import markdown
-    from steerkit.evaluate.sweep import Store
-    from steerkit.evaluate.trial import Setup
-    from steerkit.export.report import comparison_html
-    from steerkit.files import write_whole
-    from steerkit.plots import ready
+    from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.sweeps import Store
+    from steerkit.methods._registry import method_names, resolve
     from steerkit.recipe import find_recipe
-    from steerkit.registry import method_names, resolve
+    from steerkit.report.html import comparison_html
+    from steerkit.report.plots.style import ready
 
     ready()
     default = find_recipe(behaviour)
@@ -151,8 +151,8 @@ def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
         RecipeError: there is nothing to fit any of them on.
     """
     from steerkit.errors import RecipeError
+    from steerkit.methods._registry import resolve
     from steerkit.recipe import of_behaviour
-    from steerkit.registry import resolve
 
     found = {}
     for name, kind in {name: resolve(name) for name in names}.items():
@@ -171,9 +171,10 @@ def _row(
 ) -> Row:
     """One method calibrated and measured; one that cannot be is told as such, and the rest goes on."""
     from steerkit.errors import SteerError
-    from steerkit.evaluate.calibrate import Search, calibrate
+    from steerkit.evaluate.calibration.budget import Search
+    from steerkit.evaluate.calibration.search import calibrate
     from steerkit.evaluate.compare import Row, compared
-    from steerkit.registry import resolve
+    from steerkit.methods._registry import resolve
 
     part, kind = recipe.method_part(name), resolve(name)
     try:
@@ -199,7 +200,7 @@ def _row(
 
 def _content(rows: list[Row], default: Recipe, model: str, setup: Any, budget: Any, command: str) -> dict[str, Any]:
     """Everything needed to show the comparison and to repeat it."""
-    from steerkit.evaluate.identity import environment, setup_identity
+    from steerkit.evaluate.store_identity import environment, setup_identity
 
     identity = setup_identity(setup)
     digests = {name: identity[name] for name in ("weights", "data", "neutral", "tokenizer_sha256")}

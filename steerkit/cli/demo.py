@@ -28,10 +28,10 @@ from steerkit.cli._shared import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from steerkit.evaluate.by_prompt_kind import Kind
     from steerkit.evaluate.curve import Curve
-    from steerkit.evaluate.kinds import Kind
     from steerkit.recipe import Recipe
-    from steerkit.vector import SteeringVector
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -53,9 +53,9 @@ def run(
     were. Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and, of a curve, <out>/<recipe>.png.
     """
     import steerkit
+    from steerkit.evaluate.by_prompt_kind import by_kind
     from steerkit.evaluate.curve import dose_response
-    from steerkit.evaluate.kinds import by_kind
-    from steerkit.evaluate.trial import Setup
+    from steerkit.evaluate.setup import Setup
     from steerkit.recipe import find_recipe
 
     chosen = find_recipe(recipe)
@@ -155,7 +155,7 @@ def _write_card(
     answers: Mapping[float, Sequence[str]],
     questions: Sequence[str],
 ) -> Path:
-    from steerkit.export.card import Answer, vector_card
+    from steerkit.report.card import Answer, vector_card
 
     listed = [
         Answer(question, dose, texts[number])
@@ -170,7 +170,7 @@ def _write_card(
 def _draw(curve: Curve, path: Path, recipe: Recipe, vector: SteeringVector) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    from steerkit.plots import plot_curve
+    from steerkit.report.plots.curves import plot_curve
 
     return plot_curve(curve, path, title=recipe.title or recipe.name, unit=vector.unit)
 

@@ -18,7 +18,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.checks import Finding
+    from steerkit.checks.contract import Finding
 
 __all__ = ["run"]
 
@@ -36,7 +36,7 @@ def run(
     to get the same numbers.
     """
     import steerkit
-    from steerkit.doctor import CHECKS, doctor
+    from steerkit.checks.doctor.checks import CHECKS, doctor
 
     loaded, tokenizer = steerkit.load_model(model)
     with progress("checking", len(CHECKS)) as step:

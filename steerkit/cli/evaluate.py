@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from steerkit.evaluate.controls import Refits
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
-    from steerkit.evaluate.trial import Setup
-    from steerkit.vector import SteeringVector
+    from steerkit.evaluate.setup import Setup
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -74,12 +74,12 @@ def run(
     Controls: random directions of the same norm, fits on shuffled labels, how stable the direction is, and whether
     length, position or format alone predicts the label.
     """
-    from steerkit.data import Conversation
+    from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError
-    from steerkit.evaluate.trial import Setup
-    from steerkit.registry import default_strength
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit.evaluate.setup import Setup
+    from steerkit.methods._registry import default_strength
+    from steerkit.prompts.conversation import Conversation
+    from steerkit.vector.steering_vector import SteeringVector
 
     loaded_vector = SteeringVector.load(vector_path(vector, model))
     doses = numbers(strength, "--strength") or [default_strength(loaded_vector)]
@@ -193,7 +193,7 @@ class _Evaluation:
 
     def warnings(self) -> list[str] | None:
         """What else than the behaviour tells the two sides apart; None where no two sides are known."""
-        from steerkit.evaluate.confounds import confounds
+        from steerkit.evaluate.confounding import confounds
 
         data = self.train if self.train is not None else self.setup.data
         if data is None:

@@ -23,10 +23,10 @@ def run(
 ) -> None:
     """Show what a gated vector decides about prompts: open or closed, and the scores behind it."""
     import steerkit
+    from steerkit._support.shipped import vector_path
     from steerkit.errors import UnknownNameError
-    from steerkit.registry import method_of
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit.methods._registry import method_of
+    from steerkit.vector.steering_vector import SteeringVector
 
     found = SteeringVector.load(vector_path(vector))
     if method_of(found).editor(found) is None:  # before a model is loaded

@@ -88,11 +88,11 @@ def run(
 
 
 def _gguf(asked: _Asked) -> _Written:
+    from steerkit._support.shipped import vector_path
     from steerkit.errors import VectorFileError
     from steerkit.export.gguf import control_vector, write_control_vector
-    from steerkit.registry import default_strength
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit.methods._registry import default_strength
+    from steerkit.vector.steering_vector import SteeringVector
 
     if len(asked.names) > 1:
         raise typer.BadParameter(f"a control vector file holds one vector, got {len(asked.names)}")
@@ -117,10 +117,10 @@ def _gguf(asked: _Asked) -> _Written:
 
 
 def _peft(asked: _Asked) -> _Written:
-    from steerkit.files import check_folder
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
-    from steerkit.weights import exact_strength
+    from steerkit._support.files import check_folder
+    from steerkit._support.shipped import vector_path
+    from steerkit.steering.weights import exact_strength
+    from steerkit.vector.steering_vector import SteeringVector
 
     model = asked.model or DEFAULT_MODEL
     paths = [vector_path(name, model) for name in asked.names]

@@ -24,9 +24,9 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.data import ContrastSet
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import Recipe
-    from steerkit.vector import SteeringVector
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -76,7 +76,7 @@ def run(
         raise typer.BadParameter("--raw is for your own prompts; a recipe's data says it itself")
 
     import steerkit
-    from steerkit.registry import example_strength, resolve
+    from steerkit.methods._registry import example_strength, resolve
 
     resolve(method or "caa")
     fit: Callable[..., SteeringVector]
@@ -120,7 +120,8 @@ def _recipe(name: str, held_out: float | None) -> Recipe:
 
 def _items(data: Path | None, positive: Path | None, negative: Path | None, *, raw: bool) -> ContrastSet:
     """The contrast of the files given."""
-    from steerkit.data import ContrastSet, Conversation
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.prompts.conversation import Conversation
 
     if data is not None:
         items = ContrastSet.from_jsonl(data)

@@ -22,7 +22,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.vector import SteeringVector
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -94,15 +94,15 @@ def run(
 
 
 def _load(name: str, model: str) -> SteeringVector:
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit._support.shipped import vector_path
+    from steerkit.vector.steering_vector import SteeringVector
 
     return SteeringVector.load(vector_path(name, model))
 
 
 def _strength(vector: SteeringVector) -> Any:
     """The strength `steer` takes where nobody says more than the vector does."""
-    from steerkit.registry import default_strength
+    from steerkit.methods._registry import default_strength
 
     return default_strength(vector) if vector.strength is None else vector.strength
 

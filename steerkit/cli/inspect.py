@@ -12,8 +12,8 @@ from steerkit.cli._shared import Json, number, print_json, sites_table, stderr, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from steerkit.methods._base import Listing
-    from steerkit.vector import SteeringVector
+    from steerkit.methods._protocols import Listing
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -51,15 +51,15 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Show what a vector file holds: where it acts, norms, its strength in both units, where it came from."""
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit._support.shipped import vector_path
+    from steerkit.vector.steering_vector import SteeringVector
 
     path = vector_path(vector)
     loaded = SteeringVector.load(path)
     facts, parts = loaded.describe(), _parts(loaded)
     if plot is not None:
-        from steerkit.plots import plot_maps
-        from steerkit.registry import method_of
+        from steerkit.methods._registry import method_of
+        from steerkit.report.plots.maps import plot_maps
 
         plot_maps(method_of(loaded).maps(loaded), plot, title=path.stem, layers=loaded.num_layers)
         stderr().print(f"wrote {plot}")
@@ -93,7 +93,7 @@ def run(
 def _is_gated(vector: SteeringVector) -> bool:
     """Whether the vector is known to be gated."""
     from steerkit.errors import SteerError
-    from steerkit.registry import is_gated
+    from steerkit.methods._registry import is_gated
 
     try:
         return is_gated(vector)
@@ -112,7 +112,7 @@ def _read(site: str, facts: dict[str, Any]) -> str:
 def _parts(vector: SteeringVector) -> Listing | None:
     """What the vector's method lists of it; None where it lists nothing or cannot use the vector."""
     from steerkit.errors import SteerError
-    from steerkit.registry import method_of
+    from steerkit.methods._registry import method_of
 
     try:
         method = method_of(vector)
@@ -139,7 +139,7 @@ def _print_parts(console: Console, parts: Listing) -> None:
 def _unit(method: str) -> str:
     """What strengths count, where it is more than a factor and the method is installed."""
     from steerkit.errors import UnknownNameError
-    from steerkit.registry import resolve
+    from steerkit.methods._registry import resolve
 
     try:
         unit = resolve(method).strength_unit

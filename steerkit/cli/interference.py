@@ -24,10 +24,10 @@ from steerkit.cli._shared import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from steerkit.data import ContrastSet
-    from steerkit.evaluate.interference import Effect, Interference
     from steerkit.evaluate.intervals import Estimate
-    from steerkit.vector import SteeringVector
+    from steerkit.evaluate.overlap import Effect, Interference
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -67,8 +67,8 @@ def run(
     if symmetric and orthogonalise is None:
         raise typer.BadParameter("--symmetric says how to --orthogonalise; give a folder too")
 
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit._support.shipped import vector_path
+    from steerkit.vector.steering_vector import SteeringVector
 
     paths = [vector_path(name, model) for name in vector]
     loaded = _by_name(paths, [SteeringVector.load(path) for path in paths])
@@ -81,8 +81,8 @@ def run(
         check_writable(target)
 
     import steerkit
-    from steerkit.evaluate.interference import interference
-    from steerkit.evaluate.trial import Setup
+    from steerkit.evaluate.overlap import interference
+    from steerkit.evaluate.setup import Setup
 
     steered, tokenizer = steerkit.load_model(model)
     with stderr().status("measuring"):
@@ -116,7 +116,7 @@ def _by_name(paths: Sequence[Path], vectors: Sequence[SteeringVector]) -> dict[s
 
 def _items(vectors: Mapping[str, SteeringVector], data: Sequence[Path] | None) -> dict[str, ContrastSet]:
     """Held-out items for each vector: of the files given, else of the recipe that it names."""
-    from steerkit.data import ContrastSet
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import find_recipe
 
     if data:

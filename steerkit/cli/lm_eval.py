@@ -58,9 +58,9 @@ def run(
         raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")
     names = [name for entry in tasks for name in entry.split(",") if name]
 
-    from steerkit.evaluate.harness import check_steering, evaluate_tasks
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit._support.shipped import vector_path
+    from steerkit.evaluate.lm_eval import check_steering, evaluate_tasks
+    from steerkit.vector.steering_vector import SteeringVector
 
     steering: dict[str, Any] = {}
     if vector is not None:

@@ -11,7 +11,7 @@ __all__ = ["run"]
 
 def run(as_json: Json = False) -> None:
     """List the methods: name, paper, which tokens they write, what strengths count, what they are fitted on."""
-    from steerkit.registry import method_names, resolve
+    from steerkit.methods._registry import method_names, resolve
 
     rows = [
         {

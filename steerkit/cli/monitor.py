@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from steerkit.evaluate.intervals import Estimate
-    from steerkit.monitoring import Monitor
-    from steerkit.vector import SteeringVector
+    from steerkit.monitor.monitor import Monitor
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -118,8 +118,8 @@ def run(
         _check_column(column, rows)
 
     import steerkit
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit._support.shipped import vector_path
+    from steerkit.vector.steering_vector import SteeringVector
 
     found = SteeringVector.load(vector_path(vector, model))
     loaded, tokenizer = steerkit.load_model(model)
@@ -200,7 +200,7 @@ def _items(data: str) -> Iterator[dict[str, Any]]:
 
 def _parsed(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     from steerkit.errors import DataError
-    from steerkit.monitoring import conversation_of
+    from steerkit.monitor.monitor import conversation_of
 
     for place, line in enumerate(lines, start=1):
         if not line.strip():
@@ -306,7 +306,7 @@ def _finish(
 
 def _write(rows: Sequence[dict[str, Any]], out: Path | None) -> None:
     if out is not None:
-        from steerkit.files import write_whole
+        from steerkit._support.files import write_whole
 
         write_whole(out, "".join(_line(row) + "\n" for row in rows).encode())
 
@@ -343,7 +343,7 @@ def _shift(
 ) -> None:
     """The finetuning shift, between two checkpoints or of an adapter."""
     import steerkit
-    from steerkit.drift import with_adapter
+    from steerkit.monitor.shift import with_adapter
 
     folder = Path(after).expanduser()
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
@@ -374,7 +374,7 @@ def _shift(
 
 def _draw(monitor: Monitor, rows: list[dict[str, Any]], path: Path, vector: SteeringVector, raw: bool) -> None:
     """The heat map of the first items."""
-    from steerkit.export.heat_page import write_heat
+    from steerkit.report.heat_page import write_heat
 
     texts = [monitor.heat(row, raw=raw) for row in rows[:_HEATED]]
     write_heat(texts, path, title=f"{vector.method} at {monitor.sites[0]}", middle=monitor.middle())

@@ -22,9 +22,9 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.drafting import Writer
-    from steerkit.persona import Extraction
-    from steerkit.traits import TraitSpec
+    from steerkit.persona.drafting import Writer
+    from steerkit.persona.pipeline import Extraction
+    from steerkit.persona.traits import TraitSpec
 
 __all__ = ["app"]
 
@@ -52,9 +52,9 @@ def draft(
     """
     if endpoint is not None and model is not None:
         raise typer.BadParameter("--endpoint and --model both write it; give one of them")
-    from steerkit import drafting
     from steerkit.errors import DataError, SteerError
-    from steerkit.traits import slug
+    from steerkit.persona import drafting
+    from steerkit.persona.traits import slug
 
     empty = drafting.skeleton(name, description)
     target = out or Path(f"{slug(name)}.toml")
@@ -121,12 +121,13 @@ def extract(
     """
     import steerkit
     from steerkit import persona
-    from steerkit.evaluate.calibrate import Budget
-    from steerkit.evaluate.judge import judge_of
-    from steerkit.filtering import Rules
-    from steerkit.rollouts import Plan
-    from steerkit.sites import find_decoder, parse_layers
-    from steerkit.traits import TraitSpec, slug
+    from steerkit.evaluate.calibration.budget import Budget
+    from steerkit.evaluate.judges.judging import judge_of
+    from steerkit.network.decoder import find_decoder
+    from steerkit.network.sites import parse_layers
+    from steerkit.persona.filtering import Rules
+    from steerkit.persona.rollouts import Plan
+    from steerkit.persona.traits import TraitSpec, slug
 
     chosen = TraitSpec.load(spec)
     chosen.check_filled(spec)
@@ -168,7 +169,7 @@ def extract(
 
 def _writer(endpoint: str | None, model: str | None) -> Writer | None:
     """What writes the draft, if anything does."""
-    from steerkit.drafting import endpoint_writer, model_writer
+    from steerkit.persona.drafting import endpoint_writer, model_writer
 
     if endpoint is not None:
         return endpoint_writer(endpoint)
@@ -183,7 +184,7 @@ def _show_draft(spec: TraitSpec, target: Path) -> None:
     typer.echo(f"wrote {target}")
     missing = spec.open_places
     if missing:
-        from steerkit.traits import FILL_IN
+        from steerkit.persona.traits import FILL_IN
 
         places = "1 place is" if len(missing) == 1 else f"{len(missing)} places are"
         typer.echo(f"{places} still to be filled in, marked by '{FILL_IN.strip()}':")
@@ -226,7 +227,7 @@ def _show(found: Extraction, spec: TraitSpec, model: str) -> None:
     )
     times: dict[str, Any] = {stage: f"{seconds:.0f} s" for stage, seconds in found.seconds.items()}
     typer.echo("took " + ", ".join(f"{stage} {told}" for stage, told in times.items()))
-    from steerkit.registry import example_strength
+    from steerkit.methods._registry import example_strength
 
     strength = example_strength(found.vector)
     asked = spec.held_out_questions[0]

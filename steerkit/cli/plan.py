@@ -21,8 +21,8 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.planning import Edit, Plan
-    from steerkit.vector import SteeringVector
+    from steerkit.checks.planning import Edit, Plan
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -52,8 +52,8 @@ def run(
     if strengths and len(strengths) != len(vector):
         raise typer.BadParameter(f"{len(strengths)} --strength for {len(vector)} --vector; give as many, or none")
 
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit._support.shipped import vector_path
+    from steerkit.vector.steering_vector import SteeringVector
 
     loaded_vectors = [SteeringVector.load(vector_path(name, model)) for name in vector]
     vectors = [
@@ -61,7 +61,7 @@ def run(
     ]
 
     import steerkit
-    from steerkit.planning import plan
+    from steerkit.checks.planning import plan
 
     loaded, tokenizer = steerkit.load_model(model)
     with stderr().status("planning"):

@@ -6,9 +6,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from steerkit._support.shipped import recipes
 from steerkit.cli._shared import Json, print_json, stdout, table
 from steerkit.errors import RecipeError
-from steerkit.shipped import recipes
 
 __all__ = ["run"]
 

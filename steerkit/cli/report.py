@@ -19,9 +19,9 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.data import ContrastSet
-    from steerkit.export.report import Evidence
-    from steerkit.vector import SteeringVector
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.report.evidence import Evidence
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -51,12 +51,14 @@ def run(
     The page holds everything in itself and works without JavaScript. What needs the training items is left out, with
     the reason, where the recipe of the vector is not known.
     """
+    from steerkit._support.files import write_whole
+    from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError, SteerError
-    from steerkit.export.report import Plan, gather, report_html
-    from steerkit.files import write_whole
-    from steerkit.plots import ready
-    from steerkit.shipped import vector_path
-    from steerkit.vector import SteeringVector
+    from steerkit.report.evidence import Plan
+    from steerkit.report.gather import gather
+    from steerkit.report.html import report_html
+    from steerkit.report.plots.style import ready
+    from steerkit.vector.steering_vector import SteeringVector
 
     ready()
     file = vector_path(vector, model)

@@ -32,7 +32,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.evaluate.sweep import Point
+    from steerkit.evaluate.sweeps import Point
 
 __all__ = ["run"]
 
@@ -89,10 +89,10 @@ def run(
     counts only if nothing was chosen on them.
     """
     import steerkit
-    from steerkit.evaluate.sweep import Fits, Store, parse_candidates, save_table, sweep
-    from steerkit.evaluate.trial import Setup
+    from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.sweeps import Fits, Store, parse_candidates, save_table, sweep
+    from steerkit.methods._registry import resolve
     from steerkit.recipe import find_recipe
-    from steerkit.registry import resolve
 
     chosen = find_recipe(recipe)
     part = chosen.method_part(method)
@@ -159,7 +159,7 @@ def _both_signs(method: Any) -> list[float]:
 def _draw(points: list[Point], effect: str, path: Path) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    from steerkit.plots import plot_sweep
+    from steerkit.report.plots.curves import plot_sweep
 
     return plot_sweep(points, effect, path)
 

@@ -1,1 +1,34 @@
-"""Whether steering worked, and what it cost."""
+"""What steering did and cost, with intervals and controls: `setup` holds model and data, `scoring` measures, `curve`,
+`sweeps` and `calibration` look for a strength, `controls` and `confounding` doubt it, `compare` sets methods side by
+side, `overlap` tells whether two vectors disturb each other, `judges` and `scorers` grade.
+"""
+
+from __future__ import annotations
+
+from steerkit.evaluate.by_prompt_kind import by_kind
+from steerkit.evaluate.compare import compared
+from steerkit.evaluate.confounding import confounds
+from steerkit.evaluate.controls import refits
+from steerkit.evaluate.curve import dose_response
+from steerkit.evaluate.intervals import Estimate, interval
+from steerkit.evaluate.overlap import interference
+from steerkit.evaluate.scoring import Measured, measure, scorer_of
+from steerkit.evaluate.setup import Setup, Trial
+from steerkit.evaluate.sweeps import sweep
+
+__all__ = [
+    "Estimate",
+    "Measured",
+    "Setup",
+    "Trial",
+    "by_kind",
+    "compared",
+    "confounds",
+    "dose_response",
+    "interference",
+    "interval",
+    "measure",
+    "refits",
+    "scorer_of",
+    "sweep",
+]

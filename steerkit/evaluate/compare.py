@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steerkit.evaluate.calibrate import Calibration
+from steerkit.evaluate.calibration.budget import Calibration
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.overhead import decoding_overhead
-from steerkit.evaluate.trial import Setup
+from steerkit.evaluate.setup import Setup
 from steerkit.methods._base import Method
-from steerkit.sites import sites_text
+from steerkit.network.sites import sites_text
 
 __all__ = ["Row", "compared", "markdown"]
 

@@ -23,16 +23,18 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations import Activations, Readout, record
-from steerkit.data import ContrastSet
+from steerkit.activations.readout import Readout
+from steerkit.activations.recording import Activations, record
 from steerkit.errors import DataError, FitError
 from steerkit.evaluate.intervals import Estimate
-from steerkit.fitting import Subject
+from steerkit.fitting.subject import Subject
 from steerkit.methods._base import Method
-from steerkit.methods._base import Subject as AnySubject
-from steerkit.registry import method_of
-from steerkit.sites import Site, find_decoder
-from steerkit.vector import SteeringVector
+from steerkit.methods._protocols import Subject as AnySubject
+from steerkit.methods._registry import method_of
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Refits", "Spread", "refits", "refits_of"]
 

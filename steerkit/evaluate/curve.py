@@ -12,9 +12,9 @@ import torch
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import Measured, column_of, ends, measure, scorer_of
-from steerkit.evaluate.trial import Setup
-from steerkit.registry import method_of, resolve
-from steerkit.vector import SteeringVector
+from steerkit.evaluate.setup import Setup
+from steerkit.methods._registry import method_of, resolve
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Curve", "dose_response", "random_like"]
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerkit._support.plugins import Plugins
 from steerkit.errors import DataError, near_miss
-from steerkit.evaluate.identity import digest_of
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.trial import Trial
-from steerkit.plugins import Plugins
+from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.store_identity import digest_of
 
 __all__ = ["Measured", "column_of", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
 

@@ -1,1 +1,12 @@
-"""Foreign formats, one file each."""
+"""A vector as weights: `baking` writes a checkpoint, `peft` an adapter, `gguf` a control vector for llama.cpp; `verify`
+compares what was written with the hooks, `checkpoint` stores tensors, `weights_card` says what was done.
+"""
+
+from __future__ import annotations
+
+from steerkit.export.baking import bake
+from steerkit.export.gguf import write_control_vector
+from steerkit.export.peft import write_adapter
+from steerkit.export.verify import Likeness, likeness
+
+__all__ = ["Likeness", "bake", "likeness", "write_adapter", "write_control_vector"]

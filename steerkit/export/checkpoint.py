@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError
-from steerkit.sites import find_decoder
+from steerkit.network.decoder import find_decoder
 
 __all__ = ["stored", "stored_dtype", "write_checkpoint"]
 

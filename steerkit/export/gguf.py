@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from steerkit._support.files import write_whole
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
-from steerkit.files import write_whole
-from steerkit.sites import Site
-from steerkit.vector import SteeringVector
+from steerkit.network.sites import Site
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["control_vector", "write_control_vector"]
 

@@ -26,17 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit._support.files import check_folder, whole_folder
 from steerkit.errors import ModelError, SiteError, StrengthError
-from steerkit.export.bake import Change, changes_of
-from steerkit.export.card import weights_card
+from steerkit.export.baking import Change, changes_of
 from steerkit.export.checkpoint import stored
-from steerkit.export.likeness import Likeness, expected, likeness, logits_of
-from steerkit.files import check_folder, whole_folder
-from steerkit.models import hub_id, quiet
-from steerkit.sites import inner_model
-from steerkit.steering import vectors_of
-from steerkit.vector import SteeringVector, model_facts
-from steerkit.weights import exact_updates
+from steerkit.export.verify import Likeness, expected, likeness, logits_of
+from steerkit.export.weights_card import weights_card
+from steerkit.model import hub_id, quiet
+from steerkit.network.decoder import inner_model
+from steerkit.steering.strengths import vectors_of
+from steerkit.steering.weights import exact_updates
+from steerkit.vector.model_identity import model_facts
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Adapter", "low_rank", "write_adapter"]
 

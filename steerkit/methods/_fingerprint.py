@@ -20,9 +20,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from steerkit.data import spread
-from steerkit.models import quiet
-from steerkit.sites import Decoder
+from steerkit.model import quiet
+from steerkit.network.decoder import Decoder
+from steerkit.prompts.rendering import spread
 
 __all__ = ["are_alike", "fingerprint", "fits"]
 

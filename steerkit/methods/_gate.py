@@ -16,16 +16,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from steerkit import edits
-from steerkit.data import spread
-from steerkit.directions import mean_difference, unit
 from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
-from steerkit.methods._base import Method, Params, Prepared, Subject, check_direction
+from steerkit.maths import edits
+from steerkit.maths.directions import mean_difference, unit
+from steerkit.methods._base import Method, check_direction
 from steerkit.methods._fingerprint import fits
+from steerkit.methods._protocols import Params, Prepared, Subject
 from steerkit.methods._refusal import response_contrast, unembedding_direction
-from steerkit.sites import Decoder, Site
-from steerkit.tokens import Tokens
-from steerkit.vector import SteeringVector
+from steerkit.network.decoder import Decoder
+from steerkit.network.sites import Site
+from steerkit.prompts.rendering import spread
+from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = [
     "ANSWERED",

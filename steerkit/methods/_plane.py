@@ -9,13 +9,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steerkit.activations import Activations
-from steerkit.anatomy import Anatomy
-from steerkit.directions import mean_difference, orthonormalise, steering_plane
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, VectorMismatchError
-from steerkit.methods._base import Method, Params, check_direction
-from steerkit.sites import Decoder, Site, anatomies
-from steerkit.vector import SteeringVector
+from steerkit.maths.directions import mean_difference, orthonormalise, steering_plane
+from steerkit.methods._base import Method, check_direction
+from steerkit.methods._protocols import Params
+from steerkit.network.anatomy import Anatomy
+from steerkit.network.decoder import Decoder
+from steerkit.network.sites import Site
+from steerkit.network.tap import anatomies
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["RotateInPlane"]
 

@@ -24,13 +24,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from steerkit.data import Conversation, Rendered, spread
-from steerkit.directions import mean_difference
+from steerkit._support.phrases import normalised, opening, pattern_of
 from steerkit.errors import FitError
-from steerkit.methods._base import Subject
-from steerkit.sites import Site
-from steerkit.vector import SteeringVector
-from steerkit.wording import normalised, opening, pattern_of
+from steerkit.maths.directions import mean_difference
+from steerkit.methods._protocols import Subject
+from steerkit.network.sites import Site
+from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.rendering import Rendered, spread
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = [
     "COMPLYING",

@@ -26,16 +26,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from steerkit import edits
-from steerkit.activations import Activations
-from steerkit.directions import mean_difference, unit
+from steerkit.activations.moments import Means
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
-from steerkit.methods._base import Method, Params, Prepared, Subject, WeightUpdate, check_direction
-from steerkit.moments import Means
-from steerkit.sites import Decoder, Site, find_decoder, locate
-from steerkit.tokens import Tokens
-from steerkit.vector import SteeringVector
-from steerkit.writers import every_write, other_uses, writing_matrices
+from steerkit.maths import edits
+from steerkit.maths.directions import mean_difference, unit
+from steerkit.methods._base import Method, check_direction
+from steerkit.methods._protocols import Params, Prepared, Subject, WeightUpdate
+from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.sites import Site
+from steerkit.network.tap import locate
+from steerkit.network.writers import every_write, other_uses, writing_matrices
+from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["DirectionalAblation"]
 

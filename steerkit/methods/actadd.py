@@ -20,12 +20,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steerkit import edits
-from steerkit.activations import Activations
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
-from steerkit.methods._base import Method, Params, Prepared, Subject, check_direction
-from steerkit.sites import Decoder, Site
-from steerkit.tokens import Tokens
+from steerkit.maths import edits
+from steerkit.methods._base import Method, check_direction
+from steerkit.methods._protocols import Params, Prepared, Subject
+from steerkit.network.decoder import Decoder
+from steerkit.network.sites import Site
+from steerkit.tokens.forward_pass import Tokens
 
 __all__ = ["ActivationAddition"]
 

@@ -30,14 +30,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit import edits
-from steerkit.activations import Activations
-from steerkit.directions import side_projections
-from steerkit.methods._base import Params, Prepared, Subject
+from steerkit.activations.moments import Means
+from steerkit.activations.recording import Activations
+from steerkit.maths import edits
+from steerkit.maths.directions import side_projections
 from steerkit.methods._plane import RotateInPlane
-from steerkit.moments import Means
-from steerkit.sites import Site
-from steerkit.tokens import Tokens
+from steerkit.methods._protocols import Params, Prepared, Subject
+from steerkit.network.sites import Site
+from steerkit.tokens.forward_pass import Tokens
 
 __all__ = ["AngularSteering"]
 

@@ -38,17 +38,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from steerkit import edits
-from steerkit.activations import Activations
+from steerkit.activations.moments import PairSigns
+from steerkit.activations.recording import Activations
 from steerkit.errors import DataError, FitError, SiteError, VectorMismatchError
-from steerkit.methods._base import Listing, Method, Params, Prepared, Subject, WeightUpdate
-from steerkit.moments import PairSigns
-from steerkit.sites import Decoder, Site, Tap, anatomies, locate
-from steerkit.tokens import Tokens
-from steerkit.vector import SteeringVector
+from steerkit.maths import edits
+from steerkit.methods._base import Method
+from steerkit.methods._protocols import Listing, Params, Prepared, Subject, WeightUpdate
+from steerkit.network.decoder import Decoder
+from steerkit.network.sites import Site
+from steerkit.network.tap import Tap, anatomies, locate
+from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
-    from steerkit.data import ContrastSet, Conversation
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.prompts.conversation import Conversation
 
 __all__ = ["AUSteer", "activation_momentum", "select_units"]
 

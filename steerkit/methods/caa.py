@@ -21,12 +21,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steerkit.directions import equal_norms, mean_difference
+from steerkit.activations.moments import Means
 from steerkit.errors import FitError
+from steerkit.maths.directions import equal_norms, mean_difference
 from steerkit.methods._base import AddDirection
-from steerkit.moments import Means
-from steerkit.sites import Site
-from steerkit.vector import SteeringVector
+from steerkit.network.sites import Site
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["ContrastiveActivationAddition", "equalise"]
 

@@ -29,16 +29,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steerkit.activations import Activations
-from steerkit.data import spread
-from steerkit.directions import unit
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, VectorMismatchError
-from steerkit.methods._base import Params, Subject
+from steerkit.maths.directions import unit
 from steerkit.methods._fingerprint import fingerprint
 from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written
+from steerkit.methods._protocols import Params, Subject
 from steerkit.methods._refusal import COMPLYING, REFUSING
-from steerkit.sites import Decoder, Site
-from steerkit.vector import SteeringVector
+from steerkit.network.decoder import Decoder
+from steerkit.network.sites import Site
+from steerkit.prompts.rendering import spread
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["WeightedController", "auroc", "fpr_at_tpr", "permuted_weights"]
 

@@ -27,12 +27,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steerkit.activations import Activations
-from steerkit.directions import mean_difference
+from steerkit.activations.moments import Means
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
-from steerkit.methods._base import AddDirection, Subject
-from steerkit.moments import Means
-from steerkit.sites import Decoder, Site
+from steerkit.maths.directions import mean_difference
+from steerkit.methods._base import AddDirection
+from steerkit.methods._protocols import Subject
+from steerkit.network.decoder import Decoder
+from steerkit.network.sites import Site
 
 __all__ = ["PersonaVector"]
 

@@ -22,14 +22,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit import edits
-from steerkit.activations import Activations
-from steerkit.directions import mean_difference, pair_differences, principal_direction
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, StrengthError
-from steerkit.methods._base import AddDirection, Params, Prepared, Subject, WeightUpdate
-from steerkit.sites import Site
-from steerkit.tokens import Tokens
-from steerkit.vector import SteeringVector
+from steerkit.maths import edits
+from steerkit.maths.directions import mean_difference, pair_differences, principal_direction
+from steerkit.methods._base import AddDirection
+from steerkit.methods._protocols import Params, Prepared, Subject, WeightUpdate
+from steerkit.network.sites import Site
+from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["RepresentationControl"]
 

@@ -36,16 +36,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit import edits
-from steerkit.activations import Activations
-from steerkit.directions import discriminative_sites, side_projections
+from steerkit.activations.moments import Means
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError
-from steerkit.methods._base import Params, Prepared, Subject, WeightUpdate
+from steerkit.maths import edits
+from steerkit.maths.directions import discriminative_sites, side_projections
 from steerkit.methods._plane import RotateInPlane
-from steerkit.moments import Means
-from steerkit.sites import Decoder, Site, anatomies, find_decoder
-from steerkit.tokens import Tokens
-from steerkit.vector import SteeringVector
+from steerkit.methods._protocols import Params, Prepared, Subject, WeightUpdate
+from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.sites import Site
+from steerkit.network.tap import anatomies
+from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["SelectiveSteering"]
 

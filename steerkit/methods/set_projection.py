@@ -26,13 +26,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steerkit import edits
-from steerkit.directions import mean_difference, unit
+from steerkit.activations.moments import Means
 from steerkit.errors import FitError, VectorMismatchError
-from steerkit.methods._base import Method, Params, Prepared, check_direction
-from steerkit.moments import Means
-from steerkit.sites import Site
-from steerkit.tokens import Tokens
+from steerkit.maths import edits
+from steerkit.maths.directions import mean_difference, unit
+from steerkit.methods._base import Method, check_direction
+from steerkit.methods._protocols import Params, Prepared
+from steerkit.network.sites import Site
+from steerkit.tokens.forward_pass import Tokens
 
 __all__ = ["SetProjection"]
 

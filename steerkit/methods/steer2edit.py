@@ -39,187 +39,38 @@ their gates say, since no module gives what they read; in the weights there is n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
-from steerkit import edits
-from steerkit.activations import Activations
-from steerkit.directions import mean_difference, random_direction
+from steerkit.activations.expert_activations import ExpertMeans
+from steerkit.activations.moments import Means
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, VectorMismatchError
-from steerkit.experts import Experts, experts_at
-from steerkit.linears import writers_at
-from steerkit.methods._base import (
-    Listing,
-    Map,
-    Method,
-    Params,
-    Prepared,
-    Subject,
-    WeightUpdate,
-    check_direction,
-)
-from steerkit.moments import Means
-from steerkit.routing import ExpertMeans
-from steerkit.sites import Decoder, Site, anatomies
-from steerkit.tokens import Tokens
-from steerkit.vector import SteeringVector
+from steerkit.maths import edits
+from steerkit.maths.directions import mean_difference, random_direction
+from steerkit.maths.rank_one import add_in_order, check_penalty, score_components
+from steerkit.methods._base import Method, check_direction
+from steerkit.methods._parts import fits_width, head_width_of, head_widths, neuron_width, parts_of
+from steerkit.methods._protocols import Listing, Map, Params, Prepared, Subject, WeightUpdate
+from steerkit.network.decoder import Decoder
+from steerkit.network.experts import Experts, experts_at
+from steerkit.network.linears import writers_at
+from steerkit.network.sites import Site
+from steerkit.network.tap import anatomies
+from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Components", "Steer2Edit", "add_in_order", "elastic_net", "rank_one_edit", "score_components"]
+if TYPE_CHECKING:
+    from steerkit.maths.rank_one import Components
+    from steerkit.methods._parts import MatrixPart
 
-_FLOOR = 1e-8  # norms under it count as it in a cosine, as in the released code
+__all__ = ["Steer2Edit"]
+
 _WRITTEN = ("attn_out", "attn_raw", "mixer_out", "mlp_out", "mlp_raw")
-
-
-class Components(NamedTuple):
-    """The components of one matrix, a of them, w columns each.
-
-    Attributes:
-        score: [a] how much each writes along the direction, -1 to 1.
-        magnitude: [a] how much each is changed; its sign is the score's, 0 where it is not edited.
-        inputs: [a, w] unit vectors k_j; zero where the component writes nothing along the direction.
-    """
-
-    score: Tensor
-    magnitude: Tensor
-    inputs: Tensor
-
-    @property
-    def gate(self) -> Tensor:
-        """[i] magnitude times unit vector of every component, side by side."""
-        return (self.magnitude[:, None] * self.inputs).flatten()
-
-
-def elastic_net(g: Tensor, rho: float, alpha: float) -> Tensor:
-    """Magnitudes that maximise `sum g a - rho (alpha |a|_1 + (1 - alpha) / 2 |a|^2)`, one by one.
-
-    Args:
-        g: scores, of any shape; computed in their own precision.
-        rho: the penalty; 0 and below leave everything as it is.
-        alpha: share of the penalty on |a|, 0 (every component is changed) to just under 1 (few are).
-
-    Returns:
-        `sign(g) max(|g| - rho alpha, 0) / (rho (1 - alpha))`, in the shape and dtype of `g`.
-
-    Raises:
-        FitError: alpha outside of [0, 1), rho not finite, or a score that is not.
-
-    Example:
-        >>> elastic_net(torch.tensor([0.5, -0.5, 0.1]), rho=0.5, alpha=0.5)
-        tensor([ 1., -1.,  0.])
-    """
-    _check_penalty("rho", rho, alpha)
-    if not bool(torch.isfinite(g).all()):
-        raise FitError("steer2edit: a score is not finite; load the model in float32 or bfloat16")
-    if rho <= 0:
-        return torch.zeros_like(g)
-    return g.sign() * (g.abs() - rho * alpha).clamp_min(0) / (rho * (1 - alpha))
-
-
-def rank_one_edit(
-    weight: Tensor,
-    direction: Tensor,
-    mean_input: Tensor,
-    *,
-    rho: float,
-    alpha: float,
-    head_width: int | None = None,
-    no_reversal: bool = False,
-) -> Tensor:
-    """The gate of one matrix: its edited weight is `weight + outer(unit(direction), gate)`.
-
-    Args:
-        weight: [o, i], as in `y = weight @ x`.
-        direction: [o], of any length; zeros edit nothing.
-        mean_input: [i], what the matrix reads on average.
-        rho: the penalty; 0 and below edit nothing.
-        alpha: share of the penalty on the absolute value, from 0 to just under 1.
-        head_width: columns that belong to one head; None edits single columns, an MLP's neurons.
-        no_reversal: never suppress a component by more than it writes along the direction.
-
-    Returns:
-        [i], float32 (float64 where all three are).
-
-    Raises:
-        FitError: shapes that do not fit, values that are not finite, or alpha outside of [0, 1).
-    """
-    for name, tensor in (("weight", weight), ("direction", direction), ("mean_input", mean_input)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise FitError(f"steer2edit: {name} is not finite; load the model in float32 or bfloat16")
-    wide = torch.float64 if {weight.dtype, direction.dtype, mean_input.dtype} == {torch.float64} else torch.float32
-    return score_components(
-        weight.to(wide),
-        direction.to(wide),
-        mean_input.to(wide),
-        rho=rho,
-        alpha=alpha,
-        head_width=head_width,
-        no_reversal=no_reversal,
-    ).gate
-
-
-def score_components(
-    weight: Tensor,
-    direction: Tensor,
-    mean_input: Tensor,
-    *,
-    rho: float,
-    alpha: float,
-    head_width: int | None = None,
-    no_reversal: bool = False,
-) -> Components:
-    """Scores, magnitudes and input directions of the components of one matrix, in the precision of what is given.
-
-    Args:
-        weight: [o, i].
-        direction: [o], in the dtype of `weight`.
-        mean_input: [i], in the dtype of `weight`.
-        rho: as for `elastic_net`.
-        alpha: as for `elastic_net`.
-        head_width: columns of one component; None takes 1.
-        no_reversal: as for `rank_one_edit`.
-
-    Raises:
-        FitError: shapes that do not fit, a score that is not finite, or alpha outside of [0, 1).
-    """
-    width = 1 if head_width is None else head_width
-    shapes = f"weight {list(weight.shape)}, direction {list(direction.shape)}, mean_input {list(mean_input.shape)}"
-    if weight.dim() != 2 or [*direction.shape, *mean_input.shape] != list(weight.shape):
-        raise FitError(f"steer2edit: got {shapes}; a weight [o, i] takes a direction [o] and a mean_input [i]")
-    if width < 1 or weight.shape[1] % width:
-        raise FitError(f"steer2edit: head_width {width} does not divide the {weight.shape[1]} columns of the weight")
-    along = direction / (torch.linalg.vector_norm(direction) + 1e-12)  # a zero direction stays zero
-    columns, means = weight.reshape(len(weight), -1, width), mean_input.reshape(-1, width)
-    written = torch.bmm(columns.transpose(0, 1), means[..., None])[..., 0]  # [a, o]
-    score = cosine_similarity(written, along[None], dim=1, eps=_FLOOR)
-    reads = (weight.T @ along).reshape(-1, width)
-    size = torch.linalg.vector_norm(reads, dim=1)
-    magnitude = elastic_net(score, rho, alpha) * (size > 0)
-    if no_reversal:
-        magnitude = torch.maximum(magnitude, -size)
-    return Components(score, magnitude, reads / size.where(size > 0, torch.ones_like(size))[:, None])
-
-
-def add_in_order(weight: Tensor, direction: Tensor, inputs: Tensor, magnitude: Tensor) -> Tensor:
-    """Add a rank-1 edit in the order of the released code: outer product, times magnitude, sum; each is rounded.
-
-    Args:
-        weight: [o, i], in the precision in which all is computed.
-        direction: [o], of length 1.
-        inputs: [a, w], of length 1.
-        magnitude: [a]; components at 0 keep every bit.
-
-    Returns:
-        [o, i] in the dtype of `weight`.
-    """
-    outer = direction.to(weight)[:, None] * inputs.to(weight).flatten()
-    factor = magnitude.to(weight).repeat_interleave(inputs.shape[1])
-    return torch.where(factor != 0, weight + outer * factor, weight)
 
 
 class _RoundedMeans(Means):
@@ -277,8 +128,8 @@ class Steer2Edit(Method):
     """What means, scores and magnitudes are computed in and weights rounded to; `bfloat16` is the released code's."""
 
     def __post_init__(self) -> None:
-        _check_penalty("rho_attn", self.rho_attn, self.alpha)
-        _check_penalty("rho_mlp", self.rho_mlp, self.alpha)
+        check_penalty("rho_attn", self.rho_attn, self.alpha)
+        check_penalty("rho_mlp", self.rho_mlp, self.alpha)
         if self.rho_attn <= 0 and self.rho_mlp <= 0:
             raise FitError("steer2edit: rho_attn and rho_mlp are both 0, which edits nothing; give one of them")
         if self.precision not in ("float32", "bfloat16"):
@@ -328,7 +179,7 @@ class Steer2Edit(Method):
                         found.append(experts.tap.site)
                         continue
                     read, written = anatomy.writer(kind)
-                    _head_width(decoder, Site(layer, written.kind), read.width)
+                    head_width_of(decoder, Site(layer, written.kind), read.width)
                 except SiteError as error:
                     reasons.append(error)
                     continue
@@ -427,7 +278,7 @@ class Steer2Edit(Method):
         """The largest |score| of the components of one linear layer, and its gate and magnitudes."""
         means = self._means(acts.positive[read], acts.negative[read])
         parts = self._score(
-            subject.weight(site), direction, means, site, _head_width(subject.decoder, site, len(means[0]))
+            subject.weight(site), direction, means, site, head_width_of(subject.decoder, site, len(means[0]))
         )
         return float(parts.score.abs().max()), {"gate": parts.gate, "magnitude": parts.magnitude}
 
@@ -499,7 +350,7 @@ class Steer2Edit(Method):
         """
         check_direction(f"{site}: steer2edit writes one direction of shape (width,)", params, dims=1)
         shapes = [tuple(params[name].shape) if name in params else None for name in ("gate", "magnitude")]
-        fits = site.kind in _WRITTEN and all(map(_fits, _parts(params)))
+        fits = site.kind in _WRITTEN and all(map(fits_width, parts_of(params)))
         if not fits:
             raise VectorMismatchError(
                 f"{site}: steer2edit needs a gate (inputs,) and a magnitude for each component of it, at a site that a "
@@ -540,7 +391,7 @@ class Steer2Edit(Method):
         for site in vector.sites:
             params = vector.params(site)
             tensors[f"{site}/direction"] = random_direction(params["direction"], generator)
-            for part in _parts(params):
+            for part in parts_of(params):
                 gates = part.gate.reshape(part.magnitude.numel(), -1).clone()
                 for row in part.magnitude.flatten().nonzero().flatten().tolist():
                     gates[row] = random_direction(gates[row], generator)
@@ -559,9 +410,9 @@ class Steer2Edit(Method):
             params = vector.params(site)
             is_mlp = site.kind.startswith("mlp")
             idle += int((params["tokens"] == 0).any(dim=0).sum()) if "tokens" in params else 0
-            for part in _parts(params):
+            for part in parts_of(params):
                 counts["neuron" if is_mlp else "head"] += int(part.magnitude.count_nonzero())
-                rows += _neurons(site, part) if is_mlp else _heads(site, part.magnitude)
+                rows += neuron_width(site, part) if is_mlp else head_widths(site, part.magnitude)
         title = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
         note = "gate: length of its part of the gate at strength 1. reinforce: it writes along the direction already"
         if idle:
@@ -582,7 +433,7 @@ class Steer2Edit(Method):
         heads: dict[int, list[float]] = {}
         neurons: dict[int, list[float]] = {}
         for site in vector.sites:
-            magnitude = torch.cat([part.magnitude.flatten() for part in _parts(vector.params(site))])
+            magnitude = torch.cat([part.magnitude.flatten() for part in parts_of(vector.params(site))])
             if site.kind.startswith("mlp"):
                 neurons[site.layer] = magnitude[magnitude != 0].sort(descending=True).values.tolist()
             else:
@@ -607,7 +458,7 @@ class Steer2Edit(Method):
                 raise SiteError(f"{site}: an adapter around {writer.parameter} rescales what it gives; merge it first")
             else:
                 layouts = [writer.transposed]
-            parts = _parts(params)
+            parts = parts_of(params)
             if len(parts) != len(layouts):
                 raise SiteError(f"{site}: {len(layouts)} matrices write there and the vector edits {len(parts)}")
             for name, transposed, part in zip(writer.parameters, layouts, parts, strict=True):
@@ -615,7 +466,7 @@ class Steer2Edit(Method):
         return updates
 
     def _update(
-        self, direction: Tensor, part: _Part, strength: float, transposed: bool
+        self, direction: Tensor, part: MatrixPart, strength: float, transposed: bool
     ) -> Callable[[Tensor | None], Tensor]:
         """From the old weight to the new one, as it is stored: one matrix, or a stack of them."""
         gate, magnitude = part.gate, part.magnitude
@@ -639,78 +490,6 @@ class Steer2Edit(Method):
         return update
 
 
-class _Part(NamedTuple):
-    """What a vector holds of one matrix, or one stack of them, at a site.
-
-    Attributes:
-        prefix: of the names of its tensors.
-        gate: [i] or [e, i].
-        magnitude: [a] or [e, i].
-    """
-
-    prefix: str
-    gate: Tensor
-    magnitude: Tensor
-
-
-def _parts(params: Params) -> list[_Part]:
-    """The matrices that a vector edits at a site: the one there, or routed experts and a shared one."""
-    empty = torch.empty(0)
-    prefixes = [prefix for prefix in ("", "shared_") if not prefix or f"{prefix}gate" in params]
-    return [
-        _Part(prefix, params.get(f"{prefix}gate", empty), params.get(f"{prefix}magnitude", empty))
-        for prefix in prefixes
-    ]
-
-
-def _fits(part: _Part) -> bool:
-    """Whether a gate has a magnitude for each of its components."""
-    gate, magnitude = part.gate, part.magnitude
-    if gate.dim() == 2:
-        return not part.prefix and gate.numel() > 0 and gate.shape == magnitude.shape
-    return (
-        gate.dim() == magnitude.dim() == 1 and len(magnitude) > 0 and len(gate) > 0 and not len(gate) % len(magnitude)
-    )
-
-
-def _heads(site: Site, magnitude: Tensor) -> list[tuple[str | int | float, ...]]:
-    """The rows of a table that tell of one block's heads."""
-    return [
-        (site.layer, site.kind.partition("_")[0], f"head {head}", abs(size), "reinforce" if size > 0 else "suppress")
-        for head, size in enumerate(magnitude.tolist())
-        if size
-    ]
-
-
-def _neurons(site: Site, part: _Part) -> list[tuple[str | int | float, ...]]:
-    """The rows of a table that tell of one block's neurons, or of those of its experts."""
-    rows: list[tuple[str | int | float, ...]] = []
-    for does, chosen in (("reinforce", part.magnitude > 0), ("suppress", part.magnitude < 0)):
-        count = int(chosen.count_nonzero())
-        if not count:
-            continue
-        where = "of the shared expert" if part.prefix else ""
-        if chosen.dim() == 2:
-            experts = int(chosen.any(dim=1).count_nonzero())
-            where = f"of {experts} expert{'' if experts == 1 else 's'}"
-        what = f"{count} neuron{'' if count == 1 else 's'} {where}".rstrip()
-        size = float(torch.linalg.vector_norm(part.magnitude[chosen]))
-        rows.append((site.layer, site.kind.partition("_")[0], what, size, does))
-    return rows
-
-
-def _check_penalty(name: str, rho: float, alpha: float) -> None:
-    """Refuse a penalty that is none.
-
-    Raises:
-        FitError: rho is not finite, or alpha is outside of [0, 1).
-    """
-    if not math.isfinite(rho):
-        raise FitError(f"steer2edit: {name} {rho!r} is not a finite number; give 0 to leave that block alone")
-    if not 0 <= alpha < 1:
-        raise FitError(f"steer2edit: alpha {alpha!r} is outside of 0 <= alpha < 1")
-
-
 def _pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
     """Each written site behind the one that its linear layer reads; experts have none of those.
 
@@ -726,19 +505,3 @@ def _pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
     if not pairs:
         raise FitError("steer2edit: no site is written, only read; choose layers instead")
     return pairs
-
-
-def _head_width(decoder: Decoder, site: Site, inputs: int) -> int | None:
-    """Columns of one head; None for an MLP.
-
-    Raises:
-        SiteError: the config tells no number of heads that fits.
-    """
-    if site.kind.startswith("mlp"):
-        return None
-    config = decoder.model.config.get_text_config()
-    name = "linear_num_value_heads" if site.kind == "mixer_out" else "num_attention_heads"
-    heads = getattr(config, name, None)
-    if not isinstance(heads, int) or heads < 1 or inputs % heads:
-        raise SiteError(f"{site}: the config's {name} is {heads!r}, which does not part {inputs} inputs into heads")
-    return inputs // heads

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerkit.data import Conversation, Rendered
 from steerkit.errors import DataError
-from steerkit.evaluate.trial import Setup, Trial, shared_system
+from steerkit.evaluate.setup import Setup, Trial, shared_system
+from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.rendering import Rendered
 
 __all__ = [
     "Fork",

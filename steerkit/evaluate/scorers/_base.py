@@ -8,8 +8,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from steerkit.evaluate.trial import Trial
-from steerkit.plugins import Configured
+from steerkit._support.plugins import Configured
+from steerkit.evaluate.setup import Trial
 
 __all__ = ["Column", "Scorer", "Weighted"]
 

@@ -23,11 +23,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.data import Conversation, Message, has_chat_template
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import Fork, fork, fork_logits
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.trial import Setup, Trial, shared_system
+from steerkit.evaluate.setup import Setup, Trial, shared_system
+from steerkit.prompts.conversation import Conversation, Message
+from steerkit.prompts.rendering import has_chat_template
 
 __all__ = ["Choice"]
 

@@ -17,9 +17,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.judge import Judge, check_judge, fill, judge_of, last_question, rate
+from steerkit.evaluate.judges.judging import check_judge, judge_of, rate
+from steerkit.evaluate.judges.scale import Judge, fill, last_question
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.trial import Trial
+from steerkit.evaluate.setup import Trial
 
 __all__ = ["RUBRICS", "Concept"]
 

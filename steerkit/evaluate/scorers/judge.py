@@ -15,12 +15,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.data import opens_thought
 from steerkit.errors import DataError
-from steerkit.evaluate.judge import Judge, check_judge, check_scale, fill, judge_of, last_question, rate
+from steerkit.evaluate.judges.judging import check_judge, judge_of, rate
+from steerkit.evaluate.judges.scale import Judge, check_scale, fill, last_question
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.trial import Trial
-from steerkit.roles import spoken
+from steerkit.evaluate.setup import Trial
+from steerkit.prompts.marks import spoken
+from steerkit.prompts.rendering import opens_thought
 
 __all__ = ["RUBRIC", "Judged"]
 

@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from steerkit._support.phrases import normalised, opening, pattern_of
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.trial import Trial
-from steerkit.wording import normalised, opening, pattern_of
+from steerkit.evaluate.setup import Trial
 
 __all__ = ["Markers"]
 

@@ -21,14 +21,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.directions import unit
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import activations, calm_texts
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.trial import Setup, Trial
-from steerkit.registry import method_of
-from steerkit.sites import Site
-from steerkit.vector import SteeringVector
+from steerkit.evaluate.setup import Setup, Trial
+from steerkit.maths.directions import unit
+from steerkit.methods._registry import method_of
+from steerkit.network.sites import Site
+from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Projection", "ProjectionAlong"]
 

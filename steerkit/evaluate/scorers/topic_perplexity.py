@@ -21,11 +21,11 @@ from typing import ClassVar
 
 import torch
 
-from steerkit.data import Rendered
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import calm_texts, log_probs, on_topic_texts, token_counts
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.trial import Trial
+from steerkit.evaluate.setup import Trial
+from steerkit.prompts.rendering import Rendered
 
 __all__ = ["TopicPerplexity"]
 

@@ -1,0 +1,376 @@
+"""Timings as ratios inside one run, on the embedded model and of the bare operators: `make bench`.
+
+Every ratio is the median over interleaved pairs (A then B, B then A, ...), with its 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import steerkit
+from steerkit.activations.moments import Means
+from steerkit.activations.streaming import stream
+from steerkit.export.baking import bake
+from steerkit.maths import edits
+from steerkit.methods.austeer import AUSteer, activation_momentum
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site
+from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.rendering import render
+from steerkit.vector.steering_vector import SteeringVector
+
+Timing = Callable[[], tuple[float, float, float]]
+WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while", "children", "counted", "birds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench")
+    parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs per ratio")
+    parser.add_argument("--operators", action="store_true", help="only the operators, without a model")
+    parser.add_argument("--only", default="", help="only the timings of the model whose name holds this")
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.operators:
+        show_operators(options.pairs)
+        return
+    if options.peak:
+        print(peak_of_extraction(options.peak))
+        return
+    model, tokenizer = steerkit.load_model()
+    pairs = options.pairs
+
+    def paired(make: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> Timing:
+        return lambda: ratio(*make(), pairs)
+
+    works: list[tuple[str, Timing, str]] = [
+        ("extraction, 30 layers / bare forward", paired(lambda: extraction(model, tokenizer)), "<= 1.05"),
+        ("generation, 30 blocks steered / bare, batch 1", paired(lambda: generation(model, tokenizer, 1)), "<= 1.02"),
+        (
+            "generation, 100 units in 30 blocks / bare",
+            paired(lambda: generation(model, tokenizer, 1, hundred_units(model))),
+            "<= 1.028",
+        ),
+        ("generation, 30 blocks steered / bare, batch 8", paired(lambda: generation(model, tokenizer, 8)), "<= 1.02"),
+        (
+            "generation, 100 units baked / untouched",
+            lambda: baked_ratio(model, tokenizer, hundred_units(model), pairs),
+            "1.00",
+        ),
+        (
+            "generation, 30 additions baked / untouched",
+            lambda: baked_ratio(model, tokenizer, every_block(model), pairs),
+            "new biases",
+        ),
+    ]
+    for batch in (1, 8):
+        for opens, over in ((True, "ungated"), (True, "bare"), (False, "bare")):
+            name = f"generation, 30 blocks gated ({'open' if opens else 'closed'}) / {over}, batch {batch}"
+            gated = functools.partial(gates, model, tokenizer, batch, opens=opens, over=over)
+            works.append((name, paired(gated), "<= 1.02" if over != "ungated" else "<= 1.05"))
+    rows = [(name, *work(), aim) for name, work, aim in works if options.only in name]
+    print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")
+    print(f"{'':<54}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
+    for name, median, low, high, aim in rows:
+        print(f"{name:<54}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
+    if options.only:
+        return
+    print(f"{'entering and leaving a context of 30 blocks':<48}{entering(model):>6.1f} ms")
+    small, large = (peak_in_a_new_process(count) for count in (128, 1024))
+    print(f"{'extraction, peak above the model, 128 prompts':<48}{small:>6.0f} MB")
+    print(f"{'extraction, peak above the model, 1024 prompts':<48}{large:>6.0f} MB  {'flat':>22}")
+    show_scoring()
+    show_operators(options.pairs)
+
+
+def show_scoring() -> None:
+    """Time to score the units of 30 layers of width 576 on 100 pairs: at once, and unit by unit."""
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = torch.randn(2, 100, 30, 576, generator=generator).half()
+    whole = min(timed(lambda: activation_momentum(positive, negative)) for _ in range(5))
+    looped = timed(lambda: shares_in_a_loop(positive, negative))
+    print(f"{'scoring 17,280 units on 100 pairs, at once':<48}{1000 * whole:>6.1f} ms")
+    times = f"{looped / whole:.0f} times"
+    print(f"{'the same unit by unit, as in the reference':<48}{1000 * looped:>6.0f} ms  {times:>22}")
+
+
+def shares_in_a_loop(positive: torch.Tensor, negative: torch.Tensor) -> list[float]:
+    """The signed share of every unit, counted by one comparison after the other."""
+    shares = []
+    for layer in range(positive.shape[1]):
+        for unit in range(positive.shape[2]):
+            apart = positive[:, layer, unit] - negative[:, layer, unit]
+            up, down = (apart > 0).float().mean().item(), (apart < 0).float().mean().item()
+            shares.append(-down if down > up else up)
+    return shares
+
+
+def show_operators(pairs: int) -> None:
+    """Time of each operator at one site over that of the bare addition, for a decoding step and for a prompt."""
+    print(f"\n{'one site, float32, over the bare addition':<48}{'median':>8}  {'95 % interval':<16}{'per token':>12}")
+    for width in (576, 3584):
+        for tokens in (1, 256):
+            loops = 400 if tokens == 1 else 20
+            works = {name: repeated(work, loops) for name, work in operators(width, tokens).items()}
+            bare = works["add"]
+            each = min(timed(bare) for _ in range(5)) / loops / tokens * 1e6
+            print(f"{f'add, width {width}, {tokens} tokens':<48}{1:>8}  {'':<16}{each:>9.2f} us")
+            for name, work in works.items():
+                if name != "add":
+                    median, low, high = ratio(work, bare, pairs)
+                    where = f"{name}, width {width}, {tokens} tokens"
+                    print(f"{where:<48}{median:>8.2f}  {f'{low:.2f} to {high:.2f}':<16}{each * median:>9.2f} us")
+
+
+def operators(width: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    """What a hook computes in each pass, everything prepared as `Method.prepare` does when attached."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, tokens, width, generator=generator)
+    first, second = torch.randn(2, width, generator=generator)
+    basis = edits.plane(first, second, h.dtype)
+    unit, target = basis[0].clone(), torch.tensor(2.0)
+    gamma = torch.zeros(width).index_fill(0, torch.arange(0, width, width // 3), 2.0)
+    share, moved, ray = torch.tensor(1.0), edits.turning(basis, 40.0), edits.heading(40.0, basis)
+    return {
+        "add": lambda: edits.add(h, first),
+        "scale_units": lambda: edits.scale_units(h, gamma),
+        "project_out": lambda: edits.project_out(h, unit, share=share, is_unit=True),
+        "set_projection": lambda: edits.set_projection(h, unit, target, is_unit=True),
+        "rotate_by": lambda: edits.turn(h, basis, *moved),
+        "rotate_to": lambda: edits.aim(h, basis, ray),
+        "rotate_to, adaptive": lambda: edits.aim(h, basis, ray, 0.0),
+    }
+
+
+def repeated(work: Callable[[], Any], loops: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(loops):
+            work()
+
+    return run
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(8, 40, (count,), generator=generator).tolist()
+    return [
+        " ".join(WORDS[(row * 7 + place * 3) % len(WORDS)] for place in range(length))
+        for row, length in enumerate(lengths)
+    ]
+
+
+def ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
+    """Time of `first` over time of `second`: median of interleaved pairs, with its interval."""
+    first(), second()
+    quotients = []
+    for number in range(pairs):
+        order = (first, second) if number % 2 == 0 else (second, first)
+        times = {id(work): timed(work) for work in order}
+        quotients.append(times[id(first)] / times[id(second)])
+    values = torch.tensor(quotients, dtype=torch.double)
+    generator = torch.Generator().manual_seed(0)
+    draws = values[torch.randint(pairs, (4000, pairs), generator=generator)].quantile(0.5, dim=1)
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return float(values.quantile(0.5)), low, high
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds; what `work` measured itself, where it gives a number."""
+    start = time.perf_counter()
+    own = work()
+    return own if isinstance(own, float) else time.perf_counter() - start
+
+
+def contrast(count: int) -> ContrastSet:
+    listed = texts(count)
+    return ContrastSet.from_prompts(listed[: count // 2], listed[count // 2 :])
+
+
+def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    data = contrast(64)
+    decoder = find_decoder(model)
+    sites = [Site(layer) for layer in range(decoder.num_layers)]
+    pairs = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair]
+    rendered = [render(tokenizer, Conversation.of(item)) for item in pairs]
+    work = batches(rendered, 16, pad_id=pad_token_id(tokenizer), groups=2)
+
+    def ours() -> None:
+        stream(model, tokenizer, data, {site: Means() for site in sites}, readout="mean", batch_size=16)
+
+    def bare() -> None:
+        # The same sorted batches through the same decoder body; rendering them is part of both.
+        for item in pairs:
+            render(tokenizer, Conversation.of(item))
+        with torch.no_grad():
+            for batch in work:
+                positions = (batch.attention_mask.cumsum(1) - 1).clamp_min(0)
+                decoder.body(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    position_ids=positions,
+                    use_cache=False,
+                )
+
+    return ours, bare
+
+
+def generation(
+    model: Any, tokenizer: Any, batch: int, vector: SteeringVector | None = None
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    vector = every_block(model) if vector is None else vector
+    inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
+    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+    def bare() -> None:
+        with torch.no_grad():
+            model.generate(**options)
+
+    def steered() -> float:
+        with torch.no_grad(), steerkit.steer(model, vector, 1.0):
+            return timed(lambda: model.generate(**options))
+
+    return steered, bare
+
+
+def baked_ratio(model: Any, tokenizer: Any, vector: SteeringVector, pairs: int) -> tuple[float, float, float]:
+    """Time of a checkpoint with a vector in its weights over that of the model it was made of."""
+    with tempfile.TemporaryDirectory(prefix="steerkit-") as folder:
+        bake(model, tokenizer, vector.at(scope="all"), f"{folder}/baked", strength=1.0)
+        baked, _ = steerkit.load_model(f"{folder}/baked", dtype=model.dtype)
+    inputs = tokenizer("Tell me about number 0.", return_tensors="pt")
+    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+    def answers(which: Any) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                which.generate(**options)
+
+        return run
+
+    return ratio(answers(baked), answers(model), pairs)
+
+
+def gates(
+    model: Any, tokenizer: Any, batch: int, *, opens: bool, over: str
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Generation with a gate that reads two thirds up, so that an open one feeds the last prompt token again."""
+    plain, read = every_block(model), Site(20)
+    vector = replace(
+        plain,
+        method="conditional",
+        edit="add_where",
+        readout="last",
+        fitted_at=(read,),
+        tensors={
+            **plain.tensors,
+            "shared/condition": torch.ones(1, plain.hidden_size),
+            "shared/layer": torch.tensor([read.layer]),
+            "shared/threshold": torch.tensor([-2.0 if opens else 2.0], dtype=torch.double),
+            "shared/above": torch.tensor([True]),
+        },
+    )
+    inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
+    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+
+    def run(steered: SteeringVector | None) -> float:
+        with torch.no_grad(), contextlib.nullcontext() if steered is None else steerkit.steer(model, steered, 1.0):
+            return timed(lambda: model.generate(**options))
+
+    return lambda: run(vector), lambda: run(plain if over == "ungated" else None)
+
+
+def every_block(model: Any) -> SteeringVector:
+    """A small addition at the output of every block."""
+    decoder = find_decoder(model)
+    sites = tuple(Site(layer) for layer in range(decoder.num_layers))
+    generator = torch.Generator().manual_seed(0)
+    return SteeringVector(
+        method="caa",
+        tensors={f"{site}/direction": 0.01 * torch.randn(decoder.hidden_size, generator=generator) for site in sites},
+        sites=sites,
+        edit="add",
+        scope="response",
+        unit="paper",
+        model_type="llama",
+        hidden_size=decoder.hidden_size,
+        num_layers=decoder.num_layers,
+    )
+
+
+def hundred_units(model: Any) -> SteeringVector:
+    """Units of the heads, three or four in every block, scaled a little."""
+    decoder = find_decoder(model)
+    sites = AUSteer().sites(decoder)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for number, site in enumerate(sites):
+        count = 100 * (number + 1) // len(sites) - 100 * number // len(sites)
+        tensors[f"{site}/units"] = torch.randperm(decoder.hidden_size, generator=generator)[:count]
+        tensors[f"{site}/beta"] = torch.full((count,), 0.1)
+        tensors[f"{site}/width"] = torch.tensor(decoder.hidden_size)
+    return replace(
+        every_block(model),
+        method="austeer",
+        edit="scale_units",
+        scope="all",
+        sites=tuple(sites),
+        tensors=tensors,
+        settings=AUSteer().settings,
+    )
+
+
+def entering(model: Any) -> float:
+    """Milliseconds to plan, attach and remove a steering of all 30 blocks, once per `with`."""
+    vector = every_block(model)
+
+    def work() -> None:
+        with steerkit.steer(model, vector, 1.0):
+            pass
+
+    work()
+    return 1000 * min(timed(work) for _ in range(5))
+
+
+def peak_of_extraction(count: int) -> float:
+    """Megabytes by which reading `count` prompts at all layers lifts the process's peak."""
+    model, tokenizer = steerkit.load_model()
+    sites = [Site(layer) for layer in range(find_decoder(model).num_layers)]
+
+    def read(prompts: int) -> None:
+        stream(model, tokenizer, contrast(prompts), {site: Means() for site in sites}, readout="mean", batch_size=16)
+
+    read(32)  # what is allocated once, buffers of threads and of the batch, is no growth
+    # Loading the model lifts the process's peak far above what follows, so start the peak anew (Linux).
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = kilobytes("VmRSS")
+    read(count)
+    return (kilobytes("VmHWM") - before) / 1024
+
+
+def kilobytes(entry: str) -> float:
+    """One line of what Linux says of this process."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return float(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{entry}:")))
+
+
+def peak_in_a_new_process(count: int) -> float:
+    command = [sys.executable, "-m", "benchmarks", "--peak", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Writing files and folders whole or not at all, and files that grow line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from steerkit.errors import ModelError
+
+__all__ = ["check_folder", "whole_folder", "write_whole"]
+
+_MARKS = ("config.json", "adapter_config.json")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write beside the target, then take its place; whatever stops it, no partial file stays.
+
+    Args:
+        path: where; missing folders are made, a link stays a link.
+        data: the content.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    target = path.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".steerkit-{secrets.token_hex(8)}.tmp")
+    try:
+        with partial.open("xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_folder(target: Path, *, replace: bool = False) -> None:
+    """Find out whether a folder of weights could be written, before work is spent on it. Leaves nothing behind.
+
+    Args:
+        target: the folder to be; missing folders on the way are fine.
+        replace: whether a checkpoint or adapter that stands there may go.
+
+    Raises:
+        ModelError: something stands there, or nothing can be written there.
+    """
+    if target.exists() or target.is_symlink():
+        if not replace:
+            raise ModelError(f"{target}: is there already; choose another folder, or replace it with --force")
+        if target.is_symlink() or not any((target / mark).is_file() for mark in _MARKS):
+            raise ModelError(f"{target}: is no folder of a model or adapter, so it is not replaced; choose another")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Fill a folder beside the target, which takes its place when the block ends well; else nothing of it stays.
+
+    What a killed process left behind is cleared by the next one that writes the same target: the operating system
+    frees a lock when its owner dies.
+
+    Args:
+        target: the folder to be; missing folders on the way are made.
+        replace: whether a checkpoint or adapter that stands there may go.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        ModelError: something stands there, or it cannot be written.
+    """
+    import filelock
+
+    check_folder(target, replace=replace)
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(target)
+        work = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}"
+        work.mkdir()
+        try:
+            with filelock.FileLock(work / "lock"):
+                filled = work / target.name
+                filled.mkdir(parents=True)
+                yield filled
+                _take_place(filled, target, work / "replaced")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.steerkit-"
+
+
+def _clear_leftovers(target: Path) -> None:
+    import filelock
+
+    for work in target.parent.glob(f"{_prefix(target)}*"):
+        with contextlib.suppress(filelock.Timeout, OSError), filelock.FileLock(work / "lock", timeout=0):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _take_place(filled: Path, target: Path, aside: Path) -> None:
+    """Rename the new folder to the target's name; what stood there is back if that fails."""
+    if not target.exists():
+        filled.rename(target)
+        return
+    target.rename(aside)
+    try:
+        filled.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise

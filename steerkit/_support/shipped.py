@@ -1,0 +1,85 @@
+"""Where the shipped recipes, traits and vectors lie: beside the package in a checkout, inside it once installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from steerkit.errors import unknown_name
+
+__all__ = ["recipe_path", "recipes", "trait_path", "traits", "vector_path", "vectors"]
+
+
+def _folder(name: str) -> Path:
+    package = Path(__file__).resolve().parent.parent
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name
+
+
+def recipes() -> dict[str, Path]:
+    """The shipped recipes, name to file, sorted."""
+    return {path.stem: path for path in sorted(_folder("recipes").glob("*.toml"))}
+
+
+def vectors() -> dict[str, Path]:
+    """The shipped vectors, ``model/name`` to file, sorted."""
+    return {f"{path.parent.name}/{path.stem}": path for path in sorted(_folder("vectors").glob("*/*.safetensors"))}
+
+
+def traits() -> dict[str, Path]:
+    """The shipped trait specifications, name to file, sorted."""
+    return {path.stem: path for path in sorted(_folder("recipes").glob("traits/*.toml"))}
+
+
+def trait_path(name: str | Path) -> Path:
+    """Find a trait specification by its path or its shipped name.
+
+    Args:
+        name: a .toml or .json file, or a name such as ``optimistic``.
+
+    Raises:
+        UnknownNameError: neither a file nor a shipped trait.
+    """
+    path = Path(name)
+    if path.suffix in (".toml", ".json"):
+        return path
+    if str(name) not in traits():
+        raise unknown_name("trait", str(name), traits())
+    return traits()[str(name)]
+
+
+def recipe_path(name: str) -> Path:
+    """Find a recipe by its path or its shipped name.
+
+    Args:
+        name: a .toml file, or a name such as ``optimism-caa``.
+
+    Raises:
+        UnknownNameError: neither a file nor a shipped recipe.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    if name not in recipes():
+        raise unknown_name("recipe", name, recipes())
+    return recipes()[name]
+
+
+def vector_path(name: str, model: str = "") -> Path:
+    """Find a vector by its path or its shipped name.
+
+    Args:
+        name: a file, or a name such as ``optimism-caa`` or ``smollm2-135m/optimism-caa``.
+        model: alias of the model in use, whose vectors come first.
+
+    Raises:
+        UnknownNameError: neither a file nor a shipped vector.
+    """
+    path = Path(name)
+    if path.suffix == ".safetensors" or path.exists() or len(path.parts) > 2:
+        return path
+    shipped = vectors()
+    fitting = [key for key in shipped if name in (key, key.partition("/")[2])]
+    fitting.sort(key=lambda key: key.partition("/")[0] != model)
+    if not fitting:
+        raise unknown_name("vector", name, {key.partition("/")[2] for key in shipped})
+    return shipped[fitting[0]]

@@ -1,0 +1,163 @@
+"""TODO activations.reading."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.activations.moments import NormMedian
+from steerkit.errors import FitError
+from steerkit.network.block_trace import evaluation_mode
+from steerkit.network.decoder import Decoder, execution_device
+from steerkit.network.sites import Site
+from steerkit.network.tap import Tap
+from steerkit.prompts.batching import Batch
+from steerkit.tokens.clock import PassClock
+
+__all__ = ["forward_body", "position_inputs", "read_passes"]
+
+
+class _Stop(BaseException):
+    """Ends a forward pass when all that was asked for has been read. Not an `Exception`, so that nothing eats it."""
+
+
+def forward_body(
+    decoder: Decoder,
+    taps: Mapping[Site, Tap],
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    read: Callable[[Site, Tensor], None],
+) -> None:
+    """Run the decoder body, hand every tap's tensor [b, t, d] to `read`, and stop after the deepest.
+
+    Args:
+        decoder: whose body runs.
+        taps: where to read.
+        input_ids: [b, t].
+        attention_mask: [b, t].
+        read: called once per site; it must not keep the tensor (Falcon changes one in place afterwards).
+    """
+    left = set(taps)
+
+    def notice(site: Site, h: Tensor) -> None:
+        read(site, h.reshape(*input_ids.shape, h.shape[-1]) if h.dim() == 2 else h)
+        left.discard(site)
+        if not left:
+            raise _Stop
+
+    inputs: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "use_cache": False,
+        **position_inputs(decoder.body, attention_mask),
+    }
+    with contextlib.ExitStack() as stack:
+        for site, tap in taps.items():
+            stack.callback(_attach_reader(tap, site, notice).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluation_mode(decoder.body))
+        if "torch._dynamo" in sys.modules:  # a compiled block would not stop, nor call hooks it has not seen
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        with contextlib.suppress(_Stop):
+            decoder.body(**inputs)
+            raise FitError(f"the model never ran {', '.join(map(str, sorted(left)))}; it cannot be read there")
+
+
+def position_inputs(module: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Position ids as an argument of a forward pass, where the module takes them.
+
+    GPT-2 is wrong without them when rows are padded at the left, and no model minds.
+
+    Args:
+        module: the model or decoder body to be called.
+        attention_mask: [b, t].
+    """
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp_min(0)}
+
+
+def _attach_reader(tap: Tap, site: Site, notice: Callable[[Site, Tensor], None]) -> Any:
+    # Appended, so that the value is read as it flows on, edits included.
+    if tap.side == "input":
+        return tap.module.register_forward_pre_hook(
+            lambda _module, args, kwargs: notice(site, tap.read(args, kwargs)), with_kwargs=True
+        )
+    return tap.module.register_forward_hook(
+        lambda _module, args, kwargs, output: notice(site, tap.read(args, kwargs, output)), with_kwargs=True
+    )
+
+
+def read_passes(
+    decoder: Decoder,
+    taps: Mapping[Site, Tap],
+    work: Sequence[Batch],
+    chosen: Sequence[Sequence[int]],
+    take: Callable[[Site, Tensor, Batch], None],
+    progress: bool,
+) -> dict[Site, float]:
+    """Run all batches and hand the pooled rows [b, d] of each to `take`; returns the norms."""
+    norms = {site: NormMedian() for site in taps}
+    device = execution_device(decoder)
+    clock = PassClock.of(decoder.model)  # the model is being steered: values given per item follow their items
+    for batch in _with_progress(work, progress):
+        input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        pool = _Pool(batch, [chosen[row] for row in batch.rows], device)
+
+        def read(site: Site, h: Tensor, pool: _Pool = pool, batch: Batch = batch) -> None:
+            norms[site].update(h, pool.counted(h.device))
+            take(site, pool(h), batch)
+
+        with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
+            forward_body(decoder, taps, input_ids, mask, read)
+    return {site: median.result() for site, median in norms.items()}
+
+
+class _Pool:
+    """Turns [b, t, d] into one row [b, d] per text: one token, or the mean of several, in float32."""
+
+    def __init__(self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device) -> None:
+        starts = (batch.attention_mask != 0).long().argmax(dim=1).tolist()
+        places = [[start + token for token in tokens] for start, tokens in zip(starts, chosen, strict=True)]
+        self._single = all(len(tokens) == 1 for tokens in places)
+        rows, width = batch.input_ids.shape
+        self._index = torch.tensor([tokens[0] for tokens in places], device=device)
+        weights = torch.zeros(rows, 1, width)
+        counted = batch.attention_mask.float()
+        for row, tokens in enumerate(places):
+            weights[row, 0, tokens] = 1.0 / len(tokens)
+            counted[row, starts[row]] = 0.0
+        self._weights, self._counted = weights.to(device), counted.to(device)
+        self._padded = bool((batch.attention_mask == 0).any())
+
+    def counted(self, device: torch.device) -> Tensor:
+        """[b, t] 1 where a token's norm counts."""
+        return self._counted.to(device)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        if self._single:
+            index = self._index.to(h.device)
+            return h[torch.arange(h.shape[0], device=h.device), index].float()
+        weights, values = self._weights.to(h.device), h.float()
+        with torch.autocast(h.device.type, enabled=False):  # it would give products in half precision
+            pooled = torch.bmm(weights, values)[:, 0]
+            # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
+            if self._padded and (h.device.type != "cpu" or not bool(torch.isfinite(pooled).all())):
+                pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
+        return pooled
+
+
+def _with_progress(work: Sequence[Batch], progress: bool) -> Iterator[Batch]:
+    if not progress:
+        yield from work
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(work, description="reading", console=Console(stderr=True), transient=True)

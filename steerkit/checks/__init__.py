@@ -1,0 +1,10 @@
+"""Does it hold? `contract` checks a method, `doctor` a model and the libraries around it, `planning` says beforehand
+what steering will touch, need and cost.
+"""
+
+from __future__ import annotations
+
+from steerkit.checks.contract import CHECKS, Finding, conformance
+from steerkit.checks.planning import plan
+
+__all__ = ["CHECKS", "Finding", "conformance", "plan"]

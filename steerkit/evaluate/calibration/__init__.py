@@ -1,0 +1,10 @@
+"""The strength and layers that move a behaviour most inside a budget: `budget` says what is allowed and what was found,
+`search` looks for it and confirms it on items that nothing was chosen on.
+"""
+
+from __future__ import annotations
+
+from steerkit.evaluate.calibration.budget import Budget, Calibration, Search, default_candidates
+from steerkit.evaluate.calibration.search import calibrate
+
+__all__ = ["Budget", "Calibration", "Search", "calibrate", "default_candidates"]

@@ -1,0 +1,163 @@
+"""TODO evaluate.calibration.budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from steerkit.errors import DataError
+from steerkit.evaluate.curve import Curve
+from steerkit.evaluate.scoring import Measured
+from steerkit.evaluate.sweeps import Point
+from steerkit.methods._base import Method
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["Budget", "Calibration", "Search", "default_candidates"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What steering may cost, against the unsteered model.
+
+    Attributes:
+        max_kl: nats per token on neutral texts.
+        max_ppl_ratio: perplexity of neutral texts over that of the unsteered model.
+        max_repetition: rise of the share of repeated 4-grams in generated texts.
+    """
+
+    max_kl: float = 0.3
+    max_ppl_ratio: float = 1.3
+    max_repetition: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not math.isfinite(value) or value < 0:
+                raise DataError(f"budget: {name} is {value}; give a finite number of at least 0")
+
+    def breaks(self, scores: dict[str, Measured]) -> list[str]:
+        """What is outside of the budget, in words; costs that were not measured are not looked at.
+
+        Args:
+            scores: column name to figure.
+        """
+        found = []
+        for column, limit, name in (
+            ("kl", self.max_kl, "KL"),
+            ("perplexity_ratio", self.max_ppl_ratio, "perplexity ratio"),
+            ("repetition", self.max_repetition, "rise of repetition"),
+        ):
+            if column not in scores:
+                continue
+            cost = scores[column].effect.mean
+            if not cost <= limit:  # nan is outside
+                found.append(f"{name} {cost:.3g} over {limit:g}")
+        return found
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the layers and the strength are looked for.
+
+    Attributes:
+        candidates: sets of layers; None takes `default_candidates`.
+        strengths: the ladder, rising; None takes the method's own.
+        validation: share of the training items that is kept from fitting to choose on.
+        finalists: candidates that climb the ladder after screening.
+        screened_items: items of the validation split used for screening.
+        neutral_texts: neutral texts used for choosing; the other half of all of them confirms.
+        controls: random directions, and fits on shuffled labels, of the confirmation.
+        trials: number of points an optimiser (optuna) may try instead of the ladder; None climbs.
+        seed: fixes splits, controls, intervals and the optimiser.
+        together: whether the best single blocks are tried together too.
+    """
+
+    candidates: Sequence[Sequence[int]] | None = None
+    strengths: Sequence[float] | None = None
+    validation: float = 0.25
+    finalists: int = 2
+    screened_items: int = 10
+    neutral_texts: int = 12
+    controls: int = 5
+    trials: int | None = None
+    seed: int = 0
+    together: bool = True
+
+    def __post_init__(self) -> None:
+        if self.controls < 1 or self.finalists < 1 or self.screened_items < 2 or self.neutral_texts < 1:
+            raise DataError(
+                f"search: {self.controls} controls, {self.finalists} finalists, {self.screened_items} items to screen "
+                f"on, {self.neutral_texts} neutral texts; give at least 1 of each, and 2 items"
+            )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        works: whether the confirmed effect is clear of every control inside the budget.
+        verdict: the same in one line, with the reason.
+        vector: fitted on all training items at the chosen layers, with the suggestion and both curves in it; None
+            where nothing was inside the budget.
+        layers: where it acts.
+        strength: the suggestion.
+        effect: the column that shows the effect.
+        budget: what it may cost.
+        points: everything tried on the validation split.
+        chosen: figures of the chosen point on the validation split.
+        confirmed: the same on the held-out items, and other neutral texts.
+        curve: dose-response on the held-out items, with random directions.
+        shuffled: effects of fits on shuffled labels, rescaled to the same norm, at the suggested strength.
+        search: how it was looked for.
+        refits: how stable the direction is on other items, as plain data.
+        skipped: candidates at which the method cannot be fitted, with the reason.
+    """
+
+    works: bool
+    verdict: str
+    vector: SteeringVector | None
+    layers: tuple[int, ...]
+    strength: float | None
+    effect: str
+    budget: Budget
+    points: tuple[Point, ...]
+    chosen: dict[str, Measured] = field(default_factory=dict)
+    confirmed: dict[str, Measured] = field(default_factory=dict)
+    curve: Curve | None = None
+    shuffled: tuple[float, ...] = ()
+    search: Search = field(default_factory=Search)
+    refits: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: what the vector file keeps of it."""
+        return {
+            "works": self.works,
+            "verdict": self.verdict,
+            "layers": list(self.layers),
+            "strength": self.strength,
+            "effect": self.effect,
+            "budget": asdict(self.budget),
+            "validation": [point.as_row() for point in self.points],
+            "confirmation": {name: one.as_row() for name, one in self.confirmed.items()},
+            "curve": None if self.curve is None else self.curve.as_rows(),
+            "shuffled": list(self.shuffled),
+            "search": asdict(self.search),
+            "direction": dict(self.refits),
+            "skipped": dict(self.skipped),
+        }
+
+
+def default_candidates(
+    method: type[Method], num_layers: int, extra: Sequence[Sequence[int]] = ()
+) -> list[tuple[int, ...]]:
+    """What else is worth trying, and the sets of layers that the method names.
+
+    Args:
+        method: the method.
+        num_layers: of the model.
+        extra: more sets of layers, such as a recipe's own.
+    """
+    return list(dict.fromkeys([*(tuple(sorted(set(layers))) for layers in extra), *method.candidates(num_layers)]))

@@ -1,0 +1,213 @@
+"""Judges: a rubric's text in, a number of a scale out, or None where there is none to be had.
+
+The score is an expectation over the judge's own probabilities, finer and steadier than its one most likely answer
+(persona vectors, Chen et al. 2025, arXiv 2507.21509):
+
+    score = sum_k k p(k) / sum_k p(k)        over the whole numbers k of the scale
+
+and undefined where sum_k p(k) < 0.25: the judge was about to say something else. What could not be scored is None, is
+counted, and is never guessed.
+
+An `EndpointJudge` sees the most likely first tokens of an answer. A token is read as the number it spells. Tokenizers
+that write every digit as a token of its own give "1" for 1 and for 10 alike; where that may be so (a token begins a
+longer number of the scale, and no token has two digits) the answer's text is read instead. Scales up to 9 never meet
+this. A `LocalJudge` follows every number of the scale to its last token and has no such limit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from steerkit.errors import DataError
+from steerkit.prompts.conversation import Conversation
+
+__all__ = [
+    "Judge",
+    "LEAST_MASS",
+    "broken_up",
+    "check_scale",
+    "expected_score",
+    "expected_value",
+    "fill",
+    "last_question",
+    "may_split_numbers",
+    "parse_score",
+]
+
+LEAST_MASS = 0.25
+LARGEST_SCALE = 1000
+LONGEST_ANSWER = 200  # characters; what is longer is not a number and nothing else
+"""Token ids of a prompt and what is written behind it."""
+_WHOLE = re.compile(r"[\s▁Ġ]*(0|[1-9][0-9]*)\s*")
+_MARKUP = re.compile(r"[*_`\"'\[\]]")
+_LABEL = r"(?:(?:(?:final|overall)\s+)?(?:score|rating|grade|answer)\b\s*(?::|=|is\b)?\s*)?"
+_SCORED = re.compile(
+    rf"\s*{_LABEL}((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)(?:\s*(?:/|out\s+of)\s*([0-9]+))?\s*\.?\s*", re.IGNORECASE | re.ASCII
+)
+_PLACEHOLDER = re.compile(r"(^> ?)?\{(\w+)\}", re.MULTILINE)
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Whatever turns prompts into numbers of a scale."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+
+    def score(self, prompts: Sequence[str], *, low: int = 0, high: int = 10) -> list[float | None]:
+        """Score every prompt.
+
+        Args:
+            prompts: each asks for one whole number.
+            low: lower end of the scale.
+            high: upper end.
+
+        Returns:
+            One number each, or None where the judge gave none.
+        """
+
+
+def expected_score(
+    tops: Iterable[tuple[str, float]], low: int, high: int, *, least_mass: float = LEAST_MASS
+) -> float | None:
+    """The expected number over the likeliest tokens.
+
+    Args:
+        tops: tokens with their log-probabilities, nats; those that spell no whole number of the scale are left out.
+        low: lower end of the scale.
+        high: upper end.
+        least_mass: probability of all numbers together below which there is no score.
+
+    Returns:
+        A number within the scale, or None.
+
+    Example:
+        >>> tops = [("7", -0.693147), ("9", -1.386294), ("Well", -1.386294)]  # probabilities 1/2, 1/4, 1/4
+        >>> round(expected_score(tops, 0, 10), 3)  # (7/2 + 9/4) / (3/4)
+        7.667
+    """
+    masses: dict[int, float] = {}
+    for token, log_prob in tops:
+        spelled = _WHOLE.fullmatch(token)
+        if spelled and len(spelled[1]) <= len(str(high)) and low <= int(spelled[1]) <= high:
+            masses[int(spelled[1])] = masses.get(int(spelled[1]), 0.0) + math.exp(min(log_prob, 0.0))
+    return expected_value(masses, least_mass)
+
+
+def parse_score(text: str, low: int, high: int) -> float | None:
+    """Read an answer that is one number and nothing else.
+
+    Args:
+        text: ``7``, ``7/10``, ``Score: 7``, ``**7**``, ``Rating: [[7]]``, ``{"score": 7}``.
+        low: lower end of the scale.
+        high: upper end; what stands behind a slash has to be this.
+
+    Returns:
+        The number, or None for anything else: two numbers, one beyond the scale, a range, words, nothing.
+    """
+    text = text.strip()
+    if len(text) > LONGEST_ANSWER:
+        return None
+    if text.startswith("{"):
+        number = _of_json(text)
+    else:
+        # Spaces, not nothing: "1*0" must not become 10.
+        found = _SCORED.fullmatch(_MARKUP.sub(" ", text))
+        if found is None or (found[2] is not None and float(found[2]) != high):
+            return None
+        number = float(found[1])
+    return number if number is not None and low <= number <= high else None
+
+
+def fill(rubric: str, values: Mapping[str, str]) -> str:
+    r"""Put texts into a rubric, in one go: what is put in is not looked at again.
+
+    A placeholder behind "> " at the start of its line keeps every line of its text behind such a mark, so that no text
+    can pass for the rubric's own words.
+
+    Args:
+        rubric: with placeholders such as ``{answer}``; other braces are left as they are.
+        values: the text for each name.
+
+    Example:
+        >>> fill("Rate this:\n> {answer}\nAs asked: {question}", {"answer": "Fine.\n{question}", "question": "{}"})
+        'Rate this:\n> Fine.\n> {question}\nAs asked: {}'
+    """
+
+    def put(found: re.Match[str]) -> str:
+        if found[2] not in values:
+            return found[0]
+        text = values[found[2]]
+        return text if found[1] is None else "\n".join(f"> {line}" for line in text.splitlines() or [""])
+
+    return _PLACEHOLDER.sub(put, rubric)
+
+
+def last_question(conversation: Conversation) -> str:
+    """What was asked last: a string prompt, or the last user turn of a list of messages.
+
+    Args:
+        conversation: a prompt.
+    """
+    if isinstance(conversation.prompt, str):
+        return conversation.prompt
+    asked = [turn["content"] for turn in conversation.prompt if turn["role"] == "user"]
+    return asked[-1] if asked else conversation.prompt[-1]["content"]
+
+
+def check_scale(low: int, high: int) -> None:
+    """Refuse what is no scale.
+
+    Args:
+        low: lower end.
+        high: upper end.
+
+    Raises:
+        DataError: with what is allowed.
+    """
+    whole = all(isinstance(end, int) and not isinstance(end, bool) for end in (low, high))
+    if not whole or not 0 <= low < high <= LARGEST_SCALE:
+        raise DataError(f"scale {low!r} to {high!r}: give two whole numbers from 0 to {LARGEST_SCALE}, the lower first")
+
+
+def expected_value(masses: Mapping[int, float], least_mass: float) -> float | None:
+    """The mean of numbers by their probabilities, None where these add up to too little."""
+    total = sum(masses.values())
+    if not total > 0 or total < least_mass:
+        return None
+    return sum(number * mass for number, mass in masses.items()) / total
+
+
+def may_split_numbers(tops: Iterable[tuple[str, float]], low: int, high: int) -> bool:
+    """Whether a token may be the first digit of a longer number of the scale rather than a number."""
+    numbers = [found[1] for found in (_WHOLE.fullmatch(token) for token, _ in tops) if found]
+    if any(len(number) > 1 for number in numbers):
+        return False
+    longer = {str(number)[0] for number in range(max(low, 10), high + 1)}
+    return bool(longer & set(numbers))
+
+
+def _of_json(text: str) -> float | None:
+    """The number of an object with a score and nothing else."""
+    try:
+        # Pairs, not a dict: the same key twice is two answers.
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return None
+    if len(pairs) != 1 or pairs[0][0].lower() not in ("score", "rating"):
+        return None
+    value = pairs[0][1]
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def broken_up(text: str, special: Iterable[str]) -> str:
+    """A text with a space inside of every special token that it spells out."""
+    longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
+    if not longest_first:
+        return text
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: f"{found[0][0]} {found[0][1:]}", text)

@@ -1,0 +1,90 @@
+"""What a measurement depends on, as one digest: figures are taken from a store only if nothing of it has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import astuple
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import steerkit
+from steerkit.evaluate.setup import Setup
+from steerkit.fitting.fitting import tokenizer_digest
+from steerkit.network.decoder import inner_model
+from steerkit.vector.model_identity import model_facts
+
+__all__ = ["digest_of", "environment", "setup_identity", "weights_digest"]
+
+SAMPLES = 256
+
+
+def environment() -> dict[str, str]:
+    """Versions of what computes, as plain text."""
+    return {
+        "steerkit": steerkit.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def setup_identity(setup: Setup) -> dict[str, Any]:
+    """Everything that a score of this setup depends on but the vector and the scorer.
+
+    Args:
+        setup: model, tokenizer and items.
+
+    Returns:
+        Plain data: weights, precision, revision, template, vocabulary, library versions, and every text.
+    """
+    model = inner_model(setup.model)
+    config: Any = getattr(model, "config", None)
+    generation: Any = getattr(model, "generation_config", None)
+    return {
+        **model_facts(model, setup.tokenizer),
+        "class": type(model).__name__,
+        "config": digest_of(config.to_dict() if hasattr(config, "to_dict") else str(config)),
+        "generation": digest_of(generation.to_dict() if generation is not None else None),
+        "weights": weights_digest(model),
+        "dtype": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "tokenizer_sha256": tokenizer_digest(setup.tokenizer),
+        "chat_template_kwargs": dict(setup.chat_template_kwargs or {}),
+        "environment": environment(),
+        "data": None if setup.data is None else setup.data.digest,
+        "prompts": None if setup.prompts is None else [astuple(prompt) for prompt in setup.asked],
+        "neutral": digest_of([astuple(text) for text in setup.calm]),
+        "texts": setup.texts,
+        "max_new_tokens": setup.max_new_tokens,
+    }
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the weights: of every parameter its name, shape, precision and up to 256 of its numbers.
+
+    Another checkpoint, precision or finetuned layer changes it; it takes milliseconds whatever the model's size.
+
+    Args:
+        model: the model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":  # offloaded: nothing to look at
+            flat = parameter.detach().flatten()
+            digest.update(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_of(content: Any) -> str:
+    """The sha256, in hex, of plain data.
+
+    Args:
+        content: what JSON can hold; anything else counts by its text.
+    """
+    canonical = json.dumps(content, sort_keys=True, default=str, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""TODO export.weights_card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from steerkit.export.verify import Likeness
+from steerkit.methods._registry import default_strength
+from steerkit.model import hub_id
+from steerkit.vector.model_identity import model_facts
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["number", "weights_card"]
+
+_NOT_MEASURED = ", as was asked for here; what was measured of the vector was measured with its own scope"
+
+
+def weights_card(
+    name: str,
+    model: nn.Module,
+    vectors: Sequence[SteeringVector],
+    strength: float | None,
+    likeness: Likeness,
+    facts: Mapping[str, str],
+    use: str,
+    *,
+    library: str = "transformers",
+) -> str:
+    """Write the card of a checkpoint or adapter that holds vectors.
+
+    Args:
+        name: of the folder.
+        model: what it was made of.
+        vectors: what is in it.
+        strength: as it was given.
+        likeness: how far it is from the hooks.
+        facts: further rows of its table.
+        use: how to load it; `{name}` stands for the name.
+        library: what loads it.
+
+    Returns:
+        Markdown.
+    """
+    identity = model_facts(model)
+    base = hub_id(identity["model_id"] or vectors[0].model_id or identity["model_type"])
+    what = "a steering vector" if len(vectors) == 1 else f"{len(vectors)} steering vectors"
+    methods = ", ".join(sorted({vector.method for vector in vectors}))
+    lines = [
+        "---",
+        f"library_name: {library}",
+        f"base_model: {base}",
+        f"tags: [activation-steering, {methods}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{base} with {what} in its weights, made by steerkit. The licence is that of the base model.",
+        "",
+        use.format(name=name),
+        "",
+        "| | |",
+        "| --- | --- |",
+    ]
+    for vector in vectors:
+        sites = ", ".join(f"`{site}`" for site in vector.sites[:4]) + (", ..." if len(vector.sites) > 4 else "")
+        dose = vector.strength if vector.strength is not None else strength
+        dose = default_strength(vector) if dose is None else dose
+        lines += [
+            f"| vector | `{vector.method}` ({vector.paper or 'no paper'}), digest `{vector.digest[:16]}` |",
+            f"| sites | {sites} |",
+            f"| strength | {dose:g} |",
+            f"| tokens | every one{_NOT_MEASURED if vector.own_scope else ''} |",
+        ]
+    lines += [f"| {name} | {text} |" for name, text in facts.items()]
+    lines += [
+        f"| precision | {likeness.dtype} |",
+        "",
+        "## The same as hooks",
+        "",
+        f"Loaded again and compared with the base model steered by hooks on {likeness.rows} texts, {likeness.tokens} "
+        f"tokens: {likeness.sentence()}. Steering itself moves the logits by {likeness.effect:.2g} relative.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

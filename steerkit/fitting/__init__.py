@@ -1,0 +1,12 @@
+"""`fit`: a method, a contrast set and a model in, a vector out. `subject` is the door through which a method reaches
+the model, `held_out` measures the separation of items that the fit has not seen, `training` is the one training loop.
+"""
+
+from __future__ import annotations
+
+from steerkit.fitting.fitting import fit, read
+from steerkit.fitting.held_out import apart, record_steered, separation
+from steerkit.fitting.subject import Subject
+from steerkit.fitting.training import minimise
+
+__all__ = ["Subject", "apart", "fit", "minimise", "read", "record_steered", "separation"]

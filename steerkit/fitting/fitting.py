@@ -1,0 +1,239 @@
+"""`fit`: a method, a contrast set and a model in; a `SteeringVector` out, with what is needed to use it right."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import steerkit
+from steerkit.activations.recording import Activations, record
+from steerkit.activations.streaming import stream
+from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
+from steerkit.fitting.held_out import separation
+from steerkit.fitting.subject import Subject
+from steerkit.methods._base import Method
+from steerkit.methods._registry import resolve
+from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.sites import Site, parse_layers
+from steerkit.network.tap import locate
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.vector.model_identity import model_facts
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["fit", "read", "tokenizer_digest"]
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    data: ContrastSet,
+    *,
+    method: str | Method = "caa",
+    layers: str | int | Sequence[int] | None = None,
+    sites: Sequence[Site | str] | Site | str | None = None,
+    readout: str | int | tuple[int, int] | None = None,
+    batch_size: int = 16,
+    held_out: ContrastSet | None = None,
+    settings: Mapping[str, Any] | None = None,
+    acts: Activations | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> SteeringVector:
+    """Learn a steering vector from a contrast set.
+
+    Args:
+        model: any decoder-only transformers model; unchanged afterwards.
+        tokenizer: its tokenizer; unchanged afterwards.
+        data: the contrast set (for `actadd`: one pair of raw prompts).
+        method: a name of `steerkit methods`, or a method with its settings.
+        layers: blocks counted from 0, such as ``[11, 12]`` or ``"11-13"`` (both ends included), at the method's own
+            kind of site.
+        sites: exact sites instead of layers, such as ``["attn_out.4"]``.
+        readout: which tokens are read; None takes the method's own.
+        batch_size: rows per pass.
+        held_out: items to measure the separation on; the figures go into the file.
+        settings: the method's settings where `method` is a name.
+        acts: what `read` gave for this model, data and method, at these sites and perhaps others; saves the pass.
+        chat_template_kwargs: passed on to the chat template.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The fitted vector, with norms, digests and settings.
+
+    Raises:
+        UnknownNameError: no such method or setting.
+        SiteError: a layer or site does not exist in this model, or both were given.
+        DataError: the data has no token to read, or `actadd` got more than one pair.
+        FitError: the sides do not differ, or activations are not finite; the site is named.
+    """
+    chosen = _method(method, settings)
+    if not isinstance(data, ContrastSet):
+        raise DataError(
+            f"fit: got {type(data).__name__} for data; make a ContrastSet of it (from_prompts, from_answers, ...)"
+        )
+    decoder = find_decoder(model)
+    taps = locate(model, _sites(chosen, decoder, layers, sites))
+    places = list(taps)
+    subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name, progress=progress)
+    if chosen.readout is not None and acts is None:
+        reading = chosen.readout if readout is None else readout
+        acts = _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
+    elif readout is not None and acts is None:
+        raise DataError(f"{chosen.name} reads for itself; leave readout={readout!r} out")
+    elif held_out is not None and acts is None:
+        raise DataError(f"{chosen.name} has no direction to separate held-out items by; leave held_out out")
+    missing = [site for site in places if acts is not None and site not in acts.positive]
+    if missing:
+        raise FitError(f"{chosen.name}: acts were not read at {', '.join(map(str, missing))}; read them there too")
+    tensors = chosen.fit(acts, subject, places)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise FitError(f"{chosen.name}: {name} is not finite; load the model in float32 or bfloat16")
+    written = chosen.written(places, tensors, decoder)
+    if written != places:
+        taps = locate(model, written)
+        written = list(taps)
+    reads = chosen.read_at(places, tensors)
+    norms = {site: acts.norms[site] for site in places} if acts is not None else {}
+    norms = {**subject.norms([*reads, *written]), **{site: norms[site] for site in reads if site in norms}}
+    vector = SteeringVector(
+        method=chosen.name,
+        tensors=tensors,
+        sites=tuple(written),
+        fitted_at=None if written == reads else tuple(reads),
+        edit=chosen.edit_name,
+        scope=chosen.default_scope,
+        unit="paper",
+        settings=chosen.settings,
+        norms={site: norm for site, norm in norms.items() if math.isfinite(norm)},
+        widths={site: tap.width for site, tap in taps.items() if tap.width != decoder.hidden_size},
+        tokenizer_sha256=tokenizer_digest(tokenizer),
+        readout=acts.readout if acts is not None else None,
+        data_digest=data.digest,
+        data_source=data.source or None,
+        paper=chosen.paper,
+        extra=chosen.extra(subject, written),
+        steerkit_version=steerkit.__version__,
+        **model_facts(decoder.model, tokenizer),
+    )
+    if held_out is None or acts is None:
+        return vector
+    measured = separation(
+        model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
+    return vector.with_held_out(measured)
+
+
+def read(
+    model: nn.Module,
+    tokenizer: Any,
+    data: ContrastSet,
+    *,
+    method: str | Method = "caa",
+    settings: Mapping[str, Any] | None = None,
+    sites: Sequence[Site | str],
+    readout: str | int | tuple[int, int] | None = None,
+    batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Activations | None:
+    """Read once what `fit` needs at many sites, to fit at some of them again and again.
+
+    Args:
+        model: any decoder-only transformers model.
+        tokenizer: its tokenizer.
+        data: the contrast set.
+        method: a name, or a method with its settings.
+        settings: the method's settings where `method` is a name.
+        sites: where to read.
+        readout: which tokens are read; None takes the method's own.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        What `fit` takes as `acts`; None where the method reads for itself.
+
+    Raises:
+        SteerError: see `fit`.
+    """
+    chosen = _method(method, settings)
+    if chosen.readout is None:
+        return None
+    places = list(locate(model, _sites(chosen, find_decoder(model), None, sites)))
+    reading = chosen.readout if readout is None else readout
+    return _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
+
+
+def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
+    if isinstance(method, str):
+        return resolve(method).from_settings(settings or {})
+    if isinstance(method, type) and issubclass(method, Method):
+        return method.from_settings(settings or {})
+    if settings:
+        raise UnknownNameError(f"{method.name}: give settings to the method itself, not beside it")
+    return method
+
+
+def _sites(
+    method: Method,
+    decoder: Decoder,
+    layers: str | int | Sequence[int] | None,
+    sites: Sequence[Site | str] | Site | str | None,
+) -> list[Site]:
+    if layers is not None and sites is not None:
+        raise SiteError("fit: got both layers and sites; give one of them")
+    if isinstance(sites, str | Site):
+        sites = [sites]
+    if sites is not None:
+        chosen = [Site.parse(site) if isinstance(site, str) else site for site in sites]
+    elif layers is not None:
+        listed = [layers] if isinstance(layers, int) else layers
+        chosen = method.sites_at(decoder, parse_layers(listed, decoder.num_layers))
+    else:
+        chosen = method.sites(decoder)
+    if not chosen:
+        raise SiteError("fit: got no site; give at least one layer")
+    return chosen
+
+
+def _read(
+    model: nn.Module,
+    tokenizer: Any,
+    data: ContrastSet,
+    method: Method,
+    places: Sequence[Site],
+    readout: Any,
+    batch_size: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    progress: bool,
+) -> Activations:
+    """Stream where the method needs only statistics, keep the samples where it needs them."""
+    common: dict[str, Any] = {
+        "readout": readout,
+        "batch_size": batch_size,
+        "chat_template_kwargs": chat_template_kwargs,
+        "max_tokens": method.longest_text,
+        "progress": progress,
+    }
+    data = method.contrast(data)
+    streams = {site: method.statistics(site) for site in places}
+    kept = {site: accumulator for site, accumulator in streams.items() if accumulator is not None}
+    if len(kept) == len(places):
+        return stream(model, tokenizer, data, kept, **common)
+    return record(model, tokenizer, data, places, **common)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of the vocabulary, the one thing every tokenizer has.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256("\n".join(f"{index} {token}" for token, index in vocabulary).encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""TODO fitting.held_out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.activations.readout import Readout
+from steerkit.activations.recording import Activations, record
+from steerkit.methods._registry import resolve
+from steerkit.network.sites import Site
+from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.rendering import Rendered
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["apart", "record_steered", "separation"]
+
+
+def separation(
+    model: nn.Module,
+    tokenizer: Any,
+    held_out: ContrastSet,
+    vector: SteeringVector,
+    *,
+    batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """How well each site's direction separates items it was not fitted on.
+
+    Args:
+        model: the model the vector was fitted on, unsteered.
+        tokenizer: its tokenizer.
+        held_out: items the vector has not seen.
+        vector: the vector.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+
+    Returns:
+        ``{"items": n, "data_digest": ..., "sites": {site: {"auc", "cohens_d"}}}``, and under ``"gate"`` what a gated
+        method measures of itself; `auc` is the share of (positive,
+        negative) couples in which the positive one lies further along the direction, ties counted half.
+
+    Raises:
+        DataError: an item has no token to be read.
+    """
+    method = resolve(vector.method).from_settings(vector.settings)
+    acts = record(
+        model,
+        tokenizer,
+        held_out,
+        vector.reads,
+        readout=Readout.parse(vector.readout or "last"),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    sites: dict[str, dict[str, float]] = {}
+    for site in vector.reads:
+        direction = method.read_direction(vector.params(site))
+        if direction is None:
+            continue
+        along = direction.float() / torch.linalg.vector_norm(direction.float())
+        positive, negative = acts.positive[site] @ along, acts.negative[site] @ along
+        auc, distance = apart(positive, negative)
+        sites[str(site)] = {"auc": round(auc, 4), "cohens_d": round(distance, 3)}
+    measured = {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
+    more = method.measure(vector, acts)
+    return {**measured, "gate": more} if more else measured
+
+
+def apart(positive: Tensor, negative: Tensor) -> tuple[float, float]:
+    """How far two sides of projections lie apart.
+
+    Args:
+        positive: [n].
+        negative: [m].
+
+    Returns:
+        The AUC (share of couples in which the positive one is larger, ties counted half), and Cohen's d, 0 where
+        nothing spreads.
+    """
+    wins = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
+    spread = 0.0
+    if min(len(positive), len(negative)) > 1:
+        spread = math.sqrt((float(positive.var()) + float(negative.var())) / 2)
+    gap = float(positive.mean() - negative.mean())
+    return float(wins.mean()), gap / spread if spread > 0 else 0.0
+
+
+def record_steered(
+    model: nn.Module,
+    tokenizer: Any,
+    rendered: Sequence[Rendered],
+    sites: Sequence[Site | str],
+    *,
+    readout: Any,
+    batch_size: int,
+    steering: Callable[[Tensor], contextlib.AbstractContextManager[Any]],
+) -> Activations:
+    """Read activations of texts under steering whose scope may depend on where each prompt ends.
+
+    Args:
+        model: any decoder-only transformers model.
+        tokenizer: its tokenizer.
+        rendered: the texts.
+        sites: where to read; a site that is written gives the value after the edit.
+        readout: which tokens.
+        batch_size: rows per pass.
+        steering: from the prompt lengths [b] of a pass's rows to the context it runs in.
+
+    Returns:
+        One row per text and site, in their order.
+    """
+    parts: list[tuple[tuple[int, ...], Activations]] = []
+    # One batch at a time, so that every pass has the prompt lengths of its own rows.
+    for batch in batches(rendered, batch_size, pad_id=pad_token_id(tokenizer)):
+        rows = [rendered[row] for row in batch.rows]
+        with steering(batch.prompt_lengths):
+            part = record(model, tokenizer, rows, sites, readout=readout, batch_size=len(rows))
+        parts.append((batch.rows, part))
+    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
+    return Activations(positive=joined, negative={}, readout=parts[0][1].readout)

@@ -1,0 +1,127 @@
+"""The one optimisation loop: a few parameters, a loss over items, small batches, and the best state kept."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import FitError
+
+__all__ = ["frozen", "minimise"]
+
+
+def minimise(
+    parameters: Sequence[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    items: int,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    rate: float = 1e-3,
+    decay: float = 0.0,
+    seed: int = 0,
+    judge: Callable[[], float] | None = None,
+    patience: int | None = None,
+    progress: str | None = None,
+) -> list[float]:
+    """Train parameters in place with AdamW; gradients are clipped to length 1.
+
+    Args:
+        parameters: leaves that need gradients; left at their best state where there is a judge, else at the last.
+        loss: from the indices [k] of a batch of items to a scalar.
+        items: how many there are; each is seen once an epoch, in an order drawn anew.
+        epochs: passes over the items.
+        batch_size: items in a batch.
+        rate: learning rate.
+        decay: weight decay.
+        seed: of the order.
+        judge: asked after each epoch, without gradients; lower is better.
+        patience: epochs without a better judgement before it ends; None never ends early.
+        progress: what a bar on stderr says; None shows none.
+
+    Returns:
+        The judgement after each epoch, or the mean loss where there is no judge.
+
+    Raises:
+        FitError: the loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(list(parameters), lr=rate, weight_decay=decay)
+    history: list[float] = []
+    best, kept, waited = math.inf, [parameter.detach().clone() for parameter in parameters], 0
+    starts = range(0, items, batch_size)
+    with _Bar(progress, epochs * len(starts)) as bar:
+        for _ in range(epochs):
+            order, total = torch.randperm(items, generator=generator), 0.0
+            for start in starts:
+                batch = order[start : start + batch_size]
+                optimiser.zero_grad()
+                value = loss(batch)
+                if not bool(torch.isfinite(value)):
+                    raise FitError("training: the loss is not finite; load the model in float32, or lower the rate")
+                value.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(list(parameters), 1.0)
+                optimiser.step()
+                total += float(value.detach()) * len(batch)
+                bar.step()
+            with torch.no_grad():
+                history.append(total / items if judge is None else judge())
+            if judge is None:
+                continue
+            if history[-1] < best:
+                best, kept, waited = history[-1], [parameter.detach().clone() for parameter in parameters], 0
+            else:
+                waited += 1
+            if patience is not None and waited > patience:
+                break
+    if judge is not None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+    return history
+
+
+class _Bar:
+    """A progress bar on stderr, or none."""
+
+    def __init__(self, title: str | None, total: int) -> None:
+        self._title, self._total = title, total
+
+    def __enter__(self) -> _Bar:
+        if self._title is not None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task(self._title, total=self._total)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._title is not None:
+            self._progress.stop()
+
+    def step(self) -> None:
+        if self._title is not None:
+            self._progress.advance(self._task)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter of a model takes gradients meanwhile.
+
+    Args:
+        model: the model.
+    """
+    taking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in taking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taking:
+            parameter.requires_grad_(True)

@@ -1,0 +1,102 @@
+"""Methods by name: a file of `steerkit/methods`, or an entry point of the group `steerkit.methods`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from steerkit._support.plugins import Plugins
+from steerkit.errors import StrengthError, VectorFileError
+from steerkit.methods._base import Method
+
+if TYPE_CHECKING:
+    from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["default_strength", "example_strength", "is_gated", "method_names", "method_of", "resolve"]
+
+_METHODS: Plugins[Method] = Plugins("steerkit.methods", "method", Method)
+
+
+def method_names() -> list[str]:
+    """Names of all methods that can be used: the shipped files and installed plug-ins, sorted."""
+    return _METHODS.names()
+
+
+def resolve(name: str) -> type[Method]:
+    """Find a method's class.
+
+    Args:
+        name: the file's name under `steerkit/methods`, or a plug-in's.
+
+    Raises:
+        UnknownNameError: nothing answers to that name.
+    """
+    return _METHODS.resolve(name)
+
+
+def method_of(vector: SteeringVector) -> Method:
+    """Build the method that a vector was fitted with, settings included.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        UnknownNameError: the method is not installed.
+        VectorFileError: the method's edit is not the one the vector names.
+    """
+    method = resolve(vector.method).from_settings(vector.settings)
+    if method.edit_name != vector.edit:
+        raise VectorFileError(
+            f"the vector wants edit {vector.edit!r}, but method {vector.method!r} as set does {method.edit_name!r}"
+        )
+    return method
+
+
+def is_gated(vector: SteeringVector) -> bool:
+    """Whether the vector reads each prompt, at `vector.reads`, and decides by it how it is steered.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        UnknownNameError: the method is not installed.
+        VectorFileError: the method's edit is not the one the vector names.
+        VectorMismatchError: the vector lacks a part.
+    """
+    return method_of(vector).editor(vector) is not None
+
+
+def default_strength(vector: SteeringVector) -> float:
+    """The strength where nobody gives one: what the file suggests, else the method's default.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        StrengthError: neither names one.
+        UnknownNameError: the method is not installed.
+    """
+    if vector.suggested_strength is not None:
+        return vector.suggested_strength
+    kind = resolve(vector.method)
+    if kind.default_strength is None:
+        raise StrengthError(
+            f"{kind.name}: the file suggests no strength and there is none by default; give one in "
+            f"{kind.strength_unit}, such as {kind.ladder[len(kind.ladder) // 3]:g}"
+        )
+    return kind.default_strength
+
+
+def example_strength(vector: SteeringVector) -> float:
+    """A strength to show a vector with: the default one, else a weak one of the method's ladder.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        UnknownNameError: the method is not installed.
+    """
+    try:
+        return default_strength(vector)
+    except StrengthError:
+        ladder = resolve(vector.method).ladder
+        return ladder[len(ladder) // 3]

@@ -1,0 +1,443 @@
+"""What stands where inside one block, read off a trace of one pass over three tokens.
+
+No table of module names: in Llama `post_attention_layernorm` is the norm before the MLP, in Gemma the one after
+attention, and Bloom adds the residual inside its sub-blocks. The roles follow from which module read what which other
+module gave. A *half* is a part of the block that computes something to add to the residual stream; a norm belongs to
+the half that reads it; and what a half adds is the tensor for which
+
+    resid_post = resid_pre + what attention adds + what the MLP adds
+
+holds in numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import nn
+
+from steerkit.errors import SiteError
+from steerkit.network.block_trace import Call, Seen, Trace
+from steerkit.network.structure import computes_something, is_linear, is_norm, is_stack, outermost
+
+__all__ = ["Anatomy", "Place"]
+
+# A sum computed in one order against another, relative to the sizes of the summands, element by element.
+_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# Names of transformers' config.layer_types for blocks that carry a state instead of keys and values.
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid", "hybrid_sliding")
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """A part of a block that computes something for the residual stream: one module, or linears in a row (OPT).
+
+    Attributes:
+        calls: the module, or the linears that stand on the block itself, in the order they ran.
+        linears: the linear layers in it, in the order they ran.
+    """
+
+    calls: tuple[Call, ...]
+    linears: tuple[Call, ...]
+
+    @property
+    def first(self) -> Call:
+        """The module that reads."""
+        return self.calls[0]
+
+    @property
+    def last(self) -> Call:
+        """The module that gives."""
+        return self.calls[-1]
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether it takes an attention mask, as attention and state-space modules do and MLPs do not."""
+        module = getattr(self.first.module, "_orig_mod", self.first.module)
+        return any("mask" in name for name in inspect.signature(type(module).forward).parameters)
+
+    @property
+    def experts(self) -> str | None:
+        """The name of routed experts inside it, whose tokens are neither all there nor in order."""
+        for name, module in self.first.module.named_modules():
+            if name.split(".")[-1] == "experts" or (is_stack(module) and not self.mixes_tokens):
+                return f"{self.first.name}.{name}".rstrip(".")
+        return None
+
+    def __str__(self) -> str:
+        return f"`{self.first.name}`" if len(self.calls) == 1 else f"`{self.first.name}` to `{self.last.name}`"
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where one tensor of a block is to be had.
+
+    Attributes:
+        kind: the canonical kind of site it is.
+        name: the module's name inside the block.
+        module: the module itself.
+        side: whether the tensor is what the module reads or what it gives.
+        flat: whether it is `[b*t, width]` instead of `[b, t, width]`.
+        width: its last dimension.
+    """
+
+    kind: str
+    name: str
+    module: nn.Module
+    side: Literal["input", "output"]
+    flat: bool
+    width: int
+
+
+class Anatomy:
+    """The roles of the modules of one block.
+
+    Args:
+        trace: what the block did in the probe.
+        layer: its index.
+        owner: the name of the model's class, for messages.
+        layer_type: the config's word for this block, where it has one.
+    """
+
+    def __init__(self, trace: Trace, layer: int, owner: str, layer_type: str | None = None) -> None:
+        if trace.entered is None or trace.left is None:
+            raise SiteError(f"block {layer} of {owner} did not run, or gave no tensor, in a pass over plain text")
+        self.layer = layer
+        self.owner = owner
+        self.entered = trace.entered
+        self.left = trace.left
+        calls = trace.calls
+        parts = outermost(calls)
+        while len(parts) == 1 and self.entered.same_as(parts[0].read) and self.left.same_as(parts[0].gave):
+            calls = [call for call in calls if call.inside(parts[0])]  # a wrapper around the block (torch.compile)
+            parts = outermost(calls)
+        self.calls = calls
+        self.parts = parts
+        self.halves = _halves(parts, calls)
+        # Where no module takes a mask, the one that runs first moves information between tokens.
+        self.mixers = [half for half in self.halves if half.mixes_tokens] or self.halves[: len(self.halves) > 1]
+        self.mlps = [half for half in self.halves if half not in self.mixers]
+        self.recurrent = bool(self.mixers) and _is_recurrent(self.mixers[0], layer_type)
+        self._runs = Counter(call.name for call in calls)
+
+    def find(self, kind: str) -> Place:
+        """Say where the tensor of one kind is.
+
+        Args:
+            kind: any kind but resid_pre and resid_post.
+
+        Returns:
+            The place, under its canonical kind: attn_raw and mlp_raw are attn_out and mlp_out where no norm comes
+            after the half.
+
+        Raises:
+            SiteError: this block has no such tensor; the message says what there is instead.
+        """
+        half = self._half(kind)
+        if kind.endswith("_in"):
+            return self._place(kind, self._norm_before(kind, half), "output")
+        if kind in ("z", "mlp_post"):
+            return self._place(kind, self._last_linear(kind, half), "input")
+        added, raw = self._added(kind)[self.halves.index(half)]
+        if kind.endswith("_raw") and raw is not added:
+            return self._place(kind, raw, "output")
+        return self._place(kind.replace("_raw", "_out"), added, "output")
+
+    def readers(self, kind: str) -> list[Call]:
+        """The linear layers that read what a norm before a half gives, where nothing else uses it.
+
+        Args:
+            kind: attn_in, mlp_in or block_in.
+
+        Raises:
+            SiteError: another kind, or something else than plain linear layers uses the norm's output.
+        """
+        if kind not in ("attn_in", "mlp_in", "block_in"):
+            raise self._refuse(kind, "it is no norm's output that linear layers alone read")
+        source = self._norm_before(kind, self._half(kind))
+        halves = [half for half in self.halves if _gives(source, half.first.read)]
+        self._added(kind)  # the stream goes past the norm, not through it
+        for half in halves:
+            if half.experts:
+                raise self._refuse(kind, f"{half} routes tokens to `{half.experts}` by a router that reads them too")
+            if self.recurrent and half in self.mixers:
+                raise self._refuse(kind, f"{half} is a state-space, convolution or linear-attention module")
+        found = [linear for half in halves for linear in half.linears if _gives(source, linear.read)]
+        leaves = [call for call in self.calls if _gives(source, call.read) and not any(call.module.children())]
+        others = [call.name for call in leaves if not any(call is one or call.inside(one) for one in found)]
+        if others or not found:
+            what = f"`{others[0]}` reads it too" if others else "no linear layer reads it as it is"
+            raise self._refuse(kind, f"`{source.name}` gives what not only linear layers read: {what}")
+        return found
+
+    def writer(self, kind: str) -> tuple[Place, Place]:
+        """The linear layer that gives the tensor of a kind, as it is or times a number.
+
+        Args:
+            kind: attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
+
+        Returns:
+            Where that layer reads (z or mlp_post), and where it writes, under its canonical kind.
+
+        Raises:
+            SiteError: another kind, a norm between the layer and the tensor, or no one layer that reads every token.
+        """
+        if kind not in ("attn_out", "attn_raw", "mlp_out", "mlp_raw", "mixer_out"):
+            raise self._refuse(kind, "no linear layer of this block gives it; ask for attn_raw, mlp_raw or mixer_out")
+        half = self._half(kind)
+        read = self.find("mlp_post" if half in self.mlps else "z")
+        added, raw = self._added(kind)[self.halves.index(half)]
+        if raw is not added and not kind.endswith("_raw"):
+            raw_kind = kind.replace("_out", "_raw")
+            raise self._refuse(kind, f"`{added.name}` norms what `{read.name}` gives; ask for {raw_kind}.{self.layer}")
+        own = kind if raw is not added else kind.replace("_raw", "_out")
+        return read, replace(read, kind=own, side="output", width=self.left.values.shape[-1])
+
+    def output_kind(self, half: Half) -> str:
+        """The kind of site at which a half adds to the residual stream.
+
+        Args:
+            half: one of `halves`.
+        """
+        if half in self.mlps:
+            return "mlp_out"
+        return "mixer_out" if self.recurrent else "attn_out"
+
+    def added_by(self, half: Half) -> Call:
+        """The module that gives what a half adds to the stream, as the half made it.
+
+        Args:
+            half: one of `halves`.
+
+        Raises:
+            SiteError: a norm stands between the half and the stream, or on the stream.
+        """
+        kind = self.output_kind(half)
+        added, raw = self._added(kind)[self.halves.index(half)]
+        if self.norms_the_stream:
+            raise self._refuse(kind, "norms stand on the residual stream itself, after each sum")
+        if raw is not added:
+            raise self._refuse(kind, f"`{added.name}` norms what {half} gives")
+        return added
+
+    def projection(self, half: Half) -> Call:
+        """The linear layer whose output, at most times a number, is what a half adds to the stream.
+
+        Args:
+            half: one of `halves`, without routed experts.
+
+        Raises:
+            SiteError: there is none, or a norm comes after it.
+        """
+        added = self.added_by(half)
+        found = next((linear for linear in reversed(half.linears) if _is_scaled(linear.gave, added.gave)), None)
+        if found is None:
+            raise self._refuse(self.output_kind(half), f"{half} does not end in one linear layer")
+        return found
+
+    def _refuse(self, kind: str, reason: str) -> SiteError:
+        return SiteError(f"{kind}.{self.layer}: {reason} (block {self.layer} of {self.owner})")
+
+    def _half(self, kind: str) -> Half:
+        """The half that a kind is about.
+
+        Raises:
+            SiteError: there is none or more than one, or it goes by another name here.
+        """
+        of_mlp = kind in ("mlp_in", "mlp_out", "mlp_raw", "mlp_post")
+        halves = self.halves[:1] if kind == "block_in" else self.mlps if of_mlp else self.mixers
+        names = " and ".join(str(half) for half in halves)
+        if len(halves) > 1:
+            raise self._refuse(kind, f"{names} run in one block, so the name would mean several tensors")
+        if not halves:
+            there_is = "mixer_out" if self.recurrent else "attn_out" if self.mixers else "mlp_out"
+            rest = " and ".join(str(half) for half in self.halves) or "no part that computes"
+            missing = "MLP" if of_mlp else "attention"
+            raise self._refuse(kind, f"the block has no {missing}, only {rest}; ask for {there_is}.{self.layer}")
+        if kind in ("attn_out", "attn_raw") and self.recurrent:
+            what = f"{names} is a state-space, convolution or linear-attention module, not attention"
+            raise self._refuse(kind, f"{what}; ask for mixer_out.{self.layer}")
+        if kind == "mixer_out" and not self.recurrent:
+            raise self._refuse(kind, f"{names} is attention; ask for attn_out.{self.layer}")
+        return halves[0]
+
+    def _norm_before(self, kind: str, half: Half) -> Call:
+        """The norm whose output is read by this half alone, or by all halves for block_in.
+
+        Raises:
+            SiteError: there is no such norm.
+        """
+        source = next((call for call in self.parts if _gives(call, half.first.read)), None)
+        if source is None:
+            own = self.entered.same_as(half.first.read)
+            what = f"resid_pre.{self.layer} itself" if own else "the residual stream, which no module gives out there"
+            raise self._refuse(kind, f"{half} reads {what}; there is no norm before it")
+        if not is_norm(source.module):
+            raise self._refuse(kind, f"{half} reads the output of `{source.name}`, which is no norm")
+        if self.norms_the_stream:
+            what = f"`{source.name}`, which is the residual stream itself where norms come after the sum"
+            raise self._refuse(kind, f"{half} reads the output of {what}")
+        readers = [other for other in self.halves if _gives(source, other.first.read)]
+        shared = readers == self.halves and (len(readers) > 1 or self.recurrent)
+        if shared and kind != "block_in":
+            what = " and ".join(str(reader) for reader in readers)
+            raise self._refuse(kind, f"`{source.name}` is all that {what} read; ask for block_in.{self.layer}")
+        if kind == "block_in" and not shared:
+            raise self._refuse(kind, "each half reads a norm of its own; ask for attn_in or mlp_in")
+        return source
+
+    def _last_linear(self, kind: str, half: Half) -> Call:
+        """The output projection of a half.
+
+        Raises:
+            SiteError: the half has none, routes its tokens to experts, or has no heads.
+        """
+        if half.experts:
+            raise self._refuse(kind, f"{half} routes tokens to `{half.experts}`, so no one layer reads all of them")
+        call = next((linear for linear in reversed(half.linears) if _is_scaled(linear.gave, half.last.made)), None)
+        if call is None and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
+            call = half.linears[-1]  # Bloom: the half gives the sum with the residual, not what this layer gives
+        if call is None or call.read is None or call.read.values.shape[:-1].numel() != self._tokens:
+            raise self._refuse(kind, f"{half} does not end in one linear layer that reads every token")
+        if kind == "z" and self.recurrent and not any("head" in name for name in vars(half.first.module)):
+            raise self._refuse(kind, f"{half} has no heads; ask for mixer_out.{self.layer}")
+        return call
+
+    @property
+    def _tokens(self) -> int:
+        return self.left.values.shape[:-1].numel()
+
+    @cached_property
+    def norms_the_stream(self) -> bool:
+        """Whether the block's output is a norm's: there the norms stand on the stream, after each sum."""
+        return any(is_norm(call.module) and _gives(call, self.left) for call in self.parts)
+
+    def _added(self, kind: str) -> list[tuple[Call, Call]]:
+        """For each half, the module that gives what it adds to the stream, and the one before a post-norm.
+
+        Raises:
+            SiteError: the block's output is not the sum of such parts.
+        """
+        chains = [self._chain(half) for half in self.halves]
+        chosen = self._sum_before_norms(chains) if self.norms_the_stream else self._best_sum(chains)
+        if chosen is None:
+            parts = " and ".join(str(half) for half in self.halves)
+            what = f"what comes out of the block is not its input plus the output of {parts}"
+            raise self._refuse(kind, f"{what}, so what each adds is not to be had; use resid_post.{self.layer}")
+        return chosen
+
+    def _chain(self, half: Half) -> list[tuple[Call, Call]]:
+        """Where a half's contribution may be had, furthest downstream first, each with its form before any norm."""
+        chain = [(half.last, half.last)]
+        for call in self.parts[self.parts.index(half.last) + 1 :]:
+            last, raw = chain[-1]
+            if not _gives(last, call.read):
+                continue
+            if self._runs[call.name] > 1:  # Phi's one dropout for both halves
+                continue
+            if call.made is not None and call.made.same_as(call.read):  # dropout, at rest in this pass
+                chain.append((call, call if raw is last else raw))
+            elif is_norm(call.module) and not any(_gives(call, other.first.read) for other in self.halves):
+                chain.append((call, raw))
+        inner = [call for call in half.linears[-1:] if call is not half.last]  # Bloom adds the residual itself
+        candidates = [*reversed(chain), *((call, call) for call in inner)]
+        size = self.left.values.numel()
+        return [pair for pair in candidates if pair[0].gave is not None and pair[0].gave.values.numel() == size]
+
+    def _best_sum(self, chains: list[list[tuple[Call, Call]]]) -> list[tuple[Call, Call]] | None:
+        """The choice of one place for each half that adds up best, if it does."""
+        best, least = None, math.inf
+        for choice in itertools.product(*chains):
+            excess = self._excess(self.entered, [call for call, _ in choice], self.left)
+            if excess < least:
+                best, least = list(choice), excess
+        return best if least <= 1 else None
+
+    def _sum_before_norms(self, chains: list[list[tuple[Call, Call]]]) -> list[tuple[Call, Call]] | None:
+        """The same where each sum goes through a norm: the norm must read the stream plus the half's output."""
+        chosen = []
+        stream: Seen | None = self.entered
+        norms = [call for call in self.parts if is_norm(call.module) and call.read is not None]
+        for chain in chains:
+            fits = [
+                (pair, norm)
+                for pair, norm in itertools.product(chain, norms)
+                if stream is not None and norm.read is not None and self._excess(stream, [pair[0]], norm.read) <= 1
+            ]
+            if not fits:
+                return None
+            chosen.append(fits[0][0])
+            stream = fits[0][1].gave
+        return chosen
+
+    def _excess(self, start: Seen, parts: list[Call], end: Seen) -> float:
+        """How far `end` is from `start` plus the parts, in units of what rounding explains; at most 1 is equal."""
+        seen = [start, *(call.gave for call in parts if call.gave is not None)]
+        shape = end.values.shape
+        values = [one.values.reshape(shape) for one in seen]
+        tolerance = max(_TOLERANCE.get(one.tensor.dtype, 1e-4) for one in (*seen, end))
+        # Element by element: one huge channel, as real models have, must not hide the others.
+        size = torch.stack(values).abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+        gap = (end.values - torch.stack(values).sum(0)).abs() / size
+        worst = gap.max().item() / tolerance
+        return worst if math.isfinite(worst) else math.inf
+
+    def _place(self, kind: str, call: Call, side: Literal["input", "output"]) -> Place:
+        """Write down a place.
+
+        Raises:
+            SiteError: its module runs more than once in the block, so that an edit there would be made twice.
+        """
+        if self._runs[call.name] > 1:
+            raise self._refuse(kind, f"`{call.name}` runs more than once in a pass")
+        seen = call.read if side == "input" else call.gave
+        assert seen is not None
+        return Place(kind, call.name, call.module, side, seen.tensor.dim() == 2, seen.tensor.shape[-1])
+
+
+def _gives(call: Call, read: Seen | None) -> bool:
+    """Whether what the call gave is what was read."""
+    return call.gave is not None and call.gave.same_as(read)
+
+
+def _is_scaled(part: Seen | None, whole: Seen | None) -> bool:
+    """Whether the whole is the part times one number, as it is (1) or in Falcon-H1's scaled MLP."""
+    if part is None or whole is None or part.values.numel() != whole.values.numel():
+        return False
+    mine, other = part.values.flatten(), whole.values.flatten()
+    factor = mine.dot(other) / mine.dot(mine).clamp_min(torch.finfo(torch.float32).tiny)
+    tolerance = max(_TOLERANCE.get(seen.tensor.dtype, 1e-4) for seen in (part, whole))
+    return bool(((other - factor * mine).abs() <= tolerance * other.abs()).all())
+
+
+def _halves(parts: list[Call], calls: list[Call]) -> list[Half]:
+    """The parts that hold matrices; linears in a row on the block itself are one half."""
+    groups: list[list[Call]] = []
+    for part in parts:
+        if not computes_something(part.module):
+            continue
+        if groups and is_linear(part.module) and is_linear(groups[-1][-1].module):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return [Half(tuple(group), tuple(_linears(group, calls))) for group in groups]
+
+
+def _linears(group: list[Call], calls: list[Call]) -> list[Call]:
+    inside = [call for call in calls if call in group or any(call.inside(part) for part in group)]
+    return outermost([call for call in inside if is_linear(call.module)])
+
+
+def _is_recurrent(half: Half, layer_type: str | None) -> bool:
+    """Whether a half that mixes tokens carries a state: the config says so, or it convolves over time."""
+    if layer_type is not None:
+        return layer_type in _RECURRENT
+    convolves = any(isinstance(module, nn.Conv1d) for module in half.first.module.modules())
+    return convolves or not half.mixes_tokens

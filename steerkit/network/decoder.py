@@ -1,0 +1,149 @@
+"""Site: where in the network; finds the module in any decoder, reads and writes its tensor.
+
+    resid_pre.l ──┬─> norm ─ attn_in ─> attention ─ attn_raw ─> (norm) ─ attn_out ─┐
+                  └───────────────────────────────────────────────────────────────(+)─┐
+                  ┌───────────────────────────────────────────────────────────────────┘
+                  ├─> norm ─ mlp_in ─> MLP ─ mlp_raw ─> (norm) ─ mlp_out ─┐
+                  └──────────────────────────────────────────────────────(+)─> resid_post.l = resid_pre.(l+1)
+
+Inside attention, `z` is what its output projection reads; inside the MLP, `mlp_post` is what its down projection reads.
+Layers count blocks from 0. The blocks are the one module list inside the decoder body that is as long as the text
+config says; the modules inside a block are found by running it (`anatomy.py`), never by their names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from steerkit.errors import SiteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Decoder", "execution_device", "find_decoder", "inner_model"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The text decoder inside a model.
+
+    Attributes:
+        model: the transformers model inside any wrappers.
+        body: what `get_decoder()` gives: embeddings and blocks, no head.
+        blocks: its list of blocks.
+        path: the name of `blocks` inside `model`, such as ``"model.layers"``.
+        num_layers: how many blocks there are.
+        hidden_size: width of the residual stream.
+        model_type: the config's name of the family.
+    """
+
+    model: PreTrainedModel
+    body: PreTrainedModel
+    blocks: nn.ModuleList
+    path: str
+    num_layers: int
+    hidden_size: int
+    model_type: str
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PeftModel, a compiled module or DistributedDataParallel; else the model itself.
+
+    Args:
+        model: any module.
+    """
+    outer: Any = model
+    if isinstance(outer, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return inner_model(outer.module)
+    if hasattr(outer, "_orig_mod"):  # torch.compile
+        return inner_model(outer._orig_mod)
+    if hasattr(outer, "get_base_model") and outer.get_base_model() is not outer:  # peft
+        return inner_model(outer.get_base_model())
+    return model
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Find the text decoder and its blocks.
+
+    Args:
+        model: a causal language model of transformers, or a vision-language model around one; wrapped or not.
+
+    Raises:
+        SiteError: an encoder, an encoder-decoder, no transformers model, no weights, or no one list of blocks.
+    """
+    inner: Any = inner_model(model)
+    owner = type(inner).__name__
+    config: Any = getattr(inner, "config", None)
+    if not hasattr(inner, "get_decoder") or not hasattr(config, "get_text_config"):
+        raise SiteError(f"{owner} has no get_decoder(); pass a causal language model of transformers")
+    if config.is_encoder_decoder:
+        raise SiteError(f"{owner} is an encoder-decoder; only decoders can be steered, such as LlamaForCausalLM")
+    text = config.get_text_config()
+    body = inner.get_decoder()
+    if _is_encoder(inner, body):
+        raise SiteError(f"{owner} is an encoder, its attention is not causal; pass a causal language model")
+    if all(parameter.is_meta for parameter in inner.parameters()) and not _is_dispatched(inner):
+        raise SiteError(f"{owner} has no weights: all parameters are on the meta device; load it with from_pretrained")
+    blocks = _find_blocks(body, getattr(text, "num_hidden_layers", None), owner)
+    path = next(name for name, module in inner.named_modules() if module is blocks)
+    return Decoder(inner, body, blocks, path, len(blocks), text.hidden_size, config.model_type)
+
+
+def _is_encoder(inner: Any, body: nn.Module) -> bool:
+    """Whether no attention module is causal by its own word; where none says, the config and the class do."""
+    flags = [module.is_causal for module in body.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if flags:
+        return not any(flags)
+    if not inner.can_generate():
+        return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    # The flag alone is not enough: GPT-NeoX-Japanese has it at False and is causal.
+    return (
+        not getattr(inner.config, "is_decoder", True) and inner.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+
+
+def _is_dispatched(inner: nn.Module) -> bool:
+    """Whether accelerate brings the weights in when they are needed."""
+    return any(hasattr(module, "_hf_hook") for module in inner.modules())
+
+
+def _find_blocks(body: nn.Module, num_layers: int | None, owner: str) -> nn.ModuleList:
+    """The one module list of the length that the config says, not counting lists inside such a list.
+
+    Raises:
+        SiteError: there is none, there are several, or one block stands in it twice.
+    """
+    lists = {name: module for name, module in body.named_modules() if isinstance(module, nn.ModuleList)}
+    fits = {name: module for name, module in lists.items() if len(module) == num_layers}
+    outer = [name for name in fits if not any(name.startswith(f"{other}.") for other in fits)]
+    if not outer:
+        found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+        raise SiteError(f"the config of {owner} says {num_layers} blocks, but its module lists are: {found}")
+    if len(outer) > 1:
+        raise SiteError(
+            f"{owner} has {len(outer)} lists of {num_layers} modules: {', '.join(outer)}; which are blocks?"
+        )
+    blocks = fits[outer[0]]
+    if len({id(block) for block in blocks}) < len(blocks):
+        raise SiteError(f"{owner} uses one block for several layers of {outer[0]}, so a layer cannot be told apart")
+    return blocks
+
+
+def execution_device(decoder: Decoder) -> torch.device:
+    """Where token ids go: the embedding's execution device under accelerate, else its weight's.
+
+    Args:
+        decoder: the model's decoder.
+    """
+    embedding = decoder.body.get_input_embeddings()
+    # An offloaded weight is on the meta device between passes; accelerate knows where it will be.
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        device = next(embedding.parameters()).device
+    return torch.device(device)

@@ -1,0 +1,301 @@
+"""The linear layers that write at a site: where they read, their weights as they act, and what identifies those.
+
+A layer writes at `attn_raw`, `mlp_raw` or `mixer_out` (the first two are `attn_out` and `mlp_out` where no norm
+follows) and reads at `z` or `mlp_post` of the same block. Where a block routes tokens to experts, those write at
+`mlp_raw` together (`experts.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from steerkit.errors import ModelError, SiteError, VectorMismatchError
+from steerkit.network.anatomy import Anatomy
+from steerkit.network.decoder import Decoder, find_decoder, inner_model
+from steerkit.network.experts import Experts, experts_at
+from steerkit.network.sites import Site
+from steerkit.network.tap import Tap, anatomies
+
+__all__ = ["Linear", "check_weights", "linears_at", "weight_digests", "writers_at"]
+
+_ROWS = 256  # unit vectors that go through a layer at once
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer that writes at a site.
+
+    Attributes:
+        tap: its output; `tap.site` is the site written, `tap.width` the rows o of its weight.
+        read: the site at which it reads.
+        inputs: the width i of what it reads.
+    """
+
+    tap: Tap
+    read: Site
+    inputs: int
+
+    @property
+    def transposed(self) -> bool:
+        """Whether its weight is stored [i, o], as in GPT-2's Conv1D."""
+        return type(_base(self.tap.module)).__name__ == "Conv1D"
+
+    @property
+    def additive(self) -> bool:
+        """Whether it gives its weight's product plus nothing or an adapter's (LoRA); DoRA and others rescale it."""
+        module: Any = self.tap.module
+        return not hasattr(module, "base_layer") or (
+            hasattr(module, "lora_A") and not any(getattr(module, "use_dora", {}).values())
+        )
+
+    @property
+    def parameter(self) -> str:
+        """The name of its weight in the transformers model, without any adapter."""
+        return f"{self.tap.name}.weight"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """`parameter` alone, as `Experts` have several."""
+        return (self.parameter,)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The matrix by which it acts, an adapter around it included.
+
+        Args:
+            dtype: in which to run a layer whose weight does not lie open (quantised, offloaded, adapted).
+
+        Returns:
+            [o, i] float32; what it is multiplied with from the left is the layer's input. Never a view of the layer's.
+
+        Raises:
+            SiteError: the layer does not act by one matrix.
+        """
+        module, weight = self.tap.module, getattr(self.tap.module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta and _is_plain(module):
+            found = weight.detach().to(torch.float32, copy=True)
+            return found.T if self.transposed else found
+        return _observed(self, dtype)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The layer inside an adapter."""
+    base = getattr(module, "base_layer", module)
+    return base if isinstance(base, nn.Module) else module
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def _observed(linear: Linear, dtype: torch.dtype) -> Tensor:
+    """The matrix of a layer, column by column, from what it makes of the unit vectors.
+
+    Raises:
+        SiteError: it does not run on them, or gives something else than a matrix would.
+    """
+    module = linear.tap.module
+    device = next((entry.device for entry in module.parameters() if not entry.is_meta), torch.device("cpu"))
+    columns = []
+    try:
+        with torch.no_grad():
+            still = module(torch.zeros(1, linear.inputs, dtype=dtype, device=device)).float()
+            for start in range(0, linear.inputs, _ROWS):
+                size = min(_ROWS, linear.inputs - start)
+                units = torch.zeros(size, linear.inputs, dtype=dtype, device=device)
+                units[torch.arange(size), torch.arange(start, start + size)] = 1.0
+                columns.append(module(units).float() - still)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SiteError(
+            f"{linear.tap.site}: the weight of {linear.tap.name} ({type(module).__name__}) cannot be read "
+            f"({type(error).__name__}: {error}); load the model unquantised"
+        ) from None
+    return torch.cat(columns).T
+
+
+def linears_at(
+    model: nn.Module | Decoder, sites: Iterable[Site], *, found: Mapping[int, Anatomy] | None = None
+) -> dict[Site, Linear]:
+    """Find the linear layers that write at some sites.
+
+    Args:
+        model: as for `find_decoder`, or its decoder.
+        sites: the places written, of kind attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
+        found: what `anatomies` found of their blocks; saves the pass.
+
+    Returns:
+        The layers by canonical site, in the order asked.
+
+    Raises:
+        SiteError: no one linear layer writes there (routed experts, a norm behind it), or two layers of the model are
+            one.
+    """
+    decoder, asked, found = _asked(model, sites, found)
+    linears = {}
+    for site in asked:
+        linear = _linear(decoder, found[site.layer], site)
+        linears[linear.tap.site] = linear
+    _refuse_tied(decoder, linears)
+    return linears
+
+
+def writers_at(
+    model: nn.Module | Decoder, sites: Iterable[Site], *, found: Mapping[int, Anatomy] | None = None
+) -> dict[Site, Linear | Experts]:
+    """Find what writes at some sites: a linear layer, or routed experts.
+
+    Args:
+        model: as for `linears_at`.
+        sites: as for `linears_at`.
+        found: as for `linears_at`.
+
+    Returns:
+        The writers by canonical site, in the order asked.
+
+    Raises:
+        SiteError: neither writes there, or one matrix writes at two places of the model.
+    """
+    decoder, asked, found = _asked(model, sites, found)
+    writers: dict[Site, Linear | Experts] = {}
+    for site in asked:
+        anatomy = found[site.layer]
+        writer = experts_at(decoder, anatomy, site) or _linear(decoder, anatomy, site)
+        writers[writer.tap.site] = writer
+    _refuse_tied(decoder, writers)
+    return writers
+
+
+def _asked(
+    model: nn.Module | Decoder, sites: Iterable[Site], found: Mapping[int, Anatomy] | None
+) -> tuple[Decoder, list[Site], Mapping[int, Anatomy]]:
+    """The decoder, the sites, and what stands in their blocks.
+
+    Raises:
+        SiteError: a layer is outside of the model.
+    """
+    decoder = model if isinstance(model, Decoder) else find_decoder(model)
+    asked = list(sites)
+    last = decoder.num_layers - 1
+    if outside := [site for site in asked if site.layer > last]:
+        raise SiteError(
+            f"{outside[0]}: layer {outside[0].layer} is outside 0..{last} of {type(decoder.model).__name__}"
+        )
+    return decoder, asked, anatomies(decoder, {site.layer for site in asked}) if found is None else found
+
+
+def _linear(decoder: Decoder, anatomy: Anatomy, site: Site) -> Linear:
+    """The one linear layer that writes at a site.
+
+    Raises:
+        SiteError: there is none.
+    """
+    read, write = anatomy.writer(site.kind)
+    name = f"{decoder.path}.{site.layer}.{write.name}"
+    tap = Tap(Site(site.layer, write.kind), write.module, name, "output", write.flat, write.width)
+    return Linear(tap, Site(site.layer, read.kind), read.width)
+
+
+def _refuse_tied(decoder: Decoder, writers: Mapping[Site, Linear | Experts]) -> None:
+    """Refuse one matrix that writes at two sites.
+
+    Raises:
+        SiteError: there is one.
+    """
+    weights: dict[int, Site] = {}
+    for site, writer in writers.items():
+        for name in writer.parameters:
+            weight = _parameter(decoder.model, name)
+            other = weights.setdefault(id(writer.tap.module if weight is None else weight), site)
+            if other != site:
+                raise SiteError(
+                    f"{site}: {name} is the weight of {other} too (tied), so two edits of it would add up; choose one "
+                    "of the sites"
+                )
+
+
+def _parameter(model: nn.Module, name: str) -> Any:
+    """A weight without any adapter around it; None where the module hides it."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(_base(model.get_submodule(path)), leaf, None)
+
+
+def weight_digests(model: nn.Module | Decoder, sites: Iterable[Site]) -> dict[str, str]:
+    """What identifies the matrices of the linear layers and experts that write at some sites; see `check_weights`.
+
+    Args:
+        model: as for `find_decoder`, or its decoder.
+        sites: the places written.
+
+    Returns:
+        Name of the weight to the sha256 of its values, rounded to bfloat16 where they are floating-point numbers (so
+        that a checkpoint loaded in float32 and in bfloat16 is the same), as they are stored where they are packed.
+
+    Raises:
+        SiteError: neither a linear layer nor routed experts write there.
+        ModelError: a weight is offloaded.
+    """
+    found = {}
+    decoder = model if isinstance(model, Decoder) else find_decoder(model)
+    for writer in writers_at(decoder, sites).values():
+        for name in writer.parameters:
+            weight = _parameter(decoder.model, name)
+            if not isinstance(weight, Tensor) or weight.is_meta:
+                raise ModelError(f"{name} is offloaded or hidden, so it cannot be identified; load it whole")
+            found[name] = _digest(weight)
+    return found
+
+
+def check_weights(model: nn.Module, digests: Mapping[str, str]) -> None:
+    """Refuse a model whose weights are not those that `weight_digests` saw.
+
+    Args:
+        model: a transformers model, wrapped or not. Adapters around a layer are not part of its weight.
+        digests: name of the weight to its digest.
+
+    Raises:
+        VectorMismatchError: the model lacks a weight, or holds another one.
+    """
+    inner = inner_model(model)
+    for name, digest in digests.items():
+        try:
+            weight = _parameter(inner, name)
+        except AttributeError:
+            weight = None
+        if not isinstance(weight, Tensor):
+            raise VectorMismatchError(f"the vector edits {name}, which {type(inner).__name__} has not; fit one on it")
+        if weight.is_meta:
+            raise VectorMismatchError(f"{name} is offloaded, so whether the vector was fitted on it cannot be seen")
+        if _digest(weight) != digest:
+            raise VectorMismatchError(
+                f"the vector was fitted on other weights: {name} differs (another checkpoint or precision, or edited "
+                "already); fit one on this model, or load the other"
+            )
+
+
+# Weights are hashed once: by identity, and only as long as nothing says that they were written since.
+_KNOWN: Any = WeakIdKeyDictionary()
+
+
+def _digest(weight: Tensor) -> str:
+    """The sha256 of a weight's values."""
+    values = weight.detach()
+    flat = values.reshape(-1)
+    # Writing through `.data` leaves the version as it was, hence the sample.
+    sample = flat[:: max(1, flat.numel() // 256)].to("cpu", copy=True)
+    version = -1 if weight.is_inference() else weight._version
+    key = (version, weight.data_ptr(), weight.dtype)
+    known = _KNOWN.get(weight)
+    if known is not None and known[0] == key and torch.equal(known[1], sample):
+        return str(known[2])
+    stored = values.to(torch.bfloat16) if values.is_floating_point() else values
+    stored = stored.cpu().contiguous().reshape(-1)
+    found = hashlib.sha256(repr(tuple(weight.shape)).encode())
+    found.update(stored.view(torch.uint8).numpy().data)
+    _KNOWN[weight] = (key, sample, found.hexdigest())
+    return found.hexdigest()

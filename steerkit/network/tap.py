@@ -1,0 +1,167 @@
+"""TODO network.tap."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import SiteError
+from steerkit.network.anatomy import Anatomy
+from steerkit.network.block_trace import argument_of, probe_blocks, tensor_of
+from steerkit.network.decoder import execution_device, find_decoder
+from steerkit.network.sites import Site
+
+if TYPE_CHECKING:
+    from steerkit.network.decoder import Decoder
+
+__all__ = ["Tap", "anatomies", "locate"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a site's tensor is read and written in one model.
+
+    Attributes:
+        site: the canonical site.
+        module: the module to hook.
+        name: its name inside the inner model.
+        side: whether the tensor is what the module reads or what it gives.
+        flat: whether the tensor is `[b*t, width]` there instead of `[b, t, width]` (OPT's MLP).
+        width: its last dimension.
+    """
+
+    site: Site
+    module: nn.Module
+    name: str
+    side: Literal["input", "output"]
+    flat: bool
+    width: int
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None) -> Tensor:
+        """The tensor, from what a hook was given.
+
+        Args:
+            args: the module's positional arguments.
+            kwargs: its keyword arguments.
+            output: what it gave, for a tap on the output.
+
+        Returns:
+            `[b, t, width]`, or `[b*t, width]` where `flat`; the object itself, not a copy.
+
+        Raises:
+            SiteError: there is no tensor where one was found before.
+        """
+        tensor = argument_of(args, kwargs) if self.side == "input" else tensor_of(output)
+        if not isinstance(tensor, Tensor):
+            raise SiteError(f"{self.site}: the {self.side} of {self.name} is {type(tensor).__name__}, not a tensor")
+        return tensor
+
+    def write_input(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], value: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the tensor replaced; what was given is left alone.
+
+        Args:
+            args: the module's positional arguments.
+            kwargs: its keyword arguments.
+            value: the new tensor, of the old one's shape.
+
+        Returns:
+            What a pre-hook with keyword arguments returns.
+        """
+        if args:
+            return (value, *args[1:]), dict(kwargs)
+        return args, {**kwargs, "hidden_states": value}
+
+    def write_output(self, output: Any, value: Tensor) -> Any:
+        """The output with the tensor replaced, of the same type; what was given is left alone.
+
+        Args:
+            output: a tensor, or a tuple, a list or a ModelOutput that starts with it.
+            value: the new tensor, of the old one's shape.
+
+        Returns:
+            What a forward hook returns.
+        """
+        if isinstance(output, Mapping):
+            changed = {**output, next(iter(output)): value}
+            return type(output)(**changed) if dataclasses.is_dataclass(output) else type(output)(changed)  # type: ignore[call-arg]
+        if isinstance(output, tuple) and hasattr(output, "_replace"):
+            return output._replace(**{output._fields[0]: value})  # type: ignore[attr-defined]
+        if isinstance(output, (tuple, list)):
+            return type(output)((value, *output[1:]))
+        return value
+
+
+def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
+    """Find the modules and tensors of some sites.
+
+    Every kind but resid_pre and resid_post takes one forward pass over three tokens, up to the deepest block asked.
+
+    Args:
+        model: as for `find_decoder`.
+        sites: the places asked for.
+
+    Returns:
+        Taps by canonical site, in the order asked; attn_raw and mlp_raw become attn_out and mlp_out where they are the
+        same tensor.
+
+    Raises:
+        SiteError: a layer outside the model, or a kind that a block does not have; the message says what it has.
+    """
+    decoder = find_decoder(model)
+    asked = list(sites)
+    owner = type(decoder.model).__name__
+    for site in asked:
+        if site.layer >= decoder.num_layers:
+            last = decoder.num_layers - 1
+            where = f"layer {site.layer} is outside 0..{last} of {owner} ({decoder.num_layers} layers)"
+            raise SiteError(f"{site}: {where}")
+    found = anatomies(decoder, {site.layer for site in asked if not site.kind.startswith("resid_")})
+    taps = {}
+    for site in asked:
+        name = f"{decoder.path}.{site.layer}"
+        if site.kind.startswith("resid_"):
+            side: Literal["input", "output"] = "input" if site.kind == "resid_pre" else "output"
+            tap = Tap(site, decoder.blocks[site.layer], name, side, flat=False, width=decoder.hidden_size)
+        else:
+            place = found[site.layer].find(site.kind)
+            canonical = Site(site.layer, place.kind)
+            tap = Tap(canonical, place.module, f"{name}.{place.name}", place.side, place.flat, place.width)
+        taps[tap.site] = tap
+    return taps
+
+
+def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
+    """Run the decoder body over three tokens and read off the roles in some blocks.
+
+    Args:
+        decoder: the model's decoder.
+        layers: the blocks, counted from 0.
+
+    Returns:
+        By layer what stands where in it.
+
+    Raises:
+        SiteError: the body fails on plain token ids, or a block did not run.
+    """
+    if not layers:
+        return {}
+    input_ids = torch.tensor([[1, 2, 3]], device=execution_device(decoder))
+    with contextlib.ExitStack() as stack:
+        for hook in decoder.model._forward_pre_hooks.values():
+            if hasattr(hook, "suspended"):  # the pass clock of an outer `steer`: the probe is no pass of the user's
+                stack.enter_context(hook.suspended())
+        traces = probe_blocks(decoder.body, {layer: decoder.blocks[layer] for layer in sorted(layers)}, input_ids)
+    types = getattr(decoder.model.config.get_text_config(), "layer_types", None)
+    owner = type(decoder.model).__name__
+    return {
+        layer: Anatomy(trace, layer, owner, types[layer] if types is not None else None)
+        for layer, trace in traces.items()
+    }

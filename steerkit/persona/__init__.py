@@ -1,0 +1,31 @@
+"""From the name of a trait to a vector: `traits` is the specification, `drafting` writes one, `rollouts` lets the model
+play it, `filtering` keeps what shows it, `choice` and `pipeline` make the vector, `watching` the one to watch with.
+"""
+
+from __future__ import annotations
+
+from steerkit.persona.choice import Choice
+from steerkit.persona.drafting import draft, skeleton
+from steerkit.persona.filtering import Filtered, Rules, Scores
+from steerkit.persona.pipeline import Extraction, Pipeline, extract
+from steerkit.persona.rollouts import Plan, Rollout, roll_out
+from steerkit.persona.traits import TraitSpec, slug
+from steerkit.persona.watching import watchpoint
+
+__all__ = [
+    "Choice",
+    "Extraction",
+    "Filtered",
+    "Pipeline",
+    "Plan",
+    "Rollout",
+    "Rules",
+    "Scores",
+    "TraitSpec",
+    "draft",
+    "extract",
+    "roll_out",
+    "skeleton",
+    "slug",
+    "watchpoint",
+]

@@ -1,0 +1,250 @@
+"""Rollouts: what a model answers to the questions of a trait under both system prompts of every instruction.
+
+    system prompt = "You are a/an {name} assistant. " + instruction                                   (paper, section 2)
+
+Chen et al. (2025), "Persona Vectors", arXiv 2507.21509. Both answers to one (question, instruction, sample) are one
+row, so that nothing can part them later. With several samples tokens are drawn at temperature 1, each answer with a
+seed of its own, so that it depends neither on what stands beside it in a batch nor on where a killed run went on; one
+sample is greedy. Rows go to a file batch by batch.
+
+Where this file departs. The paper asks every held-out question under every instruction too; here each is asked under a
+few instructions in turn, because these answers only choose and measure. What a model thinks (`steerkit.roles.THINKING`)
+is kept in the file and left out of what is read. Where a chat template has no system turn, refuses one or drops it
+without a word, the system prompt is written before the question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from steerkit._support.journal import Journal
+from steerkit.errors import DataError
+from steerkit.evaluate.store_identity import weights_digest
+from steerkit.generation import generate
+from steerkit.network.decoder import inner_model
+from steerkit.persona.traits import TraitSpec
+from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.marks import spoken
+from steerkit.prompts.rendering import has_chat_template, opens_thought, render
+from steerkit.vector.model_identity import model_facts
+
+__all__ = ["SIDES", "Asked", "Plan", "Rollout", "Side", "roll_out", "takes_system"]
+
+FORMAT = 1
+Side = Literal["positive", "negative"]
+SIDES: tuple[Side, Side] = ("positive", "negative")
+
+_PROBE = "steerkit-system-probe"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked, and how it is answered.
+
+    Attributes:
+        samples: answers to each question under each system prompt; one is greedy, several are drawn at temperature 1.
+        held_out_instructions: instructions that each held-out question is asked under, in turn.
+        max_new_tokens: the longest answer, in tokens.
+        seed: of all drawing.
+        chat_template_kwargs: passed on to the chat template.
+    """
+
+    samples: int = 1
+    held_out_instructions: int = 4
+    max_new_tokens: int = 56
+    seed: int = 0
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "held_out_instructions", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is at least 1, got {getattr(self, name)}")
+
+    def asked(self, spec: TraitSpec) -> list[Asked]:
+        """Every row there will be, in order: extraction first.
+
+        Args:
+            spec: of the trait.
+        """
+        count, first = len(spec.instructions), len(spec.extraction_questions)
+        rows = [
+            Asked(False, question, instruction, sample)
+            for instruction in range(count)
+            for question in range(first)
+            for sample in range(self.samples)
+        ]
+        rows += [
+            Asked(True, question, (question + turn) % count, sample)
+            for turn in range(min(self.held_out_instructions, count))
+            for question in range(first, len(spec.questions))
+            for sample in range(self.samples)
+        ]
+        return rows
+
+
+class Asked(NamedTuple):
+    """One thing that is asked of both assistants.
+
+    Attributes:
+        held_out: whether the question is one of the held-out half.
+        question: its place among all questions, from 0.
+        instruction: the instruction's place, from 0.
+        sample: which of the samples.
+    """
+
+    held_out: bool
+    question: int
+    instruction: int
+    sample: int
+
+    def conversation(
+        self, spec: TraitSpec, side: Side, *, answer: str | None = None, folded: bool = False
+    ) -> Conversation:
+        """What the model is given.
+
+        Args:
+            spec: of the trait.
+            side: under which system prompt.
+            answer: what the assistant says, where there is an answer.
+            folded: write the system prompt before the question, because there is no system turn.
+        """
+        question, system = spec.questions[self.question], spec.system_prompt(self.instruction, side)
+        if folded:
+            return Conversation(f"{system}\n\n{question}", answer=answer)
+        return Conversation(question, answer=answer, system=system)
+
+    def seed(self, side: Side, seed: int) -> int:
+        """The seed of one answer: its own, whatever else is asked."""
+        text = f"{seed} {side} {self.question} {self.instruction} {self.sample}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+
+class Rollout(NamedTuple):
+    """Both answers to one thing asked.
+
+    Attributes:
+        asked: what was asked.
+        positive: what the assistant with the trait said, with its thoughts.
+        negative: what the other one said.
+        in_thought: whether answers begin inside of a thought, because the prompt opens it.
+    """
+
+    asked: Asked
+    positive: str
+    negative: str
+    in_thought: bool = False
+
+    def answer(self, side: Side) -> str:
+        """What an assistant said, without thoughts.
+
+        Args:
+            side: which assistant.
+        """
+        return spoken(getattr(self, side), in_thought=self.in_thought)
+
+
+def takes_system(tokenizer: Any) -> bool:
+    """Whether the chat template writes a system turn: some refuse it, some drop it, and without a template is none.
+
+    Args:
+        tokenizer: the model's tokenizer.
+    """
+    if not has_chat_template(tokenizer):
+        return False
+    try:
+        return _PROBE in render(tokenizer, Conversation("Hello", system=_PROBE)).text
+    except DataError:
+        return False
+
+
+def roll_out(
+    model: nn.Module,
+    tokenizer: Any,
+    spec: TraitSpec,
+    path: Path,
+    plan: Plan | None = None,
+    *,
+    batch_size: int = 16,
+    step: Callable[[int], None] = lambda rows: None,
+) -> list[Rollout]:
+    """Ask everything that is not answered yet in a file, and give all rows.
+
+    Args:
+        model: any decoder-only transformers model.
+        tokenizer: its tokenizer.
+        spec: of the trait.
+        path: a JSONL file that grows batch by batch; a run that was killed goes on where it stopped.
+        plan: what is asked; None takes the defaults.
+        batch_size: answers per pass, two to a row.
+        step: called with the number of rows that have become ready, for a progress bar.
+
+    Returns:
+        The rows, in the order of `Plan.asked`.
+
+    Raises:
+        DataError: the specification has places to fill in, or the file was begun with another model, specification or
+            plan, or cannot be used.
+        SteerError: see `steerkit.generate`.
+    """
+    spec.check_filled()
+    plan = plan or Plan()
+    folded = not takes_system(tokenizer)
+    kept = Journal(path, _header(model, tokenizer, spec, plan, folded=folded))
+    every, rows = plan.asked(spec), max(1, batch_size // 2)
+    # What follows the last whole batch is asked again, so that a resumed run has the very batches of one that was not.
+    kept.keep(len(kept) if len(kept) >= len(every) else len(kept) // rows * rows)
+    step(len(kept))
+    for batch in _batches(every[len(kept) :], rows):
+        texts = _answers(model, tokenizer, spec, plan, batch, folded=folded)
+        kept.append([{**asked._asdict(), **answers} for asked, answers in zip(batch, texts, strict=True)])
+        step(len(batch))
+    thought = opens_thought(tokenizer, plan.chat_template_kwargs)
+    return [
+        Rollout(asked, row["positive"], row["negative"], thought) for asked, row in zip(every, kept.rows, strict=True)
+    ]
+
+
+def _header(model: nn.Module, tokenizer: Any, spec: TraitSpec, plan: Plan, *, folded: bool) -> dict[str, Any]:
+    """What rollouts depend on; batches are not among it."""
+    facts = model_facts(inner_model(model), tokenizer)
+    return {
+        "format": FORMAT,
+        "trait": spec.trait,
+        "spec": spec.digest,
+        "model": facts["model_id"],
+        "weights": weights_digest(inner_model(model)),
+        "template": facts["chat_template_sha256"],
+        "system_turn": not folded,
+        **asdict(plan),
+    }
+
+
+def _batches(asked: Sequence[Asked], size: int) -> Iterator[Sequence[Asked]]:
+    for start in range(0, len(asked), size):
+        yield asked[start : start + size]
+
+
+def _answers(
+    model: nn.Module, tokenizer: Any, spec: TraitSpec, plan: Plan, batch: Sequence[Asked], *, folded: bool
+) -> list[dict[str, str]]:
+    """Both answers to each of some things asked, in one batch."""
+    each = [(asked, side) for asked in batch for side in SIDES]
+    drawn: dict[str, Any] = {}
+    if plan.samples > 1:
+        drawn = {"do_sample": True, "seed": [asked.seed(side, plan.seed) for asked, side in each]}
+    texts = generate(
+        model,
+        tokenizer,
+        [asked.conversation(spec, side, folded=folded) for asked, side in each],
+        max_new_tokens=plan.max_new_tokens,
+        batch_size=len(each),
+        chat_template_kwargs=plan.chat_template_kwargs,
+        **drawn,
+    )
+    return [dict(zip(SIDES, texts[place : place + 2], strict=True)) for place in range(0, len(texts), 2)]

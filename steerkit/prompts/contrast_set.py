@@ -1,0 +1,364 @@
+"""TODO prompts.contrast_set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steerkit.errors import DataError, near_miss
+from steerkit.prompts.conversation import SIDES, Conversation, check_text
+from steerkit.prompts.readers import answered_pair, item_at, item_pair, labelled_items, lines_of_file, other_label
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from steerkit.prompts.conversation import Prompt
+
+__all__ = ["ContrastSet"]
+
+# Held out by `split` where neither the caller nor the file says how much.
+_DEFAULT_HELD_OUT = 0.25
+_ITEM_KEYS = ("prompt", *SIDES, "system", "raw", "held_out", "id", "topic", "source")
+_LABELLED_KEYS = ("prompt", "label", "raw", "id", "topic", "source")
+
+
+@dataclass(frozen=True)
+class ContrastSet:
+    """What shows a behaviour and what shows its opposite.
+
+    Attributes:
+        positive: conversations that show it.
+        negative: conversations that do not.
+        paired: item i of one side belongs to item i of the other.
+        source: the name of where the data came from; not part of the digest.
+        marks: which pairs the file marks as held out; empty where it marks none.
+        origins: of the items of either side, the source that the file names for each; empty where it names none. Not
+            part of the digest.
+
+    Raises:
+        DataError: when a side is empty or holds something else than conversations, pairs are of unequal number, both
+            sides are the same, or there are marks or origins without one for each pair or item.
+    """
+
+    positive: tuple[Conversation, ...]
+    negative: tuple[Conversation, ...]
+    paired: bool
+    source: str = ""
+    marks: tuple[bool, ...] = ()
+    origins: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+    def __post_init__(self) -> None:
+        for name in SIDES:
+            side = tuple(getattr(self, name))
+            object.__setattr__(self, name, side)
+            if not side:
+                raise DataError(f"one-sided data: there is no {name} item; a contrast needs both sides")
+            for index, item in enumerate(side):
+                if not isinstance(item, Conversation):
+                    raise DataError(f"{name} item {index}: expected a Conversation, got {reprlib.repr(item)}")
+        sizes = f"{len(self.positive)} positive and {len(self.negative)} negative"
+        if self.paired and len(self.positive) != len(self.negative):
+            raise DataError(f"{sizes} items cannot be pairs; give as many on each side, or paired=False")
+        if self.positive == self.negative:
+            raise DataError(f"the {sizes} items are the same text, so there is nothing to learn; give two sides")
+        if self.marks and not (self.paired and len(self.marks) == len(self.positive)):
+            raise DataError(f"{len(self.marks)} held-out marks for {sizes} items; give one for each pair, or none")
+        named = tuple(map(len, self.origins))
+        if any(named) and named != (len(self.positive), len(self.negative)):
+            raise DataError(f"{named} origins for {sizes} items; give one for each item, or none")
+
+    @classmethod
+    def from_prompts(
+        cls,
+        positive: Sequence[Prompt],
+        negative: Sequence[Prompt],
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        paired: bool | None = None,
+    ) -> ContrastSet:
+        """Contrast two lists of prompts.
+
+        Args:
+            positive: prompts that show the behaviour: strings, lists of messages, or conversations.
+            negative: prompts that do not.
+            raw: leave strings as they are, without a chat template.
+            system: a system prompt for all of them.
+            paired: whether prompt i of one list belongs to prompt i of the other; None: when the lists are as long.
+
+        Returns:
+            The contrast set.
+
+        Raises:
+            DataError: when a side is empty or one string, the sides are the same, a prompt is of another type, or
+                `paired` is asked of lists of unequal length.
+
+        Example:
+            >>> data = ContrastSet.from_prompts(["I love it", "I adore it"], ["I hate it"])
+            >>> len(data), data.paired
+            (2, False)
+        """
+        sides = []
+        for name, prompts in zip(SIDES, (positive, negative), strict=True):
+            if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+                raise DataError(f"{name}: expected a list of prompts, got {reprlib.repr(prompts)}; put it into a list")
+            side = []
+            for index, item in enumerate(prompts):
+                with item_at(f"{name} item {index}"):
+                    side.append(Conversation.of(item, raw=raw, system=system))
+            sides.append(tuple(side))
+        return cls(sides[0], sides[1], paired=len(sides[0]) == len(sides[1]) if paired is None else paired)
+
+    @classmethod
+    def from_answers(
+        cls, triples: Iterable[tuple[Prompt, str, str]], *, raw: bool = False, system: str | None = None
+    ) -> ContrastSet:
+        """Contrast two answers to the same prompt.
+
+        Args:
+            triples: (prompt, positive answer, negative answer).
+            raw: leave string prompts as they are; prompt and answer are then joined verbatim.
+            system: a system prompt for all of them.
+
+        Returns:
+            The contrast set, paired.
+
+        Raises:
+            DataError: when there is no triple, an item is no triple, an answer is empty or no string, or every
+                positive answer is its negative one.
+
+        Example:
+            >>> data = ContrastSet.from_answers([("How was your day?", "Great!", "Awful.")])
+            >>> data.positive[0].answer
+            'Great!'
+        """
+        pairs = []
+        for index, triple in enumerate(triples):
+            if not isinstance(triple, (tuple, list)) or len(triple) != 3:
+                raise DataError(f"item {index}: expected (prompt, positive, negative), got {reprlib.repr(triple)}")
+            prompt, *answers = triple
+            with item_at(f"item {index}"):
+                pairs.append([answered_pair(prompt, answer, raw=raw, system=system) for answer in answers])
+        return _from_pairs(pairs)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path) -> ContrastSet:
+        """Read a UTF-8 file with one JSON object a line; blank lines are skipped.
+
+        The forms: ``{"prompt", "positive", "negative"}``, two answers to a prompt; ``{"positive", "negative"}``, two
+        prompts; ``{"prompt", "system": {"positive", "negative"}}``, one prompt under two system prompts, with or
+        without the answers ``"positive"`` and ``"negative"``. Prompts are strings or lists of messages. Every line may
+        also have ``"raw"`` and ``"held_out"`` (true or false), ``"source"``, by which `split` can hold items out where
+        every line has it, and ``"id"`` and ``"topic"``, which are not read.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The contrast set, paired, with the file's name as its source.
+
+        Raises:
+            DataError: when the file is missing or holds no item, or, with the line's number, when a line is not UTF-8,
+                not JSON, has an unknown key, lacks one, or has a value of the wrong type.
+        """
+        path = Path(path)
+        pairs: list[list[Conversation]] = []
+        items = lines_of_file(path, _ITEM_KEYS, "pairs", lambda item, _: pairs.append(item_pair(item)))
+        marks, origins = ([item.get(key) for item in items] for key in ("held_out", "source"))
+        is_marked = any(mark is not None for mark in marks)
+        with item_at(str(path)):
+            return _from_pairs(
+                pairs,
+                source=path.name,
+                marks=[bool(mark) for mark in marks] if is_marked else (),
+                origins=[str(origin) for origin in origins] if all(isinstance(one, str) for one in origins) else (),
+            )
+
+    @classmethod
+    def from_labelled(cls, path: str | Path, *, positive: str, negative: str | None = None) -> ContrastSet:
+        """Read a UTF-8 file of labelled prompts, one JSON object a line; blank lines are skipped.
+
+        A line is ``{"prompt", "label", "source"}``: a string or list of messages, which side it is on, and which
+        collection it comes from, by which `split` can hold whole collections out. It may also have ``"raw"``, and
+        ``"id"`` and ``"topic"``, which are not read. Either all lines have a source, or none.
+
+        Args:
+            path: the file.
+            positive: the label of the positive side.
+            negative: the label of the other; None where the file has only one other.
+
+        Returns:
+            The contrast set, unpaired, with the file's name as its source.
+
+        Raises:
+            DataError: when the file is missing or holds no item, a label is not in it, the other one is not clear, only
+                some lines name a source, or, with the line's number, when a line cannot be read.
+        """
+        path = Path(path)
+        prompts: list[Conversation] = []
+        items = lines_of_file(
+            path, _LABELLED_KEYS, "labelled prompts", lambda *args: prompts.append(labelled_items(*args))
+        )
+        labels = [str(item["label"]) for item in items]
+        with item_at(str(path)):
+            sides = (positive, other_label(labels, positive) if negative is None else negative)
+            for label in sides:
+                if label not in labels:
+                    raise DataError(f"no line has the label {label!r}; {near_miss(label, set(labels))}")
+        chosen = [[place for place, label in enumerate(labels) if label == side] for side in sides]
+        first, second = (tuple(prompts[place] for place in places) for places in chosen)
+        plus, minus = (
+            tuple(str(items[place]["source"]) for place in places if "source" in items[place]) for places in chosen
+        )
+        return cls(first, second, paired=False, source=path.name, origins=(plus, minus))
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Dataset, *, positive: str, negative: str, prompt: str | None = None, system: str | None = None
+    ) -> ContrastSet:
+        """Take a contrast from the columns of a `datasets.Dataset`.
+
+        Args:
+            dataset: one split, not a dictionary of splits.
+            positive: the column of prompts that show the behaviour, or of answers where `prompt` is given.
+            negative: the column of the others.
+            prompt: the column of prompts that both answer.
+            system: the column of system prompts that both have.
+
+        Returns:
+            The contrast set, paired row by row.
+
+        Raises:
+            DataError: when a column is missing, `dataset` is a dictionary of splits, it has no row, or a cell is
+                neither text nor a list of messages (the row is named).
+        """
+        if isinstance(dataset, Mapping):
+            raise DataError(f"a dictionary of splits was given ({', '.join(map(str, dataset))}); give one of them")
+        columns = list(dataset.column_names or ())
+        for column in (positive, negative, prompt, system):
+            if column is not None and column not in columns:
+                raise DataError(f"the dataset has no column {column!r}; {near_miss(column, columns)}")
+        pairs = []
+        for number, row in enumerate(dataset):
+            with item_at(f"row {number}"):
+                common = None if system is None else row[system]
+                if system is not None:
+                    check_text(system, common)
+                if prompt is None:
+                    pairs.append([Conversation.of(row[side], system=common) for side in (positive, negative)])
+                else:
+                    pairs.append(
+                        [answered_pair(row[prompt], row[side], system=common) for side in (positive, negative)]
+                    )
+        return _from_pairs(pairs, source=str(getattr(dataset.info, "dataset_name", None) or ""))
+
+    def __len__(self) -> int:
+        return max(len(self.positive), len(self.negative))
+
+    @property
+    def digest(self) -> str:
+        """The sha256, in hex, of every text, role and flag that is fitted on; any character changes it."""
+        sides = [[[item.prompt, item.answer, item.system, item.raw] for item in getattr(self, name)] for name in SIDES]
+        content = {"paired": self.paired, "sides": sides}
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def split(
+        self, *, held_out: float | None = None, seed: int = 0, held_out_sources: Sequence[str] = ()
+    ) -> tuple[ContrastSet, ContrastSet]:
+        """Part the set into one to fit on and one to measure on.
+
+        Pairs stay together; unpaired sides are split each on its own. Both parts keep the order of the whole.
+
+        Args:
+            held_out: the share that is held out, between 0 and 1. None: what the file marks, else a quarter.
+            seed: draws which items are held out; not used where the file marks them.
+            held_out_sources: hold out all items of these `origins` instead, so that nothing is measured on items of a
+                collection that was fitted on.
+
+        Returns:
+            What to fit on, and what is held out.
+
+        Raises:
+            DataError: when the share is not between 0 and 1, a part would be empty or of two identical sides, or a
+                source is not among the origins.
+
+        Example:
+            >>> data = ContrastSet.from_answers([(f"Is {n} nice?", "Yes.", "No.") for n in range(8)])
+            >>> [len(part) for part in data.split(held_out=0.25)]
+            [6, 2]
+        """
+        if held_out_sources:
+            if held_out is not None:
+                raise DataError(f"held_out={held_out} beside held_out_sources; give one of them")
+            marks = self._of_sources(held_out_sources)
+        elif held_out is None and self.marks:
+            if len(set(self.marks)) == 1:
+                every = "every" if self.marks[0] else "no"
+                raise DataError(f"{every} item is marked held_out, which leaves a part empty; give held_out=0.25")
+            marks = (self.marks, self.marks)
+        else:
+            share = _DEFAULT_HELD_OUT if held_out is None else held_out
+            marks = (_draw(len(self.positive), share, seed), _draw(len(self.negative), share, seed))
+        return self._part(marks, wanted=False), self._part(marks, wanted=True)
+
+    def _of_sources(self, sources: Sequence[str]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+        """Marks of the items that come from some sources."""
+        if isinstance(sources, str):
+            raise DataError(f"held_out_sources: got one text, {sources!r}; give a list of sources")
+        known = {origin for side in self.origins for origin in side}
+        for source in sources:
+            if source not in known:
+                raise DataError(f"held_out_sources: no item has the source {source!r}; {near_miss(source, known)}")
+        positive, negative = (tuple(origin in sources for origin in side) for side in self.origins)
+        for name, marks in zip(SIDES, (positive, negative), strict=True):
+            if len(set(marks)) == 1:
+                none = "every" if marks[0] else "no"
+                raise DataError(f"held_out_sources: {none} {name} item comes from {', '.join(sources)}; give others")
+        return positive, negative
+
+    def _part(self, marks: tuple[tuple[bool, ...], tuple[bool, ...]], *, wanted: bool) -> ContrastSet:
+        """The items of both sides whose mark is `wanted`."""
+        kept = [[place for place, mark in enumerate(side) if mark is wanted] for side in marks]
+        positive, negative = (
+            tuple(side[place] for place in places)
+            for side, places in zip((self.positive, self.negative), kept, strict=True)
+        )
+        first, second = (
+            tuple(side[place] for place in places if side) for side, places in zip(self.origins, kept, strict=True)
+        )
+        return replace(self, positive=positive, negative=negative, marks=(), origins=(first, second))
+
+
+def _from_pairs(
+    pairs: Sequence[Sequence[Conversation]],
+    *,
+    source: str = "",
+    marks: Sequence[bool] = (),
+    origins: Sequence[str] = (),
+) -> ContrastSet:
+    """A paired set of [positive, negative] items."""
+    positive, negative = (tuple(pair[side] for pair in pairs) for side in (0, 1))
+    both = (tuple(origins), tuple(origins))
+    return ContrastSet(positive, negative, paired=True, source=source, marks=tuple(marks), origins=both)
+
+
+def _draw(size: int, share: float, seed: int) -> tuple[bool, ...]:
+    """Which of `size` items are held out."""
+    if not 0 < share < 1:
+        raise DataError(f"held_out={share}: give a share between 0 and 1, such as 0.25")
+    count = math.floor(size * share + 0.5)
+    if not 0 < count < size:
+        raise DataError(
+            f"held_out={share} of {size} items would hold out {count} and leave a part empty; "
+            "give more items or a share nearer to one half"
+        )
+    drawn = set(random.Random(seed).sample(range(size), count))
+    return tuple(index in drawn for index in range(size))

@@ -1,0 +1,11 @@
+"""Evidence on a page: `evidence` is what is shown, `gather` measures it, `html` lays it out, `card` writes the vector's
+Markdown card, `heat_page` shows tokens, `plots` draws.
+"""
+
+from __future__ import annotations
+
+from steerkit.report.card import vector_card
+from steerkit.report.evidence import Evidence, Plan
+from steerkit.report.html import comparison_html, report_html
+
+__all__ = ["Evidence", "Plan", "comparison_html", "report_html", "vector_card"]

@@ -1,0 +1,52 @@
+"""Plots, by what they show: curves and intervals, scatter, maps of parts, tokens; `style` is what they share."""
+
+from __future__ import annotations
+
+from steerkit.report.plots.curves import Bar, Panel, costs_svg, curve_svg, forest_svg, plot_curve, plot_sweep
+from steerkit.report.plots.maps import plot_maps
+from steerkit.report.plots.scatter import Spot, histogram_svg, separation_svg, spots_svg
+from steerkit.report.plots.style import (
+    BLUE,
+    GREY,
+    LINES,
+    MARKS,
+    ORANGE,
+    WIDTH,
+    finite,
+    new_figure,
+    ready,
+    save,
+    sentence,
+    style,
+    svg,
+)
+from steerkit.report.plots.tokens import plot_tokens
+
+__all__ = [
+    "BLUE",
+    "Bar",
+    "GREY",
+    "LINES",
+    "MARKS",
+    "ORANGE",
+    "Panel",
+    "Spot",
+    "WIDTH",
+    "costs_svg",
+    "curve_svg",
+    "finite",
+    "forest_svg",
+    "histogram_svg",
+    "new_figure",
+    "plot_curve",
+    "plot_maps",
+    "plot_sweep",
+    "plot_tokens",
+    "ready",
+    "save",
+    "sentence",
+    "separation_svg",
+    "spots_svg",
+    "style",
+    "svg",
+]

@@ -1,0 +1,229 @@
+"""`steer`: run a model with its activations changed. The only file that attaches hooks that change anything.
+
+Everything is planned and checked before anything is touched; then all hooks are attached or none, and they always come
+off. Each hooked module gets one dispatcher with an ordered list of edits, so that nested contexts and several vectors
+keep their order; it is prepended, so that `output_hidden_states` and other people's hooks see the steered value.
+Steering belongs to the model, whichever thread runs it; the state of a pass belongs to its thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import ModelError, ScopeError, StrengthError, VectorMismatchError, near_miss
+from steerkit.methods._registry import method_of
+from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.experts import Experts
+from steerkit.network.linears import writers_at
+from steerkit.network.sites import Site
+from steerkit.network.tap import locate
+from steerkit.prompts.chat_roles import Roles
+from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model
+from steerkit.steering.edits_at_sites import Dose, Edit, GuidedEdit, norm_factor
+from steerkit.steering.replay import Guide, Reading, conducted
+from steerkit.steering.strengths import strength_value, vectors_of
+from steerkit.tokens.clock import PassClock
+from steerkit.tokens.scope import PromptLengths, Scope
+from steerkit.vector.steering_vector import UNITS, SteeringVector
+
+if TYPE_CHECKING:
+    from steerkit.steering.strengths import Strength
+
+__all__ = ["Steering", "steer"]
+
+_ATTACH = threading.RLock()
+
+
+def steer(
+    model: nn.Module,
+    vectors: SteeringVector | Sequence[SteeringVector],
+    strength: Strength | None = None,
+    *,
+    scope: str | None = None,
+    unit: Literal["paper", "norm"] | None = None,
+    prompt_lengths: Sequence[int] | Tensor | int | None = None,
+    tokenizer: Any = None,
+) -> Steering:
+    """Steer a model inside a `with` block.
+
+    Args:
+        model: any decoder-only transformers model, wrapped by PEFT or not. Its class, attributes and weights stay.
+        vectors: one vector or several; at one site they are applied in this order.
+        strength: one number, or one per row of the batch (each repeated where `generate` expands its row into beams or
+            returned sequences). None takes each file's suggested strength, else the method's default. A vector's own
+            (`vector.at(...)`) comes first.
+        scope: which tokens are written; None takes each vector's own.
+        unit: `paper` (1 is the method's own coefficient 1) or `norm` (1 is as long as a typical activation at the
+            site); None takes each vector's own.
+        prompt_lengths: real prompt tokens of each row, for forward passes outside `generate`, which cannot tell where
+            the prompt ends.
+        tokenizer: the model's, for scopes by role (`assistant`, `answer`, `after(n)`), whose marks are those of its
+            chat template; or its `steerkit.roles.Roles`, to find the marks once for many calls.
+
+    Returns:
+        A context manager. Its `strength` can be changed while it is active.
+
+    Raises:
+        VectorMismatchError: a vector was fitted on a model of another width or depth.
+        SiteError: the model lacks a site.
+        ScopeError: a scope that the method does not allow, or that this model cannot know.
+        StrengthError: a strength that is not finite, or a unit that the method has no length for.
+        ModelError: a state of the model in which hooks would not be right; a gated vector on a compiled model.
+
+    Example:
+        with steerkit.steer(model, vector, strength=2.0):
+            out = model.generate(**inputs, max_new_tokens=40)
+    """
+    listed = vectors_of(vectors)
+    if unit not in (None, *UNITS):
+        raise StrengthError(f"unknown unit {unit!r}; {near_miss(str(unit), UNITS)}")
+    decoder = find_decoder(model)
+    only_all = _prompt_learning(model)
+    lengths = None if prompt_lengths is None else PromptLengths(prompt_lengths)
+    roles = None if tokenizer is None else Roles.of(tokenizer)
+    doses = [Dose(vector, strength, unit) for vector in listed]
+    edits: list[Edit] = []
+    for vector, dose in zip(listed, doses, strict=True):
+        vector.check(model)
+        edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all, roles)
+    _refuse_twice(edits)
+    refuse_compiled_model(model, decoder, edits)
+    return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
+
+
+class Steering:
+    """A planned steering; attach it with `with`. Made by `steer`."""
+
+    def __init__(self, decoder: Decoder, edits: Sequence[Edit], doses: Sequence[Dose]) -> None:
+        self._decoder, self._edits, self._doses = decoder, tuple(edits), tuple(doses)
+        self._entered: list[contextlib.ExitStack] = []
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the model is written, in the order of the vectors."""
+        return tuple(edit.tap.site for edit in self._edits)
+
+    @property
+    def strength(self) -> float | tuple[float, ...] | None:
+        """The strength in use; None where every vector has its own."""
+        return self._doses[0].value if self._doses else None
+
+    @strength.setter
+    def strength(self, value: Strength) -> None:
+        """Change the strength in place; a compiled model is not compiled again.
+
+        Raises:
+            StrengthError: every vector has its own strength, or the value is not finite.
+        """
+        if not self._doses:
+            raise StrengthError("strength: every vector has its own (vector.at); make new ones")
+        checked = strength_value(value)
+        for dose in self._doses:
+            dose.value = checked
+        for edit in self._edits:
+            if any(edit.dose is dose for dose in self._doses):
+                edit.refresh()
+
+    def __enter__(self) -> Steering:
+        with _ATTACH, contextlib.ExitStack() as stack:
+            model = self._decoder.model
+            clock = PassClock.of(model) or PassClock(model, self._decoder.body)
+            if clock.users and clock.owner != threading.get_ident():
+                raise ModelError(
+                    "steer: this model object is being steered from another thread; leave that context first, "
+                    "or load the model twice"
+                )
+            make_compiled_code_see_hooks()
+            clock.attach()
+            stack.callback(clock.detach)
+            guided: set[int] = set()
+            for edit in self._edits:
+                if isinstance(edit, GuidedEdit) and id(edit.guide) not in guided:
+                    guided.add(id(edit.guide))
+                    stack.enter_context(conducted(self._decoder, clock, edit.guide))
+                    for tap in edit.guide.taps.values():
+                        stack.enter_context(attached_edits(Reading(edit.guide, tap, clock)))
+                edit.clock = clock
+                edit.refresh()
+                stack.enter_context(attached_edits(edit))
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _ATTACH:
+            self._entered.pop().close()
+
+
+def _plan(
+    decoder: Decoder,
+    vector: SteeringVector,
+    dose: Dose,
+    scope: str | None,
+    unit: str | None,
+    lengths: PromptLengths | None,
+    only_all: str | None,
+    roles: Roles | None,
+) -> list[Edit]:
+    """Turn one vector into edits, checking all that can be checked."""
+    method = method_of(vector)
+    written = Scope.parse(vector.scope if vector.own_scope or scope is None else scope)
+    if written.kind not in method.scopes:
+        raise ScopeError(f"{method.name}: scope '{written}' is not one of its own: {', '.join(method.scopes)}")
+    if only_all is not None and written.kind != "all":
+        raise ScopeError(f"scope '{written}': {only_all}; use scope='all'")
+    written = written.marked(roles)
+    counted = vector.unit if vector.own_unit or unit is None else unit
+    writers = writers_at(decoder, vector.sites) if method.reads_input else {}
+    taps = {site: one.tap for site, one in writers.items()} or locate(decoder.model, vector.sites)
+    edits: list[Edit] = []
+    method.check_model(vector, decoder)
+    editor = method.editor(vector)
+    if editor is not None and only_all is not None:
+        raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
+    guide = None
+    if editor is not None:
+        guide = Guide(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
+    for site, tap in zip(vector.sites, taps.values(), strict=True):
+        params = vector.params(site)
+        method.check(site, params)
+        factor = 1.0 if counted == "paper" else norm_factor(method, vector, site, params)
+        block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
+        if guide is None:
+            writer = writers.get(tap.site)
+            experts = writer if isinstance(writer, Experts) else None
+            edits.append(Edit(method, params, tap, written, dose, factor, lengths, block, experts=experts))
+        else:
+            edits.append(GuidedEdit(method, params, tap, written, dose, factor, lengths, block, guide=guide))
+    for edit in edits:
+        if isinstance(edit, GuidedEdit):
+            edit.siblings = edits
+    return edits
+
+
+def _refuse_twice(edits: Sequence[Edit]) -> None:
+    """Refuse two gates that add one direction at one site: a row that opens both would get it twice."""
+    gated = [edit for edit in edits if isinstance(edit, GuidedEdit)]
+    for number, edit in enumerate(gated):
+        for other in gated[:number]:
+            if edit.tap.site == other.tap.site and torch.equal(edit.params["direction"], other.params["direction"]):
+                raise VectorMismatchError(
+                    f"{edit.tap.site}: two gated vectors add the same direction, twice to a row that opens both; join "
+                    "their conditions with | (steerkit.methods.conditional.combine)"
+                )
+
+
+def _prompt_learning(model: nn.Module) -> str | None:
+    """Why only scope `all` is known on this model, if so: virtual tokens stand before the text."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if config is not None and getattr(config, "is_prompt_learning", False):
+        return f"a {config.peft_type} adapter puts virtual tokens before the text, so positions are not known"
+    return None

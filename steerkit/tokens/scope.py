@@ -1,0 +1,145 @@
+"""TODO tokens.scope."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steerkit.errors import ScopeError, near_miss
+from steerkit.prompts.chat_roles import Roles
+from steerkit.prompts.marks import Marks
+
+if TYPE_CHECKING:
+    from steerkit.tokens.forward_pass import Pass
+
+__all__ = ["PromptLengths", "Scope"]
+
+SCOPES = (
+    "all",
+    "prompt",
+    "response",
+    "generated",
+    "first(n)",
+    "assistant",
+    "answer",
+    "after(n)",
+    "front",
+    "mid",
+    "back",
+)
+ROLES = ("assistant", "answer", "after")
+_COUNTED = re.compile(r"(first|after)\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which tokens are written.
+
+    `all`; `prompt` (up to and with the last prompt token); `response` (from the last prompt token on: every position
+    whose output is a generated token); `generated` (one later); `first(n)` (counted from each row's first real token);
+    `front`, `mid` and `back` (a window of the prompt as long as the vector, for methods that store one row per
+    position). Pads are never written.
+
+    By role, where the tokenizer's chat template tells: `assistant` (all assistant messages, in the history too),
+    `answer` (the same without thinking), `after(n)` (all behind message n, counted from 0 as the template renders
+    them). Like `response`, each begins at the position whose output is its first token: see `steerkit.roles`.
+
+    Attributes:
+        kind: the name.
+        count: n of `first(n)` and `after(n)`.
+        marks: of scopes by role, the marks of the tokenizer's template; no part of the scope's text.
+    """
+
+    kind: str
+    count: int = 0
+    marks: Marks | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, text: str | Scope) -> Scope:
+        """Read a scope from its text form.
+
+        Args:
+            text: ``"all"``, ``"response"``, ``"first(4)"``, ...
+
+        Raises:
+            ScopeError: the text names no scope, or `first` counts less than one token.
+        """
+        if isinstance(text, Scope):
+            return text
+        name = text.replace(" ", "")
+        counted = _COUNTED.fullmatch(name)
+        if counted:
+            if counted[1] == "first" and int(counted[2]) < 1:
+                raise ScopeError(f"scope {text!r}: first(n) needs n of at least 1")
+            return cls(counted[1], int(counted[2]))
+        if name not in SCOPES or name.endswith("(n)"):
+            raise ScopeError(f"unknown scope {text!r}; {near_miss(name, SCOPES)}")
+        return cls(name)
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.count})" if self.kind in ("first", "after") else self.kind
+
+    @property
+    def is_by_role(self) -> bool:
+        """Whether this scope needs a chat template's marks."""
+        return self.kind in ROLES
+
+    def marked(self, roles: Roles | None) -> Scope:
+        """The scope with the marks it needs; other scopes come back as they are.
+
+        Args:
+            roles: of the model's tokenizer, where it was given.
+
+        Raises:
+            ScopeError: the scope needs marks and there is no tokenizer, or its template has none that ids can tell.
+        """
+        if not self.is_by_role:
+            return self
+        if roles is None:
+            raise ScopeError(f"scope '{self}': its marks are the chat template's; pass tokenizer= to steer()")
+        return Scope(self.kind, self.count, roles.check(self.kind))
+
+    @property
+    def needs_prompt_end(self) -> bool:
+        """Whether this scope means nothing until it is known where the prompt ends."""
+        return self.kind in ("prompt", "response", "generated", "mid", "back")
+
+
+class PromptLengths:
+    """Real prompt tokens of each row, given by the caller for passes that cannot tell.
+
+    Args:
+        lengths: one number per row of the batch (without pads), or one for all rows.
+
+    Raises:
+        ScopeError: a length is not a whole number of at least 1, or there is none.
+    """
+
+    def __init__(self, lengths: Sequence[int] | Tensor | int) -> None:
+        listed: Any = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        values = list(listed) if isinstance(listed, Sequence) and not isinstance(listed, str) else [listed]
+        wrong = [value for value in values if isinstance(value, bool) or not isinstance(value, int) or value < 1]
+        if not values or wrong:
+            got = repr(wrong[0]) if wrong else "none"
+            raise ScopeError(f"prompt_lengths: got {got}; give the number of real prompt tokens (>= 1) of every row")
+        self.values = tuple(values)
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def on(self, facts: Pass) -> Tensor:
+        """The lengths as a tensor [b], one per row of a pass.
+
+        Args:
+            facts: the pass.
+
+        Raises:
+            ScopeError: the rows of the pass do not fit the lengths given.
+        """
+        if facts.device not in self._tensors:
+            self._tensors[facts.device] = torch.tensor(self.values, dtype=torch.long, device=facts.device)
+        values = self._tensors[facts.device]
+        return values.expand(facts.batch) if len(values) == 1 else facts.expand(values, "prompt_lengths")

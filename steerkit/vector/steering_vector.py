@@ -1,0 +1,462 @@
+"""TODO vector.steering_vector."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from steerkit import __version__
+from steerkit._support.files import write_whole
+from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError, VectorMismatchError
+from steerkit.network.decoder import inner_model
+from steerkit.network.linears import check_weights
+from steerkit.network.sites import Site
+from steerkit.tokens.scope import Scope
+from steerkit.vector.container import (
+    BLANK_DIGEST,
+    DTYPE_NAMES,
+    FORMAT,
+    LAYER_COUNTING,
+    MAX_TENSORS,
+    REQUIRED,
+    check_digest,
+    check_readable,
+    lay_out,
+    open,
+    signed,
+)
+from steerkit.vector.fields import (
+    CODECS,
+    MAPPING,
+    NORMS,
+    WIDTHS,
+    check_direction,
+    checked_strength,
+    decoded,
+    direction_length,
+    json_like,
+    own_copy,
+    thawed,
+)
+from steerkit.vector.model_identity import model_facts, public_id, same_id, template_digest
+
+__all__ = ["SteeringVector"]
+
+UNITS = ("paper", "norm")
+MAX_FILE_BYTES = 4 * 2**30
+_EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SteeringVector:
+    """The result of a fit. Two vectors are equal when they would be stored as the same bytes and applied the same.
+
+    Attributes:
+        method: name of the method that fitted it and applies it.
+        tensors: ``"<site>/<param>"`` and ``"shared/<param>"`` to tensor; kept as copies, detached, contiguous, on the
+            CPU, in their own dtype. A param named ``direction`` is [d] or [k, d], d being the width of its site.
+        sites: where it is applied, in order.
+        edit: the operation, such as ``"add"``.
+        scope: which tokens are written when nobody says otherwise.
+        unit: what `suggested_strength` and `strength` count in.
+        model_type: family of the model it was fitted on, from its text config.
+        hidden_size: width of that model's residual stream.
+        num_layers: number of its blocks.
+        settings: the method's settings. Lists become tuples here and in the other free mappings.
+        norms: typical activation norm per site (median over tokens).
+        widths: width of each site that is not `hidden_size` wide, such as `z`.
+        suggested_strength: strength to use when nobody gives one.
+        model_id: hub id or folder name of the model; of an absolute path only the last part is kept.
+        model_revision: commit of the hub repository.
+        chat_template_sha256: digest of the chat template the prompts were rendered with.
+        tokenizer_sha256: digest of the vocabulary.
+        readout: which tokens were read.
+        data_digest: digest of the contrast set.
+        data_source: where the contrast set came from.
+        seed: of everything random in the fit.
+        paper: what the method implements.
+        held_out: figures measured on items it was not fitted on.
+        steerkit_version: that fitted it.
+        recipe: the exact recipe it was made by.
+        extra: what a method wants to add; ``{"weights": {name: digest}}`` ties the vector to those weights.
+        fitted_at: where it was fitted; None where that is where it is applied. See `reads`.
+        strength: how strongly it is to be applied this time, one number or one per row of the batch; never stored.
+        own_scope: whether `at` set the scope, so that it comes before one given for several vectors; never stored.
+        own_unit: whether `at` set the unit; never stored.
+
+    Raises:
+        VectorFileError: a field of the wrong type, or a tensor with a wrong name, shape, dtype or value.
+        StrengthError: a strength that is not a finite number, or an unknown unit.
+
+    Example:
+        >>> vector = SteeringVector(
+        ...     method="caa", tensors={"resid_post.1/direction": torch.ones(4)}, sites=(Site(1),), edit="add",
+        ...     scope="response", unit="paper", model_type="llama", hidden_size=4, num_layers=2,
+        ... )
+        >>> SteeringVector.from_bytes(vector.to_bytes()) == vector
+        True
+    """
+
+    method: str
+    tensors: Mapping[str, Tensor]
+    sites: tuple[Site, ...]
+    edit: str
+    scope: str
+    unit: Literal["paper", "norm"]
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    norms: Mapping[Site, float] = field(default_factory=dict)
+    widths: Mapping[Site, int] = field(default_factory=dict)
+    suggested_strength: float | None = None
+    model_id: str | None = None
+    model_revision: str | None = None
+    chat_template_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    readout: str | None = None
+    data_digest: str | None = None
+    data_source: str | None = None
+    seed: int | None = None
+    paper: str | None = None
+    held_out: Mapping[str, Any] = field(default_factory=dict)
+    steerkit_version: str | None = __version__
+    recipe: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    fitted_at: tuple[Site, ...] | None = None
+    strength: float | tuple[float, ...] | None = None
+    own_scope: bool = False
+    own_unit: bool = False
+
+    def __post_init__(self) -> None:
+        for name, codec in CODECS.items():
+            value = getattr(self, name)
+            if value is None and name not in REQUIRED and codec not in (MAPPING, NORMS, WIDTHS):
+                continue  # not known
+            try:
+                object.__setattr__(self, name, codec.clean(value))
+            except (TypeError, ValueError) as error:
+                raise VectorFileError(f"{name}: {error}") from None
+        if self.unit not in UNITS:
+            raise StrengthError(f"unit {self.unit!r} is unknown; allowed are 'paper' and 'norm'")
+        object.__setattr__(self, "strength", checked_strength("strength", self.strength))
+        if self.model_id is not None:
+            object.__setattr__(self, "model_id", public_id(self.model_id))
+        for site in (*self.sites, *self.reads):
+            if site.layer >= self.num_layers:
+                raise VectorFileError(f"{site}: layer {site.layer} is outside 0..{self.num_layers - 1}")
+        object.__setattr__(self, "tensors", MappingProxyType(self._checked_tensors()))
+
+    def _checked_tensors(self) -> dict[str, Tensor]:
+        """Copies of the tensors, in the order of their names.
+
+        Raises:
+            VectorFileError: too many, a wrong name, dtype, shape or value, or a site without any.
+        """
+        if not 1 <= len(self.tensors) <= MAX_TENSORS:
+            raise VectorFileError(f"a vector holds 1 to {MAX_TENSORS} tensors, not {len(self.tensors)}")
+        owners = {str(site): (site,) for site in self.sites} | {"shared": self.sites}
+        kept: dict[str, Tensor] = {}
+        for name in sorted(self.tensors):
+            owner, slash, param = name.partition("/")
+            if not slash or owner not in owners or re.fullmatch(r"[A-Za-z0-9_.-]+", param) is None:
+                listed = ", ".join(owners)
+                raise VectorFileError(f"tensor {name!r}: its name must be <site>/<param>, the site one of {listed}")
+            kept[name] = own_copy(name, self.tensors[name])
+            if param == "direction":
+                for site in owners[owner]:
+                    check_direction(name, kept[name], self.widths.get(site, self.hidden_size))
+        for site in self.sites:
+            if not any(name.startswith((f"{site}/", "shared/")) for name in kept):
+                raise VectorFileError(f"{site}: the vector holds no tensor for this site")
+        return kept
+
+    def __repr__(self) -> str:
+        places = ", ".join(map(str, self.sites))
+        return f"SteeringVector({self.method} at {places}; {self.model_type}, {self.digest[:12]})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Read-only mappings can neither be copied nor sent to another process.
+        return _rebuild, ({entry.name: thawed(getattr(self, entry.name)) for entry in fields(self)},)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.digest, self.strength, self.own_scope, self.own_unit
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """Where it was fitted, and where its directions separate activations: `fitted_at`, else `sites`."""
+        return self.sites if self.fitted_at is None else self.fitted_at
+
+    def params(self, site: Site) -> dict[str, Tensor]:
+        """The tensors that act at one site: the shared ones and its own.
+
+        Args:
+            site: one of `sites`, or of `reads`.
+
+        Returns:
+            parameter name to tensor; where both exist, the site's own.
+
+        Raises:
+            SiteError: the vector is neither applied nor fitted there.
+        """
+        if site not in self.sites and site not in self.reads:
+            raise SiteError(f"{site}: this vector acts at {', '.join(map(str, self.sites))}")
+        found = {}
+        for prefix in ("shared/", f"{site}/"):
+            found.update({name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)})
+        return found
+
+    def at(
+        self,
+        strength: float | Sequence[float] | Tensor | None = None,
+        scope: str | None = None,
+        unit: Literal["paper", "norm"] | None = None,
+    ) -> SteeringVector:
+        """The same vector, to be applied in a given way.
+
+        Args:
+            strength: one number, or one per row of the batch; None leaves it.
+            scope: which tokens are written; None leaves it.
+            unit: what the strength counts in; None leaves it.
+
+        Returns:
+            A copy. With another unit it has no suggested strength: that one counts in the old unit.
+
+        Raises:
+            StrengthError: a strength that is not finite, an unknown unit, or another unit without a strength in it.
+            ScopeError: no scope of that name.
+        """
+        changes: dict[str, Any] = {}
+        if strength is not None:
+            changes["strength"] = strength
+        if scope is not None:
+            changes.update(scope=str(Scope.parse(scope)), own_scope=True)
+        if unit is not None:
+            changes.update(unit=unit, own_unit=True)
+        if unit not in (None, self.unit) and self.suggested_strength is not None:
+            if strength is None and self.strength is None:
+                raise StrengthError(
+                    f"unit {unit!r}: the suggested strength {self.suggested_strength:g} counts in unit {self.unit!r}; "
+                    "give a strength too"
+                )
+            changes["suggested_strength"] = None
+        return replace(self, **changes)
+
+    def with_held_out(self, figures: Mapping[str, Any]) -> SteeringVector:
+        """The same vector with figures measured on items it was not fitted on.
+
+        Args:
+            figures: JSON-like, such as ``{"items": 8, "sites": {...}}``.
+
+        Raises:
+            VectorFileError: a value that JSON cannot hold.
+        """
+        return replace(self, held_out=figures)
+
+    @property
+    def digest(self) -> str:
+        """What identifies the stored vector: the sha256 of its file with 64 zeros in the digest's place."""
+        return hashlib.sha256(self._unsigned()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The file's content; the same vector gives the same bytes.
+
+        Raises:
+            VectorFileError: text that is no Unicode, or more metadata than a header may hold.
+        """
+        return signed(self._unsigned())
+
+    def _unsigned(self) -> bytes:
+        metadata = {"format": str(FORMAT), "layer_counting": LAYER_COUNTING, "digest": BLANK_DIGEST}
+        for name, codec in CODECS.items():
+            value = getattr(self, name)
+            if name in REQUIRED or name == "settings" or (value is not None and value != _EMPTY):
+                metadata[name] = codec.encode(value)
+        return lay_out(metadata, self.tensors)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "vector") -> SteeringVector:
+        """Read a file's content. Nothing in it is executed.
+
+        Args:
+            data: the bytes.
+            source: what to call them in messages.
+
+        Raises:
+            VectorFileError: anything about the bytes is not as `to_bytes` left it, or they are of a newer format.
+        """
+        try:
+            metadata = open(data)
+            check_readable(metadata)
+            check_digest(data, metadata["digest"])
+            values = {name: decoded(name, metadata[name]) for name in CODECS if name in metadata}
+            # An older file without a version must not get the present one.
+            values.setdefault("steerkit_version", None)
+            return cls(tensors=safetensors.torch.load(data), **values)
+        except (SteerError, SafetensorError) as error:
+            raise VectorFileError(f"{source}: {error}") from None
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file, whole or not at all; folders on the way are made.
+
+        Args:
+            path: where; a file there is replaced only when the new one is complete on the disk.
+
+        Returns:
+            The path.
+
+        Raises:
+            VectorFileError: it cannot be written there, or the vector cannot be stored.
+        """
+        data = self.to_bytes()
+        path = Path(path)
+        try:
+            target = path.resolve()  # a link stays a link
+            if target.is_dir():
+                raise VectorFileError(f"{path}: is a folder; give the name of a file, such as {path / 'x.safetensors'}")
+            write_whole(target, data)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise VectorFileError(f"{path}: cannot be written ({reason}); choose another folder") from None
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> SteeringVector:
+        """Read a vector file.
+
+        Args:
+            path: a file that `save` wrote.
+
+        Raises:
+            VectorFileError: there is no such file, or it is not exactly what `save` wrote.
+        """
+        path = Path(path)
+        try:
+            if path.is_dir():
+                raise VectorFileError(f"{path}: is a folder; give a .safetensors file")
+            if not path.exists():
+                raise VectorFileError(f"{path}: no such file; give a .safetensors file that steerkit saved")
+            if not path.is_file():
+                raise VectorFileError(f"{path}: is no regular file; give a .safetensors file")
+            size = path.stat().st_size
+            if size > MAX_FILE_BYTES:
+                raise VectorFileError(f"{path}: {size} bytes are too many for a vector (at most {MAX_FILE_BYTES})")
+            data = path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise VectorFileError(f"{path}: cannot be read ({reason})") from None
+        return cls.from_bytes(data, source=str(path))
+
+    def check(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """Refuse a model that this vector cannot steer; warn of one it was not fitted on.
+
+        Args:
+            model: a transformers model, wrapped or not.
+            tokenizer: its tokenizer, to compare chat templates.
+
+        Raises:
+            VectorMismatchError: the model has another width or depth, or other weights than the vector is tied to.
+        """
+        inner = inner_model(model)
+        facts = model_facts(model, tokenizer)
+        width, layers = facts["hidden_size"], facts["num_layers"]
+        if (width, layers) != (self.hidden_size, self.num_layers):
+            raise VectorMismatchError(
+                f"vector fitted on {self.model_type} ({self.num_layers} layers, width {self.hidden_size}) cannot steer "
+                f"{type(inner).__name__} ({layers} layers, width {width}): fit one on this model, or load the other"
+            )
+        if self.extra.get("weights"):
+            check_weights(model, self.extra["weights"])
+        for name in _COMPARED:
+            self._compare(name, facts.get(name))
+
+    def check_template(self, tokenizer: Any) -> None:
+        """Warn of another chat template than the vector was fitted with, where both are known.
+
+        Args:
+            tokenizer: of the model to be steered.
+        """
+        self._compare("chat_template_sha256", template_digest(tokenizer))
+
+    def _compare(self, name: str, theirs: str | None) -> None:
+        mine = getattr(self, name)
+        if mine is None or theirs is None or mine == theirs or (name == "model_id" and same_id(mine, theirs)):
+            return
+        warnings.warn(
+            f"the vector was fitted on {_COMPARED[name]} {mine!r}, this is {theirs!r}; "
+            "steering may do something else here",
+            stacklevel=3,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The facts of this vector as JSON can hold them.
+
+        Returns:
+            All that is stored except the numbers of the tensors; per site the tensors' shapes, the direction's norm
+            and the activation norm; for edits that add a direction, the strength in both units (the one set, else the
+            suggested one, else 1).
+        """
+        apart = ("sites", "norms", "widths", "fitted_at")
+        facts = {name: json_like(getattr(self, name)) for name in CODECS if name not in apart}
+        return {
+            **facts,
+            "format": FORMAT,
+            "digest": self.digest,
+            "layer_counting": LAYER_COUNTING,
+            "strength": json_like(self.strength),
+            "sites": [self._describe_site(site) for site in self.sites],
+            "fitted_at": [str(site) for site in self.reads],
+        }
+
+    def _describe_site(self, site: Site) -> dict[str, Any]:
+        params = self.params(site)
+        length, norm = direction_length(params.get("direction")), self.norms.get(site)
+        given = self.strength if self.strength is not None else self.suggested_strength
+        adds = self.edit.startswith("add")
+        strengths: dict[str, Any] = {"paper": None, "norm": None}
+        strengths[self.unit] = json_like(1.0 if given is None and adds else given)
+        if adds and length and norm:
+            factor = length / norm if self.unit == "paper" else norm / length
+            values = strengths[self.unit]
+            other = "norm" if self.unit == "paper" else "paper"
+            strengths[other] = [value * factor for value in values] if isinstance(values, list) else values * factor
+        return {
+            "site": str(site),
+            "width": self.widths.get(site, self.hidden_size),
+            "params": {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in sorted(params.items())},
+            "direction_norm": length,
+            "activation_norm": norm,
+            "strength": strengths,
+        }
+
+
+_COMPARED: Mapping[str, str] = MappingProxyType(
+    {
+        "model_type": "model type",
+        "model_id": "model",
+        "model_revision": "revision",
+        "chat_template_sha256": "the chat template with digest",
+    }
+)
+
+
+def _rebuild(values: dict[str, Any]) -> SteeringVector:
+    return SteeringVector(**values)

@@ -1,0 +1,278 @@
+"""`steerkit monitor`: tables, streams, new columns, summaries, heat maps, shift and difference, and every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import steerkit
+from steerkit.evaluate.intervals import correlation, separability
+from steerkit.monitor.monitor import Monitor
+from steerkit.vector.steering_vector import SteeringVector
+from tests.program import WIDTH, Cli, jsonl, plain, start, width
+
+ITEMS = [
+    {"id": "a", "prompt": "How are you?", "response": "Fine, thank you.", "score": 10, "label": True},
+    {"id": "b", "prompt": "Why?", "response": "Because.", "score": 35.5, "label": False},
+    {
+        "id": "c",
+        "messages": [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "No."}],
+        "score": 2,
+    },
+    {"id": "d", "prompt": "And now?", "response": "", "score": 90, "label": True},
+    {"id": "e", "prompt": "Who is it?", "response": "Nobody \u2028 of note.", "score": None, "label": True},
+]
+PROMPTS = ["How are you?", "Why?"]
+
+
+@pytest.fixture
+def monitor(here: Path, tiny: Path) -> Callable[..., Monitor]:
+    def made(**options: Any) -> Monitor:
+        return Monitor(*steerkit.load_model(str(tiny)), SteeringVector.load("v.safetensors"), **options)
+
+    Path("items.jsonl").write_text(jsonl(ITEMS))
+    return made
+
+
+def values(rows: list[dict[str, Any]], name: str = "projection") -> torch.Tensor:
+    return torch.tensor([float("nan") if row[name] is None else row[name] for row in rows])
+
+
+def test_prompts(answer: Callable[..., Any], cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:
+    found = answer("monitor", *PROMPTS, "--vector", "v.safetensors", "--model", tiny)
+    torch.testing.assert_close(values(found["items"]), monitor().score(PROMPTS), rtol=1e-4, atol=1e-5)
+    assert [row["prompt"] for row in found["items"]] == PROMPTS
+    assert found["summary"]["unit"] == "standard deviations"
+    ended = cli("monitor", *PROMPTS, "--vector", "v.safetensors", "--model", tiny)
+    assert (ended.code, ended.err) == (0, "")
+    for row in found["items"]:
+        assert f"{row['projection']:+.3f}" in ended.out
+    assert width(ended.out.split("\n")) <= WIDTH
+    raw = answer(
+        "monitor", *PROMPTS, "--vector", "v.safetensors", "--model", tiny, "--uncalibrated", "--kind", "cos", "--raw"
+    )
+    expected = monitor(calibrated=False, kind="cos").score(PROMPTS, raw=True)
+    torch.testing.assert_close(values(raw["items"]), expected, rtol=1e-4, atol=1e-5)
+    assert raw["summary"]["unit"] == "cosine"
+
+
+def test_a_file_gets_a_column(cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:
+    words = (
+        "monitor",
+        "--data",
+        "items.jsonl",
+        "--vector",
+        "v.safetensors",
+        "--model",
+        tiny,
+        "--read",
+        "response_mean",
+    )
+    ended = cli(*words, "--out", "new/out.jsonl", "--column", "joy")
+    assert (ended.code, ended.err) == (0, "")
+    rows = [json.loads(line) for line in Path("new/out.jsonl").read_text().removesuffix("\n").split("\n")]
+    assert [{key: value for key, value in row.items() if key != "joy"} for row in rows] == ITEMS
+    scores = monitor(read="response_mean").score(ITEMS)
+    torch.testing.assert_close(values(rows, "joy"), scores, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert rows[3]["joy"] is None
+    told = correlation(scores, torch.tensor([10, 35.5, 2, 90, torch.nan]))
+    area = separability(scores[[0, 3, 4]], scores[[1]])
+    for words_in in (f"{told.mean:+.3f}", f"{area.mean:+.3f}", f"{area.low:+.3f}", "4 of 5 items", "new/out.jsonl"):
+        assert words_in in plain(ended.out)
+    assert width(ended.out.split("\n")) <= WIDTH
+    piped = cli(*words)
+    assert [json.loads(line)["projection"] for line in piped.out.removesuffix("\n").split("\n")] == [
+        row["joy"] for row in rows
+    ]
+    assert "correlation with score" in piped.err  # the items alone on stdout
+
+
+def test_summary_in_json(answer: Callable[..., Any], monitor: Callable[..., Monitor], tiny: Path) -> None:
+    common = ("monitor", "--vector", "v.safetensors", "--model", tiny)
+    found = answer(*common, "--data", "items.jsonl")["summary"]
+    scores = monitor().score(ITEMS)
+    told = correlation(scores, torch.tensor([10, 35.5, 2, 90, torch.nan]))
+    area = separability(scores[[0, 3, 4]], scores[[1]])
+    assert list(found["correlation_with_score"].values()) == pytest.approx(list(told), abs=1e-3)
+    assert list(found["auc_of_label"].values()) == pytest.approx(list(area), abs=1e-3)
+    assert (found["items"], found["scored"]) == (5, 5)
+    assert found["sd"] == pytest.approx(float(scores.std()), abs=1e-3)
+    Path("bare.jsonl").write_text('"Why?"\n[{"role": "user", "content": "Why?"}]\n')
+    bare = answer(*common, "--data", "bare.jsonl")
+    assert "correlation_with_score" not in bare["summary"]
+    assert bare["items"][0]["projection"] == pytest.approx(bare["items"][1]["projection"], abs=1e-5)
+
+
+def test_a_stream_is_answered_line_by_line(monitor: Callable[..., Monitor], tiny: Path) -> None:
+    words = ("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny)
+    process = start(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    expected = monitor().score([{"prompt": "Why?"}, ITEMS[2]])
+    for item, value in zip(({"prompt": "Why?", "id": 7}, ITEMS[2]), expected.tolist(), strict=True):
+        process.stdin.write(json.dumps(item) + "\n")
+        process.stdin.flush()
+        row = json.loads(process.stdout.readline())  # before the next item is written
+        assert row.pop("projection") == pytest.approx(value, abs=1e-4)
+        assert row == item
+    process.stdin.write("{\n")
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (1, "", "error: stdin, line 3: malformed JSON; write one object a line\n")
+
+
+def test_heat(cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:
+    common = ("monitor", "<b>Why & how?", "So?", "--vector", "v.safetensors", "--model", tiny)
+    for name in ("heat.html", "heat.png", "heat.svg"):
+        ended = cli(*common, "--heat", name)
+        assert (ended.code, ended.err) == (0, f"wrote {name}\n")
+    page = Path("heat.html").read_text()
+    assert "src=" not in page
+    assert "http" not in page
+    shown = monitor().heat("<b>Why & how?")
+    assert page.count("<span") == len(shown.tokens) + len(monitor().heat("So?").tokens)
+    assert "&lt;b&gt;" in page or ("&lt;" in page and "&gt;" in page)
+    assert "<b>" not in page
+    for value in shown.values.tolist():
+        assert f'title="{value - monitor().middle():+.3f}"' in page
+    assert Path("heat.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in Path("heat.svg").read_text()
+    assert cli(*common, "--heat", "heat.txt").err.startswith("error: heat.txt: a picture is")
+
+
+def test_shift_of_a_checkpoint_and_of_an_adapter(
+    answer: Callable[..., Any], cli: Cli, monitor: Callable[..., Monitor], tiny: Path
+) -> None:
+    import warnings
+
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = steerkit.load_model(str(tiny))
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+        adapted.save_pretrained("adapter")
+        merged = adapted.merge_and_unload()
+    merged.save_pretrained("tuned")
+    tokenizer.save_pretrained("tuned")
+    bare, _ = steerkit.load_model(str(tiny))
+    expected = steerkit.finetuning_shift(bare, merged, tokenizer, PROMPTS, SteeringVector.load("v.safetensors"))
+    words = ("monitor", *PROMPTS, "--vector", "v.safetensors", "--model", tiny, "--after")
+    for after in ("tuned", "adapter"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = answer(*words, after)
+        torch.testing.assert_close(values(found["items"], "shift"), expected.values, rtol=1e-3, atol=1e-3)
+        assert list(found["summary"]["shift"].values()) == pytest.approx(list(expected.estimate), abs=1e-3)
+    ended = cli(*words, "tuned", "--out", "shift.jsonl")
+    assert [json.loads(line)["prompt"] for line in Path("shift.jsonl").read_text().splitlines()] == PROMPTS
+    assert f"{expected.estimate.mean:+.3f}" in plain(ended.out)
+    assert width(ended.out.split("\n")) <= WIDTH
+    Path("adapter/adapter_model.safetensors").write_bytes(b"")
+    assert cli(*words, "adapter").err.startswith("error: adapter: this adapter cannot be put on the model")
+
+
+def test_difference(answer: Callable[..., Any], cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:
+    words = ("monitor", "--data", "items.jsonl", "--vector", "v.safetensors", "--model", tiny, "--difference")
+    vector, loaded = SteeringVector.load("v.safetensors"), steerkit.load_model(str(tiny))
+    for more, options in ((("--max-new-tokens", 4), {"max_new_tokens": 4}), (("--cheap",), {"cheap": True})):
+        expected = steerkit.projection_difference(*loaded, ITEMS, vector, **options)
+        found = answer(*words, *more)
+        name = "projection_difference"
+        torch.testing.assert_close(values(found["items"], name), expected.values, rtol=1e-3, atol=1e-3, equal_nan=True)
+        assert found["summary"]["mean"]["mean"] == pytest.approx(expected.estimate.mean, abs=1e-3)
+        own = [row.get("own_response") for row in found["items"]]
+        assert own == ([None] * 5 if expected.answers is None else list(expected.answers))
+    ended = cli(*words, "--max-new-tokens", 4, "--out", "out.jsonl", "--column", "far")
+    assert ended.code == 0
+    assert json.loads(Path("out.jsonl").read_text().split("\n")[0])["far"] is not None
+    assert len(Path("out.jsonl.own.jsonl").read_text().splitlines()) == 5  # so that a killed run goes on
+    assert "AUC of label" in ended.out
+
+
+def test_a_stream_s_items_come_from_stdin_here_too(
+    cli: Cli, monitor: Callable[..., Monitor], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('\n"Why?"\n'))
+    ended = cli("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny)
+    assert json.loads(ended.out)["projection"] == pytest.approx(float(monitor().score(["Why?"])), abs=1e-4)
+
+
+def test_a_stream_that_is_no_text_is_a_short_error(
+    cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'"Why?"\n\xff\xfe\n'), encoding="utf-8"))
+    ended = cli("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny)
+    assert (ended.code, ended.err) == (1, "error: stdin: it is not UTF-8; give one JSON object a line\n")
+
+
+def test_labels_may_be_numbers(answer: Callable[..., Any], monitor: Callable[..., Monitor], tiny: Path) -> None:
+    rows = [{"prompt": prompt, "label": label} for prompt, label in (("Why?", 1), ("How?", 0), ("Who?", 1), ("So?", 2))]
+    Path("labels.jsonl").write_text(jsonl(rows))
+    found = answer("monitor", "--data", "labels.jsonl", "--vector", "v.safetensors", "--model", tiny)["summary"]
+    scores = monitor().score([row["prompt"] for row in rows])
+    assert found["auc_of_label"]["mean"] == pytest.approx(separability(scores[[0, 2]], scores[[1]]).mean, abs=1e-3)
+
+
+def test_what_could_not_be_read_is_told(answer: Callable[..., Any], cli: Cli, here: Path, tiny: Path) -> None:
+    common = ("--vector", "v.safetensors", "--model", tiny, "--read", "response_mean")
+    rows = [{"prompt": "Hi", "response": "ok"}, {"prompt": "Hi", "response": ""}, {"prompt": "Ho", "response": "so"}]
+    Path("some.jsonl").write_text(jsonl(rows))
+    Path("none.jsonl").write_text(jsonl(rows[1:2]))
+    found = answer("monitor", "--data", "some.jsonl", *common, "--after", tiny)["summary"]
+    assert (found["items"], found["scored"]) == (3, 2)
+    ended = cli("monitor", "--data", "some.jsonl", *common, "--after", tiny)
+    assert "means over 2 items; 95 % interval of the shift (1 of 3 items have no" in " ".join(plain(ended.out).split())
+    for words in (("Why?",), ("--data", "none.jsonl"), ("--data", "none.jsonl", "--after", tiny)):
+        ended = cli("monitor", *words, *common, "--out", "out.jsonl")
+        assert (ended.code, ended.out, ended.err.count("\n")) == (1, "", 1)
+        assert "error: none of 1 items has a response to read" in ended.err
+        assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("Why?", "--vector", "v.safetensors", "--after", "tuned", "--column", "joy"), 2, "--column names the one new"),
+        (("Why?", "--vector", "v.safetensors", "--column", "messages"), 2, "--column messages: items have a key"),
+        (("--data", "kept.jsonl", "--vector", "v.safetensors", "--column", "id"), 2, "--column id: items have a key"),
+        (
+            ("--data", "kept.jsonl", "--vector", "v.safetensors", "--difference", "--read", "prompt_last"),
+            2,
+            "leave out --read",
+        ),
+        (("Why?", "--vector", "v.safetensors", "--max-new-tokens", "4"), 2, "--max-new-tokens is the length of own"),
+        (("Why?",), 2, "give --vector"),
+        (("--vector", "v.safetensors"), 2, "give prompts, or a file"),
+        (("Why?", "--data", "x.jsonl", "--vector", "v.safetensors"), 2, "give prompts, or a file"),
+        (("Why?", "--vector", "v.safetensors", "--difference"), 2, "--difference compares"),
+        (("Why?", "--vector", "v.safetensors", "--cheap"), 2, "--cheap is a form"),
+        (("--data", "-", "--vector", "v.safetensors", "--json"), 2, "line by line"),
+        (("Why?", "--vector", "v.safetensors", "--after", "tuned", "--raw"), 2, "--raw and --heat stand with"),
+        (("--data", "none.jsonl", "--vector", "v.safetensors"), 1, "error: none.jsonl: cannot read the file"),
+        (("--data", "empty.jsonl", "--vector", "v.safetensors"), 1, "error: empty.jsonl: the file holds no item"),
+        (("--data", "wrong.jsonl", "--vector", "v.safetensors"), 1, "error: wrong.jsonl, line 2: give 'prompt' or"),
+        (("--data", "number.jsonl", "--vector", "v.safetensors"), 1, "error: number.jsonl, line 1:"),
+        (("Why?", "--vector", "nonsense"), 1, "error: unknown vector 'nonsense'"),
+        (("Why?", "--vector", "v.safetensors", "--heat", "."), 1, "error: .: is a folder"),
+        (("Why?", "--vector", "v.safetensors", "--after", "./none"), 1, "error: ./none: no such folder"),
+    ],
+)
+def test_mistakes(cli: Cli, here: Path, tiny: Path, words: Any, code: int, message: str) -> None:
+    Path("kept.jsonl").write_text('{"prompt": "Why?", "id": 1}\n')
+    Path("empty.jsonl").write_text("\n")
+    Path("wrong.jsonl").write_text('{"prompt": "Why?"}\n{"text": "Why?"}\n')
+    Path("number.jsonl").write_text("7\n")
+    ended = cli("monitor", *words, "--model", tiny)
+    assert (ended.code, ended.out) == (code, "")
+    assert message in plain(ended.err)
+    if code == 1:
+        assert ended.err.count("\n") == 1

