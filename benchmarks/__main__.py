@@ -1,4 +1,4 @@
-"""Timings as ratios inside one run, on the embedded model and of the bare operators: `make bench`.
+"""Timings as ratios inside one run, on the embedded model and of the baseline operators: `make bench`.
 
 Every ratio is the median over interleaved pairs (A then B, B then A, ...), with its 95 % bootstrap interval.
 """
@@ -57,14 +57,22 @@ def main() -> None:
         return lambda: ratio(*make(), pairs)
 
     works: list[tuple[str, Timing, str]] = [
-        ("extraction, 30 layers / bare forward", paired(lambda: extraction(model, tokenizer)), "<= 1.05"),
-        ("generation, 30 blocks steered / bare, batch 1", paired(lambda: generation(model, tokenizer, 1)), "<= 1.02"),
+        ("extraction, 30 layers / baseline forward", paired(lambda: extraction(model, tokenizer)), "<= 1.05"),
         (
-            "generation, 100 units in 30 blocks / bare",
+            "generation, 30 blocks steered / baseline, batch 1",
+            paired(lambda: generation(model, tokenizer, 1)),
+            "<= 1.02",
+        ),
+        (
+            "generation, 100 units in 30 blocks / baseline",
             paired(lambda: generation(model, tokenizer, 1, hundred_units(model))),
             "<= 1.028",
         ),
-        ("generation, 30 blocks steered / bare, batch 8", paired(lambda: generation(model, tokenizer, 8)), "<= 1.02"),
+        (
+            "generation, 30 blocks steered / baseline, batch 8",
+            paired(lambda: generation(model, tokenizer, 8)),
+            "<= 1.02",
+        ),
         (
             "generation, 100 units baked / untouched",
             lambda: baked_ratio(model, tokenizer, hundred_units(model), pairs),
@@ -77,7 +85,7 @@ def main() -> None:
         ),
     ]
     for batch in (1, 8):
-        for opens, over in ((True, "ungated"), (True, "bare"), (False, "bare")):
+        for opens, over in ((True, "ungated"), (True, "baseline"), (False, "baseline")):
             name = f"generation, 30 blocks gated ({'open' if opens else 'closed'}) / {over}, batch {batch}"
             gated = functools.partial(gates, model, tokenizer, batch, opens=opens, over=over)
             works.append((name, paired(gated), "<= 1.02" if over != "ungated" else "<= 1.05"))
@@ -119,18 +127,20 @@ def shares_in_a_loop(positive: torch.Tensor, negative: torch.Tensor) -> list[flo
 
 
 def show_operators(pairs: int) -> None:
-    """Time of each operator at one site over that of the bare addition, for a decoding step and for a prompt."""
-    print(f"\n{'one site, float32, over the bare addition':<48}{'median':>8}  {'95 % interval':<16}{'per token':>12}")
+    """Time of each operator at one site over that of the baseline addition, for a decoding step and for a prompt."""
+    print(
+        f"\n{'one site, float32, over the baseline addition':<48}{'median':>8}  {'95 % interval':<16}{'per token':>12}"
+    )
     for width in (576, 3584):
         for tokens in (1, 256):
             loops = 400 if tokens == 1 else 20
             works = {name: repeated(work, loops) for name, work in operators(width, tokens).items()}
-            bare = works["add"]
-            each = min(timed(bare) for _ in range(5)) / loops / tokens * 1e6
+            baseline = works["add"]
+            each = min(timed(baseline) for _ in range(5)) / loops / tokens * 1e6
             print(f"{f'add, width {width}, {tokens} tokens':<48}{1:>8}  {'':<16}{each:>9.2f} us")
             for name, work in works.items():
                 if name != "add":
-                    median, low, high = ratio(work, bare, pairs)
+                    median, low, high = ratio(work, baseline, pairs)
                     where = f"{name}, width {width}, {tokens} tokens"
                     print(f"{where:<48}{median:>8.2f}  {f'{low:.2f} to {high:.2f}':<16}{each * median:>9.2f} us")
 
@@ -210,7 +220,7 @@ def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[
     def ours() -> None:
         stream(model, tokenizer, data, {site: Means() for site in sites}, readout="mean", batch_size=16)
 
-    def bare() -> None:
+    def baseline() -> None:
         # The same sorted batches through the same decoder body; rendering them is part of both.
         for item in pairs:
             render(tokenizer, Conversation.of(item))
@@ -224,7 +234,7 @@ def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[
                     use_cache=False,
                 )
 
-    return ours, bare
+    return ours, baseline
 
 
 def generation(
@@ -234,7 +244,7 @@ def generation(
     inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
     options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 
-    def bare() -> None:
+    def baseline() -> None:
         with torch.no_grad():
             model.generate(**options)
 
@@ -242,7 +252,7 @@ def generation(
         with torch.no_grad(), steerkit.steer(model, vector, 1.0):
             return timed(lambda: model.generate(**options))
 
-    return steered, bare
+    return steered, baseline
 
 
 def baked_ratio(model: Any, tokenizer: Any, vector: SteeringVector, pairs: int) -> tuple[float, float, float]:

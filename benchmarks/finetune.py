@@ -96,9 +96,9 @@ def measured(
     texts = [
         setup.render(Conversation(row["prompt"], answer=row[side])) for row in held for side in ("pirate", "plain")
     ]
-    means = torch.stack([tokens.mean() for tokens in setup.bare.log_probs(texts)])
+    means = torch.stack([tokens.mean() for tokens in setup.baseline.log_probs(texts)])
     others = [setup.render(Conversation(row["prompt"], answer=row["response"])) for row in plain]
-    losses = torch.stack([-tokens.mean() for tokens in setup.bare.log_probs(others)])
+    losses = torch.stack([-tokens.mean() for tokens in setup.baseline.log_probs(others)])
     values = []
     for monitor in monitors:
         # The scale of the untrained model, the activations of this one.

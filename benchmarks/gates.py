@@ -196,8 +196,8 @@ class Bench:
         for mine, theirs in zip(given[1:], self.base[1:], strict=True):
             cells.append(share([float(is_refusal(text, first=FIRST)) for text in mine.texts]))
             same = [
-                float(ids == others and torch.equal(logits, bare))
-                for ids, others, logits, bare in zip(mine.ids, theirs.ids, mine.first, theirs.first, strict=True)
+                float(ids == others and torch.equal(logits, baseline))
+                for ids, others, logits, baseline in zip(mine.ids, theirs.ids, mine.first, theirs.first, strict=True)
             ]
             cells.append(share(same))
         odds = interval(self.odds(vector, case.strength), shares=False)

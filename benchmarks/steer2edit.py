@@ -133,7 +133,7 @@ def choose(bench: Bench, acts: Activations, data: ContrastSet, *, small: bool) -
         FitError: no edit gains and stays within the limit.
     """
     tried: dict[Steer2Edit, float] = {}
-    bare = margins(bench.search.bare)
+    baseline = margins(bench.search.baseline)
     for stage in (1, 2):
         methods = list(coarse() if stage == 1 else finer(max(tried, key=tried.__getitem__)))
         for method in methods[::6] if small else methods:
@@ -142,7 +142,7 @@ def choose(bench: Bench, acts: Activations, data: ContrastSet, *, small: bool) -
             except FitError:  # nothing passes the threshold
                 continue
             trial = bench.search.trial(vector, 1.0)
-            gain, cost = float((margins(trial) - bare).mean()), ""
+            gain, cost = float((margins(trial) - baseline).mean()), ""
             if gain > max(tried.values(), default=0.0):
                 ratio = math.exp(overall(ratios(trial)))
                 cost = f", perplexity x{ratio:.3f}"
@@ -177,12 +177,12 @@ def matched(bench: Bench, addition: SteeringVector, wanted: float, known: Mappin
     return (low + high) / 2
 
 
-def line(title: str, strength: float, found: Found, bare: Found) -> str:
+def line(title: str, strength: float, found: Found, baseline: Found) -> str:
     """One line of the table."""
     cells = [
-        shown(interval(found.margin, before=bare.margin), "+.3f"),
+        shown(interval(found.margin, before=baseline.margin), "+.3f"),
         shown(interval(found.ratio.values, weights=found.ratio.weights).exp(), ".3f"),
-        "-" if found.right is None else shown(interval(found.right, before=bare.right), "+.3f"),
+        "-" if found.right is None else shown(interval(found.right, before=baseline.right), "+.3f"),
     ]
     return f"| {title} | {strength:.3g} | {' | '.join(cells)} |"
 
@@ -194,27 +194,27 @@ def shown(estimate: Estimate, form: str) -> str:
 
 def compare(bench: Bench, edit: SteeringVector, addition: SteeringVector, *, small: bool) -> None:
     """Print the trade-off of both, and the comparison at one perplexity ratio."""
-    bare = bench.measure(None, asking=True)
-    assert bare.right is not None
-    print(f"unsteered: {float(bare.right.mean()):.3f} of {len(bare.right)} questions answered right\n")
+    baseline = bench.measure(None, asking=True)
+    assert baseline.right is not None
+    print(f"unsteered: {float(baseline.right.mean()):.3f} of {len(baseline.right)} questions answered right\n")
     print("| | strength | change of margin | perplexity ratio | change of capability |")
     print("| --- | --- | --- | --- | --- |")
     found: dict[float, Found] = {}
     for strength in EDITS[1:2] if small else EDITS:
         found[strength] = bench.measure(edit, strength, asking=strength == 1.0)
-        print(line("edit", strength, found[strength], bare), flush=True)
+        print(line("edit", strength, found[strength], baseline), flush=True)
     known: dict[float, float] = {}
     for strength in ADDITIONS[::3] if small else ADDITIONS:
         beside = bench.measure(addition, strength)
         known[strength] = overall(beside.ratio)
-        print(line("addition", strength, beside, bare), flush=True)
+        print(line("addition", strength, beside, baseline), flush=True)
     own = found[1.0]
     matching = matched(bench, addition, overall(own.ratio), known)
     if matching is None:
         print("\nno strength tried of the addition costs as much perplexity as the edit\n")
         return
     beside = bench.measure(addition, matching, asking=True)
-    print(line("addition, matched", matching, beside, bare))
+    print(line("addition, matched", matching, beside, baseline))
     assert own.right is not None
     margin, capability = interval(own.margin, before=beside.margin), interval(own.right, before=beside.right)
     print("\nat one perplexity ratio, edit minus addition:", end=" ")

@@ -15,7 +15,7 @@ from typing import Any
 
 import steerkit
 from steerkit._support.shipped import traits
-from steerkit.evaluate.curve import Curve, dose_response
+from steerkit.evaluate.curve import Curve, strength_response
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import default_strength
 from steerkit.persona.traits import TraitSpec
@@ -50,7 +50,7 @@ def row(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
     vector = SteeringVector.load(folder / f"{trait}-persona.safetensors")
     strength = default_strength(vector) if vector.suggested_strength is not None else WHERE_NONE
     setup = Setup(model, tokenizer, confirming(folder / "pairs.jsonl"))
-    curve = dose_response(setup, vector, (-strength, 0.0, strength), controls=CONTROLS)
+    curve = strength_response(setup, vector, (-strength, 0.0, strength), controls=CONTROLS)
     ends = [end(curve, place) for place in (0, -1)]
     cells = [
         f"`{trait}`",

@@ -41,9 +41,11 @@ def main() -> None:
     calm = neutral_texts()[: options.neutral]
     table = Table(Setup(model, tokenizer, held_out, neutral=calm, batch_size=32), options.draws)
     measured = "training items held back for validation" if options.validation else "held-out items"
-    bare = table.measured(None, None).estimate
+    baseline = table.measured(None, None).estimate
     print(f"{recipe.behaviour}: fitted on {len(train)} pairs, measured on {len(held_out)} {measured}")
-    print(f"unsteered margin {bare.mean:+.3f} ({bare.low:+.3f} to {bare.high:+.3f}); below what is added to it\n")
+    print(
+        f"unsteered margin {baseline.mean:+.3f} ({baseline.low:+.3f} to {baseline.high:+.3f}); below what is added to it\n"
+    )
     draws = f"random units, mean of {options.draws} draws (lowest to highest)"
     print(f"| method | site | strength | margin | {draws} | KL |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)

@@ -104,7 +104,7 @@ class Recipe:
         name: the file's name without its ending.
         behaviour: what the vector brings about.
         title: one line on the two sides.
-        default: this recipe answers to its behaviour's bare name.
+        default: this recipe answers to its behaviour's plain name.
         source: the file it was read from.
     """
 

@@ -1,4 +1,4 @@
-"""Gated vectors made by hand, and what each row of a run should be: steered plainly where it is open, else bare."""
+"""Gated vectors made by hand, and what each row of a run should be: steered plainly where it is open, else baseline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPEATED = (5, 17, 44, 9, 5, 17, 44, 9, 5, 17)
 
 
 def activation(model: Any, prompt: Sequence[int], site: Site = READ, *, readout: str = "last") -> Tensor:
-    """[d] what a gate reads of a prompt on its own, from the bare model, by hooks written out by hand."""
+    """[d] what a gate reads of a prompt on its own, from the baseline model, by hooks written out by hand."""
     found: list[Tensor] = []
     block = find_decoder(model).blocks[site.layer]
     handle = block.register_forward_hook(

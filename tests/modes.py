@@ -236,7 +236,7 @@ MODES: dict[str, Callable[[Any], list[Ran]]] = {
     )
 }
 
-# Where transformers does not offer the mode. Tested: the bare model is run in every cell, and a listed cell that
+# Where transformers does not offer the mode. Tested: the baseline model is run in every cell, and a listed cell that
 # starts to hold fails the test of exceptions.
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("gemma3_vlm", "inputs_embeds"): "the class takes no inputs_embeds in generate",
@@ -286,7 +286,7 @@ def gap(ran: Ran, expected: Tensor) -> float:
 def run_steered(
     model: Any, mode: str, vector: SteeringVector | None, strength: float = 1.0
 ) -> list[tuple[Ran, Tensor, Tensor]]:
-    """Run a mode steered (or bare); per answer what it gave, what it should give, what the bare model gives."""
+    """Run a mode steered (or the baseline); per answer what it gave, what it should give, what the baseline model gives."""
     lengths = [len(SHORT), len(LONG), 4] if mode == "right_padded_forward" else None
     given: Any = list(PER_ROW) if mode.startswith("per_row") else strength
     context = steerkit.steer(model, vector, given, prompt_lengths=lengths) if vector is not None else no_steering()

@@ -31,7 +31,7 @@ from steerkit.tokens.forward_pass import Pass
 from steerkit.tokens.scope import Scope
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["CHECKS", "Finding", "Subject", "conformance"]
+__all__ = ["CHECKS", "Finding", "FittedMethod", "conformance"]
 
 TOLERANCE = 1e-5
 TEXTS = ("a short one", "a text that is a good deal longer than the first one", "the third of them")
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Subject:
+class FittedMethod:
     """A method fitted on a model, ready to be checked."""
 
     method: Method
@@ -111,7 +111,7 @@ def conformance(
         One finding per check; a method passes when all have passed.
     """
     vector = fit(model, tokenizer, data, method=method)
-    subject = Subject(method, model, tokenizer, data, vector, strength)
+    subject = FittedMethod(method, model, tokenizer, data, vector, strength)
     findings = []
     for check in CHECKS:
         try:
@@ -122,7 +122,7 @@ def conformance(
     return findings
 
 
-def same_data_same_tensors(subject: Subject) -> None:
+def same_data_same_tensors(subject: FittedMethod) -> None:
     """Fitting twice gives the same tensors, bitwise."""
     again = fit(subject.model, subject.tokenizer, subject.data, method=subject.method)
     _hold(again.tensors.keys() == subject.vector.tensors.keys(), "other tensors the second time")
@@ -130,13 +130,13 @@ def same_data_same_tensors(subject: Subject) -> None:
         _hold(torch.equal(tensor, again.tensors[name]), f"{name} differs")
 
 
-def fitted_tensors_are_finite(subject: Subject) -> None:
+def fitted_tensors_are_finite(subject: FittedMethod) -> None:
     """Nothing stored is infinite or nan."""
     for name, tensor in subject.vector.tensors.items():
         _hold(bool(torch.isfinite(tensor).all()), f"{name} is not finite")
 
 
-def survives_the_file(subject: Subject) -> None:
+def survives_the_file(subject: FittedMethod) -> None:
     """Saved and loaded, the vector steers bitwise the same."""
     loaded = SteeringVector.from_bytes(subject.vector.to_bytes())
     ids, mask = subject.rows()
@@ -146,13 +146,13 @@ def survives_the_file(subject: Subject) -> None:
     )
 
 
-def steering_changes_the_logits(subject: Subject) -> None:
+def steering_changes_the_logits(subject: FittedMethod) -> None:
     """A steer that does nothing fails."""
     ids, mask = subject.rows()
     _hold(_gap(subject.logits(ids, mask, subject.vector), subject.logits(ids, mask, None)) > 1e-4, "nothing changed")
 
 
-def keeps_shape_and_dtype_and_input(subject: Subject) -> None:
+def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
     """`edit` gives the shape it got, `steer` the dtype, and the input is not touched."""
     facts = Pass(batch=2, width=6, past=0, device=torch.device("cpu"), boundary=5)
     tokens = facts.tokens(Scope.parse(subject.vector.scope))
@@ -174,25 +174,25 @@ def keeps_shape_and_dtype_and_input(subject: Subject) -> None:
     ids, mask = subject.rows()
     model = copy.deepcopy(subject.model).to(torch.bfloat16)
     other = replace(subject, model=model)
-    found, bare = other.logits(ids, mask, subject.vector), other.logits(ids, mask, None)
-    _hold(found.dtype == bare.dtype, f"logits became {found.dtype} on a model of {bare.dtype}")
+    found, baseline = other.logits(ids, mask, subject.vector), other.logits(ids, mask, None)
+    _hold(found.dtype == baseline.dtype, f"logits became {found.dtype} on a model of {baseline.dtype}")
     _hold(bool(torch.isfinite(found.float()).all()), "logits are not finite in bfloat16")
 
 
-def neutral_strength_is_the_identity(subject: Subject) -> str | None:
-    """At the neutral strength, for the batch or for a row, logits are bitwise those of the bare model."""
+def neutral_strength_is_the_identity(subject: FittedMethod) -> str | None:
+    """At the neutral strength, for the batch or for a row, logits are bitwise those of the baseline model."""
     neutral = subject.method.neutral
     if neutral is None:
         return "declares no neutral strength"
     ids, mask = subject.rows()
-    bare = subject.logits(ids, mask, None)
-    _hold(_bitwise(subject.logits(ids, mask, subject.vector, neutral), bare), "one neutral number is not")
+    baseline = subject.logits(ids, mask, None)
+    _hold(_bitwise(subject.logits(ids, mask, subject.vector, neutral), baseline), "one neutral number is not")
     mixed = subject.logits(ids, mask, subject.vector, [neutral, subject.strength, neutral])
-    _hold(_bitwise(mixed[[0, 2]], bare[[0, 2]]), "neutral rows beside another are not")
+    _hold(_bitwise(mixed[[0, 2]], baseline[[0, 2]]), "neutral rows beside another are not")
     return None
 
 
-def rows_are_independent(subject: Subject) -> None:
+def rows_are_independent(subject: FittedMethod) -> None:
     """A text in a padded batch (left or right), with its own strength, gets what it gets alone."""
     expected = subject.alone(subject.vector)
     for side in ("right", "left"):
@@ -204,7 +204,7 @@ def rows_are_independent(subject: Subject) -> None:
                 _hold(_gap(real, single) < TOLERANCE, f"row {row}, pads at the {side}: off by {_gap(real, single):.1e}")
 
 
-def cached_equals_uncached(subject: Subject) -> None:
+def cached_equals_uncached(subject: FittedMethod) -> None:
     """Greedy tokens and their logits are the same with and without a cache."""
     ids, mask = subject.rows("left")
     options: dict[str, Any] = {
@@ -224,20 +224,20 @@ def cached_equals_uncached(subject: Subject) -> None:
     _hold(_gap(found[0][1], found[1][1]) < TOLERANCE, "other logits without a cache")
 
 
-def nothing_stays_behind(subject: Subject) -> None:
-    """After the context, and after an error inside it, logits are bitwise the bare model's and no hook is left."""
+def nothing_stays_behind(subject: FittedMethod) -> None:
+    """After the context, and after an error inside it, logits are bitwise the baseline model's and no hook is left."""
     ids, mask = subject.rows()
-    bare = subject.logits(ids, mask, None)
+    baseline = subject.logits(ids, mask, None)
     hooks = _hooks(subject.model)
     subject.logits(ids, mask, subject.vector)
     _hold(_hooks(subject.model) == hooks, "a hook stayed after the context")
     with contextlib.suppress(ZeroDivisionError), steer(subject.model, subject.vector, subject.strength):
         raise ZeroDivisionError
     _hold(_hooks(subject.model) == hooks, "a hook stayed after an error")
-    _hold(_bitwise(subject.logits(ids, mask, None), bare), "the bare model changed")
+    _hold(_bitwise(subject.logits(ids, mask, None), baseline), "the baseline model changed")
 
 
-def positive_side_lies_further_along(subject: Subject) -> str | None:
+def positive_side_lies_further_along(subject: FittedMethod) -> str | None:
     """Where there is one direction, the positive items lie further along it than the negative ones."""
     if (
         subject.method.readout is None
@@ -250,7 +250,7 @@ def positive_side_lies_further_along(subject: Subject) -> str | None:
     return None
 
 
-CHECKS: tuple[Callable[[Subject], str | None], ...] = (
+CHECKS: tuple[Callable[[FittedMethod], str | None], ...] = (
     same_data_same_tensors,
     fitted_tensors_are_finite,
     survives_the_file,

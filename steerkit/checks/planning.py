@@ -27,7 +27,7 @@ from steerkit.steering.steering import steer
 from steerkit.steering.strengths import Strength, strength_value, vectors_of
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Edit", "Memory", "Plan", "Time", "plan"]
+__all__ = ["PlannedEdit", "Memory", "SteeringPlan", "Time", "plan"]
 
 TIMED_PROMPT = 16
 TIMED_STEPS = 5
@@ -35,7 +35,7 @@ ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class Edit:
+class PlannedEdit:
     """One vector at one site.
 
     Attributes:
@@ -116,7 +116,7 @@ class Time:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SteeringPlan:
     """What a steering would do.
 
     Attributes:
@@ -135,7 +135,7 @@ class Plan:
     batch_size: int
     prompt_tokens: int
     new_tokens: int
-    edits: tuple[Edit, ...]
+    edits: tuple[PlannedEdit, ...]
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     memory: Memory
@@ -165,7 +165,7 @@ def plan(
     prompt_tokens: int = 64,
     new_tokens: int = 128,
     measure: bool = True,
-) -> Plan:
+) -> SteeringPlan:
     """Find out what `steer` would do with these arguments, and what it would cost.
 
     Args:
@@ -193,7 +193,7 @@ def plan(
             raise DataError(f"{name} is at least 1, got {size}")
     listed, decoder = vectors_of(vectors), find_decoder(model)
     options: dict[str, Any] = {"strength": strength, "scope": scope, "unit": unit, "tokenizer": tokenizer}
-    edits: list[Edit] = []
+    edits: list[PlannedEdit] = []
     problems: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -207,7 +207,7 @@ def plan(
             timed = _time(model, decoder, listed, options, batch_size, prompt_tokens, new_tokens)
         except SteerError as error:  # what only a pass can tell, such as the number of rows
             problems.append(str(error))
-    return Plan(
+    return SteeringPlan(
         model=type(decoder.model).__name__,
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,
@@ -227,12 +227,14 @@ def _edits(
     number: int,
     options: dict[str, Any],
     tokenizer: Any,
-) -> tuple[list[Edit], list[str]]:
+) -> tuple[list[PlannedEdit], list[str]]:
     """One vector at its sites, and what is wrong with it."""
     try:
         vector.check(model, tokenizer)
     except SteerError as error:
-        return [Edit(number, vector.method, str(site), problem=str(error)) for site in vector.sites], [str(error)]
+        return [PlannedEdit(number, vector.method, str(site), problem=str(error)) for site in vector.sites], [
+            str(error)
+        ]
     try:
         steer(model, vector, **options)
     except SteerError:
@@ -251,12 +253,12 @@ def _edits(
 
 def _edit(
     model: nn.Module, decoder: Decoder, vector: SteeringVector, number: int, site: Site, options: dict[str, Any]
-) -> Edit:
+) -> PlannedEdit:
     """One vector at one site, by itself, with what is wrong there."""
     try:
         tap = next(iter(locate(model, [site]).values()))
     except SteerError as error:
-        return Edit(number, vector.method, str(site), problem=str(error))
+        return PlannedEdit(number, vector.method, str(site), problem=str(error))
     mine = {name: tensor for name, tensor in vector.tensors.items() if name.startswith((f"{site}/", "shared/"))}
     try:
         steer(model, replace(vector, sites=(site,), tensors=mine), **options)
@@ -266,10 +268,10 @@ def _edit(
     return _described(decoder, vector, number, site, tap, options)
 
 
-def _placed(decoder: Decoder, vector: SteeringVector, number: int, site: Site, tap: Tap) -> Edit:
+def _placed(decoder: Decoder, vector: SteeringVector, number: int, site: Site, tap: Tap) -> PlannedEdit:
     """Where one vector would write at one site."""
     device, dtype = _place(decoder, tap.module)
-    return Edit(
+    return PlannedEdit(
         vector=number,
         method=vector.method,
         site=str(site),
@@ -284,7 +286,7 @@ def _placed(decoder: Decoder, vector: SteeringVector, number: int, site: Site, t
 
 def _described(
     decoder: Decoder, vector: SteeringVector, number: int, site: Site, tap: Tap, options: dict[str, Any]
-) -> Edit:
+) -> PlannedEdit:
     """The same, with how strongly and on which tokens; `steer` has agreed to it."""
     scope, unit = options["scope"], options["unit"]
     given = vector.strength if vector.strength is not None else options["strength"]
@@ -310,7 +312,7 @@ def _times(value: float | tuple[float, ...], factor: float | None) -> float | tu
     return tuple(row * factor for row in value) if isinstance(value, tuple) else value * factor
 
 
-def _shape(edit: Edit, rows: int, tokens: int) -> tuple[int, ...] | None:
+def _shape(edit: PlannedEdit, rows: int, tokens: int) -> tuple[int, ...] | None:
     """The shape with numbers for rows and tokens."""
     if edit.shape is None:
         return None

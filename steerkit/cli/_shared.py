@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from steerkit.export.verify import Likeness
+    from steerkit.export.verification import Verification
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -115,16 +115,20 @@ def sites_table(described: Mapping[str, Any]) -> Table:
     return made
 
 
-def comparison(likeness: Likeness) -> dict[str, Any]:
+def comparison(verification: Verification) -> dict[str, Any]:
     """What a comparison with the hooks says, as rows of a table and entries of JSON."""
     facts = {
-        "precision": likeness.dtype,
-        "largest_difference": likeness.absolute,
-        "relative": likeness.relative,
+        "precision": verification.dtype,
+        "largest_difference": verification.absolute,
+        "relative": verification.relative,
     }
-    if likeness.rounding is not None:
-        facts |= {"relative_at_the_median_token": likeness.typical, "one_rounding_there": likeness.rounding}
-    return {**facts, "same_likeliest_token": f"{likeness.agree} of {likeness.tokens}", "effect": likeness.effect}
+    if verification.rounding is not None:
+        facts |= {"relative_at_the_median_token": verification.typical, "one_rounding_there": verification.rounding}
+    return {
+        **facts,
+        "same_likeliest_token": f"{verification.agree} of {verification.tokens}",
+        "effect": verification.effect,
+    }
 
 
 def usage_line(

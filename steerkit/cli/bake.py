@@ -78,7 +78,7 @@ def run(
         "new_biases": len(baked.added),
         "untied": list(baked.untied),
         "config": dict(baked.switches),
-        **comparison(baked.likeness),
+        **comparison(baked.verification),
     }
     if as_json:
         listed = vector if len(vector) > 1 else vector[0]

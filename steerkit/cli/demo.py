@@ -54,7 +54,7 @@ def run(
     """
     import steerkit
     from steerkit.evaluate.by_prompt_kind import by_kind
-    from steerkit.evaluate.curve import dose_response
+    from steerkit.evaluate.curve import strength_response
     from steerkit.evaluate.setup import Setup
     from steerkit.recipe import find_recipe
 
@@ -84,7 +84,7 @@ def run(
             setup = replace(setup, texts=KIND, max_new_tokens=MAX_NEW_TOKENS)
             kinds = by_kind(setup, vector, chosen.apply.strength, step=step)
         else:
-            curve = dose_response(setup, vector, strengths, controls=CONTROLS, step=step)
+            curve = strength_response(setup, vector, strengths, controls=CONTROLS, step=step)
     card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, questions)
     picture = None if curve is None else _draw(curve, target.with_suffix(".png"), chosen, vector)
     found = _Findings(chosen, name, target, vector, answers, curve, kinds, card, picture)

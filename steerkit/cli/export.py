@@ -144,7 +144,7 @@ def _peft(asked: _Asked) -> _Written:
         "adapts": len(adapter.modules),
         "stored_whole": len(adapter.whole),
         "merges": adapter.merges,
-        **comparison(adapter.likeness),
+        **comparison(adapter.verification),
     }
     return _Written(target, facts, f'PeftModel.from_pretrained(model, "{target}")')
 

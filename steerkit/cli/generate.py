@@ -132,7 +132,7 @@ def _rows(
 
 
 def _print(asked: Sequence[Any], texts: Sequence[str]) -> None:
-    """The bare answer to one prompt; with several, each under its prompt."""
+    """The baseline answer to one prompt; with several, each under its prompt."""
     console = stdout()
     for number, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
         if len(texts) > 1:
@@ -148,12 +148,12 @@ def _print_both(asked: Sequence[Any], texts: Sequence[str], plain: Sequence[str]
     from rich.table import Table
 
     console = stdout()
-    for prompt, text, bare in zip(asked, texts, plain, strict=True):
+    for prompt, text, baseline in zip(asked, texts, plain, strict=True):
         console.print(_title(prompt), style="bold", soft_wrap=True)
         both = Table(expand=True)
         both.add_column("without", ratio=1)
         both.add_column("steered", ratio=1)
-        both.add_row(bare.strip(), text.strip())
+        both.add_row(baseline.strip(), text.strip())
         console.print(both)
 
 

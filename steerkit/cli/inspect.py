@@ -12,7 +12,7 @@ from steerkit.cli._shared import Json, number, print_json, sites_table, stderr, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from steerkit.methods._protocols import Listing
+    from steerkit.methods._protocols import PartsTable
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
@@ -109,7 +109,7 @@ def _read(site: str, facts: dict[str, Any]) -> str:
     return f"{site} (held-out AUC {number(figures.get('auc'), '.3f')}, d {number(figures.get('cohens_d'), '.2f')})"
 
 
-def _parts(vector: SteeringVector) -> Listing | None:
+def _parts(vector: SteeringVector) -> PartsTable | None:
     """What the vector's method lists of it; None where it lists nothing or cannot use the vector."""
     from steerkit.errors import SteerError
     from steerkit.methods._registry import method_of
@@ -123,7 +123,7 @@ def _parts(vector: SteeringVector) -> Listing | None:
         return None
 
 
-def _print_parts(console: Console, parts: Listing) -> None:
+def _print_parts(console: Console, parts: PartsTable) -> None:
     """The first rows, and how many more there are."""
     numbers = [column for column, value in zip(parts.columns, parts.rows[0], strict=True) if not isinstance(value, str)]
     shown = table(*parts.columns, right=numbers, title=parts.title)

@@ -126,13 +126,13 @@ def extract(
     from steerkit.network.decoder import find_decoder
     from steerkit.network.sites import parse_layers
     from steerkit.persona.filtering import Rules
-    from steerkit.persona.rollouts import Plan
+    from steerkit.persona.rollouts import RolloutPlan
     from steerkit.persona.traits import TraitSpec, slug
 
     chosen = TraitSpec.load(spec)
     chosen.check_filled(spec)
     choice = persona.Choice(readout=readout, budget=Budget(max_kl, max_ppl_ratio, max_repetition))
-    plan = Plan(
+    plan = RolloutPlan(
         samples=samples,
         held_out_instructions=held_out_under,
         max_new_tokens=max_new_tokens,

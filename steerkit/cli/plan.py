@@ -21,7 +21,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.checks.planning import Edit, Plan
+    from steerkit.checks.planning import PlannedEdit, SteeringPlan
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
@@ -84,7 +84,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _print(names: Sequence[str], vectors: Sequence[SteeringVector], found: Plan) -> None:
+def _print(names: Sequence[str], vectors: Sequence[SteeringVector], found: SteeringPlan) -> None:
     console = stdout()
     shown = table("vector\nsite", "module", "tensor", "scope", "strength")
     for column in shown.columns:
@@ -110,7 +110,7 @@ def _print(names: Sequence[str], vectors: Sequence[SteeringVector], found: Plan)
     console.print(f"{found.model}: {places} of {len(found.edits)} edits fit; {verdict}")
 
 
-def _tensor(edit: Edit) -> str:
+def _tensor(edit: PlannedEdit) -> str:
     if edit.shape is None:
         return "-"
     return f"{edit.side}\n{' x '.join(map(str, edit.shape))}\n{edit.dtype}, {edit.device}"
@@ -122,7 +122,7 @@ def _strength(value: Any) -> str:
     return ", ".join(f"{row:.3g}" for row in value) if isinstance(value, tuple) else f"{value:.3g}"
 
 
-def _memory(found: Plan) -> str:
+def _memory(found: SteeringPlan) -> str:
     memory, tokens = found.memory, found.prompt_tokens + found.new_tokens
     note = f" ({memory.note})" if memory.note else ""
     return (
@@ -142,7 +142,7 @@ def _bytes(count: int) -> str:
     return f"{value:.3g} TiB"
 
 
-def _time(found: Plan) -> str:
+def _time(found: SteeringPlan) -> str:
     timed = found.time
     assert timed is not None
     return (

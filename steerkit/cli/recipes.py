@@ -16,7 +16,7 @@ __all__ = ["run"]
 def run(as_json: Json = False) -> None:
     """List the recipes: behaviour, method, number of items, suggested strength.
 
-    A behaviour's bare name stands for its recipe marked as default.
+    A behaviour's plain name stands for its recipe marked as default.
     """
     rows = [_row(name, path) for name, path in recipes().items()]
     if as_json:

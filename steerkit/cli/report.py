@@ -54,7 +54,7 @@ def run(
     from steerkit._support.files import write_whole
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError, SteerError
-    from steerkit.report.evidence import Plan
+    from steerkit.report.evidence import EvidencePlan
     from steerkit.report.gather import gather
     from steerkit.report.html import report_html
     from steerkit.report.plots.style import ready
@@ -69,7 +69,7 @@ def run(
         raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data")
     check_writable(out)
     asked, usual = _recipe_of(loaded_vector)
-    plan = Plan(
+    plan = EvidencePlan(
         strengths=doses or usual,
         questions=asked or _questions(held_out),
         controls=controls,

@@ -9,7 +9,7 @@ from steerkit.evaluate.by_prompt_kind import by_kind
 from steerkit.evaluate.compare import compared
 from steerkit.evaluate.confounding import confounds
 from steerkit.evaluate.controls import refits
-from steerkit.evaluate.curve import dose_response
+from steerkit.evaluate.curve import strength_response
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.overlap import interference
 from steerkit.evaluate.scoring import Measured, measure, scorer_of
@@ -24,7 +24,7 @@ __all__ = [
     "by_kind",
     "compared",
     "confounds",
-    "dose_response",
+    "strength_response",
     "interference",
     "interval",
     "measure",

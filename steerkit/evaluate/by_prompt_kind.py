@@ -79,13 +79,13 @@ def by_kind(
     for side in sides:
         there = setup.side(side)
         there = replace(there, prompts=spread(there.prompts or (), setup.texts))
-        bare, steered = there.bare.texts, there.trial(vector, strength).texts
+        baseline, steered = there.baseline.texts, there.trial(vector, strength).texts
         shares = (
-            [_refuses(text) for text in bare],
+            [_refuses(text) for text in baseline],
             [_refuses(text) for text in steered],
-            [before == after for before, after in zip(bare, steered, strict=True)],
+            [before == after for before, after in zip(baseline, steered, strict=True)],
         )
-        found.append(Kind(side, len(bare), strength, *(_share(values) for values in shares)))
+        found.append(Kind(side, len(baseline), strength, *(_share(values) for values in shares)))
         if step is not None:
             step()
     return found[0], found[1]

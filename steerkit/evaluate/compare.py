@@ -66,7 +66,7 @@ class Row:
             "random": None if self.controls is None else list(self.controls),
             **{name: _plain(costs.get(name)) for name in COSTS},
             "overhead": _plain(self.overhead),
-            "texts": [dict(zip(("prompt", "bare", "steered"), text, strict=True)) for text in self.texts],
+            "texts": [dict(zip(("prompt", "baseline", "steered"), text, strict=True)) for text in self.texts],
         }
 
     @classmethod
@@ -94,7 +94,7 @@ class Row:
             controls=None if row["random"] is None else (row["random"][0], row["random"][1]),
             costs=costs or None,
             overhead=estimate("overhead"),
-            texts=tuple((text["prompt"], text["bare"], text["steered"]) for text in row["texts"]),
+            texts=tuple((text["prompt"], text["baseline"], text["steered"]) for text in row["texts"]),
         )
 
 
@@ -131,7 +131,7 @@ def compared(
     controls = [measured.gain_of(mean) for mean in means]
     trial = setup.trial(found.vector, found.strength)
     asked = [*dict.fromkeys(questions)]
-    texts = [side.answer(asked, max_new_tokens=new_tokens) for side in (setup.bare, trial)]  # type: ignore[arg-type]
+    texts = [side.answer(asked, max_new_tokens=new_tokens) for side in (setup.baseline, trial)]  # type: ignore[arg-type]
     return Row(
         sites=tuple(map(str, found.vector.sites)),
         strength=found.strength,

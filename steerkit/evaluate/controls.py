@@ -27,9 +27,9 @@ from steerkit.activations.readout import Readout
 from steerkit.activations.recording import Activations, record
 from steerkit.errors import DataError, FitError
 from steerkit.evaluate.intervals import Estimate
-from steerkit.fitting.subject import Subject
+from steerkit.fitting.subject import ModelSubject
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import Subject as AnySubject
+from steerkit.methods._protocols import Subject
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
@@ -194,13 +194,13 @@ def refits(
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     items, longest = method.contrast(data), method.longest_text
     acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
-    subject = Subject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
+    subject = ModelSubject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
     return refits_of(acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed)
 
 
 def refits_of(
     acts: Activations,
-    subject: AnySubject,
+    subject: Subject,
     vector: SteeringVector,
     *,
     shuffled: int = 5,
@@ -259,7 +259,7 @@ def refits_of(
 class _Rows:
     """Recorded activations whose rows can be rearranged and fitted again, without a pass of the model."""
 
-    def __init__(self, acts: Activations, subject: AnySubject, vector: SteeringVector) -> None:
+    def __init__(self, acts: Activations, subject: Subject, vector: SteeringVector) -> None:
         self._method, self._vector, self._subject, self._acts = method_of(vector), vector, subject, acts
         self._pooled = {site: acts[site] for site in vector.reads}
         self.positives, self.negatives = (len(side[vector.reads[0]]) for side in (acts.positive, acts.negative))

@@ -1,4 +1,4 @@
-"""Dose-response: an effect and its costs over strengths, with intervals and random directions beside it."""
+"""RowStrengths-response: an effect and its costs over strengths, with intervals and random directions beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import method_of, resolve
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Curve", "dose_response", "random_like"]
+__all__ = ["Curve", "strength_response", "random_like"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Curve:
         ]
 
 
-def dose_response(
+def strength_response(
     setup: Setup,
     vector: SteeringVector,
     strengths: Sequence[float],
@@ -120,7 +120,7 @@ def dose_response(
     neutral = resolve(vector.method).neutral
 
     def at(other: SteeringVector, strength: float, chosen: Sequence[str | Scorer]) -> dict[str, Measured]:
-        trial = setup.bare if strength == neutral else setup.trial(other, strength)
+        trial = setup.baseline if strength == neutral else setup.trial(other, strength)
         found = measure(trial, chosen, seed=seed)
         step()
         return found

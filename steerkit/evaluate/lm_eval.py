@@ -63,7 +63,7 @@ def evaluate_tasks(
         model: any decoder-only transformers model.
         tokenizer: its tokenizer; never changed.
         tasks: names of tasks, groups or tags.
-        vector: one vector or several; None runs the bare model.
+        vector: one vector or several; None runs the baseline model.
         strength: one number; None takes each vector's own, else its suggested one, else 1.
         unit: what the strength counts in; None takes each vector's own.
         scope: has to be `all`, here or in each vector.
@@ -84,7 +84,7 @@ def evaluate_tasks(
     Raises:
         ScopeError: a scope other than `all`.
         StrengthError: one strength per row, or what `steer` refuses.
-        DataError: no tasks, a baseline without a vector, an argument out of range, or the harness refuses a task.
+        DataError: no tasks, a baseline where there is no vector, an argument out of range, or the harness refuses a task.
         UnknownNameError: no task of that name.
         SteerError: lm-eval is not installed, or the model cannot be steered (see `steer`).
     """
@@ -270,13 +270,13 @@ def _report(after: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[
     metrics = _metrics(after)
     report: dict[str, Any] = {"tasks": metrics}
     if before is not None:
-        bare = _metrics(before)
+        baseline = _metrics(before)
         paired = _paired(after, before)
-        report["baseline"] = bare
+        report["baseline"] = baseline
         report["difference"] = {
             task: {
                 metric: {
-                    "value": _minus(entry["value"], bare[task][metric]["value"]),
+                    "value": _minus(entry["value"], baseline[task][metric]["value"]),
                     "stderr": paired.get((task, metric)),
                 }
                 for metric, entry in found.items()
@@ -323,11 +323,11 @@ def _minus(after: float | None, before: float | None) -> float | None:
 
 def _paired(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     """Standard errors of the mean paired difference, for the metrics that are means over items."""
-    steered, bare = _by_item(after), _by_item(before)
+    steered, baseline = _by_item(after), _by_item(before)
     means = _metrics(after)
     found = {}
     for (task, metric), values in steered.items():
-        others = bare.get((task, metric), {})
+        others = baseline.get((task, metric), {})
         mean = means[task].get(metric, {}).get("value")
         if mean is None or len(values) < 2 or values.keys() != others.keys():
             continue

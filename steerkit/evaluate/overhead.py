@@ -31,7 +31,7 @@ def decoding_overhead(trial: Trial, *, pairs: int = 9, tokens: int = 24, prompts
     """
     asked = trial.setup.asked[:prompts]
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-    sides = (trial, trial.bare)
+    sides = (trial, trial.baseline)
     for side in sides:  # what is done once, such as placing tensors, is not the price of a token
         side.answer(asked, **options)
     ratios = []

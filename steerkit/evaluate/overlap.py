@@ -335,13 +335,13 @@ def _effects(
     seed: int,
 ) -> list[Effect]:
     """Every column of one scorer on one set of items."""
-    bare = None if scorer.against_bare else scorer.score(setup.bare)
+    baseline = None if scorer.against_baseline else scorer.score(setup.baseline)
     alone = {name: scorer.score(setup.trial(vector)) for name, vector in vectors.items()}
     joint = scorer.score(setup.trial(list(vectors.values())))
     orthogonal = None if bent is None else scorer.score(setup.trial(list(bent)))
     found = []
     for name, column in scorer.columns.items():
-        before = None if bare is None else bare[name]
+        before = None if baseline is None else baseline[name]
         changes = {one: _change(scores[name], before, column.neutral) for one, scores in alone.items()}
         together = _change(joint[name], before, column.neutral)
         added = torch.stack(list(changes.values())).sum(dim=0)

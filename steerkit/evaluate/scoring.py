@@ -146,7 +146,7 @@ def measure(
     """Score a trial, and the unsteered model on the same items.
 
     Args:
-        trial: the model under steering, or bare.
+        trial: the model under steering, or the baseline.
         scorers: names, or scorers with their settings.
         seed: fixes the intervals.
 
@@ -159,7 +159,9 @@ def measure(
     found: dict[str, Measured] = {}
     for scorer in map(scorer_of, scorers):
         scores = _scores(trial, scorer)
-        beside = None if scorer.against_bare else scores if trial.bare is trial else _scores(trial.bare, scorer)
+        beside = (
+            None if scorer.against_baseline else scores if trial.baseline is trial else _scores(trial.baseline, scorer)
+        )
         for name, column in scorer.columns.items():
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
@@ -183,7 +185,7 @@ def column_of(name: str, columns: Mapping[str, Any]) -> str:
 
 
 def _scores(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
-    """The scores of a trial; those of the bare model are kept."""
+    """The scores of a trial; those of the baseline model are kept."""
     kept = trial.setup.scored
     if trial.vector is not None:
         return scorer.score(trial)

@@ -1,4 +1,4 @@
-"""A trial: one model on one set of items, steered by a vector at a strength, or bare. All that scorers may ask.
+"""A trial: one model on one set of items, steered by a vector at a strength, or the baseline. All that scorers may ask.
 
 Every pass of a scorer goes through `Trial`, so that they all render alike and always say where the prompt ends.
 """
@@ -45,13 +45,13 @@ class Answer(NamedTuple):
         row: which of the texts.
         targets: [t] ids of the answer's tokens.
         logits: [t, v] float32, row `i` predicts `targets[i]`.
-        bare: [t, v] float32, the same of the unsteered model; None unless asked for.
+        baseline: [t, v] float32, the same of the unsteered model; None unless asked for.
     """
 
     row: int
     targets: Tensor
     logits: Tensor
-    bare: Tensor | None
+    baseline: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +80,9 @@ class Setup:
     max_new_tokens: int = 40
     chat_template_kwargs: Mapping[str, Any] | None = None
     scored: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
-    """Scores of the bare model, by scorer: they do not change with the strength."""
+    """Scores of the baseline model, by scorer: they do not change with the strength."""
     predicted: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False)
-    """Logits of the bare model for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
+    """Logits of the baseline model for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
 
     def trial(
         self,
@@ -95,7 +95,7 @@ class Setup:
         """The setup under a vector.
 
         Args:
-            vector: what to steer with; None is the bare model.
+            vector: what to steer with; None is the baseline model.
             strength: one number; None takes each vector's own, else its suggested one, else 1.
             scope: which tokens are written; None takes the vector's own.
             unit: what the strength counts in; None takes the vector's own.
@@ -112,7 +112,7 @@ class Setup:
         return Trial(self, vector, strength, scope, unit)
 
     @cached_property
-    def bare(self) -> Trial:
+    def baseline(self) -> Trial:
         """The setup without steering; its texts are generated once."""
         return Trial(self, None, None, None, None)
 
@@ -210,7 +210,7 @@ class Setup:
         return tuple(neutral_texts() if self.neutral is None else self.neutral)
 
     def keep(self, text: Rendered, logits: Tensor) -> Tensor:
-        """Keep what the bare model predicts for a text, while there is room; the next strength asks for it again.
+        """Keep what the baseline model predicts for a text, while there is room; the next strength asks for it again.
 
         Args:
             text: the text.
@@ -239,7 +239,7 @@ class Trial:
 
     Attributes:
         setup: model, tokenizer and items.
-        vector: what steers; None is the bare model.
+        vector: what steers; None is the baseline model.
         strength: one number, or None for the vector's own.
         scope: which tokens are written, or None for the vector's own.
         unit: what the strength counts in, or None for the vector's own.
@@ -252,19 +252,19 @@ class Trial:
     unit: Literal["paper", "norm"] | None
 
     @property
-    def bare(self) -> Trial:
+    def baseline(self) -> Trial:
         """The same items without steering."""
-        return self if self.vector is None else self.setup.bare
+        return self if self.vector is None else self.setup.baseline
 
     @property
     def vectors(self) -> tuple[SteeringVector, ...]:
-        """The vectors that steer, none for the bare model."""
+        """The vectors that steer, none for the baseline model."""
         if self.vector is None:
             return ()
         return (self.vector,) if isinstance(self.vector, SteeringVector) else tuple(self.vector)
 
     def steering(self, prompt_lengths: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """The context in which the model is steered; nothing for the bare model.
+        """The context in which the model is steered; nothing for the baseline model.
 
         Args:
             prompt_lengths: real prompt tokens of each row of the passes run inside.
@@ -340,19 +340,19 @@ class Trial:
                 with self.steering(batch.prompt_lengths):
                     logits = setup.model(**inputs).logits[:, -keep:-1]
                 known = [setup.predicted.get(rendered[row]) for row in batch.rows]
-                bare: Tensor | None = None
+                baseline: Tensor | None = None
                 if beside and any(one is None for one in known):
-                    bare = setup.model(**inputs).logits[:, -keep:-1]
+                    baseline = setup.model(**inputs).logits[:, -keep:-1]
             targets = ids[:, -(keep - 1) :].to(logits.device)
             for place, row in enumerate(batch.rows):
                 own = slice(keep - 1 - lengths[place], None)
-                if bare is not None:
-                    known[place] = setup.keep(rendered[row], bare[place, own].float())
+                if baseline is not None:
+                    known[place] = setup.keep(rendered[row], baseline[place, own].float())
                 yield Answer(
                     row=row,
                     targets=targets[place, own],
                     logits=logits[place, own].float(),
-                    bare=known[place] if beside else None,
+                    baseline=known[place] if beside else None,
                 )
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:

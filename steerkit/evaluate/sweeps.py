@@ -242,7 +242,7 @@ def measure_point(
     if kept is not None:
         columns = {name: column for scorer in scorers for name, column in scorer.columns.items()}
         return {name: Measured.from_row(columns[name], row) for name, row in kept.items()}
-    trial = setup.bare if vector is None else setup.trial(vector, strength)
+    trial = setup.baseline if vector is None else setup.trial(vector, strength)
     found = measure(trial, scorers, seed=seed)
     layers = [] if vector is None else [site.layer for site in vector.sites]
     store.put(key, {name: one.as_row() for name, one in found.items()}, layers=layers, strength=strength)
@@ -285,8 +285,8 @@ def sweep(
     chosen, kept = [scorer_of(scorer) for scorer in scorers], Store() if store is None else store
     identity = digest_of(setup_identity(setup))
     common: dict[str, Any] = {"identity": identity, "store": kept, "seed": seed}
-    bare = measure_point(setup, None, None, chosen, **common)
-    yield Point((), None, bare)
+    baseline = measure_point(setup, None, None, chosen, **common)
+    yield Point((), None, baseline)
     step()
     for layers in candidates:
         vector = fits.at(layers)
@@ -294,7 +294,7 @@ def sweep(
         for strength in strengths:
             key = tuple(sorted(set(layers)))
             if strength == fits.kind.neutral:
-                yield Point(key, strength, bare)
+                yield Point(key, strength, baseline)
             else:
                 scores = measure_point(setup, vector, strength, chosen, **common)
                 others = [measure_point(setup, one, strength, chosen[:1], **common) for one in randoms]

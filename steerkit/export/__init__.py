@@ -7,6 +7,6 @@ from __future__ import annotations
 from steerkit.export.baking import bake
 from steerkit.export.gguf import write_control_vector
 from steerkit.export.peft import write_adapter
-from steerkit.export.verify import Likeness, likeness
+from steerkit.export.verification import Verification, verify
 
-__all__ = ["Likeness", "bake", "likeness", "write_adapter", "write_control_vector"]
+__all__ = ["Verification", "bake", "verify", "write_adapter", "write_control_vector"]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from steerkit._support.files import check_folder, whole_folder
 from steerkit.errors import ModelError, SiteError
 from steerkit.export.checkpoint import stored, stored_dtype, write_checkpoint
-from steerkit.export.verify import Likeness, expected, likeness, logits_of
+from steerkit.export.verification import Verification, expected, logits_of, verify
 from steerkit.export.weights_card import weights_card
 from steerkit.methods._protocols import WeightUpdate
 from steerkit.model import quiet
@@ -51,7 +51,7 @@ class Baked:
         added: biases that the model did not have; those not in `changed` are zero.
         untied: parameters that were shared with another part of the model and are no more.
         switches: what is set differently in the config.
-        likeness: the comparison with the hooks.
+        verification: the comparison with the hooks.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class Baked:
     added: tuple[str, ...]
     untied: tuple[str, ...]
     switches: Mapping[str, bool]
-    likeness: Likeness
+    verification: Verification
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def bake(
     with whole_folder(target, replace=force) as folder, quiet():
         write_checkpoint(inner, plan.shapes, lambda name: _value(inner, plan, name), folder, shard_bytes)
         _write_beside(inner, tokenizer, plan.config, folder)
-        found = likeness(_loaded_logits(type(inner), folder, wanted.ids), wanted)
+        found = verify(_loaded_logits(type(inner), folder, wanted.ids), wanted)
         if not found.holds:
             raise ModelError(f"{target}: not written, its logits are not those of the hooks ({found.sentence()})")
         baked = Baked(target, tuple(sorted(changes)), plan.added, plan.untied, plan.switches, found)

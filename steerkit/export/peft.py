@@ -30,7 +30,7 @@ from steerkit._support.files import check_folder, whole_folder
 from steerkit.errors import ModelError, SiteError, StrengthError
 from steerkit.export.baking import Change, changes_of
 from steerkit.export.checkpoint import stored
-from steerkit.export.verify import Likeness, expected, likeness, logits_of
+from steerkit.export.verification import Verification, expected, logits_of, verify
 from steerkit.export.weights_card import weights_card
 from steerkit.model import hub_id, quiet
 from steerkit.network.decoder import inner_model
@@ -55,7 +55,7 @@ class Adapter:
         modules: modules and parameters it adapts.
         whole: modules that are stored whole.
         merges: whether peft can merge it: it cannot add a bias to a layer that has none.
-        likeness: the comparison with the hooks.
+        verification: the comparison with the hooks.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Adapter:
     modules: tuple[str, ...]
     whole: tuple[str, ...]
     merges: bool
-    likeness: Likeness
+    verification: Verification
 
 
 @dataclass
@@ -136,7 +136,7 @@ def write_adapter(
     with whole_folder(target, replace=force) as folder, quiet():
         _write(inner, parts, folder)
         with _loaded(inner, parts, folder) as adapted:
-            found = likeness(logits_of(adapted, wanted.ids), wanted)
+            found = verify(logits_of(adapted, wanted.ids), wanted)
         if not found.holds:
             raise ModelError(f"{target}: not written, its logits are not those of the hooks ({found.sentence()})")
         adapter = Adapter(
@@ -145,7 +145,7 @@ def write_adapter(
             modules=tuple(dict.fromkeys([*parts.linear, *parts.biases, *parts.embeddings, *parts.stacks])),
             whole=tuple(parts.whole),
             merges=all(inner.get_submodule(name).bias is not None for name in parts.biases),
-            likeness=found,
+            verification=found,
         )
         base = hub_id(model_facts(inner)["model_id"] or "the base model")
         use = _USE.replace("{base}", base)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from steerkit.export.verify import Likeness
+from steerkit.export.verification import Verification
 from steerkit.methods._registry import default_strength
 from steerkit.model import hub_id
 from steerkit.vector.model_identity import model_facts
@@ -22,7 +22,7 @@ def weights_card(
     model: nn.Module,
     vectors: Sequence[SteeringVector],
     strength: float | None,
-    likeness: Likeness,
+    verification: Verification,
     facts: Mapping[str, str],
     use: str,
     *,
@@ -35,7 +35,7 @@ def weights_card(
         model: what it was made of.
         vectors: what is in it.
         strength: as it was given.
-        likeness: how far it is from the hooks.
+        verification: how far it is from the hooks.
         facts: further rows of its table.
         use: how to load it; `{name}` stands for the name.
         library: what loads it.
@@ -75,12 +75,12 @@ def weights_card(
         ]
     lines += [f"| {name} | {text} |" for name, text in facts.items()]
     lines += [
-        f"| precision | {likeness.dtype} |",
+        f"| precision | {verification.dtype} |",
         "",
         "## The same as hooks",
         "",
-        f"Loaded again and compared with the base model steered by hooks on {likeness.rows} texts, {likeness.tokens} "
-        f"tokens: {likeness.sentence()}. Steering itself moves the logits by {likeness.effect:.2g} relative.",
+        f"Loaded again and compared with the base model steered by hooks on {verification.rows} texts, {verification.tokens} "
+        f"tokens: {verification.sentence()}. Steering itself moves the logits by {verification.effect:.2g} relative.",
     ]
     return "\n".join(lines) + "\n"
 

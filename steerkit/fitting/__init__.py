@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from steerkit.fitting.fitting import fit, read
 from steerkit.fitting.held_out import apart, record_steered, separation
-from steerkit.fitting.subject import Subject
+from steerkit.fitting.subject import ModelSubject
 from steerkit.fitting.training import minimise
 
-__all__ = ["Subject", "apart", "fit", "minimise", "read", "record_steered", "separation"]
+__all__ = ["ModelSubject", "apart", "fit", "minimise", "read", "record_steered", "separation"]

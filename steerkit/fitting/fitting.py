@@ -15,7 +15,7 @@ from steerkit.activations.recording import Activations, record
 from steerkit.activations.streaming import stream
 from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
 from steerkit.fitting.held_out import separation
-from steerkit.fitting.subject import Subject
+from steerkit.fitting.subject import ModelSubject
 from steerkit.methods._base import Method
 from steerkit.methods._registry import resolve
 from steerkit.network.decoder import Decoder, find_decoder
@@ -79,7 +79,9 @@ def fit(
     decoder = find_decoder(model)
     taps = locate(model, _sites(chosen, decoder, layers, sites))
     places = list(taps)
-    subject = Subject(model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name, progress=progress)
+    subject = ModelSubject(
+        model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name, progress=progress
+    )
     if chosen.readout is not None and acts is None:
         reading = chosen.readout if readout is None else readout
         acts = _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)

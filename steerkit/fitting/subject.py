@@ -33,10 +33,10 @@ from steerkit.prompts.rendering import Rendered, render
 from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Subject"]
+__all__ = ["ModelSubject"]
 
 
-class Subject:
+class ModelSubject:
     """The only door through which a method's `fit` reaches the model."""
 
     def __init__(
@@ -269,7 +269,7 @@ class Subject:
             )
         sides = (self._data.positive[0], self._data.negative[0])
         # A bare string is meant as it stands: with a chat template around it, most of the window would be template.
-        raw = [replace(side, raw=True) if _is_bare(side) else side for side in sides]
+        raw = [replace(side, raw=True) if _is_plain_text(side) else side for side in sides]
         plus, minus = self.rendered(raw)
         return plus.ids, minus.ids
 
@@ -386,5 +386,5 @@ def _attach_shift(tap: Tap, shift: Tensor, written: Tensor) -> Any:
     )
 
 
-def _is_bare(side: Conversation) -> bool:
+def _is_plain_text(side: Conversation) -> bool:
     return isinstance(side.prompt, str) and side.system is None and side.answer is None

@@ -25,7 +25,7 @@ from steerkit.vector.steering_vector import SteeringVector
 if TYPE_CHECKING:
     from steerkit.activations.moments import Accumulator
     from steerkit.activations.recording import Activations
-    from steerkit.methods._protocols import Editor, Listing, Map, Params, Prepared, Subject
+    from steerkit.methods._protocols import Editor, HeatMap, Params, PartsTable, Prepared, Subject
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.tokens.forward_pass import Tokens
 
@@ -363,7 +363,7 @@ class Method(Configured):
         drawn = {name: random_direction(vector.tensors[name], generator) for name in sorted(directions)}
         return replace(vector, tensors={**vector.tensors, **drawn})
 
-    def maps(self, vector: SteeringVector) -> list[Map]:
+    def maps(self, vector: SteeringVector) -> list[HeatMap]:
         """Heat maps of the parts a vector consists of, as `steerkit inspect --plot` draws them; here there are none.
 
         Args:
@@ -371,7 +371,7 @@ class Method(Configured):
         """
         return []
 
-    def table(self, vector: SteeringVector) -> Listing | None:
+    def table(self, vector: SteeringVector) -> PartsTable | None:
         """The parts a vector consists of, as `steerkit inspect` lists them; None where there is nothing to list.
 
         Args:

@@ -64,7 +64,7 @@ def fingerprint(decoder: Decoder) -> Tensor:
     Returns:
         [k] float32 on the CPU; of no length where weights are offloaded.
     """
-    here = {_bare(name): entry for name, entry in decoder.model.named_parameters()}
+    here = {_unwrapped(name): entry for name, entry in decoder.model.named_parameters()}
     if not here or any(entry.is_meta for entry in here.values()):
         return torch.empty(0)
     parts, layout = [], _layout(decoder)
@@ -139,7 +139,7 @@ def _layout(decoder: Decoder) -> tuple[_Entry, ...]:
     if model not in _LAYOUTS:
         listed: list[_Entry] = []
         for dims in (1, 2):
-            named = [_Entry(_bare(name), value.shape) for name, value in _empty(model).named_parameters()]
+            named = [_Entry(_unwrapped(name), value.shape) for name, value in _empty(model).named_parameters()]
             listed += spread([entry for entry in named if len(entry.shape) == dims], _NAMES)
         _LAYOUTS[model] = tuple(listed)
     return _LAYOUTS[model]
@@ -155,7 +155,7 @@ def _empty(model: Any) -> nn.Module:
     return made
 
 
-def _bare(name: str) -> str:
+def _unwrapped(name: str) -> str:
     """A parameter's name without the wrappers of adapters."""
     for wrapper in _WRAPPED:
         name = name.replace(wrapper, "")

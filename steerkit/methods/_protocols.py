@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from steerkit.prompts.rendering import Rendered
     from steerkit.tokens.forward_pass import Tokens
 
-__all__ = ["Editor", "Listing", "Map", "Params", "Prepared", "Subject", "WeightUpdate"]
+__all__ = ["Editor", "PartsTable", "HeatMap", "Params", "Prepared", "Subject", "WeightUpdate"]
 
 Params = Mapping[str, Tensor]
 Prepared = Mapping[str, Tensor]
@@ -37,7 +37,7 @@ class WeightUpdate(NamedTuple):
     update: Callable[[Tensor | None], Tensor]
 
 
-class Listing(NamedTuple):
+class PartsTable(NamedTuple):
     """What a vector consists of, where that is a list of parts rather than directions, for people to read.
 
     Attributes:
@@ -58,7 +58,7 @@ class Listing(NamedTuple):
         return {"title": self.title, "rows": rows, "note": self.note}
 
 
-class Map(NamedTuple):
+class HeatMap(NamedTuple):
     """Signed sizes of the parts of a vector, layer by layer, to be drawn as a heat map.
 
     Attributes:

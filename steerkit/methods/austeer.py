@@ -43,7 +43,7 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import DataError, FitError, SiteError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import Listing, Params, Prepared, Subject, WeightUpdate
+from steerkit.methods._protocols import Params, PartsTable, Prepared, Subject, WeightUpdate
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap, anatomies, locate
@@ -341,7 +341,7 @@ class AUSteer(Method):
             drawn[f"{site}/units"] = order[: len(params["units"])]
         return replace(vector, tensors={**vector.tensors, **drawn})
 
-    def table(self, vector: SteeringVector) -> Listing:
+    def table(self, vector: SteeringVector) -> PartsTable:
         """The chosen units, the largest share first.
 
         Args:
@@ -361,7 +361,7 @@ class AUSteer(Method):
         where = ("head", "dimension") if head else ("row" if vector.sites[0].kind.startswith("mlp") else "dimension",)
         tied = params["tied"].tolist() if "tied" in params else None
         note = f"{tied[0]} units have the smallest of these shares; {tied[1]} of them were chosen" if tied else ""
-        return Listing(f"{len(rows)} units", ("layer", *where, "sign", "share"), rows, note)
+        return PartsTable(f"{len(rows)} units", ("layer", *where, "sign", "share"), rows, note)
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """Columns of attention's output projection, or rows and bias entries of the MLP's down projection.

@@ -232,9 +232,9 @@ class WeightedController(GatedAddition):
             left = [row for row, place in enumerate(batch.tolist()) if rows[place] >= positives]
             if left:
                 with torch.no_grad():
-                    bare = torch.log_softmax(subject.shifted([items[row] for row in left], {})[0].float(), dim=-1)
-                width = bare.shape[1]  # pads stand behind, so fewer rows are at most narrower
-                moved = (bare.exp() * (bare - likely[left, :width])).sum(dim=-1) * predicts[left, :width]
+                    baseline = torch.log_softmax(subject.shifted([items[row] for row in left], {})[0].float(), dim=-1)
+                width = baseline.shape[1]  # pads stand behind, so fewer rows are at most narrower
+                moved = (baseline.exp() * (baseline - likely[left, :width])).sum(dim=-1) * predicts[left, :width]
                 moved = moved.sum(dim=1) / predicts[left].sum(dim=1)
                 each = each.index_copy(0, torch.tensor(left, device=each.device), moved)
             return each.mean() + _COST * (gain[:, None] * weights).mean().to(logits.device)

@@ -55,7 +55,7 @@ from steerkit.maths.directions import mean_difference, random_direction
 from steerkit.maths.rank_one import add_in_order, check_penalty, score_components
 from steerkit.methods._base import Method, check_direction
 from steerkit.methods._parts import fits_width, head_width_of, head_widths, neuron_width, parts_of
-from steerkit.methods._protocols import Listing, Map, Params, Prepared, Subject, WeightUpdate
+from steerkit.methods._protocols import HeatMap, Params, PartsTable, Prepared, Subject, WeightUpdate
 from steerkit.network.decoder import Decoder
 from steerkit.network.experts import Experts, experts_at
 from steerkit.network.linears import writers_at
@@ -398,7 +398,7 @@ class Steer2Edit(Method):
                 tensors[f"{site}/{part.prefix}gate"] = gates.reshape(part.gate.shape)
         return replace(vector, tensors=tensors)
 
-    def table(self, vector: SteeringVector) -> Listing:
+    def table(self, vector: SteeringVector) -> PartsTable:
         """Every edited head, and the neurons of every layer by what is done to them, the largest change first.
 
         Args:
@@ -417,14 +417,14 @@ class Steer2Edit(Method):
         note = "gate: length of its part of the gate at strength 1. reinforce: it writes along the direction already"
         if idle:
             note += f". {idle} expert{'' if idle == 1 else 's'} left alone: no token of one side was routed there"
-        return Listing(
+        return PartsTable(
             f"{title} edited",
             ("layer", "block", "edited", "gate", "what"),
             sorted(rows, key=lambda row: -float(row[3])),
             note,
         )
 
-    def maps(self, vector: SteeringVector) -> list[Map]:
+    def maps(self, vector: SteeringVector) -> list[HeatMap]:
         """Heads in their order; neurons of each layer from the most reinforced to the most suppressed one.
 
         Args:
@@ -439,8 +439,8 @@ class Steer2Edit(Method):
             else:
                 heads[site.layer] = magnitude.tolist()
         words = "reinforce", "suppress"
-        maps = [Map("heads", "head", heads, *words)] if heads else []
-        return maps + ([Map("neurons", "rank among the edited neurons", neurons, *words)] if neurons else [])
+        maps = [HeatMap("heads", "head", heads, *words)] if heads else []
+        return maps + ([HeatMap("neurons", "rank among the edited neurons", neurons, *words)] if neurons else [])
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The rank-1 change of every edited matrix, each expert's by itself; of the matrix inside an adapter around it.

@@ -239,7 +239,7 @@ class Monitor:
         (rendered,) = self.rendered([item], raw=raw)
         place = _place(site) or self.sites[0]
         direction = self._directions.get(place, self._directions[self.sites[0]])
-        return token_projections(self._setup.bare, rendered, self.vector, site=place, direction=direction)
+        return token_projections(self._setup.baseline, rendered, self.vector, site=place, direction=direction)
 
     def middle(self, site: Site | str | None = None) -> float:
         """Where the tokens of neutral texts lie: the mean projection of all but each text's first, answers included.

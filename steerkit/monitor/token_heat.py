@@ -64,7 +64,7 @@ def token_projections(
     """Project every token of one text on a vector's direction.
 
     Args:
-        trial: who reads: the bare model, or the model under steering, whose values are those after the edit.
+        trial: who reads: the baseline model, or the model under steering, whose values are those after the edit.
         rendered: the text.
         vector: whose direction.
         site: where to read; None takes the vector's first site with a direction. At a site that is not the vector's,

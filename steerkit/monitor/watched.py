@@ -125,7 +125,7 @@ class Watched:
         if torch.compiler.is_compiling():
             raise ScopeError("watch: compiled code cannot be read; run the model eagerly (disable_compile=True)")
         facts = self._clock.now
-        if facts is None or facts.bare or facts.is_probe or facts.is_apart or facts.boundary is None:
+        if facts is None or facts.suspended or facts.is_probe or facts.is_apart or facts.boundary is None:
             return None
         return facts
 

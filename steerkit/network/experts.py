@@ -1,7 +1,7 @@
 """Routed experts: which parameters hold their down projections, and what each of those reads.
 
 A block's experts are one stack of matrices in one module, which sends every token through a few of them. No module
-gives what a down projection reads, so both questions are put to bare copies of the modules: the same parameters, no
+gives what a down projection reads, so both questions are put to baseline copies of the modules: the same parameters, no
 hooks, the down projections replaced.
 
 * Which. Matrices whose row 0 alone is not zero move number 0 of what the MLP gives, in proportion, and no other. Of an
@@ -348,7 +348,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def _put(twin: nn.Module, name: str, value: Tensor) -> None:
-    """Put another parameter into a bare copy."""
+    """Put another parameter into an empty copy."""
     path, _, leaf = name.rpartition(".")
     kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)
     twin.get_submodule(path)._parameters[leaf] = kept

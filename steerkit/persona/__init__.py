@@ -8,7 +8,7 @@ from steerkit.persona.choice import Choice
 from steerkit.persona.drafting import draft, skeleton
 from steerkit.persona.filtering import Filtered, Rules, Scores
 from steerkit.persona.pipeline import Extraction, Pipeline, extract
-from steerkit.persona.rollouts import Plan, Rollout, roll_out
+from steerkit.persona.rollouts import Rollout, RolloutPlan, roll_out
 from steerkit.persona.traits import TraitSpec, slug
 from steerkit.persona.watching import watchpoint
 
@@ -17,7 +17,7 @@ __all__ = [
     "Extraction",
     "Filtered",
     "Pipeline",
-    "Plan",
+    "RolloutPlan",
     "Rollout",
     "Rules",
     "Scores",

@@ -229,7 +229,7 @@ def margin_scores(
                         for under in (side, SIDES[1 - place])
                     ]
         found: list[list[float | None]] = [[None, None] for _ in rows]
-        means = [float(tokens.mean()) for tokens in setup.bare.log_probs(texts)] if texts else []
+        means = [float(tokens.mean()) for tokens in setup.baseline.log_probs(texts)] if texts else []
         for (number, place), own, other in zip(places, means[0::2], means[1::2], strict=True):
             found[number][place] = _number(own - other)
         return [{"margin": pair} for pair in found]

@@ -44,7 +44,7 @@ from steerkit.network.decoder import inner_model
 from steerkit.persona.card_text import about_trait, watching
 from steerkit.persona.choice import READOUTS, Choice, by_ones, most_answers, pairs_taken
 from steerkit.persona.filtering import UNENDED, Filtered, Rules, Scores, filtered, judge_scores, margin_scores
-from steerkit.persona.rollouts import SIDES, Plan, Rollout, roll_out, takes_system
+from steerkit.persona.rollouts import SIDES, Rollout, RolloutPlan, roll_out, takes_system
 from steerkit.persona.traits import TraitSpec, slug
 from steerkit.persona.watching import watchpoint
 from steerkit.prompts.contrast_set import ContrastSet
@@ -128,7 +128,7 @@ def extract(
     spec: TraitSpec,
     folder: Path,
     *,
-    plan: Plan | None = None,
+    plan: RolloutPlan | None = None,
     judge: Judge | None = None,
     rules: Rules | None = None,
     choice: Choice | None = None,
@@ -165,7 +165,7 @@ def extract(
         tokenizer,
         spec,
         folder,
-        plan=plan or Plan(),
+        plan=plan or RolloutPlan(),
         judge=judge,
         rules=rules or Rules(),
         choice=choice or Choice(),
@@ -184,7 +184,7 @@ class Pipeline:
     tokenizer: Any
     spec: TraitSpec
     folder: Path
-    plan: Plan
+    plan: RolloutPlan
     judge: Judge | None
     rules: Rules
     choice: Choice
@@ -486,7 +486,7 @@ def pairs_jsonl(spec: TraitSpec, rows: Sequence[Rollout], *, folded: bool = Fals
     """Rollouts as the lines of a contrast set, the rows of held-out questions marked.
 
     A line has the question, both system prompts and both answers. Where there is no system turn, lines to extract from
-    have two prompts instead of one, and held-out lines the bare question: both answers have to follow the same prompt
+    have two prompts instead of one, and held-out lines the baseline question: both answers have to follow the same prompt
     for one to be preferred.
 
     Args:

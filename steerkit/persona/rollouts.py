@@ -34,7 +34,7 @@ from steerkit.prompts.marks import spoken
 from steerkit.prompts.rendering import has_chat_template, opens_thought, render
 from steerkit.vector.model_identity import model_facts
 
-__all__ = ["SIDES", "Asked", "Plan", "Rollout", "Side", "roll_out", "takes_system"]
+__all__ = ["SIDES", "Asked", "RolloutPlan", "Rollout", "Side", "roll_out", "takes_system"]
 
 FORMAT = 1
 Side = Literal["positive", "negative"]
@@ -44,7 +44,7 @@ _PROBE = "steerkit-system-probe"
 
 
 @dataclass(frozen=True)
-class Plan:
+class RolloutPlan:
     """What is asked, and how it is answered.
 
     Attributes:
@@ -168,7 +168,7 @@ def roll_out(
     tokenizer: Any,
     spec: TraitSpec,
     path: Path,
-    plan: Plan | None = None,
+    plan: RolloutPlan | None = None,
     *,
     batch_size: int = 16,
     step: Callable[[int], None] = lambda rows: None,
@@ -185,7 +185,7 @@ def roll_out(
         step: called with the number of rows that have become ready, for a progress bar.
 
     Returns:
-        The rows, in the order of `Plan.asked`.
+        The rows, in the order of `RolloutPlan.asked`.
 
     Raises:
         DataError: the specification has places to fill in, or the file was begun with another model, specification or
@@ -193,7 +193,7 @@ def roll_out(
         SteerError: see `steerkit.generate`.
     """
     spec.check_filled()
-    plan = plan or Plan()
+    plan = plan or RolloutPlan()
     folded = not takes_system(tokenizer)
     kept = Journal(path, _header(model, tokenizer, spec, plan, folded=folded))
     every, rows = plan.asked(spec), max(1, batch_size // 2)
@@ -210,7 +210,7 @@ def roll_out(
     ]
 
 
-def _header(model: nn.Module, tokenizer: Any, spec: TraitSpec, plan: Plan, *, folded: bool) -> dict[str, Any]:
+def _header(model: nn.Module, tokenizer: Any, spec: TraitSpec, plan: RolloutPlan, *, folded: bool) -> dict[str, Any]:
     """What rollouts depend on; batches are not among it."""
     facts = model_facts(inner_model(model), tokenizer)
     return {
@@ -231,7 +231,7 @@ def _batches(asked: Sequence[Asked], size: int) -> Iterator[Sequence[Asked]]:
 
 
 def _answers(
-    model: nn.Module, tokenizer: Any, spec: TraitSpec, plan: Plan, batch: Sequence[Asked], *, folded: bool
+    model: nn.Module, tokenizer: Any, spec: TraitSpec, plan: RolloutPlan, batch: Sequence[Asked], *, folded: bool
 ) -> list[dict[str, str]]:
     """Both answers to each of some things asked, in one batch."""
     each = [(asked, side) for asked in batch for side in SIDES]

@@ -16,7 +16,7 @@ from steerkit.report.plots.scatter import Spot
 __all__ = [
     "Evidence",
     "Heat",
-    "Plan",
+    "EvidencePlan",
     "Projections",
     "Separation",
     "Texts",
@@ -29,7 +29,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvidencePlan:
     """How much is measured.
 
     Attributes:
@@ -102,13 +102,13 @@ class Texts(NamedTuple):
     Attributes:
         prompt: the question.
         lower: answered at the suggested strength mirrored at the neutral one.
-        bare: answered without steering.
+        baseline: answered without steering.
         upper: answered at the suggested strength.
     """
 
     prompt: str
     lower: str
-    bare: str
+    baseline: str
     upper: str
 
 
@@ -117,13 +117,13 @@ class Heat:
     """One prompt answered without and with steering, token by token, both read by the unsteered model.
 
     Attributes:
-        bare: the prompt with the unsteered answer.
+        baseline: the prompt with the unsteered answer.
         steered: the prompt with the steered answer.
         middle: what counts as zero.
         shift: how much further along the direction the steered answer's tokens lie under steering, on average.
     """
 
-    bare: TokenScores
+    baseline: TokenScores
     steered: TokenScores
     middle: float
     shift: float
@@ -176,7 +176,7 @@ class Evidence:
     texts: tuple[Texts, ...] = ()
     digests: Mapping[str, str | None] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    plan: Plan = Plan()
+    plan: EvidencePlan = EvidencePlan()
     command: str = ""
 
     @property
@@ -228,10 +228,10 @@ class Evidence:
                 "heat": None
                 if heat is None
                 else {
-                    "site": str(heat.bare.site),
+                    "site": str(heat.baseline.site),
                     "middle": heat.middle,
                     "shift": heat.shift,
-                    "bare": list(zip(heat.bare.tokens, heat.bare.values.tolist(), strict=True)),
+                    "baseline": list(zip(heat.baseline.tokens, heat.baseline.values.tolist(), strict=True)),
                     "steered": list(zip(heat.steered.tokens, heat.steered.values.tolist(), strict=True)),
                 },
                 "texts": [one._asdict() for one in self.texts],
@@ -250,12 +250,12 @@ def _verdict(evidence: Evidence) -> tuple[str, str]:
     column, change = measured.column, measured.effect
     sign = 1 if evidence.strength >= (evidence.neutral or 0.0) else -1
     certain = sign * (change.low if sign > 0 else change.high) > 0
-    bare = measured.estimate.mean - change.mean
+    baseline = measured.estimate.mean - change.mean
     moved = "rises" if change.mean > 0 else "falls"
     said = (
         f"At strength {evidence.strength:g} the {column.title} on {measured.items} held-out items {moved} by "
         f"{abs(change.mean):.3g} {column.unit} against the unsteered model (95 % interval of the change "
-        f"{span(change)}), from {bare:.3g} to {measured.estimate.mean:.3g}."
+        f"{span(change)}), from {baseline:.3g} to {measured.estimate.mean:.3g}."
     )
     clear = True
     if evidence.randoms:
@@ -263,7 +263,7 @@ def _verdict(evidence: Evidence) -> tuple[str, str]:
         clear = is_clear(measured, evidence.randoms, sign)
         said += (
             f" The largest of {len(evidence.randoms)} random directions of the same norm changes it by "
-            f"{signed(most - bare)}: {'the effect is clear of it' if clear else 'the effect is not clear of it'}."
+            f"{signed(most - baseline)}: {'the effect is clear of it' if clear else 'the effect is not clear of it'}."
         )
     if not certain:
         return "No effect shown: the interval of the change includes zero or lies on the other side.", said

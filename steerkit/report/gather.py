@@ -15,7 +15,7 @@ from steerkit.activations.recording import Activations, record
 from steerkit.errors import DataError, FitError, SiteError
 from steerkit.evaluate.confounding import confounds
 from steerkit.evaluate.controls import Refits, refits
-from steerkit.evaluate.curve import Curve, dose_response
+from steerkit.evaluate.curve import Curve, strength_response
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store_identity import environment, setup_identity
@@ -28,7 +28,7 @@ from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
-from steerkit.report.evidence import Evidence, Heat, Plan, Projections, Separation, Texts
+from steerkit.report.evidence import Evidence, EvidencePlan, Heat, Projections, Separation, Texts
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -46,7 +46,7 @@ def gather(
     name: str,
     held_out: ContrastSet,
     train: ContrastSet | None = None,
-    plan: Plan | None = None,
+    plan: EvidencePlan | None = None,
     command: str = "",
     step: Callable[[str], None] = lambda note: None,
 ) -> Evidence:
@@ -70,7 +70,7 @@ def gather(
         DataError: an item has no token to be read, or `train` is not what the vector was fitted on.
         SteerError: the vector does not fit the model (see `steerkit.steer`).
     """
-    return _Gathering(model, tokenizer, vector, held_out, train, plan or Plan(), step).run(name, command)
+    return _Gathering(model, tokenizer, vector, held_out, train, plan or EvidencePlan(), step).run(name, command)
 
 
 class _Gathering:
@@ -83,7 +83,7 @@ class _Gathering:
         vector: SteeringVector,
         held_out: ContrastSet,
         train: ContrastSet | None,
-        plan: Plan,
+        plan: EvidencePlan,
         step: Callable[[str], None],
     ) -> None:
         self.model, self.tokenizer, self.vector = model, tokenizer, vector
@@ -255,7 +255,7 @@ class _Gathering:
         if self.plan.control_strengths is not None:
             chosen = set(map(float, self.plan.control_strengths))
         self.step("dose-response")
-        return dose_response(
+        return strength_response(
             self.setup,
             self.vector,
             strengths,
@@ -307,7 +307,7 @@ class _Gathering:
         prompts = [*map(Conversation.of, self.plan.questions), self.setup.asked[0]]
         trials = [
             self.setup.trial(self.vector, 2 * self.centre - self.strength),
-            self.setup.bare,
+            self.setup.baseline,
             self.setup.trial(self.vector, self.strength),
         ]
         found = []
@@ -325,14 +325,14 @@ class _Gathering:
         if self.own is None or self.projections is None:
             self.missing["heat"] = self.missing["projections"]
             return None
-        prompt, (_, bare, steered) = self.setup.asked[0], self.answered
-        if not bare[-1] or not steered[-1]:
+        prompt, (_, baseline, steered) = self.setup.asked[0], self.answered
+        if not baseline[-1] or not steered[-1]:
             self.missing["heat"] = "the model gave an empty answer"
             return None
         self.step("token by token")
-        before, after = (self.setup.render(replace(prompt, answer=text)) for text in (bare[-1], steered[-1]))
+        before, after = (self.setup.render(replace(prompt, answer=text)) for text in (baseline[-1], steered[-1]))
         trial = self.setup.trial(self.vector, self.strength)
-        found = [token_projections(self.setup.bare, text, self.vector) for text in (before, after)]
+        found = [token_projections(self.setup.baseline, text, self.vector) for text in (before, after)]
         under = token_projections(trial, after, self.vector)
         shift = (under.values - found[1].values)[under.prompt :]
         return Heat(found[0], found[1], self.projections.middle, float(shift.mean()) if len(shift) else 0.0)

@@ -29,16 +29,16 @@ def heat_part(evidence: Evidence) -> dict[str, Any] | None:
     heat = evidence.heat
     if heat is None:
         return None
-    answers = torch.cat([scores.values[scores.prompt :] for scores in (heat.bare, heat.steered)]) - heat.middle
+    answers = torch.cat([scores.values[scores.prompt :] for scores in (heat.baseline, heat.steered)]) - heat.middle
     scale = float(answers.abs().max()) if len(answers) else 0.0
     scale = scale or 1.0
     cells = {
         name: token_cells(scores, heat.middle, scale)
-        for name, scores in (("bare", heat.bare), ("steered", heat.steered))
+        for name, scores in (("baseline", heat.baseline), ("steered", heat.steered))
     }
-    means = [float(scores.values[scores.prompt :].mean()) - heat.middle for scores in (heat.bare, heat.steered)]
+    means = [float(scores.values[scores.prompt :].mean()) - heat.middle for scores in (heat.baseline, heat.steered)]
     words = (
-        f"Projection of every token on the direction at {heat.bare.site}, activation units. Both texts are read by the "
+        f"Projection of every token on the direction at {heat.baseline.site}, activation units. Both texts are read by the "
         f"unsteered model, so that the colours show what the words say and not what the edit adds; zero is half-way "
         f"between the two sides of the held-out items. The unsteered answer lies at {signed(means[0])} on average, "
         f"the steered one at {signed(means[1])}. While steering, its tokens lie {signed(heat.shift)} further along. "
@@ -46,8 +46,8 @@ def heat_part(evidence: Evidence) -> dict[str, Any] | None:
     )
     legend = [_colour(place / 4 - 1) for place in range(9)]
     return {
-        "prompt": cells["bare"][: heat.bare.prompt],
-        "bare": cells["bare"][heat.bare.prompt :],
+        "prompt": cells["baseline"][: heat.baseline.prompt],
+        "baseline": cells["baseline"][heat.baseline.prompt :],
         "steered": cells["steered"][heat.steered.prompt :],
         "legend": legend,
         "scale": scale,

@@ -245,11 +245,11 @@ def _costs_part(evidence: Evidence) -> _Part:
     curve, panels = evidence.curve, []
     for name in COSTS:
         column = curve.points[0][name].column
-        bare = None
+        baseline = None
         if evidence.neutral in curve.strengths:
-            bare = curve.points[curve.strengths.index(evidence.neutral)][name].estimate.mean
+            baseline = curve.points[curve.strengths.index(evidence.neutral)][name].estimate.mean
         values = [point[name].estimate for point in curve.points]
-        panels.append(plots.Panel(column.title, column.unit, curve.strengths, values, bare))
+        panels.append(plots.Panel(column.title, column.unit, curve.strengths, values, baseline))
     worst = max(range(len(curve.points)), key=lambda place: curve.points[place]["kl"].estimate.mean)
     kl, ratio = (curve.points[worst][name].estimate.mean for name in ("kl", "perplexity_ratio"))
     loops = max(point["repetition"].estimate.mean for point in curve.points)
@@ -339,11 +339,11 @@ def _control_rows(evidence: Evidence) -> list[tuple[str, str, str]]:
     if not evidence.has_effect:
         return rows
     measured = evidence.suggested[evidence.curve.effect]
-    bare = measured.estimate.mean - (0.0 if measured.change is None else measured.change.mean)
+    baseline = measured.estimate.mean - (0.0 if measured.change is None else measured.change.mean)
     at = f"at strength {evidence.strength:g}"
     for name, values in (("random directions", evidence.randoms), ("shuffled labels, same norm", evidence.shuffled)):
         if values:
-            low, high = min(values) - bare, max(values) - bare
+            low, high = min(values) - baseline, max(values) - baseline
             what = f"change {signed(low)} to {signed(high)} {measured.column.unit}"
             count = "1 draw" if len(values) == 1 else f"{len(values)} draws"
             rows.append((f"{name}, {at}", what, f"{count}, against {signed(measured.effect.mean)} steered"))

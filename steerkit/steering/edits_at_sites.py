@@ -17,7 +17,7 @@ from steerkit.methods._registry import default_strength
 from steerkit.network.experts import Experts
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
-from steerkit.steering.replay import Guide, refuse_compiled
+from steerkit.steering.replay import GatePlan, refuse_compiled
 from steerkit.steering.strengths import strength_value
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.forward_pass import Pass, Tokens
@@ -27,10 +27,10 @@ from steerkit.vector.steering_vector import SteeringVector
 if TYPE_CHECKING:
     from steerkit.steering.strengths import Strength
 
-__all__ = ["Dose", "Edit", "GuidedEdit", "norm_factor"]
+__all__ = ["RowStrengths", "Edit", "GuidedEdit", "norm_factor"]
 
 
-class Dose:
+class RowStrengths:
     """The strength of one vector: given with `steer`, on the vector, or suggested by its file."""
 
     def __init__(self, vector: SteeringVector, strength: Strength | None, unit: str | None) -> None:
@@ -54,7 +54,7 @@ class Edit:
     params: Params
     tap: Tap
     scope: Scope
-    dose: Dose
+    dose: RowStrengths
     factor: float
     lengths: PromptLengths | None
     block: nn.Module | None
@@ -112,7 +112,7 @@ class Edit:
                 f"{self.tap.site}: a site inside a block cannot be steered under gradient checkpointing, whose second "
                 "run comes after the pass; steer at resid_pre or resid_post, or switch checkpointing off"
             )
-        if facts.bare:
+        if facts.suspended:
             return h
         tokens = facts.tokens(self.scope, self.lengths)
         if tokens.nothing:
@@ -181,7 +181,7 @@ class Edit:
 class GuidedEdit(Edit):
     """One gated vector at one site."""
 
-    guide: Guide = field(kw_only=True)
+    guide: GatePlan = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ from steerkit.tokens.clock import Hook, PassClock
 from steerkit.tokens.forward_pass import Pass, Tokens
 from steerkit.tokens.scope import PromptLengths, Scope
 
-__all__ = ["Guide", "Reading", "conducted"]
+__all__ = ["GatePlan", "Reading", "replaying"]
 
 # What a replay knows how to cut to the columns it feeds again.
 _CACHES = ("past_key_values", "cache_params")
@@ -43,7 +43,7 @@ class _Stop(BaseException):
 
 
 @dataclass(eq=False)
-class Guide:
+class GatePlan:
     """One editor of one vector, planned or attached.
 
     Attributes:
@@ -128,7 +128,7 @@ def _before(read: Site, write: Site) -> bool:
 class Reading:
     """What stands among the edits of a module and only reads for an editor."""
 
-    guide: Guide
+    guide: GatePlan
     tap: Tap
     clock: PassClock
 
@@ -148,7 +148,7 @@ class Reading:
                 f"{self.tap.site}: this module was called on its own, outside a forward pass of its model; "
                 "call the model (or its decoder) instead"
             )
-        if not facts.bare:
+        if not facts.suspended:
             shaped = h.reshape(facts.batch, facts.width, h.shape[-1]) if self.tap.flat else h
             guide.editor.read(self.tap.site, shaped, guide.tokens(facts), guide.state(facts))
             if facts.is_probe and not any(other.waits(facts) for other in facts.held):
@@ -175,12 +175,12 @@ class _Replay:
     recorded: list[bool | None]
 
 
-class _Conductor:
+class _Replayer:
     """The hooks on a model and its decoder body that see to it that every gate has decided when it is needed."""
 
     def __init__(self, decoder: Decoder, clock: PassClock) -> None:
         self.decoder, self.clock = decoder, clock
-        self.guides: list[Guide] = []
+        self.guides: list[GatePlan] = []
         self.handles: list[Any] = []
 
     def attach(self) -> None:
@@ -200,7 +200,7 @@ class _Conductor:
         if torch.compiler.is_compiling():
             return
         facts = self.clock.now
-        if facts is None or facts.bare or facts.held or facts.settled:
+        if facts is None or facts.suspended or facts.held or facts.settled:
             return
         facts.settled = True
         waiting = tuple(guide for guide in self.guides if guide.waits(facts))
@@ -253,7 +253,7 @@ class _Conductor:
         again.logits = _joined(output.logits, _chosen(rows, again.logits, first), dim=1)
         return again
 
-    def _probe(self, module: nn.Module, given: dict[str, Any], facts: Pass, waiting: tuple[Guide, ...]) -> None:
+    def _probe(self, module: nn.Module, given: dict[str, Any], facts: Pass, waiting: tuple[GatePlan, ...]) -> None:
         """Run the pass on a copy of its cache until all that decides has been read.
 
         Raises:
@@ -270,7 +270,7 @@ class _Conductor:
             module(**{**given, **copies})
 
     def _start(
-        self, module: nn.Module, given: Mapping[str, Any], facts: Pass, waiting: tuple[Guide, ...]
+        self, module: nn.Module, given: Mapping[str, Any], facts: Pass, waiting: tuple[GatePlan, ...]
     ) -> int | None:
         """The first column that a replay feeds again; None where the pass cannot be replayed."""
         if module is not self.decoder.model or facts.boundary is None or not isinstance(facts.past, int):
@@ -353,25 +353,25 @@ def _joined(whole: Tensor, end: Tensor, dim: int) -> Tensor:
     return end if kept <= 0 else torch.cat([whole.narrow(dim, 0, kept), end], dim=dim)
 
 
-class _ConductorHook(Hook):
+class _ReplayerHook(Hook):
     """A hook of a conductor."""
 
-    def __init__(self, conductor: _Conductor) -> None:
+    def __init__(self, conductor: _Replayer) -> None:
         self.conductor = conductor
 
 
-class _Opening(_ConductorHook):
+class _Opening(_ReplayerHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.conductor.before(module, args, kwargs)
 
 
-class _Closing(_ConductorHook):
+class _Closing(_ReplayerHook):
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> Any:
         return self.conductor.after(module, output)
 
 
 @contextlib.contextmanager
-def conducted(decoder: Decoder, clock: PassClock, guide: Guide) -> Iterator[None]:
+def replaying(decoder: Decoder, clock: PassClock, guide: GatePlan) -> Iterator[None]:
     """Have a model's conductor look after one guide; it comes with the first and goes with the last.
 
     Args:
@@ -382,7 +382,7 @@ def conducted(decoder: Decoder, clock: PassClock, guide: Guide) -> Iterator[None
     hooks = decoder.model._forward_pre_hooks.values()
     conductor = next((hook.conductor for hook in hooks if isinstance(hook, _Opening)), None)
     if conductor is None:
-        conductor = _Conductor(decoder, clock)
+        conductor = _Replayer(decoder, clock)
         conductor.attach()
     conductor.guides.append(guide)
     try:

@@ -26,8 +26,8 @@ from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.chat_roles import Roles
 from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model
-from steerkit.steering.edits_at_sites import Dose, Edit, GuidedEdit, norm_factor
-from steerkit.steering.replay import Guide, Reading, conducted
+from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
+from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths, Scope
@@ -88,7 +88,7 @@ def steer(
     only_all = _prompt_learning(model)
     lengths = None if prompt_lengths is None else PromptLengths(prompt_lengths)
     roles = None if tokenizer is None else Roles.of(tokenizer)
-    doses = [Dose(vector, strength, unit) for vector in listed]
+    doses = [RowStrengths(vector, strength, unit) for vector in listed]
     edits: list[Edit] = []
     for vector, dose in zip(listed, doses, strict=True):
         vector.check(model)
@@ -101,7 +101,7 @@ def steer(
 class Steering:
     """A planned steering; attach it with `with`. Made by `steer`."""
 
-    def __init__(self, decoder: Decoder, edits: Sequence[Edit], doses: Sequence[Dose]) -> None:
+    def __init__(self, decoder: Decoder, edits: Sequence[Edit], doses: Sequence[RowStrengths]) -> None:
         self._decoder, self._edits, self._doses = decoder, tuple(edits), tuple(doses)
         self._entered: list[contextlib.ExitStack] = []
 
@@ -147,7 +147,7 @@ class Steering:
             for edit in self._edits:
                 if isinstance(edit, GuidedEdit) and id(edit.guide) not in guided:
                     guided.add(id(edit.guide))
-                    stack.enter_context(conducted(self._decoder, clock, edit.guide))
+                    stack.enter_context(replaying(self._decoder, clock, edit.guide))
                     for tap in edit.guide.taps.values():
                         stack.enter_context(attached_edits(Reading(edit.guide, tap, clock)))
                 edit.clock = clock
@@ -166,7 +166,7 @@ class Steering:
 def _plan(
     decoder: Decoder,
     vector: SteeringVector,
-    dose: Dose,
+    dose: RowStrengths,
     scope: str | None,
     unit: str | None,
     lengths: PromptLengths | None,
@@ -191,7 +191,7 @@ def _plan(
         raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
     guide = None
     if editor is not None:
-        guide = Guide(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
+        guide = GatePlan(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
     for site, tap in zip(vector.sites, taps.values(), strict=True):
         params = vector.params(site)
         method.check(site, params)

@@ -145,7 +145,7 @@ class PassClock:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run forward passes of this thread without any edit, for probes and recordings of the bare model."""
+        """Run forward passes of this thread without any edit, for probes and recordings of the baseline model."""
         before = self.is_suspended
         self._local.suspended = True
         try:
@@ -286,7 +286,7 @@ class PassClock:
         past = columns_cached(cache, mask, width, call, compiling)
         facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
         facts["rows"] = getattr(self._local, "rows", None)
-        facts["bare"] = self.is_suspended
+        facts["suspended"] = self.is_suspended
         facts["given"] = ids if isinstance(ids, Tensor) and ids.shape[:2] == (batch, width) else None
         facts["expands"] = compiling or call is not None or cache is not None
         if past is None:

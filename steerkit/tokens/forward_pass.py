@@ -32,7 +32,7 @@ class Pass:
         expands: this pass may hold several rows of one item (beams, returned sequences).
         rows: which items the rows are, where a reader sorted them; None where they are as given.
         only_all: why only scope `all` is known in this pass, if so.
-        bare: nothing is to be written in this pass.
+        suspended: nothing is to be written in this pass.
         store: what is kept from pass to pass of one text: it lives with the `generate` call, else with the cache, else
             with this pass.
         held: whose writes wait in this pass, because what decides about them is read later in it.
@@ -55,7 +55,7 @@ class Pass:
         expands: bool = True,
         rows: tuple[int, ...] | None = None,
         only_all: str | None = None,
-        bare: bool = False,
+        suspended: bool = False,
         position_ids: Tensor | None = None,
         store: dict[Any, Any] | None = None,
         held: tuple[Any, ...] = (),
@@ -67,7 +67,7 @@ class Pass:
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
-        self.rows, self.only_all, self.bare = rows, only_all, bare
+        self.rows, self.only_all, self.suspended = rows, only_all, suspended
         self.store: dict[Any, Any] = {} if store is None else store
         self.held, self.is_probe, self.is_apart = held, is_probe, is_apart
         self.settled = False  # whether it has been seen to that what decides is read in time

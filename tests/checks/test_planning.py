@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import steerkit
-from steerkit.checks.planning import Plan, plan
+from steerkit.checks.planning import SteeringPlan, plan
 from steerkit.cli import plan as command
 from steerkit.errors import DataError, SiteError, VectorFileError
 from steerkit.network.sites import Site
@@ -49,7 +49,7 @@ def hooks(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
-def dry(model: Any, vectors: Any, **options: Any) -> Plan:
+def dry(model: Any, vectors: Any, **options: Any) -> SteeringPlan:
     return plan(model, vectors, measure=False, **options)
 
 
@@ -119,13 +119,13 @@ def test_families(family: str, module: str) -> None:
 def test_nothing_stays(family: str, measure: bool) -> None:
     model = build(family)
     with torch.no_grad():
-        bare = model(input_ids=IDS).logits
+        baseline = model(input_ids=IDS).logits
     before = hooks(model)
     found = plan(model, vector_at(model, "resid_post.1", "attn_out.2"), measure=measure, batch_size=2)
     assert found.ok
     assert hooks(model) == before
     with torch.no_grad():
-        assert torch.equal(model(input_ids=IDS).logits, bare)
+        assert torch.equal(model(input_ids=IDS).logits, baseline)
 
 
 def test_nothing_is_attached_unless_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,12 +181,12 @@ def ask(answer: Callable[..., Any], here: Path, tiny: Path) -> Callable[..., Any
 def test_generate_is_the_library_s_generate(ask: Callable[..., Any], tiny: Path, vector: SteeringVector) -> None:
     model, tokenizer = steerkit.load_model(str(tiny))
     prompts = ["How was your day?", "Hello"]
-    bare = steerkit.generate(model, tokenizer, prompts, max_new_tokens=6)
+    baseline = steerkit.generate(model, tokenizer, prompts, max_new_tokens=6)
     steered = steerkit.generate(model, tokenizer, prompts, vector=vector, strength=-2.0, max_new_tokens=6)
-    assert bare != steered
+    assert baseline != steered
     assert ask(*prompts) == [
         {"prompt": prompt, "text": text, "vector": None, "strength": None, "scope": None}
-        for prompt, text in zip(prompts, bare, strict=True)
+        for prompt, text in zip(prompts, baseline, strict=True)
     ]
     assert ask(*prompts, "--vector", "v.safetensors", "--strength", "-2", "--baseline") == [
         {
@@ -197,7 +197,7 @@ def test_generate_is_the_library_s_generate(ask: Callable[..., Any], tiny: Path,
             "strength": -2,
             "scope": "response",
         }
-        for prompt, text, base in zip(prompts, steered, bare, strict=True)
+        for prompt, text, base in zip(prompts, steered, baseline, strict=True)
     ]
 
 

@@ -105,10 +105,10 @@ def test_summary_in_json(answer: Callable[..., Any], monitor: Callable[..., Moni
     assert list(found["auc_of_label"].values()) == pytest.approx(list(area), abs=1e-3)
     assert (found["items"], found["scored"]) == (5, 5)
     assert found["sd"] == pytest.approx(float(scores.std()), abs=1e-3)
-    Path("bare.jsonl").write_text('"Why?"\n[{"role": "user", "content": "Why?"}]\n')
-    bare = answer(*common, "--data", "bare.jsonl")
-    assert "correlation_with_score" not in bare["summary"]
-    assert bare["items"][0]["projection"] == pytest.approx(bare["items"][1]["projection"], abs=1e-5)
+    Path("baseline.jsonl").write_text('"Why?"\n[{"role": "user", "content": "Why?"}]\n')
+    baseline = answer(*common, "--data", "baseline.jsonl")
+    assert "correlation_with_score" not in baseline["summary"]
+    assert baseline["items"][0]["projection"] == pytest.approx(baseline["items"][1]["projection"], abs=1e-5)
 
 
 def test_a_stream_is_answered_line_by_line(monitor: Callable[..., Monitor], tiny: Path) -> None:
@@ -163,8 +163,8 @@ def test_shift_of_a_checkpoint_and_of_an_adapter(
         merged = adapted.merge_and_unload()
     merged.save_pretrained("tuned")
     tokenizer.save_pretrained("tuned")
-    bare, _ = steerkit.load_model(str(tiny))
-    expected = steerkit.finetuning_shift(bare, merged, tokenizer, PROMPTS, SteeringVector.load("v.safetensors"))
+    baseline, _ = steerkit.load_model(str(tiny))
+    expected = steerkit.finetuning_shift(baseline, merged, tokenizer, PROMPTS, SteeringVector.load("v.safetensors"))
     words = ("monitor", *PROMPTS, "--vector", "v.safetensors", "--model", tiny, "--after")
     for after in ("tuned", "adapter"):
         with warnings.catch_warnings():

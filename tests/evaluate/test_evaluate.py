@@ -11,7 +11,7 @@ import torch
 
 import steerkit
 from steerkit.errors import DataError, SteerError
-from steerkit.evaluate.curve import Curve, dose_response, random_like
+from steerkit.evaluate.curve import Curve, random_like, strength_response
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
 from steerkit.evaluate.scoring import Measured, measure
@@ -64,21 +64,21 @@ def test_preference_margin_is_its_definition(family: str, batch_size: int, token
     got = PreferenceMargin().score(setup.trial(vector, 0.5))["preference_margin"]
     expected = torch.tensor(slow_margin(model, tokenizer, vector, 0.5))
     assert torch.allclose(got, expected, atol=1e-4)
-    bare = PreferenceMargin().score(setup.bare)["preference_margin"]
-    assert not torch.allclose(got, bare, atol=1e-3)
+    baseline = PreferenceMargin().score(setup.baseline)["preference_margin"]
+    assert not torch.allclose(got, baseline, atol=1e-3)
 
 
 def test_preference_margin_wants_two_answers(tokenizer: Any) -> None:
     model = build("llama")
     with pytest.raises(DataError, match="item 0 has no two answers"):
-        measure(Setup(model, tokenizer, ContrastSet.from_prompts(["a b"], ["c d"])).bare)
+        measure(Setup(model, tokenizer, ContrastSet.from_prompts(["a b"], ["c d"])).baseline)
 
 
 def test_dose_response(tokenizer: Any) -> None:
     model = build("llama")
     vector = modes.vector_for(model, scope="response", size=0.5)
     steps: list[int] = []
-    curve = dose_response(
+    curve = strength_response(
         Setup(model, tokenizer, ContrastSet.from_answers(ITEMS)),
         vector,
         [-1.0, 0.0, 1.0],
@@ -87,7 +87,7 @@ def test_dose_response(tokenizer: Any) -> None:
     )
     assert curve.items == 3
     assert len(steps) == 3 * 3
-    # Strength 0 is the bare model, whatever the direction.
+    # Strength 0 is the baseline model, whatever the direction.
     assert [control[0.0] for control in curve.controls] == pytest.approx([curve.effects[1].mean] * 2, rel=1e-5)
     assert len({curve.effects[0].mean, curve.effects[2].mean, *(control[1.0] for control in curve.controls)}) == 4
 
@@ -180,7 +180,7 @@ def test_the_card_says_what_is_needed() -> None:
 
 def test_a_method_s_subject_and_a_trial_read_alike_under_a_vector(tokenizer: Any) -> None:
     """One text at a time with its own prompt length is what both give, in the order of the items."""
-    from steerkit.fitting.subject import Subject
+    from steerkit.fitting.subject import ModelSubject
     from steerkit.network.decoder import find_decoder
     from steerkit.network.sites import Site
 
@@ -188,7 +188,7 @@ def test_a_method_s_subject_and_a_trial_read_alike_under_a_vector(tokenizer: Any
     vector, data = modes.vector_for(model, scope="response", size=0.5), ContrastSet.from_answers(ITEMS)
     items = [Conversation(prompt, answer=answer) for prompt, answer, _ in ITEMS]
     sites = [Site(3)]
-    subject = Subject(model, tokenizer, data, find_decoder(model), 2, None)
+    subject = ModelSubject(model, tokenizer, data, find_decoder(model), 2, None)
     found = subject.record(items, sites, readout="last", under=vector)[Site(3)]
     setup = Setup(model, tokenizer, data, batch_size=2)
     rendered = [render(tokenizer, item) for item in items]

@@ -708,23 +708,23 @@ def test_judged_texts_and_failures(setup: Setup, serve: Any) -> None:
     assert found.change is not None
     assert found.change.mean == 0.0
     prompts = [asked["messages"][0]["content"] for asked in server.requests]
-    assert len(prompts) == 6, "steered and bare"
+    assert len(prompts) == 6, "steered and baseline"
     assert all("behaviour: the answer is cheerful" in prompt and "0 to 10" in prompt for prompt in prompts)
     quoted = ["\n".join(f"> {line}" for line in text.splitlines() or [""]) for text in trial.texts]
     assert quoted[0] in prompts[0]
     measure(setup.trial(modes.vector_for(setup.model, scope="response"), 2.0), [scorer])
-    assert len(server.requests) == 9, "the bare model's texts are judged once"
+    assert len(server.requests) == 9, "the baseline model's texts are judged once"
 
 
 def test_a_rubric_of_ones_own_and_scale(setup: Setup) -> None:
     judge = Written(lambda prompt: 3)
     scorer = Judged(judge, rubric="{question}|{answer}|{low}-{high}|{x}", low=1, high=5)
-    scores = scorer.score(setup.bare)["judged"]
+    scores = scorer.score(setup.baseline)["judged"]
     assert scores.tolist() == [3.0, 3.0, 3.0]
     assert judge.scales == [(1, 5)]
     assert judge.asked == [
         f"{asked}|{text}|1-5|{{x}}"
-        for asked, text in zip(("How was it?", "And the food?", "Well?"), setup.bare.texts, strict=True)
+        for asked, text in zip(("How was it?", "And the food?", "Well?"), setup.baseline.texts, strict=True)
     ]
 
 
@@ -733,20 +733,20 @@ def test_the_steered_model_judges_itself_unsteered(setup: Setup) -> None:
     trial = setup.trial(modes.vector_for(setup.model, scope="all"), 1.0)
     scores = Judged(judge, rubric="{answer}\nNumber?").score(trial)["judged"]
     prompts = [f"{text}\nNumber?" for text in trial.texts]
-    bare = LocalJudge(build("llama"), setup.tokenizer, least_mass=0.0).score(prompts)
-    assert scores.tolist() == pytest.approx(bare, abs=1e-4)
+    baseline = LocalJudge(build("llama"), setup.tokenizer, least_mass=0.0).score(prompts)
+    assert scores.tolist() == pytest.approx(baseline, abs=1e-4)
     with steerkit.steer(setup.model, trial.vectors[0], 1.0):
-        assert judge.score(prompts) != pytest.approx(bare, abs=1e-3), "the test can see steering"
+        assert judge.score(prompts) != pytest.approx(baseline, abs=1e-3), "the test can see steering"
 
 
 def test_judges_that_misbehave(setup: Setup) -> None:
     for score, message in ((11, "gave 11"), (None, "scored none of 3"), (math.nan, "scored none of 3")):
         with pytest.raises(DataError, match=message):
-            Judged(Written(lambda _, score=score: score), behaviour="joy").score(setup.bare)
+            Judged(Written(lambda _, score=score: score), behaviour="joy").score(setup.baseline)
     short = Written(lambda _: 3)
     short.score = lambda prompts, **_: [3]  # type: ignore[method-assign]
     with pytest.raises(DataError, match="1 scores for 3"):
-        Judged(short, behaviour="joy").score(setup.bare)
+        Judged(short, behaviour="joy").score(setup.baseline)
 
 
 def test_settings_are_checked_before_anything_runs() -> None:
@@ -777,18 +777,18 @@ def kind_of(prompt: str) -> str:
 
 
 def test_concept_is_the_harmonic_mean(setup: Setup) -> None:
-    bare = setup.bare.texts
-    assert len(set(bare)) == 3
+    baseline = setup.baseline.texts
+    assert len(set(baseline)) == 3
     ratings = {"concept": (2, 1.5, 0), "instruction": (1, 1, 2), "fluency": (2, 0.5, 2)}
 
     def score(prompt: str) -> float:
         place = next(
-            i for i, text in enumerate(bare) if "\n".join(f"> {t}" for t in text.splitlines() or [""]) in prompt
+            i for i, text in enumerate(baseline) if "\n".join(f"> {t}" for t in text.splitlines() or [""]) in prompt
         )
         return ratings[kind_of(prompt)][place]
 
     judge = Written(score)
-    found = Concept(judge, "the sea").score(setup.bare)
+    found = Concept(judge, "the sea").score(setup.baseline)
     assert list(found) == list(Concept.columns)
     for name, wanted in ratings.items():
         assert found[name].tolist() == list(wanted)
@@ -801,7 +801,7 @@ def test_concept_is_the_harmonic_mean(setup: Setup) -> None:
 
 def test_a_failed_rating_makes_the_overall_one_fail(setup: Setup) -> None:
     ratings = iter([2, 2, 0, None, 2, 2, 0, 2, None])
-    found = measure(setup.bare, [Concept(Written(lambda _: next(ratings)), "the sea")])
+    found = measure(setup.baseline, [Concept(Written(lambda _: next(ratings)), "the sea")])
     assert {name: (figure.items, figure.failures) for name, figure in found.items()} == {
         "overall": (1, 2),  # a 0 does not make up for a missing rating
         "concept": (3, 0),
@@ -815,6 +815,6 @@ def test_a_failed_rating_makes_the_overall_one_fail(setup: Setup) -> None:
 def test_both_scorers_share_a_measurement(setup: Setup) -> None:
     judge = Written(lambda prompt: 1)
     setup = replace(setup, texts=2)
-    found = measure(setup.bare, [Judged(judge, "joy"), Concept(judge, "joy")])
+    found = measure(setup.baseline, [Judged(judge, "joy"), Concept(judge, "joy")])
     assert list(found) == ["judged", "overall", "concept", "instruction", "fluency"]
     assert found["judged"].items == 2

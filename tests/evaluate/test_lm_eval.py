@@ -147,8 +147,8 @@ def test_generated_texts_are_those_of_the_steered_model(family: str, batch_size:
             text.partition("\n\n\n")[0] for text in steerkit.generate(model, tokenizer, prompts, **steering, **options)
         ]
         assert [row["resps"][0][0] for row in noted[ANSWER]] == expected
-    bare, steered = ([row["resps"][0][0] for row in noted[ANSWER]] for noted in samples)
-    assert sum(one != other for one, other in zip(bare, steered, strict=True)) > 10
+    baseline, steered = ([row["resps"][0][0] for row in noted[ANSWER]] for noted in samples)
+    assert sum(one != other for one, other in zip(baseline, steered, strict=True)) > 10
 
 
 def test_the_report(samples: list[Samples]) -> None:
@@ -336,5 +336,5 @@ def test_the_embedded_model_with_a_shipped_vector(embedded: tuple[Any, Any], sam
     for choice, found in zip(item["choices"], row["filtered_resps"], strict=True):
         whole = tokenizer.encode(f"Question: {item['question']}\nAnswer: {choice}")
         assert found[0] == pytest.approx(log_prob(model, vector, whole, len(whole) - known), rel=1e-3)
-    bare, steered = ([one["resps"][0][0] for one in noted[ANSWER]] for noted in samples)
-    assert bare != steered
+    baseline, steered = ([one["resps"][0][0] for one in noted[ANSWER]] for noted in samples)
+    assert baseline != steered

@@ -158,8 +158,8 @@ def test_each_set_of_items_is_measured(setup: Setup) -> None:
     found = interference(setup, three()[:2], data=sets)
     assert [(one.data, one.items) for one in found.effects] == [("first", 2), ("all", 4)]
     assert found.effects[1] == replace(interference(setup, three()[:2]).effects[0], data="all")
-    bare = interference(replace(setup, data=None), three()[:2])
-    assert bare.effects == () and bare.overlaps, "without items only the directions are compared"
+    baseline = interference(replace(setup, data=None), three()[:2])
+    assert baseline.effects == () and baseline.overlaps, "without items only the directions are compared"
 
 
 VALUES = torch.tensor([1.0, 2.0, 4.0, 2.0, 3.0, 1.0])
@@ -187,13 +187,13 @@ class Counted(Scorer):
 
 @dataclass(frozen=True)
 class Ratios(Counted):
-    """The same as logarithms, against the bare model, with weights."""
+    """The same as logarithms, against the baseline model, with weights."""
 
     columns: ClassVar[dict[str, Column]] = {"counted": Column("counted", "factor", scale="log")}
-    against_bare: ClassVar[bool] = True
+    against_baseline: ClassVar[bool] = True
 
     def score(self, trial: Trial) -> dict[str, Tensor | Weighted]:
-        assert trial.vectors, "the bare model is not scored beside it"
+        assert trial.vectors, "the baseline model is not scored beside it"
         found = super().score(trial)["counted"]
         assert isinstance(found, Tensor)
         return {"counted": Weighted((found - 7) / 100, WEIGHTS)}

@@ -36,8 +36,7 @@ from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
-from tests import modes
-from tests import tiny_tokenizers
+from tests import modes, tiny_tokenizers
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, LLAMA2, byte_tokenizer
 
@@ -76,7 +75,7 @@ def steered(setup: Setup, strength: float = STRENGTH) -> Trial:
 
 
 def both(setup: Setup) -> tuple[Trial, Trial]:
-    return steered(setup), setup.bare
+    return steered(setup), setup.baseline
 
 
 def logs_of(trial: Trial, ids: Sequence[int], prompt_length: int) -> Tensor:
@@ -94,7 +93,7 @@ def nll_of(trial: Trial, item: Conversation) -> list[float]:
 
 def with_texts(*texts: str) -> Trial:
     """A trial whose generated texts are given."""
-    trial = Setup(torch.nn.Identity(), byte_tokenizer(CHATML)).bare
+    trial = Setup(torch.nn.Identity(), byte_tokenizer(CHATML)).baseline
     vars(trial)["texts"] = texts
     return trial
 
@@ -130,7 +129,7 @@ def test_choice_is_its_definition(family: str, batch_size: int) -> None:
     setup = setup_for(family, batch_size=batch_size)
     after, before = (Choice().score(trial)["p_match"] for trial in both(setup))
     assert close(after, slow_choice(steered(setup)))
-    assert close(before, slow_choice(setup.bare))
+    assert close(before, slow_choice(setup.baseline))
     assert not torch.allclose(after, before, atol=1e-3)
     assert after.dtype == torch.float32
 
@@ -140,8 +139,8 @@ def test_choice_when_letters_are_swapped(template: str | None) -> None:
     # Behind one more item every letter changes sides; the two answers swapped as well, the question is the same.
     items = [(f"Is it {word}?", "Yes.", "No!") for word in ("so", "far", "near")]
     swapped = [("First.", "x", "y"), *((prompt, negative, positive) for prompt, positive, negative in items)]
-    once = Choice().score(setup_for(template=template, data=ContrastSet.from_answers(items)).bare)["p_match"]
-    again = Choice().score(setup_for(template=template, data=ContrastSet.from_answers(swapped)).bare)["p_match"]
+    once = Choice().score(setup_for(template=template, data=ContrastSet.from_answers(items)).baseline)["p_match"]
+    again = Choice().score(setup_for(template=template, data=ContrastSet.from_answers(swapped)).baseline)["p_match"]
     assert torch.allclose(once, 1 - again[1:], atol=1e-6)
 
 
@@ -200,9 +199,9 @@ def test_choice_in_chats_and_plain_texts() -> None:
     assert seen(raw) == seen(plain)
     silent = setup_for(data=ContrastSet.from_answers([([{"role": "system", "content": "Be."}], "Yes.", "No!")]))
     with pytest.raises(DataError, match="item 0: the chat has no user turn"):
-        Choice().score(silent.bare)
+        Choice().score(silent.baseline)
     with pytest.raises(DataError, match="item 0 has no two answers"):
-        Choice().score(setup_for(data=ContrastSet.from_prompts(["a b"], ["c d"])).bare)
+        Choice().score(setup_for(data=ContrastSet.from_prompts(["a b"], ["c d"])).baseline)
 
 
 def test_choice_refuses_letters_that_are_written_alike() -> None:
@@ -218,7 +217,7 @@ def test_choice_refuses_letters_that_are_written_alike() -> None:
             return setup.tokenizer(text.replace("(B", "(A"), **options)
 
     with pytest.raises(DataError, match=r"item 0: the tokenizer writes '\(A' and '\(B' alike"):
-        Choice().score(replace(setup, tokenizer=Lower()).bare)
+        Choice().score(replace(setup, tokenizer=Lower()).baseline)
 
 
 def test_answers_that_differ_before_they_begin_are_refused() -> None:
@@ -269,17 +268,17 @@ def test_restricted_accuracy_where_a_token_joins_prompt_and_answer() -> None:
 def test_a_tie_is_not_accurate() -> None:
     setup = setup_for()
     torch.nn.init.zeros_(setup.model.lm_head.weight)
-    assert RestrictedAccuracy().score(setup.bare)["restricted_accuracy"].tolist() == [0.0] * 3
+    assert RestrictedAccuracy().score(setup.baseline)["restricted_accuracy"].tolist() == [0.0] * 3
 
 
 def test_restricted_accuracy_of_answers_that_do_not_part() -> None:
     beginning = setup_for(data=ContrastSet.from_answers([*ITEMS, ("So?", "Yes", "Yes, it is.")]))
-    found = RestrictedAccuracy().score(beginning.bare)["restricted_accuracy"]
+    found = RestrictedAccuracy().score(beginning.baseline)["restricted_accuracy"]
     assert torch.isnan(found).tolist() == [False, False, False, True]
-    assert measure(beginning.bare, ["restricted_accuracy"])["restricted_accuracy"].failures == 1
+    assert measure(beginning.baseline, ["restricted_accuracy"])["restricted_accuracy"].failures == 1
     same = setup_for(data=ContrastSet.from_answers([*ITEMS, ("So?", "Yes", "Yes")]))
     with pytest.raises(DataError, match="item 3: both answers are the same tokens"):
-        RestrictedAccuracy().score(same.bare)
+        RestrictedAccuracy().score(same.baseline)
 
 
 # perplexity and topic_perplexity
@@ -306,7 +305,7 @@ def test_perplexity_is_its_definition(family: str, batch_size: int) -> None:
 @pytest.mark.parametrize("skip", [0, 1])
 def test_topic_perplexity_is_its_definition(family: str, skip: int) -> None:
     setup = setup_for(family, batch_size=2)
-    trial, bare = both(setup)
+    trial, baseline = both(setup)
     groups = {
         "on_topic": [Conversation(prompt, answer=positive) for prompt, positive, _ in ITEMS],
         "off_topic": NEUTRAL,
@@ -315,7 +314,7 @@ def test_topic_perplexity_is_its_definition(family: str, skip: int) -> None:
     for name, group in groups.items():
         total, count = 0.0, 0
         for item in group:
-            for place, (base, after) in enumerate(zip(nll_of(bare, item), nll_of(trial, item), strict=True)):
+            for place, (base, after) in enumerate(zip(nll_of(baseline, item), nll_of(trial, item), strict=True)):
                 if place >= skip:
                     total, count = total + (after - base), count + 1
         assert measured[name].estimate.mean == pytest.approx(math.exp(total / count), rel=1e-4)
@@ -326,21 +325,21 @@ def test_topic_perplexity_is_its_definition(family: str, skip: int) -> None:
 
 def test_topic_perplexity_wants_answers() -> None:
     with pytest.raises(DataError, match="positive side of item 0 has no answer"):
-        TopicPerplexity().score(setup_for(data=ContrastSet.from_prompts(["a b"], ["c d"])).bare)
+        TopicPerplexity().score(setup_for(data=ContrastSet.from_prompts(["a b"], ["c d"])).baseline)
     with pytest.raises(DataError, match="there is no positive side"):
-        TopicPerplexity().score(setup_for(data=None).bare)
+        TopicPerplexity().score(setup_for(data=None).baseline)
     with pytest.raises(DataError, match="skip = -1"):
-        TopicPerplexity(-1).score(setup_for().bare)
+        TopicPerplexity(-1).score(setup_for().baseline)
     with pytest.raises(DataError, match="skip = 99 leaves no token"):
-        TopicPerplexity(99).score(setup_for().bare)
+        TopicPerplexity(99).score(setup_for().baseline)
 
 
 @pytest.mark.parametrize("scorer", ["perplexity", "divergence", "projection"])
 def test_neutral_texts_need_answers(scorer: str) -> None:
     with pytest.raises(DataError, match="neutral text 1 has no answer"):
-        measure(setup_for(neutral=[NEUTRAL[0], Conversation("Why?")]).bare, [scorer])
+        measure(setup_for(neutral=[NEUTRAL[0], Conversation("Why?")]).baseline, [scorer])
     with pytest.raises(DataError, match="there is no neutral text"):
-        measure(setup_for(neutral=[]).bare, [scorer])
+        measure(setup_for(neutral=[]).baseline, [scorer])
 
 
 # divergence
@@ -349,7 +348,7 @@ def test_neutral_texts_need_answers(scorer: str) -> None:
 def slow_divergence(trial: Trial, item: Conversation) -> list[list[float]]:
     """Per token the four figures, with plain loops over the vocabulary."""
     text = trial.setup.render(item)
-    after, before = (logs_of(one, text.ids, text.prompt_length) for one in (trial, trial.bare))
+    after, before = (logs_of(one, text.ids, text.prompt_length) for one in (trial, trial.baseline))
     rows = []
     for p, q, token in zip(before.tolist(), after.tolist(), text.ids[text.prompt_length :], strict=True):
         kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
@@ -396,7 +395,7 @@ def test_divergence_has_no_epsilon() -> None:
 
 
 def test_divergence_of_the_bare_model_runs_nothing() -> None:
-    found = Divergence().score(replace(setup_for(), model=torch.nn.Identity()).bare)
+    found = Divergence().score(replace(setup_for(), model=torch.nn.Identity()).baseline)
     assert {name: column.values.tolist() for name, column in found.items()} == {
         "kl": [0.0] * 3,
         "entropy_change": [0.0] * 3,
@@ -533,7 +532,7 @@ def test_scorers_of_texts_read_what_the_steered_model_writes() -> None:
         for scorer in (Length(), Repetition(1), Markers(("a",))):
             for name, column in scorer.score(trial).items():
                 assert torch.equal(column, scorer.score(given)[name])
-    assert not torch.equal(Length().score(steered(setup))["characters"], Length().score(setup.bare)["characters"])
+    assert not torch.equal(Length().score(steered(setup))["characters"], Length().score(setup.baseline)["characters"])
 
 
 def test_bug_26_a_loop_is_not_mistaken_for_health() -> None:
@@ -552,7 +551,7 @@ def test_bug_26_a_loop_is_not_mistaken_for_health() -> None:
         asked = zip(setup.asked, one.texts, strict=True)
         return math.exp(sum(sum(nll_of(one, replace(prompt, answer=text))) for prompt, text in asked) / 120)
 
-    assert own(trial) < own(setup.bare)
+    assert own(trial) < own(setup.baseline)
     measured = measure(trial, ["repetition", "perplexity", "length"])
     assert measured["repetition"].estimate.mean == pytest.approx(1 - 1 / 37, abs=1e-6)
     assert measured["ngram_entropy"].estimate.mean == pytest.approx(0, abs=1e-6)
@@ -566,12 +565,12 @@ def test_bug_26_a_loop_is_not_mistaken_for_health() -> None:
 @pytest.mark.parametrize("site", ["", "resid_post.1", "resid_post.2"])
 def test_projection_is_its_definition(family: str, site: str) -> None:
     setup = setup_for(family, batch_size=2)
-    trial, bare = both(setup)
+    trial, baseline = both(setup)
     vector = trial.vectors[0]
     direction = vector.tensors["resid_post.1/direction"].double()
     direction = direction / direction.norm()
     block = find_decoder(setup.model).blocks[int(site[-1]) if site else 3]
-    rows: dict[Trial, list[Tensor]] = {trial: [], bare: []}
+    rows: dict[Trial, list[Tensor]] = {trial: [], baseline: []}
     for one, found in rows.items():
         for item in NEUTRAL:
             text, kept = setup.render(item), []
@@ -582,14 +581,14 @@ def test_projection_is_its_definition(family: str, site: str) -> None:
             h = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
             tokens = [h[0, place].double() for place in range(text.prompt_length, len(text.ids))]
             found.append(sum(tokens) / len(tokens))
-    length = sum(float(row.norm()) for row in rows[bare]) / len(NEUTRAL)
-    after, before = ([float(row @ direction) / length for row in rows[one]] for one in (trial, bare))
+    length = sum(float(row.norm()) for row in rows[baseline]) / len(NEUTRAL)
+    after, before = ([float(row @ direction) / length for row in rows[one]] for one in (trial, baseline))
     assert close(
         Projection(site).score(trial)["projection_change"], [a - b for a, b in zip(after, before, strict=True)]
     )
     along = Projection.along(vector, site)
     assert close(along.score(trial)["projection"], after)
-    assert close(along.score(bare)["projection"], before)
+    assert close(along.score(baseline)["projection"], before)
     measured = measure(trial, [along, Projection(site)])
     assert measured["projection"].effect.mean == pytest.approx(measured["projection_change"].effect.mean, abs=1e-6)
     assert measured["projection_change"].effect.mean > 0.01
@@ -629,11 +628,12 @@ def test_bug_25_what_later_blocks_write_anew_is_reported(monkeypatch: pytest.Mon
     assert float(last.abs().max()) > 0.01, "at the last block it is back"
     # By name: the change, whose other part is what the unsteered model has.
     change = Projection("resid_post.1").score(trial)["projection_change"]
-    before = Projection.along(vector, "resid_post.1").score(setup.bare)["projection"]
+    before = Projection.along(vector, "resid_post.1").score(setup.baseline)["projection"]
     assert float(before.abs().max()) > 0.01
     assert torch.allclose(change, here - before, atol=1e-6)
     assert torch.allclose(
-        Projection().score(trial)["projection_change"], last - Projection.along(vector).score(setup.bare)["projection"]
+        Projection().score(trial)["projection_change"],
+        last - Projection.along(vector).score(setup.baseline)["projection"],
     )
 
 
@@ -649,10 +649,10 @@ def test_projection_needs_a_direction_of_the_sites_width() -> None:
     assert Projection.along([window, modes.vector_for(setup.model, scope="all")]).direction
     narrow = replace(Projection.along(modes.vector_for(setup.model, scope="all")), direction=(1.0, 2.0))
     with pytest.raises(DataError, match=r"width 2 but resid_post\.3 has 32"):
-        narrow.score(setup.bare)
+        narrow.score(setup.baseline)
     with pytest.raises(SiteError, match="layer 9"):
         Projection("resid_post.9").score(steered(setup))
-    assert Projection().score(setup.bare)["projection_change"].tolist() == [0.0] * 3
+    assert Projection().score(setup.baseline)["projection_change"].tolist() == [0.0] * 3
 
 
 # refusal
@@ -721,19 +721,19 @@ def test_both_sides_are_measured_apart() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kl_first_is_its_definition(family: str, first: int) -> None:
     setup = setup_for(family)
-    trial, bare = both(setup)
+    trial, baseline = both(setup)
     expected = []
-    for prompt, text in zip(setup.asked, bare.texts, strict=True):
+    for prompt, text in zip(setup.asked, baseline.texts, strict=True):
         shown = setup.render(replace(prompt, answer=text))
-        p, q = (logs_of(one, shown.ids, shown.prompt_length)[:first] for one in (bare, trial))
+        p, q = (logs_of(one, shown.ids, shown.prompt_length)[:first] for one in (baseline, trial))
         expected.append(float((p.exp() * (p - q)).sum(dim=-1).mean()))
     assert close(FirstDivergence(first=first).score(trial)["kl_first"], expected)
-    assert close(FirstDivergence(first=first).score(bare)["kl_first"], [0.0] * len(expected))
+    assert close(FirstDivergence(first=first).score(baseline)["kl_first"], [0.0] * len(expected))
 
 
 def test_kl_first_leaves_out_what_is_not_answered_and_wants_a_token() -> None:
     setup = setup_for()
-    vars(setup.bare)["texts"] = ("So", "", "No")
+    vars(setup.baseline)["texts"] = ("So", "", "No")
     found = FirstDivergence().score(steered(setup))["kl_first"]
     assert torch.isnan(found).tolist() == [False, True, False]
     with pytest.raises(DataError, match="first = 0"):
@@ -771,21 +771,21 @@ def test_all_scorers_together(family: str) -> None:
     assert list(measured) == [name for scorer in ALL for name in scorer.columns]
     for scorer in ALL:
         for name in scorer.columns:
-            assert (measured[name].change is None) == scorer.against_bare
+            assert (measured[name].change is None) == scorer.against_baseline
             assert all(map(math.isfinite, measured[name].estimate)), name
-    of_bare = measure(setup.bare, ALL)
+    of_bare = measure(setup.baseline, ALL)
     for scorer in ALL:
         for name, column in scorer.columns.items():
-            nothing = None if scorer.against_bare else (1.0, 1.0, 1.0) if column.scale == "log" else (0.0, 0.0, 0.0)
+            nothing = None if scorer.against_baseline else (1.0, 1.0, 1.0) if column.scale == "log" else (0.0, 0.0, 0.0)
             assert of_bare[name].change == nothing, name
             assert of_bare[name].gain == (0.0, 0.0, 0.0), name
 
 
 class Count:
-    """Forward passes of a model, steered and bare."""
+    """Forward passes of a model, steered and baseline."""
 
     def __init__(self, model: Any) -> None:
-        self.bare = self.steered = 0
+        self.baseline = self.steered = 0
         self.block = find_decoder(model).blocks[1]  # where the vector is applied, and nothing is read
         self.block.register_forward_pre_hook(self.note)
 
@@ -793,7 +793,7 @@ class Count:
         if self.block._forward_hooks:
             self.steered += 1
         else:
-            self.bare += 1
+            self.baseline += 1
 
 
 def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -804,16 +804,16 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     # Pairs, choices, forks, neutral texts (for two scorers), positive answers, neutral texts read (for two) and beside
     # the steered ones, openings of refusals (four batches), its own answers beside the steered ones, three generated
     # tokens (for four scorers).
-    assert count.bare == 12 + 3
+    assert count.baseline == 12 + 3
     assert count.steered == 14 + 3
     measure(steered(setup, -1.0), [*ALL, along])
-    assert count.bare == 12 + 3, "nothing of the bare model is run again"
+    assert count.baseline == 12 + 3, "nothing of the baseline model is run again"
     monkeypatch.setattr("steerkit.evaluate.setup.KEPT_BYTES", 0)
     setup.predicted.clear()
     measure(steered(setup, 1.0), ["divergence"])
-    assert count.bare == 12 + 3 + 1, "but for what is too large to keep"
-    measure(setup.bare, [*ALL, along])
-    assert count.bare == 12 + 3 + 1
+    assert count.baseline == 12 + 3 + 1, "but for what is too large to keep"
+    measure(setup.baseline, [*ALL, along])
+    assert count.baseline == 12 + 3 + 1
 
 
 @dataclass(frozen=True)

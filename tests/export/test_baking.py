@@ -27,8 +27,8 @@ from steerkit.methods.selective import SelectiveSteering
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
-from tests.methods import test_ablation
 from tests.families import BLOCKS, HIDDEN, build
+from tests.methods import test_ablation
 from tests.program import Cli
 from tests.rotations import planted
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -112,12 +112,12 @@ def left_in(folder: Path) -> list[str]:
 def test_an_addition_is_a_bias(family: str, tmp_path: Path) -> None:
     model = build(family)
     vector = added(model)
-    bare, wanted = logits(model), hooked(model, vector, 0.7)
+    baseline, wanted = logits(model), hooked(model, vector, 0.7)
     baked = bake(model, None, vector, tmp_path / "out", strength=0.7)
     again = loaded(tmp_path / "out")
     assert type(again) is type(model)
     assert gap(logits(again), wanted) < 1e-5
-    assert gap(wanted, bare) > 0.1
+    assert gap(wanted, baseline) > 0.1
     assert dict(baked.switches) == ({ADDED[family]: True} if ADDED[family] else {})
     assert (baked.added == ()) == (ADDED[family] is None)
     for name in set(baked.added) - set(baked.changed):
@@ -228,7 +228,7 @@ def test_vectors_that_do_not_go_together_as_weights_are_withdrawn(tmp_path: Path
 def test_low_precision_is_compared_with_what_rounding_explains(family: str, tmp_path: Path) -> None:
     model = build(family).bfloat16()
     baked = bake(model, None, added(model), tmp_path / "out", strength=0.7)
-    found = baked.likeness
+    found = baked.verification
     assert found.dtype == "bfloat16"
     assert found.rounding is not None
     assert found.typical < 2 * found.rounding < 0.05
@@ -282,7 +282,7 @@ def test_a_model_in_training_is_compared_without_dropout_and_stays_in_training(t
     model = build("gpt2").train()
     model.transformer.h[0].eval()
     flags = [module.training for module in model.modules()]
-    assert bake(model, None, added(model), tmp_path / "out").likeness.relative < 1e-5
+    assert bake(model, None, added(model), tmp_path / "out").verification.relative < 1e-5
     assert [module.training for module in model.modules()] == flags
 
 
@@ -592,7 +592,7 @@ def test_the_card_says_what_was_baked_and_how_near_it_is(tmp_path: Path) -> None
     vector = added(model, scope="response", suggested_strength=0.7).at(scope="all")
     baked = bake(model, byte_tokenizer(CHATML), vector, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert baked.likeness.sentence() in card
+    assert baked.verification.sentence() in card
     for text in (
         "library_name: transformers",
         'from_pretrained("out")',
@@ -638,9 +638,9 @@ def test_the_embedded_model(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = embedded
     vector = SteeringVector.load(ROOT / "vectors/smollm2-135m/optimism-caa.safetensors").at(scope="all")
     baked = bake(model, tokenizer, vector, tmp_path / "out")
-    assert baked.likeness.relative < 1e-5
-    assert baked.likeness.agree == baked.likeness.tokens == 192
-    assert baked.likeness.effect > 0.1
+    assert baked.verification.relative < 1e-5
+    assert baked.verification.agree == baked.verification.tokens == 192
+    assert baked.verification.effect > 0.1
     suggested = vector.suggested_strength
     assert suggested is not None
     assert generated_alone(tmp_path / "out") == generated_with_hooks(model, tokenizer, vector, suggested)

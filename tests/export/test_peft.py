@@ -22,9 +22,9 @@ from steerkit.export.peft import _loaded, _Parts, _parts, _write, low_rank, writ
 from steerkit.maths.directions import orthonormalise
 from steerkit.methods.selective import SelectiveSteering
 from steerkit.vector.steering_vector import SteeringVector
-from tests.methods import test_ablation
 from tests.export.test_baking import added, gap, hooked, left_in, logits
 from tests.families import build
+from tests.methods import test_ablation
 from tests.program import Cli
 from tests.rotations import planted
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -96,14 +96,14 @@ def adapted(model: nn.Module, folder: Path) -> Any:
 def check(family: str, vector: SteeringVector, strength: float, tmp_path: Path) -> tuple[Any, Any]:
     """Written, loaded by peft onto another copy of the model, equal to the hooks; off, it is the model bit for bit."""
     model = build(family)
-    bare, wanted = logits(model), hooked(model, vector, strength)
+    baseline, wanted = logits(model), hooked(model, vector, strength)
     adapter = write_adapter(model, None, vector, tmp_path / "out", strength=strength)
-    assert torch.equal(logits(model), bare), "the model is as it was"
+    assert torch.equal(logits(model), baseline), "the model is as it was"
     loaded = adapted(build(family), tmp_path / "out")
     assert gap(logits(loaded), wanted) < 1e-5
-    assert gap(wanted, bare) > 0.1
+    assert gap(wanted, baseline) > 0.1
     with loaded.disable_adapter():
-        assert torch.equal(logits(loaded), bare)
+        assert torch.equal(logits(loaded), baseline)
     return adapter, loaded
 
 
@@ -176,8 +176,8 @@ def test_low_precision(family: str, tmp_path: Path) -> None:
     model = build(family).bfloat16()
     vector = test_ablation.vector_for(model, writes="every", untie=True)
     adapter = write_adapter(model, None, vector, tmp_path / "out")
-    assert adapter.likeness.rounding is not None
-    assert adapter.likeness.typical < 2 * adapter.likeness.rounding
+    assert adapter.verification.rounding is not None
+    assert adapter.verification.typical < 2 * adapter.verification.rounding
     content = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {value.dtype for value in content.values()} == {torch.float32}
 
@@ -230,7 +230,7 @@ def test_a_model_in_training_is_compared_without_dropout_and_stays_in_training(f
     next(model.children()).eval()
     flags = [module.training for module in model.modules()]
     assert True in flags and False in flags
-    assert write_adapter(model, None, added(model), tmp_path / "half").likeness.relative < 1e-5
+    assert write_adapter(model, None, added(model), tmp_path / "half").verification.relative < 1e-5
     assert [module.training for module in model.modules()] == flags
     model.train()
     write_adapter(model, None, added(model), tmp_path / "out")
@@ -347,7 +347,7 @@ def test_the_card_and_the_config(tmp_path: Path) -> None:
     model = build("gpt2")
     adapter = write_adapter(model, byte_tokenizer(CHATML), added(model), tmp_path / "out", strength=0.5)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert adapter.likeness.sentence() in card
+    assert adapter.verification.sentence() in card
     for text in (
         "library_name: peft",
         'PeftModel.from_pretrained(model, "out")',
@@ -411,7 +411,7 @@ def test_the_embedded_model(embedded: tuple[Any, Any], tmp_path: Path) -> None:
         SteeringVector.load(folder / f"{name}-caa.safetensors").at(scope="all") for name in ("optimism", "warmth")
     ]
     adapter = write_adapter(model, tokenizer, vectors, tmp_path / "out")
-    assert adapter.likeness.relative < 1e-5
-    assert adapter.likeness.agree == adapter.likeness.tokens
+    assert adapter.verification.relative < 1e-5
+    assert adapter.verification.agree == adapter.verification.tokens
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"

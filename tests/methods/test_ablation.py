@@ -27,8 +27,7 @@ from steerkit.network.writers import every_write
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.vector.steering_vector import SteeringVector
-from tests import modes
-from tests import rotations
+from tests import modes, rotations
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -241,15 +240,15 @@ def test_rows_have_their_own_share_and_zero_is_the_identity() -> None:
     model = build("llama")
     vector = vector_for(model, writes="every")
     ids = torch.tensor([modes.LONG, modes.LONG, modes.LONG])
-    bare = logits(model, ids)
+    baseline = logits(model, ids)
     with steerkit.steer(model, vector, 0.0):
-        assert torch.equal(logits(model, ids), bare)
+        assert torch.equal(logits(model, ids), baseline)
     with steerkit.steer(model, vector, [0.0, 1.0, 0.5]) as steering:
         mixed = logits(model, ids)
         steering.strength = [1.0, 0.0, 0.5]
         swapped = logits(model, ids)
-    assert torch.equal(mixed[0], bare[0])
-    assert torch.equal(swapped[1], bare[1])
+    assert torch.equal(mixed[0], baseline[0])
+    assert torch.equal(swapped[1], baseline[1])
     for row, share in ((1, 1.0), (2, 0.5)):
         with steerkit.steer(model, vector, share):
             assert gap(mixed[row], logits(model)[0]) < 1e-5
@@ -261,12 +260,12 @@ def test_bfloat16_leaves_what_rounding_leaves() -> None:
     vector = vector_for(model, writes="every")
     u = vector.tensors["shared/direction"] / vector.tensors["shared/direction"].norm()
     last = Site(3)
-    with seen_at(model, [last]) as bare:
+    with seen_at(model, [last]) as baseline:
         logits(model)
     with steerkit.steer(model, vector, 1.0), seen_at(model, [last]) as found:
         logits(model)
     assert found[last].dtype == torch.bfloat16
-    assert float((found[last].float() @ u).abs().max()) < 0.01 * float((bare[last].float() @ u).abs().max())
+    assert float((found[last].float() @ u).abs().max()) < 0.01 * float((baseline[last].float() @ u).abs().max())
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -279,7 +278,7 @@ def test_every_write_is_free_of_the_direction(family: str) -> None:
     assert kinds == {"resid_pre", *halves.get(family, {"attn_out", "mlp_out"})}
     u = vector.tensors["shared/direction"] / vector.tensors["shared/direction"].norm()
     watched = [*vector.sites, *(Site(layer) for layer in range(decoder.num_layers))]
-    with seen_at(model, watched) as bare:
+    with seen_at(model, watched) as baseline:
         before = logits(model)
     with steerkit.steer(model, vector, 1.0), seen_at(model, watched) as found:
         after = logits(model)
@@ -287,7 +286,7 @@ def test_every_write_is_free_of_the_direction(family: str) -> None:
     assert set(found) == set(watched)
     for site, h in found.items():
         assert float(((h @ u).abs() / h.norm(dim=-1)).max()) < 1e-5, site
-    assert all(float(((h @ u).abs() / h.norm(dim=-1)).max()) > 1e-2 for h in bare.values())
+    assert all(float(((h @ u).abs() / h.norm(dim=-1)).max()) > 1e-2 for h in baseline.values())
 
 
 def test_every_write_in_the_middle_of_a_block_by_hand() -> None:
@@ -329,11 +328,11 @@ def test_bug_25_one_site_leaves_a_projection_at_the_last_block_and_every_write_n
     every = steerkit.fit(model, tokenizer, data(), method="ablation", layers=[1], settings={"writes": "every"})
     assert torch.equal(one.params(Site(1))["direction"], every.tensors["shared/direction"])
     last, here = Projection.along(one), Projection.along(one, "resid_post.1")
-    bare = float(last.score(setup.bare)["projection"].abs().max())
+    baseline = float(last.score(setup.baseline)["projection"].abs().max())
     left = float(last.score(setup.trial(one, 1.0))["projection"].abs().max())
     assert float(here.score(setup.trial(one, 1.0))["projection"].abs().max()) < 1e-5
     assert left > 0.01, "one layer does not remove it: later blocks write it anew"
-    assert bare > 0.01
+    assert baseline > 0.01
     assert float(last.score(setup.trial(every, 1.0))["projection"].abs().max()) < 1e-5
     assert Projection.along(every).direction == last.direction
 
@@ -484,17 +483,17 @@ def state_of(model: Any) -> dict[str, Tensor]:
 def test_weights_equal_hooks_and_come_back(family: str) -> None:
     model = build(family)
     vector = vector_for(model, writes="every")
-    before, bare = state_of(model), logits(model)
+    before, baseline = state_of(model), logits(model)
     with steerkit.steer(model, vector, 1.0):
         hooked = logits(model)
     with steerkit.edited(model, vector, 1.0):
         folded = logits(model)
     assert gap(folded, hooked) < 1e-5
-    assert gap(folded, bare) > 1e-2
+    assert gap(folded, baseline) > 1e-2
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), baseline)
 
 
 def test_the_orthogonalised_weights_are_the_papers() -> None:
@@ -530,7 +529,7 @@ def test_tied_models_are_refused_or_untied(family: str) -> None:
     with pytest.raises(SiteError, match=r"tied weights.*untie=True"), steerkit.edited(model, refused):
         pass
     vector = vector_for(model, writes="every", untie=True)
-    before, bare = state_of(model), logits(model)
+    before, baseline = state_of(model), logits(model)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     kept = head.weight.clone()
     assert head.weight is embedding.weight
@@ -543,7 +542,7 @@ def test_tied_models_are_refused_or_untied(family: str) -> None:
     assert gap(folded, hooked) < 1e-5
     assert head.weight is embedding.weight
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    assert torch.equal(logits(model), bare)
+    assert torch.equal(logits(model), baseline)
 
 
 @pytest.mark.parametrize(
@@ -588,11 +587,11 @@ def test_half_precision_weights_are_edited_as_far_as_they_can_be_written(family:
     vector = vector_for(model, writes="every")
     u = vector.tensors["shared/direction"] / vector.tensors["shared/direction"].norm()
     last = Site(3)
-    with seen_at(model, [last]) as bare:
+    with seen_at(model, [last]) as baseline:
         logits(model)
     with steerkit.edited(model, vector, 1.0), seen_at(model, [last]) as found:
         logits(model)
-    assert float((found[last].float() @ u).abs().max()) < 0.02 * float((bare[last].float() @ u).abs().max())
+    assert float((found[last].float() @ u).abs().max()) < 0.02 * float((baseline[last].float() @ u).abs().max())
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_fullgraph_equals_eager_and_a_new_angle_compiles_nothing(adaptive: bool)
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
-        bare = model(ids).logits
+        baseline = model(ids).logits
         for values in ([30.0, 0.0, -90.0], [[30.0, 0.0], [200.0, 75.0]]):
             with steerkit.steer(model, vector, values[0]) as steering:
                 compiled(ids)
@@ -219,6 +219,6 @@ def test_fullgraph_equals_eager_and_a_new_angle_compiles_nothing(adaptive: bool)
                     with torch.compiler.set_stance("force_eager"):
                         expected = model(ids).logits
                     assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
-                    assert not torch.allclose(expected, bare)
+                    assert not torch.allclose(expected, baseline)
                 assert len(calls) == before
     torch._dynamo.reset()

@@ -796,13 +796,13 @@ def test_folded_equals_hooked(family: str, kind: str, strength: float) -> None:
     model = build(family)
     vector = steerkit.fit(model, tokenizer(), answers(), method=AUSteer(kind=kind, k=40))  # type: ignore[arg-type]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    bare = modes.plain_logits(model, modes.LONG)
+    baseline = modes.plain_logits(model, modes.LONG)
     with steerkit.steer(model, vector, strength):
         hooked = modes.plain_logits(model, modes.LONG)
     with steerkit.edited(model, vector, strength):
         folded = modes.plain_logits(model, modes.LONG)
     assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
-    assert float((hooked - bare).abs().max()) > 1e-2
+    assert float((hooked - baseline).abs().max()) > 1e-2
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 

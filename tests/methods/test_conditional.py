@@ -220,14 +220,14 @@ def test_a_rule_over_two_conditions_steers_the_rows_that_meet_it() -> None:
     }
     from tests.methods.test_editor import generate
 
-    bare = generate(model, prompts).logits[0]
+    baseline = generate(model, prompts).logits[0]
     for rule, flags in expected.items():
         vector = combine({"one": one, "other": other}, rule)
         loaded = SteeringVector.from_bytes(vector.to_bytes())
         assert loaded.reads == (Site(3), Site(2))
         with steerkit.steer(model, loaded):
             ran = generate(model, prompts).logits[0]
-        assert [not torch.equal(ran[row], bare[row]) for row in range(3)] == flags, str(rule)
+        assert [not torch.equal(ran[row], baseline[row]) for row in range(3)] == flags, str(rule)
         once = combine({"one": one, "other": other}, rule | rule)
         with steerkit.steer(model, once):
             assert torch.equal(generate(model, prompts).logits[0], ran), "asked for twice, added once"
@@ -254,7 +254,7 @@ def test_a_fit_parts_the_two_sides_and_finds_the_planted_layer(condition: str, k
     method = ConditionalSteering.from_settings({"condition": condition, "score": kind})
     model, tokenizer = build("llama"), byte_tokenizer(CHATML)
     from steerkit.activations.recording import Activations
-    from steerkit.fitting.subject import Subject
+    from steerkit.fitting.subject import ModelSubject
     from steerkit.network.decoder import find_decoder
 
     generator = torch.Generator().manual_seed(0)
@@ -264,7 +264,7 @@ def test_a_fit_parts_the_two_sides_and_finds_the_planted_layer(condition: str, k
     sides = [{site: 0.3 * torch.randn(40, 32, generator=generator) for site in sites} for _ in range(2)]
     sides[0][Site(2)] += planted
     acts = Activations(positive=sides[0], negative=sides[1], paired=True)
-    subject = Subject(model, tokenizer, data(), find_decoder(model), 8, None)
+    subject = ModelSubject(model, tokenizer, data(), find_decoder(model), 8, None)
     tensors = method.fit(acts, subject, sites)
     assert tensors["shared/layer"].tolist() == [2]
     assert abs(float(tensors["shared/condition"][0, 5])) > 0.9
@@ -297,9 +297,9 @@ def test_the_whole_road_from_fit_to_gated_text() -> None:
     found = steerkit.explain(model, tokenizer, [*HARMFUL, *HARMLESS], vector)
     flags = [row["open"] for row in found]
     assert sum(flags[:5]) > sum(flags[5:]), "items of the fit itself"
-    bare = steerkit.generate(model, tokenizer, [*HARMFUL, *HARMLESS], max_new_tokens=6)
+    baseline = steerkit.generate(model, tokenizer, [*HARMFUL, *HARMLESS], max_new_tokens=6)
     ran = steerkit.generate(model, tokenizer, [*HARMFUL, *HARMLESS], vector=vector, strength=8.0, max_new_tokens=6)
-    assert [one != other for one, other in zip(ran, bare, strict=True)] == flags
+    assert [one != other for one, other in zip(ran, baseline, strict=True)] == flags
 
 
 @pytest.mark.parametrize("source", ["response", "mean_difference", "unembed"])

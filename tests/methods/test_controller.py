@@ -148,12 +148,12 @@ def test_learning_lowers_the_loss_of_refusals() -> None:
     for vector in (random, learned):
         from dataclasses import replace
 
-        from steerkit.fitting.subject import Subject
+        from steerkit.fitting.subject import ModelSubject
         from steerkit.methods._refusal import REFUSING
         from steerkit.network.decoder import find_decoder
         from steerkit.prompts.conversation import Conversation
 
-        subject = Subject(model, tokenizer, data(), find_decoder(model), 8, None)
+        subject = ModelSubject(model, tokenizer, data(), find_decoder(model), 8, None)
         items = [replace(Conversation(text), answer=REFUSING[row]) for row, text in enumerate(HARMFUL)]
         rows = steerkit.explain(model, tokenizer, HARMFUL, vector, strength=0.3)
         shifts = {
@@ -218,8 +218,8 @@ def test_acceptance_07_every_block_is_changed_as_much_as_the_formula_says(family
     steps = {Site.parse(name): step for name, step in row["blocks"].items()}
     expected = by_hand(model, vector, [*SHORT, *answer], len(SHORT) - 1, steps)
     assert gap(torch.stack(ran.logits)[:, 0], expected[len(SHORT) - 1 : -1]) < 1e-5
-    bare = generate(model, [SHORT, LONG])
-    assert torch.equal(torch.stack(ran.logits)[:, 1], torch.stack(bare.logits)[:, 1]), "the closed row, bitwise"
+    baseline = generate(model, [SHORT, LONG])
+    assert torch.equal(torch.stack(ran.logits)[:, 1], torch.stack(baseline.logits)[:, 1]), "the closed row, bitwise"
     for left_out in steps:
         if steps[left_out]:
             fewer = by_hand(model, vector, [*SHORT, *answer], len(SHORT) - 1, {**steps, left_out: 0.0})
@@ -248,8 +248,8 @@ def test_schedules_begin_where_they_say(schedule: str, use_cache: bool) -> None:
     steps = {Site.parse(name): step for name, step in row["blocks"].items()}
     expected = by_hand(model, vector, [*SHORT, *answer], STARTS[schedule], steps)
     assert gap(torch.stack(ran.logits)[:, 0], expected[len(SHORT) - 1 : -1]) < 1e-5
-    bare = generate(model, [SHORT])
-    assert torch.equal(ran.logits[0], bare.logits[0]) == (schedule == "paper")
+    baseline = generate(model, [SHORT])
+    assert torch.equal(ran.logits[0], baseline.logits[0]) == (schedule == "paper")
 
 
 def test_online_follows_each_token() -> None:
@@ -282,7 +282,7 @@ def test_online_feeds_nothing_again_where_the_prompt_opens_no_gate(
     opens_later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, vector = model_of("llama"), set_gain(fitted(), schedule="online", gain=0.01)
-    decide, again = controller._Controller.decide, passes._Conductor._again
+    decide, again = controller._Controller.decide, passes._Replayer._again
     calls: list[str] = []
 
     def decided(self: Any, found: Any) -> Any:
@@ -292,12 +292,12 @@ def test_online_feeds_nothing_again_where_the_prompt_opens_no_gate(
         return replace(decision, is_open=torch.full_like(decision.is_open, behind))
 
     monkeypatch.setattr(controller._Controller, "decide", decided)
-    monkeypatch.setattr(passes._Conductor, "_again", lambda *args: (calls.append("again"), again(*args))[1])
-    bare = generate(model, [SHORT, LONG])
+    monkeypatch.setattr(passes._Replayer, "_again", lambda *args: (calls.append("again"), again(*args))[1])
+    baseline = generate(model, [SHORT, LONG])
     with steerkit.steer(model, vector, 100 * STRENGTH):
         ran = generate(model, [SHORT, LONG])
-    assert calls == ["decide"] * len(bare.logits)
-    same = [torch.equal(one, other) for one, other in zip(ran.logits, bare.logits, strict=True)]
+    assert calls == ["decide"] * len(baseline.logits)
+    same = [torch.equal(one, other) for one, other in zip(ran.logits, baseline.logits, strict=True)]
     # What is decided behind the first token that is generated acts on the second one.
     assert same == ([True, True, False, False, False] if opens_later else [True] * 5)
 
@@ -328,13 +328,13 @@ def _online_pass(
 
 def test_the_dead_zone_is_bitwise_the_base_model() -> None:
     model, ids = model_of("llama"), [SHORT, LONG]
-    bare = generate(model, ids)
+    baseline = generate(model, ids)
     for gain, opens in ((0.049, False), (0.051, True)):
         with steerkit.steer(model, set_gain(fitted(), gain), STRENGTH):
             ran = generate(model, ids)
-        same = all(torch.equal(one, other) for one, other in zip(ran.logits, bare.logits, strict=True))
+        same = all(torch.equal(one, other) for one, other in zip(ran.logits, baseline.logits, strict=True))
         assert same != opens
-        assert (not opens) == torch.equal(ran.past_key_values.layers[3].keys, bare.past_key_values.layers[3].keys)
+        assert (not opens) == torch.equal(ran.past_key_values.layers[3].keys, baseline.past_key_values.layers[3].keys)
 
 
 def test_the_gain_is_clipped() -> None:

@@ -17,8 +17,7 @@ from steerkit.methods import _gate, conditional
 from steerkit.methods._thresholds import score
 from steerkit.network.sites import Site
 from steerkit.steering import replay as passes
-from tests import gated
-from tests import modes
+from tests import gated, modes
 from tests.families import FAMILIES, build
 from tests.gated import LONG, REPEATED, SHORT, gated_vector
 
@@ -42,10 +41,10 @@ def check_mode(family: str, mode: str, place: str, readout: str = "last") -> Non
     given: Any = list(modes.PER_ROW) if mode.startswith("per_row") else 1.0
     lengths = [len(SHORT), len(LONG), 4] if mode == "right_padded_forward" else None
     with torch.no_grad():
-        bare = modes.MODES[mode](model)
+        baseline = modes.MODES[mode](model)
         with steerkit.steer(model, vector, given, prompt_lengths=lengths):
             ran = modes.MODES[mode](model)
-    for one, other in zip(ran, bare, strict=True):
+    for one, other in zip(ran, baseline, strict=True):
         opens = tuple(one.prompt) in OPEN or mode == "continued"
         own = 1.0 if one.strength is None else one.strength
         expected = modes.reference(
@@ -60,7 +59,7 @@ def check_mode(family: str, mode: str, place: str, readout: str = "last") -> Non
         if not opens and not one.processed and mode != "num_return_sequences" and not mode.startswith("per_row_"):
             assert one.answer == other.answer, where
             if family not in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"):  # experts mix the rows of a batch
-                assert torch.equal(one.logits, other.logits), f"{where}: not bitwise the bare model"
+                assert torch.equal(one.logits, other.logits), f"{where}: not bitwise the baseline model"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,15 +121,15 @@ def hooks(model: Any) -> int:
 def test_acceptance_02_closed_rows_keep_their_first_logits_and_cache_bitwise(family: str) -> None:
     model, vector = model_of(family), vector_of(family)
     prompts = [SHORT, LONG, SHORT[:4]]
-    bare = generate(model, prompts)
+    baseline = generate(model, prompts)
     with steerkit.steer(model, vector):
         ran = generate(model, prompts)
-    for step, (one, other) in enumerate(zip(ran.logits, bare.logits, strict=True)):
+    for step, (one, other) in enumerate(zip(ran.logits, baseline.logits, strict=True)):
         assert torch.equal(one[1:], other[1:]), step
         assert torch.equal(torch.signbit(one[1:]), torch.signbit(other[1:]))
-    assert not torch.equal(ran.logits[0][0], bare.logits[0][0])
+    assert not torch.equal(ran.logits[0][0], baseline.logits[0][0])
     changed = False
-    for mine, theirs in zip(ran.past_key_values.layers, bare.past_key_values.layers, strict=True):
+    for mine, theirs in zip(ran.past_key_values.layers, baseline.past_key_values.layers, strict=True):
         assert mine.keys.shape == theirs.keys.shape
         assert torch.equal(mine.keys[1:], theirs.keys[1:])
         assert torch.equal(mine.values[1:], theirs.values[1:])
@@ -143,16 +142,16 @@ def test_acceptance_02_an_open_row_at_strength_0_is_bitwise_bare_beside_a_steere
     """The part that is fed again is another matrix product than the whole pass, so only written rows may take it."""
     model, vector = model_of(family), vector_of(family)
     prompts = [SHORT, REPEATED, LONG]  # open, open, closed
-    bare = generate(model, prompts, num_beams=2)
+    baseline = generate(model, prompts, num_beams=2)
     with steerkit.steer(model, vector, [0.0, 1.0, 1.0]):
         beams = generate(model, prompts, num_beams=2)
         ran = generate(model, prompts)
-    assert torch.equal(beams.logits[0][[0, 1, 4, 5]], bare.logits[0][[0, 1, 4, 5]])
-    bare = generate(model, prompts)
-    for one, other in zip(ran.logits, bare.logits, strict=True):
+    assert torch.equal(beams.logits[0][[0, 1, 4, 5]], baseline.logits[0][[0, 1, 4, 5]])
+    baseline = generate(model, prompts)
+    for one, other in zip(ran.logits, baseline.logits, strict=True):
         assert torch.equal(one[[0, 2]], other[[0, 2]])
-    assert not torch.equal(ran.logits[0][1], bare.logits[0][1])
-    for mine, theirs in zip(ran.past_key_values.layers, bare.past_key_values.layers, strict=True):
+    assert not torch.equal(ran.logits[0][1], baseline.logits[0][1])
+    for mine, theirs in zip(ran.past_key_values.layers, baseline.past_key_values.layers, strict=True):
         assert torch.equal(mine.keys[[0, 2]], theirs.keys[[0, 2]])
         assert torch.equal(mine.values[[0, 2]], theirs.values[[0, 2]])
 
@@ -160,21 +159,21 @@ def test_acceptance_02_an_open_row_at_strength_0_is_bitwise_bare_beside_a_steere
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"])
 def test_acceptance_02_experts_mix_rows_by_rounding_and_from_the_second_step_on_only(family: str) -> None:
     model, vector = model_of(family), vector_of(family)
-    bare = generate(model, [SHORT, LONG, SHORT[:4]])
+    baseline = generate(model, [SHORT, LONG, SHORT[:4]])
     with steerkit.steer(model, vector):
         ran = generate(model, [SHORT, LONG, SHORT[:4]])
-    assert torch.equal(ran.logits[0][1:], bare.logits[0][1:])
-    for one, other in zip(ran.logits, bare.logits, strict=True):
+    assert torch.equal(ran.logits[0][1:], baseline.logits[0][1:])
+    for one, other in zip(ran.logits, baseline.logits, strict=True):
         assert (one[1:] - other[1:]).abs().max() < 1e-5
 
 
 def test_acceptance_02_a_batch_of_closed_rows_is_bitwise_bare() -> None:
     model, vector = model_of("llama"), vector_of("llama")
-    bare = generate(model, [LONG, SHORT[:4]])
+    baseline = generate(model, [LONG, SHORT[:4]])
     with steerkit.steer(model, vector):
         ran = generate(model, [LONG, SHORT[:4]])
-    assert torch.equal(ran.sequences, bare.sequences)
-    assert all(torch.equal(one, other) for one, other in zip(ran.logits, bare.logits, strict=True))
+    assert torch.equal(ran.sequences, baseline.sequences)
+    assert all(torch.equal(one, other) for one, other in zip(ran.logits, baseline.logits, strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mamba", "qwen3_next"])
@@ -220,9 +219,9 @@ def test_acceptance_04_replay_equals_a_second_pass_patched_at_the_last_prompt_to
     model, vector = model_of(family), vector_of(family)
     used: list[str] = []
     for name in ("_again", "_probe"):
-        real = getattr(passes._Conductor, name)
+        real = getattr(passes._Replayer, name)
         monkeypatch.setattr(
-            passes._Conductor, name, lambda self, *args, name=name, real=real: (used.append(name), real(self, *args))[1]
+            passes._Replayer, name, lambda self, *args, name=name, real=real: (used.append(name), real(self, *args))[1]
         )
     with steerkit.steer(model, vector):
         replayed = generate(model, [SHORT, LONG])
@@ -257,14 +256,14 @@ def test_the_mean_over_a_prompt_is_in_float32_under_autocast(dtype: torch.dtype,
 
 def test_acceptance_05_nothing_leaks_from_one_generate_to_the_next() -> None:
     model, vector = model_of("llama"), vector_of("llama")
-    bare = {prompt: generate(model, [prompt]).sequences for prompt in (SHORT, LONG)}
+    baseline = {prompt: generate(model, [prompt]).sequences for prompt in (SHORT, LONG)}
     with steerkit.steer(model, vector):
         first = generate(model, [SHORT]).sequences
         for _ in range(2):
-            assert torch.equal(generate(model, [LONG]).sequences, bare[LONG])
+            assert torch.equal(generate(model, [LONG]).sequences, baseline[LONG])
             assert torch.equal(generate(model, [SHORT]).sequences, first)
-    assert not torch.equal(first, bare[SHORT])
-    assert torch.equal(generate(model, [SHORT]).sequences, bare[SHORT])
+    assert not torch.equal(first, baseline[SHORT])
+    assert torch.equal(generate(model, [SHORT]).sequences, baseline[SHORT])
 
 
 def test_acceptance_05_the_caller_s_own_tensor_changed_in_place_is_a_new_prompt() -> None:
@@ -274,11 +273,11 @@ def test_acceptance_05_the_caller_s_own_tensor_changed_in_place_is_a_new_prompt(
     ids = torch.tensor([SHORT])
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        bare = model.generate(torch.tensor([other]), attention_mask=mask, **GREEDY)
+        baseline = model.generate(torch.tensor([other]), attention_mask=mask, **GREEDY)
         with steerkit.steer(model, vector):
             opened = model.generate(ids, attention_mask=mask, **GREEDY)
             ids[0, 5] = 200
-            assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), bare)
+            assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), baseline)
             ids[0, 5] = SHORT[5]
             assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), opened)
 
@@ -305,7 +304,7 @@ def test_acceptance_06_beams_and_returned_sequences_inherit_their_prompt_s_decis
 def test_acceptance_12_an_error_inside_generate_leaves_no_hook_and_no_state(where: str) -> None:
     model, vector = build("llama"), vector_of("llama")
     before = hooks(model)
-    bare = generate(model, [LONG]).sequences
+    baseline = generate(model, [LONG]).sequences
 
     def broken(*_args: Any) -> Any:
         raise ZeroDivisionError
@@ -320,10 +319,10 @@ def test_acceptance_12_an_error_inside_generate_leaves_no_hook_and_no_state(wher
         finally:
             handle.remove()
     assert hooks(model) == before
-    assert torch.equal(generate(model, [LONG]).sequences, bare)
+    assert torch.equal(generate(model, [LONG]).sequences, baseline)
     with steerkit.steer(model, vector):
         assert torch.equal(generate(model, [SHORT]).sequences, expected)
-        assert torch.equal(generate(model, [LONG]).sequences, bare)
+        assert torch.equal(generate(model, [LONG]).sequences, baseline)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mamba"])
@@ -429,11 +428,11 @@ def test_a_streaming_thread_is_gated_too() -> None:
 
 def test_a_copy_made_inside_the_context_is_not_gated() -> None:
     model, vector = model_of("llama"), vector_of("llama")
-    bare = generate(model, [SHORT]).sequences
+    baseline = generate(model, [SHORT]).sequences
     with steerkit.steer(model, vector):
         twin = copy.deepcopy(model)
-        assert not torch.equal(generate(model, [SHORT]).sequences, bare)
-    assert torch.equal(generate(twin, [SHORT]).sequences, bare)
+        assert not torch.equal(generate(model, [SHORT]).sequences, baseline)
+    assert torch.equal(generate(twin, [SHORT]).sequences, baseline)
 
 
 def test_gradients_flow_through_a_gated_pass() -> None:
@@ -512,9 +511,9 @@ def test_the_same_model_drafts_for_itself() -> None:
 def test_at_the_neutral_strength_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model, vector = model_of("llama"), vector_of("llama")
     monkeypatch.setattr(_gate.Gate, "read", lambda *_: pytest.fail("read"))
-    bare = generate(model, [SHORT]).sequences
+    baseline = generate(model, [SHORT]).sequences
     with steerkit.steer(model, vector, 0.0):
-        assert torch.equal(generate(model, [SHORT]).sequences, bare)
+        assert torch.equal(generate(model, [SHORT]).sequences, baseline)
 
 
 def test_a_strength_changed_between_steps_counts_at_once() -> None:
@@ -537,13 +536,13 @@ def test_recording_and_subjects_read_the_gated_model() -> None:
     model, vector = model_of("llama"), vector_of("llama")
     found: dict[str, Any] = {}
     ids, mask = modes.rows_of([[*SHORT, 12], [*LONG, 12]], side="right")
-    for name, one in (("gated", vector), ("plain", gated.plain_of(vector)), ("bare", None)):
+    for name, one in (("gated", vector), ("plain", gated.plain_of(vector)), ("baseline", None)):
         context = modes.no_steering() if one is None else steerkit.steer(model, one, prompt_lengths=[6, 9])
         with context, torch.no_grad():
             found[name] = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
     assert (found["gated"][0] - found["plain"][0])[:7].abs().max() < 1e-5
-    assert torch.equal(found["gated"][1], found["bare"][1])
-    assert not torch.equal(found["gated"][0], found["bare"][0])
+    assert torch.equal(found["gated"][1], found["baseline"][1])
+    assert not torch.equal(found["gated"][0], found["baseline"][0])
 
 
 def test_a_compiled_model_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import steerkit
 from steerkit.errors import DataError, FitError, ModelError, StrengthError
-from steerkit.fitting.subject import Subject
+from steerkit.fitting.subject import ModelSubject
 from steerkit.methods import _refusal
 from steerkit.methods._refusal import first_log_probs, is_refusal, log_odds, response_contrast, unembedding_direction
 from steerkit.methods._selection import Candidate, _pareto
@@ -42,8 +42,8 @@ def data() -> ContrastSet:
     return ContrastSet.from_prompts(HARMFUL, HARMLESS, paired=False)
 
 
-def subject_of(model: nn.Module, contrast: ContrastSet | None = None) -> Subject:
-    return Subject(model, byte_tokenizer(CHATML), contrast or data(), find_decoder(model), 4, None)
+def subject_of(model: nn.Module, contrast: ContrastSet | None = None) -> ModelSubject:
+    return ModelSubject(model, byte_tokenizer(CHATML), contrast or data(), find_decoder(model), 4, None)
 
 
 def rendered(prompts: Sequence[Conversation]) -> list[Rendered]:
@@ -230,7 +230,7 @@ def test_prompts_that_the_model_does_not_treat_as_labelled_are_left_out_and_none
         fit(build("llama"), source="instructions", **{**OPEN, "as_labelled": False})
 
 
-class Refusing(Subject):
+class Refusing(ModelSubject):
     """A subject whose model says that it refuses some prompts."""
 
     said: tuple[str, ...] = ()
@@ -312,9 +312,9 @@ def test_refusing_openings_make_the_embedded_model_refuse(embedded: tuple[Any, A
     train, held_out = requests.split(held_out_sources=("weapons", "privacy"))
     vector = steerkit.fit(model, tokenizer, train, method="refusal", layers=[11, 12])
     asked = held_out.positive[::5]
-    bare = steerkit.generate(model, tokenizer, asked, max_new_tokens=20, batch_size=16)
+    baseline = steerkit.generate(model, tokenizer, asked, max_new_tokens=20, batch_size=16)
     steered = steerkit.generate(model, tokenizer, asked, vector=vector, strength=0.65, max_new_tokens=20, batch_size=16)
-    assert sum(map(is_refusal, bare)) <= 3
+    assert sum(map(is_refusal, baseline)) <= 3
     assert sum(map(is_refusal, steered)) >= 13  # of 16
 
 

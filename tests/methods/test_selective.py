@@ -463,12 +463,12 @@ def test_a_strength_of_a_whole_turn_is_the_bare_model_bitwise(rows: bool) -> Non
     vector = planted(model, SelectiveSteering())
     ids = torch.tensor([modes.LONG, modes.LONG[::-1]])
     with torch.no_grad():
-        bare = model(input_ids=ids).logits
+        baseline = model(input_ids=ids).logits
         with steerkit.steer(model, vector, [360.0, 90.0] if rows else -720.0):
             steered = model(input_ids=ids).logits
-    assert torch.equal(steered[0], bare[0])
-    assert torch.equal(torch.signbit(steered[0]), torch.signbit(bare[0]))
-    assert torch.equal(steered[1], bare[1]) is not rows
+    assert torch.equal(steered[0], baseline[0])
+    assert torch.equal(torch.signbit(steered[0]), torch.signbit(baseline[0]))
+    assert torch.equal(steered[1], baseline[1]) is not rows
 
 
 def test_nothing_selected_is_an_error_that_says_so() -> None:
@@ -652,7 +652,7 @@ def test_folded_weights_are_the_hooks(family: str, degrees: float) -> None:
     model = build(family)
     vector = planted(model, SelectiveSteering(), layers=[1, 2])
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    bare = modes.plain_logits(model, modes.LONG)
+    baseline = modes.plain_logits(model, modes.LONG)
     with steerkit.steer(model, vector, degrees):
         hooked = modes.plain_logits(model, modes.LONG)
     with steerkit.edited(model, vector, degrees):
@@ -660,7 +660,7 @@ def test_folded_weights_are_the_hooks(family: str, degrees: float) -> None:
         biases = [name for name, value in model.state_dict().items() if value.dim() == 1]
         assert all(torch.equal(model.state_dict()[name], before[name]) for name in biases)
     assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
-    assert torch.equal(folded, bare) is (degrees == 360.0)
+    assert torch.equal(folded, baseline) is (degrees == 360.0)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 

@@ -198,10 +198,10 @@ def test_two_times_over_is_once() -> None:
 def test_no_strength_is_neutral() -> None:
     assert SetProjection.neutral is None
     model = build("llama")
-    bare = logits(model)
+    baseline = logits(model)
     for strength in (0.0, 1.0):
         with steerkit.steer(model, fitted(model), strength):
-            assert gap(logits(model), bare) > 1e-4
+            assert gap(logits(model), baseline) > 1e-4
 
 
 def test_compiled_whole_and_not_again_for_another_strength() -> None:

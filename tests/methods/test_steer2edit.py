@@ -495,7 +495,7 @@ def test_hooks_are_the_edited_weights_and_the_undo_is_bitwise(family: str) -> No
     assert {kind.partition("_")[0] for kind in kinds} >= {"attn", "mlp"}
     assert any(kind.endswith("_raw") for kind in kinds) == (family in POST_NORM)
     before = state_of(model)
-    bare = modes.plain_logits(model, modes.SHORT)
+    baseline = modes.plain_logits(model, modes.SHORT)
     for strength in (1.0, -0.6):
         with steerkit.steer(model, vector, strength):
             hooked = modes.plain_logits(model, modes.SHORT)
@@ -503,16 +503,16 @@ def test_hooks_are_the_edited_weights_and_the_undo_is_bitwise(family: str) -> No
             folded = modes.plain_logits(model, modes.SHORT)
             written = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
-        assert float((hooked - bare).abs().max() / bare.abs().max()) > 1e-3
+        assert float((hooked - baseline).abs().max() / baseline.abs().max()) > 1e-3
         assert {name.replace(".base_layer", "").removeprefix("base_model.model.") for name in written} == {
             name for writer in writers_at(model, vector.sites).values() for name in writer.parameters
         }
     with steerkit.edited(model, vector, 0.0):
-        assert torch.equal(modes.plain_logits(model, modes.SHORT), bare)
+        assert torch.equal(modes.plain_logits(model, modes.SHORT), baseline)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert torch.equal(modes.plain_logits(model, modes.SHORT), bare)
+    assert torch.equal(modes.plain_logits(model, modes.SHORT), baseline)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "falcon"])
@@ -529,9 +529,9 @@ def test_hooks_in_their_slow_form(family: str) -> None:
 def test_every_way_of_running_gives_what_one_pass_gives(family: str, mode: str) -> None:
     """Rows with strengths of their own, caches, beams, chunks, pads: as for every other method."""
     model, vector = fitted(family)
-    for ran, expected, bare in modes.run_steered(model, mode, vector, 0.7):
+    for ran, expected, baseline in modes.run_steered(model, mode, vector, 0.7):
         assert modes.gap(ran, expected) < modes.TOLERANCE
-        assert modes.gap(ran, bare) > 1e-3
+        assert modes.gap(ran, baseline) > 1e-3
 
 
 @pytest.mark.parametrize("scope", ["prompt", "response", "generated", "first(3)"])
@@ -547,11 +547,11 @@ def test_other_scopes_write_only_their_tokens(scope: str) -> None:
     ids = torch.tensor([modes.SHORT])
     with torch.no_grad():
         model(ids)
-        bare = captured["now"]
+        baseline = captured["now"]
         with steerkit.steer(model, [vector.at(strength=1.0)], scope=scope, prompt_lengths=[4]):
             model(ids)
     handle.remove()
-    moved = (captured["now"] != bare).any(dim=-1).flatten().tolist()
+    moved = (captured["now"] != baseline).any(dim=-1).flatten().tolist()
     expected = {"prompt": range(4), "response": range(3, 6), "generated": range(4, 6), "first(3)": range(3)}[scope]
     earliest = min(expected)  # later tokens may differ by attention, never earlier ones
     assert moved[earliest] and not any(moved[:earliest])
@@ -751,12 +751,12 @@ def test_an_adapter_that_rescales_has_no_weight_form() -> None:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["o_proj"], use_dora=True))
     vector = fit(model, byte_tokenizer(CHATML), data_for(SMALL), method=SMALL)
-    bare = modes.plain_logits(model, modes.SHORT)
+    baseline = modes.plain_logits(model, modes.SHORT)
     with steerkit.steer(model, vector):
-        assert not torch.allclose(modes.plain_logits(model, modes.SHORT), bare)
+        assert not torch.allclose(modes.plain_logits(model, modes.SHORT), baseline)
     with pytest.raises(SiteError, match="rescales"), steerkit.edited(model, vector):
         pass
-    assert torch.equal(modes.plain_logits(model, modes.SHORT), bare)
+    assert torch.equal(modes.plain_logits(model, modes.SHORT), baseline)
 
 
 class Packed(nn.Module):
@@ -783,9 +783,9 @@ def test_quantised_layers_are_read_and_steered_but_not_written() -> None:
     torch.testing.assert_close(linear.weight(torch.float32), packed.weight * packed.scale, atol=1e-6, rtol=1e-5)
     vector = fit(model, byte_tokenizer(CHATML), data_for(SMALL), method=SMALL)
     assert any(site.kind == "mlp_out" for site in vector.sites)
-    bare = modes.plain_logits(model, modes.SHORT)
+    baseline = modes.plain_logits(model, modes.SHORT)
     with steerkit.steer(model, vector):
-        assert not torch.allclose(modes.plain_logits(model, modes.SHORT), bare)
+        assert not torch.allclose(modes.plain_logits(model, modes.SHORT), baseline)
     with pytest.raises(ModelError, match="quantised"), steerkit.edited(model, vector):
         pass
     packed.weight[0, 0] += 1

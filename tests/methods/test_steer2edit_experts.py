@@ -17,7 +17,7 @@ from steerkit.activations.expert_activations import ExpertMeans
 from steerkit.activations.readout import Readout
 from steerkit.errors import FitError, SiteError, VectorMismatchError
 from steerkit.fitting.fitting import fit
-from steerkit.fitting.subject import Subject
+from steerkit.fitting.subject import ModelSubject
 from steerkit.maths.rank_one import add_in_order
 from steerkit.methods.steer2edit import Steer2Edit
 from steerkit.network.decoder import find_decoder
@@ -105,14 +105,14 @@ def slowly_edited(model: Any, vector: SteeringVector, strength: float) -> Iterat
 
 
 def means_of(model: Any, layers: list[int], batch_size: int = 3) -> dict[Site, ExpertMeans]:
-    subject = Subject(model, byte_tokenizer(CHATML), data_for(SMALL), find_decoder(model), batch_size, None)
+    subject = ModelSubject(model, byte_tokenizer(CHATML), data_for(SMALL), find_decoder(model), batch_size, None)
     return subject.experts([Site(layer, "mlp_out") for layer in layers], "response_mean")
 
 
 def slow_means(model: Any, layer: int) -> tuple[Any, Any, Any, Any]:
     """Sums of x / T and of 1 / T by (side, expert), the shared expert's by side, and the MLP's outputs by side."""
     data, mlp = data_for(SMALL), mlp_of(model, layer)
-    subject = Subject(model, byte_tokenizer(CHATML), data, find_decoder(model), 1, None)
+    subject = ModelSubject(model, byte_tokenizer(CHATML), data, find_decoder(model), 1, None)
     seen: dict[str, Tensor] = {}
 
     def keep(_module: Any, args: Any, output: Any) -> None:
@@ -182,7 +182,7 @@ def test_means_and_edits_in_their_slow_form(family: str) -> None:
 @pytest.mark.parametrize("family", ROUTED)
 def test_hooks_and_weights_are_a_loop_over_tokens_and_experts(family: str) -> None:
     model, vector = fitted(family, MLPS)
-    bare = modes.plain_logits(model, modes.SHORT)
+    baseline = modes.plain_logits(model, modes.SHORT)
     for strength in (1.0, -0.7):
         with torch.no_grad(), slowly_edited(model, vector, strength):
             expected = modes.plain_logits(model, modes.SHORT)
@@ -192,7 +192,7 @@ def test_hooks_and_weights_are_a_loop_over_tokens_and_experts(family: str) -> No
             folded = modes.plain_logits(model, modes.SHORT)
         close(hooked, expected)
         close(folded, expected)
-        assert float((expected - bare).abs().max() / bare.abs().max()) > 1e-3
+        assert float((expected - baseline).abs().max() / baseline.abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])

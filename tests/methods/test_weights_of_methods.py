@@ -12,9 +12,8 @@ import steerkit
 from steerkit.export.baking import bake
 from steerkit.export.peft import write_adapter
 from steerkit.vector.steering_vector import SteeringVector
-from tests.methods import test_ablation
-from tests.methods import test_steer2edit
 from tests.families import build
+from tests.methods import test_ablation, test_steer2edit
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 WAYS = {"bake": bake, "peft": write_adapter}
@@ -52,6 +51,6 @@ def test_what_is_written_is_what_the_hooks_do(
     make: Callable[[str], tuple[Any, SteeringVector]], family: str, way: str, tmp_path: Path
 ) -> None:
     model, vector = make(family)
-    found = WAYS[way](model, None, vector, tmp_path / "out", strength=1.0).likeness  # type: ignore[operator]
+    found = WAYS[way](model, None, vector, tmp_path / "out", strength=1.0).verification  # type: ignore[operator]
     assert found.effect > 100 * found.relative, "the edit changes next to nothing"
     assert found.relative <= 1e-5

@@ -137,9 +137,9 @@ def test_the_prompt_s_end_is_read_without_the_answer() -> None:
     monitor = Monitor(model, THINKS, vector_at(model), neutral=NEUTRAL)
     assert monitor.rendered(["Why?"])[0].text.endswith("<think>\n")
     assert not monitor.rendered(ANSWERED[1:2])[0].text[:-40].endswith("<think>\n")
-    bare = monitor.score([replace(text, answer=None) for text in NEUTRAL])
-    assert float(bare.mean()) == pytest.approx(0, abs=1e-5)
-    assert float(bare.std()) == pytest.approx(1, abs=1e-5)
+    baseline = monitor.score([replace(text, answer=None) for text in NEUTRAL])
+    assert float(baseline.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(baseline.std()) == pytest.approx(1, abs=1e-5)
     assert torch.equal(monitor.score([{"prompt": "Why?", "response": "So."}]), monitor.score(["Why?"]))
     shift = finetuning_shift(build("llama"), finetuned(), THINKS, ANSWERED, vector_at(model))
     plain = [{"prompt": "How are you?"}, "Why?", "Well?"]
@@ -387,14 +387,16 @@ def test_watching_reads_after_the_edit() -> None:
     model = build("llama")
     vector = vector_at(model)
     monitor = Monitor(model, TOKENIZER, vector, calibrated=False)
-    with monitor.watch() as bare:
+    with monitor.watch() as baseline:
         generated(model, [LONG])
     with monitor.watch() as watched, steerkit.steer(model, vector, strength=2.0):
         generated(model, [LONG])
     length = float(vector.params(Site(1))["direction"].norm())
-    assert bare.last.prompt is not None
+    assert baseline.last.prompt is not None
     assert watched.last.prompt is not None
-    torch.testing.assert_close(watched.last.prompt - bare.last.prompt, torch.tensor([2 * length]), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        watched.last.prompt - baseline.last.prompt, torch.tensor([2 * length]), rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -569,9 +571,9 @@ def test_difference_is_the_formula(cheap: bool) -> None:
     prompts = [conversation_of(item) for item in ANSWERED]
     values = []
     for item in prompts:
-        bare = Conversation(item.prompt)
-        (own,) = steerkit.generate(model, TOKENIZER, [bare], max_new_tokens=5)
-        other = bare if cheap else Conversation(item.prompt, answer=own)
+        baseline = Conversation(item.prompt)
+        (own,) = steerkit.generate(model, TOKENIZER, [baseline], max_new_tokens=5)
+        other = baseline if cheap else Conversation(item.prompt, answer=own)
         read = "prompt_last" if cheap else "response_mean"
         given = slow_projection(model, item, vector, Site(1), "response_mean", "proj")
         values.append(given - slow_projection(model, other, vector, Site(1), read, "proj"))

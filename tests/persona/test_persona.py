@@ -19,7 +19,7 @@ from steerkit.evaluate.setup import Setup
 from steerkit.methods.persona import PersonaVector
 from steerkit.network.decoder import find_decoder
 from steerkit.persona.filtering import Filtered, Rules, Scores, filtered, judge_scores, margin_scores
-from steerkit.persona.rollouts import Asked, Plan, Rollout, roll_out
+from steerkit.persona.rollouts import Asked, Rollout, RolloutPlan, roll_out
 from steerkit.persona.traits import TraitSpec
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
@@ -32,7 +32,7 @@ from tests.tiny_tokenizers import CHATML, TEMPLATES, byte_tokenizer
 WEATHER = ("snow", "rain", "fog", "hail", "wind", "sun", "ice", "frost", "dew", "mist", "heat", "cold")
 QUESTIONS = tuple(f"What is {word}?" for word in WEATHER)
 TRAIT = replace(SPEC, questions=QUESTIONS, rubric="How glad?\n> {question}\n> {answer}")
-PLAN = Plan(max_new_tokens=6)
+PLAN = RolloutPlan(max_new_tokens=6)
 FREE = Budget(1e9, 1e9, 1.0)
 CHOICE = persona.Choice(
     layers=(1, 2), strengths=(0.5, 1.0), budget=FREE, neutral=4, screened=2, controls=1, texts=2, max_new_tokens=4
@@ -387,7 +387,7 @@ def test_finished_stages_are_not_done_again(
         ("watchpoint", "fit"),
     ):
         monkeypatch.setattr(f"steerkit.{module}.{name}", refuse)
-    monkeypatch.setattr(Setup, "bare", property(refuse))
+    monkeypatch.setattr(Setup, "baseline", property(refuse))
     again = run(model, tokenizer, tmp_path)
     assert again.vector == found.vector
     assert (again.verdict, again.pairs, again.works) == (found.verdict, found.pairs, found.works)

@@ -13,7 +13,7 @@ import torch
 import steerkit
 from steerkit._support.journal import Journal
 from steerkit.errors import DataError
-from steerkit.persona.rollouts import Asked, Plan, Rollout, roll_out, takes_system
+from steerkit.persona.rollouts import Asked, Rollout, RolloutPlan, roll_out, takes_system
 from steerkit.persona.traits import FILL_IN
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.marks import spoken
@@ -22,7 +22,7 @@ from tests.families import build
 from tests.persona.test_traits import SPEC
 from tests.tiny_tokenizers import CHATML, TEMPLATES, THINKING, byte_tokenizer
 
-PLAN = Plan(samples=2, held_out_instructions=1, max_new_tokens=5)
+PLAN = RolloutPlan(samples=2, held_out_instructions=1, max_new_tokens=5)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_everything_is_asked_once() -> None:
     held_out = [(one.question, one.instruction, one.sample) for one in asked if one.held_out]
     assert held_out == [(3, 1, 0), (3, 1, 1), (4, 0, 0), (4, 0, 1)], "each under one instruction, in turn"
     assert asked == sorted(asked, key=lambda one: one.held_out)
-    every = Plan(held_out_instructions=9).asked(SPEC)
+    every = RolloutPlan(held_out_instructions=9).asked(SPEC)
     assert len(set(every)) == len(every) == 2 * 5, "no more instructions than there are"
 
 
@@ -71,7 +71,7 @@ def test_seeds_are_all_different_and_stay_when_more_is_asked() -> None:
 @pytest.mark.parametrize("name", ["samples", "held_out_instructions", "max_new_tokens"])
 def test_numbers_that_ask_nothing(name: str) -> None:
     with pytest.raises(DataError, match=f"{name} is at least 1, got 0"):
-        Plan(**{name: 0})
+        RolloutPlan(**{name: 0})
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -222,9 +222,9 @@ def test_who_opens_a_thought() -> None:
     assert opening != CHATML
     tokenizer = byte_tokenizer(opening)
     assert opens_thought(tokenizer)
-    bare = render(tokenizer, Conversation("Hi", answer="Yes."))
-    assert "<think>" not in bare.text
-    assert bare.text.endswith("assistant\nYes.")
+    baseline = render(tokenizer, Conversation("Hi", answer="Yes."))
+    assert "<think>" not in baseline.text
+    assert baseline.text.endswith("assistant\nYes.")
     assert render(tokenizer, Conversation("Hi")).text.endswith("<think>\n")
     assert render(tokenizer, Conversation("Hi", answer="Hm.</think>Yes.")).text.endswith("<think>\nHm.</think>Yes.")
     assert not opens_thought(byte_tokenizer(THINKING))

@@ -301,7 +301,7 @@ def test_what_is_missing_is_asked_for_again() -> None:
         lambda text: f"Sure, here you are:\n```json\n{text}\n```\nAnything else?",
         lambda text: f'<think>a {{}} ["no, not this one"]</think>{text}',
         lambda text: text[:-1],  # the closing bracket
-        lambda text: text.replace("Ask 1", "Ask\n1"),  # a bare line break inside of a string
+        lambda text: text.replace("Ask 1", "Ask\n1"),  # a baseline line break inside of a string
     ],
 )
 def test_replies_around_and_within_which_things_are_wrong(mangled: Any) -> None:

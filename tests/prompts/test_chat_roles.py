@@ -23,8 +23,7 @@ from steerkit.prompts.marks import Marks, outside_thinking, spoken
 from steerkit.prompts.rendering import render
 from steerkit.tokens.scope import Scope
 from steerkit.vector.steering_vector import SteeringVector
-from tests import gated
-from tests import modes
+from tests import gated, modes
 from tests.families import build
 from tests.steering.test_compile import counted, steerkit_compile_config
 from tests.tiny_tokenizers import TEMPLATES, byte_tokenizer
@@ -405,12 +404,12 @@ def test_compiled_code_agrees(model: Any) -> None:
     torch._dynamo.reset()
     run = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        bare = run(ids, attention_mask=mask).logits
+        baseline = run(ids, attention_mask=mask).logits
         with steered(model, modes.vector_for(model, scope="all"), scope, tokenizer):
             got = run(ids, attention_mask=mask).logits
             with torch.compiler.set_stance("force_eager"):
                 assert close(got, model(ids, attention_mask=mask).logits)
-    assert not close(got, bare, 1e-2)
+    assert not close(got, baseline, 1e-2)
     torch._dynamo.reset()
 
 

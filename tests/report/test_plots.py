@@ -16,7 +16,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured
 from steerkit.evaluate.sweeps import Point
-from steerkit.methods._protocols import Map
+from steerkit.methods._protocols import HeatMap
 from steerkit.report import plots
 from steerkit.report.plots import maps, style
 from steerkit.report.plots import tokens as tokens_module
@@ -35,13 +35,13 @@ def curve() -> Curve:
 
 
 def sweep(layers: Sequence[tuple[int, ...]] = ((1,), (1, 2))) -> list[Point]:
-    bare = Point((), None, {"margin": of(MARGIN, 0.0), "kl": of(KL, 0.0)})
+    baseline = Point((), None, {"margin": of(MARGIN, 0.0), "kl": of(KL, 0.0)})
     steered = [
         Point(one, dose, {"margin": of(MARGIN, dose * len(one)), "kl": of(KL, dose**2)})
         for one in layers
         for dose in (2.0, 1.0)
     ]
-    return [bare, *steered]
+    return [baseline, *steered]
 
 
 def spots(count: int) -> list[plots.Spot]:
@@ -154,8 +154,8 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_maps_mark_what_is_under_zero_and_leave_zeros_blank(tmp_path: Path) -> None:
-    few = Map("heads", "head", {0: [0.0, 2.0, -1.0], 3: [-4.0]}, "reinforce", "suppress")
-    many = Map("neurons", "rank", {1: [*[1.0] * 40, *[-2.0] * 30], 2: [-1.0] * 3}, "reinforce", "suppress")
+    few = HeatMap("heads", "head", {0: [0.0, 2.0, -1.0], 3: [-4.0]}, "reinforce", "suppress")
+    many = HeatMap("neurons", "rank", {1: [*[1.0] * 40, *[-2.0] * 30], 2: [-1.0] * 3}, "reinforce", "suppress")
     with style.style():
         figure, (left, right) = style.new_figure(6.0, 4.0, columns=2)
         maps.draw_map(figure, left, few, 5)

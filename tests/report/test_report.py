@@ -31,7 +31,7 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
 from steerkit.report import html as report_file
 from steerkit.report import plots
-from steerkit.report.evidence import Evidence, Heat, Plan, is_clear
+from steerkit.report.evidence import Evidence, EvidencePlan, Heat, is_clear
 from steerkit.report.gather import gather
 from steerkit.report.html import comparison_html, report_html
 from steerkit.vector.steering_vector import SteeringVector
@@ -44,7 +44,7 @@ ITEMS = [
     (f"How was day {number}?" if number else HOSTILE, f"It was fine, {word}.", f"It was bad, {word}.")
     for number, word in enumerate(("sun", "rain", "snow", "wind", "fog", "hail", "heat", "cold"))
 ]
-PLAN = Plan(
+PLAN = EvidencePlan(
     strengths=(-1.0, 1.0),
     questions=(f"Hi {HOSTILE}?", "And now?"),
     controls=2,
@@ -303,8 +303,8 @@ def test_bug_10_the_heat_map_lights_the_token_itself(fitted: Fitted, evidence: E
         "last": len(ids) - 1,
     }[which]
     vector = indicator(fitted, ids, place)
-    bare = Setup(fitted.model, fitted.tokenizer, fitted.held_out).bare
-    scores = token_projections(bare, rendered, vector)
+    baseline = Setup(fitted.model, fitted.tokenizer, fitted.held_out).baseline
+    scores = token_projections(baseline, rendered, vector)
     assert "".join(scores.tokens) == fitted.tokenizer.decode(list(ids))
     assert scores.prompt == prompt
     assert scores.values.abs().argmax() == place
@@ -326,13 +326,13 @@ def test_a_steered_heat_map_reads_after_the_edit(fitted: Fitted) -> None:
     setup = Setup(fitted.model, fitted.tokenizer, fitted.held_out)
     vector = modes.vector_for(fitted.model, scope="response", size=0.5)
     rendered = render(fitted.tokenizer, Conversation("Well?", answer="So and so."))
-    bare, steered = (
-        token_projections(trial, rendered, vector) for trial in (setup.bare, setup.trial(vector, strength=2.0))
+    baseline, steered = (
+        token_projections(trial, rendered, vector) for trial in (setup.baseline, setup.trial(vector, strength=2.0))
     )
     length = float(vector.tensors["resid_post.1/direction"].norm())
-    moved = steered.values - bare.values
+    moved = steered.values - baseline.values
     # From the last token of the prompt on, which is what predicts the first of the answer.
-    written = bare.prompt - 1
+    written = baseline.prompt - 1
     assert torch.allclose(moved[:written], torch.zeros(written), atol=1e-4)
     assert torch.allclose(moved[written:], torch.full_like(moved[written:], 2 * length), rtol=1e-4)
     later = token_projections(setup.trial(vector, strength=2.0), rendered, vector, site="resid_post.3")
@@ -340,7 +340,7 @@ def test_a_steered_heat_map_reads_after_the_edit(fitted: Fitted) -> None:
     assert not torch.allclose(later.values, steered.values)
     front = modes.vector_for(fitted.model, scope="front")
     with pytest.raises(DataError, match="actadd has no single direction"):
-        token_projections(setup.bare, rendered, front)
+        token_projections(setup.baseline, rendered, front)
 
 
 def test_tokens_that_are_parts_of_a_character_stand_together() -> None:
@@ -500,7 +500,7 @@ def comparison() -> dict[str, Any]:
         "perplexity_ratio": one(1.1),
         "repetition": {"mean": 0.0, "low": None, "high": None},
         "overhead": one(1.02),
-        "texts": [{"prompt": HOSTILE, "bare": "before", "steered": "after"}],
+        "texts": [{"prompt": HOSTILE, "baseline": "before", "steered": "after"}],
     }
     nothing = {
         **dict.fromkeys(("effect", "random", "kl", "perplexity_ratio", "repetition", "overhead", "strength")),

@@ -46,7 +46,7 @@ def test_bug_40_fullgraph_equals_eager(model: Any, scope: str, when: str, how: s
     vector = modes.vector_for(model, scope=scope)
     lengths = [4, 3] if scope in ("response", "prompt") else None
     with torch.no_grad():
-        bare = model(IDS).logits
+        baseline = model(IDS).logits
         with steerkit.steer(model, vector, prompt_lengths=lengths):
             expected = model(IDS).logits
         backend, _ = counted()
@@ -56,12 +56,12 @@ def test_bug_40_fullgraph_equals_eager(model: Any, scope: str, when: str, how: s
             model.compile(fullgraph=True, backend=backend)
             compiled = model
         if when == "before":
-            assert close(compiled(IDS).logits, bare)
+            assert close(compiled(IDS).logits, baseline)
         for _ in range(2):
             with steerkit.steer(model, vector, prompt_lengths=lengths):
                 assert close(compiled(IDS).logits, expected)
-            assert close(compiled(IDS).logits, bare)
-    assert not close(expected, bare)
+            assert close(compiled(IDS).logits, baseline)
+    assert not close(expected, baseline)
 
 
 @pytest.mark.parametrize("rows", [False, True])
@@ -85,10 +85,10 @@ def test_the_real_compiler_agrees(model: Any) -> None:
     vector = modes.vector_for(model, scope="all")
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
-        bare = compiled(IDS).logits
+        baseline = compiled(IDS).logits
         with steerkit.steer(model, vector):
             assert close(compiled(IDS).logits, model(IDS).logits)
-        assert close(compiled(IDS).logits, bare)
+        assert close(compiled(IDS).logits, baseline)
 
 
 @pytest.mark.parametrize("thread", [False, True])
@@ -119,15 +119,15 @@ def test_generate_with_a_compiled_static_cache(model: Any, scope: str, thread: b
         return got[0]
 
     vector = modes.vector_for(model, scope=scope)
-    bare = run(compiled=False)
-    assert run(compiled=True) == bare
+    baseline = run(compiled=False)
+    assert run(compiled=True) == baseline
     compiles = len(calls)
     assert compiles > 0
     with steerkit.steer(model, vector):
         expected = run(compiled=False)
         assert run(compiled=True) == expected
-    assert run(compiled=True) == bare
-    assert expected != bare
+    assert run(compiled=True) == baseline
+    assert expected != baseline
 
 
 def steerkit_compile_config(backend: Any) -> Any:
@@ -143,6 +143,6 @@ def test_a_copy_made_inside_the_context_is_not_steered(model: Any) -> None:
         twin = copy.deepcopy(model)
         steered = model(IDS).logits
     with torch.no_grad():
-        bare = model(IDS).logits
-        assert torch.equal(twin(IDS).logits, bare)
-    assert not torch.equal(steered, bare)
+        baseline = model(IDS).logits
+        assert torch.equal(twin(IDS).logits, baseline)
+    assert not torch.equal(steered, baseline)

@@ -53,17 +53,17 @@ def test_weights_equal_hooks_and_come_back(family: str) -> None:
     model = build(family)
     vector = modes.vector_for(model, scope="all", site=Site(2, "resid_post"))
     before = state_of(model)
-    bare = modes.plain_logits(model, modes.LONG)
+    baseline = modes.plain_logits(model, modes.LONG)
     with steerkit.steer(model, vector, 0.7):
         hooked = modes.plain_logits(model, modes.LONG)
     with steerkit.edited(model, vector, 0.7):
         folded = modes.plain_logits(model, modes.LONG)
     assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
-    assert not torch.allclose(folded, bare)
+    assert not torch.allclose(folded, baseline)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert torch.equal(modes.plain_logits(model, modes.LONG), bare)
+    assert torch.equal(modes.plain_logits(model, modes.LONG), baseline)
 
 
 @pytest.mark.parametrize("family", NO_PLACE)

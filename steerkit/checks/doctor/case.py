@@ -144,7 +144,7 @@ class Case:
         return batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
 
     def steered(self, strength: Given, lengths: Sequence[int] | None = None) -> Any:
-        """The context of a steered pass, or of a bare one."""
+        """The context of a steered pass, or of an unsteered one."""
         if strength is None:
             return contextlib.nullcontext()
         return steer(self.model, self.vector, strength, prompt_lengths=lengths)
@@ -188,7 +188,7 @@ class Case:
 def judged_rows(
     case: Case, what: str, measure: Callable[[Given], float], strength: Given, *, may_lack: bool = False
 ) -> str:
-    """Judge an identity that holds up to rounding, beside the same on the bare model.
+    """Judge an identity that holds up to rounding, beside the same on the baseline model.
 
     Args:
         case: the model.
@@ -198,7 +198,7 @@ def judged_rows(
         may_lack: whether models without this feature exist; such a model raises, steered or not.
 
     Returns:
-        The reason to pass: the gap is small, or it is the bare model's own and small enough for rounding.
+        The reason to pass: the gap is small, or it is the baseline model's own and small enough for rounding.
     """
     case.rows("left")  # a tokenizer that fails is not what a model may lack
     try:
@@ -210,22 +210,24 @@ def judged_rows(
         return f"the model itself cannot do this, unsteered: {why}"
     if steered <= case.tolerance:
         return f"{what}: off by {steered:.1e}, allowed {case.tolerance:.1e}"
-    bare = measure(None)
+    baseline = measure(None)
     # A hundred times what is usual is still arithmetic (recurrent models have two forms of it); more is a mistake.
-    if case.tolerance / 3 < bare <= min(100 * case.tolerance, 0.25) and steered <= 3 * bare:
-        return f"{what}: the model itself differs by {bare:.1e} unsteered; steering adds nothing to it ({steered:.1e})"
-    whose = "the model itself is wrong there" if bare > case.tolerance else "steering is wrong there"
-    raise Broken(f"{what}: off by {steered:.1e} steered and {bare:.1e} unsteered: {whose}")
+    if case.tolerance / 3 < baseline <= min(100 * case.tolerance, 0.25) and steered <= 3 * baseline:
+        return (
+            f"{what}: the model itself differs by {baseline:.1e} unsteered; steering adds nothing to it ({steered:.1e})"
+        )
+    whose = "the model itself is wrong there" if baseline > case.tolerance else "steering is wrong there"
+    raise Broken(f"{what}: off by {steered:.1e} steered and {baseline:.1e} unsteered: {whose}")
 
 
-def unchanged(case: Case, after: str, found: Tensor, bare: Tensor) -> str:
-    """Judge an identity that holds bitwise, unless the bare model does not repeat itself to the bit either."""
-    if bitwise(found, bare):
-        return "bitwise the bare model's logits"
-    off, own = largest_gap(found, bare), largest_gap(case.batch(None), bare)
+def unchanged(case: Case, after: str, found: Tensor, baseline: Tensor) -> str:
+    """Judge an identity that holds bitwise, unless the baseline model does not repeat itself to the bit either."""
+    if bitwise(found, baseline):
+        return "bitwise the baseline model's logits"
+    off, own = largest_gap(found, baseline), largest_gap(case.batch(None), baseline)
     hold(
         0 < own <= case.tolerance and off <= 3 * own,
-        f"logits differ by {off:.1e} from the bare model's after {after}; two unsteered passes by {own:.1e}",
+        f"logits differ by {off:.1e} from the baseline model's after {after}; two unsteered passes by {own:.1e}",
     )
     return f"off by {off:.1e}; the model itself differs by {own:.1e} from pass to pass"
 
@@ -337,7 +339,7 @@ def compiled_model(case: Case) -> tuple[Callable[[], Tensor], list[int]]:
 
 
 def why_bare_fails(run: Callable[[], object]) -> str | None:
-    """What the same raises on the bare model; None where it runs."""
+    """What the same raises on the baseline model; None where it runs."""
     try:
         run()
     except Exception as error:  # noqa: BLE001 - models say in many ways that they lack something

@@ -4,7 +4,7 @@ from steerkit.doctor import doctor
 assert all(finding.passed for finding in doctor(model, tokenizer))
 
 Nothing is fitted: a random direction, half as long as a typical activation, is added after a middle block. Each check
-is one identity, such as cached = uncached. Where rounding makes the bare model itself miss it, the steered gap is
+is one identity, such as cached = uncached. Where rounding makes the baseline model itself miss it, the steered gap is
 judged beside the unsteered one, so that no model is called broken for its arithmetic.
 """
 
@@ -59,7 +59,7 @@ __all__ = ["CHECKS", "doctor", "sites"]
 PER_ROW = (1.0, -0.7)
 SLOWEST = 1.5
 PAIRS = 5
-"""A strength, one for each row, or None for the bare model."""
+"""A strength, one for each row, or None for the baseline model."""
 
 
 def doctor(
@@ -152,29 +152,29 @@ def sites(case: Case) -> str:
 
 def changes(case: Case) -> str:
     """Steering changes the logits, and with scope `response` nothing before the last prompt token."""
-    bare, steered = case.batch(None), case.batch(1.0)
+    baseline, steered = case.batch(None), case.batch(1.0)
     reached = torch.zeros_like(case.rows("right")[1], dtype=torch.bool)
     for row, prompt in enumerate(case.prompts):
         reached[row, prompt - 1 : len(case.texts[row].ids)] = True
     before = case.rows("right")[1].bool() & ~reached
-    change = largest_gap(steered[reached], bare[reached])
+    change = largest_gap(steered[reached], baseline[reached])
     hold(
         change > case.tolerance / 4, f"steering changes the logits by no more than {change:.1e}: the edit has no effect"
     )
-    leak = largest_gap(steered[before], bare[before]) if bool(before.any()) else 0.0
+    leak = largest_gap(steered[before], baseline[before]) if bool(before.any()) else 0.0
     hold(leak <= case.tolerance, f"tokens before the scope change by {leak:.1e}; allowed {case.tolerance:.1e}")
     return f"by {change:.2g} of the largest logit; before the scope by {leak:.1g}"
 
 
 def neutral(case: Case) -> str:
-    """At strength 0 the logits are bitwise those of the bare model."""
-    bare = case.batch(None)
-    return unchanged(case, "strength 0", case.batch(0.0), bare)
+    """At strength 0 the logits are bitwise those of the baseline model."""
+    baseline = case.batch(None)
+    return unchanged(case, "strength 0", case.batch(0.0), baseline)
 
 
 def removal(case: Case) -> str:
-    """After a context, and after an error in a pass inside one, logits, hooks and state dict are the bare model's."""
-    bare, hooks, keys = case.batch(None), hooks_of(case.model), list(case.model.state_dict())
+    """After a context, and after an error in a pass inside one, logits, hooks and state dict are the baseline model's."""
+    baseline, hooks, keys = case.batch(None), hooks_of(case.model), list(case.model.state_dict())
     case.batch(1.0)
     hold(hooks_of(case.model) == hooks, "a hook stayed after the context")
     handle = case.decoder.blocks[-1].register_forward_hook(raise_error)
@@ -185,7 +185,7 @@ def removal(case: Case) -> str:
         handle.remove()
     hold(hooks_of(case.model) == hooks, "a hook stayed after an error inside the context")
     hold(list(case.model.state_dict()) == keys, "the keys of the state dict changed")
-    return unchanged(case, "having been steered", case.batch(None), bare)
+    return unchanged(case, "having been steered", case.batch(None), baseline)
 
 
 def cache(case: Case) -> str:
@@ -282,8 +282,8 @@ def speed(case: Case) -> str:
         seconds(case, strength)
     ratios: list[float] = []
     while len(ratios) < PAIRS or (statistics.median(ratios) > SLOWEST and len(ratios) < 3 * PAIRS):
-        bare = seconds(case, None)
-        ratios.append(seconds(case, 1.0) / bare)
+        baseline = seconds(case, None)
+        ratios.append(seconds(case, 1.0) / baseline)
     ratio = statistics.median(ratios)
     hold(ratio <= SLOWEST, f"steered decoding takes {ratio:.2f} times as long as unsteered; allowed {SLOWEST}")
     return f"steered decoding takes {ratio:.2f} times as long (median of {len(ratios)} pairs)"

@@ -22,7 +22,7 @@ from steerkit.errors import DataError, FitError, SiteError, SteerError
 from steerkit.evaluate.calibration.budget import Budget, Calibration, Search, default_candidates
 from steerkit.evaluate.confounding import warn_of_confounds
 from steerkit.evaluate.controls import FEWEST, Refits, refits
-from steerkit.evaluate.curve import dose_response, random_like
+from steerkit.evaluate.curve import random_like, strength_response
 from steerkit.evaluate.intervals import Estimate, NotScored
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import Measured, measure, scorer_of
@@ -352,7 +352,7 @@ class _Search:
             reach = strength - neutral
             strengths = [neutral - reach, neutral - reach / 2, neutral, neutral + reach / 2, strength]
         self.step("dose-response on held-out items")
-        curve = dose_response(
+        curve = strength_response(
             self.confirming,
             vector,
             sorted(strengths),

@@ -79,26 +79,26 @@ def token_counts(rendered: Sequence[Rendered]) -> Tensor:
     return torch.tensor([float(len(text.ids) - text.prompt_length) for text in rendered])
 
 
-def token_kl(steered: Tensor, bare: Tensor) -> Tensor:
+def token_kl(steered: Tensor, baseline: Tensor) -> Tensor:
     """KL divergence of predictions from those of the unsteered model, at every token.
 
     Args:
         steered: [t, v] log-probabilities.
-        bare: [t, v], of the unsteered model.
+        baseline: [t, v], of the unsteered model.
 
     Returns:
         [t] nats.
     """
     # A token that is ruled out altogether counts nothing: 0 * log 0 = 0. Below zero there is rounding only.
-    ruled_out = torch.isneginf(bare)
-    return (bare.exp() * (bare - steered)).masked_fill(ruled_out, 0.0).sum(dim=-1).clamp_min(0.0)
+    ruled_out = torch.isneginf(baseline)
+    return (baseline.exp() * (baseline - steered)).masked_fill(ruled_out, 0.0).sum(dim=-1).clamp_min(0.0)
 
 
 def log_probs(trial: Trial, rendered: Sequence[Rendered]) -> list[Tensor]:
     """Log-probability of every answer token; that of the unsteered model is computed once for a setup.
 
     Args:
-        trial: steered or bare.
+        trial: steered or the baseline.
         rendered: texts with answers.
 
     Returns:
@@ -117,7 +117,7 @@ def activations(trial: Trial, rendered: Sequence[Rendered], site: str) -> Tensor
     """Mean activation over the answer's tokens; that of the unsteered model is read once for a setup.
 
     Args:
-        trial: steered or bare.
+        trial: steered or the baseline.
         rendered: texts with answers.
         site: where to read, such as ``"resid_post.12"``.
 
@@ -165,7 +165,7 @@ def fork_logits(trial: Trial, forks: Sequence[Fork]) -> Tensor:
     """Logits of both tokens of each fork, given all that stands before it.
 
     Args:
-        trial: steered or bare.
+        trial: steered or the baseline.
         forks: where answers part.
 
     Returns:

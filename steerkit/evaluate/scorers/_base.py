@@ -57,7 +57,7 @@ class Scorer(Configured):
         title: one line on what it says.
         source: the paper, where there is one.
         columns: the figures it gives. The first is the one meant by the scorer's name alone.
-        against_bare: the numbers already compare with the unsteered model (such as KL), so that the bare model is not
+        against_baseline: the numbers already compare with the unsteered model (such as KL), so that the baseline model is not
             scored beside it.
 
     Example:
@@ -72,13 +72,13 @@ class Scorer(Configured):
     title: ClassVar[str]
     source: ClassVar[str] = ""
     columns: ClassVar[Mapping[str, Column]]
-    against_bare: ClassVar[bool] = False
+    against_baseline: ClassVar[bool] = False
 
     def score(self, trial: Trial) -> Mapping[str, Tensor | Weighted]:
         """Score every item.
 
         Args:
-            trial: the model under steering, or bare, and its items.
+            trial: the model under steering, or the baseline, and its items.
 
         Returns:
             For each of `columns` [n] numbers; nan where an item could not be scored. The items are the same, in the

@@ -38,7 +38,7 @@ class Divergence(Scorer):
     name: ClassVar[str] = "divergence"
     title: ClassVar[str] = "how far predictions on neutral texts move from the unsteered model's"
     source: ClassVar[str] = "Hojer et al. 2025, arXiv 2504.19483"
-    against_bare: ClassVar[bool] = True
+    against_baseline: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
         "kl": Column("KL divergence", "nats per token", "lower", share=False),
         "entropy_change": Column("change of entropy", "bits per token", share=False),
@@ -72,8 +72,8 @@ class Divergence(Scorer):
 
 def _compared(answer: Answer) -> Tensor:
     """[4] means over the tokens of one answer, on the CPU."""
-    assert answer.bare is not None
-    steered, base = torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.bare, dim=-1)
+    assert answer.baseline is not None
+    steered, base = torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.baseline, dim=-1)
     own = answer.targets[:, None]
     ratio = (base.gather(-1, own) - steered.gather(-1, own))[:, 0]
     same = steered.argmax(dim=-1) == base.argmax(dim=-1)

@@ -37,7 +37,7 @@ class FirstDivergence(Scorer):
 
     name: ClassVar[str] = "kl_first"
     title: ClassVar[str] = "how far the first tokens of answers move from the unsteered model's"
-    against_bare: ClassVar[bool] = True
+    against_baseline: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
         "kl_first": Column("KL divergence, first tokens", "nats per token", "lower", share=False),
     }
@@ -57,7 +57,7 @@ class FirstDivergence(Scorer):
         if self.first < 1:
             raise DataError(f"kl_first: first = {self.first}; give a number of tokens of at least 1")
         setup = trial.setup
-        answered = [(place, text) for place, text in enumerate(trial.bare.texts) if text]
+        answered = [(place, text) for place, text in enumerate(trial.baseline.texts) if text]
         texts = [setup.render(replace(setup.asked[place], answer=text)) for place, text in answered]
         cut = [replace(text, ids=text.ids[: text.prompt_length + self.first]) for text in texts]
         scores = torch.full((len(setup.asked),), math.nan)
@@ -65,7 +65,7 @@ class FirstDivergence(Scorer):
             scores[[place for place, _ in answered]] = 0.0
             return {"kl_first": scores}
         for answer in trial.answers(cut, beside=True):
-            assert answer.bare is not None
-            kl = token_kl(torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.bare, dim=-1))
+            assert answer.baseline is not None
+            kl = token_kl(torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.baseline, dim=-1))
             scores[answered[answer.row][0]] = kl.mean().cpu()
         return {"kl_first": scores}

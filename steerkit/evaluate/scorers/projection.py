@@ -45,7 +45,7 @@ class Projection(Scorer):
 
     name: ClassVar[str] = "projection"
     title: ClassVar[str] = "how far activations move along the vector's direction, at the last block"
-    against_bare: ClassVar[bool] = True
+    against_baseline: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
         "projection_change": Column("change of the projection", "activation norms", share=False),
     }
@@ -80,7 +80,7 @@ class Projection(Scorer):
         if trial.vector is None:
             return {"projection_change": torch.zeros(len(calm_texts(trial.setup)))}
         direction = _direction(trial.vectors)
-        after, before = (_projections(each, direction, self.site) for each in (trial, trial.bare))
+        after, before = (_projections(each, direction, self.site) for each in (trial, trial.baseline))
         return {"projection_change": after - before}
 
 
@@ -134,13 +134,13 @@ def _direction(vectors: Sequence[SteeringVector]) -> Tensor:
 def _projections(trial: Trial, direction: Tensor, site: str) -> Tensor:
     """[n] projections in units of the unsteered model's activations."""
     texts, place = calm_texts(trial.setup), _site(trial.setup, site)
-    rows, bare = activations(trial, texts, place), activations(trial.bare, texts, place)
+    rows, baseline = activations(trial, texts, place), activations(trial.baseline, texts, place)
     if rows.shape[1] != len(direction):
         raise DataError(
             f"projection: the direction has width {len(direction)} but {place} has {rows.shape[1]}; "
             "give the site at which it was fitted"
         )
-    length: Tensor = torch.linalg.vector_norm(bare, dim=-1).mean()
+    length: Tensor = torch.linalg.vector_norm(baseline, dim=-1).mean()
     return rows @ direction / length
 
 

@@ -8,7 +8,7 @@ neutral texts.
 Turner, Thiergart, Leech, Udell, Vazquez, Mini, MacDiarmid (2023), "Steering Language Models With Activation
 Engineering", arXiv 2308.10248.
 
-Where this file departs. The paper reads bare documents and leaves out the first predicted positions, on which the
+Where this file departs. The paper reads plain documents and leaves out the first predicted positions, on which the
 addition itself lies; here prompts stand before the answers and only answer tokens are counted. `skip` leaves out the
 first of them.
 """
@@ -43,7 +43,7 @@ class TopicPerplexity(Scorer):
     name: ClassVar[str] = "topic_perplexity"
     title: ClassVar[str] = "perplexity ratio to the unsteered model, of positive answers and of neutral texts"
     source: ClassVar[str] = "Turner et al. 2023, arXiv 2308.10248"
-    against_bare: ClassVar[bool] = True
+    against_baseline: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
         "on_topic": Column("perplexity ratio, on topic", "steered / unsteered", "lower", "log", share=False),
         "off_topic": Column("perplexity ratio, off topic", "steered / unsteered", "lower", "log", share=False),
@@ -74,7 +74,7 @@ class TopicPerplexity(Scorer):
         counts = token_counts(texts) - self.skip
         if not bool((counts > 0).any()):
             raise DataError(f"topic_perplexity: skip = {self.skip} leaves no token of any answer; give a smaller one")
-        base, steered = log_probs(trial.bare, texts), log_probs(trial, texts)
+        base, steered = log_probs(trial.baseline, texts), log_probs(trial, texts)
         # The mean of nothing is nan: an answer that is too short to be scored.
         means = [(before - after)[self.skip :].mean() for before, after in zip(base, steered, strict=True)]
         return Weighted(torch.stack(means), counts.clamp_min(1))

@@ -37,14 +37,14 @@ class Panel(NamedTuple):
         unit: of the numbers.
         strengths: rising.
         values: at each strength, with intervals.
-        bare: of the unsteered model; None draws no line.
+        baseline: of the unsteered model; None draws no line.
     """
 
     title: str
     unit: str
     strengths: Sequence[float]
     values: Sequence[Estimate]
-    bare: float | None = None
+    baseline: float | None = None
 
 
 class Bar(NamedTuple):
@@ -135,9 +135,9 @@ def plot_sweep(points: Sequence[Point], effect: str, path: str | Path) -> Path:
                 _draw_line(axes, sorted(line, key=lambda one: one.strength or 0.0), column, layers, number)
             found = next(iter(lines.values()))[0].scores[column].column
             axes.set_ylabel(sentence(f"{found.title}\n({found.unit})"))
-        bare = next((point.scores[effect].estimate.mean for point in points if point.strength is None), None)
-        if bare is not None:
-            panels[0].axhline(bare, color=GREY, linewidth=1, linestyle=":", label="unsteered")
+        baseline = next((point.scores[effect].estimate.mean for point in points if point.strength is None), None)
+        if baseline is not None:
+            panels[0].axhline(baseline, color=GREY, linewidth=1, linestyle=":", label="unsteered")
         panels[-1].set_xlabel("strength")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper")
@@ -163,8 +163,8 @@ def costs_svg(panels: Sequence[Panel], *, unit: str = "paper", marked: float | N
         figure, grid = new_figure(WIDTH, 2.3 * rows, rows=rows, columns=2, sharex=True, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
             _band(axes, panel.strengths, panel.values, BLUE, "o")
-            if panel.bare is not None:
-                axes.axhline(panel.bare, color=GREY, linewidth=1, linestyle=":")
+            if panel.baseline is not None:
+                axes.axhline(panel.baseline, color=GREY, linewidth=1, linestyle=":")
             if marked is not None:
                 axes.axvline(marked, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
             axes.set_title(sentence(panel.title), loc="left")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from steerkit.errors import SteerError
-from steerkit.methods._protocols import Map
+from steerkit.methods._protocols import HeatMap
 from steerkit.report.plots.style import BLUE, ORANGE, new_figure, save, sentence, style
 
 __all__ = ["plot_maps"]
 
 
-def plot_maps(maps: Sequence[Map], path: str | Path, *, title: str, layers: int) -> Path:
+def plot_maps(maps: Sequence[HeatMap], path: str | Path, *, title: str, layers: int) -> Path:
     """Draw signed sizes of parts over layers: what is over 0 in blue, what is under it in orange with a black edge.
 
     Args:
@@ -41,7 +41,7 @@ def plot_maps(maps: Sequence[Map], path: str | Path, *, title: str, layers: int)
         return save(figure, Path(path))
 
 
-def _draw_map(figure: Any, axes: Any, one: Map, layers: int) -> None:
+def _draw_map(figure: Any, axes: Any, one: HeatMap, layers: int) -> None:
     """One map: rows are blocks, the first at the bottom. Parts under 0 get an edge where they are few, else a line."""
     import numpy
     from matplotlib.colors import LinearSegmentedColormap

@@ -25,7 +25,7 @@ from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Expected", "Likeness", "expected", "likeness", "logits_of", "probe_ids"]
+__all__ = ["Expected", "Verification", "expected", "verify", "logits_of", "probe_ids"]
 
 FULL_PRECISION = 1e-5
 ROUNDINGS = 4.0
@@ -33,7 +33,7 @@ ROUNDINGS = 4.0
 _ROWS, _TOKENS = 6, 32
 
 
-class Likeness(NamedTuple):
+class Verification(NamedTuple):
     """How far the model written out is from the model steered by hooks.
 
     Attributes:
@@ -84,8 +84,8 @@ class Expected(NamedTuple):
     Attributes:
         ids: the texts [b, t].
         hooked: logits [b, t, v], float32, on the CPU.
-        effect: as in `Likeness`.
-        rounding: as in `Likeness`.
+        effect: as in `Verification`.
+        rounding: as in `Verification`.
         dtype: the model's precision.
     """
 
@@ -155,7 +155,7 @@ def expected(model: nn.Module, tokenizer: Any, vectors: Sequence[SteeringVector]
     return Expected(ids, hooked, _relative(logits_of(model, ids), hooked), rounding, dtype)
 
 
-def likeness(found: Tensor, wanted: Expected) -> Likeness:
+def verify(found: Tensor, wanted: Expected) -> Verification:
     """Compare the logits of a model written out with those of the hooks.
 
     Args:
@@ -167,7 +167,7 @@ def likeness(found: Tensor, wanted: Expected) -> Likeness:
     """
     if not bool(torch.isfinite(found).all()):
         raise ModelError("the model written out gives logits that are not finite; steer with hooks instead")
-    return Likeness(
+    return Verification(
         absolute=float((found - wanted.hooked).abs().max()),
         relative=_relative(found, wanted.hooked),
         typical=_typical(found, wanted.hooked),
