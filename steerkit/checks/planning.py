@@ -27,7 +27,7 @@ from steerkit.steering.steering import steer
 from steerkit.steering.strengths import Strength, strength_value, vectors_of
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["PlannedEdit", "Memory", "SteeringPlan", "Time", "plan"]
+__all__ = ["Memory", "PlannedEdit", "SteeringPlan", "Time", "plan"]
 
 TIMED_PROMPT = 16
 TIMED_STEPS = 5

@@ -24,11 +24,11 @@ __all__ = [
     "by_kind",
     "compared",
     "confounds",
-    "strength_response",
     "interference",
     "interval",
     "measure",
     "refits",
     "scorer_of",
+    "strength_response",
     "sweep",
 ]

@@ -16,7 +16,7 @@ from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import method_of, resolve
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Curve", "strength_response", "random_like"]
+__all__ = ["Curve", "random_like", "strength_response"]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Expected", "Verification", "expected", "verify", "logits_of", "probe_ids"]
+__all__ = ["Expected", "Verification", "expected", "logits_of", "probe_ids", "verify"]
 
 FULL_PRECISION = 1e-5
 ROUNDINGS = 4.0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from steerkit.prompts.rendering import Rendered
     from steerkit.tokens.forward_pass import Tokens
 
-__all__ = ["Editor", "PartsTable", "HeatMap", "Params", "Prepared", "Subject", "WeightUpdate"]
+__all__ = ["Editor", "HeatMap", "Params", "PartsTable", "Prepared", "Subject", "WeightUpdate"]
 
 Params = Mapping[str, Tensor]
 Prepared = Mapping[str, Tensor]

@@ -12,7 +12,7 @@ from steerkit.persona.filtering import Rules
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Choice", "READOUTS", "by_ones", "most_answers", "pairs_taken", "tried_text", "way_text"]
+__all__ = ["READOUTS", "Choice", "by_ones", "most_answers", "pairs_taken", "tried_text", "way_text"]
 
 READOUTS = ("response_mean", "prompt_mean", "prompt_last")
 

@@ -34,7 +34,7 @@ from steerkit.prompts.marks import spoken
 from steerkit.prompts.rendering import has_chat_template, opens_thought, render
 from steerkit.vector.model_identity import model_facts
 
-__all__ = ["SIDES", "Asked", "RolloutPlan", "Rollout", "Side", "roll_out", "takes_system"]
+__all__ = ["SIDES", "Asked", "Rollout", "RolloutPlan", "Side", "roll_out", "takes_system"]
 
 FORMAT = 1
 Side = Literal["positive", "negative"]

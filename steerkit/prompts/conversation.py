@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from steerkit.errors import DataError
 
-__all__ = ["Conversation", "Message", "Prompt", "SIDES", "check_text", "with_system"]
+__all__ = ["SIDES", "Conversation", "Message", "Prompt", "check_text", "with_system"]
 
 Message: TypeAlias = Mapping[str, str]
 SIDES = ("positive", "negative")

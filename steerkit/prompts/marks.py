@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CHANNEL", "FINAL", "FRAME", "Mark", "Marks", "THINKING", "outside_thinking", "spoken"]
+__all__ = ["CHANNEL", "FINAL", "FRAME", "THINKING", "Mark", "Marks", "outside_thinking", "spoken"]
 
 # What models put around their thinking; the first pair that a template writes, or that the vocabulary has, is the one.
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))

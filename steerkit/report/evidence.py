@@ -15,8 +15,8 @@ from steerkit.report.plots.scatter import Spot
 
 __all__ = [
     "Evidence",
-    "Heat",
     "EvidencePlan",
+    "Heat",
     "Projections",
     "Separation",
     "Texts",

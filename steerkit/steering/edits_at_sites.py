@@ -27,7 +27,7 @@ from steerkit.vector.steering_vector import SteeringVector
 if TYPE_CHECKING:
     from steerkit.steering.strengths import Strength
 
-__all__ = ["RowStrengths", "Edit", "GuidedEdit", "norm_factor"]
+__all__ = ["Edit", "GuidedEdit", "RowStrengths", "norm_factor"]
 
 
 class RowStrengths:

@@ -27,10 +27,10 @@ from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = [
+    "NEW",
     "Broken",
     "Case",
     "Given",
-    "NEW",
     "available",
     "batch_gap",
     "beside_plain",

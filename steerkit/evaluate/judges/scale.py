@@ -26,8 +26,8 @@ from steerkit.errors import DataError
 from steerkit.prompts.conversation import Conversation
 
 __all__ = [
-    "Judge",
     "LEAST_MASS",
+    "Judge",
     "broken_up",
     "check_scale",
     "expected_score",

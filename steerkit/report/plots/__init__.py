@@ -24,14 +24,14 @@ from steerkit.report.plots.tokens import plot_tokens
 
 __all__ = [
     "BLUE",
-    "Bar",
     "GREY",
     "LINES",
     "MARKS",
     "ORANGE",
+    "WIDTH",
+    "Bar",
     "Panel",
     "Spot",
-    "WIDTH",
     "costs_svg",
     "curve_svg",
     "finite",
