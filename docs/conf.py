@@ -10,7 +10,7 @@ import steerkit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from docs.docstrings import as_rst  # noqa: E402
+from docs.docstrings import as_rst
 
 project = "steerkit"
 author = "the steerkit authors"

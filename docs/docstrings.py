@@ -1,4 +1,4 @@
-"""Docstrings as they are written here, as reStructuredText: code in single backticks, formulas and examples indented."""
+"""Docstrings as they are written here, as reStructuredText: code in single backticks, formulas indented."""
 
 from __future__ import annotations
 

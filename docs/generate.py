@@ -1,6 +1,6 @@
 """The pages of the reference that are read off the program: `python -m docs.generate` writes them anew.
 
-`reference/command-line.md` is what `--help` says of every command; `reference/sites.md` is what `locate` finds in a small
+`reference/command-line.md` is what `--help` says of every command; `reference/sites.md` is what is found in a small
 random model of each family. `make docs` writes both, and a test compares them with what is there.
 """
 
@@ -21,27 +21,28 @@ _COMMAND_LINE = """# Command line
 
 `steerkit COMMAND --help` says the same. Results go to stdout, progress and warnings to stderr; `--json` makes an answer
 machine-readable. Exit codes: 0 fine, 1 an error in one line (or a check that failed, or a calibration in which nothing
-works), 2 wrong usage, 130 interrupted. `steerkit --debug COMMAND` shows the traceback of an error. `python -m steerkit` is
-the same program.
+works), 2 wrong usage, 130 interrupted. `steerkit --debug COMMAND` shows the traceback of an error. `python -m steerkit`
+is the same program.
 
 This page is written by `python -m docs.generate`.
 """
 
 _SITES = """# Sites by family
 
-A *site* is a place in the network, `<kind>.<block>`, blocks counted from 0. The same site reads and writes: what was fitted
-there is, bit for bit, the tensor that is edited there.
+A *site* is a place in the network, `<kind>.<block>`, blocks counted from 0. The same site reads and writes: what was
+fitted there is, bit for bit, the tensor that is edited there.
 
 | kind | tensor |
 | --- | --- |
 {kinds}
 
-Where these are in a given model is found by running one block over three tokens and checking
-`resid_post = resid_pre + attn_out + mlp_out` on the numbers, never by the names of modules: `post_attention_layernorm` is the
-norm before the MLP in Llama and the one after attention in Gemma. A kind that a family lacks is refused with the reason.
+Where these are in a given model is found by running a block over three tokens and checking
+`resid_post = resid_pre + attn_out + mlp_out` on the numbers, never by the names of modules: `post_attention_layernorm`
+is the norm before the MLP in Llama and the one after attention in Gemma. A kind that a family lacks is refused with the
+reason.
 
-The table is what `steerkit.network.locate` finds in a small random model of each family: *yes*; *=* another kind's tensor,
-which then stands for it; *some* in some blocks only (models that mix kinds of blocks); empty: refused.
+The table is what is found in a small random model of each family: *yes*; *=* another kind's tensor, which then stands
+for it; *some* in some blocks only (models that mix kinds of blocks); empty: refused.
 
 {table}
 

@@ -61,7 +61,7 @@ def blocks(text: str) -> list[Block]:
     """The fenced blocks of a page. A `text` block right behind a Python block is what that one prints."""
     found: list[Block] = []
     lines = text.splitlines()
-    at = 0
+    at = last = 0
     while at < len(lines):
         fence = _FENCE.match(lines[at])
         if not fence:
@@ -73,11 +73,12 @@ def blocks(text: str) -> list[Block]:
         file = comment["file"] if comment else None
         mark = comment[1] if comment and not file else ""
         previous = found[-1] if found else None
-        if fence[2] == "text" and previous and previous.language == "python" and lines[at - 2 : at] == ["```", ""]:
+        between = [line for line in lines[last:at] if line not in ("", "<!-- end -->")]
+        if fence[2] == "text" and previous and previous.language == "python" and not between:
             found[-1] = Block(previous.line, "python", previous.text, previous.mark, previous.file, body)
         else:
             found.append(Block(at + 1, fence[2], body, mark, file))
-        at = end + 1
+        at = last = end + 1
     return found
 
 

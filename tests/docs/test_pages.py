@@ -1,4 +1,4 @@
-"""README, AGENTS and docs: every command and every snippet runs, every link leads somewhere, what is shown is printed."""
+"""README, AGENTS and docs: all commands and snippets run, all links lead somewhere, what is shown is printed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import io
 import re
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import steerkit
+from steerkit.methods._registry import method_names
 from tests.docs.pages import ROOT, Block, anchors, blocks, commands, links, name_of, pages, runnable, same
 from tests.program import Cli
+from tests.readme import block as block_of_readme
+from tests.readme import results
 
 PAGES = [pytest.param(page, id=name_of(page)) for page in pages()]
 WITH_CODE = [page for page in runnable() if any(one.language != "" for one in blocks(page.read_text("utf-8")))]
@@ -126,7 +131,7 @@ def check_command(words: list[str], where: str) -> None:
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
         assert set(rest) <= set(targets), f"{where}: no target {rest}"
-    elif words[:2] == ["python", "-m"] and not words[2:3] == ["pip"]:
+    elif words[:2] == ["python", "-m"] and words[2:3] != ["pip"]:
         module = ROOT / words[2].replace(".", "/")
         assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"{where}: no {words[2]}"
     elif "pip" in words:
@@ -172,6 +177,56 @@ def test_pages_speak_of_the_project_only(page: Path) -> None:
     assert not re.search(r"/(home|tmp|work|root)/", page.read_text("utf-8"))
 
 
+def test_readme_s_results_are_those_that_are_kept() -> None:
+    assert block_of_readme("results") == results()
+
+
+@pytest.mark.parametrize("name", ["command-line.md", "sites.md"])
+def test_generated_pages_are_as_the_program_is_now(name: str) -> None:
+    from docs.generate import PAGES as GENERATED
+
+    page = ROOT / "docs" / "reference" / name
+    assert page.read_text("utf-8") == GENERATED[name](), "run `python -m docs.generate`"
+
+
+def test_every_error_is_explained() -> None:
+    from steerkit import errors
+
+    names = {name for name in errors.__all__ if name.endswith("Error")} - {"SteerError"}
+    for page in ("docs/how-to/errors-explained.md", "AGENTS.md"):
+        text = (ROOT / page).read_text("utf-8")
+        assert not [name for name in sorted(names) if name not in text], page
+
+
+def test_the_format_s_keys_are_described() -> None:
+    from steerkit.vector.fields import CODECS
+
+    text = (ROOT / "docs" / "reference" / "file-format.md").read_text("utf-8")
+    assert not [key for key in CODECS if f"`{key}`" not in text]
+
+
+def test_a_recipe_s_keys_are_described() -> None:
+    from steerkit.recipe import ApplyPart, DataPart, EvaluatePart, MethodPart, ModelPart
+
+    text = (ROOT / "docs" / "reference" / "recipe-format.md").read_text("utf-8")
+    keys = [field.name for part in (ModelPart, DataPart, MethodPart, ApplyPart, EvaluatePart) for field in fields(part)]
+    assert not [key for key in keys if not re.search(rf"\b{key}\b", text)]
+
+
+def test_every_scorer_is_described() -> None:
+    from steerkit.evaluate.scoring import scorer_names
+
+    text = (ROOT / "docs" / "how-to" / "measure.md").read_text("utf-8")
+    assert not [name for name in scorer_names() if f"`{name}`" not in text]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "reference" / "api" / "index.md").read_text("utf-8")
+    assert not [name for name in steerkit.__all__ if f"`{name}`" not in text]
+    pages_of_methods = (ROOT / "docs" / "reference" / "api" / "methods.md").read_text("utf-8")
+    assert not [name for name in method_names() if f"automodule:: steerkit.methods.{name}\n" not in pages_of_methods]
+
+
 def test_short_pages_are_short() -> None:
     for name, most in (("README.md", 150), ("AGENTS.md", 200)):
         assert len((ROOT / name).read_text("utf-8").splitlines()) <= most, f"{name} has more than {most} lines"
@@ -192,5 +247,3 @@ def test_short_pages_are_short() -> None:
 )
 def test_what_counts_as_the_same_output(shown: str, printed: str, is_same: bool) -> None:
     assert same(shown, printed) is is_same
-
-
