@@ -21,6 +21,8 @@ exclude_patterns = ["_build"]
 suppress_warnings = ["toc.empty_glob"]
 highlight_language = "text"
 
+# Two hyphens are two hyphens.
+smartquotes = False
 # Anchors as a forge makes them, so that links work in both places.
 myst_heading_anchors = 4
 

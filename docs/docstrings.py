@@ -30,6 +30,8 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
         else:
             text += part
     lines[:] = [*found, *_prose(text)]
+    if what == "attribute" and lines:
+        lines[0] = lines[0].replace(": ", " - ")  # napoleon takes what stands before a colon for the type
 
 
 def _parts(lines: list[str], *, is_module: bool) -> list[tuple[list[str], bool]]:

@@ -29,6 +29,8 @@ RUN = [
     if any(one.language in ("python", "console", "bash") for one in blocks(page.read_text("utf-8")))
 ]
 SLOW = [page for page in RUN if any(one.is_slow for one in blocks(page.read_text("utf-8")))]
+# peft asks the model in the way that transformers is about to drop.
+BY_TRANSFORMERS_ITSELF = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 KNOWN = {"python", "console", "bash", "text", "toml", "json", "jsonl", "markdown", "{eval-rst}", "{toctree}"}
 
 
@@ -98,12 +100,14 @@ def run_page(page: Path, folder: Path, cli: Cli, *, slow: bool) -> None:
             run_commands(block, cli, name_of(page))
 
 
+@BY_TRANSFORMERS_ITSELF
 @pytest.mark.embedded
 @pytest.mark.parametrize("page", ids(RUN))
 def test_a_page_runs(page: Path, site: Path, cli: Cli) -> None:
     run_page(page, site, cli, slow=False)
 
 
+@BY_TRANSFORMERS_ITSELF
 @pytest.mark.slow
 @pytest.mark.embedded
 @pytest.mark.parametrize("page", ids(SLOW))
