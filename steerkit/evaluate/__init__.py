@@ -11,10 +11,11 @@ from steerkit.evaluate.confounding import confounds
 from steerkit.evaluate.controls import refits
 from steerkit.evaluate.curve import strength_response
 from steerkit.evaluate.intervals import Estimate, interval
-from steerkit.evaluate.overlap import interference
 from steerkit.evaluate.scoring import Measured, measure, scorer_of
-from steerkit.evaluate.setup import Setup, Trial
+from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.sweeps import sweep
+from steerkit.evaluate.together import interference
+from steerkit.evaluate.trial import Trial
 
 __all__ = [
     "Estimate",

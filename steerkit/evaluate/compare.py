@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steerkit.evaluate.calibration.budget import Calibration
+from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.overhead import decoding_overhead
 from steerkit.evaluate.setup import Setup

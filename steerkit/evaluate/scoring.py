@@ -16,8 +16,8 @@ from steerkit._support.plugins import Plugins
 from steerkit.errors import DataError, near_miss
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.setup import Trial
 from steerkit.evaluate.store_identity import digest_of
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["Measured", "column_of", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from steerkit.activations.recording import record, record_ids
 from steerkit.errors import DataError, ModelError
-from steerkit.evaluate.setup import Setup, neutral_texts
+from steerkit.evaluate.neutral import neutral_texts
+from steerkit.evaluate.setup import Setup
 from steerkit.maths.directions import unit
 from steerkit.methods._registry import method_of
 from steerkit.monitor.token_heat import TokenScores, token_projections

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from steerkit.errors import DataError, ModelError
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, setup_identity
-from steerkit.evaluate.sweeps import Store
 from steerkit.generation import generate
 from steerkit.monitor.monitor import Item, Kind, Monitor, Read, conversation_of
 from steerkit.network.decoder import inner_model

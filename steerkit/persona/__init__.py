@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from steerkit.persona.choice import Choice
 from steerkit.persona.drafting import draft, skeleton
-from steerkit.persona.filtering import Filtered, Rules, Scores
+from steerkit.persona.filtering import Filtered, Rules
 from steerkit.persona.pipeline import Extraction, Pipeline, extract
-from steerkit.persona.rollouts import Rollout, RolloutPlan, roll_out
+from steerkit.persona.rollout_plan import RolloutPlan
+from steerkit.persona.rollouts import Rollout, roll_out
+from steerkit.persona.scores import Scores
 from steerkit.persona.traits import TraitSpec, slug
 from steerkit.persona.watching import watchpoint
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerkit.persona.choice import tried_text, way_text
-from steerkit.persona.filtering import Filtered, Scores
+from steerkit.persona.filtering import Filtered
+from steerkit.persona.scores import Scores
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from steerkit.errors import DataError
-from steerkit.evaluate.calibration.budget import Budget, Calibration
+from steerkit.evaluate.calibration.budget import Budget
+from steerkit.evaluate.calibration.result import Calibration
 from steerkit.persona.filtering import Rules
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector

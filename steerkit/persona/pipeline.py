@@ -28,23 +28,26 @@ from torch import nn
 
 from steerkit._support.files import write_whole
 from steerkit.errors import DataError, VectorFileError
-from steerkit.evaluate.calibration.budget import Calibration, Search
+from steerkit.evaluate.calibration.budget import Search
+from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate
 from steerkit.evaluate.controls import FEWEST
 from steerkit.evaluate.judges.scale import Judge
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import scorer_of
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, weights_digest
-from steerkit.evaluate.sweeps import Store
 from steerkit.fitting.fitting import fit
 from steerkit.generation import generate
 from steerkit.methods._registry import default_strength
 from steerkit.network.decoder import inner_model
 from steerkit.persona.card_text import about_trait, watching
 from steerkit.persona.choice import READOUTS, Choice, by_ones, most_answers, pairs_taken
-from steerkit.persona.filtering import UNENDED, Filtered, Rules, Scores, filtered, judge_scores, margin_scores
-from steerkit.persona.rollouts import SIDES, Rollout, RolloutPlan, roll_out, takes_system
+from steerkit.persona.filtering import UNENDED, Filtered, Rules, filtered
+from steerkit.persona.rollout_plan import SIDES, RolloutPlan
+from steerkit.persona.rollouts import Rollout, roll_out, takes_system
+from steerkit.persona.scores import Scores, judge_scores, margin_scores
 from steerkit.persona.traits import TraitSpec, slug
 from steerkit.persona.watching import watchpoint
 from steerkit.prompts.contrast_set import ContrastSet

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from steerkit.activations.recording import Activations, record
 from steerkit.errors import DataError, FitError, SiteError
 from steerkit.evaluate.confounding import confounds
-from steerkit.evaluate.controls import Refits, refits
+from steerkit.evaluate.controls import refits
 from steerkit.evaluate.curve import Curve, strength_response
+from steerkit.evaluate.refit_results import Refits
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store_identity import environment, setup_identity
@@ -28,7 +29,8 @@ from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
-from steerkit.report.evidence import Evidence, EvidencePlan, Heat, Projections, Separation, Texts
+from steerkit.report.evidence import Evidence
+from steerkit.report.evidence_parts import EvidencePlan, Heat, Projections, Separation, Texts
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
 

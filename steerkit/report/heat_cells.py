@@ -10,7 +10,8 @@ import torch
 
 from steerkit.evaluate.intervals import Estimate
 from steerkit.monitor.token_heat import TokenScores
-from steerkit.report.evidence import Evidence, signed
+from steerkit.report.evidence import Evidence
+from steerkit.report.figures_text import signed
 
 __all__ = ["Token", "bounds_of", "cell", "given", "heat_part", "token_cells"]
 

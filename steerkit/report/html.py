@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from steerkit.evaluate.scoring import Measured
 from steerkit.network.sites import Site, sites_text
 from steerkit.report import plots
-from steerkit.report.evidence import Evidence, is_clear, mean, plain, signed
+from steerkit.report.evidence import Evidence
+from steerkit.report.figures_text import mean, plain, signed
 from steerkit.report.heat_cells import bounds_of, cell, given, heat_part
+from steerkit.report.verdict import is_clear
 
 __all__ = ["comparison_html", "report_html"]
 

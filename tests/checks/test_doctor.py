@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
-from steerkit.checks.contract import Finding
 from steerkit.checks.doctor import checks as doctoring
 from steerkit.checks.doctor.checks import CHECKS, doctor
+from steerkit.checks.fitted_method import Finding
 from steerkit.cli import doctor as command
 from steerkit.errors import SiteError
 from tests.families import FAMILIES, build

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 import steerkit
 from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError, VectorMismatchError
 from steerkit.export import peft as exporting
-from steerkit.export.peft import _loaded, _Parts, _parts, _write, low_rank, write_adapter
+from steerkit.export.adapter_files import loaded_adapter, write_files
+from steerkit.export.adapter_parts import AdapterParts, adapter_parts
+from steerkit.export.peft import write_adapter
+from steerkit.export.range_finder import low_rank
 from steerkit.maths.directions import orthonormalise
 from steerkit.methods.selective import SelectiveSteering
 from steerkit.vector.steering_vector import SteeringVector
@@ -267,21 +270,21 @@ def test_a_layer_that_bears_the_name_of_a_stack_of_experts_is_adapted(tmp_path: 
     model = build("qwen3_next")
     name = "model.layers.1.mlp.shared_expert.down_proj.weight"
     along, gate = test_ablation.draw(32), test_ablation.draw(24)
-    parts = _parts(model, {name: lambda old: None if old is None else old + torch.outer(along, gate)})
+    parts = adapter_parts(model, {name: lambda old: None if old is None else old + torch.outer(along, gate)})
     assert list(parts.stacks) == [name] and not parts.linear
     (tmp_path / "out").mkdir()
-    _write(model, parts, tmp_path / "out")
+    write_files(model, parts, tmp_path / "out")
     changed = build("qwen3_next")
     with torch.no_grad():
         changed.get_parameter(name).add_(torch.outer(along, gate))
     assert gap(logits(adapted(model, tmp_path / "out")), logits(changed)) < 1e-5
-    left_out = _Parts(linear={name.removesuffix(".weight"): (along[:, None], gate[None])})
+    left_out = AdapterParts(linear={name.removesuffix(".weight"): (along[:, None], gate[None])})
     (tmp_path / "other").mkdir()
     other = build("qwen3_next")
-    _write(other, left_out, tmp_path / "other")
+    write_files(other, left_out, tmp_path / "other")
     with (
         pytest.raises(SiteError, match=r"peft (leaves out|refuses).*bake it"),
-        _loaded(other, left_out, tmp_path / "other"),
+        loaded_adapter(other, left_out, tmp_path / "other"),
     ):
         pass
 

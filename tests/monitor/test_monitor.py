@@ -17,7 +17,7 @@ import steerkit
 from steerkit.activations.recording import record_ids
 from steerkit.errors import DataError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.evaluate.intervals import NotScored, correlation, separability
-from steerkit.evaluate.setup import neutral_texts
+from steerkit.evaluate.neutral import neutral_texts
 from steerkit.methods._registry import method_of
 from steerkit.monitor.monitor import Monitor, conversation_of
 from steerkit.monitor.shift import finetuning_shift, own_answers, projection_difference, with_adapter

@@ -19,30 +19,12 @@ import torch
 from torch import nn
 
 from steerkit.activations.recording import record
-from steerkit.checks.contract import Finding
-from steerkit.checks.doctor.case import (
-    NEW,
-    Broken,
-    Case,
-    available,
-    batch_gap,
-    beside_plain,
-    bitwise,
-    compiled_model,
-    flat,
-    hold,
-    hooks_of,
-    judged_rows,
-    largest_gap,
-    one_line,
-    plain_of,
-    raise_error,
-    seconds,
-    unchanged,
-    watched,
-    why_bare_fails,
-    worst_of,
-)
+from steerkit.checks.doctor.case import NEW, Case, bitwise, largest_gap
+from steerkit.checks.doctor.compiling import compiled_model, seconds
+from steerkit.checks.doctor.gaps import batch_gap, beside_plain, plain_of
+from steerkit.checks.doctor.hooked import available, flat, hooks_of, raise_error, watched
+from steerkit.checks.doctor.judging import Broken, hold, judged_rows, one_line, unchanged, why_baseline_fails, worst_of
+from steerkit.checks.fitted_method import Finding
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.network.sites import KINDS
@@ -257,7 +239,7 @@ def compile(case: Case) -> str:
                 gaps.append(largest_gap(run(), logits))
                 counts.append(len(graphs))
     except Exception as error:
-        why = why_bare_fails(lambda: compiled_model(case)[0]())
+        why = why_baseline_fails(lambda: compiled_model(case)[0]())
         if why is None:
             raise
         return f"the model itself does not compile in one graph: {why} ({type(error).__name__} steered)"

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from steerkit.evaluate.calibration.budget import Budget, Calibration, Search, default_candidates
+from steerkit.evaluate.calibration.budget import Budget, Search, default_candidates
+from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate
 
 __all__ = ["Budget", "Calibration", "Search", "calibrate", "default_candidates"]

@@ -19,16 +19,20 @@ from dataclasses import replace
 from typing import Any
 
 from steerkit.errors import DataError, FitError, SiteError, SteerError
-from steerkit.evaluate.calibration.budget import Budget, Calibration, Search, default_candidates
+from steerkit.evaluate.calibration.budget import Budget, Search, default_candidates
+from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.confounding import warn_of_confounds
-from steerkit.evaluate.controls import FEWEST, Refits, refits
+from steerkit.evaluate.controls import FEWEST, refits
 from steerkit.evaluate.curve import random_like, strength_response
+from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.intervals import Estimate, NotScored
+from steerkit.evaluate.refit_results import Refits
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import Measured, measure, scorer_of
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, setup_identity
-from steerkit.evaluate.sweeps import Fits, Point, Store, measure_point
+from steerkit.evaluate.sweeps import Point, measure_point
 from steerkit.fitting.held_out import separation
 from steerkit.methods._base import Method
 from steerkit.prompts.contrast_set import ContrastSet

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.setup import Setup, Trial, shared_system
+from steerkit.evaluate.setup import Setup, shared_system
+from steerkit.evaluate.trial import Trial
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 

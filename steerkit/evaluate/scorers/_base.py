@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from steerkit._support.plugins import Configured
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["Column", "Scorer", "Weighted"]
 

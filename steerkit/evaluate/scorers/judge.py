@@ -19,7 +19,7 @@ from steerkit.errors import DataError
 from steerkit.evaluate.judges.judging import check_judge, judge_of, rate
 from steerkit.evaluate.judges.scale import Judge, check_scale, fill, last_question
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 from steerkit.prompts.marks import spoken
 from steerkit.prompts.rendering import opens_thought
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from steerkit.report.plots.curves import Bar, Panel, costs_svg, curve_svg, forest_svg, plot_curve, plot_sweep
-from steerkit.report.plots.maps import plot_maps
-from steerkit.report.plots.scatter import Spot, histogram_svg, separation_svg, spots_svg
-from steerkit.report.plots.style import (
+from steerkit.report.plots.costs import Bar, Panel, costs_svg, forest_svg
+from steerkit.report.plots.curves import curve_svg, plot_curve, plot_sweep
+from steerkit.report.plots.drawing import (
     BLUE,
     GREY,
     LINES,
@@ -20,6 +19,9 @@ from steerkit.report.plots.style import (
     style,
     svg,
 )
+from steerkit.report.plots.maps import plot_maps
+from steerkit.report.plots.scatter import Spot, spots_svg
+from steerkit.report.plots.separation import histogram_svg, separation_svg
 from steerkit.report.plots.tokens import plot_tokens
 
 __all__ = [

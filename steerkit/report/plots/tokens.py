@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steerkit.report.plots.style import new_figure, save, style
+from steerkit.report.plots.drawing import new_figure, save, style
 
 __all__ = ["plot_tokens"]
 

@@ -6,18 +6,16 @@ filled in; it travels in the vector file.
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from steerkit._support.shipped import recipe_path, recipes
-from steerkit.activations.readout import Readout
-from steerkit.errors import DataError, RecipeError, SteerError, near_miss, unknown_name
+from steerkit.errors import DataError, RecipeError, unknown_name
 from steerkit.evaluate.calibration.budget import default_candidates
 from steerkit.fitting.fitting import fit
 from steerkit.methods._base import Method
@@ -25,75 +23,13 @@ from steerkit.methods._registry import resolve
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site, parse_layers
 from steerkit.prompts.contrast_set import ContrastSet
-from steerkit.tokens.scope import Scope
+from steerkit.recipe.checking import check_keys, check_meaning, check_title, part_of
+from steerkit.recipe.parts import PARTS, ApplyPart, DataPart, EvaluatePart, MethodPart, ModelPart
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "Recipe", "find_recipe", "of_behaviour"]
+__all__ = ["Recipe", "find_recipe", "of_behaviour"]
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """Which model the recipe was made on."""
-
-    name: str = "smollm2-135m"
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """Which prompts, relative to the recipe's folder, and how much of them is held out.
-
-    `pair` is one positive and one negative prompt, for methods fitted on one pair of raw prompts; the file's held-out
-    items then only measure. `positive` makes it a file of labelled prompts: the label of the positive side, and where
-    the file has more than two `negative`, the other. `held_out_sources` holds out whole sources instead of a share.
-    """
-
-    file: str
-    held_out: float = 0.25
-    seed: int = 0
-    pair: tuple[str, ...] | None = None
-    positive: str | None = None
-    negative: str | None = None
-    held_out_sources: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class MethodPart:
-    """How the vector is fitted."""
-
-    name: str = "caa"
-    layers: tuple[int, ...] | None = None
-    sites: tuple[str, ...] | None = None
-    readout: str | int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ApplyPart:
-    """How the vector is meant to be used: suggested strength, useful range, tokens, unit."""
-
-    strength: float = 1.0
-    range: tuple[float, float] | None = None
-    scope: str | None = None
-    unit: Literal["paper", "norm"] = "paper"
-
-
-@dataclass(frozen=True)
-class EvaluatePart:
-    """What shows its effect: strengths of the dose-response curve, and questions answered before and after."""
-
-    strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
-    questions: tuple[str, ...] = ("How was your day?",)
-
-
-_PARTS: dict[str, type] = {
-    "model": ModelPart,
-    "data": DataPart,
-    "method": MethodPart,
-    "apply": ApplyPart,
-    "evaluate": EvaluatePart,
-}
 
 
 @dataclass(frozen=True)
@@ -141,10 +77,10 @@ class Recipe:
             raise RecipeError(
                 f"{path}: format {number!r} is not {FORMAT}, the one this version reads; upgrade steerkit-hf"
             )
-        _check_keys(path, "", text, {"behaviour", "title", "default", *_PARTS})
+        check_keys(path, "", text, {"behaviour", "title", "default", *PARTS})
         if not isinstance(text.get("behaviour"), str) or not text["behaviour"]:
             raise RecipeError(f"{path}: behaviour is missing; name what the vector brings about")
-        parts = {name: _part(path, name, kind, text.get(name)) for name, kind in _PARTS.items()}
+        parts = {name: part_of(path, name, kind, text.get(name)) for name, kind in PARTS.items()}
         recipe = cls(
             name=path.stem,
             behaviour=text["behaviour"],
@@ -153,8 +89,8 @@ class Recipe:
             source=path,
             **parts,
         )
-        _check_title(path, text)
-        _check_meaning(path, recipe)
+        check_title(path, text)
+        check_meaning(path, recipe)
         for name in ("strengths", "questions"):
             if not getattr(recipe.evaluate, name):
                 raise RecipeError(f"{path}: [evaluate] {name} is an empty list; give at least one, or leave it out")
@@ -164,7 +100,7 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain data."""
-        plain = {name: asdict(getattr(self, name)) for name in _PARTS}
+        plain = {name: asdict(getattr(self, name)) for name in PARTS}
         # As a vector file gives them back.
         plain["method"]["settings"] = {
             name: tuple(value) if isinstance(value, list) else value
@@ -349,101 +285,3 @@ def of_behaviour(behaviour: str) -> list[Recipe]:
         behaviour: such as ``optimism``.
     """
     return [recipe for recipe in map(Recipe.load, recipes().values()) if recipe.behaviour == behaviour]
-
-
-def _check_title(path: Path, text: Mapping[str, Any]) -> None:
-    if not isinstance(text.get("title", ""), str):
-        raise RecipeError(f"{path}: title = {text['title']!r}: a text is wanted")
-    if not isinstance(text.get("default", False), bool):
-        raise RecipeError(f"{path}: default = {text['default']!r}: true or false is wanted")
-
-
-def _check_meaning(path: Path, recipe: Recipe) -> None:
-    """What each value may be beyond its type, so that a mistake is told before a model is loaded."""
-    method, apply = recipe.method, recipe.apply
-    if method.layers is not None and method.sites is not None:
-        raise RecipeError(f"{path}: [method] has both layers and sites; give one of them")
-    try:
-        known = resolve(method.name).from_settings(method.settings)
-        sites = [Site(layer) for layer in method.layers or ()]
-        sites += [Site.parse(site) for site in method.sites or ()]
-        scope = None if apply.scope is None else Scope.parse(apply.scope)
-        if method.readout is not None:
-            Readout.parse(method.readout)
-    except SteerError as error:
-        raise RecipeError(f"{path}: {error}") from None
-    if scope is not None and scope.kind not in known.scopes:
-        raise RecipeError(f"{path}: [apply] scope '{scope}' is none of {method.name}'s: {', '.join(known.scopes)}")
-    pair = recipe.data.pair
-    if pair is not None and len(pair) != 2:
-        raise RecipeError(f"{path}: [data] pair has {len(pair)} prompts; give a positive and a negative one")
-    if recipe.data.negative is not None and recipe.data.positive is None:
-        raise RecipeError(f"{path}: [data] negative = {recipe.data.negative!r} without positive; name both labels")
-    if recipe.data.held_out_sources == ():
-        raise RecipeError(f"{path}: [data] held_out_sources is an empty list; give at least one, or leave it out")
-    if apply.range is not None and (len(apply.range) != 2 or apply.range[0] >= apply.range[1]):
-        raise RecipeError(f"{path}: [apply] range {list(apply.range)} is not a lower and a higher strength")
-    numbers = (apply.strength, *(apply.range or ()), *recipe.evaluate.strengths, recipe.data.held_out)
-    if not all(math.isfinite(number) for number in numbers):
-        raise RecipeError(f"{path}: a strength or share is not a finite number")
-
-
-def _part(path: Path, name: str, kind: type, given: Any) -> Any:
-    if given is None:
-        given = {}
-    if not isinstance(given, dict):
-        raise RecipeError(f"{path}: [{name}] is {type(given).__name__}, not a table")
-    known = {entry.name: entry for entry in fields(kind)}
-    _check_keys(path, name, given, set(known))
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    for key, value in values.items():
-        problem = _wrong_type(str(known[key].type), value)
-        if problem:
-            raise RecipeError(f"{path}: [{name}] {key} = {value!r}: {problem}")
-    try:
-        return kind(**values)
-    except TypeError:
-        missing = [key for key, entry in known.items() if key not in values and _required(entry)]
-        raise RecipeError(f"{path}: [{name}] lacks {', '.join(missing)}") from None
-
-
-def _required(entry: Any) -> bool:
-    from dataclasses import MISSING
-
-    return entry.default is MISSING and entry.default_factory is MISSING
-
-
-def _wrong_type(annotation: str, value: Any) -> str | None:
-    """What is wrong with a value, by the part's annotation; TOML has few types, so few rules do."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation.startswith("tuple"):
-        items = value if isinstance(value, tuple) else None
-        if items is None:
-            return "a list is wanted"
-        if "str" in annotation and not all(isinstance(item, str) for item in items):
-            return "a list of texts is wanted"
-        if "int" in annotation and not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            return "a list of whole numbers is wanted"
-        if "float" in annotation and not all(
-            isinstance(item, int | float) and not isinstance(item, bool) for item in items
-        ):
-            return "a list of numbers is wanted"
-        return None
-    if annotation.startswith("float"):
-        return None if number else "a number is wanted"
-    if annotation.startswith("int"):
-        return None if number and isinstance(value, int) else "a whole number is wanted"
-    if annotation.startswith("str | int"):
-        return None if isinstance(value, str | int) else "a text or a whole number is wanted"
-    if annotation.startswith("Mapping"):
-        return None if isinstance(value, dict) else "a table is wanted"
-    if annotation.startswith(("str", "Literal")):
-        return None if isinstance(value, str) else "a text is wanted"
-    return None
-
-
-def _check_keys(path: Path, table: str, given: Mapping[str, Any], known: set[str]) -> None:
-    for key in given:
-        if key not in known:
-            place = f"[{table}] " if table else ""
-            raise RecipeError(f"{path}: {place}unknown key {key!r}; {near_miss(key, known)}")
