@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from steerkit.checks._bitwise import bitwise, hooks_of, largest_gap, raise_error
 from steerkit.checks.fitted_method import TEXTS, Finding, FittedMethod
 from steerkit.errors import SteerError
 from steerkit.fitting.fitting import fit
@@ -87,7 +88,10 @@ def survives_the_file(subject: FittedMethod) -> None:
 def steering_changes_the_logits(subject: FittedMethod) -> None:
     """A steer that does nothing fails."""
     ids, mask = subject.rows()
-    _hold(_gap(subject.logits(ids, mask, subject.vector), subject.logits(ids, mask, None)) > 1e-4, "nothing changed")
+    _hold(
+        largest_gap(subject.logits(ids, mask, subject.vector), subject.logits(ids, mask, None)) > 1e-4,
+        "nothing changed",
+    )
 
 
 def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
@@ -124,9 +128,9 @@ def neutral_strength_is_the_identity(subject: FittedMethod) -> str | None:
         return "declares no neutral strength"
     ids, mask = subject.rows()
     baseline = subject.logits(ids, mask, None)
-    _hold(_bitwise(subject.logits(ids, mask, subject.vector, neutral), baseline), "one neutral number is not")
+    _hold(bitwise(subject.logits(ids, mask, subject.vector, neutral), baseline), "one neutral number is not")
     mixed = subject.logits(ids, mask, subject.vector, [neutral, subject.strength, neutral])
-    _hold(_bitwise(mixed[[0, 2]], baseline[[0, 2]]), "neutral rows beside another are not")
+    _hold(bitwise(mixed[[0, 2]], baseline[[0, 2]]), "neutral rows beside another are not")
     return None
 
 
@@ -139,7 +143,10 @@ def rows_are_independent(subject: FittedMethod) -> None:
             found = subject.logits(ids, mask, subject.vector, strength)
             for row, single in enumerate(expected):
                 real = found[row][mask[row].bool()]
-                _hold(_gap(real, single) < TOLERANCE, f"row {row}, pads at the {side}: off by {_gap(real, single):.1e}")
+                _hold(
+                    largest_gap(real, single) < TOLERANCE,
+                    f"row {row}, pads at the {side}: off by {largest_gap(real, single):.1e}",
+                )
 
 
 def cached_equals_uncached(subject: FittedMethod) -> None:
@@ -159,20 +166,20 @@ def cached_equals_uncached(subject: FittedMethod) -> None:
             out = subject.model.generate(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)  # type: ignore[operator]
         found.append((out.sequences, torch.stack(out.logits)))
     _hold(torch.equal(found[0][0], found[1][0]), "other tokens without a cache")
-    _hold(_gap(found[0][1], found[1][1]) < TOLERANCE, "other logits without a cache")
+    _hold(largest_gap(found[0][1], found[1][1]) < TOLERANCE, "other logits without a cache")
 
 
 def nothing_stays_behind(subject: FittedMethod) -> None:
     """After the context, and after an error inside it, logits are bitwise the baseline model's and no hook is left."""
     ids, mask = subject.rows()
     baseline = subject.logits(ids, mask, None)
-    hooks = _hooks(subject.model)
+    hooks = hooks_of(subject.model)
     subject.logits(ids, mask, subject.vector)
-    _hold(_hooks(subject.model) == hooks, "a hook stayed after the context")
+    _hold(hooks_of(subject.model) == hooks, "a hook stayed after the context")
     with contextlib.suppress(ZeroDivisionError), steer(subject.model, subject.vector, subject.strength):
-        raise ZeroDivisionError
-    _hold(_hooks(subject.model) == hooks, "a hook stayed after an error")
-    _hold(_bitwise(subject.logits(ids, mask, None), baseline), "the baseline model changed")
+        raise_error()
+    _hold(hooks_of(subject.model) == hooks, "a hook stayed after an error")
+    _hold(bitwise(subject.logits(ids, mask, None), baseline), "the baseline model changed")
 
 
 def positive_side_lies_further_along(subject: FittedMethod) -> str | None:
@@ -205,16 +212,3 @@ CHECKS: tuple[Callable[[FittedMethod], str | None], ...] = (
 def _hold(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
-
-
-def _gap(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-9))
-
-
-def _bitwise(one: Tensor, other: Tensor) -> bool:
-    """Equality that tells -0.0 from +0.0, which `torch.equal` does not."""
-    return torch.equal(one, other) and torch.equal(torch.signbit(one), torch.signbit(other))
-
-
-def _hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

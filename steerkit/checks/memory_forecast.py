@@ -11,7 +11,7 @@ from torch import nn
 from steerkit.network.decoder import Decoder
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Memory", "memory_forecast"]
+__all__ = ["Memory", "forecast_memory"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Memory:
         return self.parameters + self.vectors + self.cache + self.activations
 
 
-def memory_forecast(
+def forecast_memory(
     model: nn.Module, decoder: Decoder, vectors: Sequence[SteeringVector], rows: int, prompt: int, new: int
 ) -> Memory:
     """Count bytes.

@@ -17,7 +17,7 @@ from steerkit.steering.steering import steer
 from steerkit.steering.strengths import strength_value
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["PlannedEdit", "planned_edits", "shape_of"]
+__all__ = ["PlannedEdit", "edits_of", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PlannedEdit:
     problem: str | None = None
 
 
-def planned_edits(
+def edits_of(
     model: nn.Module,
     decoder: Decoder,
     vector: SteeringVector,

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from steerkit.checks.memory_forecast import Memory, memory_forecast
-from steerkit.checks.planned_edits import PlannedEdit, planned_edits, shape_of
-from steerkit.checks.time_forecast import Time, time_forecast
+from steerkit.checks.memory_forecast import Memory, forecast_memory
+from steerkit.checks.planned_edits import PlannedEdit, edits_of, shape_of
+from steerkit.checks.time_forecast import Time, forecast_time
 from steerkit.errors import DataError, SteerError
 from steerkit.network.decoder import find_decoder
 from steerkit.steering.strengths import Strength, vectors_of
@@ -108,13 +108,13 @@ def plan(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for number, vector in enumerate(listed, start=1):
-            own, found = planned_edits(model, decoder, vector, number, options, tokenizer)
+            own, found = edits_of(model, decoder, vector, number, options, tokenizer)
             edits += [replace(edit, shape=shape_of(edit, batch_size, prompt_tokens)) for edit in own]
             problems += found
     timed = None
     if measure and not problems:
         try:
-            timed = time_forecast(model, decoder, listed, options, batch_size, prompt_tokens, new_tokens)
+            timed = forecast_time(model, decoder, listed, options, batch_size, prompt_tokens, new_tokens)
         except SteerError as error:  # what only a pass can tell, such as the number of rows
             problems.append(str(error))
     return SteeringPlan(
@@ -125,6 +125,6 @@ def plan(
         edits=tuple(edits),
         problems=tuple(dict.fromkeys(problems)),
         warnings=tuple(dict.fromkeys(str(warning.message) for warning in caught)),
-        memory=memory_forecast(model, decoder, listed, batch_size, prompt_tokens, new_tokens),
+        memory=forecast_memory(model, decoder, listed, batch_size, prompt_tokens, new_tokens),
         time=timed,
     )

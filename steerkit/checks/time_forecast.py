@@ -16,7 +16,7 @@ from steerkit.network.decoder import Decoder, execution_device, inner_model
 from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Time", "time_forecast"]
+__all__ = ["Time", "forecast_time"]
 
 TIMED_PROMPT = 16
 TIMED_STEPS = 5
@@ -58,7 +58,7 @@ class _Stopwatch:
         """Nothing comes after the last token."""
 
 
-def time_forecast(
+def forecast_time(
     model: nn.Module,
     decoder: Decoder,
     vectors: Sequence[SteeringVector],

@@ -22,7 +22,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.persona.pipeline import Extraction
+    from steerkit.persona.extraction import Extraction
     from steerkit.persona.traits import TraitSpec
     from steerkit.persona.writers import Writer
 
@@ -184,7 +184,7 @@ def _show_draft(spec: TraitSpec, target: Path) -> None:
     typer.echo(f"wrote {target}")
     missing = spec.open_places
     if missing:
-        from steerkit.persona.traits import FILL_IN
+        from steerkit.persona.instruction import FILL_IN
 
         places = "1 place is" if len(missing) == 1 else f"{len(missing)} places are"
         typer.echo(f"{places} still to be filled in, marked by '{FILL_IN.strip()}':")

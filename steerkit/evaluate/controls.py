@@ -35,10 +35,9 @@ from steerkit.network.decoder import find_decoder
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["TAIL", "refits", "refits_of"]
+__all__ = ["FEWEST", "refits", "refits_of"]
 
 FEWEST = 4
-TAIL = 0.025
 Kind = TypeVar("Kind")
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from steerkit.errors import DataError, ScopeError, StrengthError
 from steerkit.evaluate.lm_eval_figures import report_of
-from steerkit.evaluate.lm_eval_library import left_as_it_was, simple_evaluate, task_manager, wrapped_model
+from steerkit.evaluate.lm_eval_library import left_as_it_was, load_evaluator, task_manager, wrapped_model
 from steerkit.steering.steering import steer
 from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.scope import Scope
@@ -85,7 +85,7 @@ def evaluate_tasks(
     if baseline and not vectors:
         raise DataError("baseline: there is no vector to compare with the unsteered model; give one")
     with left_as_it_was(model):
-        evaluate = simple_evaluate()
+        evaluate = load_evaluator()
         if apply_chat_template:
             for one in vectors:
                 one.check_template(tokenizer)

@@ -18,10 +18,10 @@ from torch import nn
 from steerkit.errors import DataError, SteerError, UnknownNameError, unknown_name
 from steerkit.prompts.batching import pad_token_id
 
-__all__ = ["left_as_it_was", "simple_evaluate", "task_manager", "wrapped_model"]
+__all__ = ["left_as_it_was", "load_evaluator", "task_manager", "wrapped_model"]
 
 
-def simple_evaluate() -> Any:
+def load_evaluator() -> Any:
     """The harness's `simple_evaluate`.
 
     Raises:

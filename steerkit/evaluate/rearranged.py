@@ -10,8 +10,7 @@ from torch import Tensor
 
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
-from steerkit.evaluate.controls import TAIL
-from steerkit.evaluate.refit_results import Spread, cosine, direction_at, estimate_of
+from steerkit.evaluate.refit_results import TAIL, Spread, cosine, direction_at, estimate_of
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Subject
 from steerkit.methods._registry import method_of

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steerkit.evaluate.controls import TAIL
 from steerkit.evaluate.intervals import Estimate
 from steerkit.methods._base import Method
 from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Refits", "Spread", "cosine", "direction_at", "estimate_of"]
+__all__ = ["TAIL", "Refits", "Spread", "cosine", "direction_at", "estimate_of"]
 
 SAME_AXIS = 0.9
+TAIL = 0.025
+"""Share of the draws beyond either end of an interval."""
 
 
 class Spread(NamedTuple):

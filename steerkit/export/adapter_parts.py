@@ -13,7 +13,7 @@ from steerkit.export.range_finder import low_rank
 from steerkit.export.stored_tensors import stored
 from steerkit.export.weight_changes import Change
 
-__all__ = ["AdapterParts", "adapter_parts"]
+__all__ = ["AdapterParts", "parts_for"]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class AdapterParts:
         return max(found, default=0) or 1
 
 
-def adapter_parts(model: nn.Module, changes: Mapping[str, Change]) -> AdapterParts:
+def parts_for(model: nn.Module, changes: Mapping[str, Change]) -> AdapterParts:
     """Turn the changes of parameters into the pieces of an adapter.
 
     Raises:

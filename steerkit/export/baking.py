@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from steerkit._support.files import check_folder, whole_folder
 from steerkit.errors import ModelError
 from steerkit.export.checkpoint import write_checkpoint
-from steerkit.export.checkpoint_plan import checkpoint_plan, planned_value, untied_parameters
+from steerkit.export.checkpoint_plan import planned_value, untied_parameters
 from steerkit.export.verification import Verification, expected, logits_of, verify
 from steerkit.export.weight_changes import changes_of
 from steerkit.export.weights_card import weights_card
@@ -107,7 +107,7 @@ def bake(
     _check_model(model, inner, target)
     with untied_parameters(inner) if untie else contextlib.nullcontext():
         changes = changes_of(exact_updates(inner, listed, strength))
-    plan = checkpoint_plan(inner, changes, untie=untie)
+    plan = plan_checkpoint(inner, changes, untie=untie)
     wanted = expected(inner, tokenizer, listed, strength)
     with whole_folder(target, replace=force) as folder, quiet():
         write_checkpoint(inner, plan.shapes, lambda name: planned_value(inner, plan, name), folder, shard_bytes)

@@ -21,7 +21,7 @@ from steerkit.export.stored_tensors import stored, stored_dtype
 from steerkit.export.weight_changes import Change
 from steerkit.model import quiet
 
-__all__ = ["checkpoint_plan", "planned_value", "untied_parameters"]
+__all__ = ["plan_checkpoint", "planned_value", "untied_parameters"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def untied_parameters(model: nn.Module) -> Iterator[None]:
             setattr(owner, leaf, value)
 
 
-def checkpoint_plan(model: Any, changes: Mapping[str, Change], *, untie: bool) -> CheckpointPlan:
+def plan_checkpoint(model: Any, changes: Mapping[str, Change], *, untie: bool) -> CheckpointPlan:
     """Find the config that holds the changed weights, and what its files hold.
 
     Raises:

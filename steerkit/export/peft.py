@@ -25,7 +25,7 @@ from torch import nn
 from steerkit._support.files import check_folder, whole_folder
 from steerkit.errors import ModelError
 from steerkit.export.adapter_files import loaded_adapter, write_files
-from steerkit.export.adapter_parts import adapter_parts
+from steerkit.export.adapter_parts import parts_for
 from steerkit.export.verification import Verification, expected, logits_of, verify
 from steerkit.export.weight_changes import changes_of
 from steerkit.export.weights_card import weights_card
@@ -103,7 +103,7 @@ def write_adapter(
     if any(parameter.is_meta for parameter in inner.parameters()):
         raise ModelError(f"{type(inner).__name__} is offloaded; load it into memory, an adapter is tried on the model")
     changes = changes_of(exact_updates(inner, listed, strength))
-    parts = adapter_parts(inner, changes)
+    parts = parts_for(inner, changes)
     wanted = expected(inner, tokenizer, listed, strength)
     with whole_folder(target, replace=force) as folder, quiet():
         write_files(inner, parts, folder)

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,61 +15,23 @@ from steerkit.activations.recording import record, record_ids
 from steerkit.errors import DataError, ModelError
 from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.setup import Setup
-from steerkit.maths.directions import unit
-from steerkit.methods._registry import method_of
+from steerkit.monitor.items import KINDS, READS, Item, Kind, Read, conversation_of
+from steerkit.monitor.neutral_scale import NeutralScale
+from steerkit.monitor.read_directions import directions_of, site_of
 from steerkit.monitor.token_heat import TokenScores, token_projections
 from steerkit.monitor.watched import Opening, Reading, Watched
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
-from steerkit.prompts.conversation import Conversation, Message
+from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
 from steerkit.tokens.clock import PassClock
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
-    from steerkit.monitor.watched import Step
+    from steerkit.monitor.watched_call import Step
 
-__all__ = ["Item", "Monitor", "Read", "conversation_of"]
-
-Item = str | Sequence[Message] | Conversation | Mapping[str, Any]
-Read = Literal["prompt_last", "response_mean"]
-Kind = Literal["proj", "cos"]
-READS: tuple[Read, ...] = ("prompt_last", "response_mean")
-KINDS: tuple[Kind, ...] = ("proj", "cos")
-
-
-def conversation_of(item: Item, *, raw: bool = False) -> Conversation:
-    """What is read, from the ways to write it.
-
-    Args:
-        item: a prompt, a chat (which may end with its answer), a conversation, or an object with `prompt` (perhaps
-            `system` and `response`) or `messages`. Other keys of an object are left alone; an empty response is none.
-        raw: leave string prompts as they are, without the chat template.
-
-    Raises:
-        DataError: it is none of these.
-    """
-    if not isinstance(item, Mapping):
-        return Conversation.of(item, raw=raw and isinstance(item, str))
-    if ("prompt" in item) == ("messages" in item):
-        raise DataError(f"give 'prompt' or 'messages'; the object has {', '.join(map(repr, item)) or 'nothing'}")
-    if "messages" in item:
-        turns = item["messages"]
-        empty = isinstance(turns, list) and turns[1:] and turns[-1] == {"role": "assistant", "content": ""}
-        return Conversation.of(turns[:-1] if empty else turns)
-    prompt = item["prompt"]
-    return Conversation.of(
-        prompt, answer=item.get("response") or None, system=item.get("system"), raw=raw and isinstance(prompt, str)
-    )
-
-
-class _Scale(NamedTuple):
-    """Mean [s] and standard deviation [s] over neutral texts at each site, and that of the mean over sites."""
-
-    mean: Tensor
-    deviation: Tensor
-    joint: float
+__all__ = ["Monitor"]
 
 
 class Monitor:
@@ -122,14 +84,14 @@ class Monitor:
         self._setup = Setup(
             model, tokenizer, neutral=neutral, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
         )
-        self._directions = _directions(vector, sites)
+        self._directions = directions_of(vector, sites)
         self._decoder: Decoder = find_decoder(model)
         self._taps = locate(model, self._directions)
         # Under the names that reading uses (a raw output is the plain one where no post-norm follows).
         self._units = dict(zip(self._taps, self._directions.values(), strict=True))
         # What reading while generating needs, by device: nothing may wait for a copy there.
         self._placed: dict[tuple[str, torch.device], Tensor] = {}
-        self._scales: dict[Read, _Scale] = {}
+        self._scales: dict[Read, NeutralScale] = {}
         self._middles: dict[Site, float] = {}
 
     @property
@@ -238,7 +200,7 @@ class Monitor:
             The tokens and their values, read at each token itself.
         """
         (rendered,) = self.rendered([item], raw=raw)
-        place = _place(site) or self.sites[0]
+        place = site_of(site) or self.sites[0]
         direction = self._directions.get(place, self._directions[self.sites[0]])
         return token_projections(self._setup.baseline, rendered, self.vector, site=place, direction=direction)
 
@@ -253,7 +215,7 @@ class Monitor:
         Raises:
             DataError: nothing is read at the site.
         """
-        place = _place(site) or self.sites[0]
+        place = site_of(site) or self.sites[0]
         if place not in self._directions:
             raise DataError(f"{place} is not read; give one of {', '.join(map(str, self.sites))}")
         if place not in self._middles:
@@ -341,7 +303,7 @@ class Monitor:
         clock = PassClock.of(self._decoder.model)
         return contextlib.nullcontext() if clock is None else clock.suspended()
 
-    def _scale(self, read: Read) -> _Scale:
+    def _scale(self, read: Read) -> NeutralScale:
         """The scale of one way to read, found when it is first asked for.
 
         Raises:
@@ -357,24 +319,5 @@ class Monitor:
             if not bool((deviation > 0).all()):
                 raise DataError("monitor: all neutral texts have the same projection; give different ones")
             joint = float(((values - mean) / deviation).mean(dim=1).std())
-            self._scales[read] = _Scale(mean, deviation, joint)
+            self._scales[read] = NeutralScale(mean, deviation, joint)
         return self._scales[read]
-
-
-def _place(site: Site | str | None) -> Site | None:
-    return Site.parse(site) if isinstance(site, str) else site
-
-
-def _directions(vector: SteeringVector, sites: Sequence[Site | str] | None) -> dict[Site, Tensor]:
-    """Directions [d] of length 1 at the sites that are read.
-
-    Raises:
-        DataError: none of the sites has a direction.
-    """
-    method = method_of(vector)
-    wanted = vector.reads if sites is None else [Site.parse(one) if isinstance(one, str) else one for one in sites]
-    found = {site: method.read_direction(vector.params(site)) for site in wanted}
-    kept = {site: unit(direction.float()) for site, direction in found.items() if direction is not None}
-    if not kept or (sites is not None and len(kept) < len(found)):
-        raise DataError(f"{vector.method} has no single direction to project on at {', '.join(map(str, found))}")
-    return kept

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from steerkit.persona.choice import Choice
 from steerkit.persona.drafting import draft, skeleton
+from steerkit.persona.extraction import Extraction
 from steerkit.persona.filtering import Filtered, Rules
-from steerkit.persona.pipeline import Extraction, Pipeline, extract
+from steerkit.persona.pipeline import Pipeline, extract
 from steerkit.persona.rollout_plan import RolloutPlan
 from steerkit.persona.rollouts import Rollout, roll_out
 from steerkit.persona.scores import Scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerkit.persona.choice import tried_text, way_text
+from steerkit.persona.choice_text import tried_text, way_text
 from steerkit.persona.filtering import Filtered
 from steerkit.persona.scores import Scores
 from steerkit.vector.steering_vector import SteeringVector

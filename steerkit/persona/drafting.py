@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from steerkit.errors import SteerError
-from steerkit.persona.replies import opposite_in, pairs_in, questions_in, scale_in
-from steerkit.persona.traits import FILL_IN, Instruction, TraitSpec, assembled_rubric
+from steerkit.persona.instruction import FILL_IN, Instruction
+from steerkit.persona.replies import SCALE, opposite_in, pairs_in, questions_in, scale_in
+from steerkit.persona.rubric import assembled_rubric
+from steerkit.persona.traits import TraitSpec
 from steerkit.persona.writers import Writer
 
-__all__ = ["SCALE", "draft", "skeleton"]
+__all__ = ["draft", "skeleton"]
 
 INSTRUCTIONS, QUESTIONS = 5, 40
 TRIES = 4
-SCALE = (0, 25, 50, 75, 100)
 _HEAD = "A language model is to show this trait: {trait}.{description}\n\n"
 _NAMES = (
     'What is the opposite of "{trait}", as one adjective that fits into "You are a ... assistant"? Reply with a JSON '

@@ -14,10 +14,8 @@ preference margin of held-out pairs stands in for the trait score.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +30,7 @@ from steerkit.evaluate.calibration.budget import Search
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate
 from steerkit.evaluate.controls import FEWEST
-from steerkit.evaluate.judges.scale import Judge
+from steerkit.evaluate.judges.judge import Judge
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import scorer_of
 from steerkit.evaluate.setup import Setup
@@ -44,8 +42,10 @@ from steerkit.methods._registry import default_strength
 from steerkit.network.decoder import inner_model
 from steerkit.persona.card_text import about_trait, watching
 from steerkit.persona.choice import READOUTS, Choice, by_ones, most_answers, pairs_taken
+from steerkit.persona.extraction import Bar, Extraction, Line, no_bar, no_line
 from steerkit.persona.filtering import UNENDED, Filtered, Rules, filtered
-from steerkit.persona.rollout_plan import SIDES, RolloutPlan
+from steerkit.persona.pairs import pairs_jsonl
+from steerkit.persona.rollout_plan import RolloutPlan
 from steerkit.persona.rollouts import Rollout, roll_out, takes_system
 from steerkit.persona.scores import Scores, judge_scores, margin_scores
 from steerkit.persona.traits import TraitSpec, slug
@@ -55,74 +55,10 @@ from steerkit.prompts.rendering import has_chat_template
 from steerkit.report.card import Answer, vector_card
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Extraction", "Pipeline", "extract", "pairs_jsonl"]
+__all__ = ["Pipeline", "extract"]
 
 METHOD = "persona"
 QUESTIONS = 2  # answered on the card
-Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-Line = Callable[[str], AbstractContextManager[Callable[[str], None]]]
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What an extraction gave.
-
-    Attributes:
-        vector: the persona vector, with a suggested strength where one was confirmed.
-        file: where it is.
-        monitor: the vector to watch the trait with, before any answer; see `steerkit.watchpoint`.
-        monitor_file: where that is.
-        card: of both.
-        filtered: which pairs were kept, and why the others were not.
-        pairs: kept pairs to extract from, to choose on and to confirm on.
-        verdict: how the layer was chosen and whether it is confirmed, in one line.
-        works: whether the effect is confirmed on held-out questions.
-        judge: who rated; None where probabilities did.
-        seconds: what each stage took this time.
-    """
-
-    vector: SteeringVector
-    file: Path
-    monitor: SteeringVector
-    monitor_file: Path
-    card: Path
-    filtered: Filtered
-    pairs: tuple[int, int, int]
-    verdict: str
-    works: bool
-    judge: str | None
-    seconds: Mapping[str, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "file": str(self.file),
-            "card": str(self.card),
-            "rows": self.filtered.rows,
-            "kept": len(self.filtered.kept),
-            "dropped": dict(self.filtered.reasons),
-            "pairs": dict(zip(("extraction", "choosing", "confirming"), self.pairs, strict=True)),
-            "judge": self.judge,
-            "works": self.works,
-            "verdict": self.verdict,
-            "seconds": {stage: round(seconds, 1) for stage, seconds in self.seconds.items()},
-            "vector": self.vector.describe(),
-            "monitor": {
-                "file": str(self.monitor_file),
-                "site": str(self.monitor.sites[0]),
-                "auc": {kind: dict(self.monitor.extra["watchpoint"][kind]) for kind in ("neutral", "negative")},
-            },
-        }
-
-
-@contextlib.contextmanager
-def _no_bar(_title: str, _total: int) -> Iterator[Callable[[], None]]:
-    yield lambda: None
-
-
-@contextlib.contextmanager
-def _no_line(_first: str) -> Iterator[Callable[[str], None]]:
-    yield lambda _note: None
 
 
 def extract(
@@ -136,8 +72,8 @@ def extract(
     rules: Rules | None = None,
     choice: Choice | None = None,
     batch_size: int = 16,
-    bar: Bar = _no_bar,
-    line: Line = _no_line,
+    bar: Bar = no_bar,
+    line: Line = no_line,
 ) -> Extraction:
     """Make a persona vector of a trait, or go on where an earlier run in the same folder stopped.
 
@@ -483,35 +419,6 @@ class Pipeline:
             yield
         finally:
             lock.release()
-
-
-def pairs_jsonl(spec: TraitSpec, rows: Sequence[Rollout], *, folded: bool = False) -> str:
-    """Rollouts as the lines of a contrast set, the rows of held-out questions marked.
-
-    A line has the question, both system prompts and both answers. Where there is no system turn, lines to extract from
-    have two prompts instead of one, and held-out lines the baseline question: both answers have to follow the same prompt
-    for one to be preferred.
-
-    Args:
-        spec: of the trait.
-        rows: what is kept.
-        folded: the system prompt is written before the question.
-    """
-    lines = []
-    for row in rows:
-        asked = row.asked
-        answers: dict[str, Any] = {side: row.answer(side) for side in SIDES}
-        line: dict[str, Any] = {"id": f"question-{asked.question}-instruction-{asked.instruction}-{asked.sample}"}
-        if folded and not asked.held_out:
-            for side in SIDES:
-                turn = asked.conversation(spec, side, folded=True).prompt
-                line[side] = [{"role": "user", "content": turn}, {"role": "assistant", "content": answers[side]}]
-        else:
-            line |= {"prompt": spec.questions[asked.question], **answers}
-            if not folded:
-                line["system"] = {side: spec.system_prompt(asked.instruction, side) for side in SIDES}
-        lines.append(json.dumps({**line, "held_out": asked.held_out}, ensure_ascii=False) + "\n")
-    return "".join(lines)
 
 
 def _keep_spec(spec: TraitSpec, folder: Path) -> None:

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from steerkit.persona.drafting import SCALE
-from steerkit.persona.traits import FILL_IN, Instruction
+from steerkit.persona.instruction import FILL_IN, Instruction
 
-__all__ = ["opposite_in", "pairs_in", "questions_in", "scale_in"]
+__all__ = ["SCALE", "opposite_in", "pairs_in", "questions_in", "scale_in"]
 
+SCALE = (0, 25, 50, 75, 100)
+"""Points of the scale that a rubric describes."""
 _SIDES = ("positive", "negative")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 _ITEM = re.compile(r"^\s*(?:[-*\u2022]|\d{1,3}[.):])\s+(.+?)\s*$", re.MULTILINE)

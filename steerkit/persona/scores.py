@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from steerkit._support.journal import Journal
 from steerkit.errors import DataError
+from steerkit.evaluate.judges.judge import Judge
 from steerkit.evaluate.judges.judging import rate
-from steerkit.evaluate.judges.scale import Judge, fill
+from steerkit.evaluate.judges.rubric import fill
 from steerkit.evaluate.setup import Setup
 from steerkit.persona.rollout_plan import SIDES
 from steerkit.persona.rollouts import Rollout

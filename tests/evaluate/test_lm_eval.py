@@ -25,7 +25,7 @@ import steerkit
 from steerkit._support.shipped import vector_path
 from steerkit.cli import lm_eval as command
 from steerkit.errors import DataError, ScopeError, SteerError, StrengthError, UnknownNameError
-from steerkit.evaluate import lm_eval as harness
+from steerkit.evaluate import lm_eval as running
 from steerkit.evaluate.lm_eval import evaluate_tasks
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
@@ -236,7 +236,7 @@ def test_an_error_on_the_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("scope", ["response", "prompt", "generated", "first(2)"])
 def test_other_scopes_are_refused_before_anything_is_loaded(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_harness", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr(running, "load_evaluator", lambda: pytest.fail("loaded"))
     model = build("llama")
     for vector, options in (
         (vector_for(model, scope=scope), {}),

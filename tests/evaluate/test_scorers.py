@@ -222,7 +222,7 @@ def test_choice_refuses_letters_that_are_written_alike() -> None:
 
 
 def test_answers_that_differ_before_they_begin_are_refused() -> None:
-    from steerkit.evaluate.scorers._answers import fork
+    from steerkit.evaluate.scorers._forks import fork
 
     tokenizer = byte_tokenizer(CHATML)
     one, other = (render(tokenizer, Conversation(prompt, answer="Yes")) for prompt in ("Ab", "Ac"))

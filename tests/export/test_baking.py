@@ -471,8 +471,8 @@ def test_models_that_cannot_be_rewritten_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_differs_is_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real = build("llama"), baking._value
-    monkeypatch.setattr(baking, "_value", lambda inner, plan, name: 1.001 * real(inner, plan, name))
+    model, real = build("llama"), baking.planned_value
+    monkeypatch.setattr(baking, "planned_value", lambda inner, plan, name: 1.001 * real(inner, plan, name))
     with pytest.raises(ModelError, match="not those of the hooks"):
         bake(model, None, added(model), tmp_path / "out")
     assert left_in(tmp_path) == []

@@ -19,9 +19,12 @@ from steerkit.errors import DataError, ModelError, ScopeError, SiteError, Vector
 from steerkit.evaluate.intervals import NotScored, correlation, separability
 from steerkit.evaluate.neutral import neutral_texts
 from steerkit.methods._registry import method_of
-from steerkit.monitor.monitor import Monitor, conversation_of
-from steerkit.monitor.shift import finetuning_shift, own_answers, projection_difference, with_adapter
-from steerkit.monitor.watched import Step, Watched
+from steerkit.monitor.difference import own_answers, projection_difference
+from steerkit.monitor.items import conversation_of
+from steerkit.monitor.monitor import Monitor
+from steerkit.monitor.shift import finetuning_shift, with_adapter
+from steerkit.monitor.watched import Watched
+from steerkit.monitor.watched_call import Step
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
@@ -629,7 +632,7 @@ def test_an_adapter_that_fails_without_a_word_is_still_an_error(tmp_path: Any, m
 
 
 def test_own_answers_are_generated_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerkit.monitor import shift as drift
+    from steerkit.monitor import difference
 
     model, store = build("llama"), tmp_path / "own.jsonl"
     prompts = [Conversation(f"Number {number}, is it good?") for number in range(5)]
@@ -641,7 +644,7 @@ def test_own_answers_are_generated_once(tmp_path: Any, monkeypatch: pytest.Monke
         asked.extend(args[2])
         return steerkit.generate(*args, **kwargs)
 
-    monkeypatch.setattr(drift, "generate", generate)
+    monkeypatch.setattr(difference, "generate", generate)
     options: dict[str, Any] = {"max_new_tokens": 4, "store": store, "batch_size": 2}
     with pytest.raises(KeyboardInterrupt):
         own_answers(model, TOKENIZER, prompts, **options)

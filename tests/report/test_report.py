@@ -31,10 +31,11 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
 from steerkit.report import html as report_file
 from steerkit.report import plots
+from steerkit.report.comparison import comparison_html
 from steerkit.report.evidence import Evidence
 from steerkit.report.evidence_parts import EvidencePlan, Heat
 from steerkit.report.gather import gather
-from steerkit.report.html import comparison_html, report_html
+from steerkit.report.html import report_html
 from steerkit.report.verdict import is_clear
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes

@@ -23,12 +23,15 @@ from steerkit.prompts.rendering import Rendered, render
 from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["NEW", "Case", "Given", "bitwise", "largest_gap"]
+__all__ = ["NEW", "Case", "Given"]
 
 TEXTS = ("The weather today is very", "An old cat sat on the wooden chair by the door")
 SIZE = 0.5
+"""Length of the direction, in typical activation norms."""
 NEW = 4
+"""Tokens generated."""
 Given = float | Sequence[float] | None
+"""A strength, one for each row, or None for the baseline model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +155,3 @@ class Case:
         }
         with self.steered(strength), torch.no_grad():
             return self.model.generate(input_ids=ids, attention_mask=mask, **{**settings, **options})
-
-
-def largest_gap(one: Tensor, other: Tensor) -> float:
-    """Largest difference, in units of the other's largest value."""
-    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-9))
-
-
-def bitwise(one: Tensor, other: Tensor) -> bool:
-    """Equality that tells -0.0 from +0.0."""
-    return torch.equal(one, other) and torch.equal(torch.signbit(one), torch.signbit(other))

@@ -16,6 +16,7 @@ from steerkit.network.decoder import execution_device
 __all__ = ["compiled_model", "seconds"]
 
 TIMED = 6
+"""Tokens generated where it is timed."""
 
 
 def compiled_model(case: Case) -> tuple[Callable[[], Tensor], list[int]]:

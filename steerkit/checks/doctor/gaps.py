@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steerkit.checks.doctor.case import Case, Given, largest_gap
+from steerkit.checks._bitwise import largest_gap
+from steerkit.checks.doctor.case import Case, Given
 from steerkit.checks.doctor.judging import worst_of
 
 __all__ = ["batch_gap", "beside_plain", "plain_of"]

@@ -14,7 +14,7 @@ from steerkit.errors import SiteError
 from steerkit.network.sites import KINDS, Site
 from steerkit.network.tap import Tap, locate
 
-__all__ = ["available", "flat", "hooks_of", "raise_error", "watched"]
+__all__ = ["available", "flat", "watched"]
 
 
 def available(model: nn.Module, layers: Sequence[int]) -> tuple[dict[Site, Tap], dict[str, str]]:
@@ -64,13 +64,3 @@ def watched(case: Case, taps: dict[Site, Tap], ids: Sequence[int]) -> tuple[dict
 def flat(value: Tensor) -> Tensor:
     """[t, width] of one row."""
     return value.reshape(-1, value.shape[-1])
-
-
-def raise_error(*_: Any) -> None:
-    raise ZeroDivisionError
-
-
-def hooks_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {
-        name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
-    }

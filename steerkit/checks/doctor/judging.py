@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from steerkit.checks.doctor.case import Case, Given, bitwise, largest_gap
+from steerkit.checks._bitwise import bitwise, largest_gap
+from steerkit.checks.doctor.case import Case, Given
 
 __all__ = ["Broken", "hold", "judged_rows", "one_line", "unchanged", "why_baseline_fails", "worst_of"]
 

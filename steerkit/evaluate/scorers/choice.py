@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.scorers._answers import Fork, fork, fork_logits
 from steerkit.evaluate.scorers._base import Column, Scorer
+from steerkit.evaluate.scorers._forks import Fork, fork, fork_logits
 from steerkit.evaluate.setup import Setup, shared_system
 from steerkit.evaluate.trial import Trial
 from steerkit.prompts.conversation import Conversation, Message
