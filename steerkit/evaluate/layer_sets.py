@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from steerkit.methods._base import Method
 from steerkit.network.sites import parse_layers
 
-__all__ = ["parse_candidates"]
+__all__ = ["default_candidates", "parse_candidates"]
 
 
 def parse_candidates(text: str, num_layers: int) -> list[tuple[int, ...]]:
@@ -28,3 +31,16 @@ def parse_candidates(text: str, num_layers: int) -> list[tuple[int, ...]]:
         else:
             found += [(layer,) for layer in parse_layers(part, num_layers)]
     return list(dict.fromkeys(found))
+
+
+def default_candidates(
+    method: type[Method], num_layers: int, extra: Sequence[Sequence[int]] = ()
+) -> list[tuple[int, ...]]:
+    """What else is worth trying, and the sets of layers that the method names.
+
+    Args:
+        method: the method.
+        num_layers: of the model.
+        extra: more sets of layers, such as a recipe's own.
+    """
+    return list(dict.fromkeys([*(tuple(sorted(set(layers))) for layers in extra), *method.candidates(num_layers)]))

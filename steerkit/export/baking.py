@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from steerkit._support.files import check_folder, whole_folder
 from steerkit.errors import ModelError
 from steerkit.export.checkpoint import write_checkpoint
-from steerkit.export.checkpoint_plan import planned_value, untied_parameters
+from steerkit.export.checkpoint_plan import plan_checkpoint, planned_value, untied_parameters
 from steerkit.export.verification import Verification, expected, logits_of, verify
 from steerkit.export.weight_changes import changes_of
 from steerkit.export.weights_card import weights_card

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from steerkit.errors import DataError
 from steerkit.evaluate.calibration.budget import Budget
 from steerkit.evaluate.calibration.result import Calibration
-from steerkit.prompts.contrast_set import ContrastSet
 
-__all__ = ["READOUTS", "Choice", "by_ones", "most_answers", "pairs_taken"]
+__all__ = ["READOUTS", "Choice", "most_answers"]
 
 READOUTS = ("response_mean", "prompt_mean", "prompt_last")
 
@@ -50,25 +48,15 @@ class Choice:
             raise DataError("layers: got none; give at least one block, or None for the method's own")
 
 
-def pairs_taken(data: ContrastSet, wanted: Sequence[bool]) -> ContrastSet | None:
-    """Some pairs of a contrast set; None where there are none."""
-    places = [place for place, take in enumerate(wanted) if take]
-    if not places:
-        return None
-    positive, negative = (tuple(side[place] for place in places) for side in (data.positive, data.negative))
-    return replace(data, positive=positive, negative=negative, marks=())
-
-
-def by_ones(advance: Callable[[], None]) -> Callable[[int], None]:
-    def step(rows: int) -> None:
-        for _ in range(rows):
-            advance()
-
-    return step
-
-
 def most_answers(found: Calibration) -> tuple[int, ...] | None:
-    """The layer with the largest effect inside the budget, sure or not, as the paper chooses; None without any."""
+    """The layer with the largest effect inside the budget, sure or not, as the paper chooses.
+
+    Args:
+        found: what the calibration tried.
+
+    Returns:
+        The layer; None where nothing inside the budget has an effect.
+    """
     inside = [point for point in found.points if not found.budget.breaks(dict(point.scores))]
     best = max(inside, key=lambda point: point.scores[found.effect].gain.mean, default=None)
     return None if best is None or not best.scores[found.effect].gain.mean > 0 else best.layers

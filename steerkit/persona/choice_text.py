@@ -12,7 +12,12 @@ __all__ = ["tried_text", "way_text"]
 
 
 def way_text(judge: str | None, rules: Rules) -> str:
-    """How pairs were filtered."""
+    """How pairs were filtered.
+
+    Args:
+        judge: who rated; None where probabilities did.
+        rules: when a pair is kept.
+    """
     if judge is not None:
         return (
             f"Filter: a judge (`{judge}`) rated trait and coherence from 0 to 100; a pair is kept if the positive "
@@ -27,7 +32,11 @@ def way_text(judge: str | None, rules: Rules) -> str:
 
 
 def tried_text(vector: SteeringVector) -> list[str]:
-    """What was measured on both halves of the held-out questions, as tables."""
+    """What was measured on both halves of the held-out questions, as tables.
+
+    Args:
+        vector: with its calibration in it.
+    """
     found = vector.held_out.get("calibration")
     if not found:
         return []

@@ -12,7 +12,7 @@ from typing import Any
 from steerkit.persona.filtering import Filtered
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Bar", "Extraction", "Line", "no_bar", "no_line"]
+__all__ = ["Bar", "Extraction", "Line", "by_ones", "no_bar", "no_line"]
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """From a title and a total to a context that gives what advances a progress bar by one."""
@@ -82,3 +82,17 @@ def no_bar(_title: str, _total: int) -> Iterator[Callable[[], None]]:
 def no_line(_first: str) -> Iterator[Callable[[str], None]]:
     """Show no progress line."""
     yield lambda _note: None
+
+
+def by_ones(advance: Callable[[], None]) -> Callable[[int], None]:
+    """Advance a progress bar by several, one by one.
+
+    Args:
+        advance: moves it by one.
+    """
+
+    def step(rows: int) -> None:
+        for _ in range(rows):
+            advance()
+
+    return step

@@ -16,7 +16,7 @@ from torch import nn
 
 from steerkit._support.shipped import recipe_path, recipes
 from steerkit.errors import DataError, RecipeError, unknown_name
-from steerkit.evaluate.calibration.budget import default_candidates
+from steerkit.evaluate.layer_sets import default_candidates
 from steerkit.fitting.fitting import fit
 from steerkit.methods._base import Method
 from steerkit.methods._registry import resolve

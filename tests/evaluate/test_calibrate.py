@@ -15,12 +15,12 @@ import torch
 from steerkit.errors import DataError, SiteError, SteerError
 from steerkit.evaluate import store_identity as identity
 from steerkit.evaluate.calibration import search as module
-from steerkit.evaluate.calibration.budget import Budget, Search, default_candidates
+from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate
 from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.intervals import Estimate
-from steerkit.evaluate.layer_sets import parse_candidates
+from steerkit.evaluate.layer_sets import default_candidates, parse_candidates
 from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured, measure
 from steerkit.evaluate.setup import Setup

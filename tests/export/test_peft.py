@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import steerkit
 from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError, VectorMismatchError
-from steerkit.export import adapter_files, parts_for
+from steerkit.export import adapter_files, adapter_parts
 from steerkit.export import peft as exporting
 from steerkit.export.adapter_files import loaded_adapter, write_files
 from steerkit.export.adapter_parts import AdapterParts, parts_for

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-from steerkit.evaluate.calibration.budget import Budget, Search, default_candidates
+from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate
+from steerkit.evaluate.layer_sets import default_candidates
 
 __all__ = ["Budget", "Calibration", "Search", "calibrate", "default_candidates"]

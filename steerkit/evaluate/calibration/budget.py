@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 
 from steerkit.errors import DataError
 from steerkit.evaluate.scoring import Measured
-from steerkit.methods._base import Method
 
-__all__ = ["Budget", "Search", "default_candidates"]
+__all__ = ["Budget", "Search"]
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,3 @@ class Search:
                 f"search: {self.controls} controls, {self.finalists} finalists, {self.screened_items} items to screen "
                 f"on, {self.neutral_texts} neutral texts; give at least 1 of each, and 2 items"
             )
-
-
-def default_candidates(
-    method: type[Method], num_layers: int, extra: Sequence[Sequence[int]] = ()
-) -> list[tuple[int, ...]]:
-    """What else is worth trying, and the sets of layers that the method names.
-
-    Args:
-        method: the method.
-        num_layers: of the model.
-        extra: more sets of layers, such as a recipe's own.
-    """
-    return list(dict.fromkeys([*(tuple(sorted(set(layers))) for layers in extra), *method.candidates(num_layers)]))
