@@ -1,9 +1,23 @@
-"""TODO monitor.monitor."""
+"""Monitor: how far a model's activations lie along a vector's direction, for prompts, answers, and while it generates.
+
+    proj(text) = a . u          cos(text) = a . u / |a|          u = v / |v|, at the vector's site
+    calibrated = (proj(text) - mean over neutral texts) / standard deviation over neutral texts
+
+with `a` the activation of the prompt's last token (read without any answer: what the model is about to be like) or the
+mean over the answer's tokens. Of a vector with several sites the number is the mean over sites of the calibrated
+numbers, brought to standard deviation 1 over the neutral texts again; uncalibrated, the mean of the projections.
+
+Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
+Models", arXiv 2507.21509.
+
+Where this file departs. The paper shows raw projections; here they count in standard deviations of shipped neutral
+texts unless asked otherwise, so that vectors and layers can be compared. As the paper finds, the number tells
+conditions (system prompts, many-shot prompts) apart better than single answers under one condition.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.activations.recording import record, record_ids
-from steerkit.errors import DataError, ModelError
+from steerkit.errors import DataError
 from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.setup import Setup
 from steerkit.monitor.items import KINDS, READS, Item, Kind, Read, conversation_of
 from steerkit.monitor.neutral_scale import NeutralScale
 from steerkit.monitor.read_directions import directions_of, site_of
 from steerkit.monitor.token_heat import TokenScores, token_projections
-from steerkit.monitor.watched import Opening, Reading, Watched
+from steerkit.monitor.watched import Watched, watching
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -85,10 +99,10 @@ class Monitor:
             model, tokenizer, neutral=neutral, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
         )
         self._directions = directions_of(vector, sites)
-        self._decoder: Decoder = find_decoder(model)
-        self._taps = locate(model, self._directions)
+        self.decoder: Decoder = find_decoder(model)
+        self.taps = locate(model, self._directions)
         # Under the names that reading uses (a raw output is the plain one where no post-norm follows).
-        self._units = dict(zip(self._taps, self._directions.values(), strict=True))
+        self.units = dict(zip(self.taps, self._directions.values(), strict=True))
         # What reading while generating needs, by device: nothing may wait for a copy there.
         self._placed: dict[tuple[str, torch.device], Tensor] = {}
         self._scales: dict[Read, NeutralScale] = {}
@@ -152,17 +166,17 @@ class Monitor:
             [n, s], one column per site; nan where there is no token to read.
         """
         kept = [row for row, text in enumerate(rendered) if read == "prompt_last" or len(text.ids) > text.prompt_length]
-        values = torch.full((len(rendered), len(self._units)), torch.nan)
+        values = torch.full((len(rendered), len(self.units)), torch.nan)
         if kept:
             acts = record(
                 self.model,
                 self.tokenizer,
                 [rendered[row] for row in kept],
-                self._units,
+                self.units,
                 readout=read if read == "response_mean" else "prompt_last",
                 batch_size=self._setup.batch_size,
             )
-            columns = [self._along(acts.positive[site], direction) for site, direction in self._units.items()]
+            columns = [self._along(acts.positive[site], direction) for site, direction in self.units.items()]
             values[kept] = torch.stack(columns, dim=1)
         return values
 
@@ -180,7 +194,7 @@ class Monitor:
         if not self.calibrated:
             return values.mean(dim=-1)
         chosen = read or self.read
-        scale = self._scale(chosen)
+        scale = self.scale(chosen)
         mean, deviation = (
             self._on(values.device, f"{chosen} {name}", one).to(values.dtype)
             for name, one in (("mean", scale.mean), ("deviation", scale.deviation))
@@ -249,28 +263,7 @@ class Monitor:
             ModelError: the model is compiled, or is being steered from another thread.
             DataError: the neutral texts have no answers to calibrate the response on.
         """
-        model, decoder = self._decoder.model, self._decoder
-        modules = [self.model, model, decoder.body, *decoder.blocks]
-        if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
-            raise ModelError("watch: compiled code does not call what reads it; load the model without torch.compile")
-        if self.calibrated:
-            for read in READS:  # before, not in the middle of somebody's generate
-                self._scale(read)
-        clock = PassClock.of(model) or PassClock(model, decoder.body)
-        if clock.users and clock.owner != threading.get_ident():
-            raise ModelError("watch: this model object is being steered from another thread; leave that context first")
-        watched = Watched(self, clock, callback)
-        with contextlib.ExitStack() as stack:
-            clock.attach()
-            stack.callback(clock.detach)
-            # Appended: the clock's own hook comes first, and steering's dispatchers are prepended.
-            stack.callback(model.register_forward_pre_hook(Opening(watched), with_kwargs=True).remove)
-            for site, tap in self._taps.items():
-                hook, module = Reading(watched, site, tap), tap.module
-                if tap.side == "input":
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                else:
-                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        with watching(self, callback) as watched:
             yield watched
 
     def along(self, site: Site, h: Tensor) -> Tensor:
@@ -283,7 +276,7 @@ class Monitor:
         Returns:
             [...] float32.
         """
-        return self._along(h.detach().float(), self._on(h.device, str(site), self._units[site]))
+        return self._along(h.detach().float(), self._on(h.device, str(site), self.units[site]))
 
     def _along(self, h: Tensor, direction: Tensor) -> Tensor:
         found = h @ direction
@@ -300,11 +293,14 @@ class Monitor:
         return neutral_texts() if self._setup.neutral is None else list(self._setup.neutral)
 
     def _unsteered(self) -> contextlib.AbstractContextManager[None]:
-        clock = PassClock.of(self._decoder.model)
+        clock = PassClock.of(self.decoder.model)
         return contextlib.nullcontext() if clock is None else clock.suspended()
 
-    def _scale(self, read: Read) -> NeutralScale:
+    def scale(self, read: Read) -> NeutralScale:
         """The scale of one way to read, found when it is first asked for.
+
+        Args:
+            read: which tokens.
 
         Raises:
             DataError: too few neutral texts can be read, or they are all alike.
@@ -312,12 +308,5 @@ class Monitor:
         if read not in self._scales:
             with self._unsteered():
                 values = self.project(self.rendered(self._neutral(), read=read), read)
-            values = values[~values.isnan().any(dim=1)]
-            if len(values) < 3:
-                raise DataError(f"monitor: {len(values)} neutral texts can be read; give at least 3, with answers")
-            mean, deviation = values.mean(dim=0), values.std(dim=0)
-            if not bool((deviation > 0).all()):
-                raise DataError("monitor: all neutral texts have the same projection; give different ones")
-            joint = float(((values - mean) / deviation).mean(dim=1).std())
-            self._scales[read] = NeutralScale(mean, deviation, joint)
+            self._scales[read] = NeutralScale.of(values)
         return self._scales[read]

@@ -16,11 +16,20 @@ __all__ = ["directions_of", "site_of"]
 
 
 def site_of(site: Site | str | None) -> Site | None:
+    """A site from its name, or as it is.
+
+    Args:
+        site: such as ``resid_post.12``; None stays None.
+    """
     return Site.parse(site) if isinstance(site, str) else site
 
 
 def directions_of(vector: SteeringVector, sites: Sequence[Site | str] | None) -> dict[Site, Tensor]:
     """Directions [d] of length 1 at the sites that are read.
+
+    Args:
+        vector: whose directions.
+        sites: some of its sites; None takes all that have a direction.
 
     Raises:
         DataError: none of the sites has a direction.

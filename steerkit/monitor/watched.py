@@ -1,29 +1,17 @@
-"""Monitor: how far a model's activations lie along a vector's direction, for prompts, answers, and while it generates.
-
-    proj(text) = a . u          cos(text) = a . u / |a|          u = v / |v|, at the vector's site
-    calibrated = (proj(text) - mean over neutral texts) / standard deviation over neutral texts
-
-with `a` the activation of the prompt's last token (read without any answer: what the model is about to be like) or the
-mean over the answer's tokens. Of a vector with several sites the number is the mean over sites of the calibrated
-numbers, brought to standard deviation 1 over the neutral texts again; uncalibrated, the mean of the projections.
-
-Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
-Models", arXiv 2507.21509.
-
-Where this file departs. The paper shows raw projections; here they count in standard deviations of shipped neutral
-texts unless asked otherwise, so that vectors and layers can be compared. As the paper finds, the number tells
-conditions (system prompts, many-shot prompts) apart better than single answers under one condition.
-"""
+"""Watching a model while it generates: hooks that read a monitor's sites in every pass of `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import DataError, ScopeError
+from steerkit.errors import DataError, ModelError, ScopeError
+from steerkit.monitor.items import READS
 from steerkit.monitor.watched_call import Step, WatchedCall
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
@@ -33,7 +21,7 @@ from steerkit.tokens.forward_pass import Pass
 if TYPE_CHECKING:
     from steerkit.monitor.monitor import Monitor
 
-__all__ = ["Opening", "Reading", "Watched"]
+__all__ = ["Watched", "watching"]
 
 
 class Watched:
@@ -95,7 +83,7 @@ class Watched:
         rows = torch.arange(facts.batch, device=h.device)
         # A copy: some models add into what flows on in place.
         call.read[site] = shaped[rows, place.to(h.device)].detach().float()
-        if len(call.read) == len(self._monitor._taps):
+        if len(call.read) == len(self._monitor.taps):
             step = call.add(facts)
             if self._callback is not None:
                 self._callback(step)
@@ -114,7 +102,7 @@ class Watched:
         return facts
 
 
-class Opening(Hook):
+class _Opening(Hook):
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
 
@@ -122,10 +110,50 @@ class Opening(Hook):
         self.watched.open(kwargs.get("input_ids", args[0] if args else None))
 
 
-class Reading(Hook):
+class _Reading(Hook):
     def __init__(self, watched: Watched, site: Site, tap: Tap) -> None:
         self.watched, self.site, self.tap = watched, site, tap
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         """Both as a hook before a module and after it."""
         self.watched.take(self.site, self.tap, self.tap.read(args, kwargs, *output))
+
+
+@contextlib.contextmanager
+def watching(monitor: Monitor, callback: Callable[[Step], object] | None) -> Iterator[Watched]:
+    """Read while a monitor's model generates.
+
+    Args:
+        monitor: what is read, and in which scale.
+        callback: called after every pass.
+
+    Yields:
+        What has been read.
+
+    Raises:
+        ModelError: the model is compiled, or is being steered from another thread.
+        DataError: the neutral texts have no answers to calibrate the response on.
+    """
+    model, decoder = monitor.decoder.model, monitor.decoder
+    modules = [monitor.model, model, decoder.body, *decoder.blocks]
+    if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
+        raise ModelError("watch: compiled code does not call what reads it; load the model without torch.compile")
+    if monitor.calibrated:
+        for read in READS:  # before, not in the middle of somebody's generate
+            monitor.scale(read)
+    clock = PassClock.of(model) or PassClock(model, decoder.body)
+    if clock.users and clock.owner != threading.get_ident():
+        raise ModelError("watch: this model object is being steered from another thread; leave that context first")
+    watched = Watched(monitor, clock, callback)
+    with contextlib.ExitStack() as stack:
+        clock.attach()
+        stack.callback(clock.detach)
+        # Appended: the clock's own hook comes first, and steering's dispatchers are prepended.
+        stack.callback(model.register_forward_pre_hook(_Opening(watched), with_kwargs=True).remove)
+        for site, tap in monitor.taps.items():
+            hook, module = _Reading(watched, site, tap), tap.module
+            if tap.side == "input":
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield watched

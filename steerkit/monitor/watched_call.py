@@ -120,5 +120,5 @@ class WatchedCall:
 
     def _scaled(self, rows: Mapping[Site, Tensor], read: Read) -> Tensor:
         """[b] one number of the activations [b, d] at all sites."""
-        columns = [self._monitor.along(site, rows[site]).to(self.mean.device) for site in self._monitor._units]
+        columns = [self._monitor.along(site, rows[site]).to(self.mean.device) for site in self._monitor.units]
         return self._monitor.scaled(torch.stack(columns, dim=-1), differences=False, read=read)

@@ -124,7 +124,7 @@ def test_the_scale_is_that_of_the_bare_model_and_read_once(monkeypatch: pytest.M
         torch.testing.assert_close(steered, plain.score(PROMPTS))
     assert not torch.allclose(steered, plain.score(PROMPTS))
     # The value read is that after the edit: exactly `strength` lengths further along.
-    moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain._scale("prompt_last").deviation[0])
+    moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain.scale("prompt_last").deviation[0])
     torch.testing.assert_close(steered - plain.score(PROMPTS), torch.full((3,), moved), rtol=1e-3, atol=1e-3)
     calls = []
     monkeypatch.setattr(
@@ -368,7 +368,7 @@ def test_watching_copies_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> No
     """A copy to the accelerator in every pass would make the host wait for it."""
     model = build("llama")
     monitor = Monitor(model, TOKENIZER, vector_at(model, TWO), neutral=NEUTRAL)
-    monitor._scale("prompt_last"), monitor._scale("response_mean")
+    monitor.scale("prompt_last"), monitor.scale("response_mean")
     copied: list[str] = []
     plain = Tensor.to
 

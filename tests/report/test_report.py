@@ -29,7 +29,7 @@ from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
-from steerkit.report import html as report_file
+from steerkit.report import gather as report_file
 from steerkit.report import plots
 from steerkit.report.comparison import comparison_html
 from steerkit.report.evidence import Evidence
