@@ -1,5 +1,7 @@
-"""Does it hold? `contract` checks a method, `doctor` a model and the libraries around it, `planning` says beforehand
-what steering will touch, need and cost.
+"""Whether steering holds what it promises, and what it would do.
+
+`contract` checks a method on any model, `doctor` a model and the libraries around it, `planning` says beforehand which
+modules would be written, how strongly, and what memory and time that takes.
 """
 
 from __future__ import annotations

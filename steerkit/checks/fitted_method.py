@@ -63,6 +63,12 @@ class FittedMethod:
         """Ids and mask of the check's texts in one padded batch, in their order.
 
         Of a gated method the middle one is a prompt it was fitted on, and one token: a gate may pass over the others.
+
+        Args:
+            side: where the pads are.
+
+        Returns:
+            [b, t] ids and [b, t] mask.
         """
         rendered = [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
         if self.method.editor(self.vector) is not None:

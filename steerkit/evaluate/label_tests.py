@@ -17,7 +17,13 @@ _CHUNK = 1000
 
 
 class Compared(NamedTuple):
-    """A feature's values on both sides, compared."""
+    """A feature's values on both sides, compared.
+
+    Attributes:
+        auc: how often the positive side has more.
+        p: how often chance alone separates as well.
+        tied: whether some values of both sides are the same.
+    """
 
     auc: float
     p: float
@@ -25,7 +31,13 @@ class Compared(NamedTuple):
 
 
 def compare_numbers(positive: Sequence[float], negative: Sequence[float], *, paired: bool) -> Compared | None:
-    """AUC and p of numbers; None where the sides have the same."""
+    """AUC and p of numbers; None where the sides have the same.
+
+    Args:
+        positive: one number per item.
+        negative: one number per item.
+        paired: whether items of the same place belong together.
+    """
     from scipy import stats  # here, because it takes half a second to import
 
     if paired:
@@ -43,7 +55,13 @@ def compare_numbers(positive: Sequence[float], negative: Sequence[float], *, pai
 
 
 def compare_words(positive: Sequence[str], negative: Sequence[str], *, paired: bool) -> Compared | None:
-    """AUC and p of predictions from the other items; None where the sides have the same words."""
+    """AUC and p of predictions from the other items; None where the sides have the same words.
+
+    Args:
+        positive: one word per item.
+        negative: one word per item.
+        paired: whether items of the same place belong together.
+    """
     if list(positive) == list(negative) if paired else sorted(positive) == sorted(negative):
         return None
     index = {word: number for number, word in enumerate(sorted({*positive, *negative}))}

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness on a steered model: its tasks, its prompts, its metrics, inside steerkit's own context.
+"""The LM Evaluation Harness on a steered model: its tasks, its prompts, its metrics, inside a steering context.
 
-The harness (`pip install 'steerkit-hf[lm-eval]'`) is given the model as it is, wrapped by its `HFLM`, so that every
+It (`pip install 'steerkit-hf[lm-eval]'`) is given the model as it is, wrapped by its `HFLM`, so that every
 method works and nothing is translated into a foreign format. What it does with the model decides what can be right:
 
     loglikelihood, loglikelihood_rolling, multiple_choice    model(ids): right-padded rows, no attention mask
@@ -47,7 +47,7 @@ def evaluate_tasks(
     apply_chat_template: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Run tasks of lm-evaluation-harness, steered where a vector is given.
+    """Run tasks of the LM Evaluation Harness, steered where a vector is given.
 
     The model, the tokenizer, the random states and the environment are left as they were.
 
@@ -68,7 +68,7 @@ def evaluate_tasks(
         seed: of few-shot examples and of sampling tasks, 0 to 2**32 - 1.
 
     Returns:
-        JSON-like: `tasks` (task to metric to `value` and `stderr`, null where the harness gives no finite number; a
+        JSON-like: `tasks` (task to metric to `value` and `stderr`, null where lm_eval gives no finite number; a
         metric behind a filter is called ``metric,filter``), `n` (items of each task), `num_fewshot`, `versions`; with
         `baseline` also `baseline` (as `tasks`) and `difference` (steered - unsteered; its `stderr` is that of the
         paired differences, null for metrics that are no mean over items).
@@ -76,7 +76,7 @@ def evaluate_tasks(
     Raises:
         ScopeError: a scope other than `all`.
         StrengthError: one strength per row, or what `steer` refuses.
-        DataError: no tasks, a baseline where there is no vector, an argument out of range, or the harness refuses a task.
+        DataError: no tasks, a baseline where there is no vector, an argument out of range, or lm_eval refuses a task.
         UnknownNameError: no task of that name.
         SteerError: lm-eval is not installed, or the model cannot be steered (see `steer`).
     """
@@ -115,7 +115,7 @@ def check_steering(
     strength: float | None = None,
     scope: str | None = None,
 ) -> list[SteeringVector]:
-    """Refuse what cannot be right under the harness, before anything is loaded.
+    """Refuse what cannot be right under lm_eval, before anything is loaded.
 
     Args:
         vector: one vector or several.

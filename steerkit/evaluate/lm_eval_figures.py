@@ -55,7 +55,7 @@ def _name(metric: str, chosen: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, else None; the harness writes "N/A" where it has none."""
+    """A finite number, else None; lm_eval writes "N/A" where it has none."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -22,7 +22,7 @@ __all__ = ["left_as_it_was", "load_evaluator", "task_manager", "wrapped_model"]
 
 
 def load_evaluator() -> Any:
-    """The harness's `simple_evaluate`.
+    """`lm_eval`'s function that runs tasks.
 
     Raises:
         SteerError: it is not installed.
@@ -31,7 +31,7 @@ def load_evaluator() -> Any:
         from lm_eval.evaluator import simple_evaluate
     except ImportError as error:
         raise SteerError(
-            f"tasks of lm-evaluation-harness need lm-eval ({error}); pip install 'steerkit-hf[lm-eval]'"
+            f"tasks of the LM Evaluation Harness need lm-eval ({error}); pip install 'steerkit-hf[lm-eval]'"
         ) from None
     return simple_evaluate
 
@@ -51,7 +51,7 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
             raise DataError(f"{folder}: is no folder; give one with task files (.yaml)")
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(own.all_subtasks):
-            return own  # the harness's own files need not be read, which takes seconds
+            return own  # lm_eval's own files need not be read, which takes seconds
     manager = TaskManager(include_path=folder)
     for name in names:
         if name not in manager.all_tasks:
@@ -63,10 +63,10 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def wrapped_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
-    """The model as the harness wants it, with a copy of the tokenizer, whose pad token it sets.
+    """The model as lm_eval wants it, with a copy of the tokenizer, whose pad token it sets.
 
     Raises:
-        DataError: a tokenizer without an end-of-text token, which the harness needs.
+        DataError: a tokenizer without an end-of-text token, which lm_eval needs.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -85,7 +85,7 @@ def wrapped_model(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
 
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back what the harness sets: random states, variables of the environment, whether modules train."""
+    """Put back what lm_eval sets: random states, variables of the environment, whether modules train."""
     import numpy
 
     environment = dict(os.environ)

@@ -122,17 +122,36 @@ class Refits:
 
 
 def direction_at(method: Method, vector: SteeringVector, site: Site) -> Tensor | None:
+    """Find a vector's direction at a site.
+
+    Args:
+        method: of the vector.
+        vector: the vector.
+        site: where.
+
+    Returns:
+        [d] float64; None where there is no single direction.
+    """
     direction = method.direction(vector.params(site))
     return None if direction is None else direction.double()
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
-    """Cosine between two directions [d]; nan where one has no length."""
+    """Cosine between two directions; nan where one has no length.
+
+    Args:
+        one: [d] float64.
+        other: [d] float64.
+    """
     return float(torch.dot(one, other) / (one.norm() * other.norm()))
 
 
 def estimate_of(values: list[float]) -> Estimate:
-    """Mean and the quantiles that hold 95 % of the draws."""
+    """Mean and the quantiles that hold 95 % of the draws.
+
+    Args:
+        values: one per draw.
+    """
     drawn = torch.tensor(values, dtype=torch.double)
     return Estimate(float(drawn.mean()), float(drawn.quantile(TAIL)), float(drawn.quantile(1 - TAIL)))
 

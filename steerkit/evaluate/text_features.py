@@ -30,6 +30,15 @@ class Item(NamedTuple):
 
 
 class Number(NamedTuple):
+    """A feature that is a number.
+
+    Attributes:
+        name: of the feature.
+        kind: length, position or format.
+        phrase: what items with more of it do, in words.
+        of: gives the number of an item.
+    """
+
     name: str
     kind: Literal["length", "position", "format"]
     phrase: str
@@ -37,12 +46,27 @@ class Number(NamedTuple):
 
 
 class Category(NamedTuple):
+    """A feature that is one of several words, such as the first word.
+
+    Attributes:
+        name: of the feature.
+        phrase: what such a word does with an item, in words.
+        of: gives the word of an item.
+    """
+
     name: str
     phrase: str
     of: Callable[[Item], str]
 
 
 def item_of(item: Conversation, rendered: Rendered, plan: Readout | None) -> Item:
+    """What is compared of a conversation: its answer, else its prompt with its system prompt.
+
+    Args:
+        item: the conversation.
+        rendered: the same as the model reads it.
+        plan: which tokens will be read; None leaves their place out.
+    """
     read = None if plan is None else plan.tokens(rendered)[0]
     start = rendered.prompt_length
     if item.answer is not None:
@@ -55,7 +79,11 @@ def item_of(item: Conversation, rendered: Rendered, plan: Readout | None) -> Ite
 
 
 def features(is_read: bool) -> list[Number | Category]:
-    """Everything that is compared, in the order of the kinds."""
+    """Everything that is compared, in the order of the kinds.
+
+    Args:
+        is_read: whether it is known which token will be read.
+    """
     counted = {
         "line breaks": lambda text: text.count("\n"),
         "list lines": _list_lines,

@@ -99,10 +99,10 @@ def interference(
     listed = named(vectors)
     if strengths is not None and len(strengths) != len(listed):
         raise DataError(f"{len(strengths)} strengths for {len(listed)} vectors; give as many, or none")
-    doses = [None] * len(listed) if strengths is None else strengths
+    given = [None] * len(listed) if strengths is None else strengths
     used = {
-        name: vector.at(strength=_strength(name, vector) if dose is None else dose)
-        for (name, vector), dose in zip(listed.items(), doses, strict=True)
+        name: vector.at(strength=_strength(name, vector) if strength is None else strength)
+        for (name, vector), strength in zip(listed.items(), given, strict=True)
     }
     for vector in used.values():
         vector.check(setup.model, setup.tokenizer)

@@ -22,7 +22,13 @@ _PREFIX = "base_model.model."
 
 
 def write_files(model: Any, parts: AdapterParts, folder: Path) -> None:
-    """`adapter_config.json` and `adapter_model.safetensors`."""
+    """Write `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        model: the transformers model.
+        parts: the pieces of the adapter.
+        folder: where they go.
+    """
     from peft import LoraConfig
     from safetensors.torch import save
 
@@ -86,7 +92,19 @@ def _widths(module: Any) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def loaded_adapter(model: Any, parts: AdapterParts, folder: Path) -> Iterator[nn.Module]:
-    """The model with the adapter, as anybody would load it; afterwards it is as it was."""
+    """The model with the adapter, as anybody would load it; afterwards it is as it was.
+
+    Args:
+        model: the transformers model.
+        parts: what the adapter has to hold.
+        folder: where it lies.
+
+    Yields:
+        The model with the adapter on it.
+
+    Raises:
+        SiteError: peft refuses the adapter, or leaves out a module of it.
+    """
     from peft import PeftModel
 
     attributes, modules = set(vars(model)), dict(model.named_modules())

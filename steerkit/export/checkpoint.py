@@ -65,7 +65,7 @@ def write_checkpoint(
     Args:
         model: the transformers model whose weights these are, for their dtypes and the names they have in files.
         shapes: name in the model to shape, of all that is written.
-        read: gives the values of one of them.
+        read: gives the values [...] of one of them, by its name.
         folder: where, already made.
         shard_bytes: the size at which a new file begins.
 

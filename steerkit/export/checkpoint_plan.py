@@ -151,7 +151,16 @@ def _written(made: Any) -> dict[str, torch.Size]:
 
 
 def planned_value(model: nn.Module, plan: CheckpointPlan, name: str) -> Tensor:
-    """One tensor of the checkpoint; changed in float32 and rounded once."""
+    """One tensor of the checkpoint; changed in float32 and rounded once.
+
+    Args:
+        model: with the old values.
+        plan: what the checkpoint holds.
+        name: of a parameter or buffer.
+
+    Returns:
+        [...] in the dtype that is stored.
+    """
     old, dtype = stored(model, name), stored_dtype(model, name)
     change = plan.changes.get(name)
     with torch.no_grad():

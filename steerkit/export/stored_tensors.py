@@ -21,7 +21,7 @@ def stored(model: nn.Module, name: str) -> Tensor | None:
         name: of a parameter or buffer; a bias may be absent.
 
     Returns:
-        The tensor, or None where it is absent.
+        [...] as the model has it, or None where it is absent.
 
     Raises:
         ModelError: it has no values anywhere.

@@ -1,5 +1,8 @@
-"""Reading a model that runs: `Monitor` scores prompts and answers and watches generation, `explain` tells what a gate
-would decide, `shift` compares a finetuned model or its data with the model before, `token_heat` colours tokens.
+"""Reading a model along a vector's direction, while it runs and after finetuning.
+
+`monitor` scores prompts and answers, `watched` reads while the model generates, `decisions` tells what a gate would
+decide, `shift` compares a finetuned model with the model before, `difference` a data set with the model's own answers,
+`token_heat` gives every token its number.
 """
 
 from __future__ import annotations

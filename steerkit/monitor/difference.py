@@ -1,4 +1,4 @@
-"""Projection difference: how far finetuning on a data set would move a model along a vector, before anything is trained.
+"""Projection difference: how far a data set would move a model along a vector, before anything is trained.
 
     difference(x, y) = (a(x, y) - a(x, y')) . u          a: mean over answer tokens, y' the model's own answer to x
 

@@ -1,5 +1,8 @@
-"""From the name of a trait to a vector: `traits` is the specification, `drafting` writes one, `rollouts` lets the model
-play it, `filtering` keeps what shows it, `choice` and `pipeline` make the vector, `watching` the one to watch with.
+"""From the name of a trait to a vector for it.
+
+`traits` is the specification and `drafting` has one written, `rollouts` lets the model play the trait, `scores` and
+`filtering` keep the answers that show it, `vector_choice` fits the vector, `watching` one that sees the trait coming;
+`pipeline` does all of it in one folder.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def pairs_jsonl(spec: TraitSpec, rows: Sequence[Rollout], *, folded: bool = Fals
     """Rollouts as the lines of a contrast set, the rows of held-out questions marked.
 
     A line has the question, both system prompts and both answers. Where there is no system turn, lines to extract from
-    have two prompts instead of one, and held-out lines the question without a system prompt: both answers have to follow
-    the same prompt for one to be preferred.
+    have two prompts instead of one, and held-out lines the question without a system prompt: both answers have to
+    follow the same prompt for one to be preferred.
 
     Args:
         spec: of the trait.

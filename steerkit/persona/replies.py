@@ -56,7 +56,12 @@ def _is_text(text: str) -> bool:
 
 
 def opposite_in(reply: str, trait: str) -> str | None:
-    """What the opposite assistant is called: something else than the trait's."""
+    """What the opposite assistant is called: something else than the trait's.
+
+    Args:
+        reply: of the model.
+        trait: the trait's name.
+    """
     for found in _objects(_said(reply)):
         name = _clean(found.get("opposite"))
         if name and len(name) <= 40 and name.casefold() != " ".join(trait.casefold().split()):
@@ -65,6 +70,11 @@ def opposite_in(reply: str, trait: str) -> str | None:
 
 
 def pairs_in(reply: str) -> Iterator[Instruction]:
+    """Pairs of instructions: objects with both sides, wherever they stand in the reply.
+
+    Args:
+        reply: of the model.
+    """
     for outer in _objects(_said(reply)):
         for found in _inner(outer):
             sides = [_clean(found.get(side, found.get(side[:3]))) for side in _SIDES]
@@ -73,7 +83,11 @@ def pairs_in(reply: str) -> Iterator[Instruction]:
 
 
 def questions_in(reply: str) -> Iterator[str]:
-    """Texts of a JSON list, whole or cut off; where there is none, the items of a list of lines."""
+    """Texts of a JSON list, whole or cut off; where there is none, the items of a list of lines.
+
+    Args:
+        reply: of the model.
+    """
     said = _said(reply)
     start = said.find("[")
     if start >= 0:
@@ -92,7 +106,11 @@ def _unquoted(text: str) -> str:
 
 
 def scale_in(reply: str) -> dict[str, str]:
-    """What is there of the rubric's parts."""
+    """What is there of the rubric's parts.
+
+    Args:
+        reply: of the model.
+    """
     wanted = ("counts", "does_not_count", *map(str, SCALE))
     parts: dict[str, str] = {}
     for found in _objects(_said(reply)):

@@ -1,5 +1,6 @@
-"""Recipes: one TOML file says which data, model and method make a vector, and how it is meant to be used. `recipe` reads
-one and fits its vector, `parts` are its tables, `checking` refuses mistakes before a model is loaded.
+"""Recipes: one TOML file says which data, model and method make a vector, and how it is meant to be used.
+
+`recipe` reads one and fits its vector, `parts` are its tables, `checking` refuses mistakes before a model is loaded.
 """
 
 from __future__ import annotations

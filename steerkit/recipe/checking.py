@@ -21,6 +21,15 @@ __all__ = ["check_keys", "check_meaning", "check_title", "part_of"]
 
 
 def check_title(path: Path, text: Mapping[str, Any]) -> None:
+    """Refuse a title or a default of another type.
+
+    Args:
+        path: of the file, for the message.
+        text: what TOML gave.
+
+    Raises:
+        RecipeError: one is.
+    """
     if not isinstance(text.get("title", ""), str):
         raise RecipeError(f"{path}: title = {text['title']!r}: a text is wanted")
     if not isinstance(text.get("default", False), bool):
@@ -28,7 +37,15 @@ def check_title(path: Path, text: Mapping[str, Any]) -> None:
 
 
 def check_meaning(path: Path, recipe: Recipe) -> None:
-    """What each value may be beyond its type, so that a mistake is told before a model is loaded."""
+    """What each value may be beyond its type, so that a mistake is told before a model is loaded.
+
+    Args:
+        path: of the file, for the message.
+        recipe: read, its types checked.
+
+    Raises:
+        RecipeError: a value means nothing, or two do not go together.
+    """
     method, apply = recipe.method, recipe.apply
     if method.layers is not None and method.sites is not None:
         raise RecipeError(f"{path}: [method] has both layers and sites; give one of them")
@@ -58,6 +75,20 @@ def check_meaning(path: Path, recipe: Recipe) -> None:
 
 
 def part_of(path: Path, name: str, kind: type, given: Any) -> Any:
+    """Make one table of a recipe, its keys and types checked.
+
+    Args:
+        path: of the file, for the message.
+        name: of the table.
+        kind: its class.
+        given: what TOML gave; None takes the defaults.
+
+    Returns:
+        An object of the class.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type, or a value that is missing.
+    """
     if given is None:
         given = {}
     if not isinstance(given, dict):
@@ -112,6 +143,17 @@ def _wrong_type(annotation: str, value: Any) -> str | None:
 
 
 def check_keys(path: Path, table: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse unknown keys, with those that are close.
+
+    Args:
+        path: of the file, for the message.
+        table: of the keys; empty for the file itself.
+        given: what TOML gave.
+        known: keys there are.
+
+    Raises:
+        RecipeError: a key is unknown.
+    """
     for key in given:
         if key not in known:
             place = f"[{table}] " if table else ""

@@ -57,7 +57,7 @@ class ApplyPart:
 
 @dataclass(frozen=True)
 class EvaluatePart:
-    """What shows its effect: strengths of the dose-response curve, and questions answered before and after."""
+    """What shows its effect: strengths at which it is measured, and questions answered before and after."""
 
     strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     questions: tuple[str, ...] = ("How was your day?",)

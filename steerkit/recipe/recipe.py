@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,10 @@ class Recipe:
     data: DataPart
     title: str = ""
     default: bool = False
-    model: ModelPart = ModelPart()
-    method: MethodPart = MethodPart()
-    apply: ApplyPart = ApplyPart()
-    evaluate: EvaluatePart = EvaluatePart()
+    model: ModelPart = field(default_factory=ModelPart)
+    method: MethodPart = field(default_factory=MethodPart)
+    apply: ApplyPart = field(default_factory=ApplyPart)
+    evaluate: EvaluatePart = field(default_factory=EvaluatePart)
     source: Path = Path()
 
     @classmethod

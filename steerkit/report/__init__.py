@@ -1,5 +1,7 @@
-"""Evidence on a page: `evidence` is what is shown, `gather` measures it, `html` lays it out, `card` writes the vector's
-Markdown card, `heat_page` shows tokens, `plots` draws.
+"""Everything that was measured of a vector, on one HTML page.
+
+`gather` measures, `evidence` holds the results, `html` lays them out with the pictures of `plots`. `comparison` sets
+methods side by side, `card` writes a vector's Markdown card, `heat_page` shows the tokens of texts.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Evidence:
         strength: the suggested one, else 1.
         neutral: the strength that changes nothing; None where the method has none.
         items: held-out items.
-        curve: dose-response and costs; its effect is the KL divergence where the items have no two answers.
+        curve: effect and costs by strength; its effect is the KL divergence where the items have no two answers.
         warnings: what to know before trusting the figures.
         missing: section to the reason why it is left out.
         layers: separation of the method's direction at every block.
@@ -63,7 +63,7 @@ class Evidence:
     texts: tuple[Texts, ...] = ()
     digests: Mapping[str, str | None] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    plan: EvidencePlan = EvidencePlan()
+    plan: EvidencePlan = field(default_factory=EvidencePlan)
     command: str = ""
 
     @property

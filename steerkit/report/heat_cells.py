@@ -1,4 +1,4 @@
-"""TODO report.heat_cells."""
+"""The heat map of a report: every token with the colour of its projection; and estimates as cells of a table."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def heat_part(evidence: Evidence) -> dict[str, Any] | None:
     }
     means = [float(scores.values[scores.prompt :].mean()) - heat.middle for scores in (heat.baseline, heat.steered)]
     words = (
-        f"Projection of every token on the direction at {heat.baseline.site}, activation units. Both texts are read by the "
-        f"unsteered model, so that the colours show what the words say and not what the edit adds; zero is half-way "
-        f"between the two sides of the held-out items. The unsteered answer lies at {signed(means[0])} on average, "
+        f"Projection of every token on the direction at {heat.baseline.site}, activation units. Both texts are read by "
+        f"the unsteered model, so that the colours show what the words say and not what the edit adds; zero is "
+        f"half-way between the two sides of the held-out items. The unsteered answer lies at {signed(means[0])} on average, "
         f"the steered one at {signed(means[1])}. While steering, its tokens lie {signed(heat.shift)} further along. "
         "Colours of the prompt end at the same scale; its first token often lies far outside."
     )

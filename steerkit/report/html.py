@@ -41,7 +41,7 @@ def report_html(evidence: Evidence) -> str:
         facts=fact_rows(evidence),
         layers=layers_part(evidence),
         projections=projections_part(evidence),
-        dose=strength_part(evidence),
+        by_strength=strength_part(evidence),
         costs=costs_part(evidence),
         pareto=pareto_part(evidence),
         controls=control_rows(evidence),

@@ -13,7 +13,12 @@ __all__ = ["PagePart", "embedded_picture", "json_text", "render_page"]
 
 
 def render_page(template: str, **content: Any) -> str:
-    """One page from a template beside this file."""
+    """Fill a template that lies beside this file.
+
+    Args:
+        template: its name.
+        content: what it shows.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
@@ -36,7 +41,12 @@ class PagePart(NamedTuple):
 
 
 def embedded_picture(svg: str, alt: str) -> Any:
-    """A picture as an image that holds its own data: nothing in it meets the ids and styles of the page."""
+    """A picture as an image that holds its own data: nothing in it meets the ids and styles of the page.
+
+    Args:
+        svg: the picture.
+        alt: what it shows, in words.
+    """
     from markupsafe import Markup, escape
 
     data = base64.b64encode(svg.encode()).decode()
@@ -48,4 +58,9 @@ def _number(value: Any) -> str:
 
 
 def json_text(content: Any) -> str:
+    """Plain data as indented JSON; empty for None.
+
+    Args:
+        content: what JSON can hold.
+    """
     return "" if content is None else json.dumps(content, indent=2, ensure_ascii=False)

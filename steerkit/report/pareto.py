@@ -22,6 +22,11 @@ def pareto_front(spots: Iterable[plots.Spot]) -> list[tuple[float, float]]:
 
 
 def pareto_part(evidence: Evidence) -> PagePart | None:
+    """Effect against KL divergence, with the points that no other beats in both.
+
+    Args:
+        evidence: what was measured.
+    """
     spots = evidence.spots
     if not spots:
         return None

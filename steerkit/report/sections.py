@@ -15,6 +15,11 @@ COSTS = ("kl", "perplexity_ratio", "repetition", "words")
 
 
 def layers_part(evidence: Evidence) -> PagePart | None:
+    """How well a direction fitted at each block separates held-out items.
+
+    Args:
+        evidence: what was measured.
+    """
     if not evidence.layers:
         return None
     own = sorted({Site.parse(site["site"]).layer for site in evidence.vector["sites"]})
@@ -38,6 +43,11 @@ def layers_part(evidence: Evidence) -> PagePart | None:
 
 
 def projections_part(evidence: Evidence) -> PagePart | None:
+    """Held-out items along the vector's own direction.
+
+    Args:
+        evidence: what was measured.
+    """
     found = evidence.projections
     if found is None:
         return None
@@ -54,6 +64,11 @@ def projections_part(evidence: Evidence) -> PagePart | None:
 
 
 def strength_part(evidence: Evidence) -> PagePart | None:
+    """The effect at every strength, beside random directions.
+
+    Args:
+        evidence: what was measured.
+    """
     if not evidence.has_effect:
         return None
     curve = evidence.curve
@@ -85,6 +100,11 @@ def _controls_words(evidence: Evidence) -> str:
 
 
 def costs_part(evidence: Evidence) -> PagePart:
+    """The costs at every strength.
+
+    Args:
+        evidence: what was measured.
+    """
     curve, panels = evidence.curve, []
     for name in COSTS:
         column = curve.points[0][name].column

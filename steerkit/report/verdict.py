@@ -60,6 +60,11 @@ def is_clear(measured: Measured, controls: Sequence[float], sign: int) -> bool:
 
 
 def spots_of(evidence: Evidence) -> list[Spot]:
+    """Effect and KL divergence of every point known: the curve's, and those of the calibration in the file.
+
+    Args:
+        evidence: what was measured.
+    """
     spots = []
     for strength, point in zip(evidence.curve.strengths, evidence.curve.points, strict=True):
         measured = point[evidence.curve.effect]

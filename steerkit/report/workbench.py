@@ -86,7 +86,7 @@ class Workbench:
 
     @cached_property
     def own(self) -> tuple[Site, Tensor] | None:
-        """The vector's first direction, with its site."""
+        """The vector's first direction [d], with its site; None where it has none."""
         try:
             return direction_of(self.vector)
         except DataError:

@@ -1,4 +1,4 @@
-"""Scores, intervals, the dose-response curve, its picture and the card."""
+"""Scores, intervals, the effect by strength, its picture and the card."""
 
 from __future__ import annotations
 

@@ -30,16 +30,16 @@ def of(column: Column, mean: float, half: float = 0.1) -> Measured:
 
 
 def curve() -> Curve:
-    points = tuple({"margin": of(MARGIN, 0.5 * dose), "kl": of(KL, 0.1 * dose**2)} for dose in STRENGTHS)
+    points = tuple({"margin": of(MARGIN, 0.5 * strength), "kl": of(KL, 0.1 * strength**2)} for strength in STRENGTHS)
     return Curve("margin", STRENGTHS, points, ({-2.0: 0.1, 2.0: -0.1}, {-2.0: 0.0, 2.0: 0.2}), 28)
 
 
 def sweep(layers: Sequence[tuple[int, ...]] = ((1,), (1, 2))) -> list[Point]:
     baseline = Point((), None, {"margin": of(MARGIN, 0.0), "kl": of(KL, 0.0)})
     steered = [
-        Point(one, dose, {"margin": of(MARGIN, dose * len(one)), "kl": of(KL, dose**2)})
+        Point(one, strength, {"margin": of(MARGIN, strength * len(one)), "kl": of(KL, strength**2)})
         for one in layers
-        for dose in (2.0, 1.0)
+        for strength in (2.0, 1.0)
     ]
     return [baseline, *steered]
 

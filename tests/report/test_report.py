@@ -57,7 +57,7 @@ PLAN = EvidencePlan(
     new_tokens=8,
 )
 RECIPE = {"name": "days", "evaluate": {"questions": ["Is it?"], "strengths": [-1.0, 1.0]}}
-SECTIONS = ("warnings", "layers", "projections", "dose", "costs", "pareto", "controls", "heat", "texts", "repeat")
+SECTIONS = ("warnings", "layers", "projections", "strength", "costs", "pareto", "controls", "heat", "texts", "repeat")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 

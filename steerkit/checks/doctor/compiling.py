@@ -20,7 +20,14 @@ TIMED = 6
 
 
 def compiled_model(case: Case) -> tuple[Callable[[], Tensor], list[int]]:
-    """One compiled pass over the second text, and a list that grows with each graph."""
+    """One compiled pass over the second text, and a list that grows with each graph.
+
+    Args:
+        case: the model.
+
+    Returns:
+        What runs the pass and gives logits [t, v], and the list.
+    """
     import torch._dynamo
 
     graphs: list[int] = []
@@ -43,7 +50,12 @@ def compiled_model(case: Case) -> tuple[Callable[[], Tensor], list[int]]:
 
 
 def seconds(case: Case, strength: Given) -> float:
-    """How long it takes to generate, planning and attaching not counted."""
+    """How long it takes to generate, planning and attaching not counted.
+
+    Args:
+        case: the model.
+        strength: None for the unsteered model.
+    """
     device = execution_device(case.decoder)
     with case.steered(strength):
         _finish(device)

@@ -16,7 +16,13 @@ __all__ = ["batch_gap", "beside_plain", "plain_of"]
 
 
 def batch_gap(case: Case, side: Literal["left", "right"], strength: Given) -> float:
-    """How far the texts in a padded batch are from each text alone."""
+    """How far the texts in a padded batch are from each text alone.
+
+    Args:
+        case: the model.
+        side: where the pads are.
+        strength: None for the unsteered model.
+    """
     ids, mask = case.rows(side)
     found = case.logits(ids, mask, strength, case.prompts)
     worst = 0.0

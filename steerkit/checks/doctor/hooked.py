@@ -18,7 +18,12 @@ __all__ = ["available", "flat", "watched"]
 
 
 def available(model: nn.Module, layers: Sequence[int]) -> tuple[dict[Site, Tap], dict[str, str]]:
-    """The taps of every kind of site in some blocks, each place once; and why the other kinds are nowhere there."""
+    """The taps of every kind of site in some blocks, each place once; and why the other kinds are nowhere there.
+
+    Args:
+        model: the model.
+        layers: blocks counted from 0.
+    """
     found: dict[tuple[int, str], tuple[Site, Tap]] = {}
     missing = {}
     for kind in KINDS:
@@ -37,7 +42,16 @@ def available(model: nn.Module, layers: Sequence[int]) -> tuple[dict[Site, Tap],
 
 
 def watched(case: Case, taps: dict[Site, Tap], ids: Sequence[int]) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
-    """What stands at each site before and after all other hooks, in one full pass over one row."""
+    """What stands at each site before and after all other hooks, in one full pass over one row.
+
+    Args:
+        case: the model.
+        taps: the sites.
+        ids: of the row.
+
+    Returns:
+        The values before and after, [1, t, d] each, or [t, d] where the module has rows and tokens in one dimension.
+    """
     before: dict[Site, Tensor] = {}
     after: dict[Site, Tensor] = {}
 
@@ -62,5 +76,9 @@ def watched(case: Case, taps: dict[Site, Tap], ids: Sequence[int]) -> tuple[dict
 
 
 def flat(value: Tensor) -> Tensor:
-    """[t, width] of one row."""
+    """Bring a value of one row to [t, width].
+
+    Args:
+        value: [1, t, width] or [t, width].
+    """
     return value.reshape(-1, value.shape[-1])

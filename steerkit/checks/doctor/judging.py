@@ -31,6 +31,9 @@ def judged_rows(
 
     Returns:
         The reason to pass: the gap is small, or it is the baseline model's own and small enough for rounding.
+
+    Raises:
+        Broken: neither.
     """
     case.rows("left")  # a tokenizer that fails is not what a model may lack
     try:
@@ -53,7 +56,17 @@ def judged_rows(
 
 
 def unchanged(case: Case, after: str, found: Tensor, baseline: Tensor) -> str:
-    """Judge an identity that holds bitwise, unless the baseline model does not repeat itself to the bit either."""
+    """Judge an identity that holds bitwise, unless the baseline model does not repeat itself to the bit either.
+
+    Args:
+        case: the model.
+        after: what was done before, in words.
+        found: [b, t, v] logits after it.
+        baseline: [b, t, v] logits before it.
+
+    Returns:
+        The reason to pass.
+    """
     if bitwise(found, baseline):
         return "bitwise the baseline model's logits"
     off, own = largest_gap(found, baseline), largest_gap(case.batch(None), baseline)
@@ -65,7 +78,11 @@ def unchanged(case: Case, after: str, found: Tensor, baseline: Tensor) -> str:
 
 
 def why_baseline_fails(run: Callable[[], object]) -> str | None:
-    """What the same raises on the baseline model; None where it runs."""
+    """What the same raises on the baseline model; None where it runs.
+
+    Args:
+        run: what is tried.
+    """
     try:
         run()
     except Exception as error:  # noqa: BLE001 - models say in many ways that they lack something
@@ -74,6 +91,15 @@ def why_baseline_fails(run: Callable[[], object]) -> str | None:
 
 
 def hold(condition: bool, reason: str) -> None:
+    """Fail a check unless something holds.
+
+    Args:
+        condition: what has to hold.
+        reason: what was seen where it does not.
+
+    Raises:
+        Broken: it does not hold.
+    """
     if not condition:
         raise Broken(reason)
 

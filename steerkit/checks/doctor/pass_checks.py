@@ -86,7 +86,7 @@ def neutral(case: Case) -> str:
 
 
 def removal(case: Case) -> str:
-    """After a context, and after an error in a pass inside one, logits, hooks and state dict are the baseline model's."""
+    """After a context, and after an error inside one, logits, hooks and state dict are the baseline model's."""
     baseline, hooks, keys = case.batch(None), hooks_of(case.model), list(case.model.state_dict())
     case.batch(1.0)
     hold(hooks_of(case.model) == hooks, "a hook stayed after the context")

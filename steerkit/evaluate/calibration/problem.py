@@ -1,4 +1,4 @@
-"""What a calibration works on: the split of the items, the candidates, the ladder of strengths, and what is measured."""
+"""What a calibration works on: the split of the items, the layers and strengths to try, and what is measured."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Calibration:
         points: everything tried on the validation split.
         chosen: figures of the chosen point on the validation split.
         confirmed: the same on the held-out items, and other neutral texts.
-        curve: dose-response on the held-out items, with random directions.
+        curve: effect by strength on the held-out items, with random directions.
         shuffled: effects of fits on shuffled labels, rescaled to the same norm, at the suggested strength.
         search: how it was looked for.
         refits: how stable the direction is on other items, as plain data.

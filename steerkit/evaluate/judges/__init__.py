@@ -1,5 +1,7 @@
-"""Grading answers by a language model: `scale` reads its number, `endpoint` asks one over HTTP, `local` one in this
-process, `judging` chooses and runs it.
+"""Answers graded by a language model.
+
+`rubric` fills in what is to be rated, `endpoint` asks a model over HTTP and `local` one in this process, `scale` reads
+the number out of the reply, `judging` finds a judge by its name and runs it.
 """
 
 from __future__ import annotations

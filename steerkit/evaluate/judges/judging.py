@@ -1,4 +1,4 @@
-"""TODO evaluate.judges.judging."""
+"""A judge by its name, and its scores of many prompts as one tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Plots, by what they show: curves and intervals, scatter, maps of parts, tokens; `style` is what they share."""
+"""Pictures, one file for each kind.
+
+`curves` (effect by strength), `costs`, `scatter` (effect against cost), `separation` (two sides of the data), `maps`
+(parts of the model) and `tokens`; `drawing` is what they share.
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ __all__ = ["curve_svg", "plot_curve", "plot_sweep"]
 
 
 def plot_curve(curve: Curve, path: str | Path, *, title: str, unit: str = "paper") -> Path:
-    """Draw a dose-response curve with its interval and the random directions beside it.
+    """Draw the effect over strengths with its interval and the random directions beside it.
 
     Args:
         curve: what to draw.

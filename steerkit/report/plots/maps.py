@@ -1,4 +1,4 @@
-"""TODO report.plots.maps."""
+"""Maps of parts over layers, such as how strongly each attention head is edited."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO report.plots.tokens."""
+"""Texts as a picture with a colour behind every token."""
 
 from __future__ import annotations
 
