@@ -64,7 +64,7 @@ def edits_of(
     options: dict[str, Any],
     tokenizer: Any,
 ) -> tuple[list[PlannedEdit], list[str]]:
-    """One vector at its sites, and what is wrong with it."""
+    """Plan one vector at each of its sites, and say why where that cannot be done."""
     try:
         vector.check(model, tokenizer)
     except SteerError as error:

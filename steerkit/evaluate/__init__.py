@@ -2,7 +2,7 @@
 
 `setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `curve`, `sweeps` and
 `calibration` look for a strength, `controls` and `confounding` doubt what was found, `compare` sets methods side by
-side, `together` tells whether several vectors disturb each other, `lm_eval` runs the tasks of the LM Evaluation Harness.
+side, `together` tells whether several vectors disturb each other, `lm_eval` runs tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations

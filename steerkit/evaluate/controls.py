@@ -104,7 +104,7 @@ def refits_of(
     resamples: int = 50,
     seed: int = 0,
 ) -> Refits:
-    """The same from activations that have been read.
+    """Fit the vector's method again on rearranged rows of activations that have been recorded.
 
     Args:
         acts: both sides at the vector's sites, one row per item.

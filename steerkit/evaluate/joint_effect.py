@@ -56,7 +56,7 @@ class Effect:
 
     @property
     def interferes(self) -> bool:
-        """Whether the interval of the interaction leaves out what no interaction would be."""
+        """Whether the interaction's interval excludes the value that means no interaction."""
         none = 1.0 if self.column.scale == "log" else 0.0
         return not self.interaction.low <= none <= self.interaction.high
 
@@ -85,7 +85,7 @@ def effects_of(
     scorer: Scorer,
     seed: int,
 ) -> list[Effect]:
-    """Every column of one scorer on one set of items."""
+    """Measure one scorer's figures on one set of items: each vector alone, and all of them together."""
     baseline = None if scorer.against_baseline else scorer.score(setup.baseline)
     alone = {name: scorer.score(setup.trial(vector)) for name, vector in vectors.items()}
     joint = scorer.score(setup.trial(list(vectors.values())))

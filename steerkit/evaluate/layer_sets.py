@@ -36,7 +36,7 @@ def parse_candidates(text: str, num_layers: int) -> list[tuple[int, ...]]:
 def default_candidates(
     method: type[Method], num_layers: int, extra: Sequence[Sequence[int]] = ()
 ) -> list[tuple[int, ...]]:
-    """What else is worth trying, and the sets of layers that the method names.
+    """List the sets of layers worth trying: those given, then those that the method suggests.
 
     Args:
         method: the method.

@@ -12,7 +12,12 @@ __all__ = ["report_of"]
 
 
 def report_of(after: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Plain data for JSON."""
+    """Bring the results of one run, or of a steered and an unsteered one, into plain data for JSON.
+
+    Args:
+        after: what lm_eval gave for the steered model.
+        before: the same for the unsteered model; None where it was not run.
+    """
     metrics = _metrics(after)
     report: dict[str, Any] = {"tasks": metrics}
     if before is not None:

@@ -22,7 +22,7 @@ __all__ = ["left_as_it_was", "load_evaluator", "task_manager", "wrapped_model"]
 
 
 def load_evaluator() -> Any:
-    """`lm_eval`'s function that runs tasks.
+    """Import the function of lm_eval that runs tasks.
 
     Raises:
         SteerError: it is not installed.
@@ -37,7 +37,7 @@ def load_evaluator() -> Any:
 
 
 def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
-    """What knows the task files.
+    """Load lm_eval's index of tasks, with those of another folder beside them.
 
     Raises:
         DataError: there is no such folder.

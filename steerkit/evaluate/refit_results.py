@@ -62,7 +62,7 @@ class Refits:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def matched(self) -> tuple[SteeringVector, ...]:
-        """The vectors of shuffled labels with the directions' lengths of the vector itself, site by site.
+        """Rescale the vectors of shuffled labels to the length of the vector's own directions, site by site.
 
         So both comparisons can be made: as fitted, and at equal size. Tensors that are no directions stay as fitted.
         Those of `same_axis` are left out.
@@ -87,7 +87,7 @@ class Refits:
         return bool(cosines) and min(map(abs, cosines)) > SAME_AXIS
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data; a shuffled vector is told by its length in parts of the vector's, and by its cosine to it."""
+        """Plain data; of each vector of shuffled labels its relative length and its cosine to the vector."""
         if self.reason is not None:
             return {"reason": self.reason}
         method = method_of(self.vector)

@@ -132,12 +132,12 @@ class Setup:
 
     @cached_property
     def roles(self) -> Roles:
-        """Whose words a token is, for scopes by role."""
+        """Finds the role (system, user, assistant) that each token belongs to, for scopes by role."""
         return Roles(self.tokenizer)
 
     @cached_property
     def asked(self) -> tuple[Conversation, ...]:
-        """The prompts that texts are generated from, without answers and without a contrast in the system prompt.
+        """The prompts to generate from, without answers and without a system prompt that differs between sides.
 
         Raises:
             DataError: there are none.
@@ -159,7 +159,7 @@ class Setup:
 
     @cached_property
     def pairs(self) -> tuple[tuple[Rendered, Rendered], ...]:
-        """Of each item of the data both answers to its one prompt; a contrast in the system prompt is left out.
+        """Both answers to each prompt of the data, rendered; a system prompt that differs between sides is left out.
 
         A system prompt that both sides share stays.
 
@@ -185,7 +185,7 @@ class Setup:
         return tuple(neutral_texts() if self.neutral is None else self.neutral)
 
     def keep(self, text: Rendered, logits: Tensor) -> Tensor:
-        """Keep what the baseline model predicts for a text, while there is room; the next strength asks for it again.
+        """Keep the unsteered model's logits for a text, while there is room, because every strength needs them.
 
         Args:
             text: the text.
@@ -209,7 +209,7 @@ class Setup:
 
 
 def shared_system(side: Conversation, other: Conversation) -> str | None:
-    """The system prompt of both sides; None where they have none, or a contrast in it.
+    """The system prompt that both sides share; None where they have none, or different ones.
 
     Args:
         side: one side of an item.

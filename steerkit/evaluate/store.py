@@ -14,7 +14,7 @@ __all__ = ["Store"]
 
 
 class Store:
-    """Rows of figures by what they depend on, in a file that grows line by line.
+    """Measured figures in a file that grows line by line, found again by a digest of all they depend on.
 
     A line that a killed run left torn is not read. A row is found again only if nothing it depends on has changed:
     weights, precision, revision, template, vocabulary, library versions, every text, the vector, the strength, the

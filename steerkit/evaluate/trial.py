@@ -35,7 +35,7 @@ __all__ = ["Answer", "Trial"]
 
 
 class Answer(NamedTuple):
-    """What the model thinks of one answer that it is shown (teacher forcing).
+    """The model's predictions for one answer that it is shown (teacher forcing).
 
     Attributes:
         row: which of the texts.
@@ -124,7 +124,7 @@ class Trial:
         )
 
     def answers(self, rendered: Sequence[Rendered], *, beside: bool = False) -> Iterator[Answer]:
-        """Show the model texts with answers, and give what it predicts for every answer token.
+        """Run the model over texts with answers, and give its logits for every answer token.
 
         Args:
             rendered: texts with answers; what is called an answer here is all from `prompt_length` on.

@@ -92,7 +92,7 @@ def _widths(module: Any) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def loaded_adapter(model: Any, parts: AdapterParts, folder: Path) -> Iterator[nn.Module]:
-    """The model with the adapter, as anybody would load it; afterwards it is as it was.
+    """Load the adapter onto the model with peft; after the context the model is as it was.
 
     Args:
         model: the transformers model.

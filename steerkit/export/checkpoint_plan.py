@@ -47,7 +47,7 @@ class CheckpointPlan:
 
 @contextlib.contextmanager
 def untied_parameters(model: nn.Module) -> Iterator[None]:
-    """Let each use of a shared parameter be a parameter of its own for a while, without copying its values."""
+    """Inside the context, give each use of a shared parameter a parameter of its own that has the same memory."""
     seen: set[int] = set()
     undo: list[tuple[nn.Module, str, nn.Parameter]] = []
     for name, value in list(model.named_parameters(remove_duplicate=False)):

@@ -15,7 +15,7 @@ _MAX_RANK = 256
 
 
 def low_rank(change: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """Take a matrix of low rank apart.
+    """Factorise a matrix of low rank into two thin ones.
 
     Args:
         change: [..., o, i] float32, the difference of two matrices.

@@ -14,7 +14,7 @@ __all__ = ["stored", "stored_dtype"]
 
 
 def stored(model: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer, read in where accelerate has put it on the processor's memory or the disk.
+    """Give a parameter or buffer, read in where accelerate has offloaded it to CPU memory or the disk.
 
     Args:
         model: the transformers model.

@@ -14,7 +14,7 @@ Change = Callable[[Tensor | None], Tensor]
 
 
 def changes_of(updates: Sequence[WeightUpdate]) -> dict[str, Change]:
-    """One change for each parameter; where there are several, they act in order.
+    """Combine updates into one change for each parameter; several on one act in order.
 
     Args:
         updates: what `exact_updates` gave.

@@ -18,7 +18,7 @@ KINDS: tuple[Kind, ...] = ("proj", "cos")
 
 
 def conversation_of(item: Item, *, raw: bool = False) -> Conversation:
-    """What is read, from the ways to write it.
+    """Bring a prompt, a chat or a JSON object into one form, a conversation.
 
     Args:
         item: a prompt, a chat (which may end with its answer), a conversation, or an object with `prompt` (perhaps

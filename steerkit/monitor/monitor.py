@@ -49,7 +49,7 @@ __all__ = ["Monitor"]
 
 
 class Monitor:
-    """Reads one vector's direction in one model.
+    """Projects a model's activations on a vector's direction.
 
     The neutral texts are read once, when they are first needed, and without any steering.
 
@@ -110,11 +110,11 @@ class Monitor:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where is read."""
+        """The sites that are read."""
         return tuple(self._directions)
 
     def score(self, items: Sequence[Item], *, raw: bool = False) -> Tensor:
-        """One number per item.
+        """Score every item: how far it lies along the direction.
 
         Inside a `steer` context the steered model is read, after the edit where a site is written; scopes that depend
         on the prompt's end then need `prompt_lengths`. The calibration stays that of the unsteered model.
@@ -156,7 +156,7 @@ class Monitor:
         return found
 
     def project(self, rendered: Sequence[Rendered], read: Read) -> Tensor:
-        """Raw numbers, before calibration.
+        """Project activations on the directions, before any calibration.
 
         Args:
             rendered: what is read.
@@ -181,7 +181,7 @@ class Monitor:
         return values
 
     def scaled(self, values: Tensor, *, differences: bool, read: Read | None = None) -> Tensor:
-        """One number of the raw ones of all sites, calibrated where that was asked for.
+        """Combine the projections at all sites into one number, calibrated where that was asked for.
 
         Args:
             values: [..., s].
@@ -203,7 +203,7 @@ class Monitor:
         return (moved / deviation).mean(dim=-1) / scale.joint
 
     def heat(self, item: Item, *, site: Site | str | None = None, raw: bool = False) -> TokenScores:
-        """Every token of a text with its own projection, raw.
+        """Project every token of a text, in activation units.
 
         Args:
             item: see `score`.
@@ -219,7 +219,7 @@ class Monitor:
         return token_projections(self._setup.baseline, rendered, self.vector, site=place, direction=direction)
 
     def middle(self, site: Site | str | None = None) -> float:
-        """Where the tokens of neutral texts lie: the mean projection of all but each text's first, answers included.
+        """Find the mean projection of the tokens of neutral texts, answers included, each text's first token left out.
 
         It is raw and counts tokens as `heat` shows them, whatever the monitor reads.
 
@@ -241,7 +241,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def watch(self, callback: Callable[[Step], object] | None = None) -> Iterator[Watched]:
-        """Read while `model.generate` runs, whoever calls it.
+        """Read the model while its `generate` runs, whoever calls it.
 
         What is read is the value as it flows on: at a site that is being steered, the one after the edit, whichever
         context was entered first. Whatever `read` is, the prompt's end counts in the scale of `prompt_last` and the
@@ -267,7 +267,7 @@ class Monitor:
             yield watched
 
     def along(self, site: Site, h: Tensor) -> Tensor:
-        """Raw numbers of activations at one site.
+        """Project activations at one site.
 
         Args:
             site: where, under the name that `record` uses.
@@ -297,7 +297,7 @@ class Monitor:
         return contextlib.nullcontext() if clock is None else clock.suspended()
 
     def scale(self, read: Read) -> NeutralScale:
-        """The scale of one way to read, found when it is first asked for.
+        """Find mean and standard deviation over neutral texts, once for each way to read.
 
         Args:
             read: which tokens.

@@ -65,7 +65,7 @@ class Rollout(NamedTuple):
 
 
 def takes_system(tokenizer: Any) -> bool:
-    """Whether the chat template writes a system turn: some refuse it, some drop it, and without a template is none.
+    """Whether the chat template writes system prompts; some templates refuse them or drop them silently.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -88,7 +88,7 @@ def roll_out(
     batch_size: int = 16,
     step: Callable[[int], None] = lambda rows: None,
 ) -> list[Rollout]:
-    """Ask everything that is not answered yet in a file, and give all rows.
+    """Answer every question under both system prompts, as far as a file does not hold the answers yet.
 
     Args:
         model: any decoder-only transformers model.

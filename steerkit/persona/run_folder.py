@@ -39,7 +39,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def keep_spec(spec: TraitSpec, folder: Path) -> None:
-    """Leave the specification with what came of it; a file that somebody wrote by hand stays as it is.
+    """Write the specification beside its results; a file of that name with other content is left alone.
 
     Args:
         spec: of the trait.

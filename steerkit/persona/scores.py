@@ -50,7 +50,7 @@ _CHUNK = 8  # rows that are scored between two writes to the disk
 
 
 class Scores(NamedTuple):
-    """What is known of the rows, two numbers each, positive side first; None where there is none.
+    """The scores of all rows: two numbers each, the positive side first; None where an answer has none.
 
     Attributes:
         judge: who gave them; None where they are margins.

@@ -39,7 +39,7 @@ def check_once(what: str, texts: Sequence[str]) -> None:
 
 
 def check_text(name: str, value: object, *, empty: bool = False) -> None:
-    """Refuse what is no text that can be written down.
+    """Refuse a value that is no text, is empty, or cannot be encoded.
 
     Args:
         name: of the value, for the message.

@@ -34,7 +34,7 @@ METHOD = "persona"
 def steering_vector(
     pipeline: Pipeline, train: ContrastSet, choosing: ContrastSet | None, confirming: ContrastSet | None, kept: Filtered
 ) -> tuple[SteeringVector, str]:
-    """The vector at the layer that is chosen, taken from the file where nothing it depends on has changed.
+    """Fit the vector at the layer that is chosen, or load it where nothing it depends on has changed.
 
     Args:
         pipeline: the extraction.

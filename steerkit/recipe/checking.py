@@ -37,7 +37,7 @@ def check_title(path: Path, text: Mapping[str, Any]) -> None:
 
 
 def check_meaning(path: Path, recipe: Recipe) -> None:
-    """What each value may be beyond its type, so that a mistake is told before a model is loaded.
+    """Refuse values of the right type that mean nothing or do not go together.
 
     Args:
         path: of the file, for the message.

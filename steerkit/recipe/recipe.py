@@ -207,7 +207,7 @@ class Recipe:
         return replace(self.method, name=name, settings=settings, readout=None)
 
     def kinds(self, part: MethodPart) -> list[str] | None:
-        """Kinds of the sites that the recipe names; None where it names layers, or another method is used.
+        """Kinds of the sites that the recipe names; None where it names layers or the method is another.
 
         Args:
             part: how the vector is fitted.
@@ -216,7 +216,7 @@ class Recipe:
         return None if named is None else list(dict.fromkeys(Site.parse(site).kind for site in named))
 
     def validation(self, method: str | None = None) -> ContrastSet | None:
-        """Items to choose on that a method fitted on one pair leaves free; None for methods fitted on the items.
+        """Training items to choose on, for methods fitted on one pair; None for others, which fit on them.
 
         Args:
             method: another method than the recipe's.
@@ -236,7 +236,7 @@ class Recipe:
         return default_candidates(resolve(method or self.method.name), num_layers, [own] if own else [])
 
     def signed(self, vector: SteeringVector, part: MethodPart) -> SteeringVector:
-        """A vector fitted on this recipe's data, with where it came from written into it.
+        """Write into a vector which recipe and data it came from.
 
         Args:
             vector: the vector.

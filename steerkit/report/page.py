@@ -41,7 +41,7 @@ class PagePart(NamedTuple):
 
 
 def embedded_picture(svg: str, alt: str) -> Any:
-    """A picture as an image that holds its own data: nothing in it meets the ids and styles of the page.
+    """Embed a picture as an image, so that its ids and styles do not mix with those of the page.
 
     Args:
         svg: the picture.

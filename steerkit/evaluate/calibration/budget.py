@@ -32,7 +32,7 @@ class Budget:
                 raise DataError(f"budget: {name} is {value}; give a finite number of at least 0")
 
     def breaks(self, scores: dict[str, Measured]) -> list[str]:
-        """What is outside of the budget, in words; costs that were not measured are not looked at.
+        """List the costs that exceed the budget, in words; a cost that was not measured counts as inside.
 
         Args:
             scores: column name to figure.

@@ -17,7 +17,7 @@ __all__ = ["Choosing"]
 
 
 class Choosing:
-    """The search of one calibration on its way.
+    """The search for layers and strength on the validation split.
 
     Attributes:
         candidates: sets of layers at which the method can be fitted.
@@ -35,7 +35,7 @@ class Choosing:
         self.skipped: dict[str, str] = {}
 
     def drop_impossible(self) -> None:
-        """Leave out candidates at which the method cannot be fitted; say so before the long part, if it is all.
+        """Drop candidates at which the method cannot be fitted, and fail at once if none is left.
 
         Raises:
             FitError: it can be fitted at none of them.
@@ -46,7 +46,7 @@ class Choosing:
             raise FitError(f"calibrate: the method can be fitted at none of the candidates ({reason})")
 
     def is_possible(self, layers: tuple[int, ...]) -> bool:
-        """Whether there is a vector at these layers, and a random control to hold it against.
+        """Whether the method gives a vector at these layers, and a random control to compare it with.
 
         Args:
             layers: blocks counted from 0.
@@ -59,7 +59,7 @@ class Choosing:
         return True
 
     def screened(self) -> list[tuple[int, ...]]:
-        """The candidates that promise most at the KL budget, and the best single blocks together."""
+        """Rank the candidates by effect per KL divergence at one strength; give the best, and single ones together."""
         problem = self._problem
         if len(self.candidates) <= problem.search.finalists:
             return self.candidates
@@ -92,7 +92,7 @@ class Choosing:
         return finalists
 
     def climb(self, layers: tuple[int, ...]) -> list[Point]:
-        """Figures at rising strengths, up to the first that is outside of the budget; those inside.
+        """Measure rising strengths until one exceeds the budget, and give the points inside it.
 
         Without a neutral strength none is weaker than another, and all are tried.
 
@@ -109,7 +109,7 @@ class Choosing:
         return inside
 
     def tried(self, layers: tuple[int, ...], strength: float) -> Point | None:
-        """One point measured and kept; None where it is outside of the budget.
+        """Measure layers at one strength and keep the figures; None where a cost exceeds the budget.
 
         Args:
             layers: where the vector acts.
@@ -125,7 +125,7 @@ class Choosing:
         return None if problem.budget.breaks(scores) else point
 
     def without_loops(self, inside: Sequence[Point]) -> Point | None:
-        """The most effective point whose texts, and those of all weaker strengths, repeat no more than allowed.
+        """Find the most effective point at which texts repeat no more than allowed, nor at any weaker strength.
 
         Args:
             inside: points inside the budget.

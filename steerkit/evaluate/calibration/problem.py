@@ -73,7 +73,7 @@ class Problem:
 
     @cached_property
     def scorers(self) -> list[Scorer]:
-        """The effect's scorer and that of the divergence, once where they are the same."""
+        """The scorer of the effect and that of the KL divergence; one where they are the same."""
         return list({scorer.name: scorer for scorer in (self.scorer, scorer_of("divergence"))}.values())
 
     @cached_property

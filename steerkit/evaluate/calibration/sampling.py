@@ -13,7 +13,7 @@ __all__ = ["sampled_points"]
 
 
 def sampled_points(problem: Problem, choosing: Choosing) -> list[Point]:
-    """Points tried by optuna's sampler under the budget as constraint; those inside.
+    """Let optuna's sampler try points with the budget as its constraint, and give those inside.
 
     Args:
         problem: what is calibrated.

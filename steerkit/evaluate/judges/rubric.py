@@ -13,7 +13,7 @@ _PLACEHOLDER = re.compile(r"(^> ?)?\{(\w+)\}", re.MULTILINE)
 
 
 def fill(rubric: str, values: Mapping[str, str]) -> str:
-    r"""Put texts into a rubric, in one go: what is put in is not looked at again.
+    r"""Replace the placeholders of a rubric; a placeholder inside of a text that is put in stays as it is.
 
     A placeholder behind "> " at the start of its line keeps every line of its text behind such a mark, so that no text
     can pass for the rubric's own words.

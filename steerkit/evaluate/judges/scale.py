@@ -129,7 +129,7 @@ def _of_json(text: str) -> float | None:
 
 
 def broken_up(text: str, special: Iterable[str]) -> str:
-    """A text with a space inside of every special token that it spells out."""
+    """Break up special tokens that a text spells out by a space, so that a tokenizer reads them as plain text."""
     longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
     if not longest_first:
         return text
