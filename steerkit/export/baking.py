@@ -99,7 +99,7 @@ def bake(
             are not those of the hooks; nothing is left behind.
 
     Example:
-        steerkit.export.bake.bake(model, tokenizer, vector.at(scope="all"), "optimistic-model", strength=2.0)
+        steerkit.export.bake(model, tokenizer, vector.at(scope="all"), "optimistic-model", strength=2.0)
     """
     target, listed = Path(out).expanduser(), vectors_of(vectors)
     inner: Any = inner_model(model)

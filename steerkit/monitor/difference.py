@@ -78,7 +78,7 @@ def projection_difference(
 ) -> Difference:
     """Measure how far the answers of a training set lie along a vector from the model's own answers.
 
-    Both are read without what was thought (`steerkit.roles.spoken`); an answer that is nothing else has no number.
+    Thoughts are left out of both (`steerkit.prompts.marks.spoken`); an answer that is nothing else has no number.
 
     Args:
         model: the model that is to be finetuned.

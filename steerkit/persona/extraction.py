@@ -27,7 +27,7 @@ class Extraction:
     Attributes:
         vector: the persona vector, with a suggested strength where one was confirmed.
         file: where it is.
-        monitor: the vector to watch the trait with, before any answer; see `steerkit.watchpoint`.
+        monitor: the vector to watch the trait with, before any answer; see `steerkit.persona.watchpoint`.
         monitor_file: where that is.
         card: of both.
         filtered: which pairs were kept, and why the others were not.

@@ -2,8 +2,8 @@
 
 Chen et al. (2025), "Persona Vectors", arXiv 2507.21509. Every stage leaves a file: `rollouts.jsonl`, `scores.jsonl`,
 `pairs.jsonl` (a contrast set, held-out questions marked), `choice.jsonl`, the vector to steer with, the one to watch
-with (`steerkit.watchpoint`) and a card of both. What is there is not done again, and a run that was killed has lost a
-batch at the most.
+with (`steerkit.persona.watchpoint`) and a card of both. What is there is not done again, and a run that was killed has
+lost a batch at the most.
 
 Where this file departs. The paper steers every layer at one coefficient and takes the highest trait score; here
 `calibrate` screens the blocks at one strength, lets the best of them climb a ladder of strengths inside a budget of

@@ -24,7 +24,7 @@ def endpoint_writer(spec: str, api_key: str | None = None) -> Writer:
 
     Args:
         spec: ``https://host/v1#model-name``.
-        api_key: as for `steerkit.endpoint.Endpoint`.
+        api_key: as for `steerkit._support.endpoint.Endpoint`.
 
     Raises:
         SteerError: the address is none, or no model is named.

@@ -73,7 +73,7 @@ def plot_sweep(points: Sequence[Point], effect: str, path: str | Path) -> Path:
     """Draw a sweep: the effect over strengths, a line for each set of layers, and below it the KL divergence.
 
     Args:
-        points: of `steerkit.evaluate.sweep.sweep`.
+        points: of `steerkit.evaluate.sweep`.
         effect: the column that shows the effect.
         path: a .png, .svg or .pdf file.
 
