@@ -9,8 +9,8 @@ sample is greedy. Rows go to a file batch by batch.
 
 Where this file departs. The paper asks every held-out question under every instruction too; here each is asked under a
 few instructions in turn, because these answers only choose and measure. What a model thinks
-(`steerkit.prompts.marks.THINKING`) is kept in the file and left out of what is read. Where a chat template has no system turn, refuses one or drops it
-without a word, the system prompt is written before the question.
+(`steerkit.prompts.marks.THINKING`) is kept in the file and left out of what is read. Where a chat template has no
+system turn, refuses one or drops it without a word, the system prompt is written before the question.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from steerkit._support.shipped import recipe_path, recipes
-from steerkit.errors import DataError, RecipeError, unknown_name
+from steerkit.errors import DataError, RecipeError
 from steerkit.evaluate.layer_sets import default_candidates
 from steerkit.fitting.fitting import fit
 from steerkit.methods._base import Method
@@ -27,7 +26,7 @@ from steerkit.recipe.checking import check_keys, check_meaning, check_title, par
 from steerkit.recipe.parts import PARTS, ApplyPart, DataPart, EvaluatePart, MethodPart, ModelPart
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Recipe", "find_recipe", "of_behaviour"]
+__all__ = ["Recipe"]
 
 FORMAT = 1
 
@@ -253,35 +252,3 @@ class Recipe:
             recipe=self.name,
             extra={**vector.extra, "recipe": replace(self, method=part).resolved()},
         )
-
-
-def find_recipe(name: str) -> Recipe:
-    """Find a recipe by path, by its file's name, or by its behaviour where one recipe of it is the default.
-
-    Args:
-        name: ``optimism-caa``, ``optimism`` or a path.
-
-    Raises:
-        UnknownNameError: nothing answers to it, or several recipes of the behaviour and none is the default.
-        RecipeError: the file has a mistake in it.
-    """
-    if Path(name).suffix == ".toml":
-        return Recipe.load(name)
-    if name in recipes():
-        return Recipe.load(recipe_path(name))
-    answering = of_behaviour(name)
-    chosen = [recipe for recipe in answering if recipe.default]
-    if len(chosen) == 1:
-        return chosen[0]
-    if answering:
-        raise unknown_name("recipe", name, [recipe.name for recipe in answering])
-    raise unknown_name("recipe", name, recipes())
-
-
-def of_behaviour(behaviour: str) -> list[Recipe]:
-    """The shipped recipes of a behaviour, sorted by name.
-
-    Args:
-        behaviour: such as ``optimism``.
-    """
-    return [recipe for recipe in map(Recipe.load, recipes().values()) if recipe.behaviour == behaviour]
