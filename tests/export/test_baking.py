@@ -479,14 +479,14 @@ def test_a_checkpoint_that_differs_is_withdrawn(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("no")])
-@pytest.mark.parametrize("step", ["stored", "_write_beside", "_loaded_logits", "weights_card"])
+@pytest.mark.parametrize("step", ["planned_value", "_write_beside", "_loaded_logits", "weights_card"])
 def test_nothing_stays_behind(step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = build("gpt2"), []
     real = getattr(baking, step)
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == (4 if step == "stored" else 1):
+        if len(calls) == (4 if step == "planned_value" else 1):
             raise error
         return real(*args, **kwargs)
 
