@@ -14,7 +14,7 @@ import torch
 
 from steerkit.errors import DataError, SiteError, SteerError
 from steerkit.evaluate import store_identity as identity
-from steerkit.evaluate.calibration import search as module
+from steerkit.evaluate.calibration import problem as module
 from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate

@@ -112,7 +112,7 @@ def test_the_scale_is_that_of_neutral_texts() -> None:
 
 
 def test_the_scale_is_that_of_the_bare_model_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerkit.monitor import watched as monitoring
+    from steerkit.monitor import monitor as monitoring
 
     model = build("llama")
     vector = vector_at(model)
