@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError
-from steerkit.evaluate.setup import neutral_texts
+from steerkit.evaluate.neutral import neutral_texts
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import execution_device, find_decoder, inner_model
 from steerkit.prompts.conversation import Conversation
