@@ -34,7 +34,7 @@ from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
-from tests import modes
+from tests import modes, tolerances
 from tests.families import BLOCKS, HIDDEN, build
 from tests.program import Cli
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -276,6 +276,7 @@ def test_steered_activations_and_logits_are_the_reference_s(
 ) -> None:
     group, model = f"e2e.{arch}.{module}", reference(arch)
     vector, prompt = reference_vector(model, arch, module), arrays()["data.prompt_ids"]
+    tolerance = tolerances.tolerance(model, prompt)
     places = [Site(layer, KINDS[module]) for layer in range(vector.num_layers)]
     seen: dict[Site, Tensor] = {}
     largest = float(arrays()[f"e2e.{arch}.logits_base"].abs().max())
@@ -294,7 +295,7 @@ def test_steered_activations_and_logits_are_the_reference_s(
     for site, found in seen.items():
         close(found, arrays()[f"{group}.site_post"][site.layer], tolerance)
     assert torch.equal(out.sequences, arrays()[f"{group}.gen_steered"])
-    close(torch.stack(out.logits, dim=1), arrays()[f"{group}.gen_step_logits"], max(5e-6, tolerance))
+    close(torch.stack(out.logits, dim=1), arrays()[f"{group}.gen_step_logits"], tolerance)
     assert not torch.equal(logits, arrays()[f"e2e.{arch}.logits_base"])
 
 
