@@ -36,6 +36,7 @@ from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
 from tests.families import FAMILIES, build
 from tests.methods.test_every_method import PAIRS, data_for
+from tests.pairwise import pairwise
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -524,8 +525,7 @@ def test_hooks_in_their_slow_form(family: str) -> None:
     assert float((hooked - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("mode", sorted(modes.MODES))
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_oss"])
+@pytest.mark.parametrize(("family", "mode"), pairwise(["llama", "opt", "gpt_oss"], sorted(modes.MODES), strength=1))
 def test_every_way_of_running_gives_what_one_pass_gives(family: str, mode: str) -> None:
     """Rows with strengths of their own, caches, beams, chunks, pads: as for every other method."""
     model, vector = fitted(family)
