@@ -28,10 +28,12 @@ import steerkit
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.evaluate.intervals import Estimate, interval
+from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.scorers._base import Weighted
 from steerkit.evaluate.scorers.divergence import Divergence
 from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
-from steerkit.evaluate.setup import Setup, Trial, neutral_texts
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.trial import Trial
 from steerkit.fitting.fitting import fit, read
 from steerkit.methods.steer2edit import Steer2Edit
 from steerkit.network.decoder import find_decoder

@@ -17,9 +17,11 @@ from typing import Any
 import steerkit
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.curve import random_like
+from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.scoring import Measured, scorer_of
-from steerkit.evaluate.setup import Setup, neutral_texts
-from steerkit.evaluate.sweeps import Store, measure_point
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
+from steerkit.evaluate.sweeps import measure_point
 from steerkit.fitting.fitting import read
 from steerkit.methods.austeer import AUSteer
 from steerkit.prompts.contrast_set import ContrastSet

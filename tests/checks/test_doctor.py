@@ -16,9 +16,10 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
-from steerkit.checks.contract import Finding
 from steerkit.checks.doctor import checks as doctoring
+from steerkit.checks.doctor import cost_checks
 from steerkit.checks.doctor.checks import CHECKS, doctor
+from steerkit.checks.fitted_method import Finding
 from steerkit.cli import doctor as command
 from steerkit.errors import SiteError
 from tests.families import FAMILIES, build
@@ -27,8 +28,8 @@ from tests.tiny_tokenizers import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 # Dynamo unrolls Mamba's scan token by token; a peft model takes its time to be built.
 SLOW = {"mamba", "qwen3_next", "qwen3_moe", "gemma3_vlm", "llama_peft", "mixtral", "gpt_oss", "falcon_new"}
-WITHOUT_SPEED = tuple(check for check in CHECKS if check is not doctoring.speed)
-QUICK = tuple(check for check in WITHOUT_SPEED if check is not doctoring.compile)
+WITHOUT_SPEED = tuple(check for check in CHECKS if check is not cost_checks.speed)
+QUICK = tuple(check for check in WITHOUT_SPEED if check is not cost_checks.compile)
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +293,7 @@ class Breaking(LlamaForCausalLM):
 
 
 def test_a_model_that_does_not_compile_is_no_failure() -> None:
-    finding = examine(llama_as(Breaking), [doctoring.compile])["compile"]
+    finding = examine(llama_as(Breaking), [cost_checks.compile])["compile"]
     assert finding.passed
     assert finding.reason.startswith("the model itself does not compile in one graph: ")
 
@@ -302,7 +303,7 @@ def spoilt(case: Any, spoil: Callable[[torch.Tensor, list[int]], torch.Tensor]) 
     return lambda: spoil(run(), graphs), graphs
 
 
-ORIGINAL = doctoring.compiled_model
+ORIGINAL = cost_checks.compiled_model
 
 
 @pytest.mark.parametrize(
@@ -314,8 +315,8 @@ ORIGINAL = doctoring.compiled_model
     ],
 )
 def test_wrongly_compiled_code_fails(spoil: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctoring, "compiled_model", lambda case: spoilt(case, spoil))
-    finding = examine(build("llama"), [doctoring.compile])["compile"]
+    monkeypatch.setattr(cost_checks, "compiled_model", lambda case: spoilt(case, spoil))
+    finding = examine(build("llama"), [cost_checks.compile])["compile"]
     assert not finding.passed
     assert words in finding.reason
 
@@ -327,7 +328,7 @@ def test_compiled_for_real() -> None:
 
 
 def test_speed_is_a_ratio() -> None:
-    finding = examine(build("llama"), [doctoring.speed])["speed"]
+    finding = examine(build("llama"), [cost_checks.speed])["speed"]
     assert finding.passed, finding
     assert "times as long (median of" in finding.reason
 
@@ -339,10 +340,10 @@ def test_slow_steering_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(strength)
         return 1.0 if strength is None else 2.0
 
-    monkeypatch.setattr(doctoring, "seconds", seconds)
-    finding = examine(build("llama"), [doctoring.speed])["speed"]
+    monkeypatch.setattr(cost_checks, "seconds", seconds)
+    finding = examine(build("llama"), [cost_checks.speed])["speed"]
     assert finding == Finding("speed", False, "steered decoding takes 2.00 times as long as unsteered; allowed 1.5")
-    assert calls == [None, 1.0] * (1 + 3 * doctoring.PAIRS), "interleaved, and tried again before it fails"
+    assert calls == [None, 1.0] * (1 + 3 * cost_checks.PAIRS), "interleaved, and tried again before it fails"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -24,11 +24,13 @@ import torch
 import steerkit
 from steerkit._support.endpoint import KEYS
 from steerkit.errors import DataError, SteerError, UnknownNameError
-from steerkit.evaluate.judges import local
+from steerkit.evaluate.judges import local as judging
 from steerkit.evaluate.judges.endpoint import EndpointJudge
+from steerkit.evaluate.judges.judge import Judge
 from steerkit.evaluate.judges.judging import judge_of, rate
 from steerkit.evaluate.judges.local import LocalJudge
-from steerkit.evaluate.judges.scale import Judge, expected_score, fill, last_question, parse_score
+from steerkit.evaluate.judges.rubric import fill, last_question
+from steerkit.evaluate.judges.scale import expected_score, parse_score
 from steerkit.evaluate.scorers.concept import RUBRICS, Concept
 from steerkit.evaluate.scorers.judge import RUBRIC, Judged
 from steerkit.evaluate.scoring import measure, scorer_of
@@ -562,7 +564,7 @@ def test_what_goes_on_to_a_longer_number_is_not_counted_twice() -> None:
     one, zero, nine = 5, 6, 7
     ids = {1: (0, one), 10: (0, one, zero), 100: (0, one, zero, zero), 19: (0, one, nine)}
     steps = {(0, one): 0.8, (0, one, zero): 0.5, (0, one, zero, zero): 0.25, (0, one, nine): 0.3}
-    masses = local._Spelled(1, ids).masses({step: math.log(p) for step, p in steps.items()})
+    masses = judging._Spelled(1, ids).masses({step: math.log(p) for step, p in steps.items()})
     # After "1" half goes on to "0", three tenths to "9"; of "10" a quarter goes on.
     assert masses == pytest.approx({1: 0.8 * 0.2, 10: 0.8 * 0.5 * 0.75, 100: 0.8 * 0.5 * 0.25, 19: 0.8 * 0.3})
 

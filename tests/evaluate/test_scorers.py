@@ -28,7 +28,8 @@ from steerkit.evaluate.scorers.repetition import Repetition
 from steerkit.evaluate.scorers.restricted_accuracy import RestrictedAccuracy
 from steerkit.evaluate.scorers.topic_perplexity import TopicPerplexity
 from steerkit.evaluate.scoring import _SCORERS, measure, scorer_names, scorer_of
-from steerkit.evaluate.setup import Setup, Trial
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.trial import Trial
 from steerkit.methods import _registry as registry
 from steerkit.methods._base import Method
 from steerkit.network.decoder import find_decoder
@@ -222,7 +223,7 @@ def test_choice_refuses_letters_that_are_written_alike() -> None:
 
 
 def test_answers_that_differ_before_they_begin_are_refused() -> None:
-    from steerkit.evaluate.scorers._answers import fork
+    from steerkit.evaluate.scorers._forks import fork
 
     tokenizer = byte_tokenizer(CHATML)
     one, other = (render(tokenizer, Conversation(prompt, answer="Yes")) for prompt in ("Ab", "Ac"))
@@ -387,7 +388,7 @@ def test_divergence_is_exact_where_a_token_is_ruled_out() -> None:
 def test_divergence_has_no_epsilon() -> None:
     # Both distributions are certain, of different tokens: an epsilon of 1e-8 would hold the divergence below 19 nats.
     from steerkit.evaluate.scorers.divergence import _compared
-    from steerkit.evaluate.setup import Answer
+    from steerkit.evaluate.trial import Answer
 
     steered_logits, bare_logits = torch.tensor([[0.0, 50.0]]), torch.tensor([[50.0, 0.0]])
     compared = _compared(Answer(0, torch.tensor([0]), steered_logits, bare_logits))

@@ -471,22 +471,22 @@ def test_models_that_cannot_be_rewritten_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_differs_is_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real = build("llama"), baking._value
-    monkeypatch.setattr(baking, "_value", lambda inner, plan, name: 1.001 * real(inner, plan, name))
+    model, real = build("llama"), baking.planned_value
+    monkeypatch.setattr(baking, "planned_value", lambda inner, plan, name: 1.001 * real(inner, plan, name))
     with pytest.raises(ModelError, match="not those of the hooks"):
         bake(model, None, added(model), tmp_path / "out")
     assert left_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("no")])
-@pytest.mark.parametrize("step", ["stored", "_write_beside", "_loaded_logits", "weights_card"])
+@pytest.mark.parametrize("step", ["planned_value", "_write_beside", "_loaded_logits", "weights_card"])
 def test_nothing_stays_behind(step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = build("gpt2"), []
     real = getattr(baking, step)
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == (4 if step == "stored" else 1):
+        if len(calls) == (4 if step == "planned_value" else 1):
             raise error
         return real(*args, **kwargs)
 

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 
 import steerkit
 from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError, VectorMismatchError
+from steerkit.export import adapter_files, adapter_parts
 from steerkit.export import peft as exporting
-from steerkit.export.peft import _loaded, _Parts, _parts, _write, low_rank, write_adapter
+from steerkit.export.adapter_files import loaded_adapter, write_files
+from steerkit.export.adapter_parts import AdapterParts, parts_for
+from steerkit.export.peft import write_adapter
+from steerkit.export.range_finder import low_rank
 from steerkit.maths.directions import orthonormalise
 from steerkit.methods.selective import SelectiveSteering
 from steerkit.vector.steering_vector import SteeringVector
@@ -267,21 +271,21 @@ def test_a_layer_that_bears_the_name_of_a_stack_of_experts_is_adapted(tmp_path: 
     model = build("qwen3_next")
     name = "model.layers.1.mlp.shared_expert.down_proj.weight"
     along, gate = test_ablation.draw(32), test_ablation.draw(24)
-    parts = _parts(model, {name: lambda old: None if old is None else old + torch.outer(along, gate)})
+    parts = parts_for(model, {name: lambda old: None if old is None else old + torch.outer(along, gate)})
     assert list(parts.stacks) == [name] and not parts.linear
     (tmp_path / "out").mkdir()
-    _write(model, parts, tmp_path / "out")
+    write_files(model, parts, tmp_path / "out")
     changed = build("qwen3_next")
     with torch.no_grad():
         changed.get_parameter(name).add_(torch.outer(along, gate))
     assert gap(logits(adapted(model, tmp_path / "out")), logits(changed)) < 1e-5
-    left_out = _Parts(linear={name.removesuffix(".weight"): (along[:, None], gate[None])})
+    left_out = AdapterParts(linear={name.removesuffix(".weight"): (along[:, None], gate[None])})
     (tmp_path / "other").mkdir()
     other = build("qwen3_next")
-    _write(other, left_out, tmp_path / "other")
+    write_files(other, left_out, tmp_path / "other")
     with (
         pytest.raises(SiteError, match=r"peft (leaves out|refuses).*bake it"),
-        _loaded(other, left_out, tmp_path / "other"),
+        loaded_adapter(other, left_out, tmp_path / "other"),
     ):
         pass
 
@@ -311,7 +315,7 @@ def test_nothing_stays_behind(step: str, error: BaseException, tmp_path: Path, m
     def fails(*_args: Any, **_kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(exporting, step, fails)
+    monkeypatch.setattr(adapter_files if step == "_tensors" else exporting, step, fails)
     with pytest.raises(ModelError if isinstance(error, OSError) else KeyboardInterrupt):
         write_adapter(model, None, added(model), tmp_path / "out")
     assert left_in(tmp_path) == []
@@ -320,12 +324,12 @@ def test_nothing_stays_behind(step: str, error: BaseException, tmp_path: Path, m
 
 
 def test_an_adapter_that_differs_is_withdrawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, real = build("llama"), exporting._tensors
+    model, real = build("llama"), adapter_files._tensors
 
     def off(*args: Any) -> dict[str, Tensor]:
         return {name: 1.001 * value for name, value in real(*args).items()}
 
-    monkeypatch.setattr(exporting, "_tensors", off)
+    monkeypatch.setattr(adapter_files, "_tensors", off)
     with pytest.raises(ModelError, match="not those of the hooks"):
         write_adapter(model, None, added(model), tmp_path / "out")
     assert left_in(tmp_path) == []
@@ -398,7 +402,7 @@ def test_a_quantised_weight_counts_as_what_it_stands_for(monkeypatch: pytest.Mon
     full = layer.weight.detach().clone()
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     monkeypatch.setattr("peft.utils.integrations.dequantize_module_weight", lambda module: nn.Parameter(full))
-    found = exporting._values(packed, "layer.weight")
+    found = adapter_parts._values(packed, "layer.weight")
     assert found is not None
     assert torch.equal(found, full)
 

@@ -17,8 +17,8 @@ from steerkit.errors import FitError, SiteError, VectorMismatchError
 from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.search import calibrate
 from steerkit.evaluate.controls import refits_of
+from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.setup import Setup
-from steerkit.evaluate.sweeps import Fits
 from steerkit.maths import edits
 from steerkit.maths.directions import discriminative_sites, mean_difference, side_projections, steering_plane, unit
 from steerkit.methods.angular import AngularSteering

@@ -1,4 +1,4 @@
-"""TODO evaluate.judges.local."""
+"""A judge in this process: a causal language model, read by the probabilities of the numbers it may answer with."""
 
 from __future__ import annotations
 

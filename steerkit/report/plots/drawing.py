@@ -80,7 +80,7 @@ def svg(figure: Any) -> str:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Our look, whatever the caller's settings are."""
+    """Draw in steerkit's style inside the context, whatever the caller's settings are."""
     ready()
     import matplotlib
 
@@ -91,7 +91,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float, *, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """A figure of its own, in inches, that no window system and no global state knows of."""
+    """Make a figure without matplotlib's global state; sizes are in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
