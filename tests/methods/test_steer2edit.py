@@ -27,7 +27,8 @@ from steerkit.fitting.fitting import fit
 from steerkit.maths.rank_one import add_in_order, elastic_net, rank_one_edit, score_components
 from steerkit.methods.steer2edit import Steer2Edit
 from steerkit.network.decoder import find_decoder
-from steerkit.network.linears import check_weights, linears_at, weight_digests, writers_at
+from steerkit.network.linears import linears_at, writers_at
+from steerkit.network.weight_digests import check_weights, weight_digests
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
