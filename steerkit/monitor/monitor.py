@@ -243,13 +243,14 @@ class Monitor:
     def watch(self, callback: Callable[[Step], object] | None = None) -> Iterator[Watched]:
         """Read the model while its `generate` runs, whoever calls it.
 
-        At a steered site the value after the edit is read, whichever context was entered first. The prompt's last token
-        counts in the scale of `prompt_last`, response tokens in that of `response_mean`, whatever `read` is. The running
-        mean of the response is the `response_mean` score of the text so far; the last token is never fed to the model,
-        so nothing is read of it. With `kind="cos"` it is the cosine of the mean activation, not the mean of cosines.
-        Tokens that end or pad a row do not count. Under guidance (`guidance_scale`) only the passes of the prompt itself
-        are read, not those of the negative prompt. A gated vector may write into the prompt's pass before its gate has
-        decided; the number at the prompt's end then includes what was written, also in rows whose gate stays closed.
+        At a steered site the value after the edit is read, whichever context was entered first. The prompt's last
+        token counts in the scale of `prompt_last`, response tokens in that of `response_mean`, whatever `read` is. The
+        running mean of the response is the `response_mean` score of the text so far; the last token is never fed to the
+        model, so nothing is read of it. With `kind="cos"` it is the cosine of the mean activation, not the mean of
+        cosines. Tokens that end or pad a row do not count. Under guidance (`guidance_scale`) only the passes of the
+        prompt itself are read, not those of the negative prompt. A gated vector may write into the prompt's pass before
+        its gate has decided; the number at the prompt's end then includes what was written, also in rows whose gate
+        stays closed.
 
         Args:
             callback: called after every pass with a `Step`, whose tensors are on the model's device: nothing waits for
