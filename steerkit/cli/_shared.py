@@ -122,7 +122,7 @@ def comparison(verification: Verification) -> dict[str, Any]:
         "largest_difference": verification.absolute,
         "relative": verification.relative,
     }
-    if verification.rounding is not None:
+    if not verification.is_full:
         facts |= {"relative_at_the_median_token": verification.typical, "one_rounding_there": verification.rounding}
     return {
         **facts,

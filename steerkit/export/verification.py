@@ -1,11 +1,11 @@
 """Whether a model written out is the model steered by hooks: their logits on a few texts.
 
 The texts are some of the shipped neutral ones, half as a chat where the tokenizer has a template, half as plain text,
-all cut to one length so that no row is padded. Differences are relative to the largest logit. In float32 no logit may
-differ by more than 1e-5. In bfloat16 and float16 two right ways to compute the same thing differ by more, and by how
-much depends on the model; so the model is run again with its input embeddings moved by as much as rounding moves them,
-and the largest difference of the median token (routers send single tokens elsewhere) may be a small multiple of what
-that did.
+all cut to one length so that no row is padded. Differences are relative to the largest logit. Two right ways to compute
+the same thing differ by their roundings, and by how much depends on precision, processor and model; so the model is run
+again with its input embeddings moved by as much as rounding moves them, and what is written out may differ by a small
+multiple of what that did. In float32 no logit may differ by more than that, or than 1e-5 where that is larger; in
+bfloat16 and float16 the largest difference of the median token counts (routers send single tokens elsewhere).
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from steerkit.vector.steering_vector import SteeringVector
 __all__ = ["Expected", "Verification", "expected", "logits_of", "probe_ids", "verify"]
 
 FULL_PRECISION = 1e-5
+"""What is allowed in float32 of every model: about a hundred roundings of the largest logit."""
 ROUNDINGS = 4.0
-"""How many times the effect of one rounding of the input embeddings is allowed where precision is low."""
+"""How many times the effect of one rounding of the input embeddings is allowed."""
+_DRAWS = 3
 _ROWS, _TOKENS = 6, 32
 
 
@@ -40,7 +42,8 @@ class Verification(NamedTuple):
         absolute: the largest difference of a logit.
         relative: the same over the largest logit.
         typical: the largest difference of a logit at the median token, over the largest logit.
-        rounding: what one rounding of the input embeddings does to the logits, as `typical`; None in float32.
+        rounding: what one rounding of the input embeddings does to the logits: as `relative` in float32, the worst of
+            a few draws; as `typical` in bfloat16 and float16.
         agree: tokens whose likeliest successor is the same.
         tokens: tokens compared.
         rows: texts compared.
@@ -51,7 +54,7 @@ class Verification(NamedTuple):
     absolute: float
     relative: float
     typical: float
-    rounding: float | None
+    rounding: float
     agree: int
     tokens: int
     rows: int
@@ -59,17 +62,26 @@ class Verification(NamedTuple):
     dtype: str
 
     @property
+    def is_full(self) -> bool:
+        """Whether the model computes in float32."""
+        return self.dtype == "float32"
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference that precision explains: of any logit in float32, at the median token otherwise."""
+        own = ROUNDINGS * self.rounding
+        return max(FULL_PRECISION, own) if self.is_full else own
+
+    @property
     def holds(self) -> bool:
         """Whether the difference is no more than precision explains."""
-        if self.rounding is None:
-            return self.relative <= FULL_PRECISION
-        return self.typical <= ROUNDINGS * self.rounding
+        return (self.relative if self.is_full else self.typical) <= self.allowed
 
     def sentence(self) -> str:
         """The result in words."""
         said = f"largest difference of a logit {self.absolute:.2g} ({self.relative:.2g} relative"
-        if self.rounding is None:
-            said += f", at most {FULL_PRECISION:g} is allowed)"
+        if self.is_full:
+            said += f", at most {self.allowed:.2g} is allowed)"
         else:
             said += (
                 f"; {self.typical:.2g} at the median token, where one rounding of the input makes {self.rounding:.2g} "
@@ -92,7 +104,7 @@ class Expected(NamedTuple):
     ids: Tensor
     hooked: Tensor
     effect: float
-    rounding: float | None
+    rounding: float
     dtype: torch.dtype
 
 
@@ -147,10 +159,12 @@ def expected(model: nn.Module, tokenizer: Any, vectors: Sequence[SteeringVector]
     ids = probe_ids(model, tokenizer)
     dtype = inner_model(model).dtype
     assert isinstance(dtype, torch.dtype)
-    rounding = None
     with steer(model, vectors, strength):
         hooked = logits_of(model, ids)
-        if dtype != torch.float32:
+        if dtype == torch.float32:
+            draws = (logits_of(model, ids, noise=_noise(model, ids, dtype, seed)) for seed in range(_DRAWS))
+            rounding = max(_relative(moved, hooked) for moved in draws)
+        else:
             rounding = _typical(logits_of(model, ids, noise=_noise(model, ids, dtype)), hooked)
     return Expected(ids, hooked, _relative(logits_of(model, ids), hooked), rounding, dtype)
 
@@ -192,9 +206,9 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / _largest(wanted))
 
 
-def _noise(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def _noise(model: nn.Module, ids: Tensor, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Factors [b, t, d] that move half of all numbers by one unit in the last place."""
     embedding = find_decoder(model).body.get_input_embeddings()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     sides = torch.randint(0, 2, (*ids.shape, embedding.weight.shape[1]), generator=generator)
     return 1 + sides * torch.finfo(dtype).eps

@@ -32,11 +32,13 @@ from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
 from tests.families import BLOCKS, HIDDEN, build
 from tests.program import Cli
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
+from tests.tolerances import allowed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {"attention": "z", "ffn": "mlp_raw", "layer": "resid_post"}
@@ -273,10 +275,11 @@ def test_steered_activations_and_logits_are_the_reference_s(
     arch: str, module: str, reference: Callable[[str], Any]
 ) -> None:
     group, model = f"e2e.{arch}.{module}", reference(arch)
-    tolerance = 2e-6 if "moe" in arch else 1e-6
     vector, prompt = reference_vector(model, arch, module), arrays()["data.prompt_ids"]
     places = [Site(layer, KINDS[module]) for layer in range(vector.num_layers)]
     seen: dict[Site, Tensor] = {}
+    largest = float(arrays()[f"e2e.{arch}.logits_base"].abs().max())
+    tolerance = allowed(model, lambda: model(prompt, use_cache=False).logits / largest, at_least=1e-6)
     with torch.no_grad():
         close(model(prompt, use_cache=False).logits, arrays()[f"e2e.{arch}.logits_base"], tolerance)
         with steerkit.steer(model, vector, notes()["e2e"]["alpha"]):
@@ -291,7 +294,7 @@ def test_steered_activations_and_logits_are_the_reference_s(
     for site, found in seen.items():
         close(found, arrays()[f"{group}.site_post"][site.layer], tolerance)
     assert torch.equal(out.sequences, arrays()[f"{group}.gen_steered"])
-    close(torch.stack(out.logits, dim=1), arrays()[f"{group}.gen_step_logits"], 5e-6)
+    close(torch.stack(out.logits, dim=1), arrays()[f"{group}.gen_step_logits"], max(5e-6, tolerance))
     assert not torch.equal(logits, arrays()[f"e2e.{arch}.logits_base"])
 
 
@@ -651,7 +654,7 @@ def test_no_template_and_refusals_alone() -> None:
     )
     case = notes()["refusal_special_case"]
     kept = AUSteer.published(alone="I'm sorry, but I can't assist").contrast(data)
-    texts = [steerkit.data.render(byte_tokenizer(CHATML), item).text for item in (*kept.positive, *kept.negative)]
+    texts = [render(byte_tokenizer(CHATML), item).text for item in (*kept.positive, *kept.negative)]
     assert texts == [*case["positive"], "Other good", *case["negative"], "Other bad"]
     plain = AUSteer.published().contrast(data)
     assert plain.positive[0].prompt == "PROMPT "
@@ -897,7 +900,7 @@ def growth(pairs: int, method: AUSteer, monkeypatch: pytest.MonkeyPatch) -> int:
     data = ContrastSet.from_prompts([f"a {text}" for text in texts], [f"b {text}" for text in texts], raw=True)
     gc.collect()
     before, most = held(model), 0
-    from steerkit.activations import recording as activations
+    from steerkit.activations import reading as activations
 
     real = activations.forward_body
 

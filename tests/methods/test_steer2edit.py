@@ -37,6 +37,7 @@ from tests import modes
 from tests.families import FAMILIES, build
 from tests.methods.test_every_method import PAIRS, data_for
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
+from tests.tolerances import rounded_inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK_NAMES = {"attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
@@ -241,7 +242,15 @@ def test_scores_and_factors_are_the_reference_s(setting: str) -> None:
         assert torch.equal(parts.magnitude != 0, stored != 0)
         if block == "attn":
             k_hat = arrays()[f"{setting}/k_hat"][layer]
-            torch.testing.assert_close(parts.inputs * (stored != 0)[:, None], k_hat, atol=1e-5, rtol=0)
+            # `k_hat` is `W.T @ v` over its length. A head that hardly writes along v leaves a sum that cancels: its
+            # roundings are those of its terms, which the division makes as much larger as the terms are longer.
+            size = (weight.T @ (direction / direction.norm().clamp_min(1e-12))).reshape(-1, head).norm(dim=1)
+            condition = weight.reshape(len(weight), -1, head).norm(dim=(0, 2)) / size.clamp_min(1e-30)
+            off = (parts.inputs * (stored != 0)[:, None] - k_hat).abs().amax(dim=1)
+            assert bool((off <= 1e-5 + torch.finfo(torch.float32).eps * len(weight) ** 0.5 * condition).all()), (
+                off,
+                condition,
+            )
         gate = rank_one_edit(weight, direction, mean, rho=rho, alpha=given["alpha"], head_width=head)
         torch.testing.assert_close(gate, parts.gate)
         if bool(direction.any()):
@@ -336,8 +345,10 @@ def test_what_is_read_is_the_reference_s(task: str, run: str) -> None:
     is_half = run == "bf16"
     model = golden_model(task, torch.bfloat16 if is_half else torch.float32)
     acts = golden_acts(task, run, model)
+    with rounded_inputs(model, seed=0):
+        moved = golden_acts(task, run, model)
     method = Steer2Edit(precision="bfloat16" if is_half else "float32")
-    off = count = 0
+    off = own_off = count = 0
     for layer in range(find_decoder(model).num_layers):
         for block in ("attn", "mlp"):
             read, written = places(layer, block, acts)
@@ -345,15 +356,25 @@ def test_what_is_read_is_the_reference_s(task: str, run: str) -> None:
                 stream = method.statistics(site)
                 for row in range(max(len(acts.positive[site]), len(acts.negative[site]))):  # in many small batches
                     stream.update(acts.positive[site][row : row + 1], acts.negative[site][row : row + 1])
-                for mean, name in zip(stream.result(), ("pos_mean", "neg_mean"), strict=True):
+                for mean, name, rows, rounded in zip(
+                    stream.result(),
+                    ("pos_mean", "neg_mean"),
+                    (acts.positive[site], acts.negative[site]),
+                    (moved.positive[site], moved.negative[site]),
+                    strict=True,
+                ):
                     expected = arrays()[f"extract/{task}/{run}/{side}/{name}/{block}"][layer]
-                    if is_half:  # sums in another order: seldom, and then by one step of bfloat16 of a row
+                    if (
+                        is_half
+                    ):  # sums in another order: by a step of bfloat16, or by what one rounding of the input does
                         step = 2.0**-7 * torch.cat([acts.positive[site], acts.negative[site]]).abs().amax(dim=0)
-                        assert bool(((mean[0] - expected.float()).abs() <= step).all())
+                        own = (rounded - rows).abs().amax(dim=0)
+                        assert bool(((mean[0] - expected.float()).abs() <= torch.maximum(step, own)).all())
                         off, count = off + int((mean[0] != expected.float()).sum()), count + len(expected)
+                        own_off += int(((rounded.mean(dim=0) - rows.mean(dim=0)).abs() > step / 8).sum())
                     else:
                         torch.testing.assert_close(mean[0], expected, atol=1e-5, rtol=0)
-    assert off <= 0.01 * count
+    assert off <= max(0.01 * count, own_off)
     assert isinstance(method.statistics(read), Means)
 
 
