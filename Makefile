@@ -19,8 +19,9 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
+# Timings; with BENCH=--write docs/results/speed.md is made anew too.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # The committed vectors and cards, anew (about two minutes each).
 vectors: $(STAMP)
@@ -29,10 +30,10 @@ vectors: $(STAMP)
 	done
 	rm -f vectors/smollm2-135m/*.png
 
-# The table of all methods in README.md and its report, anew (about eight minutes a method).
+# docs/results/methods.md and its report, anew (about eight minutes a method).
 evidence: $(STAMP)
-	$(BIN)/steerkit compare optimism --out evidence
-	$(BIN)/python -m tests.readme
+	$(BIN)/steerkit compare optimism --out out/evidence
+	$(BIN)/python -m benchmarks.methods out/evidence
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

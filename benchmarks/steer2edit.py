@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.evaluate.intervals import Estimate, interval
@@ -261,10 +262,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("behaviours", nargs="*", default=["optimism", "refusal"])
     parser.add_argument("--small", action="store_true", help="few items and edits, to see that it runs")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     given = parser.parse_args()
     model, tokenizer = steerkit.load_model()
-    for behaviour in given.behaviours:
-        run(behaviour, model, tokenizer, small=given.small)
+    title = "Steer2Edit beside addition"
+    with recorded("steer2edit", title, "benchmarks.steer2edit", wanted=given.write, model=model):
+        for behaviour in given.behaviours:
+            run(behaviour, model, tokenizer, small=given.small)
 
 
 if __name__ == "__main__":

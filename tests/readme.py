@@ -1,4 +1,4 @@
-"""Blocks of README.md: `python -m tests.readme` puts the table of methods and that of `make evidence` there."""
+"""Blocks of README.md: `python -m tests.readme` puts the table of methods there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-EVIDENCE = ROOT / "evidence" / "optimism.md"
 
 
 def block(name: str) -> str:
@@ -37,4 +36,3 @@ def methods() -> str:
 
 if __name__ == "__main__":
     put("methods", methods())
-    put("evidence", EVIDENCE.read_text(encoding="utf-8"))

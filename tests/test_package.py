@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import steerkit
-from tests.readme import EVIDENCE, block, methods
+from tests.readme import block, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "steerkit"
@@ -65,18 +65,6 @@ def test_the_readme_s_five_lines_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     printed = ast.literal_eval(capsys.readouterr().out.strip())
     assert len(printed) == 1
     assert len(printed[0].split()) > 5
-
-
-def test_the_readme_s_comparison_is_the_committed_one_and_has_every_method() -> None:
-    from steerkit.methods import _registry as registry
-
-    table = EVIDENCE.read_text(encoding="utf-8")
-    assert block("evidence") == table
-    content = json.loads(EVIDENCE.with_suffix(".json").read_text(encoding="utf-8"))
-    names = [name for name in registry.method_names() if not registry.resolve(name).sorts_prompts]
-    assert [row["method"] for row in content["rows"]] == names
-    assert all(f"| `{name}` |" in table for name in names)
-    assert EVIDENCE.with_suffix(".html").is_file()
 
 
 def items_of(name: str) -> list[dict[str, str]]:

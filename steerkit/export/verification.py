@@ -1,15 +1,18 @@
 """Whether a model written out is the model steered by hooks: their logits on a few texts.
 
 The texts are some of the shipped neutral ones, half as a chat where the tokenizer has a template, half as plain text,
-all cut to one length so that no row is padded. Differences are relative to the largest logit. Two right ways to compute
-the same thing differ by their roundings, and by how much depends on precision, processor and model; so the model is run
-again with its input embeddings moved by as much as rounding moves them, and what is written out may differ by a small
-multiple of what that did. In float32 no logit may differ by more than that, or than 1e-5 where that is larger; in
-bfloat16 and float16 the largest difference of the median token counts (routers send single tokens elsewhere).
+all cut to one length so that no row is padded. Differences are relative to the largest logit.
+
+Weights that hold an edit round it elsewhere than hooks do, so the two agree only up to rounding, and what one rounding
+does to the logits depends on the model, its precision and the processor. It is therefore measured where it is needed:
+the hooked model runs again with its input embeddings moved by one unit in the last place, and a small multiple of what
+that does is allowed. In float32 the largest logit difference of all is held against it; in bfloat16 and float16, where
+rounding alone makes a router send single tokens elsewhere, the largest one of the median token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +28,17 @@ from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Expected", "Verification", "expected", "logits_of", "probe_ids", "verify"]
+__all__ = ["Expected", "Verification", "expected", "is_full", "logits_of", "probe_ids", "spread", "verify"]
 
-FULL_PRECISION = 1e-5
-"""What is allowed in float32 of every model: about a hundred roundings of the largest logit."""
 ROUNDINGS = 4.0
-"""How many times the effect of one rounding of the input embeddings is allowed."""
+"""How many times the effect of one rounding of the input embeddings is allowed.
+
+The input is rounded once, and a pass with hooks and one with edited weights round in every block, each in its own way;
+but early roundings grow on their way and late ones do not, so the sum is of the size of the first. The rest is room for
+the luck of the draw.
+"""
 _DRAWS = 3
+"""How often the input is rounded: of one draw the worst token can be lucky, of three hardly."""
 _ROWS, _TOKENS = 6, 32
 
 
@@ -42,8 +49,7 @@ class Verification(NamedTuple):
         absolute: the largest difference of a logit.
         relative: the same over the largest logit.
         typical: the largest difference of a logit at the median token, over the largest logit.
-        rounding: what one rounding of the input embeddings does to the logits: as `relative` in float32, the worst of
-            a few draws; as `typical` in bfloat16 and float16.
+        rounding: what one rounding of the input embeddings does to the logits, as `difference`.
         agree: tokens whose likeliest successor is the same.
         tokens: tokens compared.
         rows: texts compared.
@@ -63,31 +69,32 @@ class Verification(NamedTuple):
 
     @property
     def is_full(self) -> bool:
-        """Whether the model computes in float32."""
-        return self.dtype == "float32"
+        """Whether the model's precision is float32 or higher."""
+        return is_full(getattr(torch, self.dtype))
+
+    @property
+    def difference(self) -> float:
+        """What is held against rounding: `relative` in full precision, `typical` in low precision."""
+        return self.relative if self.is_full else self.typical
 
     @property
     def allowed(self) -> float:
-        """The largest difference that precision explains: of any logit in float32, at the median token otherwise."""
-        own = ROUNDINGS * self.rounding
-        return max(FULL_PRECISION, own) if self.is_full else own
+        """The largest `difference` that rounding explains."""
+        return ROUNDINGS * self.rounding
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is no more than precision explains."""
-        return (self.relative if self.is_full else self.typical) <= self.allowed
+        """Whether the difference is no more than rounding explains."""
+        return self.difference <= self.allowed
 
     def sentence(self) -> str:
         """The result in words."""
-        said = f"largest difference of a logit {self.absolute:.2g} ({self.relative:.2g} relative"
-        if self.is_full:
-            said += f", at most {self.allowed:.2g} is allowed)"
-        else:
-            said += (
-                f"; {self.typical:.2g} at the median token, where one rounding of the input makes {self.rounding:.2g} "
-                f"and {ROUNDINGS:g} times that is allowed)"
-            )
-        return f"{said}; the same likeliest token at {self.agree} of {self.tokens} tokens"
+        at = "" if self.is_full else f"{self.typical:.2g} at the median token, where "
+        return (
+            f"largest difference of a logit {self.absolute:.2g} ({self.relative:.2g} relative; {at}one rounding of the "
+            f"input makes {self.rounding:.2g} and {ROUNDINGS:g} times that is allowed); the same likeliest token at "
+            f"{self.agree} of {self.tokens} tokens"
+        )
 
 
 class Expected(NamedTuple):
@@ -157,16 +164,41 @@ def expected(model: nn.Module, tokenizer: Any, vectors: Sequence[SteeringVector]
         strength: as for `steer`.
     """
     ids = probe_ids(model, tokenizer)
-    dtype = inner_model(model).dtype
-    assert isinstance(dtype, torch.dtype)
     with steer(model, vectors, strength):
         hooked = logits_of(model, ids)
-        if dtype == torch.float32:
-            draws = (logits_of(model, ids, noise=_noise(model, ids, dtype, seed)) for seed in range(_DRAWS))
-            rounding = max(_relative(moved, hooked) for moved in draws)
-        else:
-            rounding = _typical(logits_of(model, ids, noise=_noise(model, ids, dtype)), hooked)
-    return Expected(ids, hooked, _relative(logits_of(model, ids), hooked), rounding, dtype)
+        rounding = spread(model, ids, hooked)
+    return Expected(ids, hooked, _relative(logits_of(model, ids), hooked), rounding, _dtype(model))
+
+
+@torch.no_grad()
+def spread(model: nn.Module, ids: Tensor, logits: Tensor) -> float:
+    """How far one rounding of its input takes the logits of a model.
+
+    Not less than what the products on the way round by themselves, which no rounding of the input shows. Processors sum
+    in float32; the roundings of a sum are a random walk of as many steps as it has terms, the width, and those of two
+    products in each block add up the same way.
+
+    Args:
+        model: the transformers model, with whatever hooks it is to be measured with.
+        ids: token ids [b, t].
+        logits: what it gives for them, [b, t, v].
+
+    Returns:
+        The largest of a few draws; relative to the largest logit, at the worst token in full precision and at the
+        median token in low precision.
+    """
+    decoder = find_decoder(model)
+    dtype = _dtype(model)
+    apart = _relative if is_full(dtype) else _typical
+    generator = torch.Generator().manual_seed(0)
+    draws = [_noise(model, ids, dtype, generator) for _ in range(_DRAWS)]
+    least = float(torch.finfo(torch.float32).eps) * math.sqrt(decoder.hidden_size * 2 * decoder.num_layers)
+    return max(least, *(apart(logits_of(model, ids, noise=noise), logits) for noise in draws))
+
+
+def is_full(dtype: torch.dtype) -> bool:
+    """Whether a precision is float32 or higher."""
+    return torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps
 
 
 def verify(found: Tensor, wanted: Expected) -> Verification:
@@ -194,6 +226,12 @@ def verify(found: Tensor, wanted: Expected) -> Verification:
     )
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    dtype = inner_model(model).dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def _typical(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().amax(-1).median() / _largest(wanted))
 
@@ -206,9 +244,8 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / _largest(wanted))
 
 
-def _noise(model: nn.Module, ids: Tensor, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def _noise(model: nn.Module, ids: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Factors [b, t, d] that move half of all numbers by one unit in the last place."""
     embedding = find_decoder(model).body.get_input_embeddings()
-    generator = torch.Generator().manual_seed(seed)
     sides = torch.randint(0, 2, (*ids.shape, embedding.weight.shape[1]), generator=generator)
     return 1 + sides * torch.finfo(dtype).eps

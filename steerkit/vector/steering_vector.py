@@ -19,8 +19,8 @@ from steerkit import __version__
 from steerkit._support.files import write_whole
 from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError, VectorMismatchError
 from steerkit.network.decoder import inner_model
-from steerkit.network.linears import check_weights
 from steerkit.network.sites import Site
+from steerkit.network.weight_digests import check_weights
 from steerkit.tokens.scope import Scope
 from steerkit.vector.container import (
     BLANK_DIGEST,

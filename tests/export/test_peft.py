@@ -180,7 +180,6 @@ def test_low_precision(family: str, tmp_path: Path) -> None:
     model = build(family).bfloat16()
     vector = test_ablation.vector_for(model, writes="every", untie=True)
     adapter = write_adapter(model, None, vector, tmp_path / "out")
-    assert adapter.verification.rounding is not None
     assert adapter.verification.typical < 2 * adapter.verification.rounding
     content = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {value.dtype for value in content.values()} == {torch.float32}

@@ -30,6 +30,7 @@ from tests import modes
 from tests.families import BLOCKS, build
 from tests.looping import NEUTRAL, trait_data
 from tests.methods.test_every_method import data_for
+from tests.pairwise import pairwise
 from tests.rotations import (
     DTYPES,
     TOLERANCE,
@@ -646,8 +647,7 @@ FOLDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FOLDS)
-@pytest.mark.parametrize("degrees", [70.0, 180.0, 360.0])
+@pytest.mark.parametrize(("degrees", "family"), pairwise([70.0, 180.0, 360.0], FOLDS, strength=1))
 def test_folded_weights_are_the_hooks(family: str, degrees: float) -> None:
     model = build(family)
     vector = planted(model, SelectiveSteering(), layers=[1, 2])
