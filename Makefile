@@ -8,7 +8,7 @@ WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow bench vectors evidence lint format clean
+.PHONY: demo test slow bench vectors evidence docs lint format clean
 
 demo: $(STAMP)
 	$(BIN)/steerkit demo
@@ -34,6 +34,12 @@ vectors: $(STAMP)
 evidence: $(STAMP)
 	$(BIN)/steerkit compare optimism --out out/evidence
 	$(BIN)/python -m benchmarks.methods out/evidence
+
+# The pages under docs/_build; warnings are errors. Reads the command line and the sites off the program first.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

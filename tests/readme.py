@@ -1,4 +1,4 @@
-"""Blocks of README.md: `python -m tests.readme` puts the table of methods there."""
+"""Blocks of README.md: `python -m tests.readme` puts the tables of methods and of results there."""
 
 from __future__ import annotations
 
@@ -34,5 +34,13 @@ def methods() -> str:
     return "\n".join(lines) + "\n"
 
 
+def results() -> str:
+    """The table of results, as the kept comparison states it."""
+    from tests.docs.results import table
+
+    return table()
+
+
 if __name__ == "__main__":
     put("methods", methods())
+    put("results", results())
