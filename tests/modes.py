@@ -280,7 +280,7 @@ def gap(ran: Ran, expected: Tensor) -> float:
 def run_steered(
     model: Any, mode: str, vector: SteeringVector | None, strength: float = 1.0
 ) -> list[tuple[Ran, Tensor, Tensor]]:
-    """Run a mode steered (or the baseline); per answer what it gave, what it should give, what the baseline model gives."""
+    """Run a mode steered (or the baseline); per answer what it gave, what it should give, what the baseline gives."""
     lengths = [len(SHORT), len(LONG), 4] if mode == "right_padded_forward" else None
     given: Any = list(PER_ROW) if mode.startswith("per_row") else strength
     context = steerkit.steer(model, vector, given, prompt_lengths=lengths) if vector is not None else no_steering()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steerkit.network.decoder import find_decoder
 from tests import modes
-from tests.families import build
+from tests.families import VOCAB, build
 
 ROUNDINGS = 4.0
 """How many times the effect of one rounding of the input is allowed.
@@ -81,7 +81,7 @@ def of_family(family: str) -> float:
     model: Any = build(family)
     with torch.no_grad():
         steps = [modes.gap(ran, again) for ran, again, _ in modes.run_steered(model, "cached", None)]
-    ids = torch.tensor([modes.LONG, modes.LONG[::-1]])
+    ids = torch.arange(6 * 32).mul(7919).remainder(VOCAB).reshape(6, 32)
     found = max(tolerance(model, ids), ROUNDINGS * max(steps))
     assert found < COARSE, f"{family}: {found:.1e} of the largest logit would hide a fault"
     return found

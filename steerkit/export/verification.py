@@ -12,8 +12,9 @@ rounding alone makes a router send single tokens elsewhere, the largest one of t
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,14 +144,9 @@ def logits_of(model: nn.Module, ids: Tensor, *, noise: Tensor | None = None) -> 
         ids: token ids [b, t], no row padded.
         noise: what the input embeddings are multiplied by, [b, t, d].
     """
-    inner: Any = inner_model(model)
     ids = ids.to(execution_device(find_decoder(model)))
-    inputs: dict[str, Tensor] = {"input_ids": ids}
-    if noise is not None:
-        embedded = inner.get_input_embeddings()(ids)
-        inputs = {"inputs_embeds": embedded * noise.to(embedded)}
-    with evaluation_mode(model):
-        logits: Tensor = model(**inputs, use_cache=False).logits
+    with evaluation_mode(model), _moved(model, noise):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits.float().cpu()
 
 
@@ -242,6 +238,20 @@ def _largest(logits: Tensor) -> Tensor:
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / _largest(wanted))
+
+
+@contextlib.contextmanager
+def _moved(model: nn.Module, noise: Tensor | None) -> Iterator[None]:
+    """Multiply the input embeddings by `noise` [b, t, d] for a while."""
+    if noise is None:
+        yield
+        return
+    factors, embedding = noise, find_decoder(model).body.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _module, _args, output: output * factors.to(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _noise(model: nn.Module, ids: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

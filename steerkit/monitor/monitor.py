@@ -243,14 +243,14 @@ class Monitor:
     def watch(self, callback: Callable[[Step], object] | None = None) -> Iterator[Watched]:
         """Read the model while its `generate` runs, whoever calls it.
 
-        What is read is the value as it flows on: at a site that is being steered, the one after the edit, whichever
-        context was entered first. Whatever `read` is, the prompt's end counts in the scale of `prompt_last` and the
-        response in that of `response_mean`: its running mean ends as the `response_mean` score of the text, but for the
-        last token, which is never fed to the model, so that nothing is read of it. With `kind="cos"` that mean is, as
-        there, the cosine of the mean activation, not the mean of the tokens' cosines. End and pad tokens do not count.
-        Of guidance (`guidance_scale`) the prompt's own passes are read, not those of the negative prompt. Under a gated
-        vector that writes before it has decided, the number at the prompt's end is that of the pass with writes, in
-        rows too whose gate stayed closed.
+        At a steered site the value after the edit is read, whichever context was entered first. The prompt's last
+        token counts in the scale of `prompt_last`, response tokens in that of `response_mean`, whatever `read` is. The
+        running mean of the response is the `response_mean` score of the text so far; the last token is never fed to the
+        model, so nothing is read of it. With `kind="cos"` it is the cosine of the mean activation, not the mean of
+        cosines. Tokens that end or pad a row do not count. Under guidance (`guidance_scale`) only the passes of the
+        prompt itself are read, not those of the negative prompt. A gated vector may write into the prompt's pass before
+        its gate has decided; the number at the prompt's end then includes what was written, also in rows whose gate
+        stays closed.
 
         Args:
             callback: called after every pass with a `Step`, whose tensors are on the model's device: nothing waits for

@@ -31,6 +31,7 @@ from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import build
 from tests.modes import vector_for
+from tests.pairwise import pairwise
 from tests.tiny_tokenizers import byte_tokenizer
 
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -100,7 +101,7 @@ def keep_norm_vector(model: Any) -> SteeringVector:
     return SteeringVector(method="repe", edit="add_keep_norm", settings={"restore_norm": True}, **facts)
 
 
-@pytest.mark.parametrize(("family", "batch_size"), RUNS)
+@pytest.mark.parametrize(("family", "batch_size"), pairwise(among=RUNS, strength=1))
 def test_log_likelihoods_are_those_of_the_steered_model(family: str, batch_size: int, samples: list[Samples]) -> None:
     """Rows of many lengths, padded on the right without a mask, give what each gives alone."""
     model = build(family)
@@ -135,7 +136,7 @@ def test_whole_texts(family: str, batch_size: int, samples: list[Samples]) -> No
         assert row["filtered_resps"][0] == pytest.approx(log_prob(model, vector, whole, len(ids)), rel=1e-5)
 
 
-@pytest.mark.parametrize(("family", "batch_size"), RUNS)
+@pytest.mark.parametrize(("family", "batch_size"), pairwise(among=RUNS, strength=1))
 def test_generated_texts_are_those_of_the_steered_model(family: str, batch_size: int, samples: list[Samples]) -> None:
     model, tokenizer = build(family), byte_tokenizer()
     vector = vector_for(model, scope="all", size=3.0)

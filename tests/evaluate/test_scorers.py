@@ -39,6 +39,7 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
 from tests import modes, tiny_tokenizers
 from tests.families import build
+from tests.pairwise import pairwise
 from tests.tiny_tokenizers import CHATML, LLAMA2, byte_tokenizer
 
 ITEMS = [
@@ -234,8 +235,7 @@ def test_answers_that_differ_before_they_begin_are_refused() -> None:
 # restricted_accuracy
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("batch_size", "family"), pairwise([1, 4], FAMILIES, strength=1))
 def test_restricted_accuracy_is_its_definition(family: str, batch_size: int) -> None:
     words = ["Yes it is.", "No it is not.", "Never!", "Quite so", "Go on", "Good.", "It was fine.", "It was bad."]
     items = [(f"Is {one[:3]}?", one, other) for one in words for other in words if one != other]
@@ -667,8 +667,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch_size"), pairwise(FAMILIES, [1, 16], strength=1))
 def test_refusal_is_its_definition(family: str, batch_size: int) -> None:
     setup = setup_for(family, batch_size=batch_size)
     settings = {"refusing": ("No.", "I will not"), "complying": ("Yes", "Here it is:", "So be it")}

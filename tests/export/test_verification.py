@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import steerkit
-from steerkit.export.verification import FULL_PRECISION, expected, logits_of, verify
+from steerkit.export.verification import expected, logits_of, verify
 from tests.methods.test_weights_of_methods import edit
 
 
@@ -23,7 +23,6 @@ def test_the_edit_in_the_weights_holds(fitted: Any) -> None:
     with steerkit.edited(model, vector, 1.0):
         found = verify(logits_of(model, wanted.ids), wanted)
     assert found.holds, found.sentence()
-    assert found.allowed >= FULL_PRECISION
     assert found.allowed < 0.01 * found.effect
 
 
@@ -33,4 +32,4 @@ def test_another_strength_does_not_hold(fitted: Any, strength: float) -> None:
     with steerkit.steer(model, vector, strength):
         found = verify(logits_of(model, wanted.ids), wanted)
     assert not found.holds
-    assert f"at most {found.allowed:.2g} is allowed" in found.sentence()
+    assert "times that is allowed" in found.sentence()

@@ -36,9 +36,9 @@ from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes, tolerances
 from tests.families import BLOCKS, HIDDEN, build
+from tests.pairwise import pairwise
 from tests.program import Cli
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
-from tests.tolerances import allowed
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KINDS = {"attention": "z", "ffn": "mlp_raw", "layer": "resid_post"}
@@ -279,8 +279,6 @@ def test_steered_activations_and_logits_are_the_reference_s(
     tolerance = tolerances.tolerance(model, prompt)
     places = [Site(layer, KINDS[module]) for layer in range(vector.num_layers)]
     seen: dict[Site, Tensor] = {}
-    largest = float(arrays()[f"e2e.{arch}.logits_base"].abs().max())
-    tolerance = allowed(model, lambda: model(prompt, use_cache=False).logits / largest, at_least=1e-6)
     with torch.no_grad():
         close(model(prompt, use_cache=False).logits, arrays()[f"e2e.{arch}.logits_base"], tolerance)
         with steerkit.steer(model, vector, notes()["e2e"]["alpha"]):
@@ -378,8 +376,15 @@ def units_of(vector: SteeringVector) -> list[tuple[Site, int, float]]:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "phi3", "qwen3_moe", "falcon", "bloom"])
-@pytest.mark.parametrize("kind", ["z", "mlp_raw", "resid_post"])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    pairwise(
+        ["z", "mlp_raw", "resid_post"],
+        ["llama", "gpt2", "qwen3", "gemma2", "phi3", "qwen3_moe", "falcon", "bloom"],
+        strength=1,
+        always=[("z", "qwen3"), ("mlp_raw", "gemma2"), ("mlp_raw", "qwen3_moe"), ("resid_post", "falcon")],
+    ),
+)
 def test_the_chosen_units_in_their_slow_form(family: str, kind: str) -> None:
     """Head width times heads other than the model's width, grouped queries, fused projections, norms after the MLP,
     routed experts (their combined output), parallel halves: what is read is what the site's name says everywhere."""
@@ -792,10 +797,10 @@ def test_fits_on_shuffled_labels() -> None:
 
 # The exact weight form
 
+FOLDED = ("llama", "gpt2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt", "falcon", "bloom")
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt", "falcon", "bloom"])
-@pytest.mark.parametrize("kind", ["z", "mlp_raw"])
-@pytest.mark.parametrize("strength", [0.7, 15.0])
+
+@pytest.mark.parametrize(("strength", "kind", "family"), pairwise([0.7, 15.0], ["z", "mlp_raw"], FOLDED))
 def test_folded_equals_hooked(family: str, kind: str, strength: float) -> None:
     model = build(family)
     vector = steerkit.fit(model, tokenizer(), answers(), method=AUSteer(kind=kind, k=40))  # type: ignore[arg-type]
@@ -805,7 +810,7 @@ def test_folded_equals_hooked(family: str, kind: str, strength: float) -> None:
         hooked = modes.plain_logits(model, modes.LONG)
     with steerkit.edited(model, vector, strength):
         folded = modes.plain_logits(model, modes.LONG)
-    assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
+    assert float((folded - hooked).abs().max() / hooked.abs().max()) < tolerances.of_family(family)
     assert float((hooked - baseline).abs().max()) > 1e-2
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 

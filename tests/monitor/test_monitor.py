@@ -111,7 +111,7 @@ def test_the_scale_is_that_of_neutral_texts() -> None:
     assert float(shipped.score(neutral_texts()).std()) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_scale_is_that_of_the_bare_model_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scale_is_that_of_the_baseline_model_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from steerkit.monitor import monitor as monitoring
 
     model = build("llama")

@@ -158,8 +158,8 @@ def test_maps_mark_what_is_under_zero_and_leave_zeros_blank(tmp_path: Path) -> N
     many = HeatMap("neurons", "rank", {1: [*[1.0] * 40, *[-2.0] * 30], 2: [-1.0] * 3}, "reinforce", "suppress")
     with drawing.style():
         figure, (left, right) = drawing.new_figure(6.0, 4.0, columns=2)
-        maps.draw_map(figure, left, few, 5)
-        maps.draw_map(figure, right, many, 5)
+        maps._draw_map(figure, left, few, 5)
+        maps._draw_map(figure, right, many, 5)
     (mesh,) = left.collections
     drawn = mesh.get_array().reshape(5, 3)
     assert [(row, place) for row in range(5) for place in range(3) if not drawn.mask[row, place]] == [
@@ -181,7 +181,7 @@ def test_maps_mark_what_is_under_zero_and_leave_zeros_blank(tmp_path: Path) -> N
 
 def test_tokens_are_set_in_lines_with_their_colours(tmp_path: Path) -> None:
     tokens = [("One ", "#111111"), ("two\u21b5\n", "#222222"), ("x" * 200, "#333333"), ("\U0001f600 $5", "#444444")]
-    lines = tokens_module.lines_of(tokens)
+    lines = tokens_module._lines_of(tokens)
     assert [[part for _, part, _ in line] for line in lines] == [
         ["One ", "two\u21b5"], ["x" * 90], ["x" * 90], ["x" * 20, "\U0001f600 $5"],
     ]  # fmt: skip

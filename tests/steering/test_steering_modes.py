@@ -1,4 +1,4 @@
-"""Every family x scope x mode: what `generate` does equals one plain forward pass, and differs from the baseline model."""
+"""Every family x scope x mode: what `generate` does equals one plain forward pass, and differs from the baseline."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(family: str, scope: str, mode: str) -> None:
     for one, expected, _ in ran:
         assert len(one.answer) == modes.NEW
         assert modes.gap(one, expected) < tolerance, (family, scope, mode)
-    # A steer that does nothing must fail: what the mode gave is not what the baseline model gives. A beam shows only one
+    # A steer that does nothing must fail: what the mode gave is not what the baseline gives. A beam shows only one
     # sum of log-probabilities, which may come out alike by chance, so there one answer that differs is enough.
     differs = [modes.gap(one, baseline) > 1e-3 for one, _, baseline in ran]
     assert any(differs) if ran[0][0].processed else all(differs), (family, scope, mode)

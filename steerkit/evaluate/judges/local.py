@@ -20,6 +20,7 @@ from steerkit.prompts.rendering import Rendered, has_chat_template, render
 __all__ = ["LocalJudge"]
 
 Spelling: TypeAlias = tuple[int, ...]
+"""Token ids of a prompt and what is written behind it."""
 
 
 class LocalJudge:

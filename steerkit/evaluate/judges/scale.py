@@ -22,7 +22,6 @@ __all__ = [
 LEAST_MASS = 0.25
 LARGEST_SCALE = 1000
 LONGEST_ANSWER = 200  # characters; what is longer is not a number and nothing else
-"""Token ids of a prompt and what is written behind it."""
 _WHOLE = re.compile(r"[\s▁Ġ]*(0|[1-9][0-9]*)\s*")
 _MARKUP = re.compile(r"[*_`\"'\[\]]")
 _LABEL = r"(?:(?:(?:final|overall)\s+)?(?:score|rating|grade|answer)\b\s*(?::|=|is\b)?\s*)?"
