@@ -5,9 +5,8 @@ them on modules, `replay` feeds a pass again where a gate knows too late, `weigh
 
 from __future__ import annotations
 
-from steerkit.steering.callback import SteeringCallback
 from steerkit.steering.steering import Steering, steer
 from steerkit.steering.strengths import Strength, strength_value, vectors_of
 from steerkit.steering.weights import edited
 
-__all__ = ["Steering", "SteeringCallback", "Strength", "edited", "steer", "strength_value", "vectors_of"]
+__all__ = ["Steering", "Strength", "edited", "steer", "strength_value", "vectors_of"]
