@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stderr, stdout, table
+from steerkit._support.progress import status
+from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stdout, table
 
 __all__ = ["run"]
 
@@ -71,7 +72,7 @@ def run(
     from steerkit.export.baking import bake
 
     loaded, tokenizer = steerkit.load_model(model, dtype=dtype.value if dtype else None, device_map=device_map)
-    with stderr().status("writing the checkpoint, and comparing it with the hooks"):
+    with status("writing the checkpoint, and comparing it with the hooks"):
         baked = bake(loaded, tokenizer, vectors, out, untie=untie, force=force)
     facts = {
         "changed": len(baked.changed),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -22,7 +23,6 @@ from steerkit.cli._evidence import (
     layers_text,
     numbers,
     scorers_of,
-    status,
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._evidence import (
     MaxKl,
     MaxPplRatio,
@@ -18,7 +19,6 @@ from steerkit.cli._evidence import (
     Neutral,
     check_items,
     jsonable,
-    status,
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -17,7 +18,6 @@ from steerkit.cli._evidence import (
     jsonable,
     numbers,
     scorers_of,
-    status,
 )
 from steerkit.cli._files import read_prompts
 from steerkit.cli._shared import (

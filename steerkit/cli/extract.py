@@ -18,7 +18,6 @@ from steerkit.cli._shared import (
     RecipeModel,
     print_json,
     sites_table,
-    stderr,
     stdout,
     usage_line,
 )
@@ -92,7 +91,7 @@ def run(
         fit = partial(steerkit.fit, data=train, method=method or "caa", readout=_readout(readout), held_out=rest)
     check_writable(target)
     loaded, tokenizer = steerkit.load_model(model)
-    vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=stderr().is_terminal)
+    vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=True)
     vector.save(target)
     if as_json:
         print_json({"file": str(target), **vector.describe()})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
@@ -16,7 +17,6 @@ from steerkit.cli._shared import (
     Model,
     number,
     print_json,
-    stderr,
     stdout,
     table,
 )
@@ -85,7 +85,7 @@ def run(
     from steerkit.evaluate.setup import Setup
 
     steered, tokenizer = steerkit.load_model(model)
-    with stderr().status("measuring"):
+    with status("measuring"):
         found = interference(
             Setup(steered, tokenizer, batch_size=batch_size),
             loaded,

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
     BatchSize,
@@ -16,7 +17,6 @@ from steerkit.cli._shared import (
     Unit,
     number,
     print_json,
-    stderr,
     stdout,
     table,
 )
@@ -71,7 +71,7 @@ def run(
     import steerkit
 
     loaded, tokenizer = steerkit.load_model(model)
-    with stderr().status("evaluating"):
+    with status("evaluating"):
         report = evaluate_tasks(
             loaded,
             tokenizer,

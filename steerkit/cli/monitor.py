@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Model, number, print_json, stderr, stdout, table
 
@@ -131,7 +132,7 @@ def run(
         assert isinstance(rows, list)
         store = None if out is None or cheap else out.with_name(out.name + ".own.jsonl")
         options |= {"cheap": cheap, "max_new_tokens": max_new_tokens or 64, "store": store}
-        with stderr().status("comparing"):
+        with status("comparing"):
             flagged = steerkit.projection_difference(loaded, tokenizer, rows, found, **options)
         name = column or "projection_difference"
         extra = [{}] * len(rows) if flagged.answers is None else [{"own_response": one} for one in flagged.answers]
@@ -154,7 +155,7 @@ def run(
             sys.stdout.flush()
         return
     assert isinstance(rows, list)
-    with stderr().status("reading"):
+    with status("reading"):
         values = _plain(monitor.score(rows, raw=raw))
     _check_read(values)
     if heat is not None:
@@ -348,7 +349,7 @@ def _shift(
     folder = Path(after).expanduser()
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
     other = with_adapter(loaded, folder) if is_adapter else steerkit.load_model(after)[0]
-    with stderr().status("reading"):
+    with status("reading"):
         shift = steerkit.finetuning_shift(None if is_adapter else loaded, other, tokenizer, rows, vector, **options)
     moves = _plain(shift.values)
     _check_read(moves)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition, progress, status
+from steerkit._support.progress import bar, status
+from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
@@ -158,7 +159,7 @@ def extract(
         rules=rules,
         choice=choice,
         batch_size=batch_size,
-        bar=progress,
+        bar=bar,
         line=status,
     )
     if as_json:

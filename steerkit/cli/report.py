@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import data_of, numbers, status
+from steerkit._support.progress import status
+from steerkit.cli._evidence import data_of, numbers
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
     DEFAULT_MODEL,

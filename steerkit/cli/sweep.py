@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import bar
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -16,7 +17,6 @@ from steerkit.cli._evidence import (
     jsonable,
     layers_text,
     numbers,
-    progress,
     scorers_of,
 )
 from steerkit.cli._files import check_writable
@@ -26,7 +26,6 @@ from steerkit.cli._shared import (
     RecipeModel,
     number,
     print_json,
-    stderr,
     stdout,
     table,
 )
@@ -124,10 +123,10 @@ def run(
         part.readout,
         scope,
         kinds=chosen.kinds(part),
-        progress=stderr().is_terminal,
+        progress=True,
     )
     store = Store(folder / "rows.jsonl")
-    with progress("measuring", 1 + len(listed) * len(doses)) as step:
+    with bar("measuring", 1 + len(listed) * len(doses)) as step:
         points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
     save_table(points, target)
     effect = next(iter(scorers[0].columns))
