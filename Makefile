@@ -11,7 +11,7 @@ WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow bench vectors evidence lint format clean
+.PHONY: demo test slow bench vectors evidence docs lint format clean
 
 demo: $(DEMO)
 	$(BIN)/steerkit demo
@@ -22,8 +22,9 @@ test: $(STAMP)
 slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
+# Timings; with BENCH=--write docs/results/speed.md is made anew too.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # The committed vectors and cards, anew (about two minutes each).
 vectors: $(STAMP)
@@ -32,10 +33,16 @@ vectors: $(STAMP)
 	done
 	rm -f vectors/smollm2-135m/*.png
 
-# The table of all methods in README.md and its report, anew (about eight minutes a method).
+# docs/results/methods.md and its report, anew (about eight minutes a method).
 evidence: $(STAMP)
-	$(BIN)/steerkit compare optimism --out evidence
-	$(BIN)/python -m tests.readme
+	$(BIN)/steerkit compare optimism --out out/evidence
+	$(BIN)/python -m benchmarks.methods out/evidence
+
+# The pages under docs/_build; warnings are errors. Reads the command line and the sites off the program first.
+docs: $(STAMP)
+	$(PIP) -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m docs.generate
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

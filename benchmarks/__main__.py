@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit.activations.moments import Means
 from steerkit.activations.streaming import stream
 from steerkit.export.baking import bake
@@ -34,6 +35,7 @@ from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
 
 Timing = Callable[[], tuple[float, float, float]]
+TITLES = {"speed": "Speed and memory", "operators": "Speed of the operators"}
 WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while", "children", "counted", "birds")
 
 
@@ -42,8 +44,15 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs per ratio")
     parser.add_argument("--operators", action="store_true", help="only the operators, without a model")
     parser.add_argument("--only", default="", help="only the timings of the model whose name holds this")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    page = "operators" if options.operators else "speed"
+    with recorded(page, TITLES[page], "benchmarks", wanted=options.write, printed=True) as facts:
+        run(options, facts)
+
+
+def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     if options.operators:
         show_operators(options.pairs)
         return
@@ -51,6 +60,7 @@ def main() -> None:
         print(peak_of_extraction(options.peak))
         return
     model, tokenizer = steerkit.load_model()
+    facts["model"] = model
     pairs = options.pairs
 
     def paired(make: Callable[[], tuple[Callable[[], object], Callable[[], object]]]) -> Timing:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit._support.shipped import recipes
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.intervals import Estimate, interval, separability
@@ -180,8 +181,8 @@ def flag(model: Any, tokenizer: Any, vector: SteeringVector, mixed: Sequence[dic
     )
 
 
-def main(steps: int) -> None:
-    """Print the tables as Markdown."""
+def main(steps: int) -> Any:
+    """Print the tables as Markdown; the untrained model."""
     warnings.filterwarnings("ignore")
     began = time.process_time()
     model, tokenizer = steerkit.load_model()
@@ -232,6 +233,7 @@ def main(steps: int) -> None:
     print("\nAgainst training without prevention:\n\n| prevention | shift, prompts | margin |\n| --- | --- | --- |")
     print("\n".join(notes))
     print(f"\n{(time.process_time() - began) / 60:.1f} CPU minutes")
+    return model
 
 
 def held_out(pirate: Sequence[dict[str, str]], neutral: Sequence[dict[str, str]], *, used: int) -> list[dict[str, str]]:
@@ -245,4 +247,8 @@ def held_out(pirate: Sequence[dict[str, str]], neutral: Sequence[dict[str, str]]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
-    main(parser.parse_args().steps)
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
+    options = parser.parse_args()
+    title = "Preventing drift in finetuning"
+    with recorded("finetune", title, "benchmarks.finetune", wanted=options.write) as facts:
+        facts["model"] = main(options.steps)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.intervals import interval
 from steerkit.evaluate.scorers.refusal import Refusal
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=SOURCES, help="sources that are held out")
     parser.add_argument("--only", default="", help="rows whose title holds this")
     parser.add_argument("--texts", action="store_true", help="some answers under every row")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     options = parser.parse_args()
     model, tokenizer = steerkit.load_model()
     data = ContrastSet.from_labelled(REQUESTS, positive="harmful")
@@ -263,13 +265,18 @@ def main() -> None:
     )
     sides = [spread(side, options.prompts) for side in (held_out.positive, ordinary, alarming)]
     bench = Bench(model, tokenizer, train, *sides, options.tokens, options.judged)
-    print(f"{len(sides[0])} harmful, {len(sides[1])} ordinary, {len(sides[2])} alarming but harmless requests", end=" ")
-    print(f"of held-out sources ({', '.join(options.sources)}).")
-    print(f"{options.tokens} tokens each. Percent, with 95 % intervals.\n")
-    for line, shown in table(bench, options.only):
-        print(line, flush=True)
-        for text in shown if options.texts else ():
-            print(f"    {' '.join(text.split())}", flush=True)
+    title = "Refusal with and without gates"
+    with recorded("gates", title, "benchmarks.gates", wanted=options.write, model=model):
+        print(
+            f"{len(sides[0])} harmful, {len(sides[1])} ordinary, {len(sides[2])} alarming but harmless requests",
+            end=" ",
+        )
+        print(f"of held-out sources ({', '.join(options.sources)}).")
+        print(f"{options.tokens} tokens each. Percent, with 95 % intervals.\n")
+        for line, shown in table(bench, options.only):
+            print(line, flush=True)
+            for text in shown if options.texts else ():
+                print(f"    {' '.join(text.split())}", flush=True)
 
 
 def topics() -> dict[str, str]:

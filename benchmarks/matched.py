@@ -7,11 +7,13 @@ stand beside both.
 
 from __future__ import annotations
 
-import sys
+import argparse
+from typing import Any
 
 import torch
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit._support.shipped import vector_path
 from steerkit.activations.recording import record_ids
 from steerkit.evaluate.curve import random_like
@@ -42,8 +44,19 @@ def displacement(setup: Setup, vector: SteeringVector, strength: float) -> float
     return float(torch.cat(found).mean())
 
 
-def main(name: str) -> None:
+def main() -> None:
     """Print the comparison as a Markdown table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.matched")
+    parser.add_argument("vector", nargs="?", default="optimism-selective")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
+    options = parser.parse_args()
+    title = "Rotation beside addition"
+    with recorded("matched", title, "benchmarks.matched", wanted=options.write) as facts:
+        facts["model"], facts["vectors"] = compare(options.vector)
+
+
+def compare(name: str) -> tuple[Any, dict[str, str]]:
+    """Print the table; the model and the vectors' digests."""
     model, tokenizer = steerkit.load_model()
     vector = SteeringVector.load(vector_path(name))
     recipe = find_recipe(str(vector.recipe))
@@ -70,7 +83,8 @@ def main(name: str) -> None:
             effect = found[column].effect if column in found else None
             cells.append("-" if effect is None else f"{effect.mean:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})")
         print(f"| {title} | {dose:.3g} | {moved:.3f} | {' | '.join(cells)} |", flush=True)
+    return model, {name: vector.digest}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "optimism-selective")
+    main()

@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.evaluate.intervals import Estimate, interval
+from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.scorers._base import Weighted
 from steerkit.evaluate.scorers.divergence import Divergence
 from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
-from steerkit.evaluate.setup import Setup, Trial, neutral_texts
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.trial import Trial
 from steerkit.fitting.fitting import fit, read
 from steerkit.methods.steer2edit import Steer2Edit
 from steerkit.network.decoder import find_decoder
@@ -259,10 +262,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("behaviours", nargs="*", default=["optimism", "refusal"])
     parser.add_argument("--small", action="store_true", help="few items and edits, to see that it runs")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     given = parser.parse_args()
     model, tokenizer = steerkit.load_model()
-    for behaviour in given.behaviours:
-        run(behaviour, model, tokenizer, small=given.small)
+    title = "Steer2Edit beside addition"
+    with recorded("steer2edit", title, "benchmarks.steer2edit", wanted=given.write, model=model):
+        for behaviour in given.behaviours:
+            run(behaviour, model, tokenizer, small=given.small)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit._support.shipped import traits
 from steerkit.evaluate.curve import Curve, strength_response
 from steerkit.evaluate.setup import Setup
@@ -82,19 +83,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("traits", nargs="*")
     parser.add_argument("--monitor", action="store_true", help="the second table only")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     options = parser.parse_args()
     model, tokenizer = steerkit.load_model()
-    chosen = options.traits or sorted(traits())
-    if not options.monitor:
-        print("| trait | site | strength | pairs | margin down | margin up | both ways, clear |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+    title = "The shipped traits, steered and watched"
+    with recorded("traits", title, "benchmarks.traits", wanted=options.write, model=model):
+        chosen = options.traits or sorted(traits())
+        if not options.monitor:
+            print("| trait | site | strength | pairs | margin down | margin up | both ways, clear |")
+            print("| --- | --- | --- | --- | --- | --- | --- |")
+            for trait in chosen:
+                print(row(model, tokenizer, trait, options.folder / trait), flush=True)
+            print()
+        print("| trait | site | from neutral ones | from the opposite | steering vector, from neutral ones |")
+        print("| --- | --- | --- | --- | --- |")
         for trait in chosen:
-            print(row(model, tokenizer, trait, options.folder / trait), flush=True)
-        print()
-    print("| trait | site | from neutral ones | from the opposite | steering vector, from neutral ones |")
-    print("| --- | --- | --- | --- | --- |")
-    for trait in chosen:
-        print(monitored(model, tokenizer, trait, options.folder / trait), flush=True)
+            print(monitored(model, tokenizer, trait, options.folder / trait), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import steerkit
+from benchmarks.results import recorded
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.curve import random_like
+from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.scoring import Measured, scorer_of
-from steerkit.evaluate.setup import Setup, neutral_texts
-from steerkit.evaluate.sweeps import Store, measure_point
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
+from steerkit.evaluate.sweeps import measure_point
 from steerkit.fitting.fitting import read
 from steerkit.methods.austeer import AUSteer
 from steerkit.prompts.contrast_set import ContrastSet
@@ -33,6 +36,12 @@ def main() -> None:
     """Print the comparison as a Markdown table."""
     options = arguments()
     model, tokenizer = steerkit.load_model()
+    title = "AUSteer: scaling single neurons"
+    with recorded("neurons", title, "benchmarks.units", wanted=options.write, model=model):
+        compare(options, model, tokenizer)
+
+
+def compare(options: argparse.Namespace, model: Any, tokenizer: Any) -> None:
     recipe = find_recipe(options.recipe)
     train, held_out = recipe.split()
     if options.validation:
@@ -43,9 +52,8 @@ def main() -> None:
     measured = "training items held back for validation" if options.validation else "held-out items"
     baseline = table.measured(None, None).estimate
     print(f"{recipe.behaviour}: fitted on {len(train)} pairs, measured on {len(held_out)} {measured}")
-    print(
-        f"unsteered margin {baseline.mean:+.3f} ({baseline.low:+.3f} to {baseline.high:+.3f}); below what is added to it\n"
-    )
+    unsteered = f"{baseline.mean:+.3f} ({baseline.low:+.3f} to {baseline.high:+.3f})"
+    print(f"unsteered margin {unsteered}; below what is added to it\n")
     draws = f"random units, mean of {options.draws} draws (lowest to highest)"
     print(f"| method | site | strength | margin | {draws} | KL |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
@@ -77,6 +85,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--neutral", type=int, default=16, help="neutral texts on which the cost is measured")
     parser.add_argument("--train", type=int, help="fit on so many pairs only")
     parser.add_argument("--items", type=int, help="measure on so many pairs only")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     parser.add_argument("--validation", action="store_true", help="part the training items, leave the held-out alone")
     return parser.parse_args()
 

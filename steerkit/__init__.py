@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from steerkit.generation import generate
     from steerkit.model import load_model
     from steerkit.monitor.decisions import explain
+    from steerkit.monitor.difference import projection_difference
     from steerkit.monitor.monitor import Monitor
-    from steerkit.monitor.shift import finetuning_shift, projection_difference
+    from steerkit.monitor.shift import finetuning_shift
     from steerkit.network.sites import Site
     from steerkit.persona.traits import TraitSpec
     from steerkit.prompts.contrast_set import ContrastSet

@@ -70,7 +70,8 @@ def generate(
     Raises:
         DataError: no prompts, one string instead of a list of them, or seeds per prompt that do not fit.
         StrengthError: one strength per prompt was given, but not as many as prompts.
-        SteerError: a prompt cannot be rendered (see `steerkit.data.render`), or the model not steered (see `steer`).
+        SteerError: a prompt cannot be rendered (see `steerkit.prompts.rendering.render`), or the model not steered (see
+            `steer`).
     """
     if isinstance(prompts, str):
         raise DataError("generate: got one string; give a list of prompts")
@@ -96,16 +97,8 @@ def generate(
         )
         for prompt in prompts
     ]
-    device = execution_device(find_decoder(model))
-    pad = pad_token_id(tokenizer)
-    settings: dict[str, Any] = {"pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}
-    if "generation_config" not in settings:
-        settings.setdefault("do_sample", False)
-    if settings.get("do_sample") is False:
-        # A checkpoint's sampling defaults would only draw warnings here.
-        settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
-    if seeds is not None:
-        settings = {**settings, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    pad, device = pad_token_id(tokenizer), execution_device(find_decoder(model))
+    settings = _settings(pad, max_new_tokens, options, drawn_by_row=seeds is not None)
     texts: list[list[str]] = [[] for _ in prompts]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=isinstance(seed, int)):
         if isinstance(seed, int):
@@ -124,6 +117,19 @@ def generate(
             for place, row in enumerate(batch.rows):
                 texts[row] = answers[place * each : (place + 1) * each]
     return [text for answers in texts for text in answers]
+
+
+def _settings(pad: int, max_new_tokens: int, options: Mapping[str, Any], *, drawn_by_row: bool) -> dict[str, Any]:
+    """Settings of `transformers`' own `generate`: greedy unless the caller asks for more."""
+    settings: dict[str, Any] = {"pad_token_id": pad, "max_new_tokens": max_new_tokens, **options}
+    if "generation_config" not in settings:
+        settings.setdefault("do_sample", False)
+    if settings.get("do_sample") is False:
+        # A checkpoint's sampling defaults would only draw warnings here.
+        settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
+    if drawn_by_row:
+        settings = {**settings, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return settings
 
 
 def _decoded(tokenizer: Any, rows: Tensor) -> list[str]:

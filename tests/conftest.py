@@ -22,7 +22,7 @@ def pytest_configure() -> None:
     import torch
 
     # Tiny models spend their time in thread hand-overs; on two cores one thread each is five times faster.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

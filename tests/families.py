@@ -233,3 +233,10 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
+
+
+def shortened(model: Any, blocks: int) -> Any:
+    """A Llama with its first blocks only."""
+    model.model.layers = model.model.layers[:blocks]
+    model.config.num_hidden_layers = blocks
+    return model

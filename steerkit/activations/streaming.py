@@ -1,4 +1,4 @@
-"""TODO activations.streaming."""
+"""Reading a contrast set into running sums: one pass per batch, and no activation is kept."""
 
 from __future__ import annotations
 

@@ -9,90 +9,29 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from steerkit.activations.reading import position_inputs
+from steerkit.checks._bitwise import bitwise, hooks_of, largest_gap, raise_error
+from steerkit.checks.fitted_method import TEXTS, Finding, FittedMethod
 from steerkit.errors import SteerError
 from steerkit.fitting.fitting import fit
 from steerkit.fitting.held_out import separation
 from steerkit.methods._base import Method
-from steerkit.network.decoder import execution_device, find_decoder, inner_model
 from steerkit.network.linears import writers_at
-from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.batching import pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
-from steerkit.prompts.conversation import Conversation
-from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.tokens.forward_pass import Pass
 from steerkit.tokens.scope import Scope
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["CHECKS", "Finding", "FittedMethod", "conformance"]
+__all__ = ["CHECKS", "conformance"]
 
 TOLERANCE = 1e-5
-TEXTS = ("a short one", "a text that is a good deal longer than the first one", "the third of them")
-
-
-class Finding(NamedTuple):
-    """What one check found.
-
-    Attributes:
-        check: its name.
-        passed: whether the method holds it.
-        reason: what was seen where it does not, or why it was not applicable.
-    """
-
-    check: str
-    passed: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class FittedMethod:
-    """A method fitted on a model, ready to be checked."""
-
-    method: Method
-    model: nn.Module
-    tokenizer: Any
-    data: ContrastSet
-    vector: SteeringVector
-    strength: float = 1.0
-
-    def logits(self, ids: Tensor, mask: Tensor, vector: SteeringVector | None, strength: Any = None) -> Tensor:
-        """[b, t, v] logits of one plain forward pass, steered where a vector is given."""
-        lengths = (mask.sum(dim=1) - 1).clamp_min(1)
-        used = self.strength if strength is None else strength
-        context: Any = steer(self.model, vector, used, prompt_lengths=lengths) if vector else contextlib.nullcontext()
-        more = position_inputs(inner_model(self.model), mask)
-        with context, torch.no_grad():
-            found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
-        return found
-
-    def rows(self, side: str = "right") -> tuple[Tensor, Tensor]:
-        """Ids and mask of the check's texts in one padded batch, in their order.
-
-        Of a gated method the middle one is a prompt it was fitted on, and one token: a gate may pass over the others.
-        """
-        rendered = [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
-        if self.method.editor(self.vector) is not None:
-            prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
-            rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
-        batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]
-        order = torch.tensor(batch.rows).argsort()
-        device = execution_device(find_decoder(self.model))
-        return batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
-
-    def alone(self, vector: SteeringVector | None) -> list[Tensor]:
-        """[t, v] logits of each text on its own."""
-        ids, mask = self.rows()
-        return [
-            self.logits(ids[row : row + 1, :length], mask[row : row + 1, :length], vector)[0]
-            for row, length in enumerate(mask.sum(dim=1).tolist())
-        ]
 
 
 def conformance(
@@ -149,7 +88,10 @@ def survives_the_file(subject: FittedMethod) -> None:
 def steering_changes_the_logits(subject: FittedMethod) -> None:
     """A steer that does nothing fails."""
     ids, mask = subject.rows()
-    _hold(_gap(subject.logits(ids, mask, subject.vector), subject.logits(ids, mask, None)) > 1e-4, "nothing changed")
+    _hold(
+        largest_gap(subject.logits(ids, mask, subject.vector), subject.logits(ids, mask, None)) > 1e-4,
+        "nothing changed",
+    )
 
 
 def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
@@ -186,9 +128,9 @@ def neutral_strength_is_the_identity(subject: FittedMethod) -> str | None:
         return "declares no neutral strength"
     ids, mask = subject.rows()
     baseline = subject.logits(ids, mask, None)
-    _hold(_bitwise(subject.logits(ids, mask, subject.vector, neutral), baseline), "one neutral number is not")
+    _hold(bitwise(subject.logits(ids, mask, subject.vector, neutral), baseline), "one neutral number is not")
     mixed = subject.logits(ids, mask, subject.vector, [neutral, subject.strength, neutral])
-    _hold(_bitwise(mixed[[0, 2]], baseline[[0, 2]]), "neutral rows beside another are not")
+    _hold(bitwise(mixed[[0, 2]], baseline[[0, 2]]), "neutral rows beside another are not")
     return None
 
 
@@ -201,7 +143,10 @@ def rows_are_independent(subject: FittedMethod) -> None:
             found = subject.logits(ids, mask, subject.vector, strength)
             for row, single in enumerate(expected):
                 real = found[row][mask[row].bool()]
-                _hold(_gap(real, single) < TOLERANCE, f"row {row}, pads at the {side}: off by {_gap(real, single):.1e}")
+                _hold(
+                    largest_gap(real, single) < TOLERANCE,
+                    f"row {row}, pads at the {side}: off by {largest_gap(real, single):.1e}",
+                )
 
 
 def cached_equals_uncached(subject: FittedMethod) -> None:
@@ -221,20 +166,20 @@ def cached_equals_uncached(subject: FittedMethod) -> None:
             out = subject.model.generate(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)  # type: ignore[operator]
         found.append((out.sequences, torch.stack(out.logits)))
     _hold(torch.equal(found[0][0], found[1][0]), "other tokens without a cache")
-    _hold(_gap(found[0][1], found[1][1]) < TOLERANCE, "other logits without a cache")
+    _hold(largest_gap(found[0][1], found[1][1]) < TOLERANCE, "other logits without a cache")
 
 
 def nothing_stays_behind(subject: FittedMethod) -> None:
     """After the context, and after an error inside it, logits are bitwise the baseline model's and no hook is left."""
     ids, mask = subject.rows()
     baseline = subject.logits(ids, mask, None)
-    hooks = _hooks(subject.model)
+    hooks = hooks_of(subject.model)
     subject.logits(ids, mask, subject.vector)
-    _hold(_hooks(subject.model) == hooks, "a hook stayed after the context")
+    _hold(hooks_of(subject.model) == hooks, "a hook stayed after the context")
     with contextlib.suppress(ZeroDivisionError), steer(subject.model, subject.vector, subject.strength):
-        raise ZeroDivisionError
-    _hold(_hooks(subject.model) == hooks, "a hook stayed after an error")
-    _hold(_bitwise(subject.logits(ids, mask, None), baseline), "the baseline model changed")
+        raise_error()
+    _hold(hooks_of(subject.model) == hooks, "a hook stayed after an error")
+    _hold(bitwise(subject.logits(ids, mask, None), baseline), "the baseline model changed")
 
 
 def positive_side_lies_further_along(subject: FittedMethod) -> str | None:
@@ -267,16 +212,3 @@ CHECKS: tuple[Callable[[FittedMethod], str | None], ...] = (
 def _hold(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
-
-
-def _gap(one: Tensor, other: Tensor) -> float:
-    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-9))
-
-
-def _bitwise(one: Tensor, other: Tensor) -> bool:
-    """Equality that tells -0.0 from +0.0, which `torch.equal` does not."""
-    return torch.equal(one, other) and torch.equal(torch.signbit(one), torch.signbit(other))
-
-
-def _hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

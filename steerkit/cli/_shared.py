@@ -122,7 +122,9 @@ def comparison(verification: Verification) -> dict[str, Any]:
         "largest_difference": verification.absolute,
         "relative": verification.relative,
     }
-    if verification.rounding is not None:
+    if verification.is_full:
+        facts |= {"one_rounding": verification.rounding}
+    else:
         facts |= {"relative_at_the_median_token": verification.typical, "one_rounding_there": verification.rounding}
     return {
         **facts,

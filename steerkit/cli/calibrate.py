@@ -37,7 +37,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.evaluate.calibration.budget import Calibration
+    from steerkit.evaluate.calibration.result import Calibration
 
 __all__ = ["run"]
 
@@ -85,8 +85,9 @@ def run(
     import steerkit
     from steerkit.evaluate.calibration.budget import Budget, Search
     from steerkit.evaluate.calibration.search import calibrate
+    from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
-    from steerkit.evaluate.sweeps import Store, parse_candidates
+    from steerkit.evaluate.store import Store
     from steerkit.methods._registry import resolve
     from steerkit.recipe import find_recipe
 

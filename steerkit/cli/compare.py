@@ -68,13 +68,13 @@ def run(
     import steerkit
     from steerkit._support.files import write_whole
     from steerkit.evaluate.calibration.budget import Budget
-    from steerkit.evaluate.compare import markdown
+    from steerkit.evaluate.compare_table import markdown
     from steerkit.evaluate.setup import Setup
-    from steerkit.evaluate.sweeps import Store
+    from steerkit.evaluate.store import Store
     from steerkit.methods._registry import method_names, resolve
     from steerkit.recipe import find_recipe
-    from steerkit.report.html import comparison_html
-    from steerkit.report.plots.style import ready
+    from steerkit.report.comparison import comparison_html
+    from steerkit.report.plots.drawing import ready
 
     ready()
     default = find_recipe(behaviour)

@@ -18,7 +18,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.checks.contract import Finding
+    from steerkit.checks.fitted_method import Finding
 
 __all__ = ["run"]
 

@@ -33,7 +33,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.evaluate.controls import Refits
+    from steerkit.evaluate.refit_results import Refits
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
     from steerkit.evaluate.setup import Setup

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from steerkit.evaluate.intervals import Estimate
-    from steerkit.evaluate.overlap import Effect, Interference
+    from steerkit.evaluate.joint_effect import Effect
+    from steerkit.evaluate.together import Interference
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.vector.steering_vector import SteeringVector
 
@@ -81,8 +82,8 @@ def run(
         check_writable(target)
 
     import steerkit
-    from steerkit.evaluate.overlap import interference
     from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.together import interference
 
     steered, tokenizer = steerkit.load_model(model)
     with status("measuring"):

@@ -201,7 +201,7 @@ def _items(data: str) -> Iterator[dict[str, Any]]:
 
 def _parsed(name: str, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     from steerkit.errors import DataError
-    from steerkit.monitor.monitor import conversation_of
+    from steerkit.monitor.items import conversation_of
 
     for place, line in enumerate(lines, start=1):
         if not line.strip():

@@ -23,9 +23,9 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.persona.drafting import Writer
-    from steerkit.persona.pipeline import Extraction
+    from steerkit.persona.extraction import Extraction
     from steerkit.persona.traits import TraitSpec
+    from steerkit.persona.writers import Writer
 
 __all__ = ["app"]
 
@@ -127,7 +127,7 @@ def extract(
     from steerkit.network.decoder import find_decoder
     from steerkit.network.sites import parse_layers
     from steerkit.persona.filtering import Rules
-    from steerkit.persona.rollouts import RolloutPlan
+    from steerkit.persona.rollout_plan import RolloutPlan
     from steerkit.persona.traits import TraitSpec, slug
 
     chosen = TraitSpec.load(spec)
@@ -170,7 +170,7 @@ def extract(
 
 def _writer(endpoint: str | None, model: str | None) -> Writer | None:
     """What writes the draft, if anything does."""
-    from steerkit.persona.drafting import endpoint_writer, model_writer
+    from steerkit.persona.writers import endpoint_writer, model_writer
 
     if endpoint is not None:
         return endpoint_writer(endpoint)
@@ -185,7 +185,7 @@ def _show_draft(spec: TraitSpec, target: Path) -> None:
     typer.echo(f"wrote {target}")
     missing = spec.open_places
     if missing:
-        from steerkit.persona.traits import FILL_IN
+        from steerkit.persona.instruction import FILL_IN
 
         places = "1 place is" if len(missing) == 1 else f"{len(missing)} places are"
         typer.echo(f"{places} still to be filled in, marked by '{FILL_IN.strip()}':")

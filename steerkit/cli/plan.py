@@ -21,7 +21,8 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.checks.planning import PlannedEdit, SteeringPlan
+    from steerkit.checks.planned_edits import PlannedEdit
+    from steerkit.checks.planning import SteeringPlan
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]

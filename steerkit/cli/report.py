@@ -55,10 +55,10 @@ def run(
     from steerkit._support.files import write_whole
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError, SteerError
-    from steerkit.report.evidence import EvidencePlan
+    from steerkit.report.evidence_parts import EvidencePlan
     from steerkit.report.gather import gather
     from steerkit.report.html import report_html
-    from steerkit.report.plots.style import ready
+    from steerkit.report.plots.drawing import ready
     from steerkit.vector.steering_vector import SteeringVector
 
     ready()

@@ -88,8 +88,12 @@ def run(
     counts only if nothing was chosen on them.
     """
     import steerkit
+    from steerkit.evaluate.fits import Fits
+    from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
-    from steerkit.evaluate.sweeps import Fits, Store, parse_candidates, save_table, sweep
+    from steerkit.evaluate.store import Store
+    from steerkit.evaluate.sweep_table import save_table
+    from steerkit.evaluate.sweeps import sweep
     from steerkit.methods._registry import resolve
     from steerkit.recipe import find_recipe
 

@@ -1,6 +1,8 @@
-"""What steering did and cost, with intervals and controls: `setup` holds model and data, `scoring` measures, `curve`,
-`sweeps` and `calibration` look for a strength, `controls` and `confounding` doubt it, `compare` sets methods side by
-side, `overlap` tells whether two vectors disturb each other, `judges` and `scorers` grade.
+"""What steering did and cost, with intervals and controls.
+
+`setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `curve`, `sweeps` and
+`calibration` look for a strength, `controls` and `confounding` doubt what was found, `compare` sets methods side by
+side, `together` tells whether several vectors disturb each other, `lm_eval` runs tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from steerkit.evaluate.confounding import confounds
 from steerkit.evaluate.controls import refits
 from steerkit.evaluate.curve import strength_response
 from steerkit.evaluate.intervals import Estimate, interval
-from steerkit.evaluate.overlap import interference
 from steerkit.evaluate.scoring import Measured, measure, scorer_of
-from steerkit.evaluate.setup import Setup, Trial
+from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.sweeps import sweep
+from steerkit.evaluate.together import interference
+from steerkit.evaluate.trial import Trial
 
 __all__ = [
     "Estimate",

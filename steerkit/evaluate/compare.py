@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steerkit.evaluate.calibration.budget import Calibration
+from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.overhead import decoding_overhead
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._base import Method
-from steerkit.network.sites import sites_text
 
-__all__ = ["Row", "compared", "markdown"]
+__all__ = ["Row", "compared"]
 
 COSTS = ("kl", "perplexity_ratio", "repetition")
 
@@ -144,36 +143,9 @@ def compared(
     )
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The comparison as a Markdown table.
-
-    Args:
-        rows: one per method.
-    """
-    lines = [
-        "| method | sites, strength | effect | controls | KL | ppl ratio | repetition | time | confirmed |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        costs = row.costs or {}
-        where = f"{sites_text(row.sites)}, {row.strength:g}" if row.strength is not None else "-"
-        lines.append(
-            f"| `{row.method}` | {where} | {_cell(row.effect, '+.2f')} "
-            f"| {'-' if row.controls is None else f'{row.controls[0]:+.2f} to {row.controls[1]:+.2f}'} "
-            f"| {_cell(costs.get('kl'), '.3f')} | {_cell(costs.get('perplexity_ratio'), '.2f')} "
-            f"| {_cell(costs.get('repetition'), '+.2f')} | {_cell(row.overhead, '.2f')} "
-            f"| {'yes' if row.works else 'no'} |"
-        )
-    return "\n".join(lines) + "\n"
+def _plain(found: Estimate | None) -> dict[str, float] | None:
+    return None if found is None else found._asdict()
 
 
 def _end(end: float | None, sign: int) -> float:
     return sign * math.inf if end is None else end
-
-
-def _cell(found: Estimate | None, form: str) -> str:
-    return "-" if found is None else f"{found.mean:{form}} ({found.low:{form}} to {found.high:{form}})"
-
-
-def _plain(found: Estimate | None) -> dict[str, float] | None:
-    return None if found is None else found._asdict()

@@ -21,7 +21,7 @@ __all__ = ["Curve", "random_like", "strength_response"]
 
 @dataclass(frozen=True)
 class Curve:
-    """A dose-response curve.
+    """Effect and costs of one vector over strengths.
 
     Attributes:
         effect: the column that shows the effect.

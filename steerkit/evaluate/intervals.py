@@ -30,7 +30,7 @@ LEAST_ERROR = 0.2
 
 
 class NotScored(DataError):
-    """No item of a trial could be scored, or a score is infinite: the model says nothing finite any more."""
+    """No item could be scored, or a score is infinite, because the model's outputs are no longer finite."""
 
 
 class Estimate(NamedTuple):
@@ -47,7 +47,7 @@ class Estimate(NamedTuple):
     high: float
 
     def exp(self) -> Estimate:
-        """The same of exponentials: of mean log-ratios, the ratio."""
+        """The exponentials of mean and interval: of log-ratios, the ratio."""
         return Estimate(*(math.exp(min(end, 700.0)) for end in self))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from steerkit.evaluate.intervals import Estimate, interval
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 from steerkit.network.decoder import execution_device
 
 __all__ = ["decoding_overhead"]

@@ -16,8 +16,8 @@ from steerkit._support.plugins import Plugins
 from steerkit.errors import DataError, near_miss
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.setup import Trial
 from steerkit.evaluate.store_identity import digest_of
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["Measured", "column_of", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
 
@@ -50,7 +50,7 @@ class Measured:
 
     @property
     def gain(self) -> Estimate:
-        """The effect counted so that more is better and 0 is none: logarithms of ratios, and negated where less is."""
+        """The effect counted so that more is better and 0 is none: ratios as logs, negated where less is better."""
         found = self.effect
         if self.column.scale == "log":
             found = Estimate(*map(_log, found))
@@ -61,7 +61,7 @@ class Measured:
         return found
 
     def gain_of(self, mean: float) -> float:
-        """The gain that another vector's mean on the same items stands for.
+        """The gain that another vector has, from its mean on the same items.
 
         Args:
             mean: its `estimate.mean`.
@@ -197,7 +197,7 @@ def _scores(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
 
 
 def identity_of(scorer: Scorer) -> str:
-    """Digest of a scorer: its class with its code, and its settings. Kept scores are taken for no other one.
+    """Digest of a scorer: its class with its code, and its settings, so that kept scores are used for no other.
 
     Args:
         scorer: with its settings.

@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
 
 
 def setup_identity(setup: Setup) -> dict[str, Any]:
-    """Everything that a score of this setup depends on but the vector and the scorer.
+    """Collect everything that a score depends on, apart from the vector and the scorer.
 
     Args:
         setup: model, tokenizer and items.

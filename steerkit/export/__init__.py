@@ -1,5 +1,7 @@
-"""A vector as weights: `baking` writes a checkpoint, `peft` an adapter, `gguf` a control vector for llama.cpp; `verify`
-compares what was written with the hooks, `checkpoint` stores tensors, `weights_card` says what was done.
+"""A vector as weights, for programs that know nothing of steering.
+
+`baking` writes a checkpoint, `peft` a LoRA adapter, `gguf` a control vector for llama.cpp. `verification` compares what
+was written with the hooks, `weights_card` says in Markdown what was done.
 """
 
 from __future__ import annotations

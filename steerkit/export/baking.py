@@ -12,33 +12,30 @@ place only if they agree.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steerkit._support.files import check_folder, whole_folder
-from steerkit.errors import ModelError, SiteError
-from steerkit.export.checkpoint import stored, stored_dtype, write_checkpoint
+from steerkit.errors import ModelError
+from steerkit.export.checkpoint import write_checkpoint
+from steerkit.export.checkpoint_plan import plan_checkpoint, planned_value, untied_parameters
 from steerkit.export.verification import Verification, expected, logits_of, verify
+from steerkit.export.weight_changes import changes_of
 from steerkit.export.weights_card import weights_card
-from steerkit.methods._protocols import WeightUpdate
 from steerkit.model import quiet
 from steerkit.network.decoder import inner_model
 from steerkit.steering.strengths import vectors_of
 from steerkit.steering.weights import exact_updates
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Baked", "Change", "bake", "changes_of"]
-
-Change = Callable[[Tensor | None], Tensor]
+__all__ = ["Baked", "bake"]
 
 
 @dataclass(frozen=True)
@@ -60,27 +57,6 @@ class Baked:
     untied: tuple[str, ...]
     switches: Mapping[str, bool]
     verification: Verification
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the checkpoint is to hold.
-
-    Attributes:
-        config: of the model to be written.
-        shapes: its parameters and buffers, as files hold them.
-        changes: the functions of the old weights, by name.
-        added: biases that the model lacks.
-        untied: parameters that get a copy of their own.
-        switches: what differs in the config.
-    """
-
-    config: Any
-    shapes: Mapping[str, torch.Size]
-    changes: Mapping[str, Change]
-    added: tuple[str, ...]
-    untied: tuple[str, ...]
-    switches: Mapping[str, bool]
 
 
 def bake(
@@ -123,18 +99,18 @@ def bake(
             are not those of the hooks; nothing is left behind.
 
     Example:
-        steerkit.export.bake.bake(model, tokenizer, vector.at(scope="all"), "optimistic-model", strength=2.0)
+        steerkit.export.bake(model, tokenizer, vector.at(scope="all"), "optimistic-model", strength=2.0)
     """
     target, listed = Path(out).expanduser(), vectors_of(vectors)
     inner: Any = inner_model(model)
     check_folder(target, replace=force)
     _check_model(model, inner, target)
-    with _untied(inner) if untie else contextlib.nullcontext():
+    with untied_parameters(inner) if untie else contextlib.nullcontext():
         changes = changes_of(exact_updates(inner, listed, strength))
-    plan = _plan(inner, changes, untie=untie)
+    plan = plan_checkpoint(inner, changes, untie=untie)
     wanted = expected(inner, tokenizer, listed, strength)
     with whole_folder(target, replace=force) as folder, quiet():
-        write_checkpoint(inner, plan.shapes, lambda name: _value(inner, plan, name), folder, shard_bytes)
+        write_checkpoint(inner, plan.shapes, lambda name: planned_value(inner, plan, name), folder, shard_bytes)
         _write_beside(inner, tokenizer, plan.config, folder)
         found = verify(_loaded_logits(type(inner), folder, wanted.ids), wanted)
         if not found.holds:
@@ -143,18 +119,6 @@ def bake(
         card = weights_card(target.name, inner, listed, strength, found, _facts(baked), _USE)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return baked
-
-
-def changes_of(updates: Sequence[WeightUpdate]) -> dict[str, Change]:
-    """One change for each parameter; where there are several, they act in order.
-
-    Args:
-        updates: what `exact_updates` gave.
-    """
-    listed: dict[str, list[Change]] = {}
-    for update in updates:
-        listed.setdefault(update.name, []).append(update.update)
-    return {name: _in_turn(some) for name, some in listed.items()}
 
 
 _USE = """```python
@@ -181,17 +145,6 @@ def _facts(baked: Baked) -> dict[str, str]:
     }
 
 
-def _in_turn(changes: Sequence[Change]) -> Change:
-    def change(old: Tensor | None) -> Tensor:
-        value = old
-        for one in changes:
-            value = one(value)
-        assert value is not None
-        return value
-
-    return change
-
-
 def _check_model(model: nn.Module, inner: Any, target: Path) -> None:
     """Refuse models whose weights cannot be rewritten.
 
@@ -212,121 +165,6 @@ def _check_model(model: nn.Module, inner: Any, target: Path) -> None:
     source = Path(getattr(inner.config, "_name_or_path", "") or ".")
     if source.is_dir() and target.exists() and source.resolve() == target.resolve():
         raise ModelError(f"{target}: the model itself lies there; choose another folder")
-
-
-@contextlib.contextmanager
-def _untied(model: nn.Module) -> Iterator[None]:
-    """Let each use of a shared parameter be a parameter of its own for a while, without copying its values."""
-    seen: set[int] = set()
-    undo: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for name, value in list(model.named_parameters(remove_duplicate=False)):
-        if id(value) in seen:
-            path, _, leaf = name.rpartition(".")
-            undo.append((model.get_submodule(path), leaf, value))
-        seen.add(id(value))
-    try:
-        for owner, leaf, value in undo:
-            setattr(owner, leaf, nn.Parameter(value.detach(), requires_grad=value.requires_grad))
-        yield
-    finally:
-        for owner, leaf, value in undo:
-            setattr(owner, leaf, value)
-
-
-def _plan(model: Any, changes: Mapping[str, Change], *, untie: bool) -> _Plan:
-    """Find the config that holds the changed weights, and what its files hold.
-
-    Raises:
-        SiteError: there is no place for a bias, or a shared weight would change where it should not.
-    """
-    config, switches = copy.deepcopy(model.config), dict[str, bool]()
-    # Offloaded weights are separate empty tensors; a model without weights shows what the class ties.
-    shared = {**_shared(_empty(type(model), config), changes), **_shared(model, changes)}
-    if shared:
-        if not untie:
-            name, other = next(iter(shared.items()))
-            raise SiteError(
-                f"{type(model).__name__} uses `{name}` as `{other}` too (tied weights), which is not to change; "
-                "give it weights of its own with --untie (untie=True), or steer with hooks"
-            )
-        for one in {id(part): part for part in (config, config.get_text_config())}.values():
-            one.tie_word_embeddings = False
-        switches["tie_word_embeddings"] = False
-    present = set(model.state_dict())
-    missing = sorted(set(changes) - present)
-    if missing:
-        config, switch = _with_biases(model, config, missing)
-        switches[switch] = True
-    made = _empty(type(model), config)
-    again = _shared(made, changes)
-    if again:
-        raise SiteError(f"{type(model).__name__} ties `{next(iter(again))}` whatever its config says; steer with hooks")
-    names = _written(made)
-    added = tuple(sorted(set(names) - present))
-    return _Plan(config, names, changes, added, tuple(sorted(shared.values())), switches)
-
-
-def _shared(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, str]:
-    """Parameters that change under one of their names and not under another."""
-    names: dict[int, list[str]] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(value), []).append(name)
-    return {
-        name: other
-        for group in names.values()
-        for name in group
-        for other in group
-        if name in changes and other not in changes
-    }
-
-
-def _with_biases(model: Any, config: Any, missing: Sequence[str]) -> tuple[Any, str]:
-    """The config with the one switch under which the model has the missing biases and no other new weights.
-
-    Raises:
-        SiteError: no switch does that.
-    """
-    present = set(model.state_dict())
-    text = config.get_text_config()
-    switches = sorted(name for name, value in text.to_dict().items() if value is False and "bias" in name)
-    for switch in switches:
-        tried = copy.deepcopy(config)
-        setattr(tried.get_text_config(), switch, True)
-        try:
-            names = set(_empty(type(model), tried).state_dict())
-        except (TypeError, ValueError, NotImplementedError):
-            continue
-        if names >= present.union(missing) and all(name.endswith("bias") for name in names - present):
-            return tried, switch
-    tried_out = f" ({', '.join(switches)} tried)" if switches else ""
-    raise SiteError(
-        f"{type(model).__name__} has no bias at `{missing[0]}` and no switch in its config that brings one{tried_out}; "
-        "export an adapter (steerkit export --to peft), or steer with hooks"
-    )
-
-
-def _empty(kind: Any, config: Any) -> nn.Module:
-    """A model without weights."""
-    with torch.device("meta"), quiet():
-        made: nn.Module = kind(copy.deepcopy(config))
-    return made
-
-
-def _written(made: Any) -> dict[str, torch.Size]:
-    """What files of a model hold: everything in its state but what is tied to something else or not saved."""
-    left_out = set(getattr(made, "all_tied_weights_keys", None) or ())
-    left_out.update(made._keys_to_ignore_on_save or ())
-    return {name: value.shape for name, value in made.state_dict().items() if name not in left_out}
-
-
-def _value(model: nn.Module, plan: _Plan, name: str) -> Tensor:
-    """One tensor of the checkpoint; changed in float32 and rounded once."""
-    old, dtype = stored(model, name), stored_dtype(model, name)
-    change = plan.changes.get(name)
-    with torch.no_grad():
-        if change is not None:
-            return change(None if old is None else old.float()).to(dtype)
-        return torch.zeros(plan.shapes[name], dtype=dtype) if old is None else old
 
 
 def _write_beside(model: Any, tokenizer: Any, config: Any, folder: Path) -> None:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError
+from steerkit.export.stored_tensors import stored_dtype
 from steerkit.network.decoder import find_decoder
 
-__all__ = ["stored", "stored_dtype", "write_checkpoint"]
+__all__ = ["write_checkpoint"]
 
 _DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
     {
@@ -52,49 +53,6 @@ class _Group(NamedTuple):
     entries: _Tensors
 
 
-def stored(model: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer, read in where accelerate has put it on the processor's memory or the disk.
-
-    Args:
-        model: the transformers model.
-        name: of a parameter or buffer; a bias may be absent.
-
-    Returns:
-        The tensor, or None where it is absent.
-
-    Raises:
-        ModelError: it has no values anywhere.
-    """
-    path, _, leaf = name.rpartition(".")
-    tensor: Tensor | None = getattr(model.get_submodule(path), leaf, None)
-    if tensor is None or not tensor.is_meta:
-        return None if tensor is None else tensor.detach()
-    parts = path.split(".") if path else []
-    for end in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:end]))
-        rest = ".".join([*parts[end:], leaf])
-        for values in _offloaded(module):
-            if rest in values:
-                found: Tensor = values[rest]
-                return found.detach()
-    raise ModelError(f"{name} is on the meta device and offloaded nowhere; load the model with from_pretrained")
-
-
-def stored_dtype(model: nn.Module, name: str) -> torch.dtype:
-    """The precision of a parameter or buffer, without reading it; of an absent bias, that of its layer's weight.
-
-    Args:
-        model: the transformers model.
-        name: as for `stored`.
-    """
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    tensor = getattr(module, leaf, None)
-    found = module.weight if tensor is None else tensor
-    assert isinstance(found, Tensor)
-    return found.dtype
-
-
 def write_checkpoint(
     model: nn.Module,
     shapes: Mapping[str, torch.Size],
@@ -107,7 +65,7 @@ def write_checkpoint(
     Args:
         model: the transformers model whose weights these are, for their dtypes and the names they have in files.
         shapes: name in the model to shape, of all that is written.
-        read: gives the values of one of them.
+        read: gives the values [...] of one of them, by its name.
         folder: where, already made.
         shard_bytes: the size at which a new file begins.
 
@@ -127,15 +85,6 @@ def write_checkpoint(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _offloaded(module: nn.Module) -> Iterator[Mapping[str, Tensor]]:
-    """The weights that accelerate keeps for a module."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        values = getattr(one, "weights_map", None)
-        if values is not None:
-            yield values
 
 
 def _in_files(model: nn.Module, tensors: _Tensors) -> _Tensors:

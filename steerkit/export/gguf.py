@@ -11,7 +11,7 @@ the block counted from 0, so `direction.N` is added where steerkit's `resid_post
 llama.cpp reads neither key below; repeng's importer needs the first. `controlvector.model_hint` is the family in
 transformers' words, `controlvector.layer_count` the number of directions in the file, as llama.cpp's own
 cvector-generator and repeng write it. The strength is part of the tensors, so that the file as it is means the
-calibrated dose (`--control-vector-scaled FILE:X` multiplies it by X).
+calibrated strength (`--control-vector-scaled FILE:X` multiplies it by X).
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def control_vector(vector: SteeringVector, *, strength: float | None = None) -> 
         )
     for site in vector.sites:
         _check(site, vector)
-    doses = _doses(vector, strength)
-    return {site.layer: _shift(vector, site, doses[site]) for site in sorted(vector.sites)}
+    strengths = _strengths(vector, strength)
+    return {site.layer: _shift(vector, site, strengths[site]) for site in sorted(vector.sites)}
 
 
 def _check(site: Site, vector: SteeringVector) -> None:
@@ -111,35 +111,35 @@ def _check(site: Site, vector: SteeringVector) -> None:
         )
 
 
-def _doses(vector: SteeringVector, strength: float | None) -> dict[Site, float]:
+def _strengths(vector: SteeringVector, strength: float | None) -> dict[Site, float]:
     """The strength at each site in the paper unit.
 
     Raises:
         StrengthError: several strengths, one not finite, or no activation norm to convert with.
     """
-    dosed = vector.at(strength=strength)
-    if isinstance(dosed.strength, tuple):
-        raise StrengthError(f"got {len(dosed.strength)} strengths, one per row; a control vector file holds one")
-    doses: dict[Site, float] = {}
-    for entry in dosed.describe()["sites"]:
+    used = vector.at(strength=strength)
+    if isinstance(used.strength, tuple):
+        raise StrengthError(f"got {len(used.strength)} strengths, one per row; a control vector file holds one")
+    strengths: dict[Site, float] = {}
+    for entry in used.describe()["sites"]:
         if entry["strength"]["paper"] is None:
             raise StrengthError(
                 f"{entry['site']}: the vector file holds no norm to convert unit 'norm' with; "
                 "give a strength in unit 'paper' (vector.at(strength=..., unit='paper'))"
             )
-        doses[Site.parse(entry["site"])] = entry["strength"]["paper"]
-    return doses
+        strengths[Site.parse(entry["site"])] = entry["strength"]["paper"]
+    return strengths
 
 
-def _shift(vector: SteeringVector, site: Site, dose: float) -> Tensor:
-    """`dose * direction` [d] in float32, whatever the dtype of either.
+def _shift(vector: SteeringVector, site: Site, strength: float) -> Tensor:
+    """`strength * direction` [d] in float32, whatever the dtype of either.
 
     Raises:
         StrengthError: it is too large for float32.
     """
-    shift = torch.tensor(dose, dtype=torch.float32) * vector.params(site)["direction"].float()
+    shift = torch.tensor(strength, dtype=torch.float32) * vector.params(site)["direction"].float()
     if not bool(torch.isfinite(shift).all()):
-        raise StrengthError(f"{site}: strength {dose:g} is too large for float32; give a smaller one")
+        raise StrengthError(f"{site}: strength {strength:g} is too large for float32; give a smaller one")
     return shift
 
 

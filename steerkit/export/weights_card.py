@@ -1,4 +1,4 @@
-"""TODO export.weights_card."""
+"""The card of a checkpoint or an adapter that has vectors in its weights: a page of Markdown beside it."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def weights_card(
     ]
     for vector in vectors:
         sites = ", ".join(f"`{site}`" for site in vector.sites[:4]) + (", ..." if len(vector.sites) > 4 else "")
-        dose = vector.strength if vector.strength is not None else strength
-        dose = default_strength(vector) if dose is None else dose
+        own = vector.strength if vector.strength is not None else strength
+        own = default_strength(vector) if own is None else own
         lines += [
             f"| vector | `{vector.method}` ({vector.paper or 'no paper'}), digest `{vector.digest[:16]}` |",
             f"| sites | {sites} |",
-            f"| strength | {dose:g} |",
+            f"| strength | {own:g} |",
             f"| tokens | every one{_NOT_MEASURED if vector.own_scope else ''} |",
         ]
     lines += [f"| {name} | {text} |" for name, text in facts.items()]
@@ -79,11 +79,18 @@ def weights_card(
         "",
         "## The same as hooks",
         "",
-        f"Loaded again and compared with the base model steered by hooks on {verification.rows} texts, {verification.tokens} "
-        f"tokens: {verification.sentence()}. Steering itself moves the logits by {verification.effect:.2g} relative.",
+        f"Loaded again and compared with the base model steered by hooks on {verification.rows} texts, "
+        f"{verification.tokens} tokens: {verification.sentence()}. Steering itself moves the logits by "
+        f"{verification.effect:.2g} relative.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def number(value: float | None, digits: int = 1) -> str:
+    """Write a number in a table; a dash where there is none.
+
+    Args:
+        value: the number.
+        digits: behind the point.
+    """
     return "-" if value is None else f"{value:.{digits}f}"

@@ -22,9 +22,10 @@ from steerkit.network.anatomy import Anatomy
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import Decoder, execution_device
 from steerkit.network.experts import experts_at
-from steerkit.network.linears import linears_at, weight_digests
+from steerkit.network.linears import linears_at
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap, anatomies, locate
+from steerkit.network.weight_digests import weight_digests
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet

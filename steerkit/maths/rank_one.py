@@ -1,4 +1,4 @@
-"""TODO maths.rank_one."""
+"""Rank-1 edits of weight matrices: how much each component writes along a direction, and how much it is changed."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from steerkit.maths import edits
 from steerkit.maths.directions import random_direction
 from steerkit.methods._protocols import WeightUpdate
 from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.output_biases import output_biases
 from steerkit.network.sites import Site
-from steerkit.network.writers import output_biases
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:

@@ -1,12 +1,18 @@
-"""Reading a model that runs: `Monitor` scores prompts and answers and watches generation, `explain` tells what a gate
-would decide, `shift` compares a finetuned model or its data with the model before, `token_heat` colours tokens.
+"""Reading a model along a vector's direction, while it runs and after finetuning.
+
+`monitor` scores prompts and answers, `watched` reads while the model generates, `decisions` tells what a gate would
+decide, `shift` compares a finetuned model with the model before, `difference` a data set with the model's own answers,
+`token_heat` gives every token its number.
 """
 
 from __future__ import annotations
 
 from steerkit.monitor.decisions import explain
-from steerkit.monitor.monitor import Monitor, conversation_of
-from steerkit.monitor.shift import finetuning_shift, projection_difference
-from steerkit.monitor.watched import Step, Watched
+from steerkit.monitor.difference import projection_difference
+from steerkit.monitor.items import conversation_of
+from steerkit.monitor.monitor import Monitor
+from steerkit.monitor.shift import finetuning_shift
+from steerkit.monitor.watched import Watched
+from steerkit.monitor.watched_call import Step
 
 __all__ = ["Monitor", "Step", "Watched", "conversation_of", "explain", "finetuning_shift", "projection_difference"]

@@ -1,78 +1,55 @@
-"""TODO monitor.monitor."""
+"""Monitor: how far a model's activations lie along a vector's direction, for prompts, answers, and while it generates.
+
+    proj(text) = a . u          cos(text) = a . u / |a|          u = v / |v|, at the vector's site
+    calibrated = (proj(text) - mean over neutral texts) / standard deviation over neutral texts
+
+with `a` the activation of the prompt's last token (read without any answer: what the model is about to be like) or the
+mean over the answer's tokens. Of a vector with several sites the number is the mean over sites of the calibrated
+numbers, brought to standard deviation 1 over the neutral texts again; uncalibrated, the mean of the projections.
+
+Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
+Models", arXiv 2507.21509.
+
+Where this file departs. The paper shows raw projections; here they count in standard deviations of shipped neutral
+texts unless asked otherwise, so that vectors and layers can be compared. As the paper finds, the number tells
+conditions (system prompts, many-shot prompts) apart better than single answers under one condition.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from steerkit.activations.recording import record, record_ids
-from steerkit.errors import DataError, ModelError
-from steerkit.evaluate.setup import Setup, neutral_texts
-from steerkit.maths.directions import unit
-from steerkit.methods._registry import method_of
+from steerkit.errors import DataError
+from steerkit.evaluate.neutral import neutral_texts
+from steerkit.evaluate.setup import Setup
+from steerkit.monitor.items import KINDS, READS, Item, Kind, Read, conversation_of
+from steerkit.monitor.neutral_scale import NeutralScale
+from steerkit.monitor.read_directions import directions_of, site_of
 from steerkit.monitor.token_heat import TokenScores, token_projections
-from steerkit.monitor.watched import Opening, Reading, Watched
+from steerkit.monitor.watched import Watched, watching
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
-from steerkit.prompts.conversation import Conversation, Message
+from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
 from steerkit.tokens.clock import PassClock
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
-    from steerkit.monitor.watched import Step
+    from steerkit.monitor.watched_call import Step
 
-__all__ = ["Item", "Monitor", "Read", "conversation_of"]
-
-Item = str | Sequence[Message] | Conversation | Mapping[str, Any]
-Read = Literal["prompt_last", "response_mean"]
-Kind = Literal["proj", "cos"]
-READS: tuple[Read, ...] = ("prompt_last", "response_mean")
-KINDS: tuple[Kind, ...] = ("proj", "cos")
-
-
-def conversation_of(item: Item, *, raw: bool = False) -> Conversation:
-    """What is read, from the ways to write it.
-
-    Args:
-        item: a prompt, a chat (which may end with its answer), a conversation, or an object with `prompt` (perhaps
-            `system` and `response`) or `messages`. Other keys of an object are left alone; an empty response is none.
-        raw: leave string prompts as they are, without the chat template.
-
-    Raises:
-        DataError: it is none of these.
-    """
-    if not isinstance(item, Mapping):
-        return Conversation.of(item, raw=raw and isinstance(item, str))
-    if ("prompt" in item) == ("messages" in item):
-        raise DataError(f"give 'prompt' or 'messages'; the object has {', '.join(map(repr, item)) or 'nothing'}")
-    if "messages" in item:
-        turns = item["messages"]
-        empty = isinstance(turns, list) and turns[1:] and turns[-1] == {"role": "assistant", "content": ""}
-        return Conversation.of(turns[:-1] if empty else turns)
-    prompt = item["prompt"]
-    return Conversation.of(
-        prompt, answer=item.get("response") or None, system=item.get("system"), raw=raw and isinstance(prompt, str)
-    )
-
-
-class _Scale(NamedTuple):
-    """Mean [s] and standard deviation [s] over neutral texts at each site, and that of the mean over sites."""
-
-    mean: Tensor
-    deviation: Tensor
-    joint: float
+__all__ = ["Monitor"]
 
 
 class Monitor:
-    """Reads one vector's direction in one model.
+    """Projects a model's activations on a vector's direction.
 
     The neutral texts are read once, when they are first needed, and without any steering.
 
@@ -121,23 +98,23 @@ class Monitor:
         self._setup = Setup(
             model, tokenizer, neutral=neutral, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
         )
-        self._directions = _directions(vector, sites)
-        self._decoder: Decoder = find_decoder(model)
-        self._taps = locate(model, self._directions)
+        self._directions = directions_of(vector, sites)
+        self.decoder: Decoder = find_decoder(model)
+        self.taps = locate(model, self._directions)
         # Under the names that reading uses (a raw output is the plain one where no post-norm follows).
-        self._units = dict(zip(self._taps, self._directions.values(), strict=True))
+        self.units = dict(zip(self.taps, self._directions.values(), strict=True))
         # What reading while generating needs, by device: nothing may wait for a copy there.
         self._placed: dict[tuple[str, torch.device], Tensor] = {}
-        self._scales: dict[Read, _Scale] = {}
+        self._scales: dict[Read, NeutralScale] = {}
         self._middles: dict[Site, float] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Where is read."""
+        """The sites that are read."""
         return tuple(self._directions)
 
     def score(self, items: Sequence[Item], *, raw: bool = False) -> Tensor:
-        """One number per item.
+        """Score every item: how far it lies along the direction.
 
         Inside a `steer` context the steered model is read, after the edit where a site is written; scopes that depend
         on the prompt's end then need `prompt_lengths`. The calibration stays that of the unsteered model.
@@ -179,7 +156,7 @@ class Monitor:
         return found
 
     def project(self, rendered: Sequence[Rendered], read: Read) -> Tensor:
-        """Raw numbers, before calibration.
+        """Project activations on the directions, before any calibration.
 
         Args:
             rendered: what is read.
@@ -189,22 +166,22 @@ class Monitor:
             [n, s], one column per site; nan where there is no token to read.
         """
         kept = [row for row, text in enumerate(rendered) if read == "prompt_last" or len(text.ids) > text.prompt_length]
-        values = torch.full((len(rendered), len(self._units)), torch.nan)
+        values = torch.full((len(rendered), len(self.units)), torch.nan)
         if kept:
             acts = record(
                 self.model,
                 self.tokenizer,
                 [rendered[row] for row in kept],
-                self._units,
+                self.units,
                 readout=read if read == "response_mean" else "prompt_last",
                 batch_size=self._setup.batch_size,
             )
-            columns = [self._along(acts.positive[site], direction) for site, direction in self._units.items()]
+            columns = [self._along(acts.positive[site], direction) for site, direction in self.units.items()]
             values[kept] = torch.stack(columns, dim=1)
         return values
 
     def scaled(self, values: Tensor, *, differences: bool, read: Read | None = None) -> Tensor:
-        """One number of the raw ones of all sites, calibrated where that was asked for.
+        """Combine the projections at all sites into one number, calibrated where that was asked for.
 
         Args:
             values: [..., s].
@@ -217,7 +194,7 @@ class Monitor:
         if not self.calibrated:
             return values.mean(dim=-1)
         chosen = read or self.read
-        scale = self._scale(chosen)
+        scale = self.scale(chosen)
         mean, deviation = (
             self._on(values.device, f"{chosen} {name}", one).to(values.dtype)
             for name, one in (("mean", scale.mean), ("deviation", scale.deviation))
@@ -226,7 +203,7 @@ class Monitor:
         return (moved / deviation).mean(dim=-1) / scale.joint
 
     def heat(self, item: Item, *, site: Site | str | None = None, raw: bool = False) -> TokenScores:
-        """Every token of a text with its own projection, raw.
+        """Project every token of a text, in activation units.
 
         Args:
             item: see `score`.
@@ -237,12 +214,12 @@ class Monitor:
             The tokens and their values, read at each token itself.
         """
         (rendered,) = self.rendered([item], raw=raw)
-        place = _place(site) or self.sites[0]
+        place = site_of(site) or self.sites[0]
         direction = self._directions.get(place, self._directions[self.sites[0]])
         return token_projections(self._setup.baseline, rendered, self.vector, site=place, direction=direction)
 
     def middle(self, site: Site | str | None = None) -> float:
-        """Where the tokens of neutral texts lie: the mean projection of all but each text's first, answers included.
+        """Find the mean projection of the tokens of neutral texts, answers included, each text's first token left out.
 
         It is raw and counts tokens as `heat` shows them, whatever the monitor reads.
 
@@ -252,7 +229,7 @@ class Monitor:
         Raises:
             DataError: nothing is read at the site.
         """
-        place = _place(site) or self.sites[0]
+        place = site_of(site) or self.sites[0]
         if place not in self._directions:
             raise DataError(f"{place} is not read; give one of {', '.join(map(str, self.sites))}")
         if place not in self._middles:
@@ -264,16 +241,16 @@ class Monitor:
 
     @contextlib.contextmanager
     def watch(self, callback: Callable[[Step], object] | None = None) -> Iterator[Watched]:
-        """Read while `model.generate` runs, whoever calls it.
+        """Read the model while its `generate` runs, whoever calls it.
 
-        What is read is the value as it flows on: at a site that is being steered, the one after the edit, whichever
-        context was entered first. Whatever `read` is, the prompt's end counts in the scale of `prompt_last` and the
-        response in that of `response_mean`: its running mean ends as the `response_mean` score of the text, but for the
-        last token, which is never fed to the model, so that nothing is read of it. With `kind="cos"` that mean is, as
-        there, the cosine of the mean activation, not the mean of the tokens' cosines. End and pad tokens do not count.
-        Of guidance (`guidance_scale`) the prompt's own passes are read, not those of the negative prompt. Under a gated
-        vector that writes before it has decided, the number at the prompt's end is that of the pass with writes, in
-        rows too whose gate stayed closed.
+        At a steered site the value after the edit is read, whichever context was entered first. The prompt's last
+        token counts in the scale of `prompt_last`, response tokens in that of `response_mean`, whatever `read` is. The
+        running mean of the response is the `response_mean` score of the text so far; the last token is never fed to the
+        model, so nothing is read of it. With `kind="cos"` it is the cosine of the mean activation, not the mean of
+        cosines. Tokens that end or pad a row do not count. Under guidance (`guidance_scale`) only the passes of the
+        prompt itself are read, not those of the negative prompt. A gated vector may write into the prompt's pass before
+        its gate has decided; the number at the prompt's end then includes what was written, also in rows whose gate
+        stays closed.
 
         Args:
             callback: called after every pass with a `Step`, whose tensors are on the model's device: nothing waits for
@@ -286,32 +263,11 @@ class Monitor:
             ModelError: the model is compiled, or is being steered from another thread.
             DataError: the neutral texts have no answers to calibrate the response on.
         """
-        model, decoder = self._decoder.model, self._decoder
-        modules = [self.model, model, decoder.body, *decoder.blocks]
-        if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
-            raise ModelError("watch: compiled code does not call what reads it; load the model without torch.compile")
-        if self.calibrated:
-            for read in READS:  # before, not in the middle of somebody's generate
-                self._scale(read)
-        clock = PassClock.of(model) or PassClock(model, decoder.body)
-        if clock.users and clock.owner != threading.get_ident():
-            raise ModelError("watch: this model object is being steered from another thread; leave that context first")
-        watched = Watched(self, clock, callback)
-        with contextlib.ExitStack() as stack:
-            clock.attach()
-            stack.callback(clock.detach)
-            # Appended: the clock's own hook comes first, and steering's dispatchers are prepended.
-            stack.callback(model.register_forward_pre_hook(Opening(watched), with_kwargs=True).remove)
-            for site, tap in self._taps.items():
-                hook, module = Reading(watched, site, tap), tap.module
-                if tap.side == "input":
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                else:
-                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        with watching(self, callback) as watched:
             yield watched
 
     def along(self, site: Site, h: Tensor) -> Tensor:
-        """Raw numbers of activations at one site.
+        """Project activations at one site.
 
         Args:
             site: where, under the name that `record` uses.
@@ -320,7 +276,7 @@ class Monitor:
         Returns:
             [...] float32.
         """
-        return self._along(h.detach().float(), self._on(h.device, str(site), self._units[site]))
+        return self._along(h.detach().float(), self._on(h.device, str(site), self.units[site]))
 
     def _along(self, h: Tensor, direction: Tensor) -> Tensor:
         found = h @ direction
@@ -337,11 +293,14 @@ class Monitor:
         return neutral_texts() if self._setup.neutral is None else list(self._setup.neutral)
 
     def _unsteered(self) -> contextlib.AbstractContextManager[None]:
-        clock = PassClock.of(self._decoder.model)
+        clock = PassClock.of(self.decoder.model)
         return contextlib.nullcontext() if clock is None else clock.suspended()
 
-    def _scale(self, read: Read) -> _Scale:
-        """The scale of one way to read, found when it is first asked for.
+    def scale(self, read: Read) -> NeutralScale:
+        """Find mean and standard deviation over neutral texts, once for each way to read.
+
+        Args:
+            read: which tokens.
 
         Raises:
             DataError: too few neutral texts can be read, or they are all alike.
@@ -349,31 +308,5 @@ class Monitor:
         if read not in self._scales:
             with self._unsteered():
                 values = self.project(self.rendered(self._neutral(), read=read), read)
-            values = values[~values.isnan().any(dim=1)]
-            if len(values) < 3:
-                raise DataError(f"monitor: {len(values)} neutral texts can be read; give at least 3, with answers")
-            mean, deviation = values.mean(dim=0), values.std(dim=0)
-            if not bool((deviation > 0).all()):
-                raise DataError("monitor: all neutral texts have the same projection; give different ones")
-            joint = float(((values - mean) / deviation).mean(dim=1).std())
-            self._scales[read] = _Scale(mean, deviation, joint)
+            self._scales[read] = NeutralScale.of(values)
         return self._scales[read]
-
-
-def _place(site: Site | str | None) -> Site | None:
-    return Site.parse(site) if isinstance(site, str) else site
-
-
-def _directions(vector: SteeringVector, sites: Sequence[Site | str] | None) -> dict[Site, Tensor]:
-    """Directions [d] of length 1 at the sites that are read.
-
-    Raises:
-        DataError: none of the sites has a direction.
-    """
-    method = method_of(vector)
-    wanted = vector.reads if sites is None else [Site.parse(one) if isinstance(one, str) else one for one in sites]
-    found = {site: method.read_direction(vector.params(site)) for site in wanted}
-    kept = {site: unit(direction.float()) for site, direction in found.items() if direction is not None}
-    if not kept or (sites is not None and len(kept) < len(found)):
-        raise DataError(f"{vector.method} has no single direction to project on at {', '.join(map(str, found))}")
-    return kept

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steerkit.activations.recording import record_ids
 from steerkit.errors import DataError
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 from steerkit.maths.directions import unit
 from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site

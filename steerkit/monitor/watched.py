@@ -1,55 +1,27 @@
-"""Monitor: how far a model's activations lie along a vector's direction, for prompts, answers, and while it generates.
-
-    proj(text) = a . u          cos(text) = a . u / |a|          u = v / |v|, at the vector's site
-    calibrated = (proj(text) - mean over neutral texts) / standard deviation over neutral texts
-
-with `a` the activation of the prompt's last token (read without any answer: what the model is about to be like) or the
-mean over the answer's tokens. Of a vector with several sites the number is the mean over sites of the calibrated
-numbers, brought to standard deviation 1 over the neutral texts again; uncalibrated, the mean of the projections.
-
-Chen, Arditi, Sleight, Evans, Lindsey (2025), "Persona Vectors: Monitoring and Controlling Character Traits in Language
-Models", arXiv 2507.21509.
-
-Where this file departs. The paper shows raw projections; here they count in standard deviations of shipped neutral
-texts unless asked otherwise, so that vectors and layers can be compared. As the paper finds, the number tells
-conditions (system prompts, many-shot prompts) apart better than single answers under one condition.
-"""
+"""Watching a model while it generates: hooks that read a monitor's sites in every pass of `generate`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import DataError, ScopeError
+from steerkit.errors import DataError, ModelError, ScopeError
+from steerkit.monitor.items import READS
+from steerkit.monitor.watched_call import Step, WatchedCall
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
 from steerkit.tokens.clock import Hook, PassClock
 from steerkit.tokens.forward_pass import Pass
-from steerkit.tokens.scope import Scope
 
 if TYPE_CHECKING:
-    from steerkit.monitor.monitor import Monitor, Read
+    from steerkit.monitor.monitor import Monitor
 
-__all__ = ["Opening", "Reading", "Step", "Watched"]
-
-_RESPONSE = Scope("response")
-
-
-class Step(NamedTuple):
-    """What one pass of `generate` has shown.
-
-    Attributes:
-        number: generated tokens read so far, 0 at the prompt's end.
-        values: [b] of the token just read: the prompt's last, or one of the response; nan for rows that have ended.
-        mean: [b] of the response so far; nan where nothing of it has been read.
-    """
-
-    number: int
-    values: Tensor
-    mean: Tensor
+__all__ = ["Watched", "watching"]
 
 
 class Watched:
@@ -111,7 +83,7 @@ class Watched:
         rows = torch.arange(facts.batch, device=h.device)
         # A copy: some models add into what flows on in place.
         call.read[site] = shaped[rows, place.to(h.device)].detach().float()
-        if len(call.read) == len(self._monitor._taps):
+        if len(call.read) == len(self._monitor.taps):
             step = call.add(facts)
             if self._callback is not None:
                 self._callback(step)
@@ -130,95 +102,7 @@ class Watched:
         return facts
 
 
-class WatchedCall:
-    """What has been read in one call of `generate`.
-
-    Attributes:
-        prompt: [b] of the prompt's last token; None where it has not been read.
-        values: per response token [b]; nan for rows that have ended.
-        mean: [b] of the response so far; nan where nothing of it has been read.
-    """
-
-    def __init__(self, monitor: Monitor, settings: Any, facts: Pass) -> None:
-        if (getattr(settings, "num_beams", None) or 1) > 1:
-            raise ScopeError("watch: beams change their rows from step to step; score the finished texts instead")
-        ends = [getattr(settings, name, None) for name in ("eos_token_id", "pad_token_id")]
-        self._ends, self._pads = (
-            torch.tensor([] if end is None else end, dtype=torch.long, device=facts.device).flatten() for end in ends
-        )
-        self.prompt: Tensor | None = None
-        self.values: list[Tensor] = []
-        self.ids: Tensor | None = None
-        self.read: dict[Site, Tensor] = {}
-        self.mean = torch.full((facts.batch,), torch.nan, device=facts.device)
-        self._monitor = monitor
-        self._finished = torch.zeros(facts.batch, dtype=torch.bool, device=facts.device)
-        self._sums: dict[Site, Tensor] = {}
-        self._count = torch.zeros(facts.batch, device=facts.device)
-
-    @property
-    def tokens(self) -> Tensor:
-        """[b, t] one number per response token that the model has read; nan for rows that have ended."""
-        return torch.stack(self.values, dim=1) if self.values else self.mean.new_zeros(len(self.mean), 0)
-
-    def place(self, facts: Pass) -> Tensor | None:
-        """[b] which column of a pass is read; None where none is.
-
-        Args:
-            facts: the pass.
-
-        Raises:
-            ScopeError: the pass holds tokens that may be thrown away again (assisted decoding).
-        """
-        past = facts.past if isinstance(facts.past, int) else int(facts.past)
-        assert facts.boundary is not None
-        end = past + facts.width
-        if end <= facts.boundary:
-            return facts.tokens(_RESPONSE).last_prompt()
-        if end != facts.boundary + len(self.values) + 1:
-            raise ScopeError(
-                "watch: this pass holds several tokens behind the prompt, which may be thrown away again (assisted "
-                "decoding); score the finished texts instead"
-            )
-        return torch.full((facts.batch,), facts.width - 1, device=facts.device)
-
-    def add(self, facts: Pass) -> Step:
-        """Keep what all sites have shown of one token per row.
-
-        Args:
-            facts: the pass.
-
-        Returns:
-            The step.
-        """
-        past = facts.past if isinstance(facts.past, int) else int(facts.past)
-        assert facts.boundary is not None
-        if past + facts.width <= facts.boundary:
-            self.prompt = self._scaled(self.read, "prompt_last")
-            return Step(0, self.prompt, self.mean)
-        counted = ~self._finished
-        if self.ids is not None:
-            last = self.ids[:, -1].to(self._finished.device)
-            self._finished = self._finished | torch.isin(last, self._ends)
-            counted = ~self._finished & ~torch.isin(last, self._pads)
-        self._count = self._count + counted
-        # The activations themselves: a cosine of means is no mean of cosines.
-        means: dict[Site, Tensor] = {}
-        for site, h in self.read.items():
-            kept = torch.where(counted.to(h.device)[:, None], h, 0.0)
-            self._sums[site] = self._sums[site] + kept if site in self._sums else kept
-            means[site] = self._sums[site] / self._count.to(h.device)[:, None]
-        self.mean = self._scaled(means, "response_mean")
-        self.values.append(torch.where(counted, self._scaled(self.read, "response_mean"), torch.nan))
-        return Step(len(self.values), self.values[-1], self.mean)
-
-    def _scaled(self, rows: Mapping[Site, Tensor], read: Read) -> Tensor:
-        """[b] one number of the activations [b, d] at all sites."""
-        columns = [self._monitor.along(site, rows[site]).to(self.mean.device) for site in self._monitor._units]
-        return self._monitor.scaled(torch.stack(columns, dim=-1), differences=False, read=read)
-
-
-class Opening(Hook):
+class _Opening(Hook):
     def __init__(self, watched: Watched) -> None:
         self.watched = watched
 
@@ -226,10 +110,50 @@ class Opening(Hook):
         self.watched.open(kwargs.get("input_ids", args[0] if args else None))
 
 
-class Reading(Hook):
+class _Reading(Hook):
     def __init__(self, watched: Watched, site: Site, tap: Tap) -> None:
         self.watched, self.site, self.tap = watched, site, tap
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
         """Both as a hook before a module and after it."""
         self.watched.take(self.site, self.tap, self.tap.read(args, kwargs, *output))
+
+
+@contextlib.contextmanager
+def watching(monitor: Monitor, callback: Callable[[Step], object] | None) -> Iterator[Watched]:
+    """Read while a monitor's model generates.
+
+    Args:
+        monitor: what is read, and in which scale.
+        callback: called after every pass.
+
+    Yields:
+        What has been read.
+
+    Raises:
+        ModelError: the model is compiled, or is being steered from another thread.
+        DataError: the neutral texts have no answers to calibrate the response on.
+    """
+    model, decoder = monitor.decoder.model, monitor.decoder
+    modules = [monitor.model, model, decoder.body, *decoder.blocks]
+    if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
+        raise ModelError("watch: compiled code does not call what reads it; load the model without torch.compile")
+    if monitor.calibrated:
+        for read in READS:  # before, not in the middle of somebody's generate
+            monitor.scale(read)
+    clock = PassClock.of(model) or PassClock(model, decoder.body)
+    if clock.users and clock.owner != threading.get_ident():
+        raise ModelError("watch: this model object is being steered from another thread; leave that context first")
+    watched = Watched(monitor, clock, callback)
+    with contextlib.ExitStack() as stack:
+        clock.attach()
+        stack.callback(clock.detach)
+        # Appended: the clock's own hook comes first, and steering's dispatchers are prepended.
+        stack.callback(model.register_forward_pre_hook(_Opening(watched), with_kwargs=True).remove)
+        for site, tap in monitor.taps.items():
+            hook, module = _Reading(watched, site, tap), tap.module
+            if tap.side == "input":
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield watched

@@ -1,7 +1,8 @@
 """Where things are in a decoder; nothing in this room changes anything.
 
-`decoder` finds the blocks, `sites` names the places, `tap` locates them, `anatomy` tells a block's two halves and its
-norms by running it, `writers`, `linears` and `experts` find the weights that write to the residual stream.
+`decoder` finds the blocks, `sites` names the places, `tap` locates them. `anatomy` tells a block's two halves and its
+norms by running it (`block_trace`, `structure`, `halves`, `residual_sum`). `linears` and `experts` are what writes at a
+site, `writers` finds every weight that writes to the residual stream, `weight_digests` tells weights apart.
 """
 
 from __future__ import annotations

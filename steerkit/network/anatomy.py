@@ -2,77 +2,26 @@
 
 No table of module names: in Llama `post_attention_layernorm` is the norm before the MLP, in Gemma the one after
 attention, and Bloom adds the residual inside its sub-blocks. The roles follow from which module read what which other
-module gave. A *half* is a part of the block that computes something to add to the residual stream; a norm belongs to
-the half that reads it; and what a half adds is the tensor for which
-
-    resid_post = resid_pre + what attention adds + what the MLP adds
-
-holds in numbers.
+module gave. A *half* is a part of the block that computes something to add to the residual stream (`halves`); a norm
+belongs to the half that reads it; and what a half adds is found by adding up (`residual_sum`).
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import nn
 
 from steerkit.errors import SiteError
-from steerkit.network.block_trace import Call, Seen, Trace
-from steerkit.network.structure import computes_something, is_linear, is_norm, is_stack, outermost
+from steerkit.network.block_trace import Call, Trace
+from steerkit.network.halves import Half, halves_of, is_recurrent
+from steerkit.network.residual_sum import added_by_halves, gives, is_scaled
+from steerkit.network.structure import is_norm, outermost
 
 __all__ = ["Anatomy", "Place"]
-
-# A sum computed in one order against another, relative to the sizes of the summands, element by element.
-_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3}
-# Names of transformers' config.layer_types for blocks that carry a state instead of keys and values.
-_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "hybrid", "hybrid_sliding")
-
-
-@dataclass(frozen=True, eq=False)
-class Half:
-    """A part of a block that computes something for the residual stream: one module, or linears in a row (OPT).
-
-    Attributes:
-        calls: the module, or the linears that stand on the block itself, in the order they ran.
-        linears: the linear layers in it, in the order they ran.
-    """
-
-    calls: tuple[Call, ...]
-    linears: tuple[Call, ...]
-
-    @property
-    def first(self) -> Call:
-        """The module that reads."""
-        return self.calls[0]
-
-    @property
-    def last(self) -> Call:
-        """The module that gives."""
-        return self.calls[-1]
-
-    @property
-    def mixes_tokens(self) -> bool:
-        """Whether it takes an attention mask, as attention and state-space modules do and MLPs do not."""
-        module = getattr(self.first.module, "_orig_mod", self.first.module)
-        return any("mask" in name for name in inspect.signature(type(module).forward).parameters)
-
-    @property
-    def experts(self) -> str | None:
-        """The name of routed experts inside it, whose tokens are neither all there nor in order."""
-        for name, module in self.first.module.named_modules():
-            if name.split(".")[-1] == "experts" or (is_stack(module) and not self.mixes_tokens):
-                return f"{self.first.name}.{name}".rstrip(".")
-        return None
-
-    def __str__(self) -> str:
-        return f"`{self.first.name}`" if len(self.calls) == 1 else f"`{self.first.name}` to `{self.last.name}`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +69,11 @@ class Anatomy:
             parts = outermost(calls)
         self.calls = calls
         self.parts = parts
-        self.halves = _halves(parts, calls)
+        self.halves = halves_of(parts, calls)
         # Where no module takes a mask, the one that runs first moves information between tokens.
         self.mixers = [half for half in self.halves if half.mixes_tokens] or self.halves[: len(self.halves) > 1]
         self.mlps = [half for half in self.halves if half not in self.mixers]
-        self.recurrent = bool(self.mixers) and _is_recurrent(self.mixers[0], layer_type)
+        self.recurrent = bool(self.mixers) and is_recurrent(self.mixers[0], layer_type)
         self._runs = Counter(call.name for call in calls)
 
     def find(self, kind: str) -> Place:
@@ -162,15 +111,15 @@ class Anatomy:
         if kind not in ("attn_in", "mlp_in", "block_in"):
             raise self._refuse(kind, "it is no norm's output that linear layers alone read")
         source = self._norm_before(kind, self._half(kind))
-        halves = [half for half in self.halves if _gives(source, half.first.read)]
+        halves = [half for half in self.halves if gives(source, half.first.read)]
         self._added(kind)  # the stream goes past the norm, not through it
         for half in halves:
             if half.experts:
                 raise self._refuse(kind, f"{half} routes tokens to `{half.experts}` by a router that reads them too")
             if self.recurrent and half in self.mixers:
                 raise self._refuse(kind, f"{half} is a state-space, convolution or linear-attention module")
-        found = [linear for half in halves for linear in half.linears if _gives(source, linear.read)]
-        leaves = [call for call in self.calls if _gives(source, call.read) and not any(call.module.children())]
+        found = [linear for half in halves for linear in half.linears if gives(source, linear.read)]
+        leaves = [call for call in self.calls if gives(source, call.read) and not any(call.module.children())]
         others = [call.name for call in leaves if not any(call is one or call.inside(one) for one in found)]
         if others or not found:
             what = f"`{others[0]}` reads it too" if others else "no linear layer reads it as it is"
@@ -237,7 +186,7 @@ class Anatomy:
             SiteError: there is none, or a norm comes after it.
         """
         added = self.added_by(half)
-        found = next((linear for linear in reversed(half.linears) if _is_scaled(linear.gave, added.gave)), None)
+        found = next((linear for linear in reversed(half.linears) if is_scaled(linear.gave, added.gave)), None)
         if found is None:
             raise self._refuse(self.output_kind(half), f"{half} does not end in one linear layer")
         return found
@@ -274,7 +223,7 @@ class Anatomy:
         Raises:
             SiteError: there is no such norm.
         """
-        source = next((call for call in self.parts if _gives(call, half.first.read)), None)
+        source = next((call for call in self.parts if gives(call, half.first.read)), None)
         if source is None:
             own = self.entered.same_as(half.first.read)
             what = f"resid_pre.{self.layer} itself" if own else "the residual stream, which no module gives out there"
@@ -284,7 +233,7 @@ class Anatomy:
         if self.norms_the_stream:
             what = f"`{source.name}`, which is the residual stream itself where norms come after the sum"
             raise self._refuse(kind, f"{half} reads the output of {what}")
-        readers = [other for other in self.halves if _gives(source, other.first.read)]
+        readers = [other for other in self.halves if gives(source, other.first.read)]
         shared = readers == self.halves and (len(readers) > 1 or self.recurrent)
         if shared and kind != "block_in":
             what = " and ".join(str(reader) for reader in readers)
@@ -301,7 +250,7 @@ class Anatomy:
         """
         if half.experts:
             raise self._refuse(kind, f"{half} routes tokens to `{half.experts}`, so no one layer reads all of them")
-        call = next((linear for linear in reversed(half.linears) if _is_scaled(linear.gave, half.last.made)), None)
+        call = next((linear for linear in reversed(half.linears) if is_scaled(linear.gave, half.last.made)), None)
         if call is None and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
             call = half.linears[-1]  # Bloom: the half gives the sum with the residual, not what this layer gives
         if call is None or call.read is None or call.read.values.shape[:-1].numel() != self._tokens:
@@ -317,7 +266,7 @@ class Anatomy:
     @cached_property
     def norms_the_stream(self) -> bool:
         """Whether the block's output is a norm's: there the norms stand on the stream, after each sum."""
-        return any(is_norm(call.module) and _gives(call, self.left) for call in self.parts)
+        return any(is_norm(call.module) and gives(call, self.left) for call in self.parts)
 
     def _added(self, kind: str) -> list[tuple[Call, Call]]:
         """For each half, the module that gives what it adds to the stream, and the one before a post-norm.
@@ -325,69 +274,12 @@ class Anatomy:
         Raises:
             SiteError: the block's output is not the sum of such parts.
         """
-        chains = [self._chain(half) for half in self.halves]
-        chosen = self._sum_before_norms(chains) if self.norms_the_stream else self._best_sum(chains)
+        chosen = added_by_halves(self.halves, self.parts, self._runs, self.entered, self.left)
         if chosen is None:
             parts = " and ".join(str(half) for half in self.halves)
             what = f"what comes out of the block is not its input plus the output of {parts}"
             raise self._refuse(kind, f"{what}, so what each adds is not to be had; use resid_post.{self.layer}")
         return chosen
-
-    def _chain(self, half: Half) -> list[tuple[Call, Call]]:
-        """Where a half's contribution may be had, furthest downstream first, each with its form before any norm."""
-        chain = [(half.last, half.last)]
-        for call in self.parts[self.parts.index(half.last) + 1 :]:
-            last, raw = chain[-1]
-            if not _gives(last, call.read):
-                continue
-            if self._runs[call.name] > 1:  # Phi's one dropout for both halves
-                continue
-            if call.made is not None and call.made.same_as(call.read):  # dropout, at rest in this pass
-                chain.append((call, call if raw is last else raw))
-            elif is_norm(call.module) and not any(_gives(call, other.first.read) for other in self.halves):
-                chain.append((call, raw))
-        inner = [call for call in half.linears[-1:] if call is not half.last]  # Bloom adds the residual itself
-        candidates = [*reversed(chain), *((call, call) for call in inner)]
-        size = self.left.values.numel()
-        return [pair for pair in candidates if pair[0].gave is not None and pair[0].gave.values.numel() == size]
-
-    def _best_sum(self, chains: list[list[tuple[Call, Call]]]) -> list[tuple[Call, Call]] | None:
-        """The choice of one place for each half that adds up best, if it does."""
-        best, least = None, math.inf
-        for choice in itertools.product(*chains):
-            excess = self._excess(self.entered, [call for call, _ in choice], self.left)
-            if excess < least:
-                best, least = list(choice), excess
-        return best if least <= 1 else None
-
-    def _sum_before_norms(self, chains: list[list[tuple[Call, Call]]]) -> list[tuple[Call, Call]] | None:
-        """The same where each sum goes through a norm: the norm must read the stream plus the half's output."""
-        chosen = []
-        stream: Seen | None = self.entered
-        norms = [call for call in self.parts if is_norm(call.module) and call.read is not None]
-        for chain in chains:
-            fits = [
-                (pair, norm)
-                for pair, norm in itertools.product(chain, norms)
-                if stream is not None and norm.read is not None and self._excess(stream, [pair[0]], norm.read) <= 1
-            ]
-            if not fits:
-                return None
-            chosen.append(fits[0][0])
-            stream = fits[0][1].gave
-        return chosen
-
-    def _excess(self, start: Seen, parts: list[Call], end: Seen) -> float:
-        """How far `end` is from `start` plus the parts, in units of what rounding explains; at most 1 is equal."""
-        seen = [start, *(call.gave for call in parts if call.gave is not None)]
-        shape = end.values.shape
-        values = [one.values.reshape(shape) for one in seen]
-        tolerance = max(_TOLERANCE.get(one.tensor.dtype, 1e-4) for one in (*seen, end))
-        # Element by element: one huge channel, as real models have, must not hide the others.
-        size = torch.stack(values).abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-        gap = (end.values - torch.stack(values).sum(0)).abs() / size
-        worst = gap.max().item() / tolerance
-        return worst if math.isfinite(worst) else math.inf
 
     def _place(self, kind: str, call: Call, side: Literal["input", "output"]) -> Place:
         """Write down a place.
@@ -400,44 +292,3 @@ class Anatomy:
         seen = call.read if side == "input" else call.gave
         assert seen is not None
         return Place(kind, call.name, call.module, side, seen.tensor.dim() == 2, seen.tensor.shape[-1])
-
-
-def _gives(call: Call, read: Seen | None) -> bool:
-    """Whether what the call gave is what was read."""
-    return call.gave is not None and call.gave.same_as(read)
-
-
-def _is_scaled(part: Seen | None, whole: Seen | None) -> bool:
-    """Whether the whole is the part times one number, as it is (1) or in Falcon-H1's scaled MLP."""
-    if part is None or whole is None or part.values.numel() != whole.values.numel():
-        return False
-    mine, other = part.values.flatten(), whole.values.flatten()
-    factor = mine.dot(other) / mine.dot(mine).clamp_min(torch.finfo(torch.float32).tiny)
-    tolerance = max(_TOLERANCE.get(seen.tensor.dtype, 1e-4) for seen in (part, whole))
-    return bool(((other - factor * mine).abs() <= tolerance * other.abs()).all())
-
-
-def _halves(parts: list[Call], calls: list[Call]) -> list[Half]:
-    """The parts that hold matrices; linears in a row on the block itself are one half."""
-    groups: list[list[Call]] = []
-    for part in parts:
-        if not computes_something(part.module):
-            continue
-        if groups and is_linear(part.module) and is_linear(groups[-1][-1].module):
-            groups[-1].append(part)
-        else:
-            groups.append([part])
-    return [Half(tuple(group), tuple(_linears(group, calls))) for group in groups]
-
-
-def _linears(group: list[Call], calls: list[Call]) -> list[Call]:
-    inside = [call for call in calls if call in group or any(call.inside(part) for part in group)]
-    return outermost([call for call in inside if is_linear(call.module)])
-
-
-def _is_recurrent(half: Half, layer_type: str | None) -> bool:
-    """Whether a half that mixes tokens carries a state: the config says so, or it convolves over time."""
-    if layer_type is not None:
-        return layer_type in _RECURRENT
-    convolves = any(isinstance(module, nn.Conv1d) for module in half.first.module.modules())
-    return convolves or not half.mixes_tokens

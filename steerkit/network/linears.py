@@ -7,23 +7,21 @@ follows) and reads at `z` or `mlp_post` of the same block. Where a block routes 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from steerkit.errors import ModelError, SiteError, VectorMismatchError
+from steerkit.errors import SiteError
 from steerkit.network.anatomy import Anatomy
-from steerkit.network.decoder import Decoder, find_decoder, inner_model
+from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.experts import Experts, experts_at
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap, anatomies
 
-__all__ = ["Linear", "check_weights", "linears_at", "weight_digests", "writers_at"]
+__all__ = ["Linear", "bare_parameter", "linears_at", "writers_at"]
 
 _ROWS = 256  # unit vectors that go through a layer at once
 
@@ -82,12 +80,6 @@ class Linear:
             found = weight.detach().to(torch.float32, copy=True)
             return found.T if self.transposed else found
         return _observed(self, dtype)
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """The layer inside an adapter."""
-    base = getattr(module, "base_layer", module)
-    return base if isinstance(base, nn.Module) else module
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -210,7 +202,7 @@ def _refuse_tied(decoder: Decoder, writers: Mapping[Site, Linear | Experts]) -> 
     weights: dict[int, Site] = {}
     for site, writer in writers.items():
         for name in writer.parameters:
-            weight = _parameter(decoder.model, name)
+            weight = bare_parameter(decoder.model, name)
             other = weights.setdefault(id(writer.tap.module if weight is None else weight), site)
             if other != site:
                 raise SiteError(
@@ -219,83 +211,18 @@ def _refuse_tied(decoder: Decoder, writers: Mapping[Site, Linear | Experts]) -> 
                 )
 
 
-def _parameter(model: nn.Module, name: str) -> Any:
-    """A weight without any adapter around it; None where the module hides it."""
+def bare_parameter(model: nn.Module, name: str) -> Any:
+    """A weight without any adapter around it; None where the module hides it.
+
+    Args:
+        model: the transformers model.
+        name: the weight's name in it.
+    """
     path, _, leaf = name.rpartition(".")
     return getattr(_base(model.get_submodule(path)), leaf, None)
 
 
-def weight_digests(model: nn.Module | Decoder, sites: Iterable[Site]) -> dict[str, str]:
-    """What identifies the matrices of the linear layers and experts that write at some sites; see `check_weights`.
-
-    Args:
-        model: as for `find_decoder`, or its decoder.
-        sites: the places written.
-
-    Returns:
-        Name of the weight to the sha256 of its values, rounded to bfloat16 where they are floating-point numbers (so
-        that a checkpoint loaded in float32 and in bfloat16 is the same), as they are stored where they are packed.
-
-    Raises:
-        SiteError: neither a linear layer nor routed experts write there.
-        ModelError: a weight is offloaded.
-    """
-    found = {}
-    decoder = model if isinstance(model, Decoder) else find_decoder(model)
-    for writer in writers_at(decoder, sites).values():
-        for name in writer.parameters:
-            weight = _parameter(decoder.model, name)
-            if not isinstance(weight, Tensor) or weight.is_meta:
-                raise ModelError(f"{name} is offloaded or hidden, so it cannot be identified; load it whole")
-            found[name] = _digest(weight)
-    return found
-
-
-def check_weights(model: nn.Module, digests: Mapping[str, str]) -> None:
-    """Refuse a model whose weights are not those that `weight_digests` saw.
-
-    Args:
-        model: a transformers model, wrapped or not. Adapters around a layer are not part of its weight.
-        digests: name of the weight to its digest.
-
-    Raises:
-        VectorMismatchError: the model lacks a weight, or holds another one.
-    """
-    inner = inner_model(model)
-    for name, digest in digests.items():
-        try:
-            weight = _parameter(inner, name)
-        except AttributeError:
-            weight = None
-        if not isinstance(weight, Tensor):
-            raise VectorMismatchError(f"the vector edits {name}, which {type(inner).__name__} has not; fit one on it")
-        if weight.is_meta:
-            raise VectorMismatchError(f"{name} is offloaded, so whether the vector was fitted on it cannot be seen")
-        if _digest(weight) != digest:
-            raise VectorMismatchError(
-                f"the vector was fitted on other weights: {name} differs (another checkpoint or precision, or edited "
-                "already); fit one on this model, or load the other"
-            )
-
-
-# Weights are hashed once: by identity, and only as long as nothing says that they were written since.
-_KNOWN: Any = WeakIdKeyDictionary()
-
-
-def _digest(weight: Tensor) -> str:
-    """The sha256 of a weight's values."""
-    values = weight.detach()
-    flat = values.reshape(-1)
-    # Writing through `.data` leaves the version as it was, hence the sample.
-    sample = flat[:: max(1, flat.numel() // 256)].to("cpu", copy=True)
-    version = -1 if weight.is_inference() else weight._version
-    key = (version, weight.data_ptr(), weight.dtype)
-    known = _KNOWN.get(weight)
-    if known is not None and known[0] == key and torch.equal(known[1], sample):
-        return str(known[2])
-    stored = values.to(torch.bfloat16) if values.is_floating_point() else values
-    stored = stored.cpu().contiguous().reshape(-1)
-    found = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    found.update(stored.view(torch.uint8).numpy().data)
-    _KNOWN[weight] = (key, sample, found.hexdigest())
-    return found.hexdigest()
+def _base(module: nn.Module) -> nn.Module:
+    """The layer inside an adapter."""
+    base = getattr(module, "base_layer", module)
+    return base if isinstance(base, nn.Module) else module

@@ -1,4 +1,4 @@
-"""TODO network.sites."""
+"""`Site`: a place in the network by kind and layer, such as `resid_post.12`; and the text forms of sets of layers."""
 
 from __future__ import annotations
 

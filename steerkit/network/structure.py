@@ -1,4 +1,4 @@
-"""TODO network.structure."""
+"""What kind of module one is (a norm, a linear layer, a stack of experts), told from its parameters, not its name."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def is_stack(module: nn.Module) -> bool:
 
 
 def computes_something(module: nn.Module) -> bool:
+    """A module that holds a matrix, in itself or in what stands inside it."""
     return is_linear(module) or any(tensor.dim() >= 2 for tensor in _tensors(module))
 
 

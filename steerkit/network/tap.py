@@ -1,4 +1,4 @@
-"""TODO network.tap."""
+"""`Tap`: where a site's tensor is read and written in one model; `locate` finds it by running the model once."""
 
 from __future__ import annotations
 

@@ -1,14 +1,20 @@
-"""From the name of a trait to a vector: `traits` is the specification, `drafting` writes one, `rollouts` lets the model
-play it, `filtering` keeps what shows it, `choice` and `pipeline` make the vector, `watching` the one to watch with.
+"""From the name of a trait to a vector for it.
+
+`traits` is the specification and `drafting` has one written, `rollouts` lets the model play the trait, `scores` and
+`filtering` keep the answers that show it, `vector_choice` fits the vector, `watching` one that sees the trait coming;
+`pipeline` does all of it in one folder.
 """
 
 from __future__ import annotations
 
 from steerkit.persona.choice import Choice
 from steerkit.persona.drafting import draft, skeleton
-from steerkit.persona.filtering import Filtered, Rules, Scores
-from steerkit.persona.pipeline import Extraction, Pipeline, extract
-from steerkit.persona.rollouts import Rollout, RolloutPlan, roll_out
+from steerkit.persona.extraction import Extraction
+from steerkit.persona.filtering import Filtered, Rules
+from steerkit.persona.pipeline import Pipeline, extract
+from steerkit.persona.rollout_plan import RolloutPlan
+from steerkit.persona.rollouts import Rollout, roll_out
+from steerkit.persona.scores import Scores
 from steerkit.persona.traits import TraitSpec, slug
 from steerkit.persona.watching import watchpoint
 

@@ -1,18 +1,14 @@
-"""TODO persona.choice."""
+"""How the layer of a persona vector is chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 from steerkit.errors import DataError
-from steerkit.evaluate.calibration.budget import Budget, Calibration
-from steerkit.persona.filtering import Rules
-from steerkit.prompts.contrast_set import ContrastSet
-from steerkit.vector.steering_vector import SteeringVector
+from steerkit.evaluate.calibration.budget import Budget
+from steerkit.evaluate.calibration.result import Calibration
 
-__all__ = ["READOUTS", "Choice", "by_ones", "most_answers", "pairs_taken", "tried_text", "way_text"]
+__all__ = ["READOUTS", "Choice", "most_answers"]
 
 READOUTS = ("response_mean", "prompt_mean", "prompt_last")
 
@@ -52,71 +48,15 @@ class Choice:
             raise DataError("layers: got none; give at least one block, or None for the method's own")
 
 
-def pairs_taken(data: ContrastSet, wanted: Sequence[bool]) -> ContrastSet | None:
-    """Some pairs of a contrast set; None where there are none."""
-    places = [place for place, take in enumerate(wanted) if take]
-    if not places:
-        return None
-    positive, negative = (tuple(side[place] for place in places) for side in (data.positive, data.negative))
-    return replace(data, positive=positive, negative=negative, marks=())
-
-
-def by_ones(advance: Callable[[], None]) -> Callable[[int], None]:
-    def step(rows: int) -> None:
-        for _ in range(rows):
-            advance()
-
-    return step
-
-
-def way_text(judge: str | None, rules: Rules) -> str:
-    """How pairs were filtered."""
-    if judge is not None:
-        return (
-            f"Filter: a judge (`{judge}`) rated trait and coherence from 0 to 100; a pair is kept if the positive "
-            f"answer has at least {rules.trait:g}, the negative one less than {100 - rules.trait:g}, and both at least "
-            f"{rules.coherence:g} for coherence."
-        )
-    return (
-        "Filter: **no judge was asked.** A pair is kept if each answer is likelier under its own system prompt than "
-        f"under the other one (by more than {rules.margin:g} nats per token), no more than {rules.repetition:.0%} of "
-        "its 4-grams are repeated, and it is no plain refusal. That does not say that the trait is there to be seen."
-    )
-
-
 def most_answers(found: Calibration) -> tuple[int, ...] | None:
-    """The layer with the largest effect inside the budget, sure or not, as the paper chooses; None without any."""
+    """The layer with the largest effect inside the budget, sure or not, as the paper chooses.
+
+    Args:
+        found: what the calibration tried.
+
+    Returns:
+        The layer; None where nothing inside the budget has an effect.
+    """
     inside = [point for point in found.points if not found.budget.breaks(dict(point.scores))]
     best = max(inside, key=lambda point: point.scores[found.effect].gain.mean, default=None)
     return None if best is None or not best.scores[found.effect].gain.mean > 0 else best.layers
-
-
-def tried_text(vector: SteeringVector) -> list[str]:
-    """What was measured on both halves of the held-out questions, as tables."""
-    found = vector.held_out.get("calibration")
-    if not found:
-        return []
-    lines = ["", f"Chosen on one half of the held-out questions by `{found['effect']}`:", ""]
-    lines += ["| layer | strength | change (95 %) | KL | perplexity ratio |", "| --- | --- | --- | --- | --- |"]
-    for row in found["validation"]:
-        scores = row["scores"]
-        effect, kl, ratio = (scores.get(name, {}) for name in (found["effect"], "kl", "perplexity_ratio"))
-        lines.append(
-            f"| {'+'.join(map(str, row['layers']))} | {row['strength']:g} | {_span(effect)} "
-            f"| {kl.get('mean', 0):.2f} | {ratio.get('mean', 0):.2f} |"
-        )
-    if not found["curve"]:
-        return lines
-    lines += ["", "Measured on the other half, beside random directions of the same norm:", ""]
-    lines += ["| strength | effect | 95 % interval | random directions |", "| --- | --- | --- | --- |"]
-    for row in found["curve"]:
-        reached = f"{min(row['random']):.2f} to {max(row['random']):.2f}" if row["random"] else "-"
-        ends = " to ".join("-" if end is None else f"{end:.2f}" for end in (row["low"], row["high"]))
-        lines.append(f"| {row['strength']:g} | {row['effect']:.2f} | {ends} | {reached} |")
-    return lines
-
-
-def _span(row: Mapping[str, Any]) -> str:
-    """A change with its interval."""
-    ends = ("-" if row.get(end) is None else f"{row[end]:+.2f}" for end in ("change_low", "change_high"))
-    return f"{row.get('change', 0):+.2f} ({' to '.join(ends)})"

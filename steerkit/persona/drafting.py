@@ -12,29 +12,20 @@ The prompts are our own; that a model writes such artefacts from a name and a de
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
-
-from steerkit._support.endpoint import Endpoint
 from steerkit.errors import SteerError
-from steerkit.generation import generate
-from steerkit.persona.traits import FILL_IN, Instruction, TraitSpec, assembled_rubric
-from steerkit.prompts.conversation import Conversation
+from steerkit.persona.instruction import FILL_IN, Instruction
+from steerkit.persona.replies import SCALE, opposite_in, pairs_in, questions_in, scale_in
+from steerkit.persona.rubric import assembled_rubric
+from steerkit.persona.traits import TraitSpec
+from steerkit.persona.writers import Writer
 
-__all__ = ["Writer", "draft", "endpoint_writer", "model_writer", "skeleton"]
+__all__ = ["draft", "skeleton"]
 
 INSTRUCTIONS, QUESTIONS = 5, 40
 TRIES = 4
-SCALE = (0, 25, 50, 75, 100)
-LONGEST_REPLY = 2000  # tokens
-
-Writer = Callable[[str, int], str]
-"""From a prompt and the number of the try to a reply; another try should give another reply."""
-
-_SIDES = ("positive", "negative")
 _HEAD = "A language model is to show this trait: {trait}.{description}\n\n"
 _NAMES = (
     'What is the opposite of "{trait}", as one adjective that fits into "You are a ... assistant"? Reply with a JSON '
@@ -57,8 +48,6 @@ _SCALE = (
     '{{"counts": "what shows the trait", "does_not_count": "what may be taken for it", "0": "what an answer at 0 is '
     'like", "25": "...", "50": "...", "75": "...", "100": "..."}}'
 )
-_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
-_ITEM = re.compile(r"^\s*(?:[-*\u2022]|\d{1,3}[.):])\s+(.+?)\s*$", re.MULTILINE)
 
 
 def skeleton(trait: str, description: str = "") -> TraitSpec:
@@ -114,78 +103,25 @@ def draft(
     scale: dict[str, str] = {}
     try:
         for number in range(tries):
-            opposite = opposite or _opposite(ask("assistants", _NAMES.format(trait=trait), number), trait)
+            opposite = opposite or opposite_in(ask("assistants", _NAMES.format(trait=trait), number), trait)
         for number in range(tries):
             if len(pairs) < INSTRUCTIONS:
                 others = _others("instructions", [pair.positive for pair in pairs])
                 reply = ask("instructions", _PAIRS.format(count=INSTRUCTIONS - len(pairs), others=others), number)
-                _add(pairs, _pairs(reply), INSTRUCTIONS, lambda pair: pair.positive)
+                _add(pairs, pairs_in(reply), INSTRUCTIONS, lambda pair: pair.positive)
         for number in range(2 * tries):
             if len(questions) < QUESTIONS:
                 others = _others("questions", questions)
                 reply = ask("questions", _QUESTIONS.format(count=QUESTIONS - len(questions), others=others), number)
-                _add(questions, _questions(reply), QUESTIONS, lambda question: question)
+                _add(questions, questions_in(reply), QUESTIONS, lambda question: question)
         for number in range(tries):
             if len(scale) < len(SCALE) + 2:
-                scale = {**_scale(ask("rubric", _SCALE.format(), number)), **scale}
+                scale = {**scale_in(ask("rubric", _SCALE.format(), number)), **scale}
     except SteerError as error:
         if failed is None or not (opposite or pairs or questions or scale):
             raise
         failed(error)
     return _assembled(trait, description, opposite, pairs, questions, scale)
-
-
-def endpoint_writer(spec: str, api_key: str | None = None) -> Writer:
-    """A writer behind an OpenAI-compatible endpoint.
-
-    Args:
-        spec: ``https://host/v1#model-name``.
-        api_key: as for `steerkit.endpoint.Endpoint`.
-
-    Raises:
-        SteerError: the address is none, or no model is named.
-    """
-    base_url, _, model = spec.partition("#")
-    endpoint = Endpoint(base_url, model, api_key, role="writer", timeout=300.0)
-
-    def write(prompt: str, number: int) -> str:
-        asked = {
-            "model": model,
-            "messages": [{"role": "user", "content": prompt}],
-            "max_tokens": LONGEST_REPLY,
-            "temperature": 0.7,
-            "seed": number,
-        }
-        status, body = endpoint.post(asked)
-        endpoint.check(status, body)
-        try:
-            text = json.loads(body)["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise endpoint.no_completion(body) from None
-        if not isinstance(text, str):
-            raise endpoint.no_completion(body)
-        return text
-
-    return write
-
-
-def model_writer(model: nn.Module, tokenizer: Any, *, max_new_tokens: int = 1000) -> Writer:
-    """A local model as writer.
-
-    Args:
-        model: any decoder-only transformers model.
-        tokenizer: its tokenizer.
-        max_new_tokens: the longest reply, in tokens.
-    """
-
-    def write(prompt: str, number: int) -> str:
-        asked = [Conversation(prompt)]
-        (text,) = generate(
-            model, tokenizer, asked, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, seed=[number]
-        )
-        return text
-
-    return write
 
 
 def _assembled(
@@ -243,90 +179,3 @@ def _add(kept: list[Any], found: Iterable[Any], most: int, key: Callable[[Any], 
         if len(kept) < most and name not in seen:
             kept.append(one)
             seen.add(name)
-
-
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every whole JSON object in a text, from left to right, those inside of others only where these are torn."""
-    decoder, place = json.JSONDecoder(strict=False), text.find("{")
-    while place >= 0:
-        try:
-            found, end = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            end = place + 1
-        else:
-            yield found
-        place = text.find("{", end)
-
-
-def _inner(value: Any) -> Iterator[dict[str, Any]]:
-    """An object, and all those inside of it."""
-    if isinstance(value, dict):
-        yield value
-        value = list(value.values())
-    if isinstance(value, list):
-        for one in value:
-            yield from _inner(one)
-
-
-def _clean(value: Any) -> str:
-    """A text on one line, "" for anything else and for what only marks a place."""
-    text = " ".join(value.split()) if isinstance(value, str) else ""
-    return "" if not text.strip(". \u2026") or FILL_IN in text or not _is_text(text) else text
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of an escaped pair
-        return False
-    return True
-
-
-def _opposite(reply: str, trait: str) -> str | None:
-    """What the opposite assistant is called: something else than the trait's."""
-    for found in _objects(_said(reply)):
-        name = _clean(found.get("opposite"))
-        if name and len(name) <= 40 and name.casefold() != " ".join(trait.casefold().split()):
-            return name
-    return None
-
-
-def _pairs(reply: str) -> Iterator[Instruction]:
-    for outer in _objects(_said(reply)):
-        for found in _inner(outer):
-            sides = [_clean(found.get(side, found.get(side[:3]))) for side in _SIDES]
-            if all(sides) and sides[0].casefold() != sides[1].casefold():
-                yield Instruction(*sides)
-
-
-def _questions(reply: str) -> Iterator[str]:
-    """Texts of a JSON list, whole or cut off; where there is none, the items of a list of lines."""
-    said = _said(reply)
-    start = said.find("[")
-    if start >= 0:
-        found = (_unquoted(match[0]) for match in _STRING.finditer(said, start))
-    else:
-        found = (match[1].strip("\"'*") for match in _ITEM.finditer(said))
-    # Short ones are keys of objects, such as "question".
-    yield from (text for text in map(_clean, found) if len(text.split()) >= 3)
-
-
-def _unquoted(text: str) -> str:
-    try:
-        return str(json.loads(text))
-    except ValueError:
-        return ""
-
-
-def _scale(reply: str) -> dict[str, str]:
-    """What is there of the rubric's parts."""
-    wanted = ("counts", "does_not_count", *map(str, SCALE))
-    parts: dict[str, str] = {}
-    for found in _objects(_said(reply)):
-        parts |= {key: text for key in wanted if (text := _clean(found.get(key))) and not set(text) & set("{}")}
-    return parts
-
-
-def _said(reply: str) -> str:
-    """A reply without what was thought before it."""
-    return reply.rpartition("</think>")[2]

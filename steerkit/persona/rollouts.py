@@ -8,18 +8,17 @@ seed of its own, so that it depends neither on what stands beside it in a batch 
 sample is greedy. Rows go to a file batch by batch.
 
 Where this file departs. The paper asks every held-out question under every instruction too; here each is asked under a
-few instructions in turn, because these answers only choose and measure. What a model thinks (`steerkit.roles.THINKING`)
-is kept in the file and left out of what is read. Where a chat template has no system turn, refuses one or drops it
-without a word, the system prompt is written before the question.
+few instructions in turn, because these answers only choose and measure. What a model thinks
+(`steerkit.prompts.marks.THINKING`) is kept in the file and left out of what is read. Where a chat template has no
+system turn, refuses one or drops it without a word, the system prompt is written before the question.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -28,101 +27,17 @@ from steerkit.errors import DataError
 from steerkit.evaluate.store_identity import weights_digest
 from steerkit.generation import generate
 from steerkit.network.decoder import inner_model
+from steerkit.persona.rollout_plan import SIDES, Asked, RolloutPlan, Side
 from steerkit.persona.traits import TraitSpec
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.marks import spoken
 from steerkit.prompts.rendering import has_chat_template, opens_thought, render
 from steerkit.vector.model_identity import model_facts
 
-__all__ = ["SIDES", "Asked", "Rollout", "RolloutPlan", "Side", "roll_out", "takes_system"]
+__all__ = ["Rollout", "roll_out", "takes_system"]
 
 FORMAT = 1
-Side = Literal["positive", "negative"]
-SIDES: tuple[Side, Side] = ("positive", "negative")
-
 _PROBE = "steerkit-system-probe"
-
-
-@dataclass(frozen=True)
-class RolloutPlan:
-    """What is asked, and how it is answered.
-
-    Attributes:
-        samples: answers to each question under each system prompt; one is greedy, several are drawn at temperature 1.
-        held_out_instructions: instructions that each held-out question is asked under, in turn.
-        max_new_tokens: the longest answer, in tokens.
-        seed: of all drawing.
-        chat_template_kwargs: passed on to the chat template.
-    """
-
-    samples: int = 1
-    held_out_instructions: int = 4
-    max_new_tokens: int = 56
-    seed: int = 0
-    chat_template_kwargs: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "held_out_instructions", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is at least 1, got {getattr(self, name)}")
-
-    def asked(self, spec: TraitSpec) -> list[Asked]:
-        """Every row there will be, in order: extraction first.
-
-        Args:
-            spec: of the trait.
-        """
-        count, first = len(spec.instructions), len(spec.extraction_questions)
-        rows = [
-            Asked(False, question, instruction, sample)
-            for instruction in range(count)
-            for question in range(first)
-            for sample in range(self.samples)
-        ]
-        rows += [
-            Asked(True, question, (question + turn) % count, sample)
-            for turn in range(min(self.held_out_instructions, count))
-            for question in range(first, len(spec.questions))
-            for sample in range(self.samples)
-        ]
-        return rows
-
-
-class Asked(NamedTuple):
-    """One thing that is asked of both assistants.
-
-    Attributes:
-        held_out: whether the question is one of the held-out half.
-        question: its place among all questions, from 0.
-        instruction: the instruction's place, from 0.
-        sample: which of the samples.
-    """
-
-    held_out: bool
-    question: int
-    instruction: int
-    sample: int
-
-    def conversation(
-        self, spec: TraitSpec, side: Side, *, answer: str | None = None, folded: bool = False
-    ) -> Conversation:
-        """What the model is given.
-
-        Args:
-            spec: of the trait.
-            side: under which system prompt.
-            answer: what the assistant says, where there is an answer.
-            folded: write the system prompt before the question, because there is no system turn.
-        """
-        question, system = spec.questions[self.question], spec.system_prompt(self.instruction, side)
-        if folded:
-            return Conversation(f"{system}\n\n{question}", answer=answer)
-        return Conversation(question, answer=answer, system=system)
-
-    def seed(self, side: Side, seed: int) -> int:
-        """The seed of one answer: its own, whatever else is asked."""
-        text = f"{seed} {side} {self.question} {self.instruction} {self.sample}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
 class Rollout(NamedTuple):
@@ -150,7 +65,7 @@ class Rollout(NamedTuple):
 
 
 def takes_system(tokenizer: Any) -> bool:
-    """Whether the chat template writes a system turn: some refuse it, some drop it, and without a template is none.
+    """Whether the chat template writes system prompts; some templates refuse them or drop them silently.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -173,7 +88,7 @@ def roll_out(
     batch_size: int = 16,
     step: Callable[[int], None] = lambda rows: None,
 ) -> list[Rollout]:
-    """Ask everything that is not answered yet in a file, and give all rows.
+    """Answer every question under both system prompts, as far as a file does not hold the answers yet.
 
     Args:
         model: any decoder-only transformers model.

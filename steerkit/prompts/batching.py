@@ -1,4 +1,4 @@
-"""TODO prompts.batching."""
+"""Padded batches of token ids: texts sorted by length, each batch as wide as its longest row."""
 
 from __future__ import annotations
 

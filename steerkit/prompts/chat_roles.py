@@ -1,14 +1,17 @@
-"""Whose words a token is: the turns of a chat and its thinking, told from token ids.
+"""`Roles`: who speaks each token of a chat, told from token ids alone.
 
-A chat template writes marks around the turns. `Marks` are those of one tokenizer as token ids, found by rendering a few
-probe conversations: what stands before every assistant message and nowhere else opens the assistant's turn, the first
-special token behind it closes the turn. They are checked on the same probes before they are used.
+A chat template puts special tokens around every message. `Marks` are those of one tokenizer as token ids, found by
+rendering a few short conversations (`template_probes`): what stands before every assistant message and nowhere else
+opens the assistant's turn, and the first special token behind it closes the turn. They are tried on the same
+conversations before they are used.
 
-What a token is follows from the ids up to it and from nothing else, so a text gives the same in one pass, in chunks and
-token by token. A position counts where, as far as the text goes, the next token is one of the span: from the last token
-of the mark that opens the span (its output is the span's first token) to the span's last token. `response` begins at
-the prompt's last token for the same reason. Of a mark of several tokens that closes something, those before its last
-count still; a special token has none.
+Whether a token belongs to the assistant follows from the ids up to it and from nothing after it. So a text gives the
+same tokens whether it runs in one pass, in chunks, or token by token.
+
+A scope writes the positions whose *output* is a token of the message: it begins one position early, at the last token
+of the mark that opens the message (the model predicts the message's first token there), and it ends with the message's
+last token. The scope `response` begins at the prompt's last token for the same reason. Where the mark that closes a
+message has several tokens, those before its last still count, because only the last one tells that it is the mark.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO prompts.contrast_set."""
+"""`ContrastSet`: conversations that show a behaviour and others that show its opposite, of lists or files."""
 
 from __future__ import annotations
 

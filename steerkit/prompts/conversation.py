@@ -1,4 +1,4 @@
-"""TODO prompts.conversation."""
+"""`Conversation`: what one text is made of before a tokenizer sees it: prompt, answer, system prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO prompts.marks."""
+"""Marks of a chat template as token ids, and from them which tokens of a text are whose; and texts without thinking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO prompts.readers."""
+"""Reading contrast pairs and labelled prompts from JSONL files; every mistake is told with its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO prompts.template_probes."""
+"""Finding a chat template's marks: a few conversations are rendered, and what stands between messages compared."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def vector_card(
     Args:
         name: of the vector, without ending.
         vector: the vector.
-        curve: its dose-response on held-out items, where it was measured.
+        curve: its effect by strength on held-out items, where it was measured.
         kinds: what it does to either kind of prompts, where that was measured.
         answers: texts before and after, greedy.
         new_tokens: how long the answers were allowed to be.
@@ -51,10 +51,20 @@ def vector_card(
     Returns:
         Markdown.
     """
-    facts = vector.describe()
+    lines = _head_lines(name, vector) + _site_lines(vector)
+    if curve is not None:
+        lines += _effect_lines(curve)
+    lines += _gate_lines(vector) + _kind_lines(kinds)
+    if answers:
+        lines += _answer_lines(answers, new_tokens)
+    return "\n".join(lines) + "\n"
+
+
+def _head_lines(name: str, vector: SteeringVector) -> list[str]:
+    """Metadata, how to use it, and a table of facts."""
     suggested = vector.suggested_strength
     readout = f"`{vector.readout}`" if vector.readout else "reads for itself"
-    lines = [
+    return [
         "---",
         "library_name: steerkit",
         f"base_model: {hub_id(vector.model_id or vector.model_type)}",
@@ -80,6 +90,12 @@ def vector_card(
         f"| model | {vector.model_type}, {vector.num_layers} blocks, width {vector.hidden_size} |",
         f"| data | {vector.data_source or '-'}, digest `{(vector.data_digest or '-')[:16]}` |",
         f"| vector digest | `{vector.digest[:16]}` |",
+    ]
+
+
+def _site_lines(vector: SteeringVector) -> list[str]:
+    """Every site with its direction's length and its separation of held-out items."""
+    lines = [
         "",
         "## Sites",
         "",
@@ -87,7 +103,7 @@ def vector_card(
         "| --- | --- | --- | --- | --- |",
     ]
     measured = dict(vector.held_out.get("sites", {}))
-    for entry in facts["sites"]:
+    for entry in vector.describe()["sites"]:
         site = entry["site"]
         figures = measured.get(site, {})
         length, norm = entry.get("direction_norm"), entry.get("activation_norm")
@@ -95,31 +111,37 @@ def vector_card(
             f"| `{site}` | {number(length)} | {number(norm)} | {number(figures.get('auc'), 3)} "
             f"| {number(figures.get('cohens_d'), 2)} |"
         )
-    lines += _separation_lines(vector, measured)
-    if curve is not None:
-        column = curve.points[0][curve.effect].column
-        title = f"{column.title[:1].upper()}{column.title[1:]}"
-        lines += ["", "## Effect", "", f"{title} on {curve.items} held-out items, {column.unit}:", ""]
+    return lines + _separation_lines(vector, measured)
+
+
+def _effect_lines(curve: Curve) -> list[str]:
+    """The effect at every strength, beside random directions."""
+    column = curve.points[0][curve.effect].column
+    title = f"{column.title[:1].upper()}{column.title[1:]}"
+    lines = ["", "## Effect", "", f"{title} on {curve.items} held-out items, {column.unit}:", ""]
+    lines += [
+        "| strength | effect | 95 % interval | random directions, same norm |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in curve.as_rows():
+        randoms = f"{min(row['random']):.2f} to {max(row['random']):.2f}" if row["random"] else "-"
+        lines.append(
+            f"| {row['strength']:g} | {row['effect']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {randoms} |"
+        )
+    return lines
+
+
+def _answer_lines(answers: Sequence[Answer], new_tokens: int) -> list[str]:
+    """Every prompt with its answers, by strength."""
+    lines = ["", "## Before and after", "", f"Greedy, {new_tokens} new tokens."]
+    for prompt in dict.fromkeys(answer.prompt for answer in answers):
+        lines += ["", f"**{prompt}**", ""]
         lines += [
-            "| strength | effect | 95 % interval | random directions, same norm |",
-            "| --- | --- | --- | --- |",
+            f"- strength {answer.strength:g}: {' '.join(answer.text.split())}"
+            for answer in answers
+            if answer.prompt == prompt
         ]
-        for row in curve.as_rows():
-            randoms = f"{min(row['random']):.2f} to {max(row['random']):.2f}" if row["random"] else "-"
-            lines.append(
-                f"| {row['strength']:g} | {row['effect']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {randoms} |"
-            )
-    lines += _gate_lines(vector) + _kind_lines(kinds)
-    if answers:
-        lines += ["", "## Before and after", "", f"Greedy, {new_tokens} new tokens."]
-        for prompt in dict.fromkeys(answer.prompt for answer in answers):
-            lines += ["", f"**{prompt}**", ""]
-            lines += [
-                f"- strength {answer.strength:g}: {' '.join(answer.text.split())}"
-                for answer in answers
-                if answer.prompt == prompt
-            ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _separation_lines(vector: SteeringVector, measured: Mapping[str, Mapping[str, float]]) -> list[str]:

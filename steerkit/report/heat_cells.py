@@ -1,4 +1,4 @@
-"""TODO report.heat_cells."""
+"""The heat map of a report: every token with the colour of its projection; and estimates as cells of a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from steerkit.evaluate.intervals import Estimate
 from steerkit.monitor.token_heat import TokenScores
-from steerkit.report.evidence import Evidence, signed
+from steerkit.report.evidence import Evidence
+from steerkit.report.figures_text import signed
 
 __all__ = ["Token", "bounds_of", "cell", "given", "heat_part", "token_cells"]
 
@@ -38,11 +39,11 @@ def heat_part(evidence: Evidence) -> dict[str, Any] | None:
     }
     means = [float(scores.values[scores.prompt :].mean()) - heat.middle for scores in (heat.baseline, heat.steered)]
     words = (
-        f"Projection of every token on the direction at {heat.baseline.site}, activation units. Both texts are read by the "
-        f"unsteered model, so that the colours show what the words say and not what the edit adds; zero is half-way "
-        f"between the two sides of the held-out items. The unsteered answer lies at {signed(means[0])} on average, "
-        f"the steered one at {signed(means[1])}. While steering, its tokens lie {signed(heat.shift)} further along. "
-        "Colours of the prompt end at the same scale; its first token often lies far outside."
+        f"Projection of every token on the direction at {heat.baseline.site}, activation units. Both texts are read by "
+        f"the unsteered model, so that the colours show what the words say and not what the edit adds; zero is "
+        f"half-way between the two sides of the held-out items. The unsteered answer lies at {signed(means[0])} on "
+        f"average, the steered one at {signed(means[1])}. While steering, its tokens lie {signed(heat.shift)} further "
+        "along. Colours of the prompt end at the same scale; its first token often lies far outside."
     )
     legend = [_colour(place / 4 - 1) for place in range(9)]
     return {
@@ -74,7 +75,7 @@ def _colour(share: float) -> str:
 
 
 def given(found: Mapping[str, Any] | None) -> Estimate | None:
-    """An estimate from plain data; an end that is not there bounds nothing."""
+    """Read an estimate from plain data; a missing end of its interval becomes infinite."""
     if found is None:
         return None
     low, high = found.get("low"), found.get("high")

@@ -1,13 +1,15 @@
 """Which tokens of a forward pass are written: a scope, and the facts of the pass that it is asked about.
 
-`scope` names the choices, `forward_pass` answers them for one pass, `clock` notes each pass as it begins, and
-`transformers_facts` is the only file that knows what transformers keeps to itself.
+`scope` names the choices. `clock` hooks the model and has every pass noted as it begins (`pass_reader`) as a
+`forward_pass.Pass`, which answers what a scope writes in it (`written`). `texts`, `generate_call` and `text_so_far`
+know what goes on from pass to pass. `transformers_facts` is the only file that knows what transformers keeps to itself.
 """
 
 from __future__ import annotations
 
 from steerkit.tokens.clock import Hook, PassClock
-from steerkit.tokens.forward_pass import Pass, Tokens
+from steerkit.tokens.forward_pass import Pass
 from steerkit.tokens.scope import PromptLengths, Scope
+from steerkit.tokens.written import Tokens
 
 __all__ = ["Hook", "Pass", "PassClock", "PromptLengths", "Scope", "Tokens"]

@@ -1,17 +1,12 @@
-"""Which tokens a forward pass holds, and which of them a scope means.
+"""The clock of a steered model: two hooks that note, before every forward pass, which tokens the pass carries.
 
-This is the only file that knows about positions. A `PassClock` hooks the outermost transformers model (and its decoder
-body, for people who call that one alone) and notes, before every forward pass, which columns of the sequence the pass
-carries, which of them are real tokens, and where the prompt ends. A `Scope` is then a question to that `Pass`.
+An edit inside a block sees a tensor [b, t, d] and nothing else. Which tokens of the text these are, which of them are
+pads, and where the prompt ends, only the model's own call can tell. So a `PassClock` hooks the outermost transformers
+model, and its decoder body for people who call that one alone, and keeps the facts of the pass that each thread is in
+as a `Pass`, for whoever asks inside it.
 
-Columns count from the left edge of the padded sequence; positions count from each row's first real token. Where the
-prompt ends is certain inside `generate`: the expanded prompt is a local variable of the outermost `generate` frame, in
-every mode (beams, chunked prefill, assisted decoding, `use_cache=False`, ...). In any other forward pass nobody can
-know, so scopes that depend on it need `prompt_lengths`.
-
-Scopes by role (`assistant`, `answer`, `after(n)`) need the ids of the whole text so far, in every pass. Inside
-`generate` they are a local variable of the frame that decodes, whichever rows beams and rejected candidates have moved;
-elsewhere they are in the pass itself, or kept with its cache.
+Inside `generate` it is certain where the prompt ends, in every mode of decoding. In any other forward pass nobody can
+know, so scopes that depend on the prompt's end need `prompt_lengths` there.
 """
 
 from __future__ import annotations
@@ -27,21 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ModelError
-from steerkit.tokens.forward_pass import PACKED, Pass
-from steerkit.tokens.transformers_facts import (
-    Call,
-    columns_cached,
-    decoding_codes,
-    first_of_real,
-    generate_code,
-    is_used_recurrent_cache,
-    real_of_diagonal,
-)
+from steerkit.tokens.forward_pass import Pass
+from steerkit.tokens.pass_reader import PassReader
+from steerkit.tokens.texts import Texts
+from steerkit.tokens.transformers_facts import GenerateFrames
 
 __all__ = ["Hook", "PassClock"]
-
-_RUNNING = ("candidate_input_ids", "flat_running_sequences", "input_ids")
 
 
 class Hook:
@@ -77,7 +63,8 @@ class PassClock:
         self._local = threading.local()
         self._handles: list[Any] = []
         self._names = {id(module): tuple(inspect.signature(module.forward).parameters) for module in (model, body)}
-        self._generate_code, self._decoding_codes = generate_code(), decoding_codes()
+        self._frames, self._texts = GenerateFrames(model), Texts(self._local)
+        self._reader = PassReader(model, self._frames, self._texts, self._local)
         self.owner = threading.get_ident()
         self.users = 0
 
@@ -136,7 +123,7 @@ class PassClock:
     @property
     def settings(self) -> Any:
         """The settings of the `generate` call of this model that this thread is in; None outside of one."""
-        return self._prompt()[1]
+        return self._frames.prompt()[1]
 
     @property
     def is_suspended(self) -> bool:
@@ -162,7 +149,7 @@ class PassClock:
             held: whose writes wait meanwhile.
         """
         live = getattr(self._local, "live", None)
-        call: Call | None = getattr(self._local, "call", None)
+        call = self._texts.call
         columns = 0 if call is None else call.columns
         self._local.aside = {"store": facts.store, "held": held, "is_probe": True}
         if call is not None and isinstance(facts.past, int):
@@ -183,7 +170,7 @@ class PassClock:
             facts: the pass.
             columns: how many the cache holds.
         """
-        call: Call | None = getattr(self._local, "call", None)
+        call = self._texts.call
         if call is not None:
             call.columns = columns
         self._local.aside = {"store": facts.store}
@@ -218,7 +205,7 @@ class PassClock:
                 facts = live.facts  # the body inside its model: the outer facts win (it saw the 2-D mask)
                 if facts is not None and (facts.batch, facts.width) != (tokens.shape[0], tokens.shape[1]):
                     facts = None
-            facts = self._read(tokens, given) if facts is None else facts
+            facts = self._reader.read(tokens, given) if facts is None else facts
         frame = None if torch.compiler.is_compiling() else sys._getframe(2)
         self._local.live = _Live(module, facts, frame, live)
 
@@ -231,32 +218,12 @@ class PassClock:
         """
         live: _Live | None = getattr(self._local, "live", None)
         if live is not None and live.facts is not None and live.facts.store and not torch.compiler.is_compiling():
-            self._hand_on(live.facts.store, output)
+            self._texts.hand_on(live.facts.store, output)
         while live is not None:
             done, live = live.module is module, live.outer
             if done:
                 break
         self._local.live = live
-
-    def _hand_on(self, store: dict[Any, Any], output: Any) -> None:
-        """Keep a pass's store with the cache it gave, where no call or cache keeps it yet."""
-        cache = getattr(output, "past_key_values", None)
-        call: Call | None = getattr(self._local, "call", None)
-        stores: dict[int, _Kept] = getattr(self._local, "stores", {})
-        known = (call is not None and call.store is store) or any(kept.store is store for kept in stores.values())
-        if cache is not None and not known:
-            self._local.stores = {**stores, id(cache): _Kept(weakref.ref(cache), store)}
-
-    def _store_of(self, call: Call | None, cache: Any, past: int | Tensor) -> dict[Any, Any]:
-        """What is kept from pass to pass of the text that this pass belongs to."""
-        if call is not None:
-            return call.store
-        stores: dict[int, _Kept] = getattr(self._local, "stores", {})
-        if stores:
-            self._local.stores = stores = {key: kept for key, kept in stores.items() if kept.cache() is not None}
-        if cache is None or (isinstance(past, int) and past == 0):
-            return {}
-        return stores[id(cache)].store if id(cache) in stores else {}
 
     def _live(self) -> _Live | None:
         """The pass this thread is in, without those an interrupt left behind (torch calls no closing hook then)."""
@@ -272,161 +239,6 @@ class PassClock:
             live = live.outer
         return live
 
-    # What follows reads one pass. See the table of modes in the tests for what each branch is for.
-
-    def _read(self, tokens: Tensor, given: Mapping[str, Any]) -> Pass:
-        batch, width = tokens.shape[0], tokens.shape[1]
-        cache = given.get("past_key_values")
-        cache = given.get("cache_params") if cache is None else cache
-        mask = given.get("attention_mask")
-        compiling = torch.compiler.is_compiling()
-        prompt, settings = (None, None) if compiling else self._prompt()
-        call = self._call_of(prompt, settings, cache, compiling)
-        ids = given.get("input_ids")
-        past = columns_cached(cache, mask, width, call, compiling)
-        facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
-        facts["rows"] = getattr(self._local, "rows", None)
-        facts["suspended"] = self.is_suspended
-        facts["given"] = ids if isinstance(ids, Tensor) and ids.shape[:2] == (batch, width) else None
-        facts["expands"] = compiling or call is not None or cache is not None
-        if past is None:
-            reason = "a recurrent cache does not say how many tokens it has seen; pass attention_mask over all of them"
-            return Pass(**facts, past=0, only_all=reason)
-        facts["past"] = past
-        if given.get("cu_seq_lens_q") is not None or given.get("block_table") is not None:
-            return Pass(**facts, only_all=PACKED)
-        keep = given.get("logits_to_keep")
-        # `generate` always says how many logits it wants, where the model's forward can be told.
-        tells = "logits_to_keep" in self._names.get(id(self._model()), ())
-        own_sequence = call is not None and not compiling and keep is None and tells
-        facts["is_apart"] = own_sequence
-        if call is not None and not compiling and not own_sequence:
-            call.note(past, width, keep)
-            facts["boundary"] = call.boundary
-            facts["decode"] = cache is not None and width == 1 and call.past_prompt(past)
-            facts |= {"call": call, "cache": cache}
-            call.running = self._running
-        elif compiling:
-            facts["decode"] = call is not None and cache is not None and width == 1
-            facts["call"] = call if facts["decode"] else None
-        else:
-            facts["boundary"] = self._boundary_of_cache(cache, past, width, keep, given, own_sequence)
-        if not compiling:
-            facts["store"] = self._store_of(None if own_sequence else call, cache, past)
-            facts |= getattr(self._local, "aside", None) or {}
-        self._read_pads(facts, mask, cache, call, given)
-        return Pass(**facts)
-
-    def _read_pads(
-        self, facts: dict[str, Any], mask: Any, cache: Any, call: Call | None, given: Mapping[str, Any]
-    ) -> None:
-        if isinstance(mask, Mapping):
-            mask, layer = self._mask_of_layers(mask)
-        else:
-            layer = 0
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            facts["attention"] = mask
-        elif isinstance(mask, Tensor) and mask.dim() == 4:
-            if not facts.get("decode"):
-                facts["real"] = real_of_diagonal(mask, facts["past"], facts["width"], cache, layer, facts["batch"])
-            facts["first"] = first_of_real(facts.get("real"), facts["past"], call)
-        elif mask is None and facts["batch"] == 1 and facts["width"] > 1 and call is None:
-            facts["position_ids"] = given.get("position_ids")
-
-    def _mask_of_layers(self, masks: Mapping[str, Any]) -> tuple[Any, int]:
-        """One mask of a dict by layer type, and a layer that it belongs to; a 2-D one says the most."""
-        known = {kind: mask for kind, mask in masks.items() if isinstance(mask, Tensor)}
-        model = self._model()
-        config: Any = getattr(model, "config", None)
-        types = list(getattr(config.get_text_config(), "layer_types", None) or []) if config is not None else []
-        ranked = sorted(known, key=lambda kind: (known[kind].dim() != 2, kind != "full_attention"))
-        if not ranked:
-            return None, 0
-        return known[ranked[0]], types.index(ranked[0]) if ranked[0] in types else 0
-
-    def _prompt(self) -> tuple[Tensor | None, Any]:
-        """The expanded prompt of the `generate` call of this model that this pass belongs to, and its settings.
-
-        The innermost one on the stack, unless a draft is being made for an outer one: a model that drafts for itself
-        calls its own `generate` on prompt and answer so far, whose prompt is the outer one's.
-        """
-        found, settings, drafts = None, None, False
-        frame: Any = sys._getframe(1)
-        model = self._model()
-        while frame is not None:
-            code = frame.f_code
-            if code is self._generate_code:
-                if (found is None or drafts) and frame.f_locals.get("self") is model:
-                    names = frame.f_locals
-                    found, settings, drafts = names.get("input_ids"), names.get("generation_config"), False
-            elif code.co_name == "get_candidates":
-                drafts = True
-            frame = frame.f_back
-        return (found, settings) if isinstance(found, Tensor) else (None, None)
-
-    def _running(self) -> Tensor | None:
-        """The ids of the whole text in the innermost decoding of this model on the stack.
-
-        Innermost, because a model that drafts for itself decodes inside its own decoding.
-        """
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code in self._decoding_codes and frame.f_locals.get("self") is self._model():
-                names = frame.f_locals
-                return next((names[name] for name in _RUNNING if isinstance(names.get(name), Tensor)), None)
-            frame = frame.f_back
-        return None
-
-    def _call_of(self, prompt: Tensor | None, settings: Any, cache: Any, compiling: bool) -> Call | None:
-        """The state of the `generate` call this pass belongs to."""
-        last: Call | None = getattr(self._local, "call", None)
-        if compiling:
-            return last
-        if prompt is None:
-            self._local.call = None
-            return None
-        # One `generate` may run inside another (a logits processor that asks about another text).
-        calls: dict[int, Call] = getattr(self._local, "calls", {})
-        for key in [key for key, call in calls.items() if call.prompt() is None]:
-            del calls[key]
-        self._local.calls = calls
-        if id(prompt) not in calls or not calls[id(prompt)].belongs_to(settings):
-            if is_used_recurrent_cache(cache):
-                raise ModelError(
-                    "generate: this model's recurrent cache was filled by an earlier call, and transformers continues "
-                    "such caches wrongly; pass the whole conversation again without past_key_values / cache_params"
-                )
-            calls[id(prompt)] = Call(prompt, settings)
-        self._local.call = calls[id(prompt)]
-        return calls[id(prompt)]
-
-    def _boundary_of_cache(
-        self, cache: Any, past: int | Tensor, width: int, keep: Any, given: Mapping[str, Any], own_sequence: bool
-    ) -> int | None:
-        """Where the prompt ends in a pass without a `generate` frame of its own.
-
-        Either guidance's extra passes for the negative prompt inside `generate` (an own sequence with an own cache),
-        or a decoding loop that names `logits_to_keep` as `generate` does. Anything else: unknown.
-        """
-        if not isinstance(past, int):
-            return None
-        known: dict[int, tuple[weakref.ref[Any], int]] = getattr(self._local, "caches", {})
-        self._local.caches = known
-        for key in [key for key, (ref, _) in known.items() if ref() is None]:
-            del known[key]
-        if cache is not None and id(cache) in known and past > 0:  # an emptied cache begins a new text
-            return known[id(cache)][1]
-        if own_sequence:
-            if cache is None:
-                return width if given.get("use_cache") else None
-            boundary = past if past > 0 else width
-        elif cache is not None and isinstance(keep, int) and keep > 0 and (width > 1 or past == 0):
-            boundary = past + width - (keep - 1)
-        else:
-            return None
-        known[id(cache)] = (weakref.ref(cache), boundary)
-        return boundary
-
 
 class _Live(NamedTuple):
     """A pass under way: which module noted it, in which frame, and the pass around it."""
@@ -435,13 +247,6 @@ class _Live(NamedTuple):
     facts: Pass | None
     frame: Any
     outer: Any
-
-
-class _Kept(NamedTuple):
-    """What is kept with a cache."""
-
-    cache: weakref.ref[Any]
-    store: dict[Any, Any]
 
 
 class _Before(Hook):

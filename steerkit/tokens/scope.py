@@ -1,4 +1,4 @@
-"""TODO tokens.scope."""
+"""`Scope`: the named choices of which tokens are written; `PromptLengths`: where prompts end, when the caller says."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Scope:
 
     By role, where the tokenizer's chat template tells: `assistant` (all assistant messages, in the history too),
     `answer` (the same without thinking), `after(n)` (all behind message n, counted from 0 as the template renders
-    them). Like `response`, each begins at the position whose output is its first token: see `steerkit.roles`.
+    them). Like `response`, each begins at the position whose output is its first token: see
+    `steerkit.prompts.marks`.
 
     Attributes:
         kind: the name.

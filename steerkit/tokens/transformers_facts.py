@@ -1,96 +1,140 @@
-"""TODO tokens.transformers_facts."""
+"""What transformers keeps to itself: the one file that reads frames of `generate`, insides of caches, and masks.
+
+No public interface of transformers says where a prompt ends, which ids a text consists of so far, or how many columns
+of a cache are filled. All three can be had:
+
+* The prompt, repeated for beams and returned sequences, is the local variable `input_ids` of the outermost `generate`
+  frame on the Python stack, in every mode of decoding.
+* The ids of the text so far are a local variable of the loop that decodes, whichever rows beams and rejected
+  candidates have moved.
+* A cache says its length, as a number or as a counter on the device; a Mamba cache says only whether it was used.
+
+When transformers renames one of these, this file changes and no other.
+"""
 
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from steerkit.tokens.generate_call import GenerateCall
 
 __all__ = [
-    "Call",
+    "CACHE_ARGUMENTS",
+    "GenerateFrames",
+    "cache_of",
+    "can_be_cut",
     "columns_cached",
-    "decoding_codes",
     "first_of_real",
-    "generate_code",
+    "forget_past",
+    "is_packed",
+    "is_static",
     "is_used_recurrent_cache",
+    "keep_past",
+    "mask_of_layers",
     "real_of_diagonal",
 ]
 
-
-class Call:
-    """What is remembered of one `generate` call."""
-
-    def __init__(self, prompt: Tensor, settings: Any) -> None:
-        self.prompt = weakref.ref(prompt)
-        # The prompt may be the caller's own tensor, given again; the settings are copied for each call.
-        self._settings = None if settings is None else weakref.ref(settings)
-        self.prompt_width = prompt.shape[1]
-        self.boundary: int | None = None
-        self.first: Tensor | None = None
-        self.columns = 0
-        self.store: dict[Any, Any] = {}
-        self.running: Callable[[], Tensor | None] | None = None
-        self.text: Tensor | None = None
-
-    @property
-    def settings(self) -> Any:
-        """The call's generation settings; None where they are unknown or gone."""
-        return None if self._settings is None else self._settings()
-
-    @property
-    def starts_late(self) -> bool:
-        """Whether the call was given only what is new behind a cache."""
-        return self.boundary is not None and self.boundary > self.prompt_width
-
-    def keep_text(self, ids: Tensor) -> None:
-        """Keep the ids of a static cache's text where compiled code, which sees no frames, can go on with them."""
-        width = max(getattr(self.settings, "max_length", None) or 0, ids.shape[1])
-        self.text = ids.new_full((ids.shape[0], width), -1)
-        self.text[:, : ids.shape[1]] = ids
-
-    def belongs_to(self, settings: Any) -> bool:
-        """Whether a pass with these settings is one of this call."""
-        return self._settings is None or self._settings() is settings
-
-    def note(self, past: int | Tensor, width: int, keep: Any) -> None:
-        """Fix the boundary at the first pass and count the columns that were cached."""
-        start = past if isinstance(past, int) else self.columns
-        if self.boundary is None:
-            candidates = (keep - 1) if isinstance(keep, int) and keep > 0 else 0
-            if self.prompt_width == 0:  # inputs_embeds: the first pass is the prompt
-                self.boundary = start + width - candidates
-            elif self.prompt_width <= max(start, width - candidates if start else 0):
-                self.boundary = start + self.prompt_width
-            else:
-                self.boundary = self.prompt_width
-        self.columns = start + width
-
-    def past_prompt(self, past: int | Tensor) -> bool:
-        """Whether a pass that starts at `past` lies behind the prompt."""
-        return isinstance(past, int) and self.boundary is not None and past >= self.boundary
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what a model's forward calls its cache; Mamba's the second
+_PROMPT, _SETTINGS = "input_ids", "generation_config"  # locals of `generate`
+# What the loop that decodes calls the ids of the whole text: with candidates, of beams, else.
+_TEXT = ("candidate_input_ids", "flat_running_sequences", "input_ids")
+_LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
+_DRAFTING = "get_candidates"
 
 
-def generate_code() -> Any:
-    """The code object of `generate`, whose frame holds the expanded prompt under the name `input_ids`."""
-    from transformers.generation.utils import GenerationMixin
+class GenerateFrames:
+    """Finds the frames of one model's `generate` on the Python stack of this thread.
 
-    return inspect.unwrap(GenerationMixin.generate).__code__
+    Args:
+        model: the transformers model itself; a weak reference is kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from transformers.generation.utils import GenerationMixin
+
+        self._model = weakref.ref(model)
+        self._generate = inspect.unwrap(GenerationMixin.generate).__code__
+        loops = (getattr(GenerationMixin, name, None) for name in _LOOPS)
+        self._loops = frozenset(inspect.unwrap(loop).__code__ for loop in loops if loop is not None)
+
+    def prompt(self) -> tuple[Tensor | None, Any]:
+        """The prompt of the `generate` call that this thread is in, and the call's settings.
+
+        The innermost call on the stack, unless a draft is being made for an outer one: a model that drafts for itself
+        calls its own `generate` on prompt and answer so far, whose prompt is the outer one's.
+
+        Returns:
+            [b, t] and the settings; None and None outside of `generate`.
+        """
+        found, settings, drafts = None, None, False
+        frame: Any = sys._getframe(1)
+        model = self._model()
+        while frame is not None:
+            code = frame.f_code
+            if code is self._generate:
+                if (found is None or drafts) and frame.f_locals.get("self") is model:
+                    names = frame.f_locals
+                    found, settings, drafts = names.get(_PROMPT), names.get(_SETTINGS), False
+            elif code.co_name == _DRAFTING:
+                drafts = True
+            frame = frame.f_back
+        return (found, settings) if isinstance(found, Tensor) else (None, None)
+
+    def text(self) -> Tensor | None:
+        """The ids [b, t] of the whole text in the innermost decoding of this model on the stack; None outside of one.
+
+        Innermost, because a model that drafts for itself decodes inside its own decoding.
+        """
+        frame: Any = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code in self._loops and frame.f_locals.get("self") is self._model():
+                names = frame.f_locals
+                return next((names[name] for name in _TEXT if isinstance(names.get(name), Tensor)), None)
+            frame = frame.f_back
+        return None
 
 
-def decoding_codes() -> frozenset[Any]:
-    """The code objects of the loops that decode, whose frames hold the ids of the whole text."""
-    from transformers.generation.utils import GenerationMixin
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache that a pass was given, by whichever name; None where it was given none.
 
-    loops = (getattr(GenerationMixin, name, None) for name in ("_sample", "_beam_search", "_assisted_decoding"))
-    return frozenset(inspect.unwrap(loop).__code__ for loop in loops if loop is not None)
+    Args:
+        given: the pass's arguments by name.
+    """
+    cache = given.get("past_key_values")
+    return given.get("cache_params") if cache is None else cache
 
 
-def columns_cached(cache: Any, mask: Any, width: int, call: Call | None, compiling: bool) -> int | Tensor | None:
-    """Columns already cached: a number where the host knows it, else the cache's counter; None where nobody knows."""
+def is_packed(given: Mapping[str, Any]) -> bool:
+    """Whether a pass's arguments say that several texts share a row.
+
+    Args:
+        given: the pass's arguments by name.
+    """
+    return given.get("cu_seq_lens_q") is not None or given.get("block_table") is not None
+
+
+def columns_cached(
+    cache: Any, mask: Any, width: int, call: GenerateCall | None, compiling: bool
+) -> int | Tensor | None:
+    """How many columns a cache holds before a pass.
+
+    Args:
+        cache: the pass's cache.
+        mask: its attention mask, from which a Mamba cache's length follows.
+        width: columns in the pass.
+        call: the `generate` call that it belongs to.
+        compiling: whether the pass is being compiled.
+
+    Returns:
+        A number where the host knows it, else the cache's counter [] on the device; None where nobody knows.
+    """
     if cache is None:
         return 0
     try:
@@ -110,7 +154,11 @@ def columns_cached(cache: Any, mask: Any, width: int, call: Call | None, compili
 
 
 def is_used_recurrent_cache(cache: Any) -> bool:
-    """Whether a cache has only recurrent layers and has seen tokens."""
+    """Whether a cache has only recurrent layers and has seen tokens.
+
+    Args:
+        cache: any cache of transformers, or None.
+    """
     if cache is None:
         return False
     try:
@@ -121,8 +169,91 @@ def is_used_recurrent_cache(cache: Any) -> bool:
     return False
 
 
+def can_be_cut(cache: Any) -> bool:
+    """Whether all layers of a cache grow by the tokens fed, and so can be cut back.
+
+    Args:
+        cache: any cache of transformers, or None.
+    """
+    from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
+        return False
+    growing = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not cache.layers:
+        return getattr(cache, "layer_class_to_replicate", None) in growing
+    return all(type(layer) in growing for layer in cache.layers)
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a cache has a fixed size, so that `generate` may compile the decoding with it.
+
+    Args:
+        cache: any cache of transformers, or None.
+    """
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def keep_past(cache: Any) -> list[bool | None]:
+    """Make sliding windows keep what they would drop.
+
+    Args:
+        cache: one that `can_be_cut`.
+
+    Returns:
+        What each layer did before, for `forget_past`.
+    """
+    before = [getattr(layer, "record_past", None) for layer in cache.layers]
+    cache.activate_past_recording()
+    return before
+
+
+def forget_past(cache: Any, before: list[bool | None]) -> None:
+    """Undo `keep_past`, and drop what has been kept for it.
+
+    Args:
+        cache: the cache.
+        before: what `keep_past` gave.
+    """
+    for layer, recorded in zip(cache.layers, before, strict=False):
+        if recorded is False:
+            layer.crop(0)
+            layer.record_past = False
+
+
+def mask_of_layers(masks: Mapping[str, Any], model: nn.Module | None) -> tuple[Any, int]:
+    """One mask of those that a model keeps by layer type; a 2-D one says the most.
+
+    Args:
+        masks: layer type to mask: [b, t], or [b, 1, t, columns].
+        model: the transformers model.
+
+    Returns:
+        The mask, and a layer that it belongs to; None and 0 where there is none.
+    """
+    known = {kind: mask for kind, mask in masks.items() if isinstance(mask, Tensor)}
+    config: Any = getattr(model, "config", None)
+    types = list(getattr(config.get_text_config(), "layer_types", None) or []) if config is not None else []
+    ranked = sorted(known, key=lambda kind: (known[kind].dim() != 2, kind != "full_attention"))
+    if not ranked:
+        return None, 0
+    return known[ranked[0]], types.index(ranked[0]) if ranked[0] in types else 0
+
+
 def real_of_diagonal(mask: Tensor, past: int | Tensor, width: int, cache: Any, layer: int, batch: int) -> Tensor:
-    """[b, t] real tokens from a 4-D mask: a real token may attend to itself, a pad may not."""
+    """Which tokens of a pass are real, from a 4-D mask: a real token may attend to itself, a pad may not.
+
+    Args:
+        mask: [b or 1, 1, t, columns], True or 0 where a token may attend.
+        past: columns before this pass: a number, or a counter [].
+        width: columns in it.
+        cache: the pass's cache, which may have dropped columns.
+        layer: one that the mask belongs to.
+        batch: rows.
+
+    Returns:
+        [b, t] bool.
+    """
     offset = cache.get_mask_sizes(width, layer)[1] if cache is not None else 0
     keys = (torch.arange(width, device=mask.device) + past - offset).clamp(0, mask.shape[-1] - 1)
     own = mask[:, 0].gather(-1, keys[None, :, None].expand(mask.shape[0], -1, 1))[..., 0]
@@ -130,8 +261,17 @@ def real_of_diagonal(mask: Tensor, past: int | Tensor, width: int, cache: Any, l
     return real.expand(batch, -1)
 
 
-def first_of_real(real: Tensor | None, past: int | Tensor, call: Call | None) -> Tensor | None:
-    """[b] first real column, remembered over the chunks of one call where the mask shows only the pass itself."""
+def first_of_real(real: Tensor | None, past: int | Tensor, call: GenerateCall | None) -> Tensor | None:
+    """Each row's first real column, remembered over the chunks of one call where the mask shows only the pass itself.
+
+    Args:
+        real: [b, t] which tokens of the pass are real; None where it does not say.
+        past: columns before this pass: a number, or a counter [].
+        call: the `generate` call that it belongs to.
+
+    Returns:
+        [b], or None where nothing is known.
+    """
     if real is None:
         return call.first if call is not None else None
     leading = real.long().cumsum(dim=1).eq(0).sum(dim=1)  # a row of pads only counts as wide as the pass

@@ -1,5 +1,7 @@
-"""What a fit leaves behind: a frozen `SteeringVector`, its fields (`fields`), its bytes (`container`), and the facts
-that tell which model it belongs to (`model_identity`).
+"""What a fit leaves behind: a frozen `SteeringVector`.
+
+`fields`, `frozen` and `tensors` keep what it holds, `container` and `container_checks` are its bytes, `vector_files`
+puts them on the disk, `model_identity` and `model_check` tell which model it belongs to, `description` shows it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,16 @@
-"""TODO vector.container."""
+"""The vector file's bytes: a safetensors container with a digest over all of it.
+
+8 bytes header length, a JSON header, raw tensors named ``<site>/<param>`` or ``shared/<param>``. Steerkit writes the
+container itself because the same vector must give the same bytes (the safetensors writer orders metadata at random),
+and because the digest covers every byte: it is the sha256 of the whole file with 64 zeros in the digest's place.
+Reading checks the container first (`container_checks`) and then goes through safetensors. Pickles are neither written
+nor read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,21 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerkit import __version__
 from steerkit.errors import VectorFileError
 
 __all__ = [
     "BLANK_DIGEST",
+    "DTYPES",
     "DTYPE_NAMES",
     "FORMAT",
     "LAYER_COUNTING",
     "MAX_DIMENSIONS",
+    "MAX_HEADER_BYTES",
     "MAX_TENSORS",
     "REQUIRED",
-    "check_digest",
-    "check_readable",
+    "digest_entry",
     "lay_out",
-    "open",
     "signed",
 ]
 
@@ -37,7 +41,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 8
 BLANK_DIGEST = "0" * 64
-_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -51,12 +55,16 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "BOOL": torch.bool,
     }
 )
-DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in _DTYPES.items()})
+DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 REQUIRED = ("method", "edit", "scope", "unit", "sites", "model_type", "hidden_size", "num_layers")
 
 
 def lay_out(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
     """Lay out a safetensors file, widest dtypes first so that every tensor is aligned.
+
+    Args:
+        metadata: what stands in the header, as text.
+        tensors: name to tensor [...] of any shape, on the CPU.
 
     Raises:
         VectorFileError: text that is no Unicode, or too much of it.
@@ -84,120 +92,21 @@ def lay_out(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes
     return b"".join([len(head).to_bytes(8, "little"), head, *parts])
 
 
-def _digest_entry(digest: str) -> bytes:
+def digest_entry(digest: str) -> bytes:
+    """The bytes with which a digest stands in the header.
+
+    Args:
+        digest: 64 hex digits.
+    """
     # Quotes inside JSON text are escaped, so these bytes can stand nowhere else in the header.
     return f'"digest":"{digest}"'.encode()
 
 
 def signed(unsigned: bytes) -> bytes:
-    """Put the digest in its place."""
+    """Put the digest in its place.
+
+    Args:
+        unsigned: a file with `BLANK_DIGEST` there.
+    """
     digest = hashlib.sha256(unsigned).hexdigest()
-    return unsigned.replace(_digest_entry(BLANK_DIGEST), _digest_entry(digest), 1)
-
-
-def check_digest(data: bytes, stored: str) -> None:
-    """Raise VectorFileError where any byte is not as it was when the digest was written."""
-    unsigned = data.replace(_digest_entry(stored), _digest_entry(BLANK_DIGEST), 1)
-    if hashlib.sha256(unsigned).hexdigest() != stored:
-        raise VectorFileError("altered file: its content does not match its digest; get it anew or fit again")
-
-
-def open(data: bytes) -> dict[str, str]:
-    """Check the container.
-
-    Returns:
-        The metadata.
-
-    Raises:
-        VectorFileError: not a safetensors file, or its parts do not fill it exactly.
-    """
-    header = _header(data)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise VectorFileError("its metadata is not text")
-    if len(header) > MAX_TENSORS:
-        raise VectorFileError(f"{len(header)} tensors are too many (at most {MAX_TENSORS})")
-    spans = sorted(_span(name, entry) for name, entry in header.items())
-    end = 0
-    for begin, stop in spans:
-        if begin != end:
-            raise VectorFileError(f"damaged: tensor data should begin at byte {end}, the header says {begin}")
-        end = stop
-    present = len(data) - 8 - int.from_bytes(data[:8], "little")
-    if end != present:
-        what = "truncated" if present < end else "damaged"
-        raise VectorFileError(f"{what}: {present} bytes of tensor data where {end} are expected; get it anew")
-    return metadata
-
-
-def _header(data: bytes) -> dict[str, Any]:
-    """The JSON header of a safetensors file.
-
-    Raises:
-        VectorFileError: there is none.
-    """
-    if not data:
-        raise VectorFileError("empty file; give a .safetensors file that steerkit saved")
-    # A header of 640 bytes begins with 0x80 too; what follows tells it from a pickle.
-    if data[8:9] != b"{" and (data[:2] == b"PK" or (data[0] == 0x80 and data[1:2] in (b"\2", b"\3", b"\4", b"\5"))):
-        raise VectorFileError("looks like a pickle or a zip of one; pickles are never read, they can run code")
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 10 or size > len(data) - 8:
-        raise VectorFileError(f"truncated, or no safetensors file: {len(data)} bytes, a header of {size} announced")
-    if size > MAX_HEADER_BYTES:
-        raise VectorFileError(f"its header of {size} bytes is too long (at most {MAX_HEADER_BYTES})")
-    try:
-        header = json.loads(data[8 : 8 + size].decode())
-    except (ValueError, RecursionError):
-        raise VectorFileError("damaged, or no safetensors file: its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise VectorFileError("damaged, or no safetensors file: its header is no JSON object")
-    return header
-
-
-def _span(name: str, entry: Any) -> tuple[int, int]:
-    """First byte of a tensor's data and the one after its last.
-
-    Raises:
-        VectorFileError: the header's entry for it contradicts itself.
-    """
-    known = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
-    dtype = _DTYPES.get(entry["dtype"]) if known and isinstance(entry["dtype"], str) else None
-    shape = _whole_numbers(entry["shape"]) if known else None
-    span = _whole_numbers(entry["data_offsets"]) if known else None
-    if dtype is None or shape is None or span is None or len(span) != 2 or len(shape) > MAX_DIMENSIONS:
-        raise VectorFileError(f"damaged: the header's entry for tensor {name[:80]!r} cannot be read")
-    if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
-        raise VectorFileError(f"damaged: tensor {name[:80]!r} has a shape that does not fit its bytes")
-    return span[0], span[1]
-
-
-def _whole_numbers(values: Any) -> list[int] | None:
-    """The list, if it holds whole numbers from 0 that a file can have."""
-    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**48 for value in values):
-        return None
-    return values
-
-
-def check_readable(metadata: Mapping[str, str]) -> None:
-    """Raise VectorFileError for files of other programs, of newer formats, or without what a vector needs."""
-    missing = [name for name in ("format", *REQUIRED, "layer_counting", "digest") if name not in metadata]
-    if "layer_counting" in missing and "method" in missing:
-        raise VectorFileError("a safetensors file without steerkit's metadata; give one that steerkit saved")
-    if "format" in missing:
-        raise VectorFileError(f"metadata is missing: {', '.join(missing)}; fit again and save")
-    if re.fullmatch("[1-9][0-9]{0,5}", metadata["format"]) is None:
-        raise VectorFileError(f"format {metadata['format'][:20]!r} is unknown; this steerkit reads format {FORMAT}")
-    if int(metadata["format"]) > FORMAT:
-        writer = re.fullmatch(r"[0-9]+(\.[0-9A-Za-z]+)*", metadata.get("steerkit_version", ""))
-        wanted = f"'steerkit-hf>={writer[0]}'" if writer else "steerkit-hf"
-        raise VectorFileError(
-            f"format {metadata['format']} is newer than {FORMAT}, the newest that steerkit {__version__} reads; "
-            f"pip install --upgrade {wanted}"
-        )
-    if missing:
-        raise VectorFileError(f"metadata is missing: {', '.join(missing)}; fit again and save")
-    if metadata["layer_counting"] != LAYER_COUNTING:
-        raise VectorFileError(
-            f"layer_counting {metadata['layer_counting'][:80]!r} is unknown; it must be {LAYER_COUNTING!r}"
-        )
+    return unsigned.replace(digest_entry(BLANK_DIGEST), digest_entry(digest), 1)

@@ -1,43 +1,19 @@
-"""SteeringVector: what a fit leaves behind, frozen, with everything needed to use it right; and its file.
-
-The file is safetensors: 8 bytes header length, a JSON header, raw tensors named ``<site>/<param>`` or
-``shared/<param>``. Steerkit writes the container itself because the same vector must give the same bytes (the
-safetensors writer orders metadata at random), and because the digest covers every byte: it is the sha256 of the whole
-file with 64 zeros in the digest's place. Reading checks the container first and then goes through safetensors.
-Pickles are neither written nor read.
-"""
+"""The fields of a vector and their text form in the file's metadata, one codec for each."""
 
 from __future__ import annotations
 
 import json
-import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from steerkit.errors import SiteError, StrengthError, VectorFileError
 from steerkit.network.sites import Site
-from steerkit.vector.container import DTYPE_NAMES, MAX_DIMENSIONS
+from steerkit.vector.frozen import finite_number, frozen, json_like, whole_number
 
-__all__ = [
-    "CODECS",
-    "MAPPING",
-    "NORMS",
-    "WIDTHS",
-    "check_direction",
-    "checked_strength",
-    "decoded",
-    "direction_length",
-    "json_like",
-    "own_copy",
-    "thawed",
-]
-
-MAX_NESTING = 32
+__all__ = ["CODECS", "MAPPING", "NORMS", "WIDTHS", "checked_strength", "decoded"]
 
 
 class _Codec(NamedTuple):
@@ -53,26 +29,8 @@ def _clean_text(value: Any) -> str:
     return value
 
 
-def _clean_number(value: Any) -> float:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    try:
-        number = float(value) if is_number else math.nan
-    except OverflowError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"must be a finite number, got {value!r}")
-    return number
-
-
-def _clean_whole(value: Any) -> int:
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not is_whole or abs(value) >= 2**64:
-        raise ValueError(f"must be a whole number of at most 64 bits, got {value!r}")
-    return int(value)
-
-
 def _clean_count(value: Any) -> int:
-    if _clean_whole(value) < 1:
+    if whole_number(value) < 1:
         raise ValueError(f"must be at least 1, got {value!r}")
     return int(value)
 
@@ -96,39 +54,8 @@ def _by_site(clean: Callable[[Any], Any]) -> Callable[[Any], Mapping[Site, Any]]
 def _clean_mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"must be a mapping, got {value!r}")
-    frozen: Mapping[str, Any] = _frozen(value)
-    return frozen
-
-
-def _frozen(value: Any, depth: int = 0) -> Any:
-    """A JSON-like value that nobody can change."""
-    if depth > MAX_NESTING:
-        raise ValueError(f"is nested more than {MAX_NESTING} deep")
-    if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"keys must be text, got {wrong[0]!r}")
-        return MappingProxyType({key: _frozen(value[key], depth + 1) for key in sorted(value)})
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(entry, depth + 1) for entry in value)
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, numbers.Real):
-        return _clean_whole(value) if isinstance(value, numbers.Integral) else _clean_number(value)
-    raise ValueError(f"must hold text, finite numbers, lists and mappings only, got {value!r}")
-
-
-def thawed(value: Any) -> Any:
-    """The value with plain dicts in place of read-only ones."""
-    if isinstance(value, Mapping):
-        return {key: thawed(entry) for key, entry in value.items()}
-    return tuple(map(thawed, value)) if isinstance(value, tuple) else value
-
-
-def json_like(value: Any) -> Any:
-    """The value with dicts and lists, as JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {str(key): json_like(entry) for key, entry in value.items()}
-    return [json_like(entry) for entry in value] if isinstance(value, tuple) else value
+    kept: Mapping[str, Any] = frozen(value)
+    return kept
 
 
 def _to_json(value: Any) -> str:
@@ -140,7 +67,7 @@ def _site_keys(text: str) -> dict[Site, Any]:
 
 
 _TEXT = _Codec(_clean_text, str, str)
-_WHOLE = _Codec(_clean_whole, str, int)
+_WHOLE = _Codec(whole_number, str, int)
 _COUNT = _Codec(_clean_count, str, int)
 _STRENGTH = _Codec(lambda value: checked_strength("suggested_strength", value), repr, float)
 MAPPING = _Codec(_clean_mapping, _to_json, json.loads)
@@ -149,7 +76,7 @@ _SITES = _Codec(
     lambda sites: json.dumps([str(site) for site in sites]),
     lambda text: tuple(Site.parse(name) for name in json.loads(text)),
 )
-NORMS = _Codec(_by_site(_clean_number), _to_json, _site_keys)
+NORMS = _Codec(_by_site(finite_number), _to_json, _site_keys)
 WIDTHS = _Codec(_by_site(_clean_count), _to_json, _site_keys)
 CODECS: Mapping[str, _Codec] = MappingProxyType(
     {
@@ -186,6 +113,10 @@ CODECS: Mapping[str, _Codec] = MappingProxyType(
 def decoded(name: str, text: str) -> Any:
     """Read one field's text.
 
+    Args:
+        name: of the field.
+        text: from the file's metadata.
+
     Raises:
         VectorFileError: it is not the text of such a field.
     """
@@ -196,7 +127,11 @@ def decoded(name: str, text: str) -> Any:
 
 
 def checked_strength(name: str, value: Any) -> float | tuple[float, ...] | None:
-    """One finite number, or one per row; None stays None.
+    """Refuse what is no strength.
+
+    Args:
+        name: ``strength``, which may differ from row to row, or what else to call it.
+        value: a finite number, or one per row as a sequence or a tensor [b]; None stays None.
 
     Raises:
         StrengthError: anything else.
@@ -206,41 +141,7 @@ def checked_strength(name: str, value: Any) -> float | tuple[float, ...] | None:
     value = value.tolist() if isinstance(value, Tensor) else value
     try:
         if isinstance(value, Sequence) and not isinstance(value, str) and name == "strength" and len(value):
-            return tuple(_clean_number(row) for row in value)
-        return _clean_number(value)
+            return tuple(finite_number(row) for row in value)
+        return finite_number(value)
     except ValueError as error:
         raise StrengthError(f"{name} {error}") from None
-
-
-def own_copy(name: str, tensor: Any) -> Tensor:
-    """A copy of one tensor that nobody else holds.
-
-    Raises:
-        VectorFileError: no tensor, an unknown dtype, no numbers, too many dimensions, or one is not finite.
-    """
-    if not isinstance(tensor, Tensor):
-        raise VectorFileError(f"{name} is {type(tensor).__name__}, not a tensor")
-    if tensor.dtype not in DTYPE_NAMES:
-        raise VectorFileError(f"{name} has dtype {tensor.dtype}; allowed are floats, integers and bool")
-    if tensor.numel() == 0 or tensor.dim() > MAX_DIMENSIONS:
-        raise VectorFileError(f"{name} has shape {list(tensor.shape)}; it must hold numbers in 0 to 8 dimensions")
-    with torch.inference_mode(mode=False):  # a tensor made in inference mode could not be trained through later
-        copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    if not bool(torch.isfinite(copy).all()):
-        raise VectorFileError(f"{name} is not finite; fit again in float32 or bfloat16")
-    return copy
-
-
-def check_direction(name: str, direction: Tensor, width: int) -> None:
-    """Raise VectorFileError where a direction is not as wide as its site."""
-    if direction.dim() not in (1, 2) or direction.shape[-1] != width:
-        raise VectorFileError(f"{name} has shape {list(direction.shape)}; it must be [{width}] or [k, {width}]")
-
-
-def direction_length(direction: Tensor | None) -> float | None:
-    """Norm of a direction [d]; of several [k, d] the median of those that are not zero."""
-    if direction is None:
-        return None
-    norms = torch.linalg.vector_norm(direction.float(), dim=-1).reshape(-1)
-    norms = norms[norms > 0]
-    return float(norms.median()) if len(norms) else 0.0

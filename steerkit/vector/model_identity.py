@@ -1,4 +1,4 @@
-"""TODO vector.model_identity."""
+"""What identifies a model and its tokenizer in a vector file: family, sizes, public name, chat template."""
 
 from __future__ import annotations
 
@@ -44,12 +44,21 @@ def model_facts(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
 
 
 def template_digest(tokenizer: Any) -> str | None:
+    """The sha256, in hex, of a tokenizer's chat template; None where it has none.
+
+    Args:
+        tokenizer: of any model.
+    """
     template = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(str(template).encode()).hexdigest() if template else None
 
 
 def public_id(name: str) -> str:
-    """A model's name without the place on this machine: a path gives its last part, a hub snapshot its repository."""
+    """A model's name without the place on this machine: a path gives its last part, a hub snapshot its repository.
+
+    Args:
+        name: a hub id or a path.
+    """
     path = Path(name)
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -59,5 +68,10 @@ def public_id(name: str) -> str:
 
 
 def same_id(one: str, other: str) -> bool:
-    """Whether two ids may be one model: `org/name`, and a local copy called `name`."""
+    """Whether two ids may be one model: `org/name`, and a local copy called `name`.
+
+    Args:
+        one: a public id.
+        other: a public id.
+    """
     return ("/" not in one or "/" not in other) and one.rsplit("/", 1)[-1] == other.rsplit("/", 1)[-1]

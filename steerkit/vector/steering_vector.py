@@ -1,10 +1,9 @@
-"""TODO vector.steering_vector."""
+"""`SteeringVector`: what a fit leaves behind, frozen, with everything that is needed to apply it right."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,44 +15,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from steerkit import __version__
-from steerkit._support.files import write_whole
-from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError, VectorMismatchError
-from steerkit.network.decoder import inner_model
-from steerkit.network.linears import check_weights
+from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError
 from steerkit.network.sites import Site
 from steerkit.tokens.scope import Scope
-from steerkit.vector.container import (
-    BLANK_DIGEST,
-    DTYPE_NAMES,
-    FORMAT,
-    LAYER_COUNTING,
-    MAX_TENSORS,
-    REQUIRED,
-    check_digest,
-    check_readable,
-    lay_out,
-    open,
-    signed,
-)
-from steerkit.vector.fields import (
-    CODECS,
-    MAPPING,
-    NORMS,
-    WIDTHS,
-    check_direction,
-    checked_strength,
-    decoded,
-    direction_length,
-    json_like,
-    own_copy,
-    thawed,
-)
-from steerkit.vector.model_identity import model_facts, public_id, same_id, template_digest
+from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, MAX_TENSORS, REQUIRED, lay_out, signed
+from steerkit.vector.container_checks import check_digest, check_readable, metadata_of
+from steerkit.vector.description import described_site
+from steerkit.vector.fields import CODECS, MAPPING, NORMS, WIDTHS, checked_strength, decoded
+from steerkit.vector.frozen import json_like, thawed
+from steerkit.vector.model_check import check_model, warn_of_difference
+from steerkit.vector.model_identity import public_id, template_digest
+from steerkit.vector.tensors import check_direction, own_copy
+from steerkit.vector.vector_files import read_vector_file, write_vector_file
 
 __all__ = ["SteeringVector"]
 
 UNITS = ("paper", "norm")
-MAX_FILE_BYTES = 4 * 2**30
 _EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 
@@ -304,7 +281,7 @@ class SteeringVector:
             VectorFileError: anything about the bytes is not as `to_bytes` left it, or they are of a newer format.
         """
         try:
-            metadata = open(data)
+            metadata = metadata_of(data)
             check_readable(metadata)
             check_digest(data, metadata["digest"])
             values = {name: decoded(name, metadata[name]) for name in CODECS if name in metadata}
@@ -326,16 +303,8 @@ class SteeringVector:
         Raises:
             VectorFileError: it cannot be written there, or the vector cannot be stored.
         """
-        data = self.to_bytes()
         path = Path(path)
-        try:
-            target = path.resolve()  # a link stays a link
-            if target.is_dir():
-                raise VectorFileError(f"{path}: is a folder; give the name of a file, such as {path / 'x.safetensors'}")
-            write_whole(target, data)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise VectorFileError(f"{path}: cannot be written ({reason}); choose another folder") from None
+        write_vector_file(path, self.to_bytes())
         return path
 
     @classmethod
@@ -348,21 +317,7 @@ class SteeringVector:
         Raises:
             VectorFileError: there is no such file, or it is not exactly what `save` wrote.
         """
-        path = Path(path)
-        try:
-            if path.is_dir():
-                raise VectorFileError(f"{path}: is a folder; give a .safetensors file")
-            if not path.exists():
-                raise VectorFileError(f"{path}: no such file; give a .safetensors file that steerkit saved")
-            if not path.is_file():
-                raise VectorFileError(f"{path}: is no regular file; give a .safetensors file")
-            size = path.stat().st_size
-            if size > MAX_FILE_BYTES:
-                raise VectorFileError(f"{path}: {size} bytes are too many for a vector (at most {MAX_FILE_BYTES})")
-            data = path.read_bytes()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise VectorFileError(f"{path}: cannot be read ({reason})") from None
+        data = read_vector_file(Path(path))
         return cls.from_bytes(data, source=str(path))
 
     def check(self, model: nn.Module, tokenizer: Any = None) -> None:
@@ -375,18 +330,7 @@ class SteeringVector:
         Raises:
             VectorMismatchError: the model has another width or depth, or other weights than the vector is tied to.
         """
-        inner = inner_model(model)
-        facts = model_facts(model, tokenizer)
-        width, layers = facts["hidden_size"], facts["num_layers"]
-        if (width, layers) != (self.hidden_size, self.num_layers):
-            raise VectorMismatchError(
-                f"vector fitted on {self.model_type} ({self.num_layers} layers, width {self.hidden_size}) cannot steer "
-                f"{type(inner).__name__} ({layers} layers, width {width}): fit one on this model, or load the other"
-            )
-        if self.extra.get("weights"):
-            check_weights(model, self.extra["weights"])
-        for name in _COMPARED:
-            self._compare(name, facts.get(name))
+        check_model(self, model, tokenizer)
 
     def check_template(self, tokenizer: Any) -> None:
         """Warn of another chat template than the vector was fitted with, where both are known.
@@ -394,17 +338,7 @@ class SteeringVector:
         Args:
             tokenizer: of the model to be steered.
         """
-        self._compare("chat_template_sha256", template_digest(tokenizer))
-
-    def _compare(self, name: str, theirs: str | None) -> None:
-        mine = getattr(self, name)
-        if mine is None or theirs is None or mine == theirs or (name == "model_id" and same_id(mine, theirs)):
-            return
-        warnings.warn(
-            f"the vector was fitted on {_COMPARED[name]} {mine!r}, this is {theirs!r}; "
-            "steering may do something else here",
-            stacklevel=3,
-        )
+        warn_of_difference(self, "chat_template_sha256", template_digest(tokenizer), stacklevel=3)
 
     def describe(self) -> dict[str, Any]:
         """The facts of this vector as JSON can hold them.
@@ -422,40 +356,9 @@ class SteeringVector:
             "digest": self.digest,
             "layer_counting": LAYER_COUNTING,
             "strength": json_like(self.strength),
-            "sites": [self._describe_site(site) for site in self.sites],
+            "sites": [described_site(self, site) for site in self.sites],
             "fitted_at": [str(site) for site in self.reads],
         }
-
-    def _describe_site(self, site: Site) -> dict[str, Any]:
-        params = self.params(site)
-        length, norm = direction_length(params.get("direction")), self.norms.get(site)
-        given = self.strength if self.strength is not None else self.suggested_strength
-        adds = self.edit.startswith("add")
-        strengths: dict[str, Any] = {"paper": None, "norm": None}
-        strengths[self.unit] = json_like(1.0 if given is None and adds else given)
-        if adds and length and norm:
-            factor = length / norm if self.unit == "paper" else norm / length
-            values = strengths[self.unit]
-            other = "norm" if self.unit == "paper" else "paper"
-            strengths[other] = [value * factor for value in values] if isinstance(values, list) else values * factor
-        return {
-            "site": str(site),
-            "width": self.widths.get(site, self.hidden_size),
-            "params": {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in sorted(params.items())},
-            "direction_norm": length,
-            "activation_norm": norm,
-            "strength": strengths,
-        }
-
-
-_COMPARED: Mapping[str, str] = MappingProxyType(
-    {
-        "model_type": "model type",
-        "model_id": "model",
-        "model_revision": "revision",
-        "chat_template_sha256": "the chat template with digest",
-    }
-)
 
 
 def _rebuild(values: dict[str, Any]) -> SteeringVector:

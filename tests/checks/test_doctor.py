@@ -16,19 +16,20 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
-from steerkit.checks.contract import Finding
 from steerkit.checks.doctor import checks as doctoring
+from steerkit.checks.doctor import cost_checks
 from steerkit.checks.doctor.checks import CHECKS, doctor
+from steerkit.checks.fitted_method import Finding
 from steerkit.cli import doctor as command
 from steerkit.errors import SiteError
 from tests.families import FAMILIES, build
 from tests.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
-# Dynamo unrolls Mamba's scan token by token; a peft model takes its time to be built.
-SLOW = {"mamba", "qwen3_next", "qwen3_moe", "gemma3_vlm", "llama_peft", "mixtral", "gpt_oss", "falcon_new"}
-WITHOUT_SPEED = tuple(check for check in CHECKS if check is not doctoring.speed)
-QUICK = tuple(check for check in WITHOUT_SPEED if check is not doctoring.compile)
+# Compiling takes seconds a model: the default run compiles these, every other family is compiled under slow.
+COMPILED = ("llama", "gpt2", "gemma2", "falcon", "phi3")
+WITHOUT_SPEED = tuple(check for check in CHECKS if check is not cost_checks.speed)
+QUICK = tuple(check for check in WITHOUT_SPEED if check is not cost_checks.compile)
 
 
 @pytest.fixture(autouse=True)
@@ -47,20 +48,29 @@ def failed(findings: dict[str, Finding]) -> set[str]:
     return {name for name, finding in findings.items() if not finding.passed}
 
 
-def marked(family: str) -> Any:
-    return pytest.param(family, marks=[pytest.mark.slow] if family in SLOW else [])
-
-
-@pytest.mark.parametrize("family", [marked(family) for family in FAMILIES])
-def test_a_healthy_model_passes(family: str) -> None:
+def check_healthy(family: str, checks: Any) -> None:
     model = build(family)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    findings = examine(model, WITHOUT_SPEED)
-    assert list(findings) == [check.__name__ for check in WITHOUT_SPEED]
+    findings = examine(model, checks)
+    assert list(findings) == [check.__name__ for check in checks]
     assert not failed(findings), [finding for finding in findings.values() if not finding.passed]
     assert not any("the model itself" in finding.reason for finding in findings.values()), findings
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def marked(family: str) -> Any:
+    return pytest.param(family, marks=[] if family in COMPILED else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("family", [marked(family) for family in FAMILIES])
+def test_a_healthy_model_passes(family: str) -> None:
+    check_healthy(family, WITHOUT_SPEED)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in COMPILED])
+def test_a_healthy_model_passes_uncompiled(family: str) -> None:
+    check_healthy(family, QUICK)
 
 
 class HookShy(LlamaForCausalLM):
@@ -292,7 +302,7 @@ class Breaking(LlamaForCausalLM):
 
 
 def test_a_model_that_does_not_compile_is_no_failure() -> None:
-    finding = examine(llama_as(Breaking), [doctoring.compile])["compile"]
+    finding = examine(llama_as(Breaking), [cost_checks.compile])["compile"]
     assert finding.passed
     assert finding.reason.startswith("the model itself does not compile in one graph: ")
 
@@ -302,7 +312,7 @@ def spoilt(case: Any, spoil: Callable[[torch.Tensor, list[int]], torch.Tensor]) 
     return lambda: spoil(run(), graphs), graphs
 
 
-ORIGINAL = doctoring.compiled_model
+ORIGINAL = cost_checks.compiled_model
 
 
 @pytest.mark.parametrize(
@@ -314,8 +324,8 @@ ORIGINAL = doctoring.compiled_model
     ],
 )
 def test_wrongly_compiled_code_fails(spoil: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctoring, "compiled_model", lambda case: spoilt(case, spoil))
-    finding = examine(build("llama"), [doctoring.compile])["compile"]
+    monkeypatch.setattr(cost_checks, "compiled_model", lambda case: spoilt(case, spoil))
+    finding = examine(build("llama"), [cost_checks.compile])["compile"]
     assert not finding.passed
     assert words in finding.reason
 
@@ -327,7 +337,7 @@ def test_compiled_for_real() -> None:
 
 
 def test_speed_is_a_ratio() -> None:
-    finding = examine(build("llama"), [doctoring.speed])["speed"]
+    finding = examine(build("llama"), [cost_checks.speed])["speed"]
     assert finding.passed, finding
     assert "times as long (median of" in finding.reason
 
@@ -339,10 +349,10 @@ def test_slow_steering_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(strength)
         return 1.0 if strength is None else 2.0
 
-    monkeypatch.setattr(doctoring, "seconds", seconds)
-    finding = examine(build("llama"), [doctoring.speed])["speed"]
+    monkeypatch.setattr(cost_checks, "seconds", seconds)
+    finding = examine(build("llama"), [cost_checks.speed])["speed"]
     assert finding == Finding("speed", False, "steered decoding takes 2.00 times as long as unsteered; allowed 1.5")
-    assert calls == [None, 1.0] * (1 + 3 * doctoring.PAIRS), "interleaved, and tried again before it fails"
+    assert calls == [None, 1.0] * (1 + 3 * cost_checks.PAIRS), "interleaved, and tried again before it fails"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ import steerkit
 from steerkit.checks.planning import SteeringPlan, plan
 from steerkit.cli import plan as command
 from steerkit.errors import DataError, SiteError, VectorFileError
+from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.network.sites import Site
+from steerkit.network.tap import locate
 from steerkit.steering.steering import Steering, steer
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS, FAMILIES, HIDDEN, VOCAB, build
@@ -78,7 +80,7 @@ def test_what_is_planned_is_what_steer_does() -> None:
 def test_the_shape_and_dtype_are_those_that_are_written() -> None:
     for family, site in (("llama", "z.1"), ("opt", "mlp_post.1"), ("gpt2", "attn_out.1"), ("falcon", "block_in.2")):
         model = build(family).to(torch.bfloat16)
-        tap = next(iter(steerkit.sites.locate(model, [Site.parse(site)]).values()))
+        tap = next(iter(locate(model, [Site.parse(site)]).values()))
         vector = vector_at(model, site, widths={site: tap.width})
         (edit,) = dry(model, vector, batch_size=IDS.shape[0], prompt_tokens=IDS.shape[1]).edits
         seen: list[Any] = []
@@ -109,8 +111,8 @@ def test_families(family: str, module: str) -> None:
     found = dry(model, vector_at(model, "resid_post.1"))
     assert found.ok
     assert [edit.module for edit in found.edits] == [module]
-    inner = steerkit.sites.inner_model(model)
-    assert inner.get_submodule(module) is steerkit.sites.find_decoder(model).blocks[1]
+    inner = inner_model(model)
+    assert inner.get_submodule(module) is find_decoder(model).blocks[1]
     assert found.model == type(inner).__name__
 
 

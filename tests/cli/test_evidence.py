@@ -216,7 +216,7 @@ def test_a_shipped_vector_brings_its_data_and_controls(
     cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A vector of a shipped recipe is measured on its held-out items, with fits on shuffled labels beside it."""
-    from steerkit import recipe as module
+    from steerkit.recipe import finding as module
 
     own = here / "joy-caa.toml"
     monkeypatch.setattr("steerkit._support.shipped.recipes", lambda: {"joy-caa": own})

@@ -223,7 +223,7 @@ def test_a_local_model_writes_a_draft(cli: Cli, trait: Path, tiny: Path, monkeyp
         _, body = reply({"messages": [{"content": prompts[0].prompt}]}, 0)
         return [body["choices"][0]["message"]["content"]]
 
-    monkeypatch.setattr("steerkit.persona.drafting.generate", generate)
+    monkeypatch.setattr("steerkit.persona.writers.generate", generate)
     ended = cli("persona", "draft", "merry", "--description", "It laughs.", "--model", tiny)
     assert (ended.code, ended.err) == (0, "")
     assert TraitSpec.load("merry.toml").open_places == ()

@@ -14,15 +14,20 @@ import torch
 
 from steerkit.errors import DataError, SiteError, SteerError
 from steerkit.evaluate import store_identity as identity
-from steerkit.evaluate.calibration import search as module
-from steerkit.evaluate.calibration.budget import Budget, Calibration, Search, default_candidates
+from steerkit.evaluate.calibration import problem as module
+from steerkit.evaluate.calibration.budget import Budget, Search
+from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate
+from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.layer_sets import default_candidates, parse_candidates
 from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured, measure
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, setup_identity
-from steerkit.evaluate.sweeps import Fits, Store, parse_candidates, save_table, sweep
+from steerkit.evaluate.sweep_table import save_table
+from steerkit.evaluate.sweeps import sweep
 from steerkit.methods._registry import resolve
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import build

@@ -19,7 +19,8 @@ import steerkit
 from steerkit.activations.recording import Activations, record
 from steerkit.errors import DataError
 from steerkit.evaluate.confounding import Confound, confounds, warn_of_confounds
-from steerkit.evaluate.controls import Refits, refits, refits_of
+from steerkit.evaluate.controls import refits, refits_of
+from steerkit.evaluate.refit_results import Refits
 from steerkit.evaluate.setup import Setup
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet

@@ -1,4 +1,4 @@
-"""Scores, intervals, the dose-response curve, its picture and the card."""
+"""Scores, intervals, the effect by strength, its picture and the card."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_preference_margin_wants_two_answers(tokenizer: Any) -> None:
         measure(Setup(model, tokenizer, ContrastSet.from_prompts(["a b"], ["c d"])).baseline)
 
 
-def test_dose_response(tokenizer: Any) -> None:
+def test_effect_by_strength(tokenizer: Any) -> None:
     model = build("llama")
     vector = modes.vector_for(model, scope="response", size=0.5)
     steps: list[int] = []

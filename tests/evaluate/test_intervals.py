@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steerkit.errors import DataError
 from steerkit.evaluate.intervals import Estimate, interval
+from tests.pairwise import pairwise
 
 RUNS = 1500
 
@@ -64,8 +65,7 @@ def simulate(
     return held / RUNS, width / expected
 
 
-@pytest.mark.parametrize("n", [24, 96])
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize(("name", "n"), pairwise(list(CONTINUOUS), [24, 96], strength=1))
 def test_coverage_of_continuous_scores(name: str, n: int) -> None:
     draw, truth = CONTINUOUS[name]
     coverage, width = simulate(draw, truth, n, student)
@@ -89,8 +89,9 @@ def test_coverage_of_shares(rate: float, n: int) -> None:
     assert width <= 1.2 * expected
 
 
-@pytest.mark.parametrize("n", [24, 96])
-@pytest.mark.parametrize("rates", [(0.05, 0.05), (0.05, 0.4), (0.5, 0.5), (0.5, 0.9)])
+@pytest.mark.parametrize(
+    ("rates", "n"), pairwise([(0.05, 0.05), (0.05, 0.4), (0.5, 0.5), (0.5, 0.9)], [24, 96], strength=1)
+)
 def test_coverage_of_changes_of_shares(rates: tuple[float, float], n: int) -> None:
     """The same items before and after; half of them are alike by nature."""
     generator = torch.Generator().manual_seed(2)

@@ -24,11 +24,13 @@ import torch
 import steerkit
 from steerkit._support.endpoint import KEYS
 from steerkit.errors import DataError, SteerError, UnknownNameError
-from steerkit.evaluate.judges import scale as judging
+from steerkit.evaluate.judges import local as judging
 from steerkit.evaluate.judges.endpoint import EndpointJudge
+from steerkit.evaluate.judges.judge import Judge
 from steerkit.evaluate.judges.judging import judge_of, rate
 from steerkit.evaluate.judges.local import LocalJudge
-from steerkit.evaluate.judges.scale import Judge, expected_score, fill, last_question, parse_score
+from steerkit.evaluate.judges.rubric import fill, last_question
+from steerkit.evaluate.judges.scale import expected_score, parse_score
 from steerkit.evaluate.scorers.concept import RUBRICS, Concept
 from steerkit.evaluate.scorers.judge import RUBRIC, Judged
 from steerkit.evaluate.scoring import measure, scorer_of

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness under steering: each figure against plain passes of the steered model, one row at a time."""
+"""The LM Evaluation Harness under steering: figures against plain passes of the steered model, row by row."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ import steerkit
 from steerkit._support.shipped import vector_path
 from steerkit.cli import lm_eval as command
 from steerkit.errors import DataError, ScopeError, SteerError, StrengthError, UnknownNameError
-from steerkit.evaluate import lm_eval as harness
+from steerkit.evaluate import lm_eval as running
 from steerkit.evaluate.lm_eval import evaluate_tasks
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import build
 from tests.modes import vector_for
+from tests.pairwise import pairwise
 from tests.tiny_tokenizers import byte_tokenizer
 
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -57,7 +58,7 @@ Samples = dict[str, list[Mapping[str, Any]]]
 
 @pytest.fixture
 def samples(monkeypatch: pytest.MonkeyPatch) -> list[Samples]:
-    """What the harness noted of every item, one entry for each of its runs."""
+    """What lm_eval noted of every item, one entry for each of its runs."""
     seen: list[Samples] = []
     real = lm_eval.evaluator.simple_evaluate
 
@@ -100,7 +101,7 @@ def keep_norm_vector(model: Any) -> SteeringVector:
     return SteeringVector(method="repe", edit="add_keep_norm", settings={"restore_norm": True}, **facts)
 
 
-@pytest.mark.parametrize(("family", "batch_size"), RUNS)
+@pytest.mark.parametrize(("family", "batch_size"), pairwise(among=RUNS, strength=1))
 def test_log_likelihoods_are_those_of_the_steered_model(family: str, batch_size: int, samples: list[Samples]) -> None:
     """Rows of many lengths, padded on the right without a mask, give what each gives alone."""
     model = build(family)
@@ -135,7 +136,7 @@ def test_whole_texts(family: str, batch_size: int, samples: list[Samples]) -> No
         assert row["filtered_resps"][0] == pytest.approx(log_prob(model, vector, whole, len(ids)), rel=1e-5)
 
 
-@pytest.mark.parametrize(("family", "batch_size"), RUNS)
+@pytest.mark.parametrize(("family", "batch_size"), pairwise(among=RUNS, strength=1))
 def test_generated_texts_are_those_of_the_steered_model(family: str, batch_size: int, samples: list[Samples]) -> None:
     model, tokenizer = build(family), byte_tokenizer()
     vector = vector_for(model, scope="all", size=3.0)
@@ -223,20 +224,20 @@ def test_an_error_on_the_way_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     def failing(**_settings: Any) -> Any:
         model.eval()
         random.seed(3)
-        os.environ["HARNESS_SAID"] = "1"
+        os.environ["LM_EVAL_SAID"] = "1"
         raise ValueError("a task\nwith a mistake")
 
     monkeypatch.setattr(lm_eval.evaluator, "simple_evaluate", failing)
     state = random.getstate()
     with pytest.raises(DataError, match=r"lm-eval cannot run steerkit_choice \(a task with a mistake\)"):
         run(model, [CHOICE], vector=vector_for(model, scope="all"))
-    assert model.training and random.getstate() == state and "HARNESS_SAID" not in os.environ
+    assert model.training and random.getstate() == state and "LM_EVAL_SAID" not in os.environ
     assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("scope", ["response", "prompt", "generated", "first(2)"])
 def test_other_scopes_are_refused_before_anything_is_loaded(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "_harness", lambda: pytest.fail("loaded"))
+    monkeypatch.setattr(running, "load_evaluator", lambda: pytest.fail("loaded"))
     model = build("llama")
     for vector, options in (
         (vector_for(model, scope=scope), {}),
@@ -283,7 +284,7 @@ def test_unknown_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_unknown_tasks_beside_those_of_the_harness() -> None:
+def test_unknown_tasks_beside_those_of_lm_eval() -> None:
     with pytest.raises(UnknownNameError, match="unknown task 'steerkit_choise'") as error:
         run(build("llama"), ["arc_easy", "steerkit_choise"])
     assert "steerkit_choice" in str(error.value) and len(str(error.value)) < 200

@@ -19,9 +19,11 @@ import steerkit
 from steerkit.cli import interference as command
 from steerkit.errors import DataError, FitError, VectorFileError, VectorMismatchError
 from steerkit.evaluate.intervals import interval
-from steerkit.evaluate.overlap import interference, named, orthogonalise, overlaps
+from steerkit.evaluate.overlap import orthogonalise, overlaps
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.setup import Setup, Trial
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.together import interference, named
+from steerkit.evaluate.trial import Trial
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet

@@ -28,7 +28,8 @@ from steerkit.evaluate.scorers.repetition import Repetition
 from steerkit.evaluate.scorers.restricted_accuracy import RestrictedAccuracy
 from steerkit.evaluate.scorers.topic_perplexity import TopicPerplexity
 from steerkit.evaluate.scoring import _SCORERS, measure, scorer_names, scorer_of
-from steerkit.evaluate.setup import Setup, Trial
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.trial import Trial
 from steerkit.methods import _registry as registry
 from steerkit.methods._base import Method
 from steerkit.network.decoder import find_decoder
@@ -38,6 +39,7 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
 from tests import modes, tiny_tokenizers
 from tests.families import build
+from tests.pairwise import pairwise
 from tests.tiny_tokenizers import CHATML, LLAMA2, byte_tokenizer
 
 ITEMS = [
@@ -221,7 +223,7 @@ def test_choice_refuses_letters_that_are_written_alike() -> None:
 
 
 def test_answers_that_differ_before_they_begin_are_refused() -> None:
-    from steerkit.evaluate.scorers._answers import fork
+    from steerkit.evaluate.scorers._forks import fork
 
     tokenizer = byte_tokenizer(CHATML)
     one, other = (render(tokenizer, Conversation(prompt, answer="Yes")) for prompt in ("Ab", "Ac"))
@@ -233,8 +235,7 @@ def test_answers_that_differ_before_they_begin_are_refused() -> None:
 # restricted_accuracy
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("batch_size", "family"), pairwise([1, 4], FAMILIES, strength=1))
 def test_restricted_accuracy_is_its_definition(family: str, batch_size: int) -> None:
     words = ["Yes it is.", "No it is not.", "Never!", "Quite so", "Go on", "Good.", "It was fine.", "It was bad."]
     items = [(f"Is {one[:3]}?", one, other) for one in words for other in words if one != other]
@@ -387,7 +388,7 @@ def test_divergence_is_exact_where_a_token_is_ruled_out() -> None:
 def test_divergence_has_no_epsilon() -> None:
     # Both distributions are certain, of different tokens: an epsilon of 1e-8 would hold the divergence below 19 nats.
     from steerkit.evaluate.scorers.divergence import _compared
-    from steerkit.evaluate.setup import Answer
+    from steerkit.evaluate.trial import Answer
 
     steered_logits, bare_logits = torch.tensor([[0.0, 50.0]]), torch.tensor([[50.0, 0.0]])
     compared = _compared(Answer(0, torch.tensor([0]), steered_logits, bare_logits))
@@ -666,8 +667,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("batch_size", [1, 16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch_size"), pairwise(FAMILIES, [1, 16], strength=1))
 def test_refusal_is_its_definition(family: str, batch_size: int) -> None:
     setup = setup_for(family, batch_size=batch_size)
     settings = {"refusing": ("No.", "I will not"), "complying": ("Yes", "Here it is:", "So be it")}

@@ -32,9 +32,11 @@ from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
-from tests import modes
+from tests import modes, tolerances
 from tests.families import BLOCKS, HIDDEN, build
+from tests.pairwise import pairwise
 from tests.program import Cli
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -273,8 +275,8 @@ def test_steered_activations_and_logits_are_the_reference_s(
     arch: str, module: str, reference: Callable[[str], Any]
 ) -> None:
     group, model = f"e2e.{arch}.{module}", reference(arch)
-    tolerance = 2e-6 if "moe" in arch else 1e-6
     vector, prompt = reference_vector(model, arch, module), arrays()["data.prompt_ids"]
+    tolerance = tolerances.tolerance(model, prompt)
     places = [Site(layer, KINDS[module]) for layer in range(vector.num_layers)]
     seen: dict[Site, Tensor] = {}
     with torch.no_grad():
@@ -291,7 +293,7 @@ def test_steered_activations_and_logits_are_the_reference_s(
     for site, found in seen.items():
         close(found, arrays()[f"{group}.site_post"][site.layer], tolerance)
     assert torch.equal(out.sequences, arrays()[f"{group}.gen_steered"])
-    close(torch.stack(out.logits, dim=1), arrays()[f"{group}.gen_step_logits"], 5e-6)
+    close(torch.stack(out.logits, dim=1), arrays()[f"{group}.gen_step_logits"], tolerance)
     assert not torch.equal(logits, arrays()[f"e2e.{arch}.logits_base"])
 
 
@@ -374,8 +376,15 @@ def units_of(vector: SteeringVector) -> list[tuple[Site, int, float]]:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "phi3", "qwen3_moe", "falcon", "bloom"])
-@pytest.mark.parametrize("kind", ["z", "mlp_raw", "resid_post"])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    pairwise(
+        ["z", "mlp_raw", "resid_post"],
+        ["llama", "gpt2", "qwen3", "gemma2", "phi3", "qwen3_moe", "falcon", "bloom"],
+        strength=1,
+        always=[("z", "qwen3"), ("mlp_raw", "gemma2"), ("mlp_raw", "qwen3_moe"), ("resid_post", "falcon")],
+    ),
+)
 def test_the_chosen_units_in_their_slow_form(family: str, kind: str) -> None:
     """Head width times heads other than the model's width, grouped queries, fused projections, norms after the MLP,
     routed experts (their combined output), parallel halves: what is read is what the site's name says everywhere."""
@@ -651,7 +660,7 @@ def test_no_template_and_refusals_alone() -> None:
     )
     case = notes()["refusal_special_case"]
     kept = AUSteer.published(alone="I'm sorry, but I can't assist").contrast(data)
-    texts = [steerkit.data.render(byte_tokenizer(CHATML), item).text for item in (*kept.positive, *kept.negative)]
+    texts = [render(byte_tokenizer(CHATML), item).text for item in (*kept.positive, *kept.negative)]
     assert texts == [*case["positive"], "Other good", *case["negative"], "Other bad"]
     plain = AUSteer.published().contrast(data)
     assert plain.positive[0].prompt == "PROMPT "
@@ -788,10 +797,10 @@ def test_fits_on_shuffled_labels() -> None:
 
 # The exact weight form
 
+FOLDED = ("llama", "gpt2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt", "falcon", "bloom")
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt", "falcon", "bloom"])
-@pytest.mark.parametrize("kind", ["z", "mlp_raw"])
-@pytest.mark.parametrize("strength", [0.7, 15.0])
+
+@pytest.mark.parametrize(("strength", "kind", "family"), pairwise([0.7, 15.0], ["z", "mlp_raw"], FOLDED))
 def test_folded_equals_hooked(family: str, kind: str, strength: float) -> None:
     model = build(family)
     vector = steerkit.fit(model, tokenizer(), answers(), method=AUSteer(kind=kind, k=40))  # type: ignore[arg-type]
@@ -801,7 +810,7 @@ def test_folded_equals_hooked(family: str, kind: str, strength: float) -> None:
         hooked = modes.plain_logits(model, modes.LONG)
     with steerkit.edited(model, vector, strength):
         folded = modes.plain_logits(model, modes.LONG)
-    assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
+    assert float((folded - hooked).abs().max() / hooked.abs().max()) < tolerances.of_family(family)
     assert float((hooked - baseline).abs().max()) > 1e-2
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
@@ -897,7 +906,7 @@ def growth(pairs: int, method: AUSteer, monkeypatch: pytest.MonkeyPatch) -> int:
     data = ContrastSet.from_prompts([f"a {text}" for text in texts], [f"b {text}" for text in texts], raw=True)
     gc.collect()
     before, most = held(model), 0
-    from steerkit.activations import recording as activations
+    from steerkit.activations import reading as activations
 
     real = activations.forward_body
 

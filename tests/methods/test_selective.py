@@ -17,8 +17,8 @@ from steerkit.errors import FitError, SiteError, VectorMismatchError
 from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.search import calibrate
 from steerkit.evaluate.controls import refits_of
+from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.setup import Setup
-from steerkit.evaluate.sweeps import Fits
 from steerkit.maths import edits
 from steerkit.maths.directions import discriminative_sites, mean_difference, side_projections, steering_plane, unit
 from steerkit.methods.angular import AngularSteering
@@ -26,10 +26,11 @@ from steerkit.methods.selective import SelectiveSteering
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
-from tests import modes
+from tests import modes, tolerances
 from tests.families import BLOCKS, build
 from tests.looping import NEUTRAL, trait_data
 from tests.methods.test_every_method import data_for
+from tests.pairwise import pairwise
 from tests.rotations import (
     DTYPES,
     TOLERANCE,
@@ -646,8 +647,7 @@ FOLDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FOLDS)
-@pytest.mark.parametrize("degrees", [70.0, 180.0, 360.0])
+@pytest.mark.parametrize(("degrees", "family"), pairwise([70.0, 180.0, 360.0], FOLDS, strength=1))
 def test_folded_weights_are_the_hooks(family: str, degrees: float) -> None:
     model = build(family)
     vector = planted(model, SelectiveSteering(), layers=[1, 2])
@@ -659,7 +659,7 @@ def test_folded_weights_are_the_hooks(family: str, degrees: float) -> None:
         folded = modes.plain_logits(model, modes.LONG)
         biases = [name for name, value in model.state_dict().items() if value.dim() == 1]
         assert all(torch.equal(model.state_dict()[name], before[name]) for name in biases)
-    assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
+    assert float((folded - hooked).abs().max() / hooked.abs().max()) < tolerances.of_family(family)
     assert torch.equal(folded, baseline) is (degrees == 360.0)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 

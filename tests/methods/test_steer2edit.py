@@ -27,15 +27,17 @@ from steerkit.fitting.fitting import fit
 from steerkit.maths.rank_one import add_in_order, elastic_net, rank_one_edit, score_components
 from steerkit.methods.steer2edit import Steer2Edit
 from steerkit.network.decoder import find_decoder
-from steerkit.network.linears import check_weights, linears_at, weight_digests, writers_at
+from steerkit.network.linears import linears_at, writers_at
+from steerkit.network.weight_digests import check_weights, weight_digests
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import Rendered
 from steerkit.vector.steering_vector import SteeringVector
-from tests import modes
+from tests import modes, tolerances
 from tests.families import FAMILIES, build
 from tests.methods.test_every_method import PAIRS, data_for
+from tests.pairwise import pairwise
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -241,7 +243,13 @@ def test_scores_and_factors_are_the_reference_s(setting: str) -> None:
         assert torch.equal(parts.magnitude != 0, stored != 0)
         if block == "attn":
             k_hat = arrays()[f"{setting}/k_hat"][layer]
-            torch.testing.assert_close(parts.inputs * (stored != 0)[:, None], k_hat, atol=1e-5, rtol=0)
+            # A row is W^T v at length 1. Where W^T v is small beside its terms (a head almost orthogonal to v),
+            # rounding the terms turns the row by their ratio, its condition number: 5e4 in one head of `edge`.
+            unit = direction / direction.norm().clamp_min(1e-12)
+            terms = (weight.abs().T @ unit.abs()).reshape(4, -1).norm(dim=1)
+            condition = terms / (weight.T @ unit).reshape(4, -1).norm(dim=1).clamp_min(1e-12)
+            reach = tolerances.ROUNDINGS * torch.finfo(torch.float32).eps * condition[:, None]
+            assert bool(((parts.inputs * (stored != 0)[:, None] - k_hat).abs() <= reach).all())
         gate = rank_one_edit(weight, direction, mean, rho=rho, alpha=given["alpha"], head_width=head)
         torch.testing.assert_close(gate, parts.gate)
         if bool(direction.any()):
@@ -337,24 +345,32 @@ def test_what_is_read_is_the_reference_s(task: str, run: str) -> None:
     model = golden_model(task, torch.bfloat16 if is_half else torch.float32)
     acts = golden_acts(task, run, model)
     method = Steer2Edit(precision="bfloat16" if is_half else "float32")
-    off = count = 0
+    with tolerances.rounded_input(model, 0):
+        moved = golden_acts(task, run, model)
     for layer in range(find_decoder(model).num_layers):
         for block in ("attn", "mlp"):
             read, written = places(layer, block, acts)
             for side, site in (("pre", read), ("post", written)):
-                stream = method.statistics(site)
-                for row in range(max(len(acts.positive[site]), len(acts.negative[site]))):  # in many small batches
-                    stream.update(acts.positive[site][row : row + 1], acts.negative[site][row : row + 1])
-                for mean, name in zip(stream.result(), ("pos_mean", "neg_mean"), strict=True):
-                    expected = arrays()[f"extract/{task}/{run}/{side}/{name}/{block}"][layer]
-                    if is_half:  # sums in another order: seldom, and then by one step of bfloat16 of a row
-                        step = 2.0**-7 * torch.cat([acts.positive[site], acts.negative[site]]).abs().amax(dim=0)
-                        assert bool(((mean[0] - expected.float()).abs() <= step).all())
-                        off, count = off + int((mean[0] != expected.float()).sum()), count + len(expected)
+                both = [streamed_means(method, one, site) for one in (acts, moved)]
+                for mean, again, name in zip(*both, ("pos_mean", "neg_mean"), strict=True):
+                    expected = arrays()[f"extract/{task}/{run}/{side}/{name}/{block}"][layer].float()
+                    if is_half:  # rounded as released, and no further off than rounding the model's input takes it
+                        assert torch.equal(mean, mean.bfloat16().float())
+                        step = torch.finfo(torch.bfloat16).eps * float(expected.abs().max())
+                        apart = max(step, tolerances.ROUNDINGS * float((again - mean).abs().max()))
+                        assert float((mean - expected).abs().max()) <= apart
+                        assert float((mean - expected).abs().median()) <= step
                     else:
-                        torch.testing.assert_close(mean[0], expected, atol=1e-5, rtol=0)
-    assert off <= 0.01 * count
+                        torch.testing.assert_close(mean, expected, atol=1e-5, rtol=0)
     assert isinstance(method.statistics(read), Means)
+
+
+def streamed_means(method: Steer2Edit, acts: Activations, site: Site) -> list[Tensor]:
+    """Both sides' means, from many small batches."""
+    stream = method.statistics(site)
+    for row in range(max(len(acts.positive[site]), len(acts.negative[site]))):
+        stream.update(acts.positive[site][row : row + 1], acts.negative[site][row : row + 1])
+    return [mean[0] for mean in stream.result()]
 
 
 def test_the_released_pairing_of_safety_is_another_direction() -> None:
@@ -502,7 +518,7 @@ def test_hooks_are_the_edited_weights_and_the_undo_is_bitwise(family: str) -> No
         with steerkit.edited(model, vector, strength):
             folded = modes.plain_logits(model, modes.SHORT)
             written = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        assert float((folded - hooked).abs().max() / hooked.abs().max()) < 1e-5
+        assert float((folded - hooked).abs().max() / hooked.abs().max()) < tolerances.of_family(family)
         assert float((hooked - baseline).abs().max() / baseline.abs().max()) > 1e-3
         assert {name.replace(".base_layer", "").removeprefix("base_model.model.") for name in written} == {
             name for writer in writers_at(model, vector.sites).values() for name in writer.parameters
@@ -521,16 +537,15 @@ def test_hooks_in_their_slow_form(family: str) -> None:
     with steerkit.steer(model, vector, 0.8):
         hooked = modes.plain_logits(model, modes.SHORT)
     expected = slow_logits(model, vector, 0.8, modes.SHORT)
-    assert float((hooked - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert float((hooked - expected).abs().max() / expected.abs().max()) < tolerances.of_family(family)
 
 
-@pytest.mark.parametrize("mode", sorted(modes.MODES))
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_oss"])
+@pytest.mark.parametrize(("family", "mode"), pairwise(["llama", "opt", "gpt_oss"], sorted(modes.MODES), strength=1))
 def test_every_way_of_running_gives_what_one_pass_gives(family: str, mode: str) -> None:
     """Rows with strengths of their own, caches, beams, chunks, pads: as for every other method."""
     model, vector = fitted(family)
     for ran, expected, baseline in modes.run_steered(model, mode, vector, 0.7):
-        assert modes.gap(ran, expected) < modes.TOLERANCE
+        assert modes.gap(ran, expected) < tolerances.of_family(family)
         assert modes.gap(ran, baseline) > 1e-3
 
 
@@ -577,7 +592,7 @@ def test_compiled_as_one_graph_and_a_changed_strength_recompiles_nothing(family:
             got = compiled(ids).logits
             with torch.compiler.set_stance("force_eager"):
                 expected = model(ids).logits
-            assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+            assert float((got - expected).abs().max() / expected.abs().max()) < tolerances.of_family(family)
         assert len(calls) == before
     torch._dynamo.reset()
 

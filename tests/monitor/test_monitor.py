@@ -17,11 +17,14 @@ import steerkit
 from steerkit.activations.recording import record_ids
 from steerkit.errors import DataError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.evaluate.intervals import NotScored, correlation, separability
-from steerkit.evaluate.setup import neutral_texts
+from steerkit.evaluate.neutral import neutral_texts
 from steerkit.methods._registry import method_of
-from steerkit.monitor.monitor import Monitor, conversation_of
-from steerkit.monitor.shift import finetuning_shift, own_answers, projection_difference, with_adapter
-from steerkit.monitor.watched import Step, Watched
+from steerkit.monitor.difference import own_answers, projection_difference
+from steerkit.monitor.items import conversation_of
+from steerkit.monitor.monitor import Monitor
+from steerkit.monitor.shift import finetuning_shift, with_adapter
+from steerkit.monitor.watched import Watched
+from steerkit.monitor.watched_call import Step
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
@@ -108,8 +111,8 @@ def test_the_scale_is_that_of_neutral_texts() -> None:
     assert float(shipped.score(neutral_texts()).std()) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_scale_is_that_of_the_bare_model_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerkit.monitor import watched as monitoring
+def test_the_scale_is_that_of_the_baseline_model_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit.monitor import monitor as monitoring
 
     model = build("llama")
     vector = vector_at(model)
@@ -121,7 +124,7 @@ def test_the_scale_is_that_of_the_bare_model_and_read_once(monkeypatch: pytest.M
         torch.testing.assert_close(steered, plain.score(PROMPTS))
     assert not torch.allclose(steered, plain.score(PROMPTS))
     # The value read is that after the edit: exactly `strength` lengths further along.
-    moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain._scale("prompt_last").deviation[0])
+    moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain.scale("prompt_last").deviation[0])
     torch.testing.assert_close(steered - plain.score(PROMPTS), torch.full((3,), moved), rtol=1e-3, atol=1e-3)
     calls = []
     monkeypatch.setattr(
@@ -365,7 +368,7 @@ def test_watching_copies_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> No
     """A copy to the accelerator in every pass would make the host wait for it."""
     model = build("llama")
     monitor = Monitor(model, TOKENIZER, vector_at(model, TWO), neutral=NEUTRAL)
-    monitor._scale("prompt_last"), monitor._scale("response_mean")
+    monitor.scale("prompt_last"), monitor.scale("response_mean")
     copied: list[str] = []
     plain = Tensor.to
 
@@ -629,7 +632,7 @@ def test_an_adapter_that_fails_without_a_word_is_still_an_error(tmp_path: Any, m
 
 
 def test_own_answers_are_generated_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerkit.monitor import shift as drift
+    from steerkit.monitor import difference
 
     model, store = build("llama"), tmp_path / "own.jsonl"
     prompts = [Conversation(f"Number {number}, is it good?") for number in range(5)]
@@ -641,7 +644,7 @@ def test_own_answers_are_generated_once(tmp_path: Any, monkeypatch: pytest.Monke
         asked.extend(args[2])
         return steerkit.generate(*args, **kwargs)
 
-    monkeypatch.setattr(drift, "generate", generate)
+    monkeypatch.setattr(difference, "generate", generate)
     options: dict[str, Any] = {"max_new_tokens": 4, "store": store, "batch_size": 2}
     with pytest.raises(KeyboardInterrupt):
         own_answers(model, TOKENIZER, prompts, **options)

@@ -18,8 +18,10 @@ from steerkit.evaluate.calibration.budget import Budget
 from steerkit.evaluate.setup import Setup
 from steerkit.methods.persona import PersonaVector
 from steerkit.network.decoder import find_decoder
-from steerkit.persona.filtering import Filtered, Rules, Scores, filtered, judge_scores, margin_scores
-from steerkit.persona.rollouts import Asked, Rollout, RolloutPlan, roll_out
+from steerkit.persona.filtering import Filtered, Rules, filtered
+from steerkit.persona.rollout_plan import Asked, RolloutPlan
+from steerkit.persona.rollouts import Rollout, roll_out
+from steerkit.persona.scores import Scores, judge_scores, margin_scores
 from steerkit.persona.traits import TraitSpec
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation

@@ -13,8 +13,9 @@ import torch
 import steerkit
 from steerkit._support.journal import Journal
 from steerkit.errors import DataError
-from steerkit.persona.rollouts import Asked, Rollout, RolloutPlan, roll_out, takes_system
-from steerkit.persona.traits import FILL_IN
+from steerkit.persona.instruction import FILL_IN
+from steerkit.persona.rollout_plan import Asked, RolloutPlan
+from steerkit.persona.rollouts import Rollout, roll_out, takes_system
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.marks import spoken
 from steerkit.prompts.rendering import opens_thought, render

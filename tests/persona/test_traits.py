@@ -13,9 +13,10 @@ import pytest
 import steerkit
 from steerkit._support import shipped
 from steerkit.errors import DataError, UnknownNameError
-from steerkit.evaluate.judges.scale import fill
+from steerkit.evaluate.judges.rubric import fill
 from steerkit.persona.drafting import draft, skeleton
-from steerkit.persona.traits import FILL_IN, Instruction, TraitSpec, slug
+from steerkit.persona.instruction import FILL_IN, Instruction
+from steerkit.persona.traits import TraitSpec, slug
 from steerkit.prompts.conversation import Conversation
 
 RUBRIC = "How glad is the answer?\n> {question}\n> {answer}"

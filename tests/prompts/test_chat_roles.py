@@ -23,7 +23,7 @@ from steerkit.prompts.marks import Marks, outside_thinking, spoken
 from steerkit.prompts.rendering import render
 from steerkit.tokens.scope import Scope
 from steerkit.vector.steering_vector import SteeringVector
-from tests import gated, modes
+from tests import gated, modes, tolerances
 from tests.families import build
 from tests.steering.test_compile import counted, steerkit_compile_config
 from tests.tiny_tokenizers import TEMPLATES, byte_tokenizer
@@ -118,7 +118,8 @@ def by_hand(model: Any, vector: SteeringVector, ids: Sequence[int], written: Seq
         handle.remove()
 
 
-def close(one: Tensor, other: Tensor, tolerance: float = modes.TOLERANCE) -> bool:
+def close(one: Tensor, other: Tensor, tolerance: float | None = None) -> bool:
+    tolerance = tolerances.of_family("llama") if tolerance is None else tolerance
     return bool((one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max())
 
 
@@ -266,7 +267,7 @@ def test_families(family: str, mode: str) -> None:
     for row, sequence in enumerate(out.sequences):
         whole = [*rows[row], *sequence[max(map(len, rows)) :].tolist()]
         logits = by_hand(model, vector, whole, expected("thinking", tokenizer, "answer", whole))
-        assert close(stacked[row], logits[len(rows[row]) - 1 : -1], modes.LOOSER.get(family, modes.TOLERANCE))
+        assert close(stacked[row], logits[len(rows[row]) - 1 : -1], tolerances.of_family(family))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

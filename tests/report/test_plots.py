@@ -18,7 +18,7 @@ from steerkit.evaluate.scoring import Measured
 from steerkit.evaluate.sweeps import Point
 from steerkit.methods._protocols import HeatMap
 from steerkit.report import plots
-from steerkit.report.plots import maps, style
+from steerkit.report.plots import curves, drawing, maps, scatter
 from steerkit.report.plots import tokens as tokens_module
 
 MARGIN, KL = Column("preference margin", "nats per token", "higher"), Column("KL divergence", "nats per token", "lower")
@@ -30,16 +30,16 @@ def of(column: Column, mean: float, half: float = 0.1) -> Measured:
 
 
 def curve() -> Curve:
-    points = tuple({"margin": of(MARGIN, 0.5 * dose), "kl": of(KL, 0.1 * dose**2)} for dose in STRENGTHS)
+    points = tuple({"margin": of(MARGIN, 0.5 * strength), "kl": of(KL, 0.1 * strength**2)} for strength in STRENGTHS)
     return Curve("margin", STRENGTHS, points, ({-2.0: 0.1, 2.0: -0.1}, {-2.0: 0.0, 2.0: 0.2}), 28)
 
 
 def sweep(layers: Sequence[tuple[int, ...]] = ((1,), (1, 2))) -> list[Point]:
     baseline = Point((), None, {"margin": of(MARGIN, 0.0), "kl": of(KL, 0.0)})
     steered = [
-        Point(one, dose, {"margin": of(MARGIN, dose * len(one)), "kl": of(KL, dose**2)})
+        Point(one, strength, {"margin": of(MARGIN, strength * len(one)), "kl": of(KL, strength**2)})
         for one in layers
-        for dose in (2.0, 1.0)
+        for strength in (2.0, 1.0)
     ]
     return [baseline, *steered]
 
@@ -87,7 +87,7 @@ def test_labels_cover_neither_each_other_nor_a_spot(monkeypatch: pytest.MonkeyPa
 
     seen = []
     kept = plots.svg
-    monkeypatch.setattr(plots, "svg", lambda figure: (seen.append(figure), kept(figure))[1])
+    monkeypatch.setattr(scatter, "svg", lambda figure: (seen.append(figure), kept(figure))[1])
     spread = [plots.Spot(f"+{n}", 0.05 * n, 0.1 * (n % 3), 0, n == 2) for n in range(6)]
     for listed in (spots(6), spread):
         plots.spots_svg(listed, kinds=["a", "b"], effect="effect", cost="KL", front=[(0.0, 0.0), (0.1, 0.2)])
@@ -121,8 +121,8 @@ def test_the_files_of_plot_curve(tmp_path: Path) -> None:
 
 def test_a_sweep_has_a_line_for_each_set_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    kept = style.save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (seen.append(figure), kept(figure, path))[1])
+    kept = drawing.save
+    monkeypatch.setattr(curves, "save", lambda figure, path: (seen.append(figure), kept(figure, path))[1])
     plots.plot_sweep(sweep(), "margin", tmp_path / "sweep.png")
     upper, lower = seen[0].axes
     lines = {line.get_label(): line for line in upper.get_lines()}
@@ -156,10 +156,10 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
 def test_maps_mark_what_is_under_zero_and_leave_zeros_blank(tmp_path: Path) -> None:
     few = HeatMap("heads", "head", {0: [0.0, 2.0, -1.0], 3: [-4.0]}, "reinforce", "suppress")
     many = HeatMap("neurons", "rank", {1: [*[1.0] * 40, *[-2.0] * 30], 2: [-1.0] * 3}, "reinforce", "suppress")
-    with style.style():
-        figure, (left, right) = style.new_figure(6.0, 4.0, columns=2)
-        maps.draw_map(figure, left, few, 5)
-        maps.draw_map(figure, right, many, 5)
+    with drawing.style():
+        figure, (left, right) = drawing.new_figure(6.0, 4.0, columns=2)
+        maps._draw_map(figure, left, few, 5)
+        maps._draw_map(figure, right, many, 5)
     (mesh,) = left.collections
     drawn = mesh.get_array().reshape(5, 3)
     assert [(row, place) for row in range(5) for place in range(3) if not drawn.mask[row, place]] == [
@@ -181,7 +181,7 @@ def test_maps_mark_what_is_under_zero_and_leave_zeros_blank(tmp_path: Path) -> N
 
 def test_tokens_are_set_in_lines_with_their_colours(tmp_path: Path) -> None:
     tokens = [("One ", "#111111"), ("two\u21b5\n", "#222222"), ("x" * 200, "#333333"), ("\U0001f600 $5", "#444444")]
-    lines = tokens_module.lines_of(tokens)
+    lines = tokens_module._lines_of(tokens)
     assert [[part for _, part, _ in line] for line in lines] == [
         ["One ", "two\u21b5"], ["x" * 90], ["x" * 90], ["x" * 20, "\U0001f600 $5"],
     ]  # fmt: skip

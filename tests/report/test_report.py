@@ -29,11 +29,14 @@ from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
-from steerkit.report import html as report_file
+from steerkit.report import gather as report_file
 from steerkit.report import plots
-from steerkit.report.evidence import Evidence, EvidencePlan, Heat, is_clear
+from steerkit.report.comparison import comparison_html
+from steerkit.report.evidence import Evidence
+from steerkit.report.evidence_parts import EvidencePlan, Heat
 from steerkit.report.gather import gather
-from steerkit.report.html import comparison_html, report_html
+from steerkit.report.html import report_html
+from steerkit.report.verdict import is_clear
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
 from tests.families import BLOCKS, build
@@ -54,7 +57,7 @@ PLAN = EvidencePlan(
     new_tokens=8,
 )
 RECIPE = {"name": "days", "evaluate": {"questions": ["Is it?"], "strengths": [-1.0, 1.0]}}
-SECTIONS = ("warnings", "layers", "projections", "dose", "costs", "pareto", "controls", "heat", "texts", "repeat")
+SECTIONS = ("warnings", "layers", "projections", "strength", "costs", "pareto", "controls", "heat", "texts", "repeat")
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 

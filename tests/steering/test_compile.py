@@ -12,7 +12,8 @@ import torch
 
 import steerkit
 from tests import modes
-from tests.families import build
+from tests.families import build, shortened
+from tests.pairwise import pairwise
 
 IDS = torch.tensor([[5, 17, 44, 9, 101, 63], [7, 23, 42, 88, 15, 3]])
 
@@ -20,7 +21,7 @@ IDS = torch.tensor([[5, 17, 44, 9, 101, 63], [7, 23, 42, 88, 15, 3]])
 @pytest.fixture
 def model() -> Iterator[Any]:
     torch._dynamo.reset()
-    yield build("llama")
+    yield shortened(build("llama"), 2)  # one block that is steered and one that is not: tracing takes seconds a block
     torch._dynamo.reset()
 
 
@@ -39,9 +40,12 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(((one - other).abs().max() / other.abs().max()) < 1e-5)
 
 
-@pytest.mark.parametrize("scope", ["all", "first(4)", "response", "prompt", "front"])
-@pytest.mark.parametrize("when", ["before", "inside"])
-@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+@pytest.mark.parametrize(
+    ("how", "when", "scope"),
+    pairwise(
+        ["torch.compile", "model.compile"], ["before", "inside"], ["all", "first(4)", "response", "prompt", "front"]
+    ),
+)
 def test_bug_40_fullgraph_equals_eager(model: Any, scope: str, when: str, how: str) -> None:
     vector = modes.vector_for(model, scope=scope)
     lengths = [4, 3] if scope in ("response", "prompt") else None
@@ -91,8 +95,9 @@ def test_the_real_compiler_agrees(model: Any) -> None:
         assert close(compiled(IDS).logits, baseline)
 
 
-@pytest.mark.parametrize("thread", [False, True])
-@pytest.mark.parametrize("scope", ["response", "all", "generated", "prompt"])
+@pytest.mark.parametrize(
+    ("scope", "thread"), pairwise(["response", "all", "generated", "prompt"], [False, True], strength=1)
+)
 def test_generate_with_a_compiled_static_cache(model: Any, scope: str, thread: bool) -> None:
     """`generate` compiles by itself with a static cache on an accelerator; streamers run it in a worker thread."""
     ids = torch.tensor([modes.SHORT])

@@ -1,4 +1,4 @@
-"""Every family x scope x mode: what `generate` does equals one plain forward pass, and differs from the baseline model."""
+"""Every family x scope x mode: what `generate` does equals one plain forward pass, and differs from the baseline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests import modes
+from tests import modes, tolerances
 from tests.families import FAMILIES, build
 
 SCOPES = ("response", "all", "prompt", "generated", "first(4)", "front", "mid", "back")
@@ -22,7 +22,7 @@ def model_of(family: str) -> Any:
 def check(family: str, scope: str, mode: str) -> None:
     if (family, mode) in modes.EXCEPTIONS:
         pytest.skip(modes.EXCEPTIONS[family, mode])
-    model, tolerance = model_of(family), modes.LOOSER.get(family, modes.TOLERANCE)
+    model, tolerance = model_of(family), tolerances.of_family(family)
     site = modes.Site(1, "resid_pre" if scope in ("front", "mid", "back") else "resid_post")
     vector = modes.vector_for(model, scope=scope, site=site)
     ran = modes.run_steered(model, mode, vector)
@@ -30,7 +30,7 @@ def check(family: str, scope: str, mode: str) -> None:
     for one, expected, _ in ran:
         assert len(one.answer) == modes.NEW
         assert modes.gap(one, expected) < tolerance, (family, scope, mode)
-    # A steer that does nothing must fail: what the mode gave is not what the baseline model gives. A beam shows only one
+    # A steer that does nothing must fail: what the mode gave is not what the baseline gives. A beam shows only one
     # sum of log-probabilities, which may come out alike by chance, so there one answer that differs is enough.
     differs = [modes.gap(one, baseline) > 1e-3 for one, _, baseline in ran]
     assert any(differs) if ran[0][0].processed else all(differs), (family, scope, mode)
@@ -75,7 +75,7 @@ def test_bare_model_holds_the_equality_in_every_mode_not_excepted(family: str) -
         try:
             for one, expected, _ in modes.run_steered(model_of(family), mode, None):
                 off = modes.gap(one, expected)
-                holds, why = holds and off < modes.LOOSER.get(family, modes.TOLERANCE), f"{why} {off:.1e}"
+                holds, why = holds and off < tolerances.of_family(family), f"{why} {off:.1e}"
         except Exception as error:  # noqa: BLE001 - transformers says in many ways that it lacks a mode
             holds, why = False, f"{type(error).__name__}: {error}"[:120]
         if holds == ((family, mode) in modes.EXCEPTIONS):

@@ -1,4 +1,8 @@
-"""Checks of a user's own model: `case` prepares it, `checks` are run one by one."""
+"""A self-test on a user's own model.
+
+`case` is the model with its texts and passes; `pass_checks`, `decoding_checks` and `cost_checks` are run one by one by
+`checks`.
+"""
 
 from __future__ import annotations
 

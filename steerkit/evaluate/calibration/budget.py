@@ -1,20 +1,15 @@
-"""TODO evaluate.calibration.budget."""
+"""What steering may cost (`Budget`), and how layers and strength are looked for (`Search`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from steerkit.errors import DataError
-from steerkit.evaluate.curve import Curve
 from steerkit.evaluate.scoring import Measured
-from steerkit.evaluate.sweeps import Point
-from steerkit.methods._base import Method
-from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Budget", "Calibration", "Search", "default_candidates"]
+__all__ = ["Budget", "Search"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Budget:
                 raise DataError(f"budget: {name} is {value}; give a finite number of at least 0")
 
     def breaks(self, scores: dict[str, Measured]) -> list[str]:
-        """What is outside of the budget, in words; costs that were not measured are not looked at.
+        """List the costs that exceed the budget, in words; a cost that was not measured counts as inside.
 
         Args:
             scores: column name to figure.
@@ -90,74 +85,3 @@ class Search:
                 f"search: {self.controls} controls, {self.finalists} finalists, {self.screened_items} items to screen "
                 f"on, {self.neutral_texts} neutral texts; give at least 1 of each, and 2 items"
             )
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What a calibration found.
-
-    Attributes:
-        works: whether the confirmed effect is clear of every control inside the budget.
-        verdict: the same in one line, with the reason.
-        vector: fitted on all training items at the chosen layers, with the suggestion and both curves in it; None
-            where nothing was inside the budget.
-        layers: where it acts.
-        strength: the suggestion.
-        effect: the column that shows the effect.
-        budget: what it may cost.
-        points: everything tried on the validation split.
-        chosen: figures of the chosen point on the validation split.
-        confirmed: the same on the held-out items, and other neutral texts.
-        curve: dose-response on the held-out items, with random directions.
-        shuffled: effects of fits on shuffled labels, rescaled to the same norm, at the suggested strength.
-        search: how it was looked for.
-        refits: how stable the direction is on other items, as plain data.
-        skipped: candidates at which the method cannot be fitted, with the reason.
-    """
-
-    works: bool
-    verdict: str
-    vector: SteeringVector | None
-    layers: tuple[int, ...]
-    strength: float | None
-    effect: str
-    budget: Budget
-    points: tuple[Point, ...]
-    chosen: dict[str, Measured] = field(default_factory=dict)
-    confirmed: dict[str, Measured] = field(default_factory=dict)
-    curve: Curve | None = None
-    shuffled: tuple[float, ...] = ()
-    search: Search = field(default_factory=Search)
-    refits: Mapping[str, Any] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data: what the vector file keeps of it."""
-        return {
-            "works": self.works,
-            "verdict": self.verdict,
-            "layers": list(self.layers),
-            "strength": self.strength,
-            "effect": self.effect,
-            "budget": asdict(self.budget),
-            "validation": [point.as_row() for point in self.points],
-            "confirmation": {name: one.as_row() for name, one in self.confirmed.items()},
-            "curve": None if self.curve is None else self.curve.as_rows(),
-            "shuffled": list(self.shuffled),
-            "search": asdict(self.search),
-            "direction": dict(self.refits),
-            "skipped": dict(self.skipped),
-        }
-
-
-def default_candidates(
-    method: type[Method], num_layers: int, extra: Sequence[Sequence[int]] = ()
-) -> list[tuple[int, ...]]:
-    """What else is worth trying, and the sets of layers that the method names.
-
-    Args:
-        method: the method.
-        num_layers: of the model.
-        extra: more sets of layers, such as a recipe's own.
-    """
-    return list(dict.fromkeys([*(tuple(sorted(set(layers))) for layers in extra), *method.candidates(num_layers)]))

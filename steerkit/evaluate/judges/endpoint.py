@@ -1,4 +1,4 @@
-"""TODO evaluate.judges.endpoint."""
+"""A judge behind an OpenAI-compatible endpoint, asked over HTTP, several requests at once."""
 
 from __future__ import annotations
 

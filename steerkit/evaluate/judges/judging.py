@@ -1,4 +1,4 @@
-"""TODO evaluate.judges.judging."""
+"""A judge by its name, and its scores of many prompts as one tensor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from steerkit.errors import DataError, SteerError
 from steerkit.evaluate.judges.endpoint import EndpointJudge
+from steerkit.evaluate.judges.judge import Judge
 from steerkit.evaluate.judges.local import LocalJudge
-from steerkit.evaluate.judges.scale import Judge
 from steerkit.model import load_model
 
 __all__ = ["check_judge", "judge_of", "rate"]

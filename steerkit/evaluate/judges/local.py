@@ -1,4 +1,4 @@
-"""TODO evaluate.judges.local."""
+"""A judge in this process: a causal language model, read by the probabilities of the numbers it may answer with."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from steerkit.prompts.rendering import Rendered, has_chat_template, render
 __all__ = ["LocalJudge"]
 
 Spelling: TypeAlias = tuple[int, ...]
+"""Token ids of a prompt and what is written behind it."""
 
 
 class LocalJudge:

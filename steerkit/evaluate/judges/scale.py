@@ -1,39 +1,20 @@
-"""Judges: a rubric's text in, a number of a scale out, or None where there is none to be had.
-
-The score is an expectation over the judge's own probabilities, finer and steadier than its one most likely answer
-(persona vectors, Chen et al. 2025, arXiv 2507.21509):
-
-    score = sum_k k p(k) / sum_k p(k)        over the whole numbers k of the scale
-
-and undefined where sum_k p(k) < 0.25: the judge was about to say something else. What could not be scored is None, is
-counted, and is never guessed.
-
-An `EndpointJudge` sees the most likely first tokens of an answer. A token is read as the number it spells. Tokenizers
-that write every digit as a token of its own give "1" for 1 and for 10 alike; where that may be so (a token begins a
-longer number of the scale, and no token has two digits) the answer's text is read instead. Scales up to 9 never meet
-this. A `LocalJudge` follows every number of the scale to its last token and has no such limit.
-"""
+"""The number of a judge's answer: read as text, or expected from the probabilities of all numbers of the scale."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
 
 from steerkit.errors import DataError
-from steerkit.prompts.conversation import Conversation
 
 __all__ = [
     "LEAST_MASS",
-    "Judge",
     "broken_up",
     "check_scale",
     "expected_score",
     "expected_value",
-    "fill",
-    "last_question",
     "may_split_numbers",
     "parse_score",
 ]
@@ -41,35 +22,12 @@ __all__ = [
 LEAST_MASS = 0.25
 LARGEST_SCALE = 1000
 LONGEST_ANSWER = 200  # characters; what is longer is not a number and nothing else
-"""Token ids of a prompt and what is written behind it."""
 _WHOLE = re.compile(r"[\s▁Ġ]*(0|[1-9][0-9]*)\s*")
 _MARKUP = re.compile(r"[*_`\"'\[\]]")
 _LABEL = r"(?:(?:(?:final|overall)\s+)?(?:score|rating|grade|answer)\b\s*(?::|=|is\b)?\s*)?"
 _SCORED = re.compile(
     rf"\s*{_LABEL}((?:0|[1-9][0-9]*)(?:\.[0-9]+)?)(?:\s*(?:/|out\s+of)\s*([0-9]+))?\s*\.?\s*", re.IGNORECASE | re.ASCII
 )
-_PLACEHOLDER = re.compile(r"(^> ?)?\{(\w+)\}", re.MULTILINE)
-
-
-@runtime_checkable
-class Judge(Protocol):
-    """Whatever turns prompts into numbers of a scale."""
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-
-    def score(self, prompts: Sequence[str], *, low: int = 0, high: int = 10) -> list[float | None]:
-        """Score every prompt.
-
-        Args:
-            prompts: each asks for one whole number.
-            low: lower end of the scale.
-            high: upper end.
-
-        Returns:
-            One number each, or None where the judge gave none.
-        """
 
 
 def expected_score(
@@ -124,42 +82,6 @@ def parse_score(text: str, low: int, high: int) -> float | None:
     return number if number is not None and low <= number <= high else None
 
 
-def fill(rubric: str, values: Mapping[str, str]) -> str:
-    r"""Put texts into a rubric, in one go: what is put in is not looked at again.
-
-    A placeholder behind "> " at the start of its line keeps every line of its text behind such a mark, so that no text
-    can pass for the rubric's own words.
-
-    Args:
-        rubric: with placeholders such as ``{answer}``; other braces are left as they are.
-        values: the text for each name.
-
-    Example:
-        >>> fill("Rate this:\n> {answer}\nAs asked: {question}", {"answer": "Fine.\n{question}", "question": "{}"})
-        'Rate this:\n> Fine.\n> {question}\nAs asked: {}'
-    """
-
-    def put(found: re.Match[str]) -> str:
-        if found[2] not in values:
-            return found[0]
-        text = values[found[2]]
-        return text if found[1] is None else "\n".join(f"> {line}" for line in text.splitlines() or [""])
-
-    return _PLACEHOLDER.sub(put, rubric)
-
-
-def last_question(conversation: Conversation) -> str:
-    """What was asked last: a string prompt, or the last user turn of a list of messages.
-
-    Args:
-        conversation: a prompt.
-    """
-    if isinstance(conversation.prompt, str):
-        return conversation.prompt
-    asked = [turn["content"] for turn in conversation.prompt if turn["role"] == "user"]
-    return asked[-1] if asked else conversation.prompt[-1]["content"]
-
-
 def check_scale(low: int, high: int) -> None:
     """Refuse what is no scale.
 
@@ -206,7 +128,7 @@ def _of_json(text: str) -> float | None:
 
 
 def broken_up(text: str, special: Iterable[str]) -> str:
-    """A text with a space inside of every special token that it spells out."""
+    """Break up special tokens that a text spells out by a space, so that a tokenizer reads them as plain text."""
     longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
     if not longest_first:
         return text

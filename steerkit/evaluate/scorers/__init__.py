@@ -1,1 +1,1 @@
-"""One scorer a file; every one gives a number per item, so that intervals exist."""
+"""Scorers, one a file: each gives a number per item, so that intervals exist."""

@@ -7,39 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.setup import Setup, Trial, shared_system
+from steerkit.evaluate.setup import Setup, shared_system
+from steerkit.evaluate.trial import Trial
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 
-__all__ = [
-    "Fork",
-    "activations",
-    "calm_texts",
-    "fork",
-    "fork_logits",
-    "log_probs",
-    "on_topic_texts",
-    "token_counts",
-    "token_kl",
-]
-
-
-class Fork(NamedTuple):
-    """The place at which two answers to one prompt differ first.
-
-    Attributes:
-        text: one of both, cut behind its first token of its own.
-        ids: that token in the first answer, and in the second.
-    """
-
-    text: Rendered
-    ids: tuple[int, int]
+__all__ = ["activations", "calm_texts", "log_probs", "on_topic_texts", "token_counts", "token_kl"]
 
 
 def calm_texts(setup: Setup) -> list[Rendered]:
@@ -130,50 +108,6 @@ def activations(trial: Trial, rendered: Sequence[Rendered], site: str) -> Tensor
     if key not in kept:
         kept[key] = trial.record(rendered, [site], readout="response_mean")[site]
     found: Tensor = kept[key]
-    return found
-
-
-def fork(first: Rendered, second: Rendered) -> Fork | None:
-    """Find where two answers to one prompt part.
-
-    Args:
-        first: the prompt with one answer.
-        second: the same prompt with another.
-
-    Returns:
-        The fork; None where one answer is the other one, or its beginning.
-
-    Raises:
-        DataError: they differ before the answer begins.
-    """
-    pairs = zip(first.ids, second.ids, strict=False)
-    place = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
-    if place is None:
-        return None
-    # Where a tokenizer joins the prompt's end with one of the answers, that answer begins a token earlier.
-    shown = first if first.prompt_length <= second.prompt_length else second
-    if place < shown.prompt_length:
-        raise DataError(
-            f"{first.text[-40:]!r} and {second.text[-40:]!r} differ in token {place}, before the answer begins; "
-            "give both the same prompt"
-        )
-    cut = replace(shown, ids=shown.ids[: place + 1], offsets=shown.offsets[: place + 1])
-    return Fork(cut, (first.ids[place], second.ids[place]))
-
-
-def fork_logits(trial: Trial, forks: Sequence[Fork]) -> Tensor:
-    """Logits of both tokens of each fork, given all that stands before it.
-
-    Args:
-        trial: steered or the baseline.
-        forks: where answers part.
-
-    Returns:
-        [n, 2] float32 on the CPU.
-    """
-    found = torch.empty(len(forks), 2)
-    for answer in trial.answers([one.text for one in forks]):
-        found[answer.row] = answer.logits[-1, list(forks[answer.row].ids)].cpu()
     return found
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from steerkit._support.plugins import Configured
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["Column", "Scorer", "Weighted"]
 
@@ -57,7 +57,7 @@ class Scorer(Configured):
         title: one line on what it says.
         source: the paper, where there is one.
         columns: the figures it gives. The first is the one meant by the scorer's name alone.
-        against_baseline: the numbers already compare with the unsteered model (such as KL), so that the baseline model is not
+        against_baseline: the numbers already compare with the unsteered model (such as KL), so that it is not
             scored beside it.
 
     Example:

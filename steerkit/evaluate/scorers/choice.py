@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.scorers._answers import Fork, fork, fork_logits
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Setup, Trial, shared_system
+from steerkit.evaluate.scorers._forks import Fork, fork, fork_logits
+from steerkit.evaluate.setup import Setup, shared_system
+from steerkit.evaluate.trial import Trial
 from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.rendering import has_chat_template
 

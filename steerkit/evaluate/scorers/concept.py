@@ -17,10 +17,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from steerkit.errors import DataError
+from steerkit.evaluate.judges.judge import Judge
 from steerkit.evaluate.judges.judging import check_judge, judge_of, rate
-from steerkit.evaluate.judges.scale import Judge, fill, last_question
+from steerkit.evaluate.judges.rubric import fill, last_question
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["RUBRICS", "Concept"]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steerkit.evaluate.scorers._answers import calm_texts, token_counts, token_kl
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.setup import Answer, Trial
+from steerkit.evaluate.trial import Answer, Trial
 
 __all__ = ["Divergence"]
 

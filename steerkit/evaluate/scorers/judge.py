@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
+from steerkit.evaluate.judges.judge import Judge
 from steerkit.evaluate.judges.judging import check_judge, judge_of, rate
-from steerkit.evaluate.judges.scale import Judge, check_scale, fill, last_question
+from steerkit.evaluate.judges.rubric import fill, last_question
+from steerkit.evaluate.judges.scale import check_scale
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 from steerkit.prompts.marks import spoken
 from steerkit.prompts.rendering import opens_thought
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["Length"]
 

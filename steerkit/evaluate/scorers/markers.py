@@ -20,7 +20,7 @@ from torch import Tensor
 from steerkit._support.phrases import normalised, opening, pattern_of
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["Markers"]
 

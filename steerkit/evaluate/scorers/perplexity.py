@@ -16,7 +16,7 @@ import torch
 
 from steerkit.evaluate.scorers._answers import calm_texts, log_probs, token_counts
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["Perplexity"]
 

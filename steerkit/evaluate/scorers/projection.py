@@ -24,7 +24,8 @@ from torch import Tensor
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import activations, calm_texts
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Setup, Trial
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.trial import Trial
 from steerkit.maths.directions import unit
 from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site

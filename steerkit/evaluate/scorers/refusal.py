@@ -30,7 +30,7 @@ from torch import Tensor
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import log_probs
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 from steerkit.methods._refusal import MARKERS, is_refusal
 
 __all__ = ["Refusal"]

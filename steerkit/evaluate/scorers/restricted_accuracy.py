@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.scorers._answers import fork, fork_logits
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.scorers._forks import fork, fork_logits
+from steerkit.evaluate.trial import Trial
 
 __all__ = ["RestrictedAccuracy"]
 

@@ -24,7 +24,7 @@ import torch
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import calm_texts, log_probs, on_topic_texts, token_counts
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.setup import Trial
+from steerkit.evaluate.trial import Trial
 from steerkit.prompts.rendering import Rendered
 
 __all__ = ["TopicPerplexity"]

@@ -1,11 +1,14 @@
-"""Plots, by what they show: curves and intervals, scatter, maps of parts, tokens; `style` is what they share."""
+"""Pictures, one file for each kind.
+
+`curves` (effect by strength), `costs`, `scatter` (effect against cost), `separation` (two sides of the data), `maps`
+(parts of the model) and `tokens`; `drawing` is what they share.
+"""
 
 from __future__ import annotations
 
-from steerkit.report.plots.curves import Bar, Panel, costs_svg, curve_svg, forest_svg, plot_curve, plot_sweep
-from steerkit.report.plots.maps import plot_maps
-from steerkit.report.plots.scatter import Spot, histogram_svg, separation_svg, spots_svg
-from steerkit.report.plots.style import (
+from steerkit.report.plots.costs import Bar, Panel, costs_svg, forest_svg
+from steerkit.report.plots.curves import curve_svg, plot_curve, plot_sweep
+from steerkit.report.plots.drawing import (
     BLUE,
     GREY,
     LINES,
@@ -20,6 +23,9 @@ from steerkit.report.plots.style import (
     style,
     svg,
 )
+from steerkit.report.plots.maps import plot_maps
+from steerkit.report.plots.scatter import Spot, spots_svg
+from steerkit.report.plots.separation import histogram_svg, separation_svg
 from steerkit.report.plots.tokens import plot_tokens
 
 __all__ = [

@@ -1,24 +1,22 @@
-"""TODO report.plots.curves."""
+"""Effect over strength: the curve of one vector, and a sweep over layers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from steerkit.errors import SteerError
 from steerkit.evaluate.curve import Curve
-from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.sweeps import Point
-from steerkit.report.plots.style import (
+from steerkit.report.plots.bands import draw_band
+from steerkit.report.plots.drawing import (
     BLUE,
     GREY,
     LINES,
     MARKS,
     ORANGE,
     WIDTH,
-    finite,
     new_figure,
     save,
     sentence,
@@ -26,45 +24,11 @@ from steerkit.report.plots.style import (
     svg,
 )
 
-__all__ = ["Bar", "Panel", "costs_svg", "curve_svg", "forest_svg", "plot_curve", "plot_sweep"]
-
-
-class Panel(NamedTuple):
-    """One cost over strengths.
-
-    Attributes:
-        title: what it is.
-        unit: of the numbers.
-        strengths: rising.
-        values: at each strength, with intervals.
-        baseline: of the unsteered model; None draws no line.
-    """
-
-    title: str
-    unit: str
-    strengths: Sequence[float]
-    values: Sequence[Estimate]
-    baseline: float | None = None
-
-
-class Bar(NamedTuple):
-    """One line of a forest plot.
-
-    Attributes:
-        label: at the left.
-        effect: with its interval; None where nothing was found.
-        controls: lowest and highest of the controls; None where there are none.
-        filled: whether the effect is clear of its controls.
-    """
-
-    label: str
-    effect: Estimate | None
-    controls: tuple[float, float] | None
-    filled: bool
+__all__ = ["curve_svg", "plot_curve", "plot_sweep"]
 
 
 def plot_curve(curve: Curve, path: str | Path, *, title: str, unit: str = "paper") -> Path:
-    """Draw a dose-response curve with its interval and the random directions beside it.
+    """Draw the effect over strengths with its interval and the random directions beside it.
 
     Args:
         curve: what to draw.
@@ -109,7 +73,7 @@ def plot_sweep(points: Sequence[Point], effect: str, path: str | Path) -> Path:
     """Draw a sweep: the effect over strengths, a line for each set of layers, and below it the KL divergence.
 
     Args:
-        points: of `steerkit.evaluate.sweep.sweep`.
+        points: of `steerkit.evaluate.sweep`.
         effect: the column that shows the effect.
         path: a .png, .svg or .pdf file.
 
@@ -144,74 +108,6 @@ def plot_sweep(points: Sequence[Point], effect: str, path: str | Path) -> Path:
         return save(figure, Path(path))
 
 
-def costs_svg(panels: Sequence[Panel], *, unit: str = "paper", marked: float | None = None) -> str:
-    """Draw costs over strengths as small multiples.
-
-    Args:
-        panels: what to draw, two beside each other.
-        unit: of the strength.
-        marked: a strength to mark as suggested.
-
-    Returns:
-        SVG.
-
-    Raises:
-        SteerError: matplotlib is not installed.
-    """
-    with style():
-        rows = math.ceil(len(panels) / 2)
-        figure, grid = new_figure(WIDTH, 2.3 * rows, rows=rows, columns=2, sharex=True, squeeze=False)
-        for axes, panel in zip(grid.flat, panels, strict=False):
-            _band(axes, panel.strengths, panel.values, BLUE, "o")
-            if panel.baseline is not None:
-                axes.axhline(panel.baseline, color=GREY, linewidth=1, linestyle=":")
-            if marked is not None:
-                axes.axvline(marked, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
-            axes.set_title(sentence(panel.title), loc="left")
-            axes.set_ylabel(panel.unit)
-        for axes in list(grid.flat)[len(panels) :]:
-            axes.set_visible(False)
-        figure.supxlabel(f"strength ({unit} unit)", fontsize=10)
-        return svg(figure)
-
-
-def forest_svg(bars: Sequence[Bar], *, effect: str) -> str:
-    """Draw effects with intervals below each other, the controls as grey bars behind them.
-
-    Args:
-        bars: from top to bottom.
-        effect: label of the x axis.
-
-    Returns:
-        SVG.
-
-    Raises:
-        SteerError: matplotlib is not installed.
-    """
-    with style():
-        figure, axes = new_figure(WIDTH, 1.3 + 0.34 * len(bars))
-        for place, bar in enumerate(bars):
-            if bar.controls is not None:
-                low, high = bar.controls
-                label = "controls" if not any(other.controls for other in bars[:place]) else None
-                axes.plot([low, high], [place, place], color="0.75", linewidth=8, solid_capstyle="butt", label=label)
-            if bar.effect is None:
-                axes.annotate("nothing found", (0, place), xytext=(4, 0), textcoords="offset points", va="center")
-                continue
-            low, high = finite(bar.effect)
-            axes.plot([low, high], [place, place], color=BLUE, linewidth=2)
-            face = BLUE if bar.filled else "white"
-            axes.plot([bar.effect.mean], [place], color=BLUE, marker="o", markersize=7, markerfacecolor=face)
-        axes.axvline(0, color=GREY, linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-        axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(effect)
-        if any(bar.controls for bar in bars):
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right")
-        return svg(figure)
-
-
 def _draw_curve(axes: Any, curve: Curve, unit: str, marked: float | None) -> None:
     for number, control in enumerate(curve.controls):
         label = f"{len(curve.controls)} random directions, same norm" if number == 0 else None
@@ -226,7 +122,7 @@ def _draw_curve(axes: Any, curve: Curve, unit: str, marked: float | None) -> Non
             label=label,
             zorder=1,
         )
-    _band(axes, curve.strengths, curve.effects, BLUE, "o", label="steered", band="95 % interval")
+    draw_band(axes, curve.strengths, curve.effects, BLUE, "o", label="steered", band="95 % interval")
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     if marked is not None:
@@ -240,7 +136,7 @@ def _draw_curve(axes: Any, curve: Curve, unit: str, marked: float | None) -> Non
 def _draw_line(axes: Any, line: Sequence[Point], column: str, layers: tuple[int, ...], number: int) -> None:
     """One set of layers of a sweep. Past seven sets colours come again, with another dash."""
     dash = ("-", "--", "-.", ":")[number // len(LINES) % 4]
-    _band(
+    draw_band(
         axes,
         [point.strength or 0.0 for point in line],
         [point.scores[column].estimate for point in line],
@@ -250,23 +146,3 @@ def _draw_line(axes: Any, line: Sequence[Point], column: str, layers: tuple[int,
         dash=dash,
         alpha=0.1,
     )
-
-
-def _band(
-    axes: Any,
-    x: Sequence[float],
-    values: Sequence[Estimate],
-    colour: str,
-    mark: str,
-    *,
-    label: str | None = None,
-    band: str | None = None,
-    dash: str = "-",
-    alpha: float = 0.2,
-) -> None:
-    """Means as a line, intervals as a band; an end that no number bounds is left out."""
-    ends = [finite(value) for value in values]
-    lows, highs = [low for low, _ in ends], [high for _, high in ends]
-    axes.fill_between(x, lows, highs, color=colour, alpha=alpha, linewidth=0, label=band)
-    means = [value.mean for value in values]
-    axes.plot(x, means, color=colour, linestyle=dash, linewidth=1.8, marker=mark, markersize=4.5, label=label, zorder=3)

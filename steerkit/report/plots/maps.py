@@ -1,4 +1,4 @@
-"""TODO report.plots.maps."""
+"""Maps of parts over layers, such as how strongly each attention head is edited."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from steerkit.errors import SteerError
 from steerkit.methods._protocols import HeatMap
-from steerkit.report.plots.style import BLUE, ORANGE, new_figure, save, sentence, style
+from steerkit.report.plots.drawing import BLUE, ORANGE, new_figure, save, sentence, style
 
 __all__ = ["plot_maps"]
 

@@ -1,4 +1,4 @@
-"""TODO report.plots.tokens."""
+"""Texts as a picture with a colour behind every token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steerkit.report.plots.style import new_figure, save, style
+from steerkit.report.plots.drawing import new_figure, save, style
 
 __all__ = ["plot_tokens"]
 

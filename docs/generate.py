@@ -1,0 +1,173 @@
+"""The pages of the reference that are read off the program: `python -m docs.generate` writes them anew.
+
+`reference/command-line.md` is what `--help` says of every command; `reference/sites.md` is what is found in a small
+random model of each family. `make docs` writes both, and a test compares them with what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from typer.models import OptionInfo
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = Path(__file__).resolve().parent / "reference"
+
+_COMMAND_LINE = """# Command line
+
+`steerkit COMMAND --help` says the same. Results go to stdout, progress and warnings to stderr; `--json` makes an answer
+machine-readable. Exit codes: 0 fine, 1 an error in one line (or a check that failed, or a calibration in which nothing
+works), 2 wrong usage, 130 interrupted. `steerkit --debug COMMAND` shows the traceback of an error. `python -m steerkit`
+is the same program.
+
+This page is written by `python -m docs.generate`.
+"""
+
+_SITES = """# Sites by family
+
+A *site* is a place in the network, `<kind>.<block>`, blocks counted from 0. The same site reads and writes: what was
+fitted there is, bit for bit, the tensor that is edited there.
+
+| kind | tensor |
+| --- | --- |
+{kinds}
+
+Where these are in a given model is found by running a block over three tokens and checking
+`resid_post = resid_pre + attn_out + mlp_out` on the numbers, never by the names of modules: `post_attention_layernorm`
+is the norm before the MLP in Llama and the one after attention in Gemma. A kind that a family lacks is refused with the
+reason.
+
+The table is what is found in a small random model of each family: *yes*; *=* another kind's tensor, which then stands
+for it; *some* in some blocks only (models that mix kinds of blocks); empty: refused.
+
+{table}
+
+This page is written by `python -m docs.generate`. Ask for your own model:
+
+```python
+import steerkit
+from steerkit.network import Site, locate
+
+model, _ = steerkit.load_model()
+for site, tap in locate(model, [Site(12, "attn_out"), Site(12, "z")]).items():
+    print(site, tap.name, tap.side, tap.width)
+```
+
+```text
+attn_out.12 model.layers.12.self_attn output 576
+z.12 model.layers.12.self_attn.o_proj input 576
+```
+"""
+
+
+def command_line() -> str:
+    """The page of the command line, from the program itself."""
+    from steerkit.cli import app
+
+    parts = [_COMMAND_LINE]
+    parts += [_command(f"steerkit {_name(one)}", one.callback) for one in app.registered_commands]
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        parts += [
+            _command(f"steerkit {group.name} {_name(one)}", one.callback)
+            for one in group.typer_instance.registered_commands
+        ]
+    return "\n".join(parts)
+
+
+def _name(command: Any) -> str:
+    return command.name or command.callback.__name__.replace("_", "-")
+
+
+def _command(name: str, run: Any) -> str:
+    """One command: what it does, its arguments and options."""
+    lines = [f"## {name}", ""]
+    lines += [_plain(part) + "\n" for part in (inspect.getdoc(run) or "").split("\n\n")]
+    hints = get_type_hints(run, include_extras=True)
+    rows = [_parameter(one, hints[name]) for name, one in inspect.signature(run).parameters.items()]
+    if rows:
+        lines += ["| | what | default |", "| --- | --- | --- |", *rows, ""]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Help text on one line, as Markdown shows it to the letter."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _parameter(one: inspect.Parameter, hint: Any) -> str:
+    """A row of the table of one command."""
+    hint, info = get_args(hint)[:2]
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    kind = kinds[0]
+    kind = (get_args(kind) or (kind,))[0]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        shown = "\\|".join(str(member.value) for member in kind)
+    else:
+        shown = {str: "TEXT", int: "N", float: "X", Path: "FILE"}.get(kind, "TEXT")
+    shown = info.metavar or shown
+    if isinstance(info, OptionInfo):
+        given = [text for text in (info.default, *(info.param_decls or ())) if isinstance(text, str)]
+        names = [part for text in given for part in text.split("/")] or [f"--{one.name.replace('_', '-')}"]
+        shown = ", ".join(names) + ("" if kind is bool else f" {shown}")
+    text = _plain(info.help or "").replace("|", "\\|")
+    required = one.default in (inspect.Parameter.empty, ...)
+    text += " *Required.*" if required else ""
+    default = getattr(one.default, "value", one.default)
+    plain = required or default is None or isinstance(default, bool)
+    return f"| `{shown}` | {text} | {'' if plain else f'`{default}`'} |"
+
+
+def sites() -> str:
+    """The page of sites, from small random models of all families that the tests know."""
+    from steerkit.network.sites import KIND_HELP
+
+    kinds = "\n".join(f"| `{kind}` | {text} |" for kind, text in KIND_HELP.items())
+    return _SITES.format(kinds=kinds, table=_table())
+
+
+def _table() -> str:
+    from steerkit.network import anatomies, find_decoder
+    from steerkit.network.sites import KINDS
+    from tests.families import FAMILIES, build
+
+    shown = [kind for kind in KINDS if not kind.startswith("resid_")]
+    lines = ["| family | " + " | ".join(f"`{kind}`" for kind in shown) + " |", "| --- " * (len(shown) + 1) + "|"]
+    for name in FAMILIES:
+        if name != "llama_peft":
+            decoder = find_decoder(build(name))
+            blocks = anatomies(decoder, set(range(decoder.num_layers)))
+            lines.append(f"| {name} | " + " | ".join(_found(blocks, kind) for kind in shown) + " |")
+    return "\n".join(lines)
+
+
+def _found(anatomies: Any, kind: str) -> str:
+    """Whether a kind of site exists in a model's blocks."""
+    from steerkit.errors import SiteError
+
+    found = []
+    for block in anatomies.values():
+        with contextlib.suppress(SiteError):
+            found.append(block.find(kind).kind)
+    if not found:
+        return ""
+    if set(found) != {kind}:
+        return f"= {min(found)}"
+    return "yes" if len(found) == len(anatomies) else "some"
+
+
+PAGES = {"command-line.md": command_line, "sites.md": sites}
+
+
+def main() -> None:
+    """Write the pages."""
+    for name, page in PAGES.items():
+        (REFERENCE / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

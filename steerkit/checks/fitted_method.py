@@ -1,0 +1,88 @@
+"""A method fitted on a model, with the passes that its conformance checks compare."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.activations.reading import position_inputs
+from steerkit.methods._base import Method
+from steerkit.network.decoder import execution_device, find_decoder, inner_model
+from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.rendering import render
+from steerkit.steering.steering import steer
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["TEXTS", "Finding", "FittedMethod"]
+
+TEXTS = ("a short one", "a text that is a good deal longer than the first one", "the third of them")
+
+
+class Finding(NamedTuple):
+    """What one check found.
+
+    Attributes:
+        check: its name.
+        passed: whether the method holds it.
+        reason: what was seen where it does not, or why it was not applicable.
+    """
+
+    check: str
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class FittedMethod:
+    """A method fitted on a model, ready to be checked."""
+
+    method: Method
+    model: nn.Module
+    tokenizer: Any
+    data: ContrastSet
+    vector: SteeringVector
+    strength: float = 1.0
+
+    def logits(self, ids: Tensor, mask: Tensor, vector: SteeringVector | None, strength: Any = None) -> Tensor:
+        """[b, t, v] logits of one plain forward pass, steered where a vector is given."""
+        lengths = (mask.sum(dim=1) - 1).clamp_min(1)
+        used = self.strength if strength is None else strength
+        context: Any = steer(self.model, vector, used, prompt_lengths=lengths) if vector else contextlib.nullcontext()
+        more = position_inputs(inner_model(self.model), mask)
+        with context, torch.no_grad():
+            found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
+        return found
+
+    def rows(self, side: str = "right") -> tuple[Tensor, Tensor]:
+        """Ids and mask of the check's texts in one padded batch, in their order.
+
+        Of a gated method the middle one is a prompt it was fitted on, and one token: a gate may pass over the others.
+
+        Args:
+            side: where the pads are.
+
+        Returns:
+            [b, t] ids and [b, t] mask.
+        """
+        rendered = [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
+        if self.method.editor(self.vector) is not None:
+            prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
+            rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
+        batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]
+        order = torch.tensor(batch.rows).argsort()
+        device = execution_device(find_decoder(self.model))
+        return batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
+
+    def alone(self, vector: SteeringVector | None) -> list[Tensor]:
+        """[t, v] logits of each text on its own."""
+        ids, mask = self.rows()
+        return [
+            self.logits(ids[row : row + 1, :length], mask[row : row + 1, :length], vector)[0]
+            for row, length in enumerate(mask.sum(dim=1).tolist())
+        ]

@@ -1,0 +1,224 @@
+"""What a calibration works on: the split of the items, the layers and strengths to try, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from steerkit.errors import DataError
+from steerkit.evaluate.calibration.budget import Budget, Search
+from steerkit.evaluate.controls import FEWEST
+from steerkit.evaluate.fits import Fits
+from steerkit.evaluate.intervals import Estimate, NotScored
+from steerkit.evaluate.layer_sets import default_candidates
+from steerkit.evaluate.scorers._base import Scorer
+from steerkit.evaluate.scoring import Measured, scorer_of
+from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
+from steerkit.evaluate.store_identity import digest_of, setup_identity
+from steerkit.evaluate.sweeps import Point, measure_point
+from steerkit.methods._base import Method
+from steerkit.prompts.contrast_set import ContrastSet
+
+__all__ = ["Problem", "layers_name", "problem_of", "strength_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One calibration, before anything is measured.
+
+    Attributes:
+        final: the method on all training items, for what is confirmed.
+        fits: the method on the training items that are left beside the validation split, for what is chosen.
+        setup: the validation split and half of the neutral texts and prompts.
+        confirming: the held-out items and the other half.
+        candidates: sets of layers to try.
+        ladder: strengths to try, from the weakest on.
+        scorer: shows the effect.
+        of_texts: read what the model generates.
+        budget: what steering may cost.
+        search: how it is looked for.
+        store: figures already there are not measured again.
+        step: called with a few words before each measurement.
+    """
+
+    final: Fits
+    fits: Fits
+    setup: Setup
+    confirming: Setup
+    candidates: Sequence[tuple[int, ...]]
+    ladder: Sequence[float]
+    scorer: Scorer
+    of_texts: Sequence[Scorer]
+    budget: Budget
+    search: Search
+    store: Store
+    step: Callable[[str], None]
+
+    @property
+    def held_out(self) -> Setup:
+        """The setup as it was given, with all held-out items and neutral texts."""
+        return self.final.setup
+
+    @property
+    def kind(self) -> type[Method]:
+        """The method's class."""
+        return self.final.kind
+
+    @property
+    def effect(self) -> str:
+        """The column that shows the effect."""
+        return next(iter(self.scorer.columns))
+
+    @cached_property
+    def scorers(self) -> list[Scorer]:
+        """The scorer of the effect and that of the KL divergence; one where they are the same."""
+        return list({scorer.name: scorer for scorer in (self.scorer, scorer_of("divergence"))}.values())
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of what figures on the validation split depend on."""
+        return digest_of(setup_identity(self.setup))
+
+    @property
+    def is_ladder(self) -> bool:
+        """Whether strengths lead away from one that changes nothing, so that one can be weaker than another."""
+        return self.kind.neutral is not None
+
+    def reach(self, strength: float) -> float:
+        """How strong a strength is: its distance from the neutral one.
+
+        Args:
+            strength: in the method's own unit.
+        """
+        return _reach(self.kind, strength)
+
+    def gain(self, point: Point) -> Estimate:
+        """The effect of a point, counted so that more is better.
+
+        Args:
+            point: measured.
+        """
+        return point.scores[self.effect].gain
+
+    def measure(
+        self, setup: Setup, layers: Sequence[int], strength: float, scorers: Sequence[Scorer]
+    ) -> dict[str, Measured] | None:
+        """Figures of one point, from the store where they are there.
+
+        Args:
+            setup: on what is measured.
+            layers: where the vector acts.
+            strength: how strongly.
+            scorers: what is measured.
+
+        Returns:
+            Column name to figure; None where the model says nothing finite.
+        """
+        identity = self.identity if setup is self.setup else digest_of(setup_identity(setup))
+        vector = self.fits.at(layers)
+        try:
+            return measure_point(
+                setup, vector, strength, scorers, identity=identity, store=self.store, seed=self.search.seed
+            )
+        except NotScored:
+            return None
+
+
+def problem_of(
+    fits: Fits,
+    validation: ContrastSet | None,
+    budget: Budget,
+    search: Search,
+    effect: str | Scorer,
+    beside: Sequence[str | Scorer],
+    store: Store | None,
+    step: Callable[[str], None],
+) -> Problem:
+    """Split the items, list what is tried, and refuse what cannot be calibrated.
+
+    Args:
+        fits: the method on all training items.
+        validation: items to choose on; None takes a part of the training items.
+        budget: what steering may cost.
+        search: how it is looked for.
+        effect: the scorer whose first column shows the effect.
+        beside: scorers that choose nothing.
+        store: figures already there are not measured again; None keeps them in memory.
+        step: called with a few words before each measurement.
+
+    Raises:
+        DataError: too few items or neutral texts, nothing to try, or strengths on both sides of the neutral one.
+    """
+    scorer = scorer_of(effect)
+    of_texts = [scorer_of(one) for one in ("repetition", *beside)]
+    held_out, kind, rest = fits.setup, fits.kind, fits.train
+    if validation is None and kind.takes_pair:
+        raise DataError(f"calibrate: {kind.name} is fitted on one pair of prompts; give validation items too")
+    if validation is None:
+        rest, validation = rest.split(held_out=search.validation, seed=search.seed)
+    if not kind.takes_pair and len(rest) < FEWEST:
+        raise DataError(f"calibrate: {len(rest)} items are left to fit on; give at least {FEWEST}")
+    if len(held_out.calm) < 2:
+        raise DataError("calibrate: one neutral text cannot both choose and confirm; give at least two")
+    calm, prompts = held_out.half(0).calm[: search.neutral_texts], held_out.prompts
+    setup = replace(held_out, data=validation, neutral=calm, prompts=None if prompts is None else prompts[0::2])
+    candidates = _candidates(fits, setup, search)
+    ladder = _ladder(kind, search)
+    if not candidates or not ladder:
+        raise DataError("calibrate: there is no set of layers or no strength to try; give some")
+    if len({strength > (kind.neutral or 0.0) for strength in ladder}) > 1:
+        raise DataError(
+            f"calibrate: strengths {', '.join(f'{one:g}' for one in ladder)} lie on both sides of neutral; "
+            "give those of one side"
+        )
+    every = sorted({layer for layers in candidates for layer in layers})
+    return Problem(
+        final=fits,
+        fits=replace(fits, setup=setup, train=rest, layers=every),
+        setup=setup,
+        confirming=replace(held_out.half(1), prompts=None if prompts is None else prompts[1::2]),
+        candidates=candidates,
+        ladder=ladder,
+        scorer=scorer,
+        of_texts=of_texts,
+        budget=budget,
+        search=search,
+        store=Store() if store is None else store,
+        step=step,
+    )
+
+
+def layers_name(layers: Sequence[int]) -> str:
+    """A set of layers as progress lines and messages write it: ``8`` or ``12+14``.
+
+    Args:
+        layers: blocks counted from 0.
+    """
+    return "+".join(map(str, layers))
+
+
+def strength_of(point: Point) -> float:
+    """The strength of a point; 0 of the unsteered model.
+
+    Args:
+        point: of a sweep or a search.
+    """
+    return 0.0 if point.strength is None else point.strength
+
+
+def _candidates(fits: Fits, setup: Setup, search: Search) -> list[tuple[int, ...]]:
+    listed = search.candidates
+    if listed is None:
+        own = [site.layer for site in fits.method_object.sites(setup.decoder)]
+        listed = default_candidates(fits.kind, setup.decoder.num_layers, [own])
+    return [tuple(sorted(set(layers))) for layers in listed]
+
+
+def _ladder(kind: type[Method], search: Search) -> list[float]:
+    return sorted(search.strengths or kind.ladder, key=lambda strength: _reach(kind, strength))
+
+
+def _reach(kind: type[Method], strength: float) -> float:
+    return abs(strength - (kind.neutral or 0.0))

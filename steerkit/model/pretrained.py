@@ -1,0 +1,109 @@
+"""Loading what lies on this machine: a folder that `save_pretrained` wrote, or a .gguf file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerkit.errors import ModelError
+from steerkit.model.quiet import quiet
+
+__all__ = ["first_line", "from_folder", "from_gguf", "load"]
+
+
+def from_folder(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Load what `save_pretrained` wrote.
+
+    Args:
+        folder: where.
+        options: of `from_pretrained`.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ModelError: there is no config.json, or the folder cannot be loaded.
+    """
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(entry.name for entry in folder.glob("*.gguf"))
+        hint = f"give the file {folder / ggufs[0]}" if ggufs else "give one that save_pretrained wrote"
+        raise ModelError(f"{folder}: has no config.json; {hint}")
+    try:
+        return load(str(folder), {**options, "local_files_only": True})
+    except Exception as error:
+        raise ModelError(f"{folder}: cannot be loaded ({first_line(error)}); save the model there again") from error
+
+
+def from_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Load a .gguf file, dequantised, without caching it.
+
+    Args:
+        file: the file.
+        options: of `from_pretrained`; without a dtype the weights become float32.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ModelError: there is no such file, or transformers cannot read it.
+    """
+    if not file.is_file():
+        raise ModelError(f"{file}: no such file; give a .gguf file, a folder or a hub id (org/name)")
+    try:
+        return _read_gguf(file, {"dtype": torch.float32, **options})
+    except Exception as error:
+        raise ModelError(
+            f"{file}: cannot be read as GGUF ({first_line(error)}); it may be damaged, or of a family transformers "
+            "does not convert"
+        ) from error
+
+
+def load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Load model and tokenizer the way transformers does, without running code that comes with them.
+
+    Args:
+        source: a folder or a hub id.
+        options: of `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    of_weights = ("dtype", "device_map", "quantization_config")
+    places = {key: value for key, value in options.items() if key not in of_weights}
+    with quiet():
+        # False, not absent: absent asks the user on stdin.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **places)
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+    return model.eval(), tokenizer
+
+
+def _read_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Load from GGUF, leaving nothing behind that says the weights were quantised."""
+    import transformers
+
+    how: dict[str, Any] = {**options, "gguf_file": file.name, "local_files_only": True}
+    if hasattr(transformers, "GgufConfig"):  # since 5.2x; it may keep the weights packed, which nothing here can edit
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # The progress bar of the dequantisation obeys no switch.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model, tokenizer = load(str(file.parent), how)
+    if hasattr(model.config, "quantization_config"):  # before GgufConfig; save_pretrained takes it for quantised
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of somebody else's message, which may be many lines long.
+
+    Args:
+        error: theirs.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,160 @@
+"""What a recipe's keys and values may be, so that a mistake is told before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerkit.activations.readout import Readout
+from steerkit.errors import RecipeError, SteerError, near_miss
+from steerkit.methods._registry import resolve
+from steerkit.network.sites import Site
+from steerkit.tokens.scope import Scope
+
+if TYPE_CHECKING:
+    from steerkit.recipe.recipe import Recipe
+
+__all__ = ["check_keys", "check_meaning", "check_title", "part_of"]
+
+
+def check_title(path: Path, text: Mapping[str, Any]) -> None:
+    """Refuse a title or a default of another type.
+
+    Args:
+        path: of the file, for the message.
+        text: what TOML gave.
+
+    Raises:
+        RecipeError: one is.
+    """
+    if not isinstance(text.get("title", ""), str):
+        raise RecipeError(f"{path}: title = {text['title']!r}: a text is wanted")
+    if not isinstance(text.get("default", False), bool):
+        raise RecipeError(f"{path}: default = {text['default']!r}: true or false is wanted")
+
+
+def check_meaning(path: Path, recipe: Recipe) -> None:
+    """Refuse values of the right type that mean nothing or do not go together.
+
+    Args:
+        path: of the file, for the message.
+        recipe: read, its types checked.
+
+    Raises:
+        RecipeError: a value means nothing, or two do not go together.
+    """
+    method, apply = recipe.method, recipe.apply
+    if method.layers is not None and method.sites is not None:
+        raise RecipeError(f"{path}: [method] has both layers and sites; give one of them")
+    try:
+        known = resolve(method.name).from_settings(method.settings)
+        sites = [Site(layer) for layer in method.layers or ()]
+        sites += [Site.parse(site) for site in method.sites or ()]
+        scope = None if apply.scope is None else Scope.parse(apply.scope)
+        if method.readout is not None:
+            Readout.parse(method.readout)
+    except SteerError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    if scope is not None and scope.kind not in known.scopes:
+        raise RecipeError(f"{path}: [apply] scope '{scope}' is none of {method.name}'s: {', '.join(known.scopes)}")
+    pair = recipe.data.pair
+    if pair is not None and len(pair) != 2:
+        raise RecipeError(f"{path}: [data] pair has {len(pair)} prompts; give a positive and a negative one")
+    if recipe.data.negative is not None and recipe.data.positive is None:
+        raise RecipeError(f"{path}: [data] negative = {recipe.data.negative!r} without positive; name both labels")
+    if recipe.data.held_out_sources == ():
+        raise RecipeError(f"{path}: [data] held_out_sources is an empty list; give at least one, or leave it out")
+    if apply.range is not None and (len(apply.range) != 2 or apply.range[0] >= apply.range[1]):
+        raise RecipeError(f"{path}: [apply] range {list(apply.range)} is not a lower and a higher strength")
+    numbers = (apply.strength, *(apply.range or ()), *recipe.evaluate.strengths, recipe.data.held_out)
+    if not all(math.isfinite(number) for number in numbers):
+        raise RecipeError(f"{path}: a strength or share is not a finite number")
+
+
+def part_of(path: Path, name: str, kind: type, given: Any) -> Any:
+    """Make one table of a recipe, its keys and types checked.
+
+    Args:
+        path: of the file, for the message.
+        name: of the table.
+        kind: its class.
+        given: what TOML gave; None takes the defaults.
+
+    Returns:
+        An object of the class.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type, or a value that is missing.
+    """
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise RecipeError(f"{path}: [{name}] is {type(given).__name__}, not a table")
+    known = {entry.name: entry for entry in fields(kind)}
+    check_keys(path, name, given, set(known))
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    for key, value in values.items():
+        problem = _wrong_type(str(known[key].type), value)
+        if problem:
+            raise RecipeError(f"{path}: [{name}] {key} = {value!r}: {problem}")
+    try:
+        return kind(**values)
+    except TypeError:
+        missing = [key for key, entry in known.items() if key not in values and _required(entry)]
+        raise RecipeError(f"{path}: [{name}] lacks {', '.join(missing)}") from None
+
+
+def _required(entry: Any) -> bool:
+    from dataclasses import MISSING
+
+    return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _wrong_type(annotation: str, value: Any) -> str | None:
+    """What is wrong with a value, by the part's annotation; TOML has few types, so few rules do."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation.startswith("tuple"):
+        items = value if isinstance(value, tuple) else None
+        if items is None:
+            return "a list is wanted"
+        if "str" in annotation and not all(isinstance(item, str) for item in items):
+            return "a list of texts is wanted"
+        if "int" in annotation and not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            return "a list of whole numbers is wanted"
+        if "float" in annotation and not all(
+            isinstance(item, int | float) and not isinstance(item, bool) for item in items
+        ):
+            return "a list of numbers is wanted"
+        return None
+    if annotation.startswith("float"):
+        return None if number else "a number is wanted"
+    if annotation.startswith("int"):
+        return None if number and isinstance(value, int) else "a whole number is wanted"
+    if annotation.startswith("str | int"):
+        return None if isinstance(value, str | int) else "a text or a whole number is wanted"
+    if annotation.startswith("Mapping"):
+        return None if isinstance(value, dict) else "a table is wanted"
+    if annotation.startswith(("str", "Literal")):
+        return None if isinstance(value, str) else "a text is wanted"
+    return None
+
+
+def check_keys(path: Path, table: str, given: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse unknown keys, with those that are close.
+
+    Args:
+        path: of the file, for the message.
+        table: of the keys; empty for the file itself.
+        given: what TOML gave.
+        known: keys there are.
+
+    Raises:
+        RecipeError: a key is unknown.
+    """
+    for key in given:
+        if key not in known:
+            place = f"[{table}] " if table else ""
+            raise RecipeError(f"{path}: {place}unknown key {key!r}; {near_miss(key, known)}")

@@ -1,0 +1,72 @@
+"""The tables of a recipe file: model, data, method, apply, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["PARTS", "ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart"]
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """Which model the recipe was made on."""
+
+    name: str = "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Which prompts, relative to the recipe's folder, and how much of them is held out.
+
+    `pair` is one positive and one negative prompt, for methods fitted on one pair of raw prompts; the file's held-out
+    items then only measure. `positive` makes it a file of labelled prompts: the label of the positive side, and where
+    the file has more than two `negative`, the other. `held_out_sources` holds out whole sources instead of a share.
+    """
+
+    file: str
+    held_out: float = 0.25
+    seed: int = 0
+    pair: tuple[str, ...] | None = None
+    positive: str | None = None
+    negative: str | None = None
+    held_out_sources: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class MethodPart:
+    """How the vector is fitted."""
+
+    name: str = "caa"
+    layers: tuple[int, ...] | None = None
+    sites: tuple[str, ...] | None = None
+    readout: str | int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ApplyPart:
+    """How the vector is meant to be used: suggested strength, useful range, tokens, unit."""
+
+    strength: float = 1.0
+    range: tuple[float, float] | None = None
+    scope: str | None = None
+    unit: Literal["paper", "norm"] = "paper"
+
+
+@dataclass(frozen=True)
+class EvaluatePart:
+    """What shows its effect: strengths at which it is measured, and questions answered before and after."""
+
+    strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
+    questions: tuple[str, ...] = ("How was your day?",)
+
+
+PARTS: dict[str, type] = {
+    "model": ModelPart,
+    "data": DataPart,
+    "method": MethodPart,
+    "apply": ApplyPart,
+    "evaluate": EvaluatePart,
+}

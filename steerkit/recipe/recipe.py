@@ -1,0 +1,254 @@
+"""Recipes: one TOML file says which data, model and method make a vector, and how it is meant to be used.
+
+Plain data: no code, no interpolation, unknown keys are errors. `Recipe.resolved()` is the recipe with every default
+filled in; it travels in the vector file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from steerkit.errors import DataError, RecipeError
+from steerkit.evaluate.layer_sets import default_candidates
+from steerkit.fitting.fitting import fit
+from steerkit.methods._base import Method
+from steerkit.methods._registry import resolve
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site, parse_layers
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.recipe.checking import check_keys, check_meaning, check_title, part_of
+from steerkit.recipe.parts import PARTS, ApplyPart, DataPart, EvaluatePart, MethodPart, ModelPart
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["Recipe"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe, checked.
+
+    Attributes:
+        name: the file's name without its ending.
+        behaviour: what the vector brings about.
+        title: one line on the two sides.
+        default: this recipe answers to its behaviour's plain name.
+        source: the file it was read from.
+    """
+
+    name: str
+    behaviour: str
+    data: DataPart
+    title: str = ""
+    default: bool = False
+    model: ModelPart = field(default_factory=ModelPart)
+    method: MethodPart = field(default_factory=MethodPart)
+    apply: ApplyPart = field(default_factory=ApplyPart)
+    evaluate: EvaluatePart = field(default_factory=EvaluatePart)
+    source: Path = Path()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and check a recipe file.
+
+        Args:
+            path: a .toml file.
+
+        Raises:
+            RecipeError: missing or malformed file, unknown key (with near misses), wrong type, newer format.
+        """
+        path = Path(path)
+        try:
+            text = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not a TOML file ({error})") from None
+        number = text.pop("format", None)
+        if number != FORMAT:
+            raise RecipeError(
+                f"{path}: format {number!r} is not {FORMAT}, the one this version reads; upgrade steerkit-hf"
+            )
+        check_keys(path, "", text, {"behaviour", "title", "default", *PARTS})
+        if not isinstance(text.get("behaviour"), str) or not text["behaviour"]:
+            raise RecipeError(f"{path}: behaviour is missing; name what the vector brings about")
+        parts = {name: part_of(path, name, kind, text.get(name)) for name, kind in PARTS.items()}
+        recipe = cls(
+            name=path.stem,
+            behaviour=text["behaviour"],
+            title=str(text.get("title", "")),
+            default=bool(text.get("default", False)),
+            source=path,
+            **parts,
+        )
+        check_title(path, text)
+        check_meaning(path, recipe)
+        for name in ("strengths", "questions"):
+            if not getattr(recipe.evaluate, name):
+                raise RecipeError(f"{path}: [evaluate] {name} is an empty list; give at least one, or leave it out")
+        if recipe.apply.unit not in ("paper", "norm"):
+            raise RecipeError(f"{path}: [apply] unit {recipe.apply.unit!r} is neither 'paper' nor 'norm'")
+        return recipe
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain data."""
+        plain = {name: asdict(getattr(self, name)) for name in PARTS}
+        # As a vector file gives them back.
+        plain["method"]["settings"] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in plain["method"]["settings"].items()
+        }
+        for key in ("pair", "positive", "negative", "held_out_sources"):
+            if plain["data"][key] is None:  # nothing to say, for most recipes
+                del plain["data"][key]
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "behaviour": self.behaviour,
+            "title": self.title,
+            **plain,
+        }
+
+    def split(self, method: str | None = None) -> tuple[ContrastSet, ContrastSet]:
+        """The items to fit on and the items held out.
+
+        Args:
+            method: another method than the recipe's. A recipe's pair is for methods that are fitted on one.
+
+        Raises:
+            RecipeError: the prompt file is missing or malformed.
+        """
+        try:
+            path, part = self.source.parent / self.data.file, self.data
+            if part.positive is None:
+                data = ContrastSet.from_jsonl(path)
+            else:
+                data = ContrastSet.from_labelled(path, positive=part.positive, negative=part.negative)
+            if part.held_out_sources:
+                train, held_out = data.split(held_out_sources=part.held_out_sources)
+            else:
+                train, held_out = data.split(held_out=part.held_out, seed=part.seed)
+        except (DataError, ValueError) as error:  # ValueError: a file name that no system allows
+            raise RecipeError(f"{self.source}: [data] {error}") from None
+        if self.data.pair is None or not resolve(method or self.method.name).takes_pair:
+            return train, held_out
+        positive, negative = self.data.pair
+        pair = ContrastSet.from_prompts([positive], [negative])
+        return replace(pair, source=self.data.file), held_out
+
+    def extract(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        method: str | Method | None = None,
+        layers: str | Sequence[int] | None = None,
+        readout: str | int | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> SteeringVector:
+        """Fit the recipe's vector and measure its separation on the held-out items.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            method: another method than the recipe's.
+            layers: other layers than the recipe's.
+            readout: other tokens read than the recipe's; another method brings its own.
+            batch_size: rows per pass.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            The vector, with the recipe's suggested strength.
+
+        Raises:
+            SteerError: see `steerkit.fit`.
+        """
+        part = self.method_part(method)
+        train, held_out = self.split(part.name)
+        if layers is not None:
+            listed = parse_layers(layers, find_decoder(model).num_layers)
+            part = replace(part, layers=tuple(listed), sites=None)
+        if readout is not None:
+            part = replace(part, readout=readout)
+        vector = fit(
+            model,
+            tokenizer,
+            train,
+            method=part.name,
+            settings=part.settings,
+            layers=part.layers,
+            sites=part.sites,
+            readout=part.readout,
+            batch_size=batch_size,
+            held_out=None if resolve(part.name).readout is None else held_out,
+            progress=progress,
+        )
+        return self.signed(vector, part)
+
+    def method_part(self, method: str | Method | None = None) -> MethodPart:
+        """How the vector is fitted, by the recipe's own method or by another.
+
+        Args:
+            method: another method than the recipe's; its settings and readout are its own, not the recipe's.
+        """
+        if method is None or method == self.method.name:
+            return self.method
+        name = method if isinstance(method, str) else method.name
+        settings = {} if isinstance(method, str) else method.settings
+        return replace(self.method, name=name, settings=settings, readout=None)
+
+    def kinds(self, part: MethodPart) -> list[str] | None:
+        """Kinds of the sites that the recipe names; None where it names layers or the method is another.
+
+        Args:
+            part: how the vector is fitted.
+        """
+        named = part.sites if part.name == self.method.name else None
+        return None if named is None else list(dict.fromkeys(Site.parse(site).kind for site in named))
+
+    def validation(self, method: str | None = None) -> ContrastSet | None:
+        """Training items to choose on, for methods fitted on one pair; None for others, which fit on them.
+
+        Args:
+            method: another method than the recipe's.
+        """
+        kind = resolve(method or self.method.name)
+        return replace(self, data=replace(self.data, pair=None)).split()[0] if kind.takes_pair else None
+
+    def candidates(self, num_layers: int, method: str | None = None) -> list[tuple[int, ...]]:
+        """Sets of layers worth trying: the recipe's own, and those that the method names.
+
+        Args:
+            num_layers: of the model.
+            method: another method than the recipe's.
+        """
+        sites = [Site.parse(site).layer for site in self.method.sites or ()]
+        own = tuple(layer for layer in self.method.layers or sites if layer < num_layers)
+        return default_candidates(resolve(method or self.method.name), num_layers, [own] if own else [])
+
+    def signed(self, vector: SteeringVector, part: MethodPart) -> SteeringVector:
+        """Write into a vector which recipe and data it came from.
+
+        Args:
+            vector: the vector.
+            part: how it was fitted. Scope and strength of the recipe were found for its own way, and go with that only.
+        """
+        same = part == self.method
+        return replace(
+            vector,
+            scope=(self.apply.scope or vector.scope) if same else vector.scope,
+            unit=self.apply.unit if same else vector.unit,
+            suggested_strength=self.apply.strength if same else None,
+            seed=self.data.seed,
+            data_source=self.data.file,
+            recipe=self.name,
+            extra={**vector.extra, "recipe": replace(self, method=part).resolved()},
+        )

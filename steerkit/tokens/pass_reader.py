@@ -1,0 +1,112 @@
+"""From the arguments of a forward pass to its facts: its columns, which of them are real, where the prompt ends."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.tokens.forward_pass import PACKED, Pass
+from steerkit.tokens.generate_call import GenerateCall
+from steerkit.tokens.texts import Texts
+from steerkit.tokens.transformers_facts import (
+    GenerateFrames,
+    cache_of,
+    columns_cached,
+    first_of_real,
+    is_packed,
+    mask_of_layers,
+    real_of_diagonal,
+)
+
+__all__ = ["PassReader"]
+
+
+class PassReader:
+    """Reads the facts of one model's passes.
+
+    Args:
+        model: the transformers model itself; a weak reference is kept.
+        frames: finds the `generate` call of this model that a pass is in.
+        texts: what goes on from pass to pass.
+        local: the switches of each thread: `rows`, `suspended` and `aside`, see `PassClock`.
+    """
+
+    def __init__(self, model: nn.Module, frames: GenerateFrames, texts: Texts, local: threading.local) -> None:
+        self._model = weakref.ref(model)
+        self._frames, self._texts, self._local = frames, texts, local
+        # `generate` always says how many logits it wants, where the model's forward can be told.
+        self._tells = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    # See the table of modes in the tests for what each branch is for.
+    def read(self, tokens: Tensor, given: Mapping[str, Any]) -> Pass:
+        """The facts of a pass.
+
+        Args:
+            tokens: its ids [b, t] or embeddings [b, t, d].
+            given: its arguments by name.
+        """
+        batch, width = tokens.shape[0], tokens.shape[1]
+        cache, mask = cache_of(given), given.get("attention_mask")
+        compiling = torch.compiler.is_compiling()
+        prompt, settings = (None, None) if compiling else self._frames.prompt()
+        call = self._texts.call_of(prompt, settings, cache, compiling)
+        ids = given.get("input_ids")
+        past = columns_cached(cache, mask, width, call, compiling)
+        facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
+        facts["rows"] = getattr(self._local, "rows", None)
+        facts["suspended"] = getattr(self._local, "suspended", False)
+        facts["given"] = ids if isinstance(ids, Tensor) and ids.shape[:2] == (batch, width) else None
+        facts["expands"] = compiling or call is not None or cache is not None
+        if past is None:
+            reason = "a recurrent cache does not say how many tokens it has seen; pass attention_mask over all of them"
+            return Pass(**facts, past=0, only_all=reason)
+        facts["past"] = past
+        if is_packed(given):
+            return Pass(**facts, only_all=PACKED)
+        own_sequence = call is not None and not compiling and given.get("logits_to_keep") is None and self._tells
+        facts["is_apart"] = own_sequence
+        self._read_end(facts, cache, None if own_sequence else call, given)
+        if not compiling:
+            facts["store"] = self._texts.store_of(None if own_sequence else call, cache, past)
+            facts |= getattr(self._local, "aside", None) or {}
+        self._read_pads(facts, mask, cache, call, given)
+        return Pass(**facts)
+
+    def _read_end(self, facts: dict[str, Any], cache: Any, call: GenerateCall | None, given: Mapping[str, Any]) -> None:
+        """Where the prompt ends, and whether this is a decoding step."""
+        past, width, keep = facts["past"], facts["width"], given.get("logits_to_keep")
+        if torch.compiler.is_compiling():
+            facts["decode"] = call is not None and cache is not None and width == 1
+            facts["call"] = call if facts["decode"] else None
+        elif call is not None:
+            call.note(past, width, keep)
+            facts["boundary"] = call.boundary
+            facts["decode"] = cache is not None and width == 1 and call.past_prompt(past)
+            facts |= {"call": call, "cache": cache}
+            call.running = self._frames.text
+        else:
+            facts["boundary"] = self._texts.boundary_of_cache(
+                cache, past, width, keep=keep, use_cache=bool(given.get("use_cache")), own_sequence=facts["is_apart"]
+            )
+
+    def _read_pads(
+        self, facts: dict[str, Any], mask: Any, cache: Any, call: GenerateCall | None, given: Mapping[str, Any]
+    ) -> None:
+        """Which tokens are real."""
+        layer = 0
+        if isinstance(mask, Mapping):
+            mask, layer = mask_of_layers(mask, self._model())
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            facts["attention"] = mask
+        elif isinstance(mask, Tensor) and mask.dim() == 4:
+            if not facts.get("decode"):
+                facts["real"] = real_of_diagonal(mask, facts["past"], facts["width"], cache, layer, facts["batch"])
+            facts["first"] = first_of_real(facts.get("real"), facts["past"], call)
+        elif mask is None and facts["batch"] == 1 and facts["width"] > 1 and call is None:
+            facts["position_ids"] = given.get("position_ids")

@@ -1,0 +1,47 @@
+"""What a vector says about itself at one site: shapes, norms, and its strength in both units."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from steerkit.network.sites import Site
+from steerkit.vector.container import DTYPE_NAMES
+from steerkit.vector.frozen import json_like
+from steerkit.vector.tensors import direction_length
+
+if TYPE_CHECKING:
+    from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["described_site"]
+
+
+def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
+    """The facts of a vector at one site, as JSON can hold them.
+
+    Args:
+        vector: the vector.
+        site: one of its sites.
+
+    Returns:
+        The site's width; by parameter its dtype and shape; the direction's norm, the activation norm, and, for edits
+        that add a direction, the strength in both units (the one set, else the suggested one, else 1).
+    """
+    params = vector.params(site)
+    length, norm = direction_length(params.get("direction")), vector.norms.get(site)
+    given = vector.strength if vector.strength is not None else vector.suggested_strength
+    adds = vector.edit.startswith("add")
+    strengths: dict[str, Any] = {"paper": None, "norm": None}
+    strengths[vector.unit] = json_like(1.0 if given is None and adds else given)
+    if adds and length and norm:
+        factor = length / norm if vector.unit == "paper" else norm / length
+        values = strengths[vector.unit]
+        other = "norm" if vector.unit == "paper" else "paper"
+        strengths[other] = [value * factor for value in values] if isinstance(values, list) else values * factor
+    return {
+        "site": str(site),
+        "width": vector.widths.get(site, vector.hidden_size),
+        "params": {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in sorted(params.items())},
+        "direction_norm": length,
+        "activation_norm": norm,
+        "strength": strengths,
+    }
