@@ -110,9 +110,7 @@ def show_files(
     typer.echo("try next:")
     typer.echo(f"  {usage_line(recipe.evaluate.questions[0], str(file), strength=strength, model=model)}")
     if not is_full:
-        typer.echo(
-            f"  steerkit demo --recipe {shlex.quote(recipe.name)} --full"
-        )
+        typer.echo(f"  steerkit demo --recipe {shlex.quote(recipe.name)} --full")
     typer.echo(f"  steerkit inspect {shlex.quote(str(file))}")
     typer.echo("  steerkit recipes")
 

@@ -23,25 +23,30 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+VectorOption = Annotated[
+    list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+]
+StrengthOption = Annotated[
+    list[float] | None,
+    typer.Option(help="One for each vector, in unit paper. (default: the file's suggested strength, else 1)"),
+]
+UntieOption = Annotated[
+    bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")
+]
+DtypeOption = Annotated[
+    Precision | None, typer.Option(help="Of the model and the checkpoint. (default: the model's own)")
+]
+DeviceMapOption = Annotated[str | None, typer.Option(help="Where the model is put, such as auto. (default: in memory)")]
+
+
 def run(
-    vector: Annotated[
-        list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
-    ],
+    vector: VectorOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
-    strength: Annotated[
-        list[float] | None,
-        typer.Option(help="One for each vector, in unit paper. (default: the file's suggested strength, else 1)"),
-    ] = None,
+    strength: StrengthOption = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
-    untie: Annotated[
-        bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")
-    ] = False,
-    dtype: Annotated[
-        Precision | None, typer.Option(help="Of the model and the checkpoint. (default: the model's own)")
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Where the model is put, such as auto. (default: in memory)")
-    ] = None,
+    untie: UntieOption = False,
+    dtype: DtypeOption = None,
+    device_map: DeviceMapOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands there.")] = False,
     model: Model = DEFAULT_MODEL,
     as_json: Json = False,

@@ -31,19 +31,27 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
+    from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.compare import Row
     from steerkit.recipe import Recipe
 
 __all__ = ["run"]
 
 
+BehaviourArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
+]
+MethodOption = Annotated[
+    list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
+]
+KeepOption = Annotated[
+    bool, typer.Option("--keep", help="Keep what the folder's table says of other methods, on the same items.")
+]
+
+
 def run(
-    behaviour: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
-    ] = "optimism",
-    method: Annotated[
-        list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
-    ] = None,
+    behaviour: BehaviourArgument = "optimism",
+    method: MethodOption = None,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
@@ -54,9 +62,7 @@ def run(
     model: RecipeModel = None,
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where table and report go.")] = Path("out/compare"),
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep what the folder's table says of other methods, on the same items.")
-    ] = False,
+    keep: KeepOption = False,
     as_json: Json = False,
 ) -> None:
     """Compare the methods on one behaviour: effect, controls, KL, perplexity ratio, repetition, time.
@@ -66,14 +72,11 @@ def run(
     <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
     """
     import steerkit
-    from steerkit._support.files import write_whole
     from steerkit.evaluate.calibration.budget import Budget
-    from steerkit.evaluate.compare_table import markdown
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
     from steerkit.methods._registry import method_names, resolve
     from steerkit.recipe import find_recipe
-    from steerkit.report.comparison import comparison_html
     from steerkit.report.plots.drawing import ready
 
     ready()
@@ -99,26 +102,37 @@ def run(
             for one, recipe in sources.items()
         ]
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
-    command = ["steerkit", "compare", behaviour, *(f"--method={one}" for one in method or ())]
-    command += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
-    command += [f"--{key}={value}" for key, value in {**numbered, "model": name}.items()]
-    content = _content(rows, default, name, setup, budget, shlex.join(command))
+    command = _command(behaviour, method or [], budget, {**numbered, "model": name})
+    content = _content(rows, default, name, setup, budget, command)
     if keep:
         rows = _with_kept(rows, target, content)
         content["rows"] = [jsonable(row.as_json()) for row in rows]
-    files = {
-        "json": json.dumps(content, indent=2) + "\n",
-        "md": markdown(rows),
-        "html": comparison_html(content),
-    }
-    for ending, text in files.items():
-        write_whole(target.with_suffix(f".{ending}"), text.encode())
+    _write(rows, content, target)
     kept.unlink(missing_ok=True)
     if as_json:
         print_json(content)
         return
     _show(rows, default.behaviour)
     typer.echo(f"wrote {target}, .md and .html")
+
+
+def _command(behaviour: str, methods: list[str], budget: Budget, options: dict[str, Any]) -> str:
+    """The command line that measures the same again, with every option that changes it."""
+    words = ["steerkit", "compare", behaviour, *(f"--method={one}" for one in methods)]
+    words += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
+    words += [f"--{key}={value}" for key, value in options.items()]
+    return shlex.join(words)
+
+
+def _write(rows: list[Row], content: dict[str, Any], target: Path) -> None:
+    """Write the content as JSON, the table and the report."""
+    from steerkit._support.files import write_whole
+    from steerkit.evaluate.compare_table import markdown
+    from steerkit.report.comparison import comparison_html
+
+    files = {"json": json.dumps(content, indent=2) + "\n", "md": markdown(rows), "html": comparison_html(content)}
+    for ending, text in files.items():
+        write_whole(target.with_suffix(f".{ending}"), text.encode())
 
 
 def _with_kept(rows: list[Row], target: Path, content: dict[str, Any]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,36 +83,41 @@ def draft(
         raise typer.Exit(1)
 
 
+SamplesOption = Annotated[
+    int, typer.Option(min=1, help="Answers to each question under each system prompt; one is greedy.")
+]
+HeldOutUnderOption = Annotated[
+    int, typer.Option(min=1, help="Instructions that each held-out question is asked under.")
+]
+LayersOption = Annotated[str | None, typer.Option(help="Blocks to choose from, such as 8-14. (default: eight of them)")]
+NoThinkingOption = Annotated[
+    bool, typer.Option("--no-thinking", help="Tell the chat template not to think first, where it can.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where everything goes. (default: <trait>-persona)")
+]
+
+
 @app.command("extract")
 def extract(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="A .toml or .json file, or a shipped trait's name.")],
     model: Model = DEFAULT_MODEL,
     judge: Judge = None,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Answers to each question under each system prompt; one is greedy.")
-    ] = 1,
+    samples: SamplesOption = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 56,
-    held_out_under: Annotated[
-        int, typer.Option(min=1, help="Instructions that each held-out question is asked under.")
-    ] = 4,
+    held_out_under: HeldOutUnderOption = 4,
     readout: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
-    layers: Annotated[
-        str | None, typer.Option(help="Blocks to choose from, such as 8-14. (default: eight of them)")
-    ] = None,
+    layers: LayersOption = None,
     threshold: Annotated[float, typer.Option(help="Points of 100 the trait needs, with a judge.")] = 50.0,
     coherence: Annotated[float, typer.Option(help="Points of 100 both answers need, with a judge.")] = 50.0,
     margin: Annotated[float, typer.Option(help="Nats per token both margins need, without a judge.")] = 0.0,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
-    no_thinking: Annotated[
-        bool, typer.Option("--no-thinking", help="Tell the chat template not to think first, where it can.")
-    ] = False,
+    no_thinking: NoThinkingOption = False,
     seed: Annotated[int, typer.Option(min=0, help="Fixes samples, splits and controls.")] = 0,
     batch_size: BatchSize = 16,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where everything goes. (default: <trait>-persona)")
-    ] = None,
+    out: OutOption = None,
     as_json: Json = False,
 ) -> None:
     """Make a persona vector: rollouts, filter, layer choice, vector and card, in one folder.
@@ -146,8 +152,6 @@ def extract(
     rating = None if judge is None else judge_of(judge)
     loaded, tokenizer = steerkit.load_model(model)
     if layers is not None:
-        from dataclasses import replace
-
         choice = replace(choice, layers=tuple(parse_layers(layers, find_decoder(loaded).num_layers)))
     found = persona.extract(
         loaded,
