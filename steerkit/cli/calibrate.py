@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,8 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.calibration.result import Calibration
+    from steerkit.evaluate.setup import Setup
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import MethodPart, Recipe
 
 __all__ = ["run"]
@@ -86,7 +88,6 @@ def run(
     """
     import steerkit
     from steerkit.evaluate.calibration.budget import Budget, Search
-    from steerkit.evaluate.calibration.search import calibrate
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
@@ -105,31 +106,11 @@ def run(
     loaded, tokenizer = steerkit.load_model(name)
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
-    search = Search(
-        candidates=parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name),
-        strengths=ladder,
-        controls=controls,
-        trials=trials,
-        seed=seed,
-    )
+    listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
+    search = Search(candidates=listed, strengths=ladder, controls=controls, trials=trials, seed=seed)
     rows = target.with_name(f"{target.stem}.rows.jsonl")
-    with status("fitting") as step:
-        found = calibrate(
-            setup,
-            train,
-            method=part.name,
-            settings=dict(part.settings),
-            readout=part.readout,
-            budget=budget,
-            search=search,
-            effect=shown,
-            beside=beside,
-            store=Store(rows),
-            scope=chosen.apply.scope if part == chosen.method else None,
-            validation=chosen.validation(part.name),
-            kinds=chosen.kinds(part),
-            step=step,
-        )
+    options: dict[str, Any] = {"effect": shown, "beside": beside, "budget": budget, "search": search}
+    found = _calibrated(setup, train, chosen, part, store=Store(rows), **options)
     _save(found, chosen, part, target)
     rows.unlink(missing_ok=True)
     if as_json:
@@ -154,6 +135,25 @@ def _ladder(strengths: list[str] | None, method: str) -> list[float] | None:
     if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):
         raise typer.BadParameter(f"--strengths: a ladder leads away from {lowest:g}; give strengths on one side of it")
     return ladder
+
+
+def _calibrated(setup: Setup, train: ContrastSet, recipe: Recipe, part: MethodPart, **options: Any) -> Calibration:
+    """The search, with what the recipe says of the method."""
+    from steerkit.evaluate.calibration.search import calibrate
+
+    with status("fitting") as step:
+        return calibrate(
+            setup,
+            train,
+            method=part.name,
+            settings=dict(part.settings),
+            readout=part.readout,
+            scope=recipe.apply.scope if part == recipe.method else None,
+            validation=recipe.validation(part.name),
+            kinds=recipe.kinds(part),
+            step=step,
+            **options,
+        )
 
 
 def _save(found: Calibration, recipe: Recipe, part: MethodPart, target: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._compare_files import command_line, with_kept, write
 from steerkit.cli._evidence import (
     MaxKl,
     MaxPplRatio,
@@ -31,7 +30,6 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
-    from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.compare import Row
     from steerkit.recipe import Recipe
 
@@ -102,59 +100,18 @@ def run(
             for one, recipe in sources.items()
         ]
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
-    command = _command(behaviour, method or [], budget, {**numbered, "model": name})
-    content = _content(rows, default, name, setup, budget, command)
+    words = command_line(behaviour, method or [], budget, {**numbered, "model": name})
+    content = _content(rows, default, name, setup, budget, words)
     if keep:
-        rows = _with_kept(rows, target, content)
+        rows = with_kept(rows, target, content)
         content["rows"] = [jsonable(row.as_json()) for row in rows]
-    _write(rows, content, target)
+    write(rows, content, target)
     kept.unlink(missing_ok=True)
     if as_json:
         print_json(content)
         return
     _show(rows, default.behaviour)
     typer.echo(f"wrote {target}, .md and .html")
-
-
-def _command(behaviour: str, methods: list[str], budget: Budget, options: dict[str, Any]) -> str:
-    """The command line that measures the same again, with every option that changes it."""
-    words = ["steerkit", "compare", behaviour, *(f"--method={one}" for one in methods)]
-    words += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
-    words += [f"--{key}={value}" for key, value in options.items()]
-    return shlex.join(words)
-
-
-def _write(rows: list[Row], content: dict[str, Any], target: Path) -> None:
-    """Write the content as JSON, the table and the report."""
-    from steerkit._support.files import write_whole
-    from steerkit.evaluate.compare_table import markdown
-    from steerkit.report.comparison import comparison_html
-
-    files = {"json": json.dumps(content, indent=2) + "\n", "md": markdown(rows), "html": comparison_html(content)}
-    for ending, text in files.items():
-        write_whole(target.with_suffix(f".{ending}"), text.encode())
-
-
-def _with_kept(rows: list[Row], target: Path, content: dict[str, Any]) -> list[Row]:
-    """The rows, and those of other methods in a table that was measured alike, sorted by method.
-
-    Raises:
-        DataError: that table was measured on something else.
-    """
-    from steerkit.errors import DataError
-    from steerkit.evaluate.compare import Row
-
-    if not target.exists():
-        return rows
-    before = json.loads(target.read_text(encoding="utf-8"))
-    other = [name for name in ("model", "budget", "digests", "environment") if before.get(name) != content[name]]
-    if other:
-        raise DataError(
-            f"{target}: its {' and '.join(other)} are not those of now; measure all methods, without --keep"
-        )
-    own = {row.method for row in rows}
-    kept = [Row.from_json(row) for row in before["rows"] if row["method"] not in own]
-    return sorted([*rows, *kept], key=lambda row: row.method)
 
 
 def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:

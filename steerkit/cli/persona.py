@@ -24,6 +24,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
+    from steerkit.persona.choice import Choice
     from steerkit.persona.extraction import Extraction
     from steerkit.persona.traits import TraitSpec
     from steerkit.persona.writers import Writer
@@ -130,8 +131,6 @@ def extract(
     from steerkit import persona
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.judges.judging import judge_of
-    from steerkit.network.decoder import find_decoder
-    from steerkit.network.sites import parse_layers
     from steerkit.persona.filtering import Rules
     from steerkit.persona.rollout_plan import RolloutPlan
     from steerkit.persona.traits import TraitSpec, slug
@@ -139,20 +138,15 @@ def extract(
     chosen = TraitSpec.load(spec)
     chosen.check_filled(spec)
     choice = persona.Choice(readout=readout, budget=Budget(max_kl, max_ppl_ratio, max_repetition))
-    plan = RolloutPlan(
-        samples=samples,
-        held_out_instructions=held_out_under,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        chat_template_kwargs={"enable_thinking": False} if no_thinking else None,
-    )
+    thinking = {"enable_thinking": False} if no_thinking else None
+    lengths = {"samples": samples, "held_out_instructions": held_out_under, "max_new_tokens": max_new_tokens}
+    plan = RolloutPlan(**lengths, seed=seed, chat_template_kwargs=thinking)
     rules = Rules(trait=threshold, coherence=coherence, margin=margin)
     folder = out or Path(f"{slug(chosen.trait)}-persona")
     check_writable(folder / "rollouts.jsonl")
     rating = None if judge is None else judge_of(judge)
     loaded, tokenizer = steerkit.load_model(model)
-    if layers is not None:
-        choice = replace(choice, layers=tuple(parse_layers(layers, find_decoder(loaded).num_layers)))
+    choice = _at_layers(choice, layers, loaded)
     found = persona.extract(
         loaded,
         tokenizer,
@@ -168,8 +162,18 @@ def extract(
     )
     if as_json:
         print_json(found.as_json())
-    else:
-        _show(found, chosen, model)
+        return
+    _show(found, chosen, model)
+
+
+def _at_layers(choice: Choice, layers: str | None, model: Any) -> Choice:
+    """The choice among these layers only, if any are given."""
+    from steerkit.network.decoder import find_decoder
+    from steerkit.network.sites import parse_layers
+
+    if layers is None:
+        return choice
+    return replace(choice, layers=tuple(parse_layers(layers, find_decoder(model).num_layers)))
 
 
 def _writer(endpoint: str | None, model: str | None) -> Writer | None:

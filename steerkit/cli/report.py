@@ -57,6 +57,7 @@ def run(
     The page holds everything in itself and works without JavaScript. What needs the training items is left out, with
     the reason, where the recipe of the vector is not known.
     """
+    import steerkit
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError
     from steerkit.report.evidence_parts import EvidencePlan
@@ -84,9 +85,6 @@ def run(
         batch_size=batch_size,
     )
     command = _command(vector, data, doses, plan, model)
-
-    import steerkit
-
     loaded, tokenizer = steerkit.load_model(model)
     with status("measuring") as step:
         evidence = gather(

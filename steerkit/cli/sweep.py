@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,9 +32,11 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
+    from steerkit.evaluate.fits import Fits
+    from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.sweeps import Point
     from steerkit.prompts.contrast_set import ContrastSet
-    from steerkit.recipe import Recipe
+    from steerkit.recipe import MethodPart, Recipe
 
 __all__ = ["run"]
 
@@ -98,7 +101,6 @@ def run(
     """
     import steerkit
     from steerkit.errors import SteerError
-    from steerkit.evaluate.fits import Fits
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
@@ -121,19 +123,7 @@ def run(
     setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
-    every = sorted({layer for one in listed for layer in one})
-    scope = chosen.apply.scope if part == chosen.method else None
-    fits = Fits(
-        setup,
-        train,
-        part.name,
-        every,
-        part.settings,
-        part.readout,
-        scope,
-        kinds=chosen.kinds(part),
-        progress=True,
-    )
+    fits = _fits(setup, train, chosen, part, listed)
     store = Store(folder / "rows.jsonl")
     with bar("measuring", 1 + len(listed) * len(doses)) as step:
         points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
@@ -161,6 +151,18 @@ def _both_signs(method: Any) -> list[float]:
     """The method's ladder, mirrored where it has a neutral strength of 0."""
     ladder = list(method.ladder)
     return [-dose for dose in reversed(ladder)] + ladder if method.neutral == 0 else ladder
+
+
+def _fits(
+    setup: Setup, train: ContrastSet, recipe: Recipe, part: MethodPart, listed: Sequence[tuple[int, ...]]
+) -> Fits:
+    """What fits the recipe's vector at any of the layers."""
+    from steerkit.evaluate.fits import Fits
+
+    every = sorted({layer for one in listed for layer in one})
+    scope = recipe.apply.scope if part == recipe.method else None
+    how = (part.name, every, part.settings, part.readout, scope)
+    return Fits(setup, train, *how, kinds=recipe.kinds(part), progress=True)
 
 
 def _show_files(target: Path, picture: Path | None) -> None:
