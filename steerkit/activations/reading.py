@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit._support.progress import bar
 from steerkit.activations.moments import NormMedian
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
@@ -172,7 +173,7 @@ def _with_progress(work: Sequence[Batch], progress: bool) -> Iterator[Batch]:
     if not progress:
         yield from work
         return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(work, description="reading", console=Console(stderr=True), transient=True)
+    with bar("reading", len(work)) as step:
+        for batch in work:
+            yield batch
+            step()

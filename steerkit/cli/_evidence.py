@@ -1,16 +1,15 @@
-"""What the commands that measure share: reading lists, finding the data of a vector, showing progress and figures."""
+"""What the commands that measure share: reading lists, finding the data of a vector, showing figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from steerkit.cli._shared import number, stderr, table
+from steerkit.cli._shared import number, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,9 +35,7 @@ __all__ = [
     "jsonable",
     "layers_text",
     "numbers",
-    "progress",
     "scorers_of",
-    "status",
 ]
 
 DEFAULT_SCORERS = ("preference_margin", "divergence", "repetition")
@@ -195,29 +192,6 @@ def data_of(vector: SteeringVector, file: Path | None) -> tuple[ContrastSet | No
         train = fitted if fitted.digest == vector.data_digest else None
         held_out = held_out if train is not None else None
     return train, held_out if file is None else ContrastSet.from_jsonl(file)
-
-
-@contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left on stderr while it is a terminal; gives what advances it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = stderr()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
-
-
-@contextmanager
-def status(first: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done, while it is a terminal."""
-    console = stderr()
-    if not console.is_terminal:
-        yield lambda note: None
-        return
-    with console.status(first) as line:
-        yield line.update
 
 
 def estimate(found: Any) -> str:

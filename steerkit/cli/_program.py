@@ -49,10 +49,10 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """Show the library's log meanwhile: warnings always, what takes its time to somebody who waits at a terminal."""
+    """Show the library's log meanwhile: warnings, and what takes its time."""
     logger, handler = logging.getLogger("steerkit"), _Notes()
     level = logger.level
-    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
         yield

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stderr, stdout, table
+from steerkit._support.progress import status
+from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stdout, table
 
 __all__ = ["run"]
 
@@ -22,25 +23,30 @@ class Precision(StrEnum):
     float16 = "float16"
 
 
+VectorOption = Annotated[
+    list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+]
+StrengthOption = Annotated[
+    list[float] | None,
+    typer.Option(help="One for each vector, in unit paper. (default: the file's suggested strength, else 1)"),
+]
+UntieOption = Annotated[
+    bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")
+]
+DtypeOption = Annotated[
+    Precision | None, typer.Option(help="Of the model and the checkpoint. (default: the model's own)")
+]
+DeviceMapOption = Annotated[str | None, typer.Option(help="Where the model is put, such as auto. (default: in memory)")]
+
+
 def run(
-    vector: Annotated[
-        list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
-    ],
+    vector: VectorOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
-    strength: Annotated[
-        list[float] | None,
-        typer.Option(help="One for each vector, in unit paper. (default: the file's suggested strength, else 1)"),
-    ] = None,
+    strength: StrengthOption = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
-    untie: Annotated[
-        bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")
-    ] = False,
-    dtype: Annotated[
-        Precision | None, typer.Option(help="Of the model and the checkpoint. (default: the model's own)")
-    ] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Where the model is put, such as auto. (default: in memory)")
-    ] = None,
+    untie: UntieOption = False,
+    dtype: DtypeOption = None,
+    device_map: DeviceMapOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands there.")] = False,
     model: Model = DEFAULT_MODEL,
     as_json: Json = False,
@@ -71,7 +77,7 @@ def run(
     from steerkit.export.baking import bake
 
     loaded, tokenizer = steerkit.load_model(model, dtype=dtype.value if dtype else None, device_map=device_map)
-    with stderr().status("writing the checkpoint, and comparing it with the hooks"):
+    with status("writing the checkpoint, and comparing it with the hooks"):
         baked = bake(loaded, tokenizer, vectors, out, untie=untie, force=force)
     facts = {
         "changed": len(baked.changed),

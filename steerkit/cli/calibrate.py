@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -22,7 +23,6 @@ from steerkit.cli._evidence import (
     layers_text,
     numbers,
     scorers_of,
-    status,
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
@@ -38,8 +38,23 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.calibration.result import Calibration
+    from steerkit.evaluate.setup import Setup
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.recipe import MethodPart, Recipe
 
 __all__ = ["run"]
+
+
+LayersOption = Annotated[
+    str | None,
+    typer.Option(help="8-14 is each block on its own, 12+14 both together. (default: the recipe's, eight others)"),
+]
+EffectOption = Annotated[str, typer.Option(help="The scorer that shows the effect; more is better.")]
+ScorerOption = Annotated[
+    list[str] | None, typer.Option(help="Shown beside, at the same strengths; chooses nothing. Repeatable.")
+]
+TrialsOption = Annotated[int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")]
+OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
 
 
 def run(
@@ -47,33 +62,22 @@ def run(
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="8-14 is each block on its own, 12+14 both together. (default: the recipe's, eight others)"),
-    ] = None,
+    layers: LayersOption = None,
     strengths: Annotated[list[str] | None, typer.Option(help="Such as 0.5,1,2. (default: the method's ladder)")] = None,
     method: Annotated[str | None, typer.Option(help="Another method than the recipe's.")] = None,
-    effect: Annotated[
-        str, typer.Option(help="The scorer that shows the effect; more is better.")
-    ] = "preference_margin",
-    scorer: Annotated[
-        list[str] | None, typer.Option(help="Shown beside, at the same strengths; chooses nothing. Repeatable.")
-    ] = None,
+    effect: EffectOption = "preference_margin",
+    scorer: ScorerOption = None,
     markers: Markers = None,
     behaviour: Behaviour = None,
     judge: Judge = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")
-    ] = None,
+    trials: TrialsOption = None,
     controls: Annotated[int, typer.Option(min=1, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
     neutral: Neutral = 64,
     seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
     model: RecipeModel = None,
     batch_size: BatchSize = 16,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")
-    ] = None,
+    out: OutOption = None,
     as_json: Json = False,
 ) -> None:
     """Find the layers and strength with the largest effect inside a budget, and confirm them on held-out items.
@@ -84,20 +88,15 @@ def run(
     """
     import steerkit
     from steerkit.evaluate.calibration.budget import Budget, Search
-    from steerkit.evaluate.calibration.search import calibrate
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
-    from steerkit.methods._registry import resolve
     from steerkit.recipe import find_recipe
 
     chosen = find_recipe(recipe)
     part = chosen.method_part(method)
     shown, *beside = scorers_of([effect, *(scorer or [])], markers, behaviour, judge)
-    ladder = numbers(strengths, "--strengths") or None
-    lowest = resolve(part.name).neutral
-    if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):
-        raise typer.BadParameter(f"--strengths: a ladder leads away from {lowest:g}; give strengths on one side of it")
+    ladder = _ladder(strengths, part.name)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
     target = out or Path(f"{chosen.name}.safetensors")
     check_writable(target)
@@ -107,43 +106,68 @@ def run(
     loaded, tokenizer = steerkit.load_model(name)
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
+    listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
+    search = Search(candidates=listed, strengths=ladder, controls=controls, trials=trials, seed=seed)
     rows = target.with_name(f"{target.stem}.rows.jsonl")
-    with status("fitting") as step:
-        found = calibrate(
-            setup,
-            train,
-            method=part.name,
-            settings=dict(part.settings),
-            readout=part.readout,
-            budget=budget,
-            search=Search(
-                candidates=parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name),
-                strengths=ladder,
-                controls=controls,
-                trials=trials,
-                seed=seed,
-            ),
-            effect=shown,
-            beside=beside,
-            store=Store(rows),
-            scope=chosen.apply.scope if part == chosen.method else None,
-            validation=chosen.validation(part.name),
-            kinds=chosen.kinds(part),
-            step=step,
-        )
-    if found.vector is not None:
-        vector = chosen.signed(found.vector, replace(part, layers=found.layers, sites=None))
-        replace(vector, suggested_strength=found.vector.suggested_strength, unit="paper").save(target)
+    options: dict[str, Any] = {"effect": shown, "beside": beside, "budget": budget, "search": search}
+    found = _calibrated(setup, train, chosen, part, store=Store(rows), **options)
+    _save(found, chosen, part, target)
     rows.unlink(missing_ok=True)
     if as_json:
         print_json(jsonable({"file": str(target) if found.vector is not None else None, **found.as_json()}))
     else:
         _show(found, target)
-        if found.works and found.strength is not None:
-            usage = usage_line(chosen.evaluate.questions[0], str(target), strength=found.strength, model=name)
-            typer.echo(f"use it:\n  {usage}")
+        _show_usage(found, target, chosen.evaluate.questions[0], name)
     if not found.works:
         raise typer.Exit(1)
+
+
+def _ladder(strengths: list[str] | None, method: str) -> list[float] | None:
+    """The strengths to try; None where the method's own are.
+
+    Raises:
+        BadParameter: they lie on both sides of the neutral strength.
+    """
+    from steerkit.methods._registry import resolve
+
+    ladder = numbers(strengths, "--strengths") or None
+    lowest = resolve(method).neutral
+    if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):
+        raise typer.BadParameter(f"--strengths: a ladder leads away from {lowest:g}; give strengths on one side of it")
+    return ladder
+
+
+def _calibrated(setup: Setup, train: ContrastSet, recipe: Recipe, part: MethodPart, **options: Any) -> Calibration:
+    """The search, with what the recipe says of the method."""
+    from steerkit.evaluate.calibration.search import calibrate
+
+    with status("fitting") as step:
+        return calibrate(
+            setup,
+            train,
+            method=part.name,
+            settings=dict(part.settings),
+            readout=part.readout,
+            scope=recipe.apply.scope if part == recipe.method else None,
+            validation=recipe.validation(part.name),
+            kinds=recipe.kinds(part),
+            step=step,
+            **options,
+        )
+
+
+def _save(found: Calibration, recipe: Recipe, part: MethodPart, target: Path) -> None:
+    """Write the vector, if one was found."""
+    if found.vector is None:
+        return
+    vector = recipe.signed(found.vector, replace(part, layers=found.layers, sites=None))
+    replace(vector, suggested_strength=found.vector.suggested_strength, unit="paper").save(target)
+
+
+def _show_usage(found: Calibration, target: Path, question: str, model: str) -> None:
+    if found.works and found.strength is not None:
+        usage = usage_line(question, str(target), strength=found.strength, model=model)
+        typer.echo(f"use it:\n  {usage}")
 
 
 def _show(found: Calibration, target: Path) -> None:

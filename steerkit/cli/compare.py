@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
+from steerkit.cli._compare_files import command_line, with_kept, write
 from steerkit.cli._evidence import (
     MaxKl,
     MaxPplRatio,
@@ -18,7 +18,6 @@ from steerkit.cli._evidence import (
     Neutral,
     check_items,
     jsonable,
-    status,
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
@@ -37,13 +36,20 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+BehaviourArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
+]
+MethodOption = Annotated[
+    list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
+]
+KeepOption = Annotated[
+    bool, typer.Option("--keep", help="Keep what the folder's table says of other methods, on the same items.")
+]
+
+
 def run(
-    behaviour: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
-    ] = "optimism",
-    method: Annotated[
-        list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
-    ] = None,
+    behaviour: BehaviourArgument = "optimism",
+    method: MethodOption = None,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
@@ -54,9 +60,7 @@ def run(
     model: RecipeModel = None,
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where table and report go.")] = Path("out/compare"),
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep what the folder's table says of other methods, on the same items.")
-    ] = False,
+    keep: KeepOption = False,
     as_json: Json = False,
 ) -> None:
     """Compare the methods on one behaviour: effect, controls, KL, perplexity ratio, repetition, time.
@@ -66,14 +70,11 @@ def run(
     <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
     """
     import steerkit
-    from steerkit._support.files import write_whole
     from steerkit.evaluate.calibration.budget import Budget
-    from steerkit.evaluate.compare_table import markdown
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
     from steerkit.methods._registry import method_names, resolve
     from steerkit.recipe import find_recipe
-    from steerkit.report.comparison import comparison_html
     from steerkit.report.plots.drawing import ready
 
     ready()
@@ -99,48 +100,18 @@ def run(
             for one, recipe in sources.items()
         ]
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
-    command = ["steerkit", "compare", behaviour, *(f"--method={one}" for one in method or ())]
-    command += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
-    command += [f"--{key}={value}" for key, value in {**numbered, "model": name}.items()]
-    content = _content(rows, default, name, setup, budget, shlex.join(command))
+    words = command_line(behaviour, method or [], budget, {**numbered, "model": name})
+    content = _content(rows, default, name, setup, budget, words)
     if keep:
-        rows = _with_kept(rows, target, content)
+        rows = with_kept(rows, target, content)
         content["rows"] = [jsonable(row.as_json()) for row in rows]
-    files = {
-        "json": json.dumps(content, indent=2) + "\n",
-        "md": markdown(rows),
-        "html": comparison_html(content),
-    }
-    for ending, text in files.items():
-        write_whole(target.with_suffix(f".{ending}"), text.encode())
+    write(rows, content, target)
     kept.unlink(missing_ok=True)
     if as_json:
         print_json(content)
         return
     _show(rows, default.behaviour)
     typer.echo(f"wrote {target}, .md and .html")
-
-
-def _with_kept(rows: list[Row], target: Path, content: dict[str, Any]) -> list[Row]:
-    """The rows, and those of other methods in a table that was measured alike, sorted by method.
-
-    Raises:
-        DataError: that table was measured on something else.
-    """
-    from steerkit.errors import DataError
-    from steerkit.evaluate.compare import Row
-
-    if not target.exists():
-        return rows
-    before = json.loads(target.read_text(encoding="utf-8"))
-    other = [name for name in ("model", "budget", "digests", "environment") if before.get(name) != content[name]]
-    if other:
-        raise DataError(
-            f"{target}: its {' and '.join(other)} are not those of now; measure all methods, without --keep"
-        )
-    own = {row.method for row in rows}
-    kept = [Row.from_json(row) for row in before["rows"] if row["method"] not in own]
-    return sorted([*rows, *kept], key=lambda row: row.method)
 
 
 def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:

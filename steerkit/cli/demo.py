@@ -1,97 +1,95 @@
-"""`steerkit demo`: the main job in one go. Fit, look at the answers, measure what changed."""
+"""`steerkit demo`: the main job in one go. Look at the answers, then measure what changed."""
 
 from __future__ import annotations
 
 import importlib.util
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from steerkit._support.progress import bar
+from steerkit._support.shipped import recipes, vectors
+from steerkit.cli import _demo_tables as tables
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import (
-    BatchSize,
-    Json,
-    RecipeModel,
-    print_json,
-    sites_table,
-    stderr,
-    stdout,
-    table,
-    usage_line,
-)
+from steerkit.cli._shared import BatchSize, Json, RecipeModel, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from steerkit.evaluate.by_prompt_kind import Kind
     from steerkit.evaluate.curve import Curve
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import Recipe
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
 CONTROLS = 5
-KIND = 60
 MAX_NEW_TOKENS = 40
+
+
+class Extent(NamedTuple):
+    """On how much a demo measures.
+
+    Attributes:
+        pairs: held-out pairs at most; None takes all.
+        kind: prompts answered of each of two kinds.
+        ends_only: random directions stand beside the lowest and the highest strength only.
+    """
+
+    pairs: int | None
+    kind: int
+    ends_only: bool
+
+
+BRIEF = Extent(pairs=20, kind=20, ends_only=True)
+FULL = Extent(pairs=None, kind=60, ends_only=False)
 
 
 def run(
     recipe: Annotated[str, typer.Option(help="A recipe's name, behaviour or file.")] = "optimism",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the vector and the picture go.")] = Path("out"),
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Fit the vector even if it is shipped; measure on everything that is held out."),
+    ] = False,
     model: RecipeModel = None,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
-    """Do the main job in one go: fit a recipe's vector, steer both ways, measure the effect, draw it.
+    """Do the main job in one go: take or fit a recipe's vector, steer both ways, measure the effect, draw it.
 
     Of a recipe of two kinds of prompts, answers of either kind are counted: how many refuse, how many stay as they
     were. Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and, of a curve, <out>/<recipe>.png.
     """
     import steerkit
-    from steerkit.evaluate.by_prompt_kind import by_kind
-    from steerkit.evaluate.curve import strength_response
-    from steerkit.evaluate.setup import Setup
     from steerkit.recipe import find_recipe
 
     chosen = find_recipe(recipe)
     target = out / f"{chosen.name}.safetensors"
-    _, held_out = chosen.split()
+    train, held_out = chosen.split()
     check_writable(target)
     name = model or chosen.model.name
+    shipped = None if full else _shipped(chosen, name, train)
     loaded, tokenizer = steerkit.load_model(name)
-    vector = chosen.extract(loaded, tokenizer, batch_size=batch_size, progress=stderr().is_terminal)
+    vector = shipped or chosen.extract(loaded, tokenizer, batch_size=batch_size, progress=True)
     vector.save(target)
-
-    questions, strengths = chosen.evaluate.questions, chosen.evaluate.strengths
-    sorts = chosen.data.positive is not None
-    doses = (0.0, chosen.apply.strength) if sorts else (-chosen.apply.strength, 0.0, chosen.apply.strength)
-    answers: dict[float, list[str]] = {}
-    curve: Curve | None = None
-    kinds: Sequence[Kind] = ()
-    with _progress(len(doses) + (2 if sorts else len(strengths) * (1 + CONTROLS))) as step:
-        for dose in doses:
-            answers[dose] = steerkit.generate(
-                loaded, tokenizer, questions, vector=vector, strength=dose, max_new_tokens=MAX_NEW_TOKENS
-            )
-            step()
-        setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size)
-        if sorts:
-            setup = replace(setup, texts=KIND, max_new_tokens=MAX_NEW_TOKENS)
-            kinds = by_kind(setup, vector, chosen.apply.strength, step=step)
-        else:
-            curve = strength_response(setup, vector, strengths, controls=CONTROLS, step=step)
-    card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, questions)
+    answers = _answers(loaded, tokenizer, chosen, vector)
+    if not as_json:
+        tables.show_answers(chosen, name, vector, answers, is_shipped=shipped is not None)
+    curve, kinds = _measure(loaded, tokenizer, held_out, chosen, vector, FULL if full else BRIEF, batch_size)
+    card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, chosen.evaluate.questions)
     picture = None if curve is None else _draw(curve, target.with_suffix(".png"), chosen, vector)
-    found = _Findings(chosen, name, target, vector, answers, curve, kinds, card, picture)
     if as_json:
+        found = _Findings(chosen, name, target, vector, shipped is not None, answers, curve, kinds, card, picture)
         print_json(found.as_json())
+        return
+    if curve is None:
+        tables.show_kinds(kinds, chosen)
     else:
-        _show(found)
+        tables.show_curve(curve, len(held_out))
+    tables.show_files(chosen, name, target, max(answers), picture, is_drawn=curve is not None, is_full=full)
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,7 @@ class _Findings:
     model: str
     file: Path
     vector: SteeringVector
+    is_shipped: bool
     answers: Mapping[float, Sequence[str]]
     curve: Curve | None
     kinds: Sequence[Kind]
@@ -113,7 +112,7 @@ class _Findings:
         return {
             "recipe": self.recipe.name,
             "model": self.model,
-            "vector": {"file": str(self.file), **self.vector.describe()},
+            "vector": {"file": str(self.file), "shipped": self.is_shipped, **self.vector.describe()},
             "answers": [
                 {"prompt": question, "strength": strength, "text": texts[number]}
                 for number, question in enumerate(self.recipe.evaluate.questions)
@@ -136,15 +135,69 @@ class _Findings:
         }
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr while it is a terminal; gives what advances it."""
-    from rich.progress import Progress
+def _shipped(recipe: Recipe, model: str, train: ContrastSet) -> SteeringVector | None:
+    """The shipped vector of a shipped recipe, if it was fitted on this model and on the recipe's items of today."""
+    from steerkit.vector.steering_vector import SteeringVector
 
-    console = stderr()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("answering and measuring", total=total)
-        yield lambda: bar.advance(task)
+    file = vectors().get(f"{model}/{recipe.name}")
+    if file is None or recipe.source != recipes().get(recipe.name):
+        return None
+    vector = SteeringVector.load(file)
+    return vector if vector.data_digest == train.digest else None
+
+
+def _answers(model: Any, tokenizer: Any, recipe: Recipe, vector: SteeringVector) -> dict[float, list[str]]:
+    """The recipe's questions answered at strength 0, at the suggested one and, if it has two ways, at minus it."""
+    import steerkit
+
+    strength = recipe.apply.strength
+    doses = (0.0, strength) if recipe.data.positive is not None else (-strength, 0.0, strength)
+    answers = {}
+    with bar("answering", len(doses)) as step:
+        for dose in doses:
+            answers[dose] = steerkit.generate(
+                model, tokenizer, recipe.evaluate.questions, vector=vector, strength=dose, max_new_tokens=MAX_NEW_TOKENS
+            )
+            step()
+    return answers
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    held_out: ContrastSet,
+    recipe: Recipe,
+    vector: SteeringVector,
+    extent: Extent,
+    batch_size: int,
+) -> tuple[Curve | None, Sequence[Kind]]:
+    """The curve over strengths or, of a recipe of two kinds of prompts, what each kind got."""
+    from steerkit.evaluate.by_prompt_kind import by_kind
+    from steerkit.evaluate.curve import strength_response
+    from steerkit.evaluate.setup import Setup
+
+    setup = Setup(model, tokenizer, held_out, batch_size=batch_size)
+    if recipe.data.positive is not None:
+        setup = replace(setup, texts=extent.kind, max_new_tokens=MAX_NEW_TOKENS)
+        with bar("measuring", 2) as step:
+            return None, by_kind(setup, vector, recipe.apply.strength, step=step)
+    strengths = recipe.evaluate.strengths
+    beside = tuple(dict.fromkeys((strengths[0], strengths[-1]))) if extent.ends_only else strengths
+    setup = replace(setup, data=_evenly(held_out, extent.pairs))
+    with bar("measuring", len(strengths) + CONTROLS * len(beside)) as step:
+        curve = strength_response(setup, vector, strengths, controls=CONTROLS, control_strengths=beside, step=step)
+    return curve, ()
+
+
+def _evenly(data: ContrastSet, pairs: int | None) -> ContrastSet:
+    """At most so many of the pairs, evenly over all of them."""
+    from steerkit.prompts.rendering import spread
+
+    if pairs is None or not data.paired:
+        return data
+    kept = spread(list(zip(data.positive, data.negative, strict=True)), pairs)
+    positive, negative = zip(*kept, strict=True)
+    return replace(data, positive=positive, negative=negative, marks=(), origins=((), ()))
 
 
 def _write_card(
@@ -173,68 +226,3 @@ def _draw(curve: Curve, path: Path, recipe: Recipe, vector: SteeringVector) -> P
     from steerkit.report.plots.curves import plot_curve
 
     return plot_curve(curve, path, title=recipe.title or recipe.name, unit=vector.unit)
-
-
-def _show(found: _Findings) -> None:
-    console, recipe = stdout(), found.recipe
-    typer.echo(f"{recipe.name} on {found.model}: {recipe.title or recipe.behaviour}")
-    typer.echo(f"wrote {found.file} and {found.card.name}")
-    console.print(sites_table(found.vector.describe()))
-    for number, question in enumerate(recipe.evaluate.questions):
-        _show_answers(console, question, {dose: texts[number] for dose, texts in found.answers.items()})
-    if found.curve is None:
-        _show_kinds(console, found.kinds, recipe)
-    else:
-        _show_curve(console, found.curve)
-    if found.curve is not None and found.picture is None:
-        typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
-    elif found.picture is not None:
-        typer.echo(f"picture: {found.picture}")
-    typer.echo("try next:")
-    typer.echo(
-        f"  {usage_line(recipe.evaluate.questions[0], str(found.file), strength=max(found.answers), model=found.model)}"
-    )
-    typer.echo(f"  steerkit inspect {shlex.quote(str(found.file))}")
-    typer.echo("  steerkit recipes")
-
-
-def _show_answers(console: Console, question: str, answers: Mapping[float, str]) -> None:
-    """The answers to one question, a column for each strength."""
-    from rich.table import Table
-
-    shown = Table(expand=True, title=question, title_justify="left", title_style="bold")
-    for dose in answers:
-        shown.add_column(f"strength {_signed(dose)}", ratio=1)
-    shown.add_row(*(" ".join(text.split()) for text in answers.values()))
-    console.print(shown)
-
-
-def _show_curve(console: Console, curve: Curve) -> None:
-    """The margins as a table, and what they say in one line."""
-    columns = ("strength", "margin", "95 % interval", f"{CONTROLS} random directions")
-    shown = table(*columns, right=columns, title=f"Preference margin, {curve.items} held-out items, nats per token")
-    for row in curve.as_rows():
-        interval, randoms = (row["low"], row["high"]), (min(row["random"]), max(row["random"]))
-        spans = [f"{low:+.2f} .. {high:+.2f}" for low, high in (interval, randoms)]
-        shown.add_row(_signed(row["strength"]), f"{row['effect']:+.3f}", *spans)
-    console.print(shown)
-    rises, clear = ("yes" if found else "no" for found in (curve.rises, curve.clear_of_controls))
-    typer.echo(f"rises over the whole range: {rises}; outer intervals clear of random directions: {clear}")
-
-
-def _show_kinds(console: Console, kinds: Sequence[Kind], recipe: Recipe) -> None:
-    """What each kind of prompts got, as a table."""
-    columns = ("prompts", "", "refused before", "refused", "unchanged")
-    shown = table(*columns, right=columns[1:], title=f"Answers at strength {kinds[0].strength:g}, percent")
-    names = {"positive": recipe.data.positive or "", "negative": recipe.data.negative or f"not {recipe.data.positive}"}
-    for kind in kinds:
-        shares = [
-            f"{100 * share.mean:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
-            for share in (kind.before, kind.refused, kind.unchanged)
-        ]
-        shown.add_row(names[kind.side], str(kind.items), *shares)
-    console.print(shown)
-
-
-def _signed(strength: float) -> str:
-    return f"{strength:+g}" if strength else "0"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steerkit.cli._evidence import progress
+from steerkit._support.progress import bar
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
     Json,
@@ -39,7 +39,7 @@ def run(
     from steerkit.checks.doctor.checks import CHECKS, doctor
 
     loaded, tokenizer = steerkit.load_model(model)
-    with progress("checking", len(CHECKS)) as step:
+    with bar("checking", len(CHECKS)) as step:
         findings = doctor(loaded, tokenizer, compiled=compiled, step=step)
     if as_json:
         print_json([finding._asdict() for finding in findings])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -17,7 +18,6 @@ from steerkit.cli._evidence import (
     jsonable,
     numbers,
     scorers_of,
-    status,
 )
 from steerkit.cli._files import read_prompts
 from steerkit.cli._shared import (
@@ -42,22 +42,28 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+DataOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="What texts are generated from. (default: the data's prompts)")
+]
+StrengthOption = Annotated[
+    list[str] | None, typer.Option(help="Repeatable, or 0.5,1,2. (default: the file's suggested strength)")
+]
+ScorerOption = Annotated[
+    list[str] | None, typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)")
+]
+
+
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What texts are generated from. (default: the data's prompts)")
-    ] = None,
-    strength: Annotated[
-        list[str] | None, typer.Option(help="Repeatable, or 0.5,1,2. (default: the file's suggested strength)")
-    ] = None,
+    data: DataOption = None,
+    prompts: PromptsOption = None,
+    strength: StrengthOption = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
     scope: Annotated[str | None, typer.Option(help="Tokens written. (default: the file's)")] = None,
-    scorer: Annotated[
-        list[str] | None, typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)")
-    ] = None,
+    scorer: ScorerOption = None,
     markers: Markers = None,
     behaviour: Behaviour = None,
     judge: Judge = None,

@@ -11,8 +11,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, Json, comparison, print_json, stderr, stdout, table
+from steerkit.cli._shared import DEFAULT_MODEL, Json, comparison, print_json, stdout, table
 
 __all__ = ["run"]
 
@@ -137,7 +138,7 @@ def _peft(asked: _Asked) -> _Written:
     from steerkit.export.peft import write_adapter
 
     loaded, tokenizer = steerkit.load_model(model)
-    with stderr().status("writing the adapter, and comparing it with the hooks"):
+    with status("writing the adapter, and comparing it with the hooks"):
         adapter = write_adapter(loaded, tokenizer, vectors, target, force=asked.force)
     facts = {
         "rank": adapter.rank,

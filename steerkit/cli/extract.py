@@ -18,7 +18,6 @@ from steerkit.cli._shared import (
     RecipeModel,
     print_json,
     sites_table,
-    stderr,
     stdout,
     usage_line,
 )
@@ -33,30 +32,33 @@ __all__ = ["run"]
 QUESTION = "How was your day?"
 
 
+MethodOption = Annotated[str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's, else caa)")]
+LayersOption = Annotated[
+    str | None, typer.Option(help="Blocks counted from 0, such as 11,13 or 10-14 (both ends included).")
+]
+ReadoutOption = Annotated[
+    str | None,
+    typer.Option(help="Tokens read: last, mean, response_mean, answer_mean, an index. (default: the method's)"),
+]
+HeldOutOption = Annotated[
+    float | None, typer.Option(metavar="FRACTION", help="Share of the items to measure the separation on.")
+]
+OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
+
+
 def run(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
     positive: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that show the behaviour.")] = None,
     negative: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that do not.")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of pairs.")] = None,
     model: RecipeModel = None,
-    method: Annotated[
-        str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's, else caa)")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Blocks counted from 0, such as 11,13 or 10-14 (both ends included).")
-    ] = None,
-    readout: Annotated[
-        str | None,
-        typer.Option(help="Tokens read: last, mean, response_mean, answer_mean, an index. (default: the method's)"),
-    ] = None,
+    method: MethodOption = None,
+    layers: LayersOption = None,
+    readout: ReadoutOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
-    held_out: Annotated[
-        float | None, typer.Option(metavar="FRACTION", help="Share of the items to measure the separation on.")
-    ] = None,
+    held_out: HeldOutOption = None,
     batch_size: BatchSize = 16,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")
-    ] = None,
+    out: OutOption = None,
     as_json: Json = False,
 ) -> None:
     """Fit a steering vector from a recipe, or from your own prompts, and write its file.
@@ -92,7 +94,7 @@ def run(
         fit = partial(steerkit.fit, data=train, method=method or "caa", readout=_readout(readout), held_out=rest)
     check_writable(target)
     loaded, tokenizer = steerkit.load_model(model)
-    vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=stderr().is_terminal)
+    vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=True)
     vector.save(target)
     if as_json:
         print_json({"file": str(target), **vector.describe()})

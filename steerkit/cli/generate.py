@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._files import read_prompts
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
@@ -17,7 +18,6 @@ from steerkit.cli._shared import (
     Model,
     Unit,
     print_json,
-    stderr,
     stdout,
 )
 
@@ -82,7 +82,7 @@ def run(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "raw": raw}
     if sample:
         options["do_sample"] = True
-    with stderr().status("answering"):
+    with status("answering"):
         texts = steerkit.generate(loaded, tokenizer, asked, vector=vectors or None, **options)
         plain = steerkit.generate(loaded, tokenizer, asked, **options) if baseline else None
     if as_json:

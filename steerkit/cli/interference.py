@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
@@ -16,7 +17,6 @@ from steerkit.cli._shared import (
     Model,
     number,
     print_json,
-    stderr,
     stdout,
     table,
 )
@@ -33,25 +33,32 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+VectorOption = Annotated[
+    list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; two or more.")
+]
+StrengthOption = Annotated[
+    list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")
+]
+DataOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="JSONL of held-out pairs, one for each vector. (default: its recipe's)"),
+]
+OrthogonaliseOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Measure the vectors made orthogonal too, and write them there."),
+]
+SymmetricOption = Annotated[
+    bool, typer.Option("--symmetric", help="Bend all vectors alike, not each against those before it.")
+]
+
+
 def run(
-    vector: Annotated[
-        list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; two or more.")
-    ],
-    strength: Annotated[
-        list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="JSONL of held-out pairs, one for each vector. (default: its recipe's)"),
-    ] = None,
+    vector: VectorOption,
+    strength: StrengthOption = None,
+    data: DataOption = None,
     model: Model = DEFAULT_MODEL,
-    orthogonalise: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Measure the vectors made orthogonal too, and write them there."),
-    ] = None,
-    symmetric: Annotated[
-        bool, typer.Option("--symmetric", help="Bend all vectors alike, not each against those before it.")
-    ] = False,
+    orthogonalise: OrthogonaliseOption = None,
+    symmetric: SymmetricOption = False,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -86,7 +93,7 @@ def run(
     from steerkit.evaluate.together import interference
 
     steered, tokenizer = steerkit.load_model(model)
-    with stderr().status("measuring"):
+    with status("measuring"):
         found = interference(
             Setup(steered, tokenizer, batch_size=batch_size),
             loaded,

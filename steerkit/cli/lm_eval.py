@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
     BatchSize,
@@ -16,7 +17,6 @@ from steerkit.cli._shared import (
     Unit,
     number,
     print_json,
-    stderr,
     stdout,
     table,
 )
@@ -24,25 +24,28 @@ from steerkit.cli._shared import (
 __all__ = ["run"]
 
 
+TasksOption = Annotated[
+    list[str], typer.Option("--tasks", metavar="NAME", help="Tasks; repeat, or separate them by commas.")
+]
+IncludePathOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Task files of your own; they may run code.")
+]
+VectorOption = Annotated[str | None, typer.Option(metavar="FILE", help="A vector file, or a shipped vector's name.")]
+LimitOption = Annotated[
+    float | None, typer.Option(metavar="N", help="Items of each task at most; below 1 a share of them.")
+]
+NumFewshotOption = Annotated[int | None, typer.Option(min=0, help="Examples before each item. (default: the task's)")]
+
+
 def run(
-    tasks: Annotated[
-        list[str], typer.Option("--tasks", metavar="NAME", help="Tasks; repeat, or separate them by commas.")
-    ],
-    include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Task files of your own; they may run code.")
-    ] = None,
-    vector: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A vector file, or a shipped vector's name.")
-    ] = None,
+    tasks: TasksOption,
+    include_path: IncludePathOption = None,
+    vector: VectorOption = None,
     strength: Annotated[float | None, typer.Option(help="(default: the file's suggested strength)")] = None,
     unit: Annotated[Unit | None, typer.Option(help="What the strength counts in. (default: the file's)")] = None,
     scope: Annotated[str | None, typer.Option(help="Has to be all, here or in the file.")] = None,
-    limit: Annotated[
-        float | None, typer.Option(metavar="N", help="Items of each task at most; below 1 a share of them.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each item. (default: the task's)")
-    ] = None,
+    limit: LimitOption = None,
+    num_fewshot: NumFewshotOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
     baseline: Annotated[bool, typer.Option("--baseline", help="Run the unsteered model too.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes few-shot examples and sampling.")] = 0,
@@ -71,7 +74,7 @@ def run(
     import steerkit
 
     loaded, tokenizer = steerkit.load_model(model)
-    with stderr().status("evaluating"):
+    with status("evaluating"):
         report = evaluate_tasks(
             loaded,
             tokenizer,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition, progress, status
+from steerkit._support.progress import bar, status
+from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
@@ -22,6 +24,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
+    from steerkit.persona.choice import Choice
     from steerkit.persona.extraction import Extraction
     from steerkit.persona.traits import TraitSpec
     from steerkit.persona.writers import Writer
@@ -81,36 +84,41 @@ def draft(
         raise typer.Exit(1)
 
 
+SamplesOption = Annotated[
+    int, typer.Option(min=1, help="Answers to each question under each system prompt; one is greedy.")
+]
+HeldOutUnderOption = Annotated[
+    int, typer.Option(min=1, help="Instructions that each held-out question is asked under.")
+]
+LayersOption = Annotated[str | None, typer.Option(help="Blocks to choose from, such as 8-14. (default: eight of them)")]
+NoThinkingOption = Annotated[
+    bool, typer.Option("--no-thinking", help="Tell the chat template not to think first, where it can.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where everything goes. (default: <trait>-persona)")
+]
+
+
 @app.command("extract")
 def extract(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="A .toml or .json file, or a shipped trait's name.")],
     model: Model = DEFAULT_MODEL,
     judge: Judge = None,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Answers to each question under each system prompt; one is greedy.")
-    ] = 1,
+    samples: SamplesOption = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 56,
-    held_out_under: Annotated[
-        int, typer.Option(min=1, help="Instructions that each held-out question is asked under.")
-    ] = 4,
+    held_out_under: HeldOutUnderOption = 4,
     readout: Annotated[str, typer.Option(help="response_mean, prompt_mean or prompt_last.")] = "response_mean",
-    layers: Annotated[
-        str | None, typer.Option(help="Blocks to choose from, such as 8-14. (default: eight of them)")
-    ] = None,
+    layers: LayersOption = None,
     threshold: Annotated[float, typer.Option(help="Points of 100 the trait needs, with a judge.")] = 50.0,
     coherence: Annotated[float, typer.Option(help="Points of 100 both answers need, with a judge.")] = 50.0,
     margin: Annotated[float, typer.Option(help="Nats per token both margins need, without a judge.")] = 0.0,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
-    no_thinking: Annotated[
-        bool, typer.Option("--no-thinking", help="Tell the chat template not to think first, where it can.")
-    ] = False,
+    no_thinking: NoThinkingOption = False,
     seed: Annotated[int, typer.Option(min=0, help="Fixes samples, splits and controls.")] = 0,
     batch_size: BatchSize = 16,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where everything goes. (default: <trait>-persona)")
-    ] = None,
+    out: OutOption = None,
     as_json: Json = False,
 ) -> None:
     """Make a persona vector: rollouts, filter, layer choice, vector and card, in one folder.
@@ -123,8 +131,6 @@ def extract(
     from steerkit import persona
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.judges.judging import judge_of
-    from steerkit.network.decoder import find_decoder
-    from steerkit.network.sites import parse_layers
     from steerkit.persona.filtering import Rules
     from steerkit.persona.rollout_plan import RolloutPlan
     from steerkit.persona.traits import TraitSpec, slug
@@ -132,22 +138,15 @@ def extract(
     chosen = TraitSpec.load(spec)
     chosen.check_filled(spec)
     choice = persona.Choice(readout=readout, budget=Budget(max_kl, max_ppl_ratio, max_repetition))
-    plan = RolloutPlan(
-        samples=samples,
-        held_out_instructions=held_out_under,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        chat_template_kwargs={"enable_thinking": False} if no_thinking else None,
-    )
+    thinking = {"enable_thinking": False} if no_thinking else None
+    lengths = {"samples": samples, "held_out_instructions": held_out_under, "max_new_tokens": max_new_tokens}
+    plan = RolloutPlan(**lengths, seed=seed, chat_template_kwargs=thinking)
     rules = Rules(trait=threshold, coherence=coherence, margin=margin)
     folder = out or Path(f"{slug(chosen.trait)}-persona")
     check_writable(folder / "rollouts.jsonl")
     rating = None if judge is None else judge_of(judge)
     loaded, tokenizer = steerkit.load_model(model)
-    if layers is not None:
-        from dataclasses import replace
-
-        choice = replace(choice, layers=tuple(parse_layers(layers, find_decoder(loaded).num_layers)))
+    choice = _at_layers(choice, layers, loaded)
     found = persona.extract(
         loaded,
         tokenizer,
@@ -158,13 +157,23 @@ def extract(
         rules=rules,
         choice=choice,
         batch_size=batch_size,
-        bar=progress,
+        bar=bar,
         line=status,
     )
     if as_json:
         print_json(found.as_json())
-    else:
-        _show(found, chosen, model)
+        return
+    _show(found, chosen, model)
+
+
+def _at_layers(choice: Choice, layers: str | None, model: Any) -> Choice:
+    """The choice among these layers only, if any are given."""
+    from steerkit.network.decoder import find_decoder
+    from steerkit.network.sites import parse_layers
+
+    if layers is None:
+        return choice
+    return replace(choice, layers=tuple(parse_layers(layers, find_decoder(model).num_layers)))
 
 
 def _writer(endpoint: str | None, model: str | None) -> Writer | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
     BatchSize,
@@ -15,7 +16,6 @@ from steerkit.cli._shared import (
     Model,
     Unit,
     print_json,
-    stderr,
     stdout,
     table,
 )
@@ -65,7 +65,7 @@ def run(
     from steerkit.checks.planning import plan
 
     loaded, tokenizer = steerkit.load_model(model)
-    with stderr().status("planning"):
+    with status("planning"):
         found = plan(
             loaded,
             vectors,

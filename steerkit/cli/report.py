@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit.cli._evidence import data_of, numbers, status
+from steerkit._support.progress import status
+from steerkit.cli._evidence import data_of, numbers
 from steerkit.cli._files import check_writable
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
@@ -21,6 +22,7 @@ from steerkit.cli._shared import (
 if TYPE_CHECKING:
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.report.evidence import Evidence
+    from steerkit.report.evidence_parts import EvidencePlan
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
@@ -28,14 +30,18 @@ __all__ = ["run"]
 QUESTIONS = 3
 
 
+DataOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
+]
+StrengthOption = Annotated[
+    list[str] | None, typer.Option(help="Repeatable, or -1,0,1. (default: the recipe's, and the suggested one)")
+]
+
+
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
-    ] = None,
-    strength: Annotated[
-        list[str] | None, typer.Option(help="Repeatable, or -1,0,1. (default: the recipe's, and the suggested one)")
-    ] = None,
+    data: DataOption = None,
+    strength: StrengthOption = None,
     controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered for repetition and length.")] = 6,
     neutral: Annotated[int, typer.Option(min=2, help="Neutral texts read for KL and perplexity.")] = 12,
@@ -51,12 +57,11 @@ def run(
     The page holds everything in itself and works without JavaScript. What needs the training items is left out, with
     the reason, where the recipe of the vector is not known.
     """
-    from steerkit._support.files import write_whole
+    import steerkit
     from steerkit._support.shipped import vector_path
-    from steerkit.errors import DataError, SteerError
+    from steerkit.errors import DataError
     from steerkit.report.evidence_parts import EvidencePlan
     from steerkit.report.gather import gather
-    from steerkit.report.html import report_html
     from steerkit.report.plots.drawing import ready
     from steerkit.vector.steering_vector import SteeringVector
 
@@ -79,12 +84,7 @@ def run(
         seed=seed,
         batch_size=batch_size,
     )
-    options: dict[str, Any] = {"controls": controls, "texts": texts, "neutral": neutral}
-    options |= {"max-new-tokens": max_new_tokens, "seed": seed, "model": model, "batch-size": batch_size}
-    command = _command(vector, data, doses, options)
-
-    import steerkit
-
+    command = _command(vector, data, doses, plan, model)
     loaded, tokenizer = steerkit.load_model(model)
     with status("measuring") as step:
         evidence = gather(
@@ -98,10 +98,7 @@ def run(
             command=command,
             step=step,
         )
-    try:
-        write_whole(out, report_html(evidence).encode())
-    except OSError as error:
-        raise SteerError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+    _write(evidence, out)
     if as_json:
         print_json({"report": str(out), **evidence.as_json()})
         return
@@ -120,8 +117,26 @@ def _questions(held_out: ContrastSet) -> list[str]:
     return list(dict.fromkeys(prompts))[:QUESTIONS]
 
 
-def _command(vector: str, data: Path | None, doses: list[float], options: dict[str, Any]) -> str:
+def _write(evidence: Evidence, out: Path) -> None:
+    """Write the page.
+
+    Raises:
+        SteerError: it cannot be written.
+    """
+    from steerkit._support.files import write_whole
+    from steerkit.errors import SteerError
+    from steerkit.report.html import report_html
+
+    try:
+        write_whole(out, report_html(evidence).encode())
+    except OSError as error:
+        raise SteerError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def _command(vector: str, data: Path | None, doses: list[float], plan: EvidencePlan, model: str) -> str:
     """The command line that gives the same page, with every option that changes it."""
+    options: dict[str, Any] = {"controls": plan.controls, "texts": plan.texts, "neutral": plan.neutral}
+    options |= {"max-new-tokens": plan.new_tokens, "seed": plan.seed, "model": model, "batch-size": plan.batch_size}
     words = ["steerkit", "report", "--vector", vector]
     if data is not None:
         words += ["--data", str(data)]

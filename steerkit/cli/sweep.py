@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import bar
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -16,7 +18,6 @@ from steerkit.cli._evidence import (
     jsonable,
     layers_text,
     numbers,
-    progress,
     scorers_of,
 )
 from steerkit.cli._files import check_writable
@@ -26,13 +27,16 @@ from steerkit.cli._shared import (
     RecipeModel,
     number,
     print_json,
-    stderr,
     stdout,
     table,
 )
 
 if TYPE_CHECKING:
+    from steerkit.evaluate.fits import Fits
+    from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.sweeps import Point
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.recipe import MethodPart, Recipe
 
 __all__ = ["run"]
 
@@ -51,26 +55,33 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+LayersOption = Annotated[
+    str | None,
+    typer.Option(help="8-14 is each block on its own, 12+14 both together. (default: the recipe's, eight others)"),
+]
+StrengthsOption = Annotated[
+    list[str] | None, typer.Option(help="Such as 0.5,1,2. (default: the method's ladder, both signs)")
+]
+ScorerOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)"),
+]
+OnOption = Annotated[
+    Items, typer.Option(help="Measure on a quarter of the training items, left out of the fit, or on the held-out.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<recipe>)")
+]
+
+
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
-    layers: Annotated[
-        str | None,
-        typer.Option(help="8-14 is each block on its own, 12+14 both together. (default: the recipe's, eight others)"),
-    ] = None,
-    strengths: Annotated[
-        list[str] | None, typer.Option(help="Such as 0.5,1,2. (default: the method's ladder, both signs)")
-    ] = None,
+    layers: LayersOption = None,
+    strengths: StrengthsOption = None,
     method: Annotated[str | None, typer.Option(help="Another method than the recipe's.")] = None,
-    scorer: Annotated[
-        list[str] | None,
-        typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)"),
-    ] = None,
-    on: Annotated[
-        Items, typer.Option(help="Measure on a quarter of the training items, left out of the fit, or on the held-out.")
-    ] = Items.validation,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<recipe>)")
-    ] = None,
+    scorer: ScorerOption = None,
+    on: OnOption = Items.validation,
+    out: OutOption = None,
     form: Annotated[Format, typer.Option("--format", help="Of the table.")] = Format.jsonl,
     markers: Markers = None,
     behaviour: Behaviour = None,
@@ -89,7 +100,7 @@ def run(
     counts only if nothing was chosen on them.
     """
     import steerkit
-    from steerkit.evaluate.fits import Fits
+    from steerkit.errors import SteerError
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
@@ -105,59 +116,59 @@ def run(
     folder = out or Path("out") / f"sweep-{chosen.name}"
     target = folder / f"table.{form.value}"
     check_writable(target)
-    train, measured = chosen.split(part.name)
-    if on is Items.validation:
-        validation = chosen.validation(part.name)
-        if validation is None:
-            train, validation = train.split(held_out=0.25, seed=chosen.data.seed)
-        measured = validation
-    name = model or chosen.model.name
-    loaded, tokenizer = steerkit.load_model(name)
-    setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts)
-    setup = setup.with_neutral(neutral)
+    if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
+        raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
+    train, measured = _items(chosen, part.name, on)
+    loaded, tokenizer = steerkit.load_model(model or chosen.model.name)
+    setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
-    every = sorted({layer for one in listed for layer in one})
-    scope = chosen.apply.scope if part == chosen.method else None
-    fits = Fits(
-        setup,
-        train,
-        part.name,
-        every,
-        part.settings,
-        part.readout,
-        scope,
-        kinds=chosen.kinds(part),
-        progress=stderr().is_terminal,
-    )
+    fits = _fits(setup, train, chosen, part, listed)
     store = Store(folder / "rows.jsonl")
-    with progress("measuring", 1 + len(listed) * len(doses)) as step:
+    with bar("measuring", 1 + len(listed) * len(doses)) as step:
         points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
     save_table(points, target)
     effect = next(iter(scorers[0].columns))
     picture = _draw(points, effect, folder / "sweep.png")
     if as_json:
-        print_json(
-            jsonable(
-                {
-                    "table": str(target),
-                    "picture": None if picture is None else str(picture),
-                    "effect": effect,
-                    "points": [point.as_row() for point in points],
-                }
-            )
-        )
+        files = {"table": str(target), "picture": None if picture is None else str(picture)}
+        print_json(jsonable({**files, "effect": effect, "points": [point.as_row() for point in points]}))
         return
     _show(points, effect, [next(iter(scorer.columns)) for scorer in scorers])
-    typer.echo(f"wrote {target}" + (f" and {picture.name}" if picture else ""))
-    if picture is None:
-        typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
+    _show_files(target, picture)
+
+
+def _items(recipe: Recipe, method: str, on: Items) -> tuple[ContrastSet, ContrastSet]:
+    """The items to fit on and those to measure on."""
+    train, held_out = recipe.split(method)
+    if on is Items.held_out:
+        return train, held_out
+    validation = recipe.validation(method)
+    return train.split(held_out=0.25, seed=recipe.data.seed) if validation is None else (train, validation)
 
 
 def _both_signs(method: Any) -> list[float]:
     """The method's ladder, mirrored where it has a neutral strength of 0."""
     ladder = list(method.ladder)
     return [-dose for dose in reversed(ladder)] + ladder if method.neutral == 0 else ladder
+
+
+def _fits(
+    setup: Setup, train: ContrastSet, recipe: Recipe, part: MethodPart, listed: Sequence[tuple[int, ...]]
+) -> Fits:
+    """What fits the recipe's vector at any of the layers."""
+    from steerkit.evaluate.fits import Fits
+
+    every = sorted({layer for one in listed for layer in one})
+    scope = recipe.apply.scope if part == recipe.method else None
+    how = (part.name, every, part.settings, part.readout, scope)
+    return Fits(setup, train, *how, kinds=recipe.kinds(part), progress=True)
+
+
+def _show_files(target: Path, picture: Path | None) -> None:
+    typer.echo(f"wrote {target}" + (f" and {picture.name}" if picture else ""))
+    if picture is None:
+        typer.echo("no picture: matplotlib is missing; pip install 'steerkit-hf[plots]'")
 
 
 def _draw(points: list[Point], effect: str, path: Path) -> Path | None:

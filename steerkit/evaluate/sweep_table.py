@@ -24,7 +24,7 @@ def save_table(points: Sequence[Point], path: Path) -> Path:
         The path.
 
     Raises:
-        SteerError: another ending, or it cannot be written.
+        SteerError: another ending, pyarrow is missing, or it cannot be written.
     """
     rows = [
         {
@@ -40,7 +40,10 @@ def save_table(points: Sequence[Point], path: Path) -> Path:
     if path.suffix == ".parquet":
         import io
 
-        from pyarrow import Table, parquet
+        try:
+            from pyarrow import Table, parquet
+        except ImportError:
+            raise SteerError(f"{path}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'") from None
 
         names = list(dict.fromkeys(name for row in rows for name in row))
         buffer = io.BytesIO()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from steerkit._support.progress import bar
 from steerkit.errors import FitError
 
 __all__ = ["frozen", "minimise"]
@@ -54,7 +55,8 @@ def minimise(
     history: list[float] = []
     best, kept, waited = math.inf, [parameter.detach().clone() for parameter in parameters], 0
     starts = range(0, items, batch_size)
-    with _Bar(progress, epochs * len(starts)) as bar:
+    shown = _silent() if progress is None else bar(progress, epochs * len(starts))
+    with shown as step:
         for _ in range(epochs):
             order, total = torch.randperm(items, generator=generator), 0.0
             for start in starts:
@@ -67,7 +69,7 @@ def minimise(
                 torch.nn.utils.clip_grad_norm_(list(parameters), 1.0)
                 optimiser.step()
                 total += float(value.detach()) * len(batch)
-                bar.step()
+                step()
             with torch.no_grad():
                 history.append(total / items if judge is None else judge())
             if judge is None:
@@ -85,29 +87,9 @@ def minimise(
     return history
 
 
-class _Bar:
-    """A progress bar on stderr, or none."""
-
-    def __init__(self, title: str | None, total: int) -> None:
-        self._title, self._total = title, total
-
-    def __enter__(self) -> _Bar:
-        if self._title is not None:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._progress = Progress(console=Console(stderr=True), transient=True)
-            self._progress.start()
-            self._task = self._progress.add_task(self._title, total=self._total)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._title is not None:
-            self._progress.stop()
-
-    def step(self) -> None:
-        if self._title is not None:
-            self._progress.advance(self._task)
+@contextlib.contextmanager
+def _silent() -> Iterator[Callable[[], None]]:
+    yield lambda: None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import pytest
 import torch
 
 import steerkit
-from steerkit.cli import app
+from steerkit.cli import app, demo
 from steerkit.network.sites import Site
+from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS, HIDDEN
 from tests.program import PAIRS, ROOT, WIDTH, Cli, jsonl, plain, start, width
@@ -282,9 +284,11 @@ def test_demo(answer: Callable[..., Any], here: Path) -> None:
     folder = Path("made/here")
     assert SteeringVector.load(folder / "joy-caa.safetensors").digest == found["vector"]["digest"]
     assert [row["strength"] for row in found["curve"]] == [-2, -1, 0, 1, 2]
-    assert all(len(row["random"]) == 5 and row["low"] <= row["effect"] <= row["high"] for row in found["curve"])
+    assert [len(row["random"]) for row in found["curve"]] == [5, 0, 0, 0, 5]
+    assert all(row["low"] <= row["effect"] <= row["high"] for row in found["curve"])
     assert {type(found["rises"]), type(found["clear_of_controls"])} == {bool}
     assert found["items"] == 3
+    assert found["vector"]["shipped"] is False
     assert [(row["prompt"], row["strength"]) for row in found["answers"]] == [
         (prompt, strength) for prompt in ("Is it good?", "How are you?") for strength in (-1.5, 0, 1.5)
     ]
@@ -300,15 +304,10 @@ def test_what_demo_prints(cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.
     )
     ended = cli("demo", "--recipe", "joy-caa.toml")
     assert (ended.code, ended.err) == (0, "")
-    for words in (
-        "Is it good?",
-        "strength -1.5",
-        "strength 0",
-        "strength +1.5",
-        "95 % interval",
-        "5 random directions",
-    ):
-        assert words in ended.out
+    answers = ("steered with a vector fitted just now", "Is it good?", "strength -1.5", "unsteered", "strength +1.5")
+    measured = ("Preference margin, 3 held-out items", "95 % interval", "5 random directions")
+    places = [ended.out.index(words) for words in (*answers, *measured, "try next:")]
+    assert places == sorted(places)  # sentences first
     assert re.search(
         r"rises over the whole range: (yes|no); outer intervals clear of random directions: (yes|no)", ended.out
     )
@@ -316,6 +315,32 @@ def test_what_demo_prints(cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.
     assert "steerkit inspect out/joy-caa.safetensors" in ended.out
     assert not Path("out/joy-caa.png").exists()
     assert width(line for line in ended.out.split("\n") if str(tiny) not in line) <= WIDTH
+
+
+def test_a_full_demo_has_random_directions_at_every_strength(
+    answer: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "BRIEF", demo.BRIEF._replace(pairs=2))
+    brief, full = (answer("demo", "--recipe", "joy-caa.toml", *more) for more in ((), ("--full",)))
+    assert (brief["items"], full["items"]) == (2, 3)
+    assert [len(row["random"]) for row in full["curve"]] == [5] * 5
+    assert brief["vector"]["digest"] == full["vector"]["digest"]
+    assert brief["answers"] == full["answers"]
+
+
+def test_a_demo_takes_the_shipped_vector_where_it_fits(
+    cli: Cli, here: Path, tiny: Path, vector: SteeringVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, _ = find_recipe("joy-caa.toml").split()
+    monkeypatch.setattr(demo, "recipes", lambda: {"joy-caa": Path("joy-caa.toml")})
+    monkeypatch.setattr(demo, "vectors", lambda: {f"{tiny}/joy-caa": Path("shipped.safetensors")})
+    replace(vector, data_digest=train.digest).save("shipped.safetensors")
+    ended = cli("demo", "--recipe", "joy-caa.toml")
+    assert "steered with the vector that is shipped" in ended.out
+    assert SteeringVector.load("out/joy-caa.safetensors").digest == SteeringVector.load("shipped.safetensors").digest
+    assert "fitted just now" in cli("demo", "--recipe", "joy-caa.toml", "--full").out
+    replace(vector, data_digest="0" * 64).save("shipped.safetensors")  # of other items than the recipe's
+    assert "fitted just now" in cli("demo", "--recipe", "joy-caa.toml").out
 
 
 ASKED = """
@@ -370,6 +395,7 @@ def test_demo_of_two_kinds_of_prompts(
 def test_demo_on_the_embedded_model(answer: Callable[..., Any], tmp_path: Path) -> None:
     found = answer("demo", "--out", tmp_path)
     assert found["model"] == "smollm2-135m"
+    assert found["vector"]["shipped"]
     assert found["rises"]
     texts = {row["strength"]: row["text"] for row in found["answers"]}
     assert len(set(texts.values())) == 3

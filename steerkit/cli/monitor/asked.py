@@ -1,0 +1,39 @@
+"""What all three readings of `steerkit monitor` get: the model, the vector, how it is read and where the items go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["Asked"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One call of the command, with model and vector loaded.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        vector: what is read along.
+        read: which tokens.
+        options: keyword arguments that every reading takes.
+        unit: of the numbers.
+        column: name of the new column; None is the reading's own.
+        out: where the items go; None prints them.
+        as_json: print one JSON object.
+    """
+
+    model: Any
+    tokenizer: Any
+    vector: SteeringVector
+    read: Literal["prompt_last", "response_mean"]
+    options: dict[str, Any]
+    unit: str
+    column: str | None
+    out: Path | None
+    as_json: bool

@@ -1,0 +1,64 @@
+"""`--after`: how far finetuning has moved a model along the vector, between two checkpoints or by an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from steerkit._support.progress import status
+from steerkit.cli._shared import number, print_json, stdout, table
+from steerkit.cli.monitor.asked import Asked
+from steerkit.cli.monitor.items import Item
+from steerkit.cli.monitor.summary import check_read, ends, estimate, plain, write
+
+__all__ = ["shift"]
+
+
+def shift(asked: Asked, rows: list[Item], after: str) -> None:
+    """Show items before and after finetuning, and the mean tuning shift.
+
+    Args:
+        asked: the call.
+        rows: the items.
+        after: the finetuned model, or the folder of an adapter.
+
+    Raises:
+        DataError: no item has what is to be read.
+    """
+    import steerkit
+
+    before, other = _models(asked, after)
+    with status("reading"):
+        found = steerkit.finetuning_shift(
+            before, other, asked.tokenizer, rows, asked.vector, read=asked.read, **asked.options
+        )
+    moves = plain(found.values)
+    check_read(moves)
+    parts = zip(rows, plain(found.before), plain(found.after), moves, strict=True)
+    listed = [{**row, "before": first, "after": second, "shift": moved} for row, first, second, moved in parts]
+    write(listed, asked.out)
+    scored, mean = sum(move is not None for move in moves), estimate(found.estimate)
+    if asked.as_json:
+        facts = {"after": after, "unit": asked.unit, "items": len(rows), "scored": scored, "shift": mean}
+        print_json({"items": listed, "summary": facts})
+        return
+    kept = ~found.values.isnan()
+    means = [float(one[kept].mean()) for one in (found.before, found.after)]
+    shown = table("", asked.unit, right=(asked.unit,))
+    shown.add_row("before", number(means[0], "+.3f"))
+    shown.add_row("after", number(means[1], "+.3f"))
+    shown.add_row("shift", f"{number(mean['mean'], '+.3f')} ({ends(mean)})")
+    stdout().print(shown)
+    left = f" ({len(rows) - scored} of {len(rows)} items have no response to read)" if scored < len(rows) else ""
+    stdout().print(f"means over {scored} items; 95 % interval of the shift{left}")
+
+
+def _models(asked: Asked, after: str) -> tuple[Any, Any]:
+    """The model before and after; None before an adapter, which is switched off for that."""
+    import steerkit
+    from steerkit.monitor.shift import with_adapter
+
+    folder = Path(after).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return None, with_adapter(asked.model, folder)
+    return asked.model, steerkit.load_model(after)[0]
