@@ -132,11 +132,12 @@ def test_the_readme_s_five_lines_run(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_the_readme_s_comparison_is_the_committed_one_and_has_every_method() -> None:
     from steerkit.methods import _registry as registry
+    from steerkit.methods._base import sorts_prompts
 
     table = EVIDENCE.read_text(encoding="utf-8")
     assert block("evidence") == table
     content = json.loads(EVIDENCE.with_suffix(".json").read_text(encoding="utf-8"))
-    names = [name for name in registry.method_names() if not registry.resolve(name).sorts_prompts]
+    names = [name for name in registry.method_names() if not sorts_prompts(registry.resolve(name))]
     assert [row["method"] for row in content["rows"]] == names
     assert all(f"| `{name}` |" in table for name in names)
     assert EVIDENCE.with_suffix(".html").is_file()

@@ -20,8 +20,8 @@ from steerkit.errors import SteerError
 from steerkit.fitting.fitting import fit
 from steerkit.fitting.held_out import separation
 from steerkit.methods._base import Method
+from steerkit.methods._protocols import Gated, ReadsInput, read_direction
 from steerkit.network.decoder import execution_device, find_decoder, inner_model
-from steerkit.network.linears import writers_at
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
@@ -78,7 +78,7 @@ class FittedMethod:
         Of a gated method the middle one is a prompt it was fitted on, and one token: a gate may pass over the others.
         """
         rendered = [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
-        if self.method.editor(self.vector) is not None:
+        if isinstance(self.method, Gated):
             prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
             rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
         batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]
@@ -164,9 +164,9 @@ def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
         h = torch.randn(2, 6, width, generator=generator).to(dtype)
         before = h.clone()
         prepared = subject.method.prepare(params, torch.tensor(subject.strength), dtype, h.device)
-        if subject.method.reads_input:
-            (writer,) = writers_at(subject.model, [site]).values()
-            prepared["input"] = torch.randn(2, 6, writer.inputs, generator=generator).to(dtype)
+        if isinstance(subject.method, ReadsInput):
+            source = subject.method.inputs_at(subject.model, subject.vector)[site]
+            prepared["input"] = torch.randn(2, 6, source.width, generator=generator).to(dtype)
         after = subject.method.edit(h, prepared, tokens)
         _hold(after.shape == h.shape, f"shape {tuple(h.shape)} became {tuple(after.shape)}")
         _hold(torch.equal(before, h), "the input was changed in place")
@@ -241,7 +241,7 @@ def positive_side_lies_further_along(subject: FittedMethod) -> str | None:
     """Where there is one direction, the positive items lie further along it than the negative ones."""
     if (
         subject.method.readout is None
-        or subject.method.read_direction(subject.vector.params(subject.vector.reads[0])) is None
+        or read_direction(subject.method, subject.vector.params(subject.vector.reads[0])) is None
     ):
         return "has no single direction per site"
     measured = separation(subject.model, subject.tokenizer, subject.data, subject.vector)

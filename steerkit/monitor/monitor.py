@@ -15,6 +15,7 @@ from steerkit.activations.recording import record, record_ids
 from steerkit.errors import DataError, ModelError
 from steerkit.evaluate.setup import Setup, neutral_texts
 from steerkit.maths.directions import unit
+from steerkit.methods._protocols import read_direction
 from steerkit.methods._registry import method_of
 from steerkit.monitor.token_heat import TokenScores, token_projections
 from steerkit.monitor.watched import Opening, Reading, Watched
@@ -372,7 +373,7 @@ def _directions(vector: SteeringVector, sites: Sequence[Site | str] | None) -> d
     """
     method = method_of(vector)
     wanted = vector.reads if sites is None else [Site.parse(one) if isinstance(one, str) else one for one in sites]
-    found = {site: method.read_direction(vector.params(site)) for site in wanted}
+    found = {site: read_direction(method, vector.params(site)) for site in wanted}
     kept = {site: unit(direction.float()) for site, direction in found.items() if direction is not None}
     if not kept or (sites is not None and len(kept) < len(found)):
         raise DataError(f"{vector.method} has no single direction to project on at {', '.join(map(str, found))}")

@@ -30,7 +30,7 @@ from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store_identity import digest_of, setup_identity
 from steerkit.evaluate.sweeps import Fits, Point, Store, measure_point
 from steerkit.fitting.held_out import separation
-from steerkit.methods._base import Method
+from steerkit.methods._base import Method, takes_pair
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -82,7 +82,7 @@ def calibrate(
     """
     fits = Fits(setup, train, method, (), settings, readout, scope, kinds)
     read = readout or fits.kind.readout
-    if not fits.kind.takes_pair:
+    if not takes_pair(fits.kind):
         warn_of_confounds(setup.tokenizer, train, readout=read, chat_template_kwargs=setup.chat_template_kwargs)
     return _Search(fits, validation, budget or Budget(), search or Search(), effect, beside, store, step).run()
 
@@ -110,11 +110,11 @@ class _Search:
         self.of_texts = [scorer_of(one) for one in ("repetition", *beside)]
         self.final, self.held_out, self.kind = fits, fits.setup, fits.kind
         rest = fits.train
-        if validation is None and fits.kind.takes_pair:
+        if validation is None and takes_pair(fits.kind):
             raise DataError(f"calibrate: {fits.kind.name} is fitted on one pair of prompts; give validation items too")
         if validation is None:
             rest, validation = rest.split(held_out=search.validation, seed=search.seed)
-        if not fits.kind.takes_pair and len(rest) < FEWEST:
+        if not takes_pair(fits.kind) and len(rest) < FEWEST:
             raise DataError(f"calibrate: {len(rest)} items are left to fit on; give at least {FEWEST}")
         if len(self.held_out.calm) < 2:
             raise DataError("calibrate: one neutral text cannot both choose and confirm; give at least two")
@@ -391,7 +391,7 @@ class _Search:
 
     def refitted(self, vector: SteeringVector) -> Refits | None:
         """The method fitted again on rearranged training items; None for methods fitted on one pair."""
-        if self.kind.takes_pair:
+        if takes_pair(self.kind):
             return None
         setup = self.confirming
         return refits(
