@@ -1,6 +1,7 @@
-"""Applying vectors to a model that runs: `steer` plans and attaches, `edits_at_sites` are the edits, `dispatch` hangs
-them on modules, `replay` feeds a pass again where a gate knows too late, `weights` edits weights instead, and
-`callback` steers while a model is finetuned. No file here knows a method.
+"""Applying vectors to a model that runs; no file here knows a method.
+
+`steer` plans and attaches, `edits_at_sites` are the edits, `dispatch` hangs them on modules, `replay` feeds a pass
+again where a gate knows too late, `weights` edits weights instead, and `callback` steers while a model is finetuned.
 """
 
 from __future__ import annotations
