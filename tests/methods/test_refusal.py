@@ -19,7 +19,7 @@ from steerkit.errors import DataError, FitError, ModelError, StrengthError
 from steerkit.fitting.subject import ModelSubject
 from steerkit.methods import _refusal
 from steerkit.methods._refusal import first_log_probs, is_refusal, log_odds, response_contrast, unembedding_direction
-from steerkit.methods._selection import Candidate, _pareto
+from steerkit.methods._selection import Candidate, Selection, _pareto
 from steerkit.methods.refusal import RefusalDirection
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
@@ -240,8 +240,6 @@ class Refusing(ModelSubject):
 
 
 def test_refusals_are_known_by_the_first_tokens_of_the_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerkit.methods import refusal as module
-
     model, train = build("llama"), data().split(held_out=0.25)[0]
     first = [int(chances(model, item.ids).argmax()) for item in rendered(train.positive)]
     others = [int(chances(model, item.ids).argmax()) for item in rendered(train.negative)]
@@ -249,7 +247,7 @@ def test_refusals_are_known_by_the_first_tokens_of_the_model_s_own(monkeypatch: 
     expected = sorted({t for t in refused if refused.count(t) / 3 > others.count(t) / len(others)})
     subject = Refusing(model, byte_tokenizer(CHATML), data(), find_decoder(model), 4, None)
     method = RefusalDirection(source="instructions", as_labelled=True)
-    selection = module._Selection(method, subject, method.sites(subject.decoder))
+    selection = Selection(method, subject, method.sites(subject.decoder))
     assert expected
     assert selection._beginnings == [(token,) for token in expected]
 
