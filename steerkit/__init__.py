@@ -63,7 +63,7 @@ _HOMES = {
     "SiteError": "errors",
     "SteerError": "errors",
     "Steering": "steering",
-    "SteeringCallback": "steering",
+    "SteeringCallback": "steering.callback",
     "SteeringVector": "vector",
     "StrengthError": "errors",
     "TraitSpec": "persona.traits",

@@ -23,11 +23,24 @@ Kind = TypeVar("Kind")
 class Configured:
     """A frozen dataclass with a name, whose fields are its settings.
 
+    A field of type `Literal` is checked when the object is made; a subclass with a `__post_init__` of its own calls
+    this one first.
+
     Class attributes:
         name: what it is called on the command line and in files; the file's name.
+
+    Raises:
+        SteerError: a setting that is none of the values its `Literal` allows.
     """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, annotation in _choices(kind).items():
+            problem = _wrong_setting(annotation, getattr(self, name))
+            if problem:
+                raise self._setting_error(f"{self.name}: setting {name} = {getattr(self, name)!r}: {problem}")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -124,6 +137,14 @@ def _changed(folder: str) -> int | None:
         return Path(folder or ".").stat().st_mtime_ns
     except OSError:
         return None
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, Any]:
+    """The fields of a class whose type is a `Literal`."""
+    hints = get_type_hints(cls)
+    own = {entry.name: hints[entry.name] for entry in fields(cls)}
+    return {name: annotation for name, annotation in own.items() if get_origin(annotation) is Literal}
 
 
 def _wrong_setting(annotation: Any, value: Any) -> str | None:

@@ -43,6 +43,9 @@ def forward_body(
         input_ids: [b, t].
         attention_mask: [b, t].
         read: called once per site; it must not keep the tensor (Falcon changes one in place afterwards).
+
+    Raises:
+        FitError: the model never ran one of the places.
     """
     left = set(taps)
 
@@ -103,7 +106,19 @@ def read_passes(
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
 ) -> dict[Site, float]:
-    """Run all batches and hand the pooled rows [b, d] of each to `take`; returns the norms."""
+    """Run all batches and pool what is read to one row per text.
+
+    Args:
+        decoder: whose body runs.
+        taps: where to read.
+        work: the batches.
+        chosen: by text the tokens that are read.
+        take: called with each site's rows [b, d] of a batch, float32.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        By site the median token norm.
+    """
     norms = {site: NormMedian() for site in taps}
     device = execution_device(decoder)
     clock = PassClock.of(decoder.model)  # the model is being steered: values given per item follow their items

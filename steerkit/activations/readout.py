@@ -137,7 +137,16 @@ class Readout:
 
 
 def chosen_columns(plan: Readout, rendered: Sequence[Rendered], name: Callable[[int], str]) -> list[Sequence[int]]:
-    """The tokens read in each text; a text without any is named."""
+    """The tokens read in each text.
+
+    Args:
+        plan: which tokens.
+        rendered: the texts.
+        name: what to call a text in messages, by its place.
+
+    Raises:
+        DataError: a text has no such token; it is named.
+    """
     found = []
     for row, text in enumerate(rendered):
         try:
@@ -148,7 +157,15 @@ def chosen_columns(plan: Readout, rendered: Sequence[Rendered], name: Callable[[
 
 
 def cut_to(text: Rendered, max_tokens: int | None) -> Rendered:
-    """A text without what follows its first tokens."""
+    """A text without what follows its first tokens.
+
+    Args:
+        text: the text.
+        max_tokens: how many stay; None leaves it whole.
+
+    Raises:
+        DataError: `max_tokens` is below 1.
+    """
     if max_tokens is None or len(text.ids) <= max_tokens:
         return text
     if max_tokens < 1:

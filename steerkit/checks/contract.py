@@ -21,7 +21,7 @@ from steerkit.errors import SteerError
 from steerkit.fitting.fitting import fit
 from steerkit.fitting.held_out import separation
 from steerkit.methods._base import Method
-from steerkit.network.linears import writers_at
+from steerkit.methods._protocols import ReadsInput, read_direction
 from steerkit.prompts.batching import pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.steering.steering import steer
@@ -106,9 +106,9 @@ def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
         h = torch.randn(2, 6, width, generator=generator).to(dtype)
         before = h.clone()
         prepared = subject.method.prepare(params, torch.tensor(subject.strength), dtype, h.device)
-        if subject.method.reads_input:
-            (writer,) = writers_at(subject.model, [site]).values()
-            prepared["input"] = torch.randn(2, 6, writer.inputs, generator=generator).to(dtype)
+        if isinstance(subject.method, ReadsInput):
+            source = subject.method.inputs_at(subject.model, subject.vector)[site]
+            prepared["input"] = torch.randn(2, 6, source.width, generator=generator).to(dtype)
         after = subject.method.edit(h, prepared, tokens)
         _hold(after.shape == h.shape, f"shape {tuple(h.shape)} became {tuple(after.shape)}")
         _hold(torch.equal(before, h), "the input was changed in place")
@@ -186,7 +186,7 @@ def positive_side_lies_further_along(subject: FittedMethod) -> str | None:
     """Where there is one direction, the positive items lie further along it than the negative ones."""
     if (
         subject.method.readout is None
-        or subject.method.read_direction(subject.vector.params(subject.vector.reads[0])) is None
+        or read_direction(subject.method, subject.vector.params(subject.vector.reads[0])) is None
     ):
         return "has no single direction per site"
     measured = separation(subject.model, subject.tokenizer, subject.data, subject.vector)

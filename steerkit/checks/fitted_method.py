@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steerkit.activations.reading import position_inputs
 from steerkit.methods._base import Method
+from steerkit.methods._protocols import Gated
 from steerkit.network.decoder import execution_device, find_decoder, inner_model
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
@@ -71,7 +72,7 @@ class FittedMethod:
             [b, t] ids and [b, t] mask.
         """
         rendered = [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
-        if self.method.editor(self.vector) is not None:
+        if isinstance(self.method, Gated):
             prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
             rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
         batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]

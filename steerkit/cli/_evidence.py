@@ -123,9 +123,10 @@ def check_items(name: str, method: str, train: ContrastSet, held_out: ContrastSe
         DataError: there are too few.
     """
     from steerkit.errors import DataError
+    from steerkit.methods._base import takes_pair
     from steerkit.methods._registry import resolve
 
-    fewest = (1, 2) if resolve(method).takes_pair else (8, 2)
+    fewest = (1, 2) if takes_pair(resolve(method)) else (8, 2)
     if len(train) < fewest[0] or len(held_out) < fewest[1]:
         raise DataError(
             f"{name}: {len(train)} training and {len(held_out)} held-out items are too few to calibrate {method} on; "

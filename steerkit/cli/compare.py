@@ -73,6 +73,7 @@ def run(
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
+    from steerkit.methods._base import sorts_prompts
     from steerkit.methods._registry import method_names, resolve
     from steerkit.recipe import find_recipe
     from steerkit.report.plots.drawing import ready
@@ -80,7 +81,7 @@ def run(
     ready()
     default = find_recipe(behaviour)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
-    every = [name for name in method_names() if not resolve(name).sorts_prompts]
+    every = [name for name in method_names() if not sorts_prompts(resolve(name))]
     names = list(dict.fromkeys(method or every))
     sources = _sources(names, default)
     target, kept = out / f"{default.behaviour}.json", out / f"{default.behaviour}.rows.jsonl"
@@ -122,6 +123,7 @@ def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
         RecipeError: there is nothing to fit any of them on.
     """
     from steerkit.errors import RecipeError
+    from steerkit.methods._base import takes_pair
     from steerkit.methods._registry import resolve
     from steerkit.recipe import of_behaviour
 
@@ -130,7 +132,7 @@ def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
         own = [recipe for recipe in (default, *of_behaviour(default.behaviour)) if recipe.method.name == name]
         if own:  # its settings, but the items that all methods share
             found[name] = replace(own[0], data=replace(default.data, pair=own[0].data.pair), source=default.source)
-        elif not kind.takes_pair:
+        elif not takes_pair(kind):
             found[name] = default
     if not found:
         raise RecipeError(f"{default.name}: there is nothing to fit {', '.join(names)} on; choose another --method")

@@ -25,11 +25,12 @@ def run(
     import steerkit
     from steerkit._support.shipped import vector_path
     from steerkit.errors import UnknownNameError
+    from steerkit.methods._protocols import editor_of
     from steerkit.methods._registry import method_of
     from steerkit.vector.steering_vector import SteeringVector
 
     found = SteeringVector.load(vector_path(vector))
-    if method_of(found).editor(found) is None:  # before a model is loaded
+    if editor_of(method_of(found), found) is None:  # before a model is loaded
         raise UnknownNameError(f"{vector}: method {found.method} has no gate, it steers every prompt")
     loaded, tokenizer = steerkit.load_model(model)
     rows = steerkit.explain(loaded, tokenizer, prompts, found, strength=strength, raw=raw)

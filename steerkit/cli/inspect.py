@@ -58,10 +58,13 @@ def run(
     loaded = SteeringVector.load(path)
     facts, parts = loaded.describe(), _parts(loaded)
     if plot is not None:
+        from steerkit.methods._protocols import DrawsMaps
         from steerkit.methods._registry import method_of
         from steerkit.report.plots.maps import plot_maps
 
-        plot_maps(method_of(loaded).maps(loaded), plot, title=path.stem, layers=loaded.num_layers)
+        method = method_of(loaded)
+        maps = method.maps(loaded) if isinstance(method, DrawsMaps) else []
+        plot_maps(maps, plot, title=path.stem, layers=loaded.num_layers)
         stderr().print(f"wrote {plot}")
     if as_json:
         print_json({"file": str(path), **facts, "parts": None if parts is None else parts.as_json()})
@@ -112,13 +115,14 @@ def _read(site: str, facts: dict[str, Any]) -> str:
 def _parts(vector: SteeringVector) -> PartsTable | None:
     """What the vector's method lists of it; None where it lists nothing or cannot use the vector."""
     from steerkit.errors import SteerError
+    from steerkit.methods._protocols import ListsParts
     from steerkit.methods._registry import method_of
 
     try:
         method = method_of(vector)
         for site in vector.sites:
             method.check(site, vector.params(site))
-        return method.table(vector)
+        return method.table(vector) if isinstance(method, ListsParts) else None
     except SteerError:  # a file may be looked at that cannot be used
         return None
 

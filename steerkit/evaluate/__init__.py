@@ -7,17 +7,22 @@ side, `together` tells whether several vectors disturb each other, `lm_eval` run
 
 from __future__ import annotations
 
-from steerkit.evaluate.by_prompt_kind import by_kind
-from steerkit.evaluate.compare import compared
-from steerkit.evaluate.confounding import confounds
-from steerkit.evaluate.controls import refits
-from steerkit.evaluate.curve import strength_response
-from steerkit.evaluate.intervals import Estimate, interval
-from steerkit.evaluate.scoring import Measured, measure, scorer_of
-from steerkit.evaluate.setup import Setup
-from steerkit.evaluate.sweeps import sweep
-from steerkit.evaluate.together import interference
-from steerkit.evaluate.trial import Trial
+from typing import TYPE_CHECKING
+
+from steerkit._support.lazy import lazily
+
+if TYPE_CHECKING:
+    from steerkit.evaluate.by_prompt_kind import by_kind
+    from steerkit.evaluate.compare import compared
+    from steerkit.evaluate.confounding import confounds
+    from steerkit.evaluate.controls import refits
+    from steerkit.evaluate.curve import strength_response
+    from steerkit.evaluate.intervals import Estimate, interval
+    from steerkit.evaluate.scoring import Measured, measure, scorer_of
+    from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.sweeps import sweep
+    from steerkit.evaluate.together import interference
+    from steerkit.evaluate.trial import Trial
 
 __all__ = [
     "Estimate",
@@ -35,3 +40,23 @@ __all__ = [
     "strength_response",
     "sweep",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Estimate": "intervals",
+        "Measured": "scoring",
+        "Setup": "setup",
+        "Trial": "trial",
+        "by_kind": "by_prompt_kind",
+        "compared": "compare",
+        "confounds": "confounding",
+        "interference": "together",
+        "interval": "intervals",
+        "measure": "scoring",
+        "refits": "controls",
+        "scorer_of": "scoring",
+        "strength_response": "curve",
+        "sweep": "sweeps",
+    },
+)

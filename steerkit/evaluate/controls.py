@@ -29,8 +29,9 @@ from steerkit.errors import DataError, FitError
 from steerkit.evaluate.rearranged import RearrangedRows
 from steerkit.evaluate.refit_results import Refits, estimate_of
 from steerkit.fitting.subject import ModelSubject
-from steerkit.methods._protocols import Subject
+from steerkit.methods._protocols import PreparesData
 from steerkit.methods._registry import method_of
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import find_decoder
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
@@ -88,7 +89,7 @@ def refits(
     vector.check(model, tokenizer)
     readout: Any = Readout.parse(vector.readout or method.readout)
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
-    items, longest = method.contrast(data), method.longest_text
+    items, longest = (method.contrast(data), method.longest_text) if isinstance(method, PreparesData) else (data, None)
     acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
     subject = ModelSubject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
     return refits_of(acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
+from steerkit.maths.probes import auc
 
 __all__ = ["Estimate", "NotScored", "correlation", "interval", "separability"]
 
@@ -166,8 +167,7 @@ def separability(positive: Tensor, negative: Tensor, *, level: float = 0.95) -> 
     plus, minus = plus[~plus.isnan()], minus[~minus.isnan()]
     if not (len(plus) and len(minus)):
         raise NotScored(f"area under the curve: got {len(plus)} positive and {len(minus)} negative items; give both")
-    greater = (plus[:, None] > minus).double() + 0.5 * (plus[:, None] == minus).double()
-    found, z = float(greater.mean()), _normal(level)
+    found, z = auc(plus, minus), _normal(level)
     couples, half = len(plus) * len(minus), (len(plus) + len(minus)) / 2
 
     def is_inside(area: float) -> bool:

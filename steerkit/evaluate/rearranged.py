@@ -12,8 +12,8 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.evaluate.refit_results import TAIL, Spread, cosine, direction_at, estimate_of
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import Subject
 from steerkit.methods._registry import method_of
+from steerkit.methods._subject import Subject
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 

@@ -1,5 +1,7 @@
-"""`fit`: a method, a contrast set and a model in, a vector out. `subject` is the door through which a method reaches
-the model, `held_out` measures the separation of items that the fit has not seen, `training` is the one training loop.
+"""`fit`: a method, a contrast set and a model in, a vector out.
+
+`subject` is what a method may ask of the model, `passes` the passes that only some of them need, `held_out` measures
+the separation of items that the fit has not seen, `training` is the one training loop.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ import steerkit
 from steerkit.activations.recording import Activations, record
 from steerkit.activations.streaming import stream
 from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
-from steerkit.fitting.held_out import separation
 from steerkit.fitting.subject import ModelSubject
 from steerkit.methods._base import Method
+from steerkit.methods._protocols import AddsFacts, PreparesData
 from steerkit.methods._registry import resolve
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site, parse_layers
-from steerkit.network.tap import locate
+from steerkit.network.tap import Tap, locate
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
@@ -78,57 +78,95 @@ def fit(
         )
     decoder = find_decoder(model)
     taps = locate(model, _sites(chosen, decoder, layers, sites))
-    places = list(taps)
+    reading = chosen.readout if readout is None else readout
     subject = ModelSubject(
-        model, tokenizer, data, decoder, batch_size, chat_template_kwargs, chosen.name, progress=progress
+        model,
+        tokenizer,
+        data,
+        decoder,
+        batch_size,
+        chat_template_kwargs,
+        chosen.name,
+        readout=reading,
+        progress=progress,
     )
-    if chosen.readout is not None and acts is None:
-        reading = chosen.readout if readout is None else readout
-        acts = _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
-    elif readout is not None and acts is None:
-        raise DataError(f"{chosen.name} reads for itself; leave readout={readout!r} out")
-    elif held_out is not None and acts is None:
-        raise DataError(f"{chosen.name} has no direction to separate held-out items by; leave held_out out")
+    if acts is None:
+        _refuse_unread(chosen, readout, held_out)
+        if chosen.readout is not None:
+            acts = _read(
+                model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, progress
+            )
+    vector = _vector(chosen, subject, acts, model, taps, tokenizer)
+    if held_out is None or acts is None:
+        return vector
+    from steerkit.fitting.held_out import separation
+
+    measured = separation(
+        model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
+    return vector.with_held_out(measured)
+
+
+def _refuse_unread(method: Method, readout: Any, held_out: ContrastSet | None) -> None:
+    """Refuse what a method that records for itself has no use for.
+
+    Raises:
+        DataError: a readout, or held-out items to be separated.
+    """
+    if method.readout is None and readout is not None:
+        raise DataError(f"{method.name} reads for itself; leave readout={readout!r} out")
+    if method.readout is None and held_out is not None:
+        raise DataError(f"{method.name} has no direction to separate held-out items by; leave held_out out")
+
+
+def _vector(
+    method: Method,
+    subject: ModelSubject,
+    acts: Activations | None,
+    model: nn.Module,
+    taps: Mapping[Site, Tap],
+    tokenizer: Any,
+) -> SteeringVector:
+    """Fit the method at the sites of the taps, and put what it found together with all that a file says.
+
+    Raises:
+        FitError: activations are missing at a site, or what was fitted is not finite.
+    """
+    places, decoder, data = list(taps), subject.decoder, subject.data
     missing = [site for site in places if acts is not None and site not in acts.positive]
     if missing:
-        raise FitError(f"{chosen.name}: acts were not read at {', '.join(map(str, missing))}; read them there too")
-    tensors = chosen.fit(acts, subject, places)
+        raise FitError(f"{method.name}: acts were not read at {', '.join(map(str, missing))}; read them there too")
+    tensors = method.fit(acts, subject, places)
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise FitError(f"{chosen.name}: {name} is not finite; load the model in float32 or bfloat16")
-    written = chosen.written(places, tensors, decoder)
+            raise FitError(f"{method.name}: {name} is not finite; load the model in float32 or bfloat16")
+    written = method.written(places, tensors, decoder)
     if written != places:
         taps = locate(model, written)
         written = list(taps)
-    reads = chosen.read_at(places, tensors)
+    reads = method.read_at(places, tensors)
     norms = {site: acts.norms[site] for site in places} if acts is not None else {}
     norms = {**subject.norms([*reads, *written]), **{site: norms[site] for site in reads if site in norms}}
-    vector = SteeringVector(
-        method=chosen.name,
+    return SteeringVector(
+        method=method.name,
         tensors=tensors,
         sites=tuple(written),
         fitted_at=None if written == reads else tuple(reads),
-        edit=chosen.edit_name,
-        scope=chosen.default_scope,
+        edit=method.edit_name,
+        scope=method.default_scope,
         unit="paper",
-        settings=chosen.settings,
+        settings=method.settings,
         norms={site: norm for site, norm in norms.items() if math.isfinite(norm)},
         widths={site: tap.width for site, tap in taps.items() if tap.width != decoder.hidden_size},
         tokenizer_sha256=tokenizer_digest(tokenizer),
         readout=acts.readout if acts is not None else None,
         data_digest=data.digest,
         data_source=data.source or None,
-        paper=chosen.paper,
-        extra=chosen.extra(subject, written),
+        paper=method.paper,
+        extra=method.extra(subject, written) if isinstance(method, AddsFacts) else {},
         steerkit_version=steerkit.__version__,
         **model_facts(decoder.model, tokenizer),
     )
-    if held_out is None or acts is None:
-        return vector
-    measured = separation(
-        model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
-    )
-    return vector.with_held_out(measured)
 
 
 def read(
@@ -220,10 +258,10 @@ def _read(
         "readout": readout,
         "batch_size": batch_size,
         "chat_template_kwargs": chat_template_kwargs,
-        "max_tokens": method.longest_text,
+        "max_tokens": method.longest_text if isinstance(method, PreparesData) else None,
         "progress": progress,
     }
-    data = method.contrast(data)
+    data = method.contrast(data) if isinstance(method, PreparesData) else data
     streams = {site: method.statistics(site) for site in places}
     kept = {site: accumulator for site, accumulator in streams.items() if accumulator is not None}
     if len(kept) == len(places):

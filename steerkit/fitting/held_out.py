@@ -1,4 +1,4 @@
-"""TODO fitting.held_out."""
+"""How well a fitted direction separates items it was not fitted on, and activations read under steering."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from steerkit.activations.readout import Readout
 from steerkit.activations.recording import Activations, record
+from steerkit.maths.probes import auc
+from steerkit.methods._protocols import Measured, read_direction
 from steerkit.methods._registry import resolve
 from steerkit.network.sites import Site
 from steerkit.prompts.batching import batches, pad_token_id
@@ -61,16 +63,17 @@ def separation(
     )
     sites: dict[str, dict[str, float]] = {}
     for site in vector.reads:
-        direction = method.read_direction(vector.params(site))
+        direction = read_direction(method, vector.params(site))
         if direction is None:
             continue
         along = direction.float() / torch.linalg.vector_norm(direction.float())
         positive, negative = acts.positive[site] @ along, acts.negative[site] @ along
-        auc, distance = apart(positive, negative)
-        sites[str(site)] = {"auc": round(auc, 4), "cohens_d": round(distance, 3)}
+        area, distance = apart(positive, negative)
+        sites[str(site)] = {"auc": round(area, 4), "cohens_d": round(distance, 3)}
     measured = {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
-    more = method.measure(vector, acts)
-    return {**measured, "gate": more} if more else measured
+    if isinstance(method, Measured):
+        measured["gate"] = method.measure(vector, acts)
+    return measured
 
 
 def apart(positive: Tensor, negative: Tensor) -> tuple[float, float]:
@@ -84,12 +87,12 @@ def apart(positive: Tensor, negative: Tensor) -> tuple[float, float]:
         The AUC (share of couples in which the positive one is larger, ties counted half), and Cohen's d, 0 where
         nothing spreads.
     """
-    wins = (positive[:, None] > negative[None, :]).float() + 0.5 * (positive[:, None] == negative[None, :]).float()
     spread = 0.0
     if min(len(positive), len(negative)) > 1:
         spread = math.sqrt((float(positive.var()) + float(negative.var())) / 2)
     gap = float(positive.mean() - negative.mean())
-    return float(wins.mean()), gap / spread if spread > 0 else 0.0
+    # Vector files hold this figure as single precision gives it.
+    return auc(positive, negative, dtype=torch.float32), gap / spread if spread > 0 else 0.0
 
 
 def record_steered(

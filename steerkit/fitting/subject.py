@@ -1,44 +1,51 @@
-"""TODO fitting.subject."""
+"""`ModelSubject`: what a method's `fit` may ask of the model, and nothing more.
+
+What only some methods ask for (answers, training, weights, experts, steered passes) is imported where it is asked.
+"""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.expert_activations import ExpertMeans, expert_means
 from steerkit.activations.moments import NormMedian
-from steerkit.activations.reading import position_inputs
 from steerkit.activations.recording import Activations, record, record_ids
-from steerkit.errors import DataError, ModelError
-from steerkit.fitting.held_out import record_steered
-from steerkit.fitting.training import frozen, minimise
-from steerkit.generation import generate
-from steerkit.network.anatomy import Anatomy
-from steerkit.network.block_trace import evaluation_mode
-from steerkit.network.decoder import Decoder, execution_device
-from steerkit.network.experts import experts_at
-from steerkit.network.linears import linears_at
+from steerkit.errors import DataError
+from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
-from steerkit.network.tap import Tap, anatomies, locate
-from steerkit.network.weight_digests import weight_digests
-from steerkit.prompts.batching import batches, pad_token_id
-from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
-from steerkit.steering.steering import steer
+from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
+
+if TYPE_CHECKING:
+    from steerkit.activations.expert_activations import ExpertMeans
+    from steerkit.fitting.passes import Passes
+    from steerkit.methods._base import Method
+    from steerkit.network.anatomy import Anatomy
 
 __all__ = ["ModelSubject"]
 
 
 class ModelSubject:
-    """The only door through which a method's `fit` reaches the model."""
+    """The only door through which a method's `fit` reaches the model.
+
+    Args:
+        model: any decoder-only transformers model.
+        tokenizer: its tokenizer.
+        data: what the method is fitted on.
+        decoder: the model's decoder.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+        name: what errors call the method.
+        readout: which tokens `record` reads where it is not told.
+        progress: show a progress bar of training on stderr.
+    """
 
     def __init__(
         self,
@@ -50,12 +57,12 @@ class ModelSubject:
         chat_template_kwargs: Mapping[str, Any] | None,
         name: str = "this method",
         *,
+        readout: Any = None,
         progress: bool = False,
     ) -> None:
-        self._progress = progress
-        self._name = name
+        self._readout, self._progress, self._name = "last" if readout is None else readout, progress, name
         self._model, self._tokenizer, self._data = model, tokenizer, data
-        self._roles = Roles(tokenizer)
+        self._running: Passes | None = None
         self._batch_size, self._chat = batch_size, chat_template_kwargs
         self._decoder = decoder
         self._norms: dict[Site, float] = {}
@@ -98,15 +105,9 @@ class ModelSubject:
         Raises:
             ModelError: the model has no such matrix, or one of another width than the stream.
         """
-        model = self._decoder.model
-        weight = getattr(model.get_output_embeddings(), "weight", None)
-        if weight is None or weight.dim() != 2 or weight.shape[1] != self._decoder.hidden_size:
-            raise ModelError(
-                f"{type(model).__name__} has no output embedding as wide as its residual stream "
-                f"({self._decoder.hidden_size}); use a direction that is read from activations"
-            )
-        found: Tensor = weight.detach().float().cpu()
-        return found
+        from steerkit.fitting.passes import output_embedding
+
+        return output_embedding(self._decoder)
 
     def answers(self, items: Sequence[Any], *, max_new_tokens: int) -> list[str]:
         """What the model, unsteered and greedy, answers to each item.
@@ -115,6 +116,8 @@ class ModelSubject:
             items: prompts or conversations without answers.
             max_new_tokens: the longest answer, in tokens.
         """
+        from steerkit.generation import generate
+
         return generate(
             self._model,
             self._tokenizer,
@@ -125,32 +128,58 @@ class ModelSubject:
         )
 
     def record(
-        self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = "last", under: SteeringVector | None = None
+        self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = None, under: SteeringVector | None = None
     ) -> Activations:
         """Read activations of texts.
 
         Args:
             items: prompts, conversations or rendered texts.
             sites: where to read.
-            readout: which tokens.
-            under: a vector to steer with meanwhile; the prompt's ends are known.
+            readout: which tokens; None reads what `fit` was told to, else the method's own.
+            under: a vector to steer with meanwhile (see `vector`); the prompt's ends are known.
 
         Returns:
-            One row per item and site.
+            One row [d] per item and site.
+
+        Raises:
+            DataError: an item has no token to be read.
+            SiteError: the model lacks a site.
         """
+        reading = self._readout if readout is None else readout
         rendered = self.rendered(items)
-        if under is None:
-            found = record(self._model, self._tokenizer, rendered, sites, readout=readout, batch_size=self._batch_size)
-            self._norms.update(found.norms)
-            return found
-        return record_steered(
-            self._model,
-            self._tokenizer,
-            rendered,
-            sites,
-            readout=readout,
-            batch_size=self._batch_size,
-            steering=lambda lengths: steer(self._model, under, prompt_lengths=lengths, tokenizer=self._roles),
+        if under is not None:
+            return self._passes.record(rendered, sites, reading, under)
+        found = record(self._model, self._tokenizer, rendered, sites, readout=reading, batch_size=self._batch_size)
+        self._norms.update(found.norms)
+        return found
+
+    def vector(
+        self, method: Method, tensors: Mapping[str, Tensor], sites: Sequence[Site], *, scope: str | None = None
+    ) -> SteeringVector:
+        """Make a vector to try on this model, for `under=` of `record` and `logits`.
+
+        Args:
+            method: that applies it.
+            tensors: ``"<site>/<param>"`` and ``"shared/<param>"`` to tensor, as `Method.fit` returns them.
+            sites: where it is applied.
+            scope: which tokens are written; None takes the method's own.
+
+        Raises:
+            VectorFileError: a tensor has a wrong name, shape or value.
+        """
+        width = self._decoder.hidden_size
+        wide = {site: tensors[f"{site}/direction"].shape[-1] for site in sites if f"{site}/direction" in tensors}
+        facts = model_facts(self._decoder.model)
+        return SteeringVector(
+            method=method.name,
+            tensors=tensors,
+            sites=tuple(sites),
+            edit=method.edit_name,
+            scope=method.default_scope if scope is None else scope,
+            unit="paper",
+            settings=method.settings,
+            widths={site: wide[site] for site in wide if wide[site] != width},
+            **{name: facts[name] for name in ("model_type", "hidden_size", "num_layers")},
         )
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
@@ -163,21 +192,7 @@ class ModelSubject:
         Returns:
             [n, v] float32, on the CPU, in the order of the items.
         """
-        rendered = self.rendered(items)
-        device = execution_device(self._decoder)
-        rows: list[Tensor] = [torch.empty(0)] * len(rendered)
-        for batch in self._batches(rendered):
-            context: Any = torch.no_grad()
-            if under:
-                context = steer(self._model, under, prompt_lengths=batch.prompt_lengths, tokenizer=self._roles)
-            mask = batch.attention_mask.to(device)
-            with context, torch.no_grad():
-                out = self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-            last = mask.sum(dim=1) - 1
-            picked = out.logits[torch.arange(len(batch.rows), device=out.logits.device), last.to(out.logits.device)]
-            for row, logits in zip(batch.rows, picked.float().cpu(), strict=True):
-                rows[row] = logits
-        return torch.stack(rows)
+        return self._passes.logits(self.rendered(items), under)
 
     def shifted(
         self, items: Sequence[Any], shifts: Mapping[Site, Tensor], *, prompts: bool = False
@@ -192,21 +207,15 @@ class ModelSubject:
         Returns:
             Logits [b, t, v], ids [b, t], and [b, t] which positions' logits predict a token of the answer.
         """
-        rendered = self.rendered(items)
-        batch = batches(rendered, len(rendered), pad_id=pad_token_id(self._tokenizer))[0]
-        order = torch.tensor(batch.rows).argsort()
-        device = execution_device(self._decoder)
-        ids, mask = batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
-        lengths = batch.prompt_lengths[order].to(device)[:, None]
-        place = torch.arange(ids.shape[1], device=device)
-        written = (((place >= lengths - 1) | prompts) & (mask != 0))[..., None]
-        with contextlib.ExitStack() as stack:
-            for site, tap in locate(self._model, list(shifts)).items():
-                stack.callback(_attach_shift(tap, shifts[site], written).remove)
-            inputs = {"input_ids": ids, "attention_mask": mask, **position_inputs(self._decoder.model, mask)}
-            logits: Tensor = self._decoder.model(**inputs, use_cache=False).logits
-        predicts = (place >= lengths - 1) & (place < mask.sum(dim=1, keepdim=True) - 1)
-        return logits, ids, predicts
+        return self._passes.shifted(self.rendered(items), shifts, prompts=prompts)
+
+    @property
+    def _passes(self) -> Passes:
+        from steerkit.fitting.passes import Passes
+
+        if self._running is None:
+            self._running = Passes(self._model, self._tokenizer, self._decoder, self._batch_size)
+        return self._running
 
     def train(
         self,
@@ -241,6 +250,9 @@ class ModelSubject:
         Returns:
             The judgement after each epoch, or the mean loss.
         """
+        from steerkit.fitting.training import frozen, minimise
+        from steerkit.network.block_trace import evaluation_mode
+
         model = self._decoder.model
         with frozen(model), evaluation_mode(model), torch.enable_grad():
             return minimise(
@@ -270,12 +282,16 @@ class ModelSubject:
             )
         sides = (self._data.positive[0], self._data.negative[0])
         # A bare string is meant as it stands: with a chat template around it, most of the window would be template.
-        raw = [replace(side, raw=True) if _is_plain_text(side) else side for side in sides]
+        plain = [isinstance(side.prompt, str) and side.system is None and side.answer is None for side in sides]
+        raw = [replace(side, raw=side.raw or is_plain) for side, is_plain in zip(sides, plain, strict=True)]
         plus, minus = self.rendered(raw)
         return plus.ids, minus.ids
 
     def filler_id(self, text: str) -> int:
         """Id of the one token that `text` is.
+
+        Args:
+            text: such as a space.
 
         Raises:
             DataError: the tokenizer makes none or several tokens of it.
@@ -288,20 +304,20 @@ class ModelSubject:
         return ids[0]
 
     def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
-        """Activations [t, d] of every token of each row of ids, none of them masked.
+        """Activations of every token of each row of ids, none of them masked.
 
         Args:
             rows: token ids.
             sites: where to read.
+
+        Returns:
+            Per site one [t, d] for each row.
+
+        Raises:
+            SiteError: the model lacks a site.
         """
         found = record_ids(self._model, rows, sites)
-        for site, tensors in found.items():
-            median = NormMedian()
-            for tensor in tensors:
-                counted = torch.ones(1, len(tensor))
-                counted[0, 0] = 0.0
-                median.update(tensor[None], counted)
-            self._norms[site] = median.result()
+        self._norms.update({site: _median_norm(tensors) for site, tensors in found.items()})
         return found
 
     def weight(self, site: Site) -> Tensor:
@@ -316,11 +332,15 @@ class ModelSubject:
         Raises:
             SiteError: no one linear layer writes there, or its weight cannot be read.
         """
+        from steerkit.network.linears import linears_at
+
         (linear,) = linears_at(self._decoder, [site], found=self._found).values()
         return linear.weight(self._decoder.model.dtype).cpu()
 
     @property
     def _found(self) -> dict[int, Anatomy]:
+        from steerkit.network.tap import anatomies
+
         if self._anatomies is None:  # one pass for all sites
             self._anatomies = anatomies(self._decoder, set(range(self._decoder.num_layers)))
         return self._anatomies
@@ -339,15 +359,11 @@ class ModelSubject:
             SiteError: what writes at a site is neither one linear layer nor experts that can be told apart.
             DataError: an item has no token to be read.
         """
+        from steerkit.network.experts import experts_at
+
         found = {site: experts_at(self._decoder, self._found[site.layer], site) for site in sites}
-        return expert_means(
-            self._decoder,
-            (self.rendered(self._data.positive), self.rendered(self._data.negative)),
-            {site: one for site, one in found.items() if one is not None},
-            readout=readout,
-            batch_size=self._batch_size,
-            pad_id=pad_token_id(self._tokenizer),
-        )
+        sides = self.rendered(self._data.positive), self.rendered(self._data.negative)
+        return self._passes.experts(sides, {site: one for site, one in found.items() if one is not None}, readout)
 
     def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
         """What identifies the matrices of the linear layers and routed experts that write at some sites.
@@ -362,30 +378,20 @@ class ModelSubject:
             SiteError: neither writes there.
             ModelError: a weight is offloaded.
         """
+        from steerkit.network.weight_digests import weight_digests
+
         return weight_digests(self._decoder, sites)
 
     def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
-        """Median token norms at sites this subject has read at, unsteered."""
+        """Median token norms at those of the sites that have been read, unsteered."""
         return {site: self._norms[site] for site in sites if site in self._norms}
 
-    def _batches(self, rendered: Sequence[Rendered]) -> list[Any]:
-        return batches(rendered, self._batch_size, pad_id=pad_token_id(self._tokenizer))
 
-
-def _attach_shift(tap: Tap, shift: Tensor, written: Tensor) -> Any:
-    """Add a shift [b, d] to the written tokens [b, t, 1] of a block's output or input, gradients and all."""
-
-    def moved(h: Tensor) -> Tensor:
-        return torch.where(written.to(h.device), h + shift.to(h.device, h.dtype)[:, None, :], h)
-
-    if tap.side == "input":
-        return tap.module.register_forward_pre_hook(
-            lambda _module, args, kwargs: tap.write_input(args, kwargs, moved(tap.read(args, kwargs))), with_kwargs=True
-        )
-    return tap.module.register_forward_hook(
-        lambda _module, args, output: tap.write_output(output, moved(tap.read(args, {}, output)))
-    )
-
-
-def _is_plain_text(side: Conversation) -> bool:
-    return isinstance(side.prompt, str) and side.system is None and side.answer is None
+def _median_norm(rows: Sequence[Tensor]) -> float:
+    """The median norm of the tokens [t, d] of each row, its first one left out."""
+    median = NormMedian()
+    for tensor in rows:
+        counted = torch.ones(1, len(tensor))
+        counted[0, 0] = 0.0
+        median.update(tensor[None], counted)
+    return median.result()

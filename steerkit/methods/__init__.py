@@ -1,1 +1,53 @@
-"""One file, one published method; no method imports another. `steerkit.methods.caa` is the file `caa.py`."""
+"""One file, one published method; no method imports another. `steerkit.methods.caa` is the file `caa.py`.
+
+To write one, derive from `Method`, `AddDirection` or `MeanDifference` in a file of this folder, or in a package of your
+own with an entry point of the group `steerkit.methods`. `Subject` is what `fit` may ask of the model; `Params` and
+`Prepared` are its tensors as stored and as applied. Files with an underscore are what several methods share.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerkit.methods._addition import AddDirection, MeanDifference
+    from steerkit.methods._base import Method
+    from steerkit.methods._protocols import Editor, HeatMap, Params, PartsTable, Prepared, WeightUpdate
+    from steerkit.methods._subject import Subject
+
+_HOMES = {
+    "AddDirection": "_addition",
+    "Editor": "_protocols",
+    "HeatMap": "_protocols",
+    "MeanDifference": "_addition",
+    "Method": "_base",
+    "Params": "_protocols",
+    "PartsTable": "_protocols",
+    "Prepared": "_protocols",
+    "Subject": "_subject",
+    "WeightUpdate": "_protocols",
+}
+
+__all__ = [
+    "AddDirection",
+    "Editor",
+    "HeatMap",
+    "MeanDifference",
+    "Method",
+    "Params",
+    "PartsTable",
+    "Prepared",
+    "Subject",
+    "WeightUpdate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"steerkit.methods.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'steerkit.methods' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,63 +1,65 @@
 """What a method is: how it turns activations into tensors, and how those tensors change activations.
 
-Most methods write `fit_site` and nothing else; `AddDirection` brings the plain addition that many papers share.
+Most methods write `fit_site` and nothing else: `AddDirection` brings the plain addition that many papers share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steerkit._support.plugins import Configured
-from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
-from steerkit.maths import edits
-from steerkit.maths.directions import random_direction
-from steerkit.methods._protocols import WeightUpdate
-from steerkit.network.decoder import Decoder, find_decoder
-from steerkit.network.output_biases import output_biases
+from steerkit.errors import FitError, VectorMismatchError
+from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
     from steerkit.activations.moments import Accumulator
     from steerkit.activations.recording import Activations
-    from steerkit.methods._protocols import Editor, HeatMap, Params, PartsTable, Prepared, Subject
-    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.methods._protocols import Params, Prepared
+    from steerkit.methods._subject import Subject
     from steerkit.tokens.forward_pass import Tokens
 
-__all__ = ["AddDirection", "Method", "check_direction"]
+__all__ = ["CONTRAST", "ONE_PAIR", "PAIRS", "TWO_KINDS", "Method", "sorts_prompts", "takes_pair"]
+
+CONTRAST = "contrast set"
+PAIRS = "contrast set of pairs"
+ONE_PAIR = "one pair of prompts"
+"""Held-out items then only measure the vector; it is not fitted on more than the pair."""
+TWO_KINDS = "harmful and harmless prompts"
+"""What such a method does shows on the two kinds of prompts; pairs of answers to one prompt do not measure it."""
 
 
 @dataclass(frozen=True)
 class Method(Configured):
     """Base of all methods. The dataclass fields of a subclass are its settings.
 
+    A method writes `fit_site` (or `fit`), `prepare` and `edit`, or takes the latter two from `AddDirection`. Whatever
+    else it can do, such as gating or going into weights, is a protocol of its own (`steerkit.methods._protocols`).
+
     Class attributes:
         name: what it is called on the command line and in vector files; the file's name.
         title, paper: how it is shown.
-        readout: default tokens read; None where the method records for itself.
-        scope, scopes: default tokens written, and all that are allowed.
+        data: what it is fitted on: `CONTRAST`, `PAIRS`, `ONE_PAIR` or `TWO_KINDS`.
+        params: the tensors that each site of a vector has, each with its shape in letters, such as ``"d"`` or
+            ``"k d"``; an empty shape is one number. Equal letters are equal sizes.
+        readout: tokens read where nobody says otherwise; None where the method records for itself.
+        scope, scopes: tokens written where nobody says otherwise, and all that are allowed.
         neutral: the strength at which it is the exact identity; None where no strength is.
-        data: what it is fitted on, for the table of methods.
-        sorts_prompts: it is fitted on two kinds of prompts, and what it does shows on the kinds: pairs of answers to
-            the same prompts do not measure it.
         default_strength: where neither the user nor the file names one; None where one has to be named.
         strength_unit: what strengths count, in a word for tables: a factor, degrees, a share.
         ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
-        takes_pair: it is fitted on one pair of prompts; held-out items only measure it.
-        reads_input: what it adds at a site depends on what the linear layer that writes there reads. It is then called
-            at that layer, and `prepared["input"]` is the layer's input [b, t, i]. Where routed experts write, it is
-            called at the MLP, and the input is what `expert_gates` find in the experts' inputs [b, t, 1].
     """
 
     title: ClassVar[str]
     paper: ClassVar[str]
-    data: ClassVar[str] = "contrast set"
-    sorts_prompts: ClassVar[bool] = False
+    data: ClassVar[str] = CONTRAST
+    params: ClassVar[Mapping[str, str]] = {}
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
     scopes: ClassVar[tuple[str, ...]] = (
@@ -74,8 +76,6 @@ class Method(Configured):
     default_strength: ClassVar[float | None] = 1.0
     strength_unit: ClassVar[str] = "factor"
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-    takes_pair: ClassVar[bool] = False
-    reads_input: ClassVar[bool] = False
 
     @property
     def edit_name(self) -> str:
@@ -86,11 +86,6 @@ class Method(Configured):
     def default_scope(self) -> str:
         """Tokens written where nobody says otherwise."""
         return self.scope
-
-    @property
-    def longest_text(self) -> int | None:
-        """Tokens of a text that are read at the most, the rest being cut off at the right; None reads all."""
-        return None
 
     @classmethod
     def _setting_error(cls, message: str) -> FitError:
@@ -113,17 +108,6 @@ class Method(Configured):
         """
         kinds = dict.fromkeys(site.kind for site in self.sites(decoder))
         return [Site(layer, kind) for layer in layers for kind in kinds]
-
-    def contrast(self, data: ContrastSet) -> ContrastSet:
-        """The items as the method reads them, such as balanced or without a chat template; here as they are.
-
-        Args:
-            data: what is fitted on.
-
-        Raises:
-            DataError: the method cannot be fitted on such items.
-        """
-        return data
 
     @classmethod
     def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:
@@ -197,22 +181,13 @@ class Method(Configured):
             tensors: what `fit` gave.
             decoder: the model's decoder.
 
+        Returns:
+            The sites, all of this model.
+
         Raises:
             SiteError: the model has no such places.
         """
         return sites
-
-    def extra(self, subject: Subject, sites: Sequence[Site]) -> dict[str, Any]:
-        """What the vector's file says besides its tensors.
-
-        Args:
-            subject: the only door to the model.
-            sites: where the vector is applied.
-
-        Returns:
-            Entries of `SteeringVector.extra`. ``{"weights": {name: digest}}`` ties the vector to these weights.
-        """
-        return {}
 
     def read_at(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> list[Site]:
         """Where the fitted vector reads; here wherever it was fitted.
@@ -223,33 +198,34 @@ class Method(Configured):
         """
         return sites
 
-    def editor(self, vector: SteeringVector) -> Editor | None:
-        """What reads at `vector.reads` and gates the writes at `vector.sites`; None where nothing is gated.
-
-        Args:
-            vector: a vector of this method.
-
-        Raises:
-            VectorMismatchError: the vector lacks what the gate needs.
-        """
-        return None
-
-    def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
-        """What more than its separation is measured of a vector on held-out items, as JSON can hold it.
-
-        Args:
-            vector: a vector of this method.
-            held_out: both sides at `vector.reads`, unsteered.
-        """
-        return {}
-
     def check(self, site: Site, params: Params) -> None:
-        """Refuse tensors that a file may hold but this method cannot apply.
+        """Refuse tensors that a file may hold but this method cannot apply: those that are not as `params` says.
+
+        Override it to look at values too, and call this one first.
 
         Args:
             site: whose tensors they are.
             params: the tensors of one site.
+
+        Raises:
+            VectorMismatchError: a tensor is missing or has another shape.
         """
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, shape in self.params.items():
+            letters, tensor = shape.split(), params.get(name)
+            wanted = f"'{name}' [{', '.join(letters)}]" if letters else f"one number '{name}'"
+            if tensor is None:
+                raise VectorMismatchError(f"{site}: {self.name} needs {wanted}, the vector has none; fit it again")
+            if tensor.dim() != len(letters) and not (not letters and tensor.numel() == 1):
+                got = list(tensor.shape)
+                raise VectorMismatchError(f"{site}: {self.name} needs {wanted}, the vector's is {got}; fit it again")
+            for letter, size in zip(letters, tensor.shape, strict=False):
+                known, first = sizes.setdefault(letter, (size, name))
+                if size != known:
+                    raise VectorMismatchError(
+                        f"{site}: {self.name} needs '{name}' as wide as '{first}' ({letter} = {known}), the vector's "
+                        f"is {list(tensor.shape)}; fit it again"
+                    )
 
     def direction(self, params: Params) -> Tensor | None:
         """The single direction [d] that is written; None where there is none.
@@ -259,25 +235,6 @@ class Method(Configured):
         """
         direction = params.get("direction")
         return direction if direction is not None and direction.dim() == 1 else None
-
-    def read_direction(self, params: Params) -> Tensor | None:
-        """The single direction [d] along which the fitted sides lie apart where the vector reads; None without one.
-
-        Args:
-            params: the tensors of one site of `vector.reads`.
-        """
-        return self.direction(params)
-
-    def check_model(self, vector: SteeringVector, decoder: Decoder) -> None:
-        """Refuse a model of the right size that this vector was nevertheless not fitted on.
-
-        Args:
-            vector: a vector of this method.
-            decoder: of the model to be steered.
-
-        Raises:
-            VectorMismatchError: the vector depends on the exact weights, and they are others.
-        """
 
     def length(self, params: Params) -> float | None:
         """How far strength 1 moves a token, in activation units; None where the method has no length.
@@ -295,14 +252,6 @@ class Method(Configured):
         """
         return self.neutral is not None and strength == self.neutral
 
-    def minimum_prompt(self, params: Params) -> int:
-        """Prompt tokens a row needs at the least.
-
-        Args:
-            params: the tensors of one site.
-        """
-        return 0
-
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Do once what every pass would repeat. Called when attached and when the strength changes.
 
@@ -317,26 +266,12 @@ class Method(Configured):
         """
         raise NotImplementedError
 
-    def expert_gates(self, params: Params) -> tuple[Tensor, Tensor | None]:
-        """For a method that `reads_input`: what the inputs of routed experts are multiplied with.
-
-        Args:
-            params: the tensors of one site.
-
-        Returns:
-            [e, i] one gate for each expert, and [j] that of an expert shared by all tokens, where there is one.
-
-        Raises:
-            SiteError: the method does not edit experts.
-        """
-        raise SiteError(f"{self.name} does not edit routed experts; choose other sites")
-
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """Change the activations of one pass, without touching `h`.
 
         Args:
             h: [b, t, d] activations.
-            prepared: what `prepare` gave, and `input` where the method `reads_input`.
+            prepared: what `prepare` gave, and `input` where the method is a `ReadsInput`.
             tokens: `tokens.position[b, t]` counts from each row's first real token. Which tokens are finally
                 written, and the dtype of the result, are the caller's business.
 
@@ -357,110 +292,28 @@ class Method(Configured):
         Raises:
             FitError: the vector has no direction that could be drawn anew.
         """
+        from steerkit.maths.directions import random_direction
+
         directions = [name for name in vector.tensors if name.endswith("/direction")]
         if not directions:
             raise FitError(f"{self.name}: the vector holds no direction, so it has no random control")
         drawn = {name: random_direction(vector.tensors[name], generator) for name in sorted(directions)}
         return replace(vector, tensors={**vector.tensors, **drawn})
 
-    def maps(self, vector: SteeringVector) -> list[HeatMap]:
-        """Heat maps of the parts a vector consists of, as `steerkit inspect --plot` draws them; here there are none.
 
-        Args:
-            vector: what this method fitted.
-        """
-        return []
-
-    def table(self, vector: SteeringVector) -> PartsTable | None:
-        """The parts a vector consists of, as `steerkit inspect` lists them; None where there is nothing to list.
-
-        Args:
-            vector: what this method fitted.
-        """
-        return None
-
-    @property
-    def has_weight_form(self) -> bool:
-        """Whether some vectors of this method can be weights."""
-        return type(self).weight_updates is not Method.weight_updates
-
-    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
-        """The same change as weights, where that is exact.
-
-        Args:
-            model: the transformers model.
-            vector: a vector of this method.
-            strength: in the vector's paper unit.
-
-        Raises:
-            StrengthError: the method has no exact weight form.
-        """
-        raise StrengthError(f"{self.name} has no exact weight form; steer with hooks instead")
-
-
-@dataclass(frozen=True)
-class AddDirection(Method):
-    """Shared by the methods that add `strength * direction` to every written token."""
-
-    def check(self, site: Site, params: Params) -> None:
-        """One direction [d] per site.
-
-        Raises:
-            VectorMismatchError: there is none, or it has another shape.
-        """
-        check_direction(f"{site}: {self.name} adds one direction of shape (width,)", params, dims=1)
-
-    def length(self, params: Params) -> float | None:
-        """Norm of the direction."""
-        return float(torch.linalg.vector_norm(params["direction"].float()))
-
-    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """`strength * direction`, multiplied in float32 and rounded once."""
-        return {"direction": (strength * params["direction"].to(device).float()).to(dtype)}
-
-    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
-        """`h + strength * direction`."""
-        return edits.add(h, prepared["direction"])
-
-    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
-        """A constant at a block's output is a bias of the last linear layer that writes to it, or of every expert.
-
-        Raises:
-            SiteError: the block has no such layer behind which nothing changes the sum.
-        """
-        for site in vector.sites:
-            if site.kind != "resid_post":
-                raise SiteError(f"{site}: only additions at resid_post have an exact weight form; steer with hooks")
-        try:
-            names = output_biases(find_decoder(model), {site.layer for site in vector.sites})
-        except SiteError as error:
-            raise SiteError(f"an addition at a block's output has no exact weight form here ({error})") from None
-        updates = []
-        for site in vector.sites:
-            shift = strength * vector.params(site)["direction"].float()
-            updates += [WeightUpdate(name, _shifted(shift)) for name in names[site.layer]]
-        return updates
-
-
-def check_direction(wanted: str, params: Params, *, dims: int) -> None:
-    """Refuse a direction of another shape than a method applies.
+def takes_pair(kind: Method | type[Method]) -> bool:
+    """Whether a method is fitted on one pair of prompts.
 
     Args:
-        wanted: what the method applies, to begin the error with.
-        params: the tensors of one site.
-        dims: dimensions the direction has to have.
-
-    Raises:
-        VectorMismatchError: there is no direction, or it has other dimensions.
+        kind: a method or its class.
     """
-    direction = params.get("direction")
-    if direction is None or direction.dim() != dims:
-        got = "none" if direction is None else f"shape {tuple(direction.shape)}"
-        raise VectorMismatchError(f"{wanted}, the vector has {got}")
+    return kind.data == ONE_PAIR
 
 
-def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:
-    def update(old: Tensor | None) -> Tensor:
-        return shift.clone() if old is None else old + shift.to(old.device)  # [out], or of experts [n, out]
+def sorts_prompts(kind: Method | type[Method]) -> bool:
+    """Whether a method is fitted on two kinds of prompts, which its vectors then treat differently.
 
-    return update
+    Args:
+        kind: a method or its class.
+    """
+    return kind.data == TWO_KINDS

@@ -19,10 +19,11 @@ from torch import Tensor
 from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, unit
-from steerkit.methods._base import Method, check_direction
+from steerkit.methods._base import TWO_KINDS, Method
 from steerkit.methods._fingerprint import fits
-from steerkit.methods._protocols import Params, Prepared, Subject
+from steerkit.methods._protocols import Params, Prepared
 from steerkit.methods._refusal import response_contrast, unembedding_direction
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.rendering import spread
@@ -283,16 +284,8 @@ class Gate(ABC):
 class GatedAddition(Method):
     """Shared by the methods that add a direction to the rows that a gate opens."""
 
-    data: ClassVar[str] = "harmful and harmless prompts"
-    sorts_prompts: ClassVar[bool] = True
-
-    def check(self, site: Site, params: Params) -> None:
-        """One direction [d] per written site.
-
-        Raises:
-            VectorMismatchError: there is none, or it has another shape.
-        """
-        check_direction(f"{site}: {self.name} adds one direction of shape (width,)", params, dims=1)
+    data: ClassVar[str] = TWO_KINDS
+    params: ClassVar[Mapping[str, str]] = {"direction": "d"}
 
     def check_model(self, vector: SteeringVector, decoder: Decoder) -> None:
         """Refuse other weights: a gate has learned where the activations of one model lie.
@@ -339,11 +332,11 @@ def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Te
     data = subject.data
     if source == "response":
         return response_contrast(subject, spread(data.positive, ANSWERED), sites)
-    positive = subject.record(data.positive, sites)
+    positive = subject.record(data.positive, sites, readout="last")
     if source == "unembed":
         direction = unit(unembedding_direction(subject))
         return {site: direction * positive.norms[site] for site in sites}
-    negative, found = subject.record(data.negative, sites), {}
+    negative, found = subject.record(data.negative, sites, readout="last"), {}
     for site in sites:
         try:
             found[site] = mean_difference(positive[site], negative[site])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, VectorMismatchError
 from steerkit.maths.directions import mean_difference, orthonormalise, steering_plane
-from steerkit.methods._base import Method, check_direction
+from steerkit.methods._base import Method
 from steerkit.methods._protocols import Params
 from steerkit.network.anatomy import Anatomy
 from steerkit.network.decoder import Decoder
@@ -33,6 +33,7 @@ class RotateInPlane(Method):
 
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
+    params: ClassVar[Mapping[str, str]] = {"direction": "d", "second": "d"}
     default_strength: ClassVar[float | None] = None  # 1 would be one degree
     strength_unit: ClassVar[str] = "degrees"
 
@@ -40,13 +41,6 @@ class RotateInPlane(Method):
     """Which norms' outputs are read and written where no site is given: those before attention and MLP, or all of them,
     also the norms behind them (Gemma-2 has both; the released code takes all). A model that has the latter only gives
     those."""
-
-    def __post_init__(self) -> None:
-        self._check_choice("norms", self.norms, ("before", "all"))
-
-    def _check_choice(self, name: str, value: str, allowed: tuple[str, ...]) -> None:
-        if value not in allowed:
-            raise FitError(f"{self.name}: {name} {value!r} is none of {', '.join(allowed)}")
 
     def sites(self, decoder: Decoder) -> list[Site]:
         """The outputs of the norms of every block, as in the papers.
@@ -97,13 +91,8 @@ class RotateInPlane(Method):
         Raises:
             VectorMismatchError: they do not.
         """
-        check_direction(f"{site}: {self.name} rotates in a plane of two axes of shape (width,)", params, dims=1)
-        first, second = params["direction"], params.get("second")
-        if second is None or second.shape != first.shape:
-            got = "none" if second is None else f"shape {tuple(second.shape)}"
-            raise VectorMismatchError(
-                f"{site}: {self.name} needs a second axis as wide as the first, the vector has {got}"
-            )
+        super().check(site, params)
+        first, second = params["direction"], params["second"]
         cosine = torch.cosine_similarity(first.double(), second.double(), dim=0, eps=1e-300)
         if not float(first.norm()) * float(second.norm()) > 0 or not abs(float(cosine)) < 0.99:
             raise VectorMismatchError(

@@ -1,25 +1,51 @@
-"""TODO methods._protocols."""
+"""What a method may have besides what every method has: each protocol is one thing that some methods need.
+
+A method takes part by having the protocol's functions, without naming the protocol; whoever uses them asks with
+`isinstance`. Shapes: b rows of the batch, t tokens of the pass, d width of the site, i what a module reads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
-    from steerkit.activations.expert_activations import ExpertMeans
     from steerkit.activations.recording import Activations
+    from steerkit.methods._base import Method
+    from steerkit.methods._subject import Subject
+    from steerkit.network.tap import Tap
     from steerkit.prompts.contrast_set import ContrastSet
-    from steerkit.prompts.rendering import Rendered
     from steerkit.tokens.forward_pass import Tokens
 
-__all__ = ["Editor", "HeatMap", "Params", "PartsTable", "Prepared", "Subject", "WeightUpdate"]
+__all__ = [
+    "AddsFacts",
+    "DrawsMaps",
+    "Editor",
+    "Gated",
+    "HasWeightForm",
+    "HeatMap",
+    "LayerInput",
+    "ListsParts",
+    "Measured",
+    "NeedsPrompt",
+    "Params",
+    "PartsTable",
+    "Prepared",
+    "PreparesData",
+    "ReadsAlong",
+    "ReadsInput",
+    "TiedToWeights",
+    "WeightUpdate",
+    "editor_of",
+    "read_direction",
+]
 
 Params = Mapping[str, Tensor]
 Prepared = Mapping[str, Tensor]
@@ -76,106 +102,195 @@ class HeatMap(NamedTuple):
     below: str
 
 
-class Subject(Protocol):
-    """The only door through which `Method.fit` reaches the model; `steerkit.fitting` gives it."""
-
-    @property
-    def decoder(self) -> Decoder:
-        """The model's decoder."""
-
-    @property
-    def data(self) -> ContrastSet:
-        """What the method is fitted on."""
-
-    def rendered(self, items: Sequence[Any]) -> list[Rendered]:
-        """Items as the model reads them."""
-
-    def token_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without special tokens."""
-
-    def unembedding(self) -> Tensor:
-        """The output embedding [v, d], float32, on the CPU: row `t` reads the logit of token `t` off the stream."""
-
-    def answers(self, items: Sequence[Any], *, max_new_tokens: int) -> list[str]:
-        """What the model, unsteered and greedy, answers to each item."""
-
-    def record(
-        self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = "last", under: SteeringVector | None = None
-    ) -> Activations:
-        """Read activations of texts, steered by `under` where given."""
-
-    def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
-        """Next-token logits [n, v] behind each item, steered by `under` where given."""
-
-    def shifted(
-        self, items: Sequence[Any], shifts: Mapping[Site, Tensor], *, prompts: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [b, t, v] of texts whose answers are written with shifts [b, d], ids, and which predict the answer."""
-
-    def train(
-        self,
-        parameters: Sequence[Tensor],
-        loss: Callable[[Tensor], Tensor],
-        items: int,
-        *,
-        epochs: int,
-        batch_size: int = 32,
-        rate: float = 1e-3,
-        decay: float = 0.0,
-        seed: int = 0,
-        judge: Callable[[], float] | None = None,
-        patience: int | None = None,
-        title: str = "training",
-    ) -> list[float]:
-        """Train parameters in place, the model frozen; see `steerkit.training.minimise`."""
-
-    def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
-        """Median token norms at sites that have been read, unsteered."""
-
-    def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Token ids of the one pair of prompts the method is fitted on."""
-
-    def filler_id(self, text: str) -> int:
-        """Id of the one token that `text` is."""
-
-    def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
-        """Activations [t, d] of every token of each row of ids, none of them masked."""
-
-    def weight(self, site: Site) -> Tensor:
-        """The matrix [o, i], float32, of the linear layer that writes at a site."""
-
-    def experts(self, sites: Sequence[Site], readout: Any) -> dict[Site, ExpertMeans]:
-        """What the experts read at those of the sites where routed ones write, as means over their own tokens."""
-
-    def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
-        """What identifies the weights that write at some sites, by name."""
-
-
 class Editor(Protocol):
-    """What a method gives that reads at some sites and, by what it found there, writes at others.
+    """A gate: it reads the activations of a prompt, decides for each row of the batch, and writes where it decided to.
 
-    All it remembers is in a state, which begins with the first pass of a text and ends with it: with the `generate`
-    call, the cache, or the pass. `steering.py` runs a pass again where a gate knows too late for it.
+    A model runs a text in several passes: one over the prompt, then one for every new token. `steering` calls a gate
+    in this order. `begin` once for a new text. In each pass `read` at every site of `reads`, and `write` at every site
+    of the vector. When the pass that holds the end of the prompt is over, `finish` tells which rows have to be run
+    through it again: a gate that reads a late block knows only then that an earlier block should have been written.
+
+    Everything a gate remembers of a text lies in the state that `begin` makes, so that one gate serves several texts.
     """
 
     @property
     def reads(self) -> tuple[Site, ...]:
-        """Where it reads; at a site that is written too, before the write."""
+        """Where it reads; at a site that is written too, it sees the activations before the write."""
 
     def begin(self, rows: int, device: torch.device) -> Any:
-        """A new state for a text of so many rows."""
+        """Make the state of a new text of so many rows, with nothing decided."""
 
     def read(self, site: Site, h: Tensor, tokens: Tokens, state: Any) -> None:
-        """Take what it needs of the activations [b, t, d] of one pass; it must not keep or change them."""
+        """Take from the activations [b, t, d] of one pass what the decision needs, without keeping or changing them."""
 
     def decides(self, tokens: Tokens, state: Any) -> bool:
-        """Whether the pass that is about to run, or is running, holds what decides and has not been read yet."""
+        """Whether this pass holds what the decision depends on, and the decision is still open."""
 
     def write(self, site: Site, h: Tensor, prepared: Prepared, tokens: Tokens, state: Any) -> Tensor:
-        """As `Method.edit`; rows that are left alone come back bitwise."""
+        """Change the activations [b, t, d] as `Method.edit` does; rows that are left alone come back bitwise."""
 
     def finish(self, state: Any) -> Tensor | bool:
         """Which rows [b] the deciding pass has to be run again for; False for none, True for all."""
 
     def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:
         """What it would decide about activations [b, d] of each read site, per row, as JSON can hold it."""
+
+
+class LayerInput(Protocol):
+    """Where a method is called that needs what a module reads, and how that is had."""
+
+    @property
+    def tap(self) -> Tap:
+        """The module's output, where the method writes."""
+
+    @property
+    def width(self) -> int:
+        """Width of what `__call__` gives."""
+
+    def refresh(self) -> None:
+        """Bring up to date what depends on where the module lies; called when attached and on a new strength."""
+
+    def __call__(self, read: Tensor) -> Tensor:
+        """From what the module was called with, [..., i], to what `Method.edit` finds in ``prepared["input"]``."""
+
+
+@runtime_checkable
+class Gated(Protocol):
+    """A method that reads each prompt and decides by it which rows are steered, and how strongly."""
+
+    def editor(self, vector: SteeringVector) -> Editor:
+        """The gate of a vector: it reads at `vector.reads` and writes at `vector.sites`.
+
+        Raises:
+            VectorMismatchError: the vector lacks what the gate needs.
+        """
+
+
+@runtime_checkable
+class ReadsInput(Protocol):
+    """A method whose change at a site depends on what the module that writes there reads.
+
+    `Method.edit` then finds that in ``prepared["input"]``, [b, t, i].
+    """
+
+    def inputs_at(self, model: nn.Module | Decoder, vector: SteeringVector) -> Mapping[Site, LayerInput]:
+        """What is read at each of the vector's sites, by canonical site in the vector's order.
+
+        Raises:
+            SiteError: no module writes at a site alone.
+        """
+
+
+@runtime_checkable
+class TiedToWeights(Protocol):
+    """A method whose vectors fit the very weights that they were fitted on, and no others of the same size."""
+
+    def check_model(self, vector: SteeringVector, decoder: Decoder) -> None:
+        """Refuse other weights.
+
+        Raises:
+            VectorMismatchError: the model's weights are others than when the vector was fitted.
+        """
+
+
+@runtime_checkable
+class NeedsPrompt(Protocol):
+    """A method that cannot write prompts shorter than something in its vector."""
+
+    def minimum_prompt(self, params: Params) -> int:
+        """Prompt tokens that a row needs at the least, by the tensors of one site."""
+
+
+@runtime_checkable
+class HasWeightForm(Protocol):
+    """A method some of whose vectors can be put into a model's weights, exactly."""
+
+    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
+        """The same change as weights; the strength counts in the vector's paper unit.
+
+        Raises:
+            StrengthError: this vector, or this strength, has no exact weight form.
+            SiteError: this model has no place for it.
+        """
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A method that measures more on held-out items than how far its direction parts them."""
+
+    def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
+        """Figures that JSON can hold, from both held-out sides at `vector.reads`, unsteered."""
+
+
+@runtime_checkable
+class ReadsAlong(Protocol):
+    """A method that reads along another direction than it writes, or along none."""
+
+    def read_direction(self, params: Params) -> Tensor | None:
+        """The direction [d] along which the two sides lie apart at a site of `vector.reads`; None without one."""
+
+
+@runtime_checkable
+class PreparesData(Protocol):
+    """A method that reads its contrast set in a form of its own, such as balanced or without a chat template."""
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens of a text that are read at the most, the rest being cut off at the right; None reads all."""
+
+    def contrast(self, data: ContrastSet) -> ContrastSet:
+        """The items as the method reads them.
+
+        Raises:
+            DataError: the method cannot be fitted on such items.
+        """
+
+
+@runtime_checkable
+class AddsFacts(Protocol):
+    """A method whose vector files say something besides tensors and settings."""
+
+    def extra(self, subject: Subject, sites: Sequence[Site]) -> dict[str, Any]:
+        """Entries of `SteeringVector.extra`; ``{"weights": {name: digest}}`` ties the vector to these weights."""
+
+
+@runtime_checkable
+class ListsParts(Protocol):
+    """A method whose vectors consist of parts that people can read in a table."""
+
+    def table(self, vector: SteeringVector) -> PartsTable:
+        """The parts, as `steerkit inspect` lists them."""
+
+
+@runtime_checkable
+class DrawsMaps(Protocol):
+    """A method whose vectors consist of parts that can be drawn layer by layer."""
+
+    def maps(self, vector: SteeringVector) -> list[HeatMap]:
+        """Heat maps, as `steerkit inspect --plot` draws them."""
+
+
+def editor_of(method: Method, vector: SteeringVector) -> Editor | None:
+    """The gate of a vector; None where every row is steered alike.
+
+    Args:
+        method: the vector's method.
+        vector: a vector of that method.
+
+    Raises:
+        VectorMismatchError: the vector lacks what the gate needs.
+    """
+    return method.editor(vector) if isinstance(method, Gated) else None
+
+
+def read_direction(method: Method, params: Params) -> Tensor | None:
+    """The direction along which the fitted sides lie apart where the vector reads.
+
+    Args:
+        method: the vector's method.
+        params: the tensors of one site of `vector.reads`.
+
+    Returns:
+        [d]; None where there is no single one.
+    """
+    return method.read_direction(params) if isinstance(method, ReadsAlong) else method.direction(params)

@@ -27,7 +27,7 @@ from torch import Tensor
 from steerkit._support.phrases import normalised, opening, pattern_of
 from steerkit.errors import FitError
 from steerkit.maths.directions import mean_difference
-from steerkit.methods._protocols import Subject
+from steerkit.methods._subject import Subject
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, spread

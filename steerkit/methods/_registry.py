@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from steerkit._support.plugins import Plugins
 from steerkit.errors import StrengthError, VectorFileError
 from steerkit.methods._base import Method
+from steerkit.methods._protocols import editor_of
 
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
@@ -62,7 +63,7 @@ def is_gated(vector: SteeringVector) -> bool:
         VectorFileError: the method's edit is not the one the vector names.
         VectorMismatchError: the vector lacks a part.
     """
-    return method_of(vector).editor(vector) is not None
+    return editor_of(method_of(vector), vector) is not None
 
 
 def default_strength(vector: SteeringVector) -> float:

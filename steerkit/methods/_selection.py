@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import FitError
-from steerkit.methods._protocols import Subject
 from steerkit.methods._refusal import first_log_probs, is_refusal, log_odds
+from steerkit.methods._subject import Subject
 from steerkit.network.sites import Site
 from steerkit.network.writers import every_write
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, spread
-from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ class Selection:
 
     def __init__(self, method: RefusalDirection, subject: Subject, sites: Sequence[Site]) -> None:
         self._method, self._subject = method, subject
-        self._facts = model_facts(subject.decoder.model)
         self._writes = tuple(every_write(subject.decoder))
         train, held_out = subject.data.split(held_out=0.25)
         asked = asked_prompts(train.positive), asked_prompts(train.negative)
@@ -205,16 +203,7 @@ class Selection:
     ) -> SteeringVector:
         """A candidate as a vector of this method, written at all tokens."""
         method = replace(self._method, apply=apply)
-        return SteeringVector(
-            method=method.name,
-            tensors=tensors,
-            sites=sites,
-            edit=method.edit_name,
-            scope="all",
-            unit="paper",
-            settings=method.settings,
-            **self._facts,
-        )
+        return self._subject.vector(method, tensors, sites, scope="all")
 
     def _none_left(self, found: list[Candidate], tried: list[Candidate]) -> FitError:
         """Say why, in one line, with the candidates that no other one beats."""

@@ -1,4 +1,4 @@
-"""TODO methods._thresholds."""
+"""A score of how far a prompt meets a condition, and the threshold that parts two sets of such scores best."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerkit.errors import FitError
 
-__all__ = ["Threshold", "auc", "best_threshold", "lies_above", "score"]
+__all__ = ["Threshold", "best_threshold", "lies_above", "score"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,3 @@ def score(h: Tensor, condition: Tensor, kind: Literal["cosine", "cast"] = "cosin
 def lies_above(scores: Tensor, threshold: float) -> Tensor:
     """`scores > threshold`, without rounding the threshold where the device has float64."""
     return scores > threshold if scores.device.type == "mps" else scores.double() > threshold
-
-
-def auc(positive: Tensor, negative: Tensor) -> float:
-    """Share of couples in which the positive score is larger, or smaller where that is the larger share."""
-    wins = (positive[:, None] > negative[None, :]).double().mean()
-    ties = (positive[:, None] == negative[None, :]).double().mean()
-    share = float(wins + ties / 2)
-    return max(share, 1 - share)

@@ -31,8 +31,9 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, unit
-from steerkit.methods._base import Method, check_direction
-from steerkit.methods._protocols import Params, Prepared, Subject, WeightUpdate
+from steerkit.methods._base import Method
+from steerkit.methods._protocols import Params, Prepared, WeightUpdate
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -61,6 +62,7 @@ class DirectionalAblation(Method):
     paper: ClassVar[str] = "Arditi et al. 2024, arXiv 2406.11717"
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
+    params: ClassVar[Mapping[str, str]] = {"direction": "d"}
     strength_unit: ClassVar[str] = "share"
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
 
@@ -71,6 +73,7 @@ class DirectionalAblation(Method):
     """In the weight form, give the embeddings of a tied model weights of their own, so that the head stays as it is."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.writes in ("fitted", "every"):
             return
         listed = self.writes if isinstance(self.writes, tuple | list) else ()
@@ -164,7 +167,7 @@ class DirectionalAblation(Method):
         Raises:
             VectorMismatchError: there is none, it has another shape, or no length.
         """
-        check_direction(f"{site}: ablation removes one direction of shape (width,)", params, dims=1)
+        super().check(site, params)
         if not bool(params["direction"].any()):
             raise VectorMismatchError(f"{site}: the direction has length 0, so there is nothing to remove; fit again")
 

@@ -14,6 +14,7 @@ space, as in the published examples; it is an ordinary token, never masked. Row 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,8 +24,9 @@ from torch import Tensor
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.maths import edits
-from steerkit.methods._base import Method, check_direction
-from steerkit.methods._protocols import Params, Prepared, Subject
+from steerkit.methods._base import ONE_PAIR, Method
+from steerkit.methods._protocols import Params, Prepared
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.tokens.forward_pass import Tokens
@@ -39,9 +41,9 @@ class ActivationAddition(Method):
     name: ClassVar[str] = "actadd"
     title: ClassVar[str] = "Activation Addition"
     paper: ClassVar[str] = "Turner et al. 2023, arXiv 2308.10248"
-    data: ClassVar[str] = "one pair of prompts"
+    data: ClassVar[str] = ONE_PAIR
+    params: ClassVar[Mapping[str, str]] = {"direction": "w d"}
     readout: ClassVar[str | None] = None
-    takes_pair: ClassVar[bool] = True
     scopes: ClassVar[tuple[str, ...]] = ("front", "mid", "back")
     ladder: ClassVar[tuple[float, ...]] = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0)
 
@@ -49,10 +51,6 @@ class ActivationAddition(Method):
     """Where in the prompt the rows are added when no scope says otherwise."""
     filler: str = " "
     """What fills the shorter prompt; it must be one token."""
-
-    def __post_init__(self) -> None:
-        if self.position not in self.scopes:
-            raise FitError(f"actadd: position {self.position!r} is none of {', '.join(self.scopes)}")
 
     @property
     def edit_name(self) -> str:
@@ -95,14 +93,6 @@ class ActivationAddition(Method):
             raise FitError("actadd: both prompts are the same tokens, so their difference is zero; change one of them")
         rows = subject.record_ids(filled, sites)
         return {f"{site}/direction": rows[site][0] - rows[site][1] for site in sites}
-
-    def check(self, site: Site, params: Params) -> None:
-        """One direction per position.
-
-        Raises:
-            VectorMismatchError: there is none, or it has another shape.
-        """
-        check_direction(f"{site}: actadd adds rows of shape (positions, width)", params, dims=2)
 
     def length(self, params: Params) -> float | None:
         """Median norm of the rows (the BOS row, which is zero, left out)."""

@@ -35,7 +35,8 @@ from steerkit.activations.recording import Activations
 from steerkit.maths import edits
 from steerkit.maths.directions import side_projections
 from steerkit.methods._plane import RotateInPlane
-from steerkit.methods._protocols import Params, Prepared, Subject
+from steerkit.methods._protocols import Params, Prepared
+from steerkit.methods._subject import Subject
 from steerkit.network.sites import Site
 from steerkit.tokens.forward_pass import Tokens
 

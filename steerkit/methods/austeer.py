@@ -1,36 +1,36 @@
-"""AUSteer: scale a few single units, those that most pairs move the same way, wherever in the depth they are.
+"""AUSteer: scale a few single neurons, those that most pairs move the same way, wherever in the depth they are.
 
-A unit is one scalar of one kind of site: (layer, dimension). Over the pairs, with x the unit's value at the last token,
+A neuron here is one scalar of one kind of site: (layer, dimension). Over the pairs, with x its value at the last token,
 
     r+ = share of pairs with x(positive) > x(negative),      r- = share with x(positive) < x(negative)
-    beta = +r+  where r+ >= r-,  else -r-                     the signed share, one per unit
-    x' = x + gamma x,   gamma = strength * beta               for the k units of largest |beta| in all layers together
+    beta = +r+  where r+ >= r-,  else -r-                     the signed share, one per neuron
+    x' = x + gamma x,   gamma = strength * beta               for the k neurons of largest |beta| in all layers together
 
 Zijian Feng et al. (2026), "Fine-Grained Activation Steering: Steering Less, Achieving More", ICLR 2026,
 arXiv 2602.04428.
 
 Magnitudes never enter: it is a sign test, which makes layers comparable. What the paper calls a column of a matrix is
-one only at `z` (scaling unit i is scaling column i of the output projection); at `mlp_raw` the released code scales
-what the down projection gives, which is its row i. With the strengths the paper tunes (8 to 100) a unit of negative
-share changes its sign and grows, although the paper speaks of suppression; and scaling moves a unit away from zero,
+one only at `z` (scaling neuron i is scaling column i of the output projection); at `mlp_raw` the released code scales
+what the down projection gives, which is its row i. With the strengths the paper tunes (8 to 100) a neuron of negative
+share changes its sign and grows, although the paper speaks of suppression; and scaling moves a neuron away from zero,
 not towards the positive side: where the positive side's values are the larger but negative ones, a positive share
 drives them down.
 
 Where this file departs. By default texts go through the chat template; answers that stand on both sides of several
-pairs ("Yes" and "No") are balanced, since a unit that only tells them apart would reach the share of the commoner one;
+pairs ("Yes" and "No") are balanced, since a neuron that only tells them apart would reach the commoner one's share;
 differences are taken in float32, those of rounding size counting as none; pairs of which a text is all zero at a site
 (no expert took its token) count neither way nor in the denominator; equal shares, which are the rule and not the
 exception with n pairs, are ranked by the standardised mean difference; and the factor 1 + gamma stops at 0, so that no
-unit changes its sign (`flip` allows it). `AUSteer.published()` is the released code: float16 differences, texts without
-a template and cut at 512 tokens, equal shares in the order of the network. Its k = 0 is k = 1 here, and 0 is refused.
-The paper gives equal shares of both directions the negative sign, its code the positive one: `tie`. Activations that
-are not finite are an error here, and the released code's way of counting them is kept in `activation_momentum`.
+neuron changes its sign (`flip` allows it). `AUSteer.published()` is the released code: float16 differences, texts
+without a template and cut at 512 tokens, equal shares in the order of the network. Its k = 0 is k = 1 here, and 0 is
+refused. The paper gives equal shares of both directions the negative sign, its code the positive one: `tie`.
+Activations that are not finite are an error here, and the released code's way of counting them is kept in
+`activation_momentum`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -42,11 +42,15 @@ from steerkit.activations.moments import PairSigns
 from steerkit.activations.recording import Activations
 from steerkit.errors import DataError, FitError, SiteError, VectorMismatchError
 from steerkit.maths import edits
-from steerkit.methods._base import Method
-from steerkit.methods._protocols import Params, PartsTable, Prepared, Subject, WeightUpdate
+from steerkit.maths.probes import head_count
+from steerkit.methods._austeer_data import as_it_stands, balanced
+from steerkit.methods._austeer_neurons import neurons_table, scaled_weights
+from steerkit.methods._base import PAIRS, Method
+from steerkit.methods._protocols import Params, PartsTable, Prepared, WeightUpdate
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
-from steerkit.network.tap import Tap, anatomies, locate
+from steerkit.network.tap import anatomies
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -54,13 +58,13 @@ if TYPE_CHECKING:
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.prompts.conversation import Conversation
 
-__all__ = ["AUSteer", "activation_momentum", "select_units"]
+__all__ = ["AUSteer", "activation_momentum", "select_neurons"]
 
 Tie = Literal["positive", "negative"]
 
 
 def activation_momentum(positive: Tensor, negative: Tensor, *, tie: Tie = "positive") -> Tensor:
-    """The signed share of pairs that move each unit the same way.
+    """The signed share of pairs that move each neuron the same way.
 
     Differences are taken in the dtype given. One that is zero or not a number (of two infinities, for one) counts for
     neither side and stays in the denominator; nothing is raised for values that are not finite.
@@ -71,7 +75,7 @@ def activation_momentum(positive: Tensor, negative: Tensor, *, tie: Tie = "posit
         tie: the sign where as many pairs move it up as down; the released code's is positive, the paper's negative.
 
     Returns:
-        [l, d] float32 from -1 to 1, 0 where no pair moves the unit.
+        [l, d] float32 from -1 to 1, 0 where no pair moves the neuron.
 
     Raises:
         FitError: there is no pair, the sides differ in shape, or `tie` is no sign.
@@ -87,23 +91,23 @@ def activation_momentum(positive: Tensor, negative: Tensor, *, tie: Tie = "posit
     return _signed_share((difference > 0).sum(0), (difference < 0).sum(0), len(positive), tie)
 
 
-def select_units(beta: Tensor, k: int) -> list[tuple[int, int, float]]:
-    """The k units of largest share, over all layers together.
+def select_neurons(beta: Tensor, k: int) -> list[tuple[int, int, float]]:
+    """The k neurons of largest share, over all layers together.
 
     Args:
         beta: [l, d] signed shares.
         k: how many; where fewer have a share that is not zero, those.
 
     Returns:
-        (layer, unit, signed share), the largest first; equal ones in the order of layers and units.
+        (layer, neuron, signed share), the largest first; equal ones in the order of layers and neurons.
 
     Raises:
         FitError: `beta` is no [l, d], or `k` no whole number from 0.
     """
     if beta.dim() != 2:
-        raise FitError(f"select_units: beta has shape {list(beta.shape)}; give [l, d]")
+        raise FitError(f"select_neurons: beta has shape {list(beta.shape)}; give [l, d]")
     if isinstance(k, bool) or not isinstance(k, int) or k < 0:
-        raise FitError(f"select_units: k = {k!r}; give a whole number from 0")
+        raise FitError(f"select_neurons: k = {k!r}; give a whole number from 0")
     places = _ranked(beta.reshape(-1), None)[:k]
     width = beta.shape[1]
     shares = beta.reshape(-1)[places].tolist()
@@ -112,7 +116,7 @@ def select_units(beta: Tensor, k: int) -> list[tuple[int, int, float]]:
 
 @dataclass(frozen=True)
 class AUSteer(Method):
-    """Scale the k units of one kind of site, in all layers, that most pairs move the same way.
+    """Scale the k neurons of one kind of site, in all layers, that most pairs move the same way.
 
     Strength 0 is the identity; a negative one mirrors all signs. Fit it at all layers, which is the default: it chooses
     where it acts. The fitted vector's `sites` are the chosen ones, its `fitted_at` all that were looked at.
@@ -121,19 +125,20 @@ class AUSteer(Method):
     name: ClassVar[str] = "austeer"
     title: ClassVar[str] = "AUSteer: scaling single units"
     paper: ClassVar[str] = "Feng et al. 2026, arXiv 2602.04428"
-    data: ClassVar[str] = "contrast set of pairs"
+    data: ClassVar[str] = PAIRS
+    params: ClassVar[Mapping[str, str]] = {"units": "j", "beta": "j", "width": ""}
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
     kind: Literal["z", "mlp_raw", "resid_post"] = "z"
-    """Whose units: of the heads side by side, of the MLP's output before any post-norm, or of the residual stream."""
+    """Whose neurons: of the heads side by side, of the MLP's output before any post-norm, or of the residual stream."""
     k: int = 100
-    """How many units, in all layers together."""
+    """How many neurons, in all layers together."""
     tie: Tie = "positive"
-    """The sign of a unit that as many pairs move up as down."""
+    """The sign of a neuron that as many pairs move up as down."""
     tie_break: Literal["difference", "order"] = "difference"
-    """What comes first among equal shares: the larger standardised mean difference, or the earlier unit."""
+    """What comes first among equal shares: the larger standardised mean difference, or the earlier neuron."""
     precision: Literal["float32", "float16"] = "float32"
     """In which differences are taken. In float16 all pairs count, in float32 those with activations at the site."""
     template: bool = True
@@ -145,17 +150,10 @@ class AUSteer(Method):
     alone: str = ""
     """A positive answer with this phrase in it is read without its prompt (released code: a refusal's apology)."""
     flip: bool = False
-    """Let a factor go below 0, where a unit changes its sign."""
+    """Let a factor go below 0, where a neuron changes its sign."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("kind", ("z", "mlp_raw", "resid_post")),
-            ("tie", ("positive", "negative")),
-            ("tie_break", ("difference", "order")),
-            ("precision", ("float32", "float16")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise FitError(f"austeer: {name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        super().__post_init__()
         for name, least in (("k", 1), ("max_tokens", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -205,7 +203,7 @@ class AUSteer(Method):
 
     @classmethod
     def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:
-        """All blocks, and each third of them: the units of several blocks are ranked together.
+        """All blocks, and each third of them: the neurons of several blocks are ranked together.
 
         Args:
             num_layers: of the model.
@@ -227,11 +225,11 @@ class AUSteer(Method):
             counts = f"{len(data.positive)} positive and {len(data.negative)} negative items"
             raise DataError(f"austeer compares the two sides of pairs, got {counts} that are none; give pairs")
         if self.balance:
-            data = _balanced(data)
+            data = balanced(data)
         positive = tuple(self._alone(item) for item in data.positive) if self.alone else data.positive
         negative = data.negative
         if not self.template:
-            positive, negative = tuple(map(_raw, positive)), tuple(map(_raw, negative))
+            positive, negative = tuple(map(as_it_stands, positive)), tuple(map(as_it_stands, negative))
         return replace(data, positive=positive, negative=negative)
 
     def _alone(self, item: Conversation) -> Conversation:
@@ -250,7 +248,7 @@ class AUSteer(Method):
         return PairSigns(rounding=1e-5, skip_zeros=True)
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
-        """Rank the units of all sites together and keep the first k.
+        """Rank the neurons of all sites together and keep the first k.
 
         Args:
             acts: what `statistics` gave at every site.
@@ -259,37 +257,39 @@ class AUSteer(Method):
 
         Returns:
             ``"<site>/units"`` [j] int64, ``"<site>/beta"`` [j] and ``"<site>/width"`` [] of each site that has some;
-            ``"shared/tied"`` [2], how many units share the last one's share, and how many of these were chosen; at `z`
-            ``"shared/head_width"`` [].
+            ``"shared/tied"`` [2], how many neurons have the last one's share, and how many of these were chosen; at
+            `z` ``"shared/head_width"`` [].
 
         Raises:
-            FitError: the sites are of several kinds, or no pair moves any unit.
+            FitError: the sites are of several kinds, or no pair moves any neuron.
         """
         assert acts is not None
         if len({site.kind.replace("_raw", "_out") for site in sites}) > 1:
-            raise FitError(f"austeer ranks units of one kind of site, got {', '.join(map(str, sites))}; give one kind")
+            raise FitError(
+                f"austeer ranks neurons of one kind of site, got {', '.join(map(str, sites))}; give one kind"
+            )
         counted = {site: PairSigns.read(acts.positive[site], acts.negative[site]) for site in sites}
         betas = {site: _signed_share(one.up, one.down, one.pairs, self.tie) for site, one in counted.items()}
         beta = torch.cat(list(betas.values()))
         effect = torch.cat([one.effect for one in counted.values()]) if self.tie_break == "difference" else None
         chosen = _ranked(beta, effect)[: self.k]
         if not len(chosen):
-            raise FitError("austeer: no pair moves any unit; the two sides read the same at every site")
+            raise FitError("austeer: no pair moves any neuron; the two sides read the same at every site")
         at_the_cut = beta.abs() == beta[chosen[-1]].abs()
         tensors = {"shared/tied": torch.stack([at_the_cut.sum(), at_the_cut[chosen].sum()])}
-        if sites[0].kind == "z" and (heads := _heads(subject.decoder)):
+        if sites[0].kind == "z" and (heads := head_count(subject.decoder.model)):
             tensors["shared/head_width"] = torch.tensor(len(betas[sites[0]]) // heads)
         start = 0
         for site, own in betas.items():
-            units = (chosen[(chosen >= start) & (chosen < start + len(own))] - start).sort().values
+            neurons = (chosen[(chosen >= start) & (chosen < start + len(own))] - start).sort().values
             start += len(own)
-            if len(units):
-                tensors[f"{site}/units"], tensors[f"{site}/beta"] = units, own[units]
+            if len(neurons):
+                tensors[f"{site}/units"], tensors[f"{site}/beta"] = neurons, own[neurons]
                 tensors[f"{site}/width"] = torch.tensor(len(own))
         return tensors
 
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
-        """The sites that have chosen units.
+        """The sites that have chosen neurons.
 
         Args:
             sites: where it was fitted.
@@ -299,21 +299,20 @@ class AUSteer(Method):
         return [site for site in sites if f"{site}/units" in tensors]
 
     def check(self, site: Site, params: Params) -> None:
-        """Different units of the site, each with its share.
+        """Different neurons of the site, each with its share.
 
         Raises:
             VectorMismatchError: something is missing, or does not fit together.
         """
-        units, beta, width = (params.get(name) for name in ("units", "beta", "width"))
-        if units is None or beta is None or width is None or units.dim() != 1 or units.shape != beta.shape:
-            raise VectorMismatchError(f"{site}: austeer scales units [j] by shares beta [j], the vector has not both")
-        if width.dim() or units.dtype != torch.int64 or not beta.is_floating_point():
-            raise VectorMismatchError(f"{site}: units and width are whole numbers and shares are not; fit again")
-        if len(set(units.tolist())) < len(units) or int(units.min()) < 0 or int(units.max()) >= int(width):
-            raise VectorMismatchError(f"{site}: units must be different ones of 0..{int(width) - 1}; fit again")
+        super().check(site, params)
+        neurons, beta, width = (params[name] for name in ("units", "beta", "width"))
+        if neurons.dtype != torch.int64 or not beta.is_floating_point():
+            raise VectorMismatchError(f"{site}: neurons and width are whole numbers and shares are not; fit again")
+        if len(set(neurons.tolist())) < len(neurons) or int(neurons.min()) < 0 or int(neurons.max()) >= int(width):
+            raise VectorMismatchError(f"{site}: neurons must be different ones of 0..{int(width) - 1}; fit again")
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """What is added of each unit, 0 for those that stay; multiplied in float32 and rounded once."""
+        """What is added of each neuron, 0 for those that stay; multiplied in float32 and rounded once."""
         gains = self._gains(params, strength)
         gamma = torch.zeros(*gains.shape[:-1], int(params["width"]), device=device)
         return {"gamma": gamma.index_copy(-1, params["units"].to(device), gains).to(dtype)}
@@ -324,11 +323,11 @@ class AUSteer(Method):
         return gains if self.flip else gains.clamp_min(-1.0)
 
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
-        """`h + gamma * h`; units that were not chosen are bitwise what they were."""
+        """`h + gamma * h`; neurons that were not chosen are bitwise what they were."""
         return edits.scale_units(h, prepared["gamma"])
 
     def control(self, vector: SteeringVector, generator: torch.Generator) -> SteeringVector:
-        """As many units at each site with the same shares, drawn from all units of that site.
+        """As many neurons at each site with the same shares, drawn from all neurons of that site.
 
         Args:
             vector: what this method fitted.
@@ -342,45 +341,29 @@ class AUSteer(Method):
         return replace(vector, tensors={**vector.tensors, **drawn})
 
     def table(self, vector: SteeringVector) -> PartsTable:
-        """The chosen units, the largest share first.
+        """The chosen neurons, the largest share first.
 
         Args:
             vector: what this method fitted.
         """
-        found = []
-        for site in vector.sites:
-            params = vector.params(site)
-            found += [(site, *one) for one in zip(params["units"].tolist(), params["beta"].tolist(), strict=True)]
-        found.sort(key=lambda one: (-abs(one[2]), one[0].layer, one[1]))
-        params = vector.params(vector.sites[0])
-        head = int(params["head_width"]) if "head_width" in params else 0
-        rows = [
-            (site.layer, *((unit // head, unit % head) if head else (unit,)), "+" if beta > 0 else "-", abs(beta))
-            for site, unit, beta in found
-        ]
-        where = ("head", "dimension") if head else ("row" if vector.sites[0].kind.startswith("mlp") else "dimension",)
-        tied = params["tied"].tolist() if "tied" in params else None
-        note = f"{tied[0]} units have the smallest of these shares; {tied[1]} of them were chosen" if tied else ""
-        return PartsTable(f"{len(rows)} units", ("layer", *where, "sign", "share"), rows, note)
+        return neurons_table(vector)
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """Columns of attention's output projection, or rows and bias entries of the MLP's down projection.
 
         Raises:
-            SiteError: units of the residual stream or behind a post-norm; or no one plain linear layer gives or reads
+            SiteError: neurons of the residual stream or behind a post-norm; or no one plain linear layer gives or reads
                 them, as with routed experts or an adapter.
         """
-        updates = []
-        for site in vector.sites:
-            tap, is_input = _projection(model, site)
-            params = vector.params(site)
-            scaled = _scaled(params["units"], self._gains(params, torch.tensor(float(strength))))
-            # An nn.Linear holds its weight [outputs, inputs], GPT-2's Conv1D [inputs, outputs].
-            axis = int(is_input) if isinstance(tap.module, nn.Linear) else int(not is_input)
-            updates.append(WeightUpdate(f"{tap.name}.weight", scaled(axis)))
-            if not is_input and tap.module.bias is not None:
-                updates.append(WeightUpdate(f"{tap.name}.bias", scaled(0)))
-        return updates
+        return [
+            update
+            for site in vector.sites
+            for update in scaled_weights(model, site, *self._places(vector.params(site), strength))
+        ]
+
+    def _places(self, params: Params, strength: float) -> tuple[Tensor, Tensor]:
+        """The neurons [j] of a site and what each is scaled by, less 1 [j]."""
+        return params["units"], self._gains(params, torch.tensor(float(strength)))
 
 
 def _signed_share(up: Tensor, down: Tensor, pairs: int | Tensor, tie: Tie) -> Tensor:
@@ -402,69 +385,3 @@ def _ranked(beta: Tensor, effect: Tensor | None) -> Tensor:
     size = beta.abs().nan_to_num(0.0)[order]
     order = order[size.argsort(descending=True, stable=True)]
     return order[: int((size > 0).sum())]
-
-
-def _balanced(data: ContrastSet) -> ContrastSet:
-    """Without the last of those pairs whose answers stand the other way round in fewer pairs."""
-    labels = [(one.answer, other.answer) for one, other in zip(data.positive, data.negative, strict=True)]
-    counts, seen, kept = Counter(labels), Counter[Any](), []
-    for place, (good, bad) in enumerate(labels):
-        seen[good, bad] += 1
-        if seen[good, bad] <= (counts[bad, good] or len(labels)):
-            kept.append(place)
-    if len(kept) == len(labels):
-        return data
-    positive, negative = (tuple(side[place] for place in kept) for side in (data.positive, data.negative))
-    return replace(data, positive=positive, negative=negative, marks=())
-
-
-def _raw(item: Conversation) -> Conversation:
-    """A conversation without a chat template.
-
-    Raises:
-        DataError: it has several messages, or a system prompt.
-    """
-    if not isinstance(item.prompt, str) or item.system is not None:
-        raise DataError("austeer: without a template a prompt is one text; messages and system prompts need template")
-    return replace(item, raw=True)
-
-
-def _heads(decoder: Decoder) -> int:
-    """How many query heads stand side by side at `z`; 0 where the config does not say."""
-    return int(getattr(decoder.model.config.get_text_config(), "num_attention_heads", 0) or 0)
-
-
-def _projection(model: nn.Module, site: Site) -> tuple[Tap, bool]:
-    """The linear layer whose columns (it reads the units) or rows (it gives them) are the units of a site.
-
-    Raises:
-        SiteError: there is none.
-    """
-    try:
-        raw = next(iter(locate(model, [Site(site.layer, "mlp_raw")]))) if site.kind.startswith("mlp_") else None
-        if site.kind != "z" and site != raw:
-            what = "what a post-norm gives" if site.kind == "mlp_out" else "no linear layer's input or output alone"
-            raise SiteError(f"{what} is scaled here")
-        (tap,) = locate(model, [site if raw is None else Site(site.layer, "mlp_post")]).values()
-    except SiteError as error:
-        raise SiteError(f"{site}: scaling its units has no exact weight form ({error}); steer with hooks") from None
-    if hasattr(tap.module, "base_layer"):
-        raise SiteError(f"{site}: `{tap.name}` has an adapter beside it; merge it first, or steer with hooks")
-    if not isinstance(tap.module, nn.Linear) and type(tap.module).__name__ != "Conv1D":
-        raise SiteError(f"{site}: `{tap.name}` is {type(tap.module).__name__}, no plain linear layer; steer with hooks")
-    return tap, raw is None
-
-
-def _scaled(units: Tensor, gains: Tensor) -> Callable[[int], Callable[[Tensor | None], Tensor]]:
-    """By the dimension along which the units stand, what scales them there."""
-
-    def along(axis: int) -> Callable[[Tensor | None], Tensor]:
-        def update(old: Tensor | None) -> Tensor:
-            assert old is not None
-            places, gamma = units.to(old.device), gains.to(old)
-            part = old.index_select(axis, places).movedim(axis, -1)
-            return old.index_copy(axis, places, (part + gamma * part).movedim(-1, axis))
-
-        return update
-
-    return along

@@ -21,18 +21,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steerkit.activations.moments import Means
 from steerkit.errors import FitError
-from steerkit.maths.directions import equal_norms, mean_difference
-from steerkit.methods._base import AddDirection
-from steerkit.network.sites import Site
+from steerkit.maths.directions import equal_norms
+from steerkit.methods._addition import MeanDifference
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["ContrastiveActivationAddition", "equalise"]
 
 
 @dataclass(frozen=True)
-class ContrastiveActivationAddition(AddDirection):
+class ContrastiveActivationAddition(MeanDifference):
     """Add the mean difference of a contrast set, at any kind of site.
 
     Strength 1 adds the mean difference itself; 0 is the identity; negative strengths steer to the other side.
@@ -48,29 +46,6 @@ class ContrastiveActivationAddition(AddDirection):
     paper: ClassVar[str] = "Rimsky et al. 2024, arXiv 2312.06681"
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "response"
-
-    def statistics(self, site: Site) -> Means:
-        """Two running means; no activation is kept.
-
-        Args:
-            site: where they accumulate.
-        """
-        return Means()
-
-    def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """The mean difference.
-
-        Args:
-            positive: [n, d] float32.
-            negative: [m, d] float32; n and m may differ.
-
-        Returns:
-            ``{"direction": [d]}``
-
-        Raises:
-            FitError: both means are equal.
-        """
-        return {"direction": mean_difference(positive, negative)}
 
 
 def equalise(vectors: Mapping[str, SteeringVector]) -> dict[str, SteeringVector]:

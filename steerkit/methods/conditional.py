@@ -35,10 +35,12 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, VectorMismatchError, unknown_name
 from steerkit.maths.directions import mean_difference, pair_differences, principal_direction, unit
 from steerkit.maths.predicates import Predicate
+from steerkit.maths.probes import auc
 from steerkit.methods._fingerprint import are_alike, fingerprint
 from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, folds_of
-from steerkit.methods._protocols import Params, Subject
-from steerkit.methods._thresholds import auc, best_threshold, lies_above, score
+from steerkit.methods._protocols import Params
+from steerkit.methods._subject import Subject
+from steerkit.methods._thresholds import best_threshold, lies_above, score
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
@@ -90,6 +92,7 @@ class ConditionalSteering(GatedAddition):
     """What opens the gate, as `Predicate.data` gives it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.max_fpr is not None and not 0 <= self.max_fpr <= 1:
             raise FitError(f"conditional: max_fpr {self.max_fpr!r} is no share; give a number from 0 to 1")
         if self.folds < 2:
@@ -139,7 +142,8 @@ class ConditionalSteering(GatedAddition):
             except FitError as error:
                 raise FitError(f"conditional at {site}: {error}") from None
             found = best_threshold(*scores, max_fpr=self.max_fpr, compare=self.compare)
-            rank = (found.f1, auc(*scores))
+            area = auc(*scores)
+            rank = (found.f1, max(area, 1 - area))
             if best is None or rank > best[0]:  # of equals the first: what is read early costs no second pass
                 best = (rank, site, direction, found)
         assert best is not None

@@ -30,21 +30,37 @@ import torch
 from torch import Tensor
 
 from steerkit.activations.recording import Activations
-from steerkit.errors import FitError, VectorMismatchError
+from steerkit.errors import FitError
 from steerkit.maths.directions import unit
+from steerkit.maths.probes import auc
+from steerkit.methods._controller_gate import (
+    GAIN,
+    PROBE,
+    WEIGHTS,
+    ControllerGate,
+    begun,
+    gain_logits,
+    probe_logits,
+    weight_logits,
+)
 from steerkit.methods._fingerprint import fingerprint
-from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written
-from steerkit.methods._protocols import Params, Subject
+from steerkit.methods._gate import Gate, GatedAddition, behaviour, blocks_written
+from steerkit.methods._protocols import Params
 from steerkit.methods._refusal import COMPLYING, REFUSING
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.rendering import spread
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["WeightedController", "auroc", "fpr_at_tpr", "permuted_weights"]
+__all__ = ["WeightedController", "fpr_at_tpr", "permuted_weights"]
 
 _SCOPES = {"paper": "generated", "replay": "response", "two_pass": "all", "online": "response"}
 _VALIDATION = 5  # every fifth item of either side ends the training in time
+
+
+_COST = 0.05
+_FIRST_WORDS = 4  # tokens: "I'm sorry,"
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,7 @@ class WeightedController(GatedAddition):
     """Items of either side on which weights are learned."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.weights == "fixed") != bool(self.fixed):
             raise FitError(f"controller: weights={self.weights!r} with fixed={list(self.fixed)}; the two go together")
         if self.fixed and (min(self.fixed) < 0 or not 0 < sum(self.fixed) < math.inf):
@@ -149,7 +166,7 @@ class WeightedController(GatedAddition):
         mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
         if not bool((spread > 0).any()):
             raise FitError("controller: the features do not vary, so nothing can be told apart")
-        net = _begun(len(mean), self.hidden, len(written), self.seed)
+        net = begun(len(mean), self.hidden, len(written), self.seed)
         net |= {"shared/mean": mean, "shared/spread": spread.clamp_min(1e-6)}
         standard = (features - mean) / net["shared/spread"]
         self._train_gates(subject, net, standard, labels, len(rows[0]))
@@ -175,7 +192,7 @@ class WeightedController(GatedAddition):
         kept = place % _VALIDATION == _VALIDATION - 1
         has_both = bool(kept[:positives].any()) and bool(kept[positives:].any())
         training = (~kept if has_both else torch.ones_like(kept)).nonzero()[:, 0]
-        for names, score in ((_GAIN, _gain), (_PROBE, _probe)):
+        for names, score in ((GAIN, gain_logits), (PROBE, probe_logits)):
             leaves = [net[name].requires_grad_() for name in names]
 
             def loss(rows: Tensor, score: Any = score) -> Tensor:
@@ -217,10 +234,10 @@ class WeightedController(GatedAddition):
         ]
         with torch.no_grad():
             gains = torch.sigmoid(self._score(net, x[rows]))
-        leaves = [net[name].requires_grad_() for name in _WEIGHTS]
+        leaves = [net[name].requires_grad_() for name in WEIGHTS]
 
         def loss(batch: Tensor) -> Tensor:
-            weights, gain = torch.sigmoid(_weights(net, x[[rows[place] for place in batch]])), gains[batch]
+            weights, gain = torch.sigmoid(weight_logits(net, x[[rows[place] for place in batch]])), gains[batch]
             by = (self.reach * gain[:, None] * weights).clamp_max(self.limit)
             shifts = {site: by[:, number, None] * value for number, (site, value) in enumerate(directions.items())}
             items = [texts[place] for place in batch]
@@ -249,11 +266,11 @@ class WeightedController(GatedAddition):
             seed=self.seed,
             title="learning weights",
         )
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             net[name] = net[name].detach()
 
     def _score(self, net: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return _gain(net, x) if self.gate == "mlp" else _probe(net, x)
+        return gain_logits(net, x) if self.gate == "mlp" else probe_logits(net, x)
 
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
         """The outputs of the blocks that `writes` names.
@@ -282,7 +299,7 @@ class WeightedController(GatedAddition):
         Raises:
             VectorMismatchError: the vector lacks a part of the network, or its parts do not fit.
         """
-        return _Controller(self, vector)
+        return ControllerGate(self, vector)
 
     def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
         """How well network and probe tell held-out items apart, and how many rows are steered.
@@ -291,146 +308,18 @@ class WeightedController(GatedAddition):
             vector: a vector of this method.
             held_out: both sides at `vector.reads`.
         """
-        gate = _Controller(self, vector)
+        gate = ControllerGate(self, vector)
         measured: dict[str, Any] = {}
         for name in ("mlp", "probe"):
             plus, minus = gate.gain(held_out.positive, name), gate.gain(held_out.negative, name)
             measured[name] = {
-                "auroc": round(auroc(plus, minus), 4),
+                "auroc": round(auc(plus, minus), 4),
                 "fpr_at_95_tpr": round(fpr_at_tpr(plus, minus, 0.95), 4),
             }
         ranks = {name: (measured[name]["auroc"], -measured[name]["fpr_at_95_tpr"]) for name in ("mlp", "probe")}
         better = "neither" if ranks["mlp"] == ranks["probe"] else max(ranks, key=lambda name: ranks[name])
         shares = [float(gate.decide(side).is_open.float().mean()) for side in (held_out.positive, held_out.negative)]
         return {**measured, "better": better, "tpr": round(shares[0], 4), "fpr": round(shares[1], 4)}
-
-
-_GAIN = ("shared/first_weight", "shared/first_bias", "shared/gain_weight", "shared/gain_bias")
-_WEIGHTS = ("shared/block_weight", "shared/block_bias")
-_PROBE = ("shared/probe_weight", "shared/probe_bias")
-_COST = 0.05
-_FIRST_WORDS = 4  # tokens: "I'm sorry,"
-
-
-def _begun(width: int, hidden: int, blocks: int, seed: int) -> dict[str, Tensor]:
-    """The network before training: as torch begins linear layers, but from a seed of its own; the probe at zero."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def drawn(*shape: int, inputs: int) -> Tensor:
-        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs)
-
-    return {
-        "shared/first_weight": drawn(hidden, width, inputs=width),
-        "shared/first_bias": drawn(hidden, inputs=width),
-        "shared/gain_weight": drawn(hidden, inputs=hidden),
-        "shared/gain_bias": drawn(1, inputs=hidden),
-        "shared/block_weight": drawn(blocks, hidden, inputs=hidden),
-        "shared/block_bias": drawn(blocks, inputs=hidden),
-        "shared/probe_weight": torch.zeros(width),
-        "shared/probe_bias": torch.zeros(1),
-    }
-
-
-def _inner(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """[b, hidden] what both heads read."""
-    return torch.relu(x @ net["shared/first_weight"].T + net["shared/first_bias"])
-
-
-def _gain(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """[b] the network's z."""
-    return _inner(net, x) @ net["shared/gain_weight"] + net["shared/gain_bias"]
-
-
-def _weights(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """[b, blocks] logits of the block weights. Their head alone is ever trained through them."""
-    return _inner(net, x).detach() @ net["shared/block_weight"].T + net["shared/block_bias"]
-
-
-def _probe(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """[b] the probe's z."""
-    return x @ net["shared/probe_weight"] + net["shared/probe_bias"]
-
-
-class _Controller(Gate):
-    """Runs the network of a vector."""
-
-    def __init__(self, method: WeightedController, vector: SteeringVector) -> None:
-        follows = method.schedule == "online"
-        super().__init__(vector.reads, vector.readout, limit=method.limit, follows=follows)
-        self._method, self._writes = method, vector.sites
-        needed = ["shared/mean", "shared/spread", *_GAIN, *_PROBE]
-        needed += {"fixed": ["shared/fixed"], "uniform": []}.get(method.weights, list(_WEIGHTS))
-        missing = [name for name in needed if name not in vector.tensors]
-        if missing:
-            raise VectorMismatchError(f"controller: the vector holds no {missing[0]}; fit it again")
-        self._net = {
-            torch.device("cpu"): {name: tensor for name, tensor in vector.tensors.items() if "shared/" in name}
-        }
-        blocks = vector.tensors[needed[-1]].shape[0] if method.weights != "uniform" else len(self._writes)
-        width = vector.tensors["shared/mean"].shape[0]
-        if vector.tensors["shared/first_weight"].shape[1:] != (width,) or blocks != len(self._writes):
-            raise VectorMismatchError(f"controller: the network does not fit {len(self._writes)} written blocks")
-
-    def _on(self, device: torch.device) -> dict[str, Tensor]:
-        if device not in self._net:
-            self._net[device] = {name: tensor.to(device) for name, tensor in self._net[torch.device("cpu")].items()}
-        return self._net[device]
-
-    def _read(self, found: Mapping[Site, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        features = torch.cat([found[site].float() for site in self.reads], dim=-1)
-        net = self._on(features.device)
-        return net, (features - net["shared/mean"]) / net["shared/spread"]
-
-    def gain(self, found: Mapping[Site, Tensor], gate: str | None = None) -> Tensor:
-        """[b] s, of the gate in use or of another one."""
-        net, x = self._read(found)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.sigmoid(_probe(net, x) if (gate or self._method.gate) == "probe" else _gain(net, x))
-
-    def weights(self, found: Mapping[Site, Tensor]) -> Tensor:
-        """[b, blocks] how much each written block counts."""
-        net, x = self._read(found)
-        if self._method.weights == "uniform":
-            return torch.ones(len(x), len(self._writes), device=x.device)
-        if self._method.weights == "fixed":
-            return net["shared/fixed"].expand(len(x), -1)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.sigmoid(_weights(net, x))
-
-    def decide(self, found: Mapping[Site, Tensor]) -> Decision:
-        """Gains and weights of every row.
-
-        Args:
-            found: per read site [b, d] float32.
-        """
-        gain, weights = self.gain(found), self.weights(found)
-        gains = {site: gain * weights[:, number] for number, site in enumerate(self._writes)}
-        return Decision(gain >= self._method.dead_zone, gains)
-
-    def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:
-        """Gain, weights, what each block gets in typical norms, and what network and probe say, per row.
-
-        Args:
-            found: per read site [b, d] float32.
-            strength: at which it would steer.
-        """
-        decision, weights, limit = self.decide(found), self.weights(found), self._method.limit
-        scores = {name: self.gain(found, name) for name in ("mlp", "probe")}
-        rows = []
-        for row, flag in enumerate(decision.is_open.tolist()):
-            blocks = {site: strength * float(gain[row]) for site, gain in decision.gains.items()}
-            rows.append(
-                {
-                    "open": flag,
-                    "gain": float(scores[self._method.gate][row]),
-                    "dead_zone": self._method.dead_zone,
-                    "gate": self._method.gate,
-                    "scores": {name: float(score[row]) for name, score in scores.items()},
-                    "weights": {str(site): float(weights[row, number]) for number, site in enumerate(self._writes)},
-                    "blocks": {str(site): min(max(by, -limit), limit) if flag else 0.0 for site, by in blocks.items()},
-                }
-            )
-        return rows
 
 
 def permuted_weights(vector: SteeringVector, seed: int = 0) -> SteeringVector:
@@ -444,7 +333,7 @@ def permuted_weights(vector: SteeringVector, seed: int = 0) -> SteeringVector:
         FitError: the weights are uniform, or there is one block, so no order of them is another one.
     """
     kind = vector.settings.get("weights")
-    names = {"fixed": ("shared/fixed",), "random": _WEIGHTS, "learned": _WEIGHTS}.get(str(kind), ())
+    names = {"fixed": ("shared/fixed",), "random": WEIGHTS, "learned": WEIGHTS}.get(str(kind), ())
     if not names:
         raise FitError(f"controller: weights {kind!r} cannot be permuted; fit random, fixed or learned ones")
     blocks = len(vector.tensors[names[0]])
@@ -455,17 +344,6 @@ def permuted_weights(vector: SteeringVector, seed: int = 0) -> SteeringVector:
     order = torch.empty_like(cycle)
     order[cycle] = cycle.roll(1)
     return replace(vector, tensors={**vector.tensors, **{name: vector.tensors[name][order] for name in names}})
-
-
-def auroc(positive: Tensor, negative: Tensor) -> float:
-    """Share of couples in which the positive score is larger, ties counted half.
-
-    Args:
-        positive: [n] scores.
-        negative: [m] scores.
-    """
-    larger, same = positive[:, None] > negative[None, :], positive[:, None] == negative[None, :]
-    return float((larger.double() + same.double() / 2).mean())
 
 
 def fpr_at_tpr(positive: Tensor, negative: Tensor, share: float) -> float:

@@ -27,12 +27,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steerkit.activations.moments import Means
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
-from steerkit.maths.directions import mean_difference
-from steerkit.methods._base import AddDirection
-from steerkit.methods._protocols import Subject
+from steerkit.methods._addition import MeanDifference
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 
@@ -40,7 +38,7 @@ __all__ = ["PersonaVector"]
 
 
 @dataclass(frozen=True)
-class PersonaVector(AddDirection):
+class PersonaVector(MeanDifference):
     """Add the mean difference of responses with and without a trait.
 
     Strength 1 adds the difference itself; 0 is the identity; negative strengths suppress the trait.
@@ -70,29 +68,6 @@ class PersonaVector(AddDirection):
         if self.incremental:
             return [Site(layer, "resid_post") for layer in range(decoder.num_layers)]
         return super().sites(decoder)
-
-    def statistics(self, site: Site) -> Means:
-        """Two running means, one row per response; no activation is kept.
-
-        Args:
-            site: where they accumulate.
-        """
-        return Means()
-
-    def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """The mean difference.
-
-        Args:
-            positive: [n, d] float32, one row per response.
-            negative: [m, d] float32; n and m may differ.
-
-        Returns:
-            ``{"direction": [d]}``
-
-        Raises:
-            FitError: both means are equal.
-        """
-        return {"direction": mean_difference(positive, negative)}
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         """Fit every site; with `incremental`, turn the vectors into increments along the depth.

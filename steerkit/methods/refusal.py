@@ -43,10 +43,12 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, StrengthError
 from steerkit.maths import edits
 from steerkit.maths.directions import unit
-from steerkit.methods._base import AddDirection
-from steerkit.methods._protocols import Params, Prepared, Subject, WeightUpdate
+from steerkit.methods._addition import AddDirection
+from steerkit.methods._base import TWO_KINDS
+from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.methods._refusal import response_contrast, unembedding_direction
 from steerkit.methods._selection import Selection, asked_prompts
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.network.writers import every_write
@@ -72,8 +74,7 @@ class RefusalDirection(AddDirection):
     name: ClassVar[str] = "refusal"
     title: ClassVar[str] = "Refusal direction"
     paper: ClassVar[str] = "Arditi et al. 2024, arXiv 2406.11717"
-    data: ClassVar[str] = "harmful and harmless prompts"
-    sorts_prompts: ClassVar[bool] = True
+    data: ClassVar[str] = TWO_KINDS
     readout: ClassVar[str | None] = None
     scope: ClassVar[str] = "response"
 
@@ -97,6 +98,7 @@ class RefusalDirection(AddDirection):
     """Blocks from this share of the depth on are not tried."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.validation < 1:
             raise FitError(f"refusal: validation = {self.validation}; give a number of prompts of at least 1")
 
@@ -136,7 +138,9 @@ class RefusalDirection(AddDirection):
             DataError: too few prompts to keep some apart.
         """
         if self.source == "unembedding":
-            subject.record(asked_prompts(subject.data.negative), sites)  # for the norms that strengths are counted in
+            subject.record(
+                asked_prompts(subject.data.negative), sites, readout="last"
+            )  # for the norms that strengths are counted in
             return {"shared/direction": unembedding_direction(subject)}
         if self.source == "instructions":
             best, direction, selection = Selection(self, subject, sites).run()

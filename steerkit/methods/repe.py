@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.activations.recording import Activations
-from steerkit.errors import FitError, StrengthError
+from steerkit.errors import StrengthError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, pair_differences, principal_direction
-from steerkit.methods._base import AddDirection
-from steerkit.methods._protocols import Params, Prepared, Subject, WeightUpdate
+from steerkit.methods._addition import AddDirection
+from steerkit.methods._protocols import Params, Prepared, WeightUpdate
+from steerkit.methods._subject import Subject
 from steerkit.network.sites import Site
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
@@ -58,14 +59,6 @@ class RepresentationControl(AddDirection):
     """Length of a principal direction: that of the mean difference, or 1."""
     restore_norm: bool = False
     """Give every steered token the norm it had before."""
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("reading", self.reading, ("pca", "difference", "mean")),
-            ("scaling", self.scaling, ("difference", "unit")),
-        ):
-            if value not in allowed:
-                raise FitError(f"repe: {name} {value!r} is none of {', '.join(allowed)}")
 
     @property
     def edit_name(self) -> str:

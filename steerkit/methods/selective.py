@@ -42,7 +42,8 @@ from steerkit.errors import FitError, SiteError
 from steerkit.maths import edits
 from steerkit.maths.directions import discriminative_sites, side_projections
 from steerkit.methods._plane import RotateInPlane
-from steerkit.methods._protocols import Params, Prepared, Subject, WeightUpdate
+from steerkit.methods._protocols import Params, Prepared, WeightUpdate
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import anatomies
@@ -71,10 +72,6 @@ class SelectiveSteering(RotateInPlane):
     """How sites are selected: by rows scaled to length 1 (released code) or by the raw means (paper, eq. 9)."""
     whole_blocks: bool = True
     """Select the sites of a block together or not at all (released code)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_choice("rule", self.rule, ("unit_samples", "class_means"))
 
     @property
     def edit_name(self) -> str:

@@ -20,6 +20,7 @@ lead away from the trait. `origin="other"` therefore counts from the other side'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,10 +28,10 @@ import torch
 from torch import Tensor
 
 from steerkit.activations.moments import Means
-from steerkit.errors import FitError, VectorMismatchError
+from steerkit.errors import VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, unit
-from steerkit.methods._base import Method, check_direction
+from steerkit.methods._base import Method
 from steerkit.methods._protocols import Params, Prepared
 from steerkit.network.sites import Site
 from steerkit.tokens.forward_pass import Tokens
@@ -55,15 +56,12 @@ class SetProjection(Method):
     paper: ClassVar[str] = "Allbert et al. 2024, arXiv 2412.10427"
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
+    params: ClassVar[Mapping[str, str]] = {"direction": "d", "trait": "", "other": ""}
     neutral: ClassVar[float | None] = None
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.2, 1.4, 1.7, 2.0)
 
     origin: Literal["zero", "other"] = "zero"
     """What strength 0 sets the coordinate to: zero, or its mean on the other side."""
-
-    def __post_init__(self) -> None:
-        if self.origin not in ("zero", "other"):
-            raise FitError(f"set_projection: origin {self.origin!r} is none of zero, other")
 
     @property
     def edit_name(self) -> str:
@@ -103,12 +101,9 @@ class SetProjection(Method):
         Raises:
             VectorMismatchError: one is missing or of another shape, or the direction has no length.
         """
-        check_direction(f"{site}: set_projection takes one direction of shape (width,)", params, dims=1)
+        super().check(site, params)
         if not bool(params["direction"].any()):
             raise VectorMismatchError(f"{site}: the direction has length 0, so there is no coordinate; fit again")
-        for name in ("trait", "other"):
-            if name not in params or params[name].numel() != 1:
-                raise VectorMismatchError(f"{site}: set_projection needs one number '{name}' in the vector; fit again")
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The direction at length 1, in float32 at least, and the coordinate that is set."""

@@ -39,25 +39,38 @@ their gates say, since no module gives what they read; in the weights there is n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.expert_activations import ExpertMeans
 from steerkit.activations.moments import Means
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, VectorMismatchError
 from steerkit.maths import edits
-from steerkit.maths.directions import mean_difference, random_direction
-from steerkit.maths.rank_one import add_in_order, check_penalty, score_components
-from steerkit.methods._base import Method, check_direction
-from steerkit.methods._parts import fits_width, head_width_of, head_widths, neuron_width, parts_of
-from steerkit.methods._protocols import HeatMap, Params, PartsTable, Prepared, Subject, WeightUpdate
+from steerkit.maths.directions import mean_difference
+from steerkit.maths.rank_one import check_penalty, score_components
+from steerkit.methods._base import Method
+from steerkit.methods._protocols import HeatMap, Params, PartsTable, Prepared, WeightUpdate
+from steerkit.methods._steer2edit_parts import (
+    WRITTEN,
+    RoundedMeans,
+    WriterInput,
+    expert_gates,
+    fits_width,
+    head_width_of,
+    matrix_edits,
+    parts_of,
+    random_edit,
+    read_and_written,
+)
+from steerkit.methods._steer2edit_tables import edited_parts, magnitude_maps
+from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
-from steerkit.network.experts import Experts, experts_at
+from steerkit.network.experts import experts_at
 from steerkit.network.linears import writers_at
 from steerkit.network.sites import Site
 from steerkit.network.tap import anatomies
@@ -65,34 +78,10 @@ from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
+    from steerkit.activations.expert_activations import ExpertMeans
     from steerkit.maths.rank_one import Components
-    from steerkit.methods._parts import MatrixPart
 
 __all__ = ["Steer2Edit"]
-
-_WRITTEN = ("attn_out", "attn_raw", "mixer_out", "mlp_out", "mlp_raw")
-
-
-class _RoundedMeans(Means):
-    """Means of rows that are rounded to bfloat16, and are themselves."""
-
-    def update(self, positive: Tensor, negative: Tensor) -> None:
-        """As `Means.update`.
-
-        Args:
-            positive: [k, d] float32.
-            negative: [l, d] float32.
-        """
-        super().update(positive.bfloat16().float(), negative.bfloat16().float())
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """As `Means.result`.
-
-        Raises:
-            FitError: one side has no rows.
-        """
-        positive, negative = super().result()
-        return positive.bfloat16().float(), negative.bfloat16().float()
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ class Steer2Edit(Method):
     paper: ClassVar[str] = "Sun et al. 2026, arXiv 2602.09870"
     readout: ClassVar[str | None] = "response_mean"
     scope: ClassVar[str] = "all"
-    reads_input: ClassVar[bool] = True
+    params: ClassVar[Mapping[str, str]] = {"direction": "o"}
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
     rho_attn: float = 0.2
@@ -128,12 +117,11 @@ class Steer2Edit(Method):
     """What means, scores and magnitudes are computed in and weights rounded to; `bfloat16` is the released code's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_penalty("rho_attn", self.rho_attn, self.alpha)
         check_penalty("rho_mlp", self.rho_mlp, self.alpha)
         if self.rho_attn <= 0 and self.rho_mlp <= 0:
             raise FitError("steer2edit: rho_attn and rho_mlp are both 0, which edits nothing; give one of them")
-        if self.precision not in ("float32", "bfloat16"):
-            raise FitError(f"steer2edit: precision {self.precision!r} is neither float32 nor bfloat16")
 
     @property
     def edit_name(self) -> str:
@@ -205,7 +193,7 @@ class Steer2Edit(Method):
         Args:
             site: where they accumulate.
         """
-        return _RoundedMeans() if self.precision == "bfloat16" else Means()
+        return RoundedMeans() if self.precision == "bfloat16" else Means()
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         """Score every head and neuron and find by how much each is changed.
@@ -226,7 +214,7 @@ class Steer2Edit(Method):
             FitError: a site lacks its partner, an activation is not finite, or no component is edited.
         """
         assert acts is not None
-        pairs = _pairs(sites)
+        pairs = read_and_written(sites)
         routed = subject.experts([site for read, site in pairs if read not in sites], acts.readout)
         tensors: dict[str, Tensor] = {}
         largest: dict[str, float] = {}
@@ -249,7 +237,7 @@ class Steer2Edit(Method):
                 found["direction"] = direction / torch.linalg.vector_norm(direction)
                 tensors.update({f"{site}/{name}": value.float() for name, value in found.items()})
         if not tensors:
-            raise FitError(self._nothing(largest))
+            raise FitError(_nothing_edited(self, largest))
         return tensors
 
     def _direction(self, acts: Activations, site: Site) -> Tensor:
@@ -313,16 +301,6 @@ class Steer2Edit(Method):
             no_reversal=self.no_reversal,
         )
 
-    def _nothing(self, largest: Mapping[str, float]) -> str:
-        """Why nothing is edited, in numbers."""
-        if not largest:
-            return "steer2edit: at no site do the two sides differ, so there is no direction to edit along"
-        said = ", ".join(
-            f"the largest |score| is {score:.3g} where {block} * alpha = {getattr(self, block) * self.alpha:.3g}"
-            for block, score in largest.items()
-        )
-        return f"steer2edit: no component passes its threshold ({said}); lower rho or alpha"
-
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
         """The sites with an edit.
 
@@ -348,24 +326,27 @@ class Steer2Edit(Method):
         Raises:
             VectorMismatchError: one is missing or has another shape, or no linear layer writes at the site.
         """
-        check_direction(f"{site}: steer2edit writes one direction of shape (width,)", params, dims=1)
+        super().check(site, params)
         shapes = [tuple(params[name].shape) if name in params else None for name in ("gate", "magnitude")]
-        fits = site.kind in _WRITTEN and all(map(fits_width, parts_of(params)))
+        fits = site.kind in WRITTEN and all(map(fits_width, parts_of(params)))
         if not fits:
             raise VectorMismatchError(
                 f"{site}: steer2edit needs a gate (inputs,) and a magnitude for each component of it, at a site that a "
                 f"linear layer writes; the vector has {shapes[0]} and {shapes[1]}"
             )
 
-    def expert_gates(self, params: Params) -> tuple[Tensor, Tensor | None]:
-        """The gates of routed experts and of a shared one.
+    def inputs_at(self, model: nn.Module | Decoder, vector: SteeringVector) -> dict[Site, WriterInput]:
+        """What the linear layer that writes at each site reads; of experts, what their gates find in it.
+
+        Args:
+            model: the model to be steered.
+            vector: a vector of this method.
 
         Raises:
-            SiteError: the vector was fitted on a model without experts.
+            SiteError: neither one linear layer nor routed experts write at a site.
         """
-        if params["gate"].dim() != 2:
-            raise SiteError("steer2edit: the vector holds no gates of experts; fit one on this model")
-        return params["gate"], params.get("shared_gate")
+        writers = writers_at(model, vector.sites)
+        return {site: WriterInput(writers[site], partial(expert_gates, vector.params(site))) for site in writers}
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Both factors, rounded once, and the strength. Of experts the input is what the gates have found already."""
@@ -387,60 +368,15 @@ class Steer2Edit(Method):
             vector: what this method fitted.
             generator: what draws.
         """
-        tensors = dict(vector.tensors)
-        for site in vector.sites:
-            params = vector.params(site)
-            tensors[f"{site}/direction"] = random_direction(params["direction"], generator)
-            for part in parts_of(params):
-                gates = part.gate.reshape(part.magnitude.numel(), -1).clone()
-                for row in part.magnitude.flatten().nonzero().flatten().tolist():
-                    gates[row] = random_direction(gates[row], generator)
-                tensors[f"{site}/{part.prefix}gate"] = gates.reshape(part.gate.shape)
-        return replace(vector, tensors=tensors)
+        return random_edit(vector, generator)
 
     def table(self, vector: SteeringVector) -> PartsTable:
-        """Every edited head, and the neurons of every layer by what is done to them, the largest change first.
-
-        Args:
-            vector: what this method fitted.
-        """
-        rows: list[tuple[str | int | float, ...]] = []
-        counts, idle = {"head": 0, "neuron": 0}, 0
-        for site in vector.sites:
-            params = vector.params(site)
-            is_mlp = site.kind.startswith("mlp")
-            idle += int((params["tokens"] == 0).any(dim=0).sum()) if "tokens" in params else 0
-            for part in parts_of(params):
-                counts["neuron" if is_mlp else "head"] += int(part.magnitude.count_nonzero())
-                rows += neuron_width(site, part) if is_mlp else head_widths(site, part.magnitude)
-        title = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count)
-        note = "gate: length of its part of the gate at strength 1. reinforce: it writes along the direction already"
-        if idle:
-            note += f". {idle} expert{'' if idle == 1 else 's'} left alone: no token of one side was routed there"
-        return PartsTable(
-            f"{title} edited",
-            ("layer", "block", "edited", "gate", "what"),
-            sorted(rows, key=lambda row: -float(row[3])),
-            note,
-        )
+        """Every edited head, and the neurons of every layer by what is done to them, the largest change first."""
+        return edited_parts(vector)
 
     def maps(self, vector: SteeringVector) -> list[HeatMap]:
-        """Heads in their order; neurons of each layer from the most reinforced to the most suppressed one.
-
-        Args:
-            vector: what this method fitted.
-        """
-        heads: dict[int, list[float]] = {}
-        neurons: dict[int, list[float]] = {}
-        for site in vector.sites:
-            magnitude = torch.cat([part.magnitude.flatten() for part in parts_of(vector.params(site))])
-            if site.kind.startswith("mlp"):
-                neurons[site.layer] = magnitude[magnitude != 0].sort(descending=True).values.tolist()
-            else:
-                heads[site.layer] = magnitude.tolist()
-        words = "reinforce", "suppress"
-        maps = [HeatMap("heads", "head", heads, *words)] if heads else []
-        return maps + ([HeatMap("neurons", "rank among the edited neurons", neurons, *words)] if neurons else [])
+        """Heads in their order; neurons of each layer from the most reinforced to the most suppressed one."""
+        return magnitude_maps(vector)
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The rank-1 change of every edited matrix, each expert's by itself; of the matrix inside an adapter around it.
@@ -448,60 +384,15 @@ class Steer2Edit(Method):
         Raises:
             SiteError: neither one linear layer nor routed experts write at a site, or an adapter does more than add.
         """
-        updates = []
-        for site, writer in writers_at(model, vector.sites).items() if strength else ():
-            params = vector.params(site)
-            if isinstance(writer, Experts):
-                self.expert_gates(params)
-                layouts = [down.transposed for down in (writer.stack, writer.shared) if down is not None]
-            elif not writer.additive:
-                raise SiteError(f"{site}: an adapter around {writer.parameter} rescales what it gives; merge it first")
-            else:
-                layouts = [writer.transposed]
-            parts = parts_of(params)
-            if len(parts) != len(layouts):
-                raise SiteError(f"{site}: {len(layouts)} matrices write there and the vector edits {len(parts)}")
-            for name, transposed, part in zip(writer.parameters, layouts, parts, strict=True):
-                updates.append(WeightUpdate(name, self._update(params["direction"], part, strength, transposed)))
-        return updates
-
-    def _update(
-        self, direction: Tensor, part: MatrixPart, strength: float, transposed: bool
-    ) -> Callable[[Tensor | None], Tensor]:
-        """From the old weight to the new one, as it is stored: one matrix, or a stack of them."""
-        gate, magnitude = part.gate, part.magnitude
-
-        def update(old: Tensor | None) -> Tensor:
-            assert old is not None
-            weight = old.mT if transposed else old
-            if self.precision == "float32":
-                rows = gate.to(old.device)[..., None, :]
-                edited = weight + (strength * direction).to(old.device)[:, None] * rows
-            else:
-                parts = gate.reshape(*magnitude.shape, -1)
-                inputs = torch.where(magnitude[..., None] != 0, parts / magnitude[..., None], torch.zeros_like(parts))
-                edited = weight.bfloat16()
-                for expert in range(len(gate)) if gate.dim() == 2 else (...,):
-                    one = edited[expert], direction, inputs[expert], strength * magnitude[expert]
-                    edited[expert] = add_in_order(*one)
-                edited = edited.float()
-            return edited.mT if transposed else edited
-
-        return update
+        return matrix_edits(model, vector, strength, precision=self.precision)
 
 
-def _pairs(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
-    """Each written site behind the one that its linear layer reads; experts have none of those.
-
-    Raises:
-        FitError: no site is written, or one is of another kind.
-    """
-    pairs = []
-    for site in sites:
-        if site.kind in _WRITTEN:
-            pairs.append((Site(site.layer, "mlp_post" if site.kind.startswith("mlp") else "z"), site))
-        elif site.kind not in ("z", "mlp_post"):
-            raise FitError(f"steer2edit: {site} is not what a linear layer reads or writes; choose layers instead")
-    if not pairs:
-        raise FitError("steer2edit: no site is written, only read; choose layers instead")
-    return pairs
+def _nothing_edited(method: Steer2Edit, largest: Mapping[str, float]) -> str:
+    """Why nothing is edited, by the largest |score| of each kind of block."""
+    if not largest:
+        return "steer2edit: at no site do the two sides differ, so there is no direction to edit along"
+    said = ", ".join(
+        f"the largest |score| is {score:.3g} where {block} * alpha = {getattr(method, block) * method.alpha:.3g}"
+        for block, score in largest.items()
+    )
+    return f"steer2edit: no component passes its threshold ({said}); lower rho or alpha"

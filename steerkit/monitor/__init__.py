@@ -7,12 +7,30 @@ decide, `shift` compares a finetuned model with the model before, `difference` a
 
 from __future__ import annotations
 
-from steerkit.monitor.decisions import explain
-from steerkit.monitor.difference import projection_difference
-from steerkit.monitor.items import conversation_of
-from steerkit.monitor.monitor import Monitor
-from steerkit.monitor.shift import finetuning_shift
-from steerkit.monitor.watched import Watched
-from steerkit.monitor.watched_call import Step
+from typing import TYPE_CHECKING
+
+from steerkit._support.lazy import lazily
+
+if TYPE_CHECKING:
+    from steerkit.monitor.decisions import explain
+    from steerkit.monitor.difference import projection_difference
+    from steerkit.monitor.items import conversation_of
+    from steerkit.monitor.monitor import Monitor
+    from steerkit.monitor.shift import finetuning_shift
+    from steerkit.monitor.watched import Watched
+    from steerkit.monitor.watched_call import Step
 
 __all__ = ["Monitor", "Step", "Watched", "conversation_of", "explain", "finetuning_shift", "projection_difference"]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Monitor": "monitor",
+        "Step": "watched_call",
+        "Watched": "watched",
+        "conversation_of": "items",
+        "explain": "decisions",
+        "finetuning_shift": "shift",
+        "projection_difference": "difference",
+    },
+)

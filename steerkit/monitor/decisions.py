@@ -10,6 +10,7 @@ from torch import nn
 
 from steerkit.activations.recording import record
 from steerkit.errors import UnknownNameError
+from steerkit.methods._protocols import TiedToWeights, editor_of
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import find_decoder
 from steerkit.prompts.conversation import Conversation
@@ -52,8 +53,9 @@ def explain(
     listed = [prompts] if isinstance(prompts, str | Conversation) else list(prompts)
     method = method_of(vector)
     vector.check(model, tokenizer)
-    method.check_model(vector, find_decoder(model))
-    editor = method.editor(vector)
+    if isinstance(method, TiedToWeights):
+        method.check_model(vector, find_decoder(model))
+    editor = editor_of(method, vector)
     if editor is None:
         raise UnknownNameError(f"{vector.method}: this method has no gate, it steers every row; nothing to explain")
     given = strength if strength is not None else vector.strength

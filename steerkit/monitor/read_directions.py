@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steerkit.errors import DataError
 from steerkit.maths.directions import unit
+from steerkit.methods._protocols import read_direction
 from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
@@ -36,7 +37,7 @@ def directions_of(vector: SteeringVector, sites: Sequence[Site | str] | None) ->
     """
     method = method_of(vector)
     wanted = vector.reads if sites is None else [Site.parse(one) if isinstance(one, str) else one for one in sites]
-    found = {site: method.read_direction(vector.params(site)) for site in wanted}
+    found = {site: read_direction(method, vector.params(site)) for site in wanted}
     kept = {site: unit(direction.float()) for site, direction in found.items() if direction is not None}
     if not kept or (sites is not None and len(kept) < len(found)):
         raise DataError(f"{vector.method} has no single direction to project on at {', '.join(map(str, found))}")

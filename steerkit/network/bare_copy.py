@@ -38,7 +38,7 @@ def put_parameter(twin: nn.Module, name: str, value: Tensor) -> None:
     Args:
         twin: what `bare_copy` gave.
         name: the parameter's name in it.
-        value: of the parameter's shape.
+        value: [...] of the parameter's shape.
     """
     path, _, leaf = name.rpartition(".")
     kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach(), requires_grad=False)

@@ -159,8 +159,8 @@ def are_close(one: Tensor, other: Tensor, like: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding of the dtype of `like`.
 
     Args:
-        one: of any shape.
-        other: of any shape with as many numbers.
+        one: [...] of any shape.
+        other: [...] of any shape with as many numbers.
         like: whose dtype counts.
     """
     gap = (one.reshape(other.shape) - other).abs().max()

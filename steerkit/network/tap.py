@@ -70,7 +70,7 @@ class Tap:
         Args:
             args: the module's positional arguments.
             kwargs: its keyword arguments.
-            value: the new tensor, of the old one's shape.
+            value: the new tensor, [b, t, width] or [b*t, width] as the old one.
 
         Returns:
             What a pre-hook with keyword arguments returns.
@@ -84,7 +84,7 @@ class Tap:
 
         Args:
             output: a tensor, or a tuple, a list or a ModelOutput that starts with it.
-            value: the new tensor, of the old one's shape.
+            value: the new tensor, [b, t, width] or [b*t, width] as the old one.
 
         Returns:
             What a forward hook returns.

@@ -7,16 +7,21 @@
 
 from __future__ import annotations
 
-from steerkit.persona.choice import Choice
-from steerkit.persona.drafting import draft, skeleton
-from steerkit.persona.extraction import Extraction
-from steerkit.persona.filtering import Filtered, Rules
-from steerkit.persona.pipeline import Pipeline, extract
-from steerkit.persona.rollout_plan import RolloutPlan
-from steerkit.persona.rollouts import Rollout, roll_out
-from steerkit.persona.scores import Scores
-from steerkit.persona.traits import TraitSpec, slug
-from steerkit.persona.watching import watchpoint
+from typing import TYPE_CHECKING
+
+from steerkit._support.lazy import lazily
+
+if TYPE_CHECKING:
+    from steerkit.persona.choice import Choice
+    from steerkit.persona.drafting import draft, skeleton
+    from steerkit.persona.extraction import Extraction
+    from steerkit.persona.filtering import Filtered, Rules
+    from steerkit.persona.pipeline import Pipeline, extract
+    from steerkit.persona.rollout_plan import RolloutPlan
+    from steerkit.persona.rollouts import Rollout, roll_out
+    from steerkit.persona.scores import Scores
+    from steerkit.persona.traits import TraitSpec, slug
+    from steerkit.persona.watching import watchpoint
 
 __all__ = [
     "Choice",
@@ -35,3 +40,24 @@ __all__ = [
     "slug",
     "watchpoint",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Choice": "choice",
+        "Extraction": "extraction",
+        "Filtered": "filtering",
+        "Pipeline": "pipeline",
+        "Rollout": "rollouts",
+        "RolloutPlan": "rollout_plan",
+        "Rules": "filtering",
+        "Scores": "scores",
+        "TraitSpec": "traits",
+        "draft": "drafting",
+        "extract": "pipeline",
+        "roll_out": "rollouts",
+        "skeleton": "drafting",
+        "slug": "traits",
+        "watchpoint": "watching",
+    },
+)

@@ -104,7 +104,15 @@ Prompt: TypeAlias = str | Sequence[Message] | Conversation
 
 
 def check_text(name: str, value: object) -> None:
-    """Refuse what is not text that a tokenizer can read."""
+    """Refuse what is not text that a tokenizer can read.
+
+    Args:
+        name: what to call it in messages.
+        value: anything.
+
+    Raises:
+        DataError: it is no string, or holds a lone surrogate.
+    """
     if not isinstance(value, str):
         raise DataError(f"{name}: expected a string, got {reprlib.repr(value)}")
     try:
@@ -143,7 +151,15 @@ def _only_content(turn: Message) -> str:
 
 
 def with_system(conversation: Conversation, system: str) -> Conversation:
-    """Put a system prompt before a conversation that has none."""
+    """Put a system prompt before a conversation that has none.
+
+    Args:
+        conversation: the conversation.
+        system: the system prompt.
+
+    Raises:
+        DataError: it has one already.
+    """
     prompt = conversation.prompt
     if conversation.system is not None or (not isinstance(prompt, str) and prompt[0]["role"] == "system"):
         raise DataError(f"the prompt has a system prompt already, and {reprlib.repr(system)} is given as well")

@@ -17,7 +17,14 @@ __all__ = ["answered_pair", "item_at", "item_pair", "labelled_items", "lines_of_
 
 @contextmanager
 def item_at(place: str) -> Iterator[None]:
-    """Put a place before the message of a DataError."""
+    """Put a place before the message of a DataError.
+
+    Args:
+        place: such as ``line 3``.
+
+    Raises:
+        DataError: the one raised inside, with the place before it.
+    """
     try:
         yield
     except DataError as error:
@@ -25,7 +32,14 @@ def item_at(place: str) -> Iterator[None]:
 
 
 def answered_pair(prompt: Prompt, answer: object, *, raw: bool = False, system: str | None = None) -> Conversation:
-    """A conversation that must have an answer."""
+    """A conversation that must have an answer.
+
+    Args:
+        prompt: the prompt.
+        answer: what the assistant says.
+        raw: leave a string prompt as it is.
+        system: a system prompt.
+    """
     check_text("answer", answer)
     return Conversation.of(prompt, answer=str(answer), raw=raw, system=system)
 
@@ -33,7 +47,17 @@ def answered_pair(prompt: Prompt, answer: object, *, raw: bool = False, system: 
 def lines_of_file(
     path: Path, keys: Sequence[str], what: str, read: Callable[[dict[str, object], list[dict[str, object]]], None]
 ) -> list[dict[str, object]]:
-    """The objects of a JSONL file, each handed to `read` with those before it, which tells mistakes with the line."""
+    """The objects of a JSONL file, each handed to `read`, whose mistakes are told with the line.
+
+    Args:
+        path: the file.
+        keys: what an object may have.
+        what: what the file should hold, for messages.
+        read: called with each object and those before it.
+
+    Raises:
+        DataError: the file cannot be read or holds nothing, or a line is no such object.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -52,7 +76,15 @@ def lines_of_file(
 
 
 def labelled_items(item: dict[str, object], others: Sequence[dict[str, object]]) -> Conversation:
-    """The prompt of one labelled line; either all lines before it have a source as well, or none."""
+    """The prompt of one labelled line; either all lines before it have a source as well, or none.
+
+    Args:
+        item: the line's object.
+        others: those before it.
+
+    Raises:
+        DataError: a key is missing, is no text, or only some lines have a source.
+    """
     for key in ("prompt", "label"):
         if key not in item:
             raise DataError(f"no {key!r}; a line has a prompt and the label of its side")
@@ -65,7 +97,15 @@ def labelled_items(item: dict[str, object], others: Sequence[dict[str, object]])
 
 
 def other_label(labels: Sequence[str], positive: str) -> str:
-    """The one label beside the positive side's."""
+    """The one label beside the positive side's.
+
+    Args:
+        labels: of all lines.
+        positive: the positive side's.
+
+    Raises:
+        DataError: there is no other, or more than one.
+    """
     others = sorted(set(labels) - {positive})
     if len(others) > 1:
         raise DataError(f"beside {positive!r} there are the labels {', '.join(others)}; name the negative one")
@@ -96,7 +136,14 @@ def _parse(line: bytes, keys: Sequence[str]) -> dict[str, object]:
 
 
 def item_pair(item: dict[str, object]) -> list[Conversation]:
-    """Both conversations of one line."""
+    """Both conversations of one line, the positive one first.
+
+    Args:
+        item: the line's object.
+
+    Raises:
+        DataError: a side is missing, or a value is of the wrong type.
+    """
     answered = [side for side in SIDES if side in item]
     systems = item.get("system")
     if "system" in item:

@@ -17,7 +17,7 @@ from torch import nn
 from steerkit.errors import DataError, RecipeError
 from steerkit.evaluate.layer_sets import default_candidates
 from steerkit.fitting.fitting import fit
-from steerkit.methods._base import Method
+from steerkit.methods._base import Method, takes_pair
 from steerkit.methods._registry import resolve
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site, parse_layers
@@ -137,7 +137,7 @@ class Recipe:
                 train, held_out = data.split(held_out=part.held_out, seed=part.seed)
         except (DataError, ValueError) as error:  # ValueError: a file name that no system allows
             raise RecipeError(f"{self.source}: [data] {error}") from None
-        if self.data.pair is None or not resolve(method or self.method.name).takes_pair:
+        if self.data.pair is None or not takes_pair(resolve(method or self.method.name)):
             return train, held_out
         positive, negative = self.data.pair
         pair = ContrastSet.from_prompts([positive], [negative])
@@ -221,7 +221,7 @@ class Recipe:
             method: another method than the recipe's.
         """
         kind = resolve(method or self.method.name)
-        return replace(self, data=replace(self.data, pair=None)).split()[0] if kind.takes_pair else None
+        return replace(self, data=replace(self.data, pair=None)).split()[0] if takes_pair(kind) else None
 
     def candidates(self, num_layers: int, method: str | None = None) -> list[tuple[int, ...]]:
         """Sets of layers worth trying: the recipe's own, and those that the method names.

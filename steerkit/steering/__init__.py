@@ -1,13 +1,13 @@
-"""Applying vectors to a model that runs: `steer` plans and attaches, `edits_at_sites` are the edits, `dispatch` hangs
-them on modules, `replay` feeds a pass again where a gate knows too late, `weights` edits weights instead, and
-`callback` steers while a model is finetuned. No file here knows a method.
+"""Applying vectors to a model that runs; no file here knows a method.
+
+`steer` plans and attaches, `edits_at_sites` are the edits, `dispatch` hangs them on modules, `replay` feeds a pass
+again where a gate knows too late, `weights` edits weights instead, and `callback` steers while a model is finetuned.
 """
 
 from __future__ import annotations
 
-from steerkit.steering.callback import SteeringCallback
 from steerkit.steering.steering import Steering, steer
 from steerkit.steering.strengths import Strength, strength_value, vectors_of
 from steerkit.steering.weights import edited
 
-__all__ = ["Steering", "SteeringCallback", "Strength", "edited", "steer", "strength_value", "vectors_of"]
+__all__ = ["Steering", "Strength", "edited", "steer", "strength_value", "vectors_of"]

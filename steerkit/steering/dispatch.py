@@ -1,4 +1,4 @@
-"""TODO steering.dispatch."""
+"""The one hook that a steered module has: it applies the edits of all vectors there, in order."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""TODO steering.edits_at_sites."""
+"""One vector at one site: what is prepared for it, and how it writes the tokens of a pass that its scope means."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 
 from steerkit.errors import ScopeError, StrengthError
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import Params
+from steerkit.methods._protocols import LayerInput, NeedsPrompt, Params
 from steerkit.methods._registry import default_strength
-from steerkit.network.experts import Experts
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
 from steerkit.steering.replay import GatePlan, refuse_compiled
@@ -48,7 +46,20 @@ class RowStrengths:
 
 @dataclass(eq=False)
 class Edit:
-    """One vector at one site."""
+    """One vector at one site.
+
+    Attributes:
+        method: applies the vector.
+        params: the vector's tensors at the site.
+        tap: the module that is hooked, and which of its values is changed.
+        scope: which tokens are written.
+        dose: the strength, shared by all sites of the vector.
+        factor: what the strength is multiplied with to be in the method's own unit.
+        lengths: prompt tokens of each row, where the caller told them.
+        block: the block that the site lies inside of; None at the residual stream.
+        clock: tells which tokens the pass holds; set when attached.
+        source: gives the method what the hooked module reads; None where the method does not ask.
+    """
 
     method: Method
     params: Params
@@ -59,12 +70,11 @@ class Edit:
     lengths: PromptLengths | None
     block: nn.Module | None
     clock: PassClock | None = None
-    experts: Experts | None = field(default=None, kw_only=True)
+    source: LayerInput | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        self._reader: tuple[Any, Callable[[Tensor], Tensor]] | None = None
         self._ready: dict[tuple[torch.device, torch.dtype, int], tuple[dict[str, Tensor], Tensor]] = {}
-        self._minimum = self.method.minimum_prompt(self.params)
+        self._minimum = self.method.minimum_prompt(self.params) if isinstance(self.method, NeedsPrompt) else 0
         self._inert = self._some_inert = self._per_row = False
         self._active: list[bool] | bool = True
 
@@ -75,10 +85,8 @@ class Edit:
         active = [not self.method.is_neutral(value * self.factor) for value in rows]
         self._inert, self._some_inert = not any(active), not all(active)
         self._active = active if self._per_row else active[0]
-        if self.experts is not None and (self._reader is None or self._reader[0] != self.experts.place):
-            with torch.inference_mode(mode=False), torch.no_grad():
-                reader = self.experts.reader(*self.method.expert_gates(self.params))
-            self._reader = self.experts.place, reader
+        if self.source is not None:
+            self.source.refresh()
         for key in list(self._ready):
             device, dtype, batch = key
             old, old_active = self._ready.pop(key)
@@ -119,9 +127,7 @@ class Edit:
             return h
         if self._minimum:
             tokens.require_prompt(self._minimum)
-        read = args[0] if self.method.reads_input else None
-        if self._reader is not None and read is not None:
-            read = self._reader[1](read)
+        read = None if self.source is None else self.source(args[0])
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
             shape = facts.batch, facts.width, -1
             read = None if read is None else read.reshape(shape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorMismatchError, near_miss
+from steerkit.methods._protocols import LayerInput, ReadsInput, TiedToWeights, editor_of
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import Decoder, find_decoder
-from steerkit.network.experts import Experts
-from steerkit.network.linears import writers_at
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.chat_roles import Roles
@@ -182,11 +181,12 @@ def _plan(
         raise ScopeError(f"scope '{written}': {only_all}; use scope='all'")
     written = written.marked(roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
-    writers = writers_at(decoder, vector.sites) if method.reads_input else {}
-    taps = {site: one.tap for site, one in writers.items()} or locate(decoder.model, vector.sites)
+    sources: Mapping[Site, LayerInput] = method.inputs_at(decoder, vector) if isinstance(method, ReadsInput) else {}
+    taps = {site: one.tap for site, one in sources.items()} or locate(decoder.model, vector.sites)
     edits: list[Edit] = []
-    method.check_model(vector, decoder)
-    editor = method.editor(vector)
+    if isinstance(method, TiedToWeights):
+        method.check_model(vector, decoder)
+    editor = editor_of(method, vector)
     if editor is not None and only_all is not None:
         raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
     guide = None
@@ -198,9 +198,8 @@ def _plan(
         factor = 1.0 if counted == "paper" else norm_factor(method, vector, site, params)
         block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
         if guide is None:
-            writer = writers.get(tap.site)
-            experts = writer if isinstance(writer, Experts) else None
-            edits.append(Edit(method, params, tap, written, dose, factor, lengths, block, experts=experts))
+            source = sources.get(tap.site)
+            edits.append(Edit(method, params, tap, written, dose, factor, lengths, block, source=source))
         else:
             edits.append(GuidedEdit(method, params, tap, written, dose, factor, lengths, block, guide=guide))
     for edit in edits:

@@ -1,4 +1,4 @@
-"""TODO steering.strengths."""
+"""What callers give for vectors and strengths, checked and brought to one form."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError
-from steerkit.methods._protocols import WeightUpdate
+from steerkit.methods._protocols import HasWeightForm, WeightUpdate
 from steerkit.methods._registry import default_strength, method_of
 from steerkit.network.decoder import inner_model
 from steerkit.steering.strengths import strength_value, vectors_of
@@ -99,7 +99,9 @@ def exact_updates(
     for vector in vectors_of(vectors):
         vector.check(model)
         value = exact_strength(vector, strength)
-        updates += method_of(vector).weight_updates(inner_model(model), vector, value)
+        method = method_of(vector)
+        assert isinstance(method, HasWeightForm)  # or `exact_strength` would have refused
+        updates += method.weight_updates(inner_model(model), vector, value)
     return updates
 
 
@@ -115,7 +117,7 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
         StrengthError: the method has no exact weight form, another unit than paper, or not one finite number.
     """
     method = method_of(vector)
-    if not method.has_weight_form:
+    if not isinstance(method, HasWeightForm):
         raise StrengthError(f"{method.name} has no exact weight form; steer with hooks instead")
     if vector.scope != "all":
         raise ScopeError(

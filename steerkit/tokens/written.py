@@ -60,7 +60,7 @@ class Tokens:
 
     @property
     def columns(self) -> tuple[int | Tensor, int]:
-        """Columns before this pass, and columns in it."""
+        """Columns before this pass (a number, or a cache's counter []), and columns in it."""
         return self._pass.past, self._pass.width
 
     @property

@@ -189,7 +189,7 @@ class SteeringVector:
             site: one of `sites`, or of `reads`.
 
         Returns:
-            parameter name to tensor; where both exist, the site's own.
+            parameter name to tensor [...], a direction being [d] or [k, d]; where both exist, the site's own.
 
         Raises:
             SiteError: the vector is neither applied nor fitted there.
@@ -210,7 +210,7 @@ class SteeringVector:
         """The same vector, to be applied in a given way.
 
         Args:
-            strength: one number, or one per row of the batch; None leaves it.
+            strength: one number, or one per row of the batch (a sequence or a tensor [b]); None leaves it.
             scope: which tokens are written; None leaves it.
             unit: what the strength counts in; None leaves it.
 

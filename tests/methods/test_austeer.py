@@ -27,7 +27,7 @@ from steerkit.evaluate.curve import random_like
 from steerkit.fitting.fitting import read
 from steerkit.maths import edits
 from steerkit.methods._registry import method_of
-from steerkit.methods.austeer import AUSteer, activation_momentum, select_units
+from steerkit.methods.austeer import AUSteer, activation_momentum, select_neurons
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -73,7 +73,7 @@ def test_shares_and_order_are_the_reference_s_bit_for_bit(group: str) -> None:
     assert beta.dtype == torch.float32
     assert torch.equal(beta.double(), arrays()[f"{group}.scores"])
     order = arrays()["select.order" if group == "momentum" else f"{group}.order"]
-    assert [(layer, unit) for layer, unit, _ in select_units(beta, len(order))] == [(a, b) for a, b in order.tolist()]
+    assert [(layer, unit) for layer, unit, _ in select_neurons(beta, len(order))] == [(a, b) for a, b in order.tolist()]
 
 
 @pytest.mark.parametrize("group", groups())
@@ -120,17 +120,17 @@ def test_the_order_in_its_slow_form() -> None:
     expected = sorted((one for one in flat if one[2]), key=lambda one: -abs(one[2]))
     assert len(expected) < 28, "the case has no zero"
     for k in (0, 1, 5, len(expected), 28, 100):
-        assert select_units(beta, k) == expected[:k]
+        assert select_neurons(beta, k) == expected[:k]
 
 
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 6, 10, 46, 48, 60])
 @pytest.mark.parametrize("alpha", [1, 15, 100])
 def test_gains_are_the_reference_s_bit_for_bit(k: int, alpha: int) -> None:
     beta = activation_momentum(arrays()["momentum.pos"], arrays()["momentum.neg"])
-    chosen = select_units(beta, k)
+    chosen = select_neurons(beta, k)
     assert len(chosen) == min(k, notes()["select.nonzero_units"])
     if k == 0:  # departs from the reference, whose k = 0 selects one unit, as k = 1 does
-        chosen = select_units(beta, 1)
+        chosen = select_neurons(beta, 1)
     assert torch.equal(gammas(chosen, beta.shape, alpha), arrays()[f"select.mask.k{k}.alpha{alpha}"])
 
 
@@ -138,7 +138,7 @@ def test_gains_are_the_reference_s_bit_for_bit(k: int, alpha: int) -> None:
 @pytest.mark.parametrize("alpha", [7, 15])
 def test_gains_are_rounded_once(name: str, alpha: int) -> None:
     beta = activation_momentum(arrays()["momentum.pos"], arrays()["momentum.neg"])
-    found = gammas(select_units(beta, 46), beta.shape, alpha, DTYPES[name])
+    found = gammas(select_neurons(beta, 46), beta.shape, alpha, DTYPES[name])
     expected = arrays()[f"select.mask_{name}.k46.alpha{alpha}"]
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
@@ -487,7 +487,7 @@ def test_e4_a_dead_unit_is_never_chosen() -> None:
     assert len(units_of(every)) == 3 * HIDDEN
     assert all(share for _, _, share in units_of(every))
     beta = torch.tensor([[0.0, 0.5], [math.nan, -0.0]])
-    assert select_units(beta, 4) == [(0, 1, 0.5)]
+    assert select_neurons(beta, 4) == [(0, 1, 0.5)]
 
 
 def test_e5_the_units_that_tie_at_the_cut_are_reported() -> None:
@@ -501,7 +501,7 @@ def test_e5_the_units_that_tie_at_the_cut_are_reported() -> None:
     assert vector.tensors["shared/tied"].tolist() == [tied, taken]
     listing = method_of(vector).table(vector)
     assert listing is not None
-    assert listing.note.startswith(f"{tied} units")
+    assert listing.note.startswith(f"{tied} neurons")
 
 
 def test_e6_saturated_units_are_ranked_by_how_far_they_move() -> None:
@@ -643,7 +643,7 @@ def test_texts_are_cut_at_the_right() -> None:
     )
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(config).eval()
-    with pytest.raises(FitError, match="no pair moves any unit"):
+    with pytest.raises(FitError, match="no pair moves any neuron"):
         steerkit.fit(model, tokenizer(), data, method=AUSteer.published())
     assert units_of(steerkit.fit(model, tokenizer(), data, method=AUSteer(k=3)))
     rows = [
@@ -682,10 +682,10 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
         AUSteer(**settings)
 
 
-def test_select_units_refuses_what_it_cannot_rank() -> None:
+def test_select_neurons_refuses_what_it_cannot_rank() -> None:
     for beta, k in ((torch.zeros(3), 1), (torch.zeros(1, 3), -1), (torch.zeros(1, 3), 1.5), (torch.zeros(1, 3), True)):
-        with pytest.raises(FitError, match="select_units"):
-            select_units(beta, k)  # type: ignore[arg-type]
+        with pytest.raises(FitError, match="select_neurons"):
+            select_neurons(beta, k)  # type: ignore[arg-type]
     with pytest.raises(FitError, match="positive nor negative"):
         activation_momentum(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), tie="down")  # type: ignore[arg-type]
 
@@ -715,7 +715,7 @@ def test_a_family_without_the_kind_is_refused() -> None:
         ({"units": torch.tensor([1, 1])}, "different"),
         ({"units": torch.tensor([1, 99])}, "different ones of 0"),
         ({"units": torch.tensor([-1, 2])}, "different ones of 0"),
-        ({"units": torch.tensor([1, 2, 3])}, "not both"),
+        ({"units": torch.tensor([1, 2, 3])}, "as wide as"),
         ({"units": torch.tensor([1.0, 2.0])}, "whole numbers"),
     ],
 )
@@ -723,7 +723,7 @@ def test_a_vector_whose_units_do_not_fit_is_refused(change: dict[str, Tensor], m
     params = {**params_of([1, 2], [0.5, 1.0], 32), **change}
     with pytest.raises(VectorMismatchError, match=match):
         AUSteer().check(Site(0, "z"), params)
-    with pytest.raises(VectorMismatchError, match="not both"):
+    with pytest.raises(VectorMismatchError, match=r"needs 'beta' \[j\], the vector has none"):
         AUSteer().check(Site(0, "z"), {"units": torch.tensor([1])})
 
 
@@ -749,7 +749,7 @@ def test_inspect_lists_the_units(cli: Cli, answer: Callable[..., Any], tmp_path:
     vector = steerkit.fit(model_of("qwen3"), tokenizer(), answers(), method=AUSteer(k=23))
     path = vector.save(tmp_path / "units.safetensors")
     parts = answer("inspect", path)["parts"]
-    assert parts["title"] == "23 units"
+    assert parts["title"] == "23 neurons"
     found = {(row["layer"], 16 * row["head"] + row["dimension"]): (row["sign"], row["share"]) for row in parts["rows"]}
     assert found == {
         (site.layer, unit): ("+" if share > 0 else "-", abs(share)) for site, unit, share in units_of(vector)
@@ -758,7 +758,7 @@ def test_inspect_lists_the_units(cli: Cli, answer: Callable[..., Any], tmp_path:
     shown = cli("inspect", path).out
     assert "and 3 more; --json lists all" in shown
     assert "head" in shown
-    assert "units have the smallest" in shown
+    assert "neurons have the smallest" in shown
     assert max(map(len, shown.splitlines())) <= 80 + len(str(path))
     rows = steerkit.fit(model_of("qwen3"), tokenizer(), answers(), method=AUSteer(kind="mlp_raw", k=4))
     listing = method_of(rows).table(rows)

@@ -15,8 +15,9 @@ from torch import Tensor
 import steerkit
 from steerkit.errors import FitError, ScopeError, VectorMismatchError
 from steerkit.fitting.training import minimise
-from steerkit.methods import controller
-from steerkit.methods.controller import WeightedController, auroc, fpr_at_tpr, permuted_weights
+from steerkit.maths.probes import auc
+from steerkit.methods import _controller_gate as network
+from steerkit.methods.controller import WeightedController, fpr_at_tpr, permuted_weights
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.report.card import vector_card
@@ -110,18 +111,18 @@ def slow_gain(vector: SteeringVector, h: dict[Site, Tensor]) -> tuple[float, lis
 
 
 def test_acceptance_01_the_weight_head_gets_no_gradient_from_the_gain_and_one_when_learned() -> None:
-    net = controller._begun(12, 8, 4, seed=0)
+    net = network.begun(12, 8, 4, seed=0)
     leaves = {name: tensor.requires_grad_() for name, tensor in net.items()}
     x, labels = torch.randn(6, 12), torch.tensor([1.0, 1, 1, 0, 0, 0])
-    torch.nn.functional.binary_cross_entropy_with_logits(controller._gain(net, x), labels).backward()
+    torch.nn.functional.binary_cross_entropy_with_logits(network.gain_logits(net, x), labels).backward()
     assert leaves["shared/gain_weight"].grad is not None
-    for name in controller._WEIGHTS:
+    for name in network.WEIGHTS:
         assert leaves[name].grad is None or not leaves[name].grad.any()
     random, learned = fitted(weights="random", seed=3), fitted(weights="learned", seed=3, learn_items=4)
-    for name in (*controller._GAIN, *controller._PROBE):
+    for name in (*network.GAIN, *network.PROBE):
         assert torch.equal(random.tensors[name], learned.tensors[name])
-    begun = controller._begun(len(random.tensors["shared/mean"]), 64, BLOCKS, seed=3)
-    for name in controller._WEIGHTS:
+    begun = network.begun(len(random.tensors["shared/mean"]), 64, BLOCKS, seed=3)
+    for name in network.WEIGHTS:
         assert torch.equal(random.tensors[name], begun[name]), "the paper's weights are what they began as"
         assert not torch.equal(learned.tensors[name], begun[name])
 
@@ -193,7 +194,7 @@ def test_features_are_standardised_and_the_sides_are_told_apart() -> None:
     for gate in ("mlp", "probe"):
         method = WeightedController.from_settings({**vector.settings, "gate": gate})
         scores = method.editor(vector).gain({site: read[site] for site in vector.reads})  # type: ignore[attr-defined]
-        assert auroc(scores[:5], scores[5:]) > 0.8
+        assert auc(scores[:5], scores[5:]) > 0.8
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -282,7 +283,7 @@ def test_online_feeds_nothing_again_where_the_prompt_opens_no_gate(
     opens_later: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, vector = model_of("llama"), set_gain(fitted(), schedule="online", gain=0.01)
-    decide, again = controller._Controller.decide, passes._Replayer._again
+    decide, again = network.ControllerGate.decide, passes._Replayer._again
     calls: list[str] = []
 
     def decided(self: Any, found: Any) -> Any:
@@ -291,7 +292,7 @@ def test_online_feeds_nothing_again_where_the_prompt_opens_no_gate(
         behind = opens_later and len(calls) > 1
         return replace(decision, is_open=torch.full_like(decision.is_open, behind))
 
-    monkeypatch.setattr(controller._Controller, "decide", decided)
+    monkeypatch.setattr(network.ControllerGate, "decide", decided)
     monkeypatch.setattr(passes._Replayer, "_again", lambda *args: (calls.append("again"), again(*args))[1])
     baseline = generate(model, [SHORT, LONG])
     with steerkit.steer(model, vector, 100 * STRENGTH):
@@ -363,7 +364,7 @@ def test_held_out_figures_name_the_better_gate() -> None:
 
 def test_figures_by_hand() -> None:
     positive, negative = torch.tensor([0.9, 0.8, 0.3, 0.5]), torch.tensor([0.1, 0.5, 0.4])
-    assert auroc(positive, negative) == pytest.approx((3 + 3 + 1 + 2.5) / 12)
+    assert auc(positive, negative) == pytest.approx((3 + 3 + 1 + 2.5) / 12)
     assert fpr_at_tpr(positive, negative, 0.75) == pytest.approx(1 / 3)
     assert fpr_at_tpr(positive, negative, 1.0) == pytest.approx(2 / 3)
 

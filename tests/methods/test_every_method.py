@@ -12,7 +12,8 @@ import torch
 from steerkit.checks.contract import CHECKS, conformance
 from steerkit.maths.edits import add
 from steerkit.methods import _registry as registry
-from steerkit.methods._base import AddDirection, Method
+from steerkit.methods._addition import AddDirection
+from steerkit.methods._base import Method
 from steerkit.prompts.contrast_set import ContrastSet
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer

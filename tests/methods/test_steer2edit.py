@@ -28,9 +28,9 @@ from steerkit.maths.rank_one import add_in_order, elastic_net, rank_one_edit, sc
 from steerkit.methods.steer2edit import Steer2Edit
 from steerkit.network.decoder import find_decoder
 from steerkit.network.linears import linears_at, writers_at
-from steerkit.network.weight_digests import check_weights, weight_digests
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
+from steerkit.network.weight_digests import check_weights, weight_digests
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import Rendered
 from steerkit.vector.steering_vector import SteeringVector

@@ -17,6 +17,7 @@ from steerkit.evaluate.refit_results import Refits
 from steerkit.evaluate.scoring import Measured, measure
 from steerkit.evaluate.sweeps import Point
 from steerkit.fitting.held_out import separation
+from steerkit.methods._base import takes_pair
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["confirm", "nothing_found"]
@@ -112,7 +113,7 @@ def _strengths_around(strength: float, neutral: float | None) -> list[float]:
 
 def _refitted(problem: Problem, vector: SteeringVector) -> Refits | None:
     """The method fitted again on rearranged training items; None for methods fitted on one pair."""
-    if problem.kind.takes_pair:
+    if takes_pair(problem.kind):
         return None
     setup = problem.confirming
     return refits(

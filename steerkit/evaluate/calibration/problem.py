@@ -18,7 +18,7 @@ from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, setup_identity
 from steerkit.evaluate.sweeps import Point, measure_point
-from steerkit.methods._base import Method
+from steerkit.methods._base import Method, takes_pair
 from steerkit.prompts.contrast_set import ContrastSet
 
 __all__ = ["Problem", "layers_name", "problem_of", "strength_of"]
@@ -154,11 +154,11 @@ def problem_of(
     scorer = scorer_of(effect)
     of_texts = [scorer_of(one) for one in ("repetition", *beside)]
     held_out, kind, rest = fits.setup, fits.kind, fits.train
-    if validation is None and kind.takes_pair:
+    if validation is None and takes_pair(kind):
         raise DataError(f"calibrate: {kind.name} is fitted on one pair of prompts; give validation items too")
     if validation is None:
         rest, validation = rest.split(held_out=search.validation, seed=search.seed)
-    if not kind.takes_pair and len(rest) < FEWEST:
+    if not takes_pair(kind) and len(rest) < FEWEST:
         raise DataError(f"calibrate: {len(rest)} items are left to fit on; give at least {FEWEST}")
     if len(held_out.calm) < 2:
         raise DataError("calibrate: one neutral text cannot both choose and confirm; give at least two")

@@ -27,7 +27,7 @@ from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
-from steerkit.methods._base import Method
+from steerkit.methods._base import Method, takes_pair
 from steerkit.prompts.contrast_set import ContrastSet
 
 __all__ = ["calibrate"]
@@ -78,7 +78,7 @@ def calibrate(
     """
     fits = Fits(setup, train, method, (), settings, readout, scope, kinds)
     read = readout or fits.kind.readout
-    if not fits.kind.takes_pair:
+    if not takes_pair(fits.kind):
         warn_of_confounds(setup.tokenizer, train, readout=read, chat_template_kwargs=setup.chat_template_kwargs)
     problem = problem_of(fits, validation, budget or Budget(), search or Search(), effect, beside, store, step)
     problem.step("fitting")

@@ -1,0 +1,124 @@
+"""The plain addition that many papers share, and the direction that many of them add: the difference of two means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.activations.moments import Means
+from steerkit.errors import SiteError
+from steerkit.maths import edits
+from steerkit.maths.directions import mean_difference
+from steerkit.methods._base import Method
+from steerkit.methods._protocols import Params, Prepared, WeightUpdate
+from steerkit.network.sites import Site
+from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["AddDirection", "MeanDifference"]
+
+
+@dataclass(frozen=True)
+class AddDirection(Method):
+    """Base of the methods that add `strength * direction` to every written token, `direction` being [d] per site.
+
+    A subclass writes `fit_site`, which returns ``{"direction": ...}``.
+    """
+
+    params: ClassVar[Mapping[str, str]] = {"direction": "d"}
+
+    def length(self, params: Params) -> float | None:
+        """Norm of the direction."""
+        return float(torch.linalg.vector_norm(params["direction"].float()))
+
+    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """`strength * direction`, multiplied in float32 and rounded once.
+
+        Returns:
+            ``{"direction": [d]}``, or [b, 1, d] where each row has its own strength.
+        """
+        return {"direction": (strength * params["direction"].to(device).float()).to(dtype)}
+
+    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
+        """`h + strength * direction`.
+
+        Args:
+            h: [b, t, d] activations.
+            prepared: what `prepare` gave.
+            tokens: unused; every token is changed, and the caller keeps those of the scope.
+
+        Returns:
+            [b, t, d]
+        """
+        return edits.add(h, prepared["direction"])
+
+    def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
+        """A constant at a block's output is a bias of the last linear layer that writes to it, or of every expert.
+
+        Args:
+            model: the transformers model.
+            vector: a vector of this method.
+            strength: in the vector's paper unit.
+
+        Raises:
+            SiteError: the block has no such layer behind which nothing changes the sum.
+        """
+        from steerkit.network.decoder import find_decoder
+        from steerkit.network.output_biases import output_biases
+
+        for site in vector.sites:
+            if site.kind != "resid_post":
+                raise SiteError(f"{site}: only additions at resid_post have an exact weight form; steer with hooks")
+        try:
+            names = output_biases(find_decoder(model), {site.layer for site in vector.sites})
+        except SiteError as error:
+            raise SiteError(f"an addition at a block's output has no exact weight form here ({error})") from None
+        updates = []
+        for site in vector.sites:
+            shift = strength * vector.params(site)["direction"].float()
+            updates += [WeightUpdate(name, _shifted(shift)) for name in names[site.layer]]
+        return updates
+
+
+@dataclass(frozen=True)
+class MeanDifference(AddDirection):
+    """Base of the methods that add the mean of the positive side minus the mean of the negative side.
+
+    Example:
+        >>> MeanDifference().fit_site(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        {'direction': tensor([ 2., -1.])}
+    """
+
+    def statistics(self, site: Site) -> Means:
+        """Two running means; no activation is kept.
+
+        Args:
+            site: where they accumulate.
+        """
+        return Means()
+
+    def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
+        """Take the difference of the two means.
+
+        Args:
+            positive: [n, d] float32.
+            negative: [m, d] float32; n and m may differ.
+
+        Returns:
+            ``{"direction": [d]}``
+
+        Raises:
+            FitError: both means are equal.
+        """
+        return {"direction": mean_difference(positive, negative)}
+
+
+def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:
+    def update(old: Tensor | None) -> Tensor:
+        return shift.clone() if old is None else old + shift.to(old.device)  # [out], or of experts [n, out]
+
+    return update

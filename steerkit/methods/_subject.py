@@ -1,0 +1,109 @@
+"""`Subject`: what a method's `fit` may ask of the model. `steerkit.fitting` gives it; a method gets no other hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from steerkit.network.decoder import Decoder
+from steerkit.network.sites import Site
+from steerkit.vector.steering_vector import SteeringVector
+
+if TYPE_CHECKING:
+    from steerkit.activations.expert_activations import ExpertMeans
+    from steerkit.activations.recording import Activations
+    from steerkit.methods._base import Method
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.prompts.rendering import Rendered
+
+__all__ = ["Subject"]
+
+
+class Subject(Protocol):
+    """The only door through which `Method.fit` reaches the model; `steerkit.fitting` gives it."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model's decoder."""
+
+    @property
+    def data(self) -> ContrastSet:
+        """What the method is fitted on."""
+
+    def rendered(self, items: Sequence[Any]) -> list[Rendered]:
+        """Items as the model reads them."""
+
+    def token_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a text, without special tokens."""
+
+    def unembedding(self) -> Tensor:
+        """The output embedding [v, d], float32, on the CPU: row `t` reads the logit of token `t` off the stream."""
+
+    def answers(self, items: Sequence[Any], *, max_new_tokens: int) -> list[str]:
+        """What the model, unsteered and greedy, answers to each item."""
+
+    def record(
+        self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = None, under: SteeringVector | None = None
+    ) -> Activations:
+        """Read activations of texts, steered by `under` where given; where no readout is named, as the user wants.
+
+        The user's is the `readout` of `fit`, else the method's own.
+        """
+
+    def vector(
+        self,
+        method: Method,
+        tensors: Mapping[str, Tensor],
+        sites: Sequence[Site],
+        *,
+        scope: str | None = None,
+    ) -> SteeringVector:
+        """A vector to try on this model, for `under=`: a method, its ``"<site>/<param>"`` tensors, and where."""
+
+    def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
+        """Next-token logits [n, v] behind each item, steered by `under` where given."""
+
+    def shifted(
+        self, items: Sequence[Any], shifts: Mapping[Site, Tensor], *, prompts: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [b, t, v] of texts whose answers are written with shifts [b, d], ids, and which predict the answer."""
+
+    def train(
+        self,
+        parameters: Sequence[Tensor],
+        loss: Callable[[Tensor], Tensor],
+        items: int,
+        *,
+        epochs: int,
+        batch_size: int = 32,
+        rate: float = 1e-3,
+        decay: float = 0.0,
+        seed: int = 0,
+        judge: Callable[[], float] | None = None,
+        patience: int | None = None,
+        title: str = "training",
+    ) -> list[float]:
+        """Train parameters in place, the model frozen; see `steerkit.training.minimise`."""
+
+    def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
+        """Median token norms at sites that have been read, unsteered."""
+
+    def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of the one pair of prompts the method is fitted on."""
+
+    def filler_id(self, text: str) -> int:
+        """Id of the one token that `text` is."""
+
+    def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
+        """Activations [t, d] of every token of each row of ids, none of them masked."""
+
+    def weight(self, site: Site) -> Tensor:
+        """The matrix [o, i], float32, of the linear layer that writes at a site."""
+
+    def experts(self, sites: Sequence[Site], readout: Any) -> dict[Site, ExpertMeans]:
+        """What the experts read at those of the sites where routed ones write, as means over their own tokens."""
+
+    def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:
+        """What identifies the weights that write at some sites, by name."""
