@@ -91,7 +91,10 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
+    from steerkit._support import progress
     from steerkit.cli import app
+
+    monkeypatch.setattr(progress, "EVERY", 3600.0)  # what a slow machine tells of its progress is no answer
 
     def run(*words: object) -> Ended:
         capsys.readouterr()

@@ -32,7 +32,7 @@ from steerkit.cli import (
     report,
     sweep,
 )
-from steerkit.cli._program import Program
+from steerkit.cli._program import Program, paragraphs
 
 __all__ = ["app", "main"]
 
@@ -65,7 +65,7 @@ for _command in (
     methods,
     recipes,
 ):
-    app.command(_command.__name__.rpartition(".")[2].replace("_", "-"))(_command.run)
+    app.command(_command.__name__.rpartition(".")[2].replace("_", "-"), help=paragraphs(_command.run))(_command.run)
 app.add_typer(persona.app, name="persona")
 
 

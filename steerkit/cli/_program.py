@@ -6,8 +6,9 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import getdoc
 from typing import Any
 
 import typer
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 
 from steerkit.errors import SteerError
 
-__all__ = ["Program"]
+__all__ = ["Program", "paragraphs"]
 
 
 class Program(TyperGroup):
@@ -37,6 +38,15 @@ class Program(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
+
+
+def paragraphs(run: Callable[..., None]) -> str:
+    """The help text of a command: its docstring with each paragraph on one line, so that any terminal can wrap it.
+
+    Args:
+        run: the command.
+    """
+    return "\n\n".join(" ".join(part.split()) for part in (getdoc(run) or "").split("\n\n"))
 
 
 class _Notes(logging.Handler):

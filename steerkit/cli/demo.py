@@ -43,7 +43,7 @@ class Extent(NamedTuple):
     ends_only: bool
 
 
-BRIEF = Extent(pairs=20, kind=20, ends_only=True)
+BRIEF = Extent(pairs=14, kind=20, ends_only=True)
 FULL = Extent(pairs=None, kind=60, ends_only=False)
 
 

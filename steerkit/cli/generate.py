@@ -132,7 +132,7 @@ def _rows(
 
 
 def _print(asked: Sequence[Any], texts: Sequence[str]) -> None:
-    """The baseline answer to one prompt; with several, each under its prompt."""
+    """The answer alone to one prompt; with several, each under its prompt."""
     console = stdout()
     for number, (prompt, text) in enumerate(zip(asked, texts, strict=True)):
         if len(texts) > 1:

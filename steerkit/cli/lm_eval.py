@@ -53,9 +53,9 @@ def run(
     batch_size: BatchSize = 8,
     as_json: Json = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness, steered where a vector is given.
+    """Run tasks of lm-eval (lm-evaluation-harness), steered where a vector is given.
 
-    Needs the extra lm-eval of steerkit-hf. The harness hides where prompts end, so the scope has to be all.
+    Needs the extra lm-eval of steerkit-hf. lm-eval hides where prompts end, so the scope has to be all.
     """
     if vector is None and (strength is not None or unit or scope or baseline):
         raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")

@@ -11,6 +11,7 @@ import typer
 from steerkit._support.progress import bar, status
 from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition
 from steerkit.cli._files import check_writable
+from steerkit.cli._program import paragraphs
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
     BatchSize,
@@ -34,7 +35,6 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="From the description of a trait to a vector.")
 
 
-@app.command("draft")
 def draft(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An adjective, as in: you are a NAME assistant.")],
     description: Annotated[str, typer.Option(help="One sentence on what the trait looks like.")] = "",
@@ -99,7 +99,6 @@ OutOption = Annotated[
 ]
 
 
-@app.command("extract")
 def extract(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="A .toml or .json file, or a shipped trait's name.")],
     model: Model = DEFAULT_MODEL,
@@ -243,3 +242,7 @@ def _show(found: Extraction, spec: TraitSpec, model: str) -> None:
     usage = usage_line(asked, str(found.file), strength=strength, model=model)
     watch = usage_line(asked, str(found.monitor_file), model=model, command="monitor")
     typer.echo(f"use it:\n  {usage}\n  {watch}")
+
+
+for _command in (draft, extract):
+    app.command(_command.__name__, help=paragraphs(_command))(_command)

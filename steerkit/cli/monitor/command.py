@@ -45,7 +45,7 @@ UncalibratedOption = Annotated[
     bool, typer.Option("--uncalibrated", help="Raw numbers, not standard deviations of neutral texts.")
 ]
 AfterOption = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="A finetuned model or adapter: show how far it has moved.")
+    str | None, typer.Option(metavar="MODEL", help="A finetuned model or adapter: show its tuning shift.")
 ]
 DifferenceOption = Annotated[
     bool, typer.Option("--difference", help="Compare the responses of --data with the model's own.")
