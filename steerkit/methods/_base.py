@@ -154,7 +154,7 @@ class Method(Configured):
             sites: where to fit.
 
         Returns:
-            ``"<site>/<param>"`` and ``"shared/<param>"`` to tensor.
+            ``"<site>/<param>"`` and ``"shared/<param>"`` to tensor, such as a direction [d].
 
         Raises:
             FitError: no direction can be had, with the site named.
@@ -178,7 +178,7 @@ class Method(Configured):
 
         Args:
             sites: where it was fitted.
-            tensors: what `fit` gave.
+            tensors: what `fit` gave, each of any shape.
             decoder: the model's decoder.
 
         Returns:
@@ -194,7 +194,7 @@ class Method(Configured):
 
         Args:
             sites: where it was fitted.
-            tensors: what `fit` gave.
+            tensors: what `fit` gave, each of any shape.
         """
         return sites
 

@@ -80,7 +80,7 @@ def fits(known: Tensor, decoder: Decoder) -> bool:
     """Whether a fingerprint may be that of a model's weights.
 
     Args:
-        known: an earlier fingerprint.
+        known: an earlier fingerprint [n].
         decoder: the model's decoder.
     """
     here, layout = fingerprint(decoder), _layout(decoder)
@@ -104,7 +104,7 @@ def are_alike(fingerprints: Sequence[Tensor]) -> bool:
     """Whether fingerprints may be of the same weights, without the model: less finely than `fits`.
 
     Args:
-        fingerprints: one or several.
+        fingerprints: one or several, [n] each.
     """
     parts = [list(torch.split(one, _VALUES)) for one in fingerprints]
     return all(

@@ -1,4 +1,4 @@
-"""TODO methods._selection."""
+"""The choice of a refusal direction among candidates: what each does to refusals and to harmless answers, measured."""
 
 from __future__ import annotations
 

@@ -60,7 +60,14 @@ class Subject(Protocol):
         *,
         scope: str | None = None,
     ) -> SteeringVector:
-        """A vector to try on this model, for `under=`: a method, its ``"<site>/<param>"`` tensors, and where."""
+        """A vector to try on this model, for `under=`.
+
+        Args:
+            method: what applies it.
+            tensors: ``"<site>/<param>"`` to tensor, of any shape that the method's `params` name.
+            sites: where it is applied.
+            scope: which tokens are written; None takes the method's own.
+        """
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:
         """Next-token logits [n, v] behind each item, steered by `under` where given."""
@@ -85,7 +92,7 @@ class Subject(Protocol):
         patience: int | None = None,
         title: str = "training",
     ) -> list[float]:
-        """Train parameters in place, the model frozen; see `steerkit.training.minimise`."""
+        """Train parameters of any shape in place, the model frozen; see `steerkit.fitting.training.minimise`."""
 
     def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
         """Median token norms at sites that have been read, unsteered."""

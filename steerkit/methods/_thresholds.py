@@ -116,5 +116,5 @@ def score(h: Tensor, condition: Tensor, kind: Literal["cosine", "cast"] = "cosin
 
 
 def lies_above(scores: Tensor, threshold: float) -> Tensor:
-    """`scores > threshold`, without rounding the threshold where the device has float64."""
+    """`scores > threshold` [n], without rounding the threshold where the device has float64."""
     return scores > threshold if scores.device.type == "mps" else scores.double() > threshold

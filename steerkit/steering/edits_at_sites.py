@@ -218,7 +218,17 @@ class GuidedEdit(Edit):
 
 
 def norm_factor(method: Method, vector: SteeringVector, site: Site, params: Params) -> float:
-    """What one typical activation norm at the site is in the method's own strength."""
+    """What one typical activation norm at the site is in the method's own strength.
+
+    Args:
+        method: the vector's method.
+        vector: the vector, whose file holds the norms.
+        site: where it is applied.
+        params: the tensors of that site, of any shape.
+
+    Raises:
+        StrengthError: the method's edit has no length, or the file holds no norm for the site.
+    """
     length, norm = method.length(params), vector.norms.get(site)
     if not length:
         raise StrengthError(

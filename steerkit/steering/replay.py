@@ -95,7 +95,7 @@ class GatePlan:
         return kept[1]
 
     def wanted(self, facts: Pass) -> Tensor | bool:
-        """The rows of a pass that are written now that it has been read: open, and not at the neutral strength.
+        """The rows [b] of a pass that are written now that it has been read: open, and not at the neutral strength.
 
         Args:
             facts: the pass.

@@ -55,8 +55,8 @@ def steer(
     Args:
         model: any decoder-only transformers model, wrapped by PEFT or not. Its class, attributes and weights stay.
         vectors: one vector or several; at one site they are applied in this order.
-        strength: one number, or one per row of the batch (each repeated where `generate` expands its row into beams or
-            returned sequences). None takes each file's suggested strength, else the method's default. A vector's own
+        strength: one number, or one per row [b] of the batch (each repeated where `generate` expands its row into beams
+            or returned sequences). None takes each file's suggested strength, else the method's default. A vector's own
             (`vector.at(...)`) comes first.
         scope: which tokens are written; None takes each vector's own.
         unit: `paper` (1 is the method's own coefficient 1) or `norm` (1 is as long as a typical activation at the

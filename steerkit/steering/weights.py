@@ -43,7 +43,7 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
     Args:
         model: the transformers model, its weights in memory and not quantised.
         vector: the vector.
-        strength: one number in the vector's paper unit; None takes the file's suggested strength, else the
+        strength: one number [] in the vector's paper unit; None takes the file's suggested strength, else the
             method's default.
 
     Yields:
@@ -84,7 +84,7 @@ def exact_updates(
     Args:
         model: the transformers model, wrapped or not.
         vectors: one vector or several; where two change one weight, the later changes what the earlier made.
-        strength: one number in the paper unit, as for `edited`; a vector's own (`vector.at(...)`) comes first.
+        strength: one number [] in the paper unit, as for `edited`; a vector's own (`vector.at(...)`) comes first.
 
     Returns:
         The changes, to be made in this order.
@@ -110,7 +110,7 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
 
     Args:
         vector: the vector.
-        strength: as for `exact_updates`.
+        strength: one number [], as for `exact_updates`.
 
     Raises:
         ScopeError: the vector's scope is not `all`.
