@@ -906,18 +906,18 @@ def growth(pairs: int, method: AUSteer, monkeypatch: pytest.MonkeyPatch) -> int:
     data = ContrastSet.from_prompts([f"a {text}" for text in texts], [f"b {text}" for text in texts], raw=True)
     gc.collect()
     before, most = held(model), 0
-    from steerkit.activations import recording, streaming
-    from steerkit.activations.reading import forward_body as real
+    from steerkit.activations import reading as activations
+
+    real = activations.forward_body
 
     def run(*args: Any) -> None:
         nonlocal most
         real(*args)
         most = max(most, held(model) - before)
 
-    for module in (recording, streaming):
-        monkeypatch.setattr(module, "forward_body", run)
+    monkeypatch.setattr(activations, "forward_body", run)
     read(model, tokenizer(), data, method=method, sites=sites, batch_size=50)
-    monkeypatch.undo()
+    monkeypatch.setattr(activations, "forward_body", real)
     return most
 
 
