@@ -505,7 +505,7 @@ def test_embedded_package_missing_and_hub_unreachable(packaged: Path) -> None:
 
 def test_alias_without_its_package_takes_the_hub(packaged: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = aliases.Embedded("no_such_package_anywhere", "pip install nothing", "org/tiny")
-    monkeypatch.setattr(aliases, "ALIASES", {**aliases.ALIASES, ALIAS: entry})
+    monkeypatch.setattr(loading, "ALIASES", {**loading.ALIASES, ALIAS: entry})
     monkeypatch.chdir(saved.parents[1])  # a folder stands in for the hub
     model, _ = steerkit.load_model(ALIAS)
     assert model.config.num_hidden_layers == 4

@@ -17,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import steerkit
+from steerkit._support.shipped import vector_path
 from steerkit.cli import export
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
 from steerkit.export.gguf import write_control_vector
@@ -260,7 +261,7 @@ def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_shipped_vector(tmp_path: Path) -> None:
-    vector = SteeringVector.load(steerkit.shipped.vector_path("optimism-caa"))
+    vector = SteeringVector.load(vector_path("optimism-caa"))
     _, _, directions = read_as_repeng(write_control_vector(vector.at(scope="all"), tmp_path / "v.gguf"))
     assert vector.suggested_strength is not None
     assert list(directions) == sorted(site.layer for site in vector.sites)

@@ -382,13 +382,13 @@ def test_finished_stages_are_not_done_again(
         raise AssertionError("done again")
 
     for module, name in (
-        ("persona", "calibrate"),
-        ("persona", "fit"),
-        ("persona", "generate"),
+        ("vector_choice", "calibrate"),
+        ("vector_choice", "fit"),
+        ("card_text", "generate"),
         ("rollouts", "generate"),
-        ("watchpoint", "fit"),
+        ("watching", "fit"),
     ):
-        monkeypatch.setattr(f"steerkit.{module}.{name}", refuse)
+        monkeypatch.setattr(f"steerkit.persona.{module}.{name}", refuse)
     monkeypatch.setattr(Setup, "baseline", property(refuse))
     again = run(model, tokenizer, tmp_path)
     assert again.vector == found.vector
