@@ -30,11 +30,11 @@ from steerkit.network.tap import Tap
 from steerkit.tokens.clock import Hook, PassClock
 from steerkit.tokens.forward_pass import Pass, Tokens
 from steerkit.tokens.scope import PromptLengths, Scope
+from steerkit.tokens.transformers_facts import CACHE_ARGUMENTS, can_be_cut, forget_past, keep_past
 
 __all__ = ["GatePlan", "Reading", "replaying"]
 
 # What a replay knows how to cut to the columns it feeds again.
-_CACHES = ("past_key_values", "cache_params")
 _CUT = ("input_ids", "inputs_embeds", "position_ids")
 
 
@@ -212,7 +212,7 @@ class _Replayer:
             self._probe(module, given, facts, waiting)
             return
         facts.held = waiting
-        facts.replay = _Replay(start, given, _record_past(given["past_key_values"]))
+        facts.replay = _Replay(start, given, keep_past(given["past_key_values"]))
 
     def after(self, module: nn.Module, output: Any) -> Any:
         """Feed the end of a pass again, where a gate opened in it."""
@@ -222,7 +222,7 @@ class _Replayer:
         replay, waiting = facts.replay, facts.held
         facts.replay, facts.held = None, ()
         if output is None:  # the pass failed
-            _forget_past(replay.given["past_key_values"], replay.recorded)
+            forget_past(replay.given["past_key_values"], replay.recorded)
             return None
         rows: Tensor | bool = False
         for guide in waiting:
@@ -231,7 +231,7 @@ class _Replayer:
         try:
             return None if rows is False else self._again(module, replay, facts, output, rows)
         finally:
-            _forget_past(cache, replay.recorded)
+            forget_past(cache, replay.recorded)
 
     def _again(self, module: nn.Module, replay: _Replay, facts: Pass, output: Any, rows: Tensor | bool) -> Any:
         assert isinstance(facts.past, int)
@@ -260,11 +260,11 @@ class _Replayer:
             ScopeError: the cache cannot be copied.
         """
         try:
-            copies = {name: copy.deepcopy(given[name]) for name in _CACHES if given.get(name) is not None}
+            copies = {name: copy.deepcopy(given[name]) for name in CACHE_ARGUMENTS if given.get(name) is not None}
         except (TypeError, RuntimeError) as error:
             raise ScopeError(
-                f"a gate reads later than it writes, and {type(given.get(_CACHES[0])).__name__} can neither be cut "
-                f"back nor copied ({error}); use another cache, or read at an earlier layer"
+                f"a gate reads later than it writes, and {type(given.get(CACHE_ARGUMENTS[0])).__name__} can neither be "
+                f"cut back nor copied ({error}); use another cache, or read at an earlier layer"
             ) from None
         with self.clock.aside(facts, waiting), contextlib.suppress(_Stop), torch.no_grad():
             module(**{**given, **copies})
@@ -280,7 +280,7 @@ class _Replayer:
         start = facts.boundary - any(guide.scope.kind == "response" for guide in waiting)
         plain = all(_is_plain(name, value) for name, value in given.items())
         asked = any(getattr(self.decoder.model.config, name, False) for name in _MORE)
-        if asked or not plain or not _can_be_cut(given.get("past_key_values")):
+        if asked or not plain or not can_be_cut(given.get("past_key_values")):
             return None
         return start if facts.past <= start < facts.past + facts.width else None
 
@@ -297,33 +297,6 @@ def _is_plain(name: str, value: Any) -> bool:
     if name == "return_dict":
         return bool(value)
     return isinstance(value, bool | int | float | str) and not (name in _MORE and bool(value))
-
-
-def _can_be_cut(cache: Any) -> bool:
-    """Whether all layers of a cache grow by the tokens fed, and so can be cut back."""
-    from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-
-    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
-        return False
-    growing = (DynamicLayer, DynamicSlidingWindowLayer)
-    if not cache.layers:
-        return getattr(cache, "layer_class_to_replicate", None) in growing
-    return all(type(layer) in growing for layer in cache.layers)
-
-
-def _record_past(cache: Any) -> list[bool | None]:
-    """Make sliding windows keep what they would drop; returns what each layer did before."""
-    before = [getattr(layer, "record_past", None) for layer in cache.layers]
-    cache.activate_past_recording()
-    return before
-
-
-def _forget_past(cache: Any, before: list[bool | None]) -> None:
-    """Undo `_record_past`, and drop what has been kept for it."""
-    for layer, recorded in zip(cache.layers, before, strict=False):
-        if recorded is False:
-            layer.crop(0)
-            layer.record_past = False
 
 
 def _end(name: str, value: Any, count: int) -> Any:
