@@ -50,6 +50,7 @@ def auc(positive: Tensor, negative: Tensor, *, dtype: torch.dtype = torch.float6
         where a side is empty.
 
     Example:
+        >>> import torch
         >>> auc(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 0.0]))
         0.875
     """
@@ -75,6 +76,7 @@ def linear_probe(positive: Tensor, negative: Tensor, *, penalty: float = 1.0) ->
         FitError: a side is empty, an activation is not finite, nothing varies, or the penalty is not over 0.
 
     Example:
+        >>> import torch
         >>> probe = linear_probe(torch.tensor([[2.0], [3.0]]), torch.tensor([[0.0], [1.0]]))
         >>> [score > 0 for score in probe.scores(torch.tensor([[3.0], [0.0]])).tolist()]
         [True, False]

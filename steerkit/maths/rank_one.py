@@ -50,6 +50,7 @@ def elastic_net(g: Tensor, rho: float, alpha: float) -> Tensor:
         FitError: alpha outside of [0, 1), rho not finite, or a score that is not.
 
     Example:
+        >>> import torch
         >>> elastic_net(torch.tensor([0.5, -0.5, 0.1]), rho=0.5, alpha=0.5)
         tensor([ 1., -1.,  0.])
     """

@@ -89,6 +89,7 @@ class MeanDifference(AddDirection):
     """Base of the methods that add the mean of the positive side minus the mean of the negative side.
 
     Example:
+        >>> import torch
         >>> MeanDifference().fit_site(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         {'direction': tensor([ 2., -1.])}
     """

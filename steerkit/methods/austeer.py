@@ -81,6 +81,7 @@ def activation_momentum(positive: Tensor, negative: Tensor, *, tie: Tie = "posit
         FitError: there is no pair, the sides differ in shape, or `tie` is no sign.
 
     Example:
+        >>> import torch
         >>> activation_momentum(torch.tensor([[[2.0]], [[3.0]], [[1.0]]]), torch.tensor([[[1.0]], [[1.0]], [[1.0]]]))
         tensor([[0.6667]])
     """

@@ -62,6 +62,7 @@ class ConditionalSteering(GatedAddition):
     not. Sites given to `fit` are where the condition may be read; the best of them is kept.
 
     Example:
+        >>> import torch
         >>> best_threshold(torch.tensor([0.5, 0.75]), torch.tensor([0.125, 0.25])).value
         0.375
     """

@@ -92,6 +92,8 @@ class Steer2Edit(Method):
     the weights; `steer` does the same with hooks. Strength 1 is the edit, 0 the model as it was.
 
     Example:
+        >>> import torch
+        >>> from steerkit.maths.rank_one import rank_one_edit
         >>> weight, direction, mean = torch.eye(2), torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0])
         >>> rank_one_edit(weight, direction, mean, rho=0.5, alpha=0.5)
         tensor([3., 0.])

@@ -76,6 +76,7 @@ class SteeringVector:
         StrengthError: a strength that is not a finite number, or an unknown unit.
 
     Example:
+        >>> import torch
         >>> vector = SteeringVector(
         ...     method="caa", tensors={"resid_post.1/direction": torch.ones(4)}, sites=(Site(1),), edit="add",
         ...     scope="response", unit="paper", model_type="llama", hidden_size=4, num_layers=2,
