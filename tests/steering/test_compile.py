@@ -18,10 +18,11 @@ from tests.pairwise import pairwise
 IDS = torch.tensor([[5, 17, 44, 9, 101, 63], [7, 23, 42, 88, 15, 3]])
 
 
-@pytest.fixture
-def model() -> Iterator[Any]:
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
     torch._dynamo.reset()
-    yield shortened(build("llama"), 2)  # one block that is steered and one that is not: tracing takes seconds a block
+    # Tracing takes seconds a block: one that is steered and one that is not is the least.
+    yield shortened(build("llama"), request.param)
     torch._dynamo.reset()
 
 
