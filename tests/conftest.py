@@ -26,8 +26,9 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def pytest_collection_finish() -> None:
-    """Take all that collecting made out of the collector's sight: it stays, and looking through it takes half a second.
+@pytest.fixture(scope="module", autouse=True)
+def what_is_loaded_is_out_of_the_collector_s_sight() -> None:
+    """Modules and models that stay are looked through no more: with all tests collected that takes half a second.
 
     The trainer, accelerate and `bake` collect a few times in each test that calls them.
     """

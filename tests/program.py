@@ -64,6 +64,11 @@ def start(*words: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, text=True, preexec_fn=_hear_interrupts, **options)
 
 
+def last_line(err: str) -> str:
+    """The last line on stderr; quantisers that are installed write lines of their own while transformers is loaded."""
+    return err.splitlines()[-1] if err else ""
+
+
 def plain(text: str) -> str:
     """Text without colours, frames and line breaks."""
     return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", "", text).split())

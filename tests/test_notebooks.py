@@ -58,8 +58,14 @@ def run(path: Path, before: str = "") -> None:
             assert shown(now) == shown(then), now.source
 
 
+# The persona notebook takes as long as the other parts of the suite do by the dozen; its tutorial's page runs everywhere.
+OFTEN = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == "persona" else ()) for path in NOTEBOOKS
+]
+
+
 @pytest.mark.embedded
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OFTEN)
 def test_notebooks_run_on_a_small_model(path: Path, small: Path) -> None:
     """Every cell as it is; only the model that they load is narrower."""
     loader = f"steerkit.load_model = functools.partial(steerkit.load_model, {str(small)!r})"

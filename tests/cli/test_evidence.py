@@ -29,7 +29,7 @@ from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS
 from tests.looping import looping_model, trait_data
-from tests.program import PAIRS, RECIPE, WIDTH, Cli, jsonl, plain, start, strict_json, width
+from tests.program import PAIRS, RECIPE, WIDTH, Cli, jsonl, last_line, plain, start, strict_json, width
 
 FEW = ("--texts", 2, "--neutral", 2)
 FREE = ("--max-kl", "1e9", "--max-ppl-ratio", "1e9")
@@ -430,7 +430,7 @@ def test_ctrl_c_keeps_what_was_measured(cli: Cli, trait: Path, words: tuple[Any,
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert (process.returncode, out, last_line(err)) == (130, "", "interrupted")
     assert [path.as_posix() for path in Path("made").iterdir()] == [begun]
     kept = keys_of(Path(begun))
     assert cli(*words).code == 0

@@ -17,7 +17,7 @@ import steerkit
 from steerkit.evaluate.intervals import correlation, separability
 from steerkit.monitor.monitor import Monitor
 from steerkit.vector.steering_vector import SteeringVector
-from tests.program import WIDTH, Cli, jsonl, plain, start, width
+from tests.program import WIDTH, Cli, jsonl, last_line, plain, start, width
 
 ITEMS = [
     {"id": "a", "prompt": "How are you?", "response": "Fine, thank you.", "score": 10, "label": True},
@@ -125,7 +125,8 @@ def test_a_stream_is_answered_line_by_line(monitor: Callable[..., Monitor], tiny
         assert row == item
     process.stdin.write("{\n")
     out, err = process.communicate()
-    assert (process.returncode, out, err) == (1, "", "error: stdin, line 3: malformed JSON; write one object a line\n")
+    assert (process.returncode, out) == (1, "")
+    assert last_line(err) == "error: stdin, line 3: malformed JSON; write one object a line"
 
 
 def test_heat(cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:

@@ -44,7 +44,10 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     ("how", "when", "scope"),
     pairwise(
-        ["torch.compile", "model.compile"], ["before", "inside"], ["all", "first(4)", "response", "prompt", "front"]
+        ["torch.compile", "model.compile"],
+        ["before", "inside"],
+        ["all", "first(4)", "response", "prompt", "front"],
+        strength=1,
     ),
 )
 def test_bug_40_fullgraph_equals_eager(model: Any, scope: str, when: str, how: str) -> None:
