@@ -58,7 +58,7 @@ def run(path: Path, before: str = "") -> None:
             assert shown(now) == shown(then), now.source
 
 
-# The persona notebook takes as long as the other parts of the suite do by the dozen; its tutorial's page runs everywhere.
+# The persona notebook takes half a minute; what it calls is called by its tutorial's page too.
 OFTEN = [
     pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == "persona" else ()) for path in NOTEBOOKS
 ]
