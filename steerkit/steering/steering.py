@@ -27,6 +27,7 @@ from steerkit.prompts.chat_roles import Roles
 from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
 from steerkit.steering.replay import GatePlan, Reading, replaying
+from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
 from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths, Scope
@@ -67,7 +68,8 @@ def steer(
             chat template; or its `steerkit.roles.Roles`, to find the marks once for many calls.
 
     Returns:
-        A context manager. Its `strength` can be changed while it is active.
+        A context manager. Its `strength` can be changed while it is active. What a hook refused in another thread
+        (`generate_batch` gives an empty answer then) is raised when the block ends.
 
     Raises:
         VectorMismatchError: a vector was fitted on a model of another width or depth.
@@ -120,10 +122,14 @@ class Steering:
 
         Raises:
             StrengthError: every vector has its own strength, or the value is not finite.
+            ModelError: continuous batching runs at present and shares what was made with the old strength.
         """
         if not self._doses:
             raise StrengthError("strength: every vector has its own (vector.at); make new ones")
         checked = strength_value(value)
+        if self._entered:
+            refuse_running_batches(self._decoder.model, "strength")
+            drop_shared_prefixes(self._decoder.model)
         for dose in self._doses:
             dose.value = checked
         for edit in self._edits:
@@ -139,6 +145,8 @@ class Steering:
                     "steer: this model object is being steered from another thread; leave that context first, "
                     "or load the model twice"
                 )
+            refuse_running_batches(model, "steer")
+            drop_shared_prefixes(model)
             make_compiled_code_see_hooks()
             clock.attach()
             stack.callback(clock.detach)
@@ -158,8 +166,16 @@ class Steering:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        model = self._decoder.model
+        clock = PassClock.of(model)
         with _ATTACH:
             self._entered.pop().close()
+        drop_shared_prefixes(model)
+        if error is not None:
+            return
+        if clock is not None and (refused := clock.take_refused()) is not None:
+            raise refused  # another thread has met it, and whoever waits for its answers got empty ones
+        refuse_running_batches(model, "end of steer")
 
 
 def _plan(

@@ -17,6 +17,7 @@ from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileErr
 from steerkit.methods._protocols import HasWeightForm, WeightUpdate
 from steerkit.methods._registry import default_strength, method_of
 from steerkit.network.decoder import inner_model
+from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
 from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.clock import Hook
 from steerkit.vector.steering_vector import SteeringVector
@@ -55,7 +56,8 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
         ScopeError: the vector's scope is not `all`.
         StrengthError: the method has no exact weight form, or the strength is not one finite number.
         SiteError: this model has no place for the exact form.
-        ModelError: the model is edited already, or a weight is offloaded or quantised.
+        ModelError: the model is edited already, continuous batching runs on it and shares prompt blocks, or a weight is
+            offloaded or quantised.
     """
     target = inner_model(model)
     if any(isinstance(hook, _Edited) for hook in target._forward_pre_hooks.values()):
@@ -66,14 +68,18 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
     updates = exact_updates(model, listed, strength)
     planned = [(*_parameter(target, update.name), update.update) for update in updates]
     uses = Counter(id(parameter) for _, parameter in target.named_parameters(remove_duplicate=False))
+    refuse_running_batches(target, "edited")
     # Each step back is noted before its step is made, and all are taken even if one fails.
     with contextlib.ExitStack() as undo:
+        undo.callback(drop_shared_prefixes, target)
+        drop_shared_prefixes(target)
         undo.callback(_unmark, target)
         target.register_forward_pre_hook(_Edited())
         with torch.no_grad():
             for owner, leaf, update in planned:
                 _write(owner, leaf, update, uses[id(getattr(owner, leaf))] > 1, undo)
         yield
+    refuse_running_batches(target, "end of edited")
 
 
 def exact_updates(

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steerkit.errors import SteerError
 from steerkit.tokens.forward_pass import Pass
 from steerkit.tokens.pass_reader import PassReader
 from steerkit.tokens.texts import Texts
@@ -67,6 +68,7 @@ class PassClock:
         self._reader = PassReader(model, self._frames, self._texts, self._local)
         self.owner = threading.get_ident()
         self.users = 0
+        self._refused: SteerError | None = None
 
     @staticmethod
     def of(model: nn.Module) -> PassClock | None:
@@ -100,6 +102,11 @@ class PassClock:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+
+    def take_refused(self) -> SteerError | None:
+        """What a hook has refused in a thread other than the one that steers, once; None if nothing."""
+        refused, self._refused = self._refused, None
+        return refused
 
     @property
     def now(self) -> Pass | None:
@@ -209,6 +216,15 @@ class PassClock:
         frame = None if torch.compiler.is_compiling() else sys._getframe(2)
         self._local.live = _Live(module, facts, frame, live)
 
+    def note_refusal(self, error: BaseException | None) -> None:
+        """Keep what ended a pass in another thread, where whoever runs it may not tell.
+
+        Args:
+            error: what ended the pass; None where nothing did.
+        """
+        if isinstance(error, SteerError) and threading.get_ident() != self.owner:
+            self._refused = error
+
     def leave(self, module: nn.Module, output: Any = None) -> None:
         """Forget the facts of the pass that has just run.
 
@@ -270,4 +286,8 @@ class _After(Hook):
         self.clock = clock
 
     def __call__(self, module: nn.Module, _args: Any, output: Any) -> None:
+        if (
+            output is None and not torch.compiler.is_compiling()
+        ):  # torch calls this one while an error is on its way too
+            self.clock.note_refusal(sys.exc_info()[1])
         self.clock.leave(module, output)

@@ -7,6 +7,7 @@ of a cache are filled. All three can be had:
   frame on the Python stack, in every mode of decoding.
 * The ids of the text so far are a local variable of the loop that decodes, whichever rows beams and rejected
   candidates have moved.
+* A manager of continuous batching that is kept hangs on the model, and one that runs is a thread's target.
 * A cache says its length, as a number or as a counter on the device; a Mamba cache says only whether it was used.
 
 When transformers renames one of these, this file changes and no other.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +30,7 @@ from steerkit.tokens.generate_call import GenerateCall
 __all__ = [
     "CACHE_ARGUMENTS",
     "GenerateFrames",
+    "batching_managers",
     "cache_of",
     "can_be_cut",
     "columns_cached",
@@ -109,6 +112,26 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     """
     cache = given.get("past_key_values")
     return given.get("cache_params") if cache is None else cache
+
+
+def batching_managers(model: nn.Module) -> tuple[Any, Any]:
+    """The managers of `generate_batch` that share the blocks of equal prompt beginnings between requests.
+
+    Args:
+        model: the transformers model itself.
+
+    Returns:
+        One that runs at present, and the one that is kept for the next call; None where there is none.
+    """
+    module = sys.modules.get("transformers.generation.continuous_batching.continuous_api")
+    kind: Any = getattr(module, "ContinuousBatchingManager", ())
+    targets = (getattr(getattr(thread, "_target", None), "__self__", None) for thread in threading.enumerate())
+    kept = getattr(model, "_cached_continuous_batching_manager", None)
+
+    def shares(one: Any) -> bool:
+        return isinstance(one, kind) and one.model is model and one.continuous_batching_config.allow_block_sharing
+
+    return next(filter(shares, targets), None), kept if shares(kept) else None
 
 
 def is_packed(given: Mapping[str, Any]) -> bool:
