@@ -75,6 +75,7 @@ class RefusalDirection(AddDirection):
     title: ClassVar[str] = "Refusal direction"
     paper: ClassVar[str] = "Arditi et al. 2024, arXiv 2406.11717"
     data: ClassVar[FittedOn] = TWO_KINDS
+    also: ClassVar[Mapping[str, str]] = {"selection": "n k"}
     readout: ClassVar[str | None] = None
     scope: ClassVar[str] = "response"
 
