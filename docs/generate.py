@@ -1,7 +1,9 @@
 """The pages of the reference that are read off the program: `python -m docs.generate` writes them anew.
 
 `reference/command-line.md` is what `--help` says of every command; `reference/sites.md` is what is found in a small
-random model of each family. `make docs` writes both, and a test compares them with what is there.
+random model of each family; `reference/api/methods.md` and README's table of methods are the files of
+`steerkit/methods`. `make docs` writes all, and tests compare them with what is there; a method that is not yet in its
+pages breaks no test.
 """
 
 from __future__ import annotations
@@ -62,6 +64,18 @@ attn_out.12 model.layers.12.self_attn output 576
 z.12 model.layers.12.self_attn.o_proj input 576
 ```
 """
+
+
+_METHODS = """# Methods
+
+One file, one published method.
+
+What each one departs from in its paper stands in its text. A method of your own:
+[write a method](../../how-to/write-a-method.md).
+
+This page is written by `python -m docs.generate`.
+"""
+METHODS_HEAD = ("| method | what | paper | fitted on | scope |", "| --- | --- | --- | --- | --- |")
 
 
 def command_line() -> str:
@@ -160,13 +174,48 @@ def _found(anatomies: Any, kind: str) -> str:
     return "yes" if len(found) == len(anatomies) else "some"
 
 
-PAGES = {"command-line.md": command_line, "sites.md": sites}
+def shipped_methods() -> list[str]:
+    """Names of the methods whose files are in steerkit itself, sorted."""
+    from steerkit.methods._registry import method_names, resolve
+
+    return [name for name in method_names() if resolve(name).__module__ == f"steerkit.methods.{name}"]
+
+
+def method_row(name: str) -> str:
+    """A method's row in README, as its class states it."""
+    from steerkit.methods._registry import resolve
+
+    kind = resolve(name)
+    return f"| `{name}` | {kind.title} | {kind.paper} | {kind.data} | `{kind().default_scope}` |"
+
+
+def methods_table() -> str:
+    """README's table of methods."""
+    lines = [*METHODS_HEAD, *map(method_row, shipped_methods())]
+    return "\n".join(lines) + "\n"
+
+
+def method_section(name: str) -> str:
+    """A method's part of the reference, which is the text of its file."""
+    module = f".. automodule:: steerkit.methods.{name}\n   :members:\n   :show-inheritance:"
+    return f"## {name}\n\n```{{eval-rst}}\n{module}\n```\n"
+
+
+def methods() -> str:
+    """The page of methods."""
+    return "\n".join([_METHODS, *map(method_section, shipped_methods())])
+
+
+PAGES = {"command-line.md": command_line, "sites.md": sites, "api/methods.md": methods}
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write the pages, and README's table."""
+    from tests.readme import put
+
     for name, page in PAGES.items():
         (REFERENCE / name).write_text(page(), encoding="utf-8")
+    put("methods", methods_table())
 
 
 if __name__ == "__main__":

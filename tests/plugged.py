@@ -3,9 +3,40 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from steerkit._support import plugins
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    value: str
+    kind: type
+
+    def load(self) -> type:
+        return self.kind
+
+
+def register(monkeypatch: pytest.MonkeyPatch, *kinds: type, name: str = "") -> None:
+    """Make classes known as installed methods are, each by its own `name` where none is given.
+
+    Args:
+        monkeypatch: forgets them afterwards.
+        kinds: the classes.
+        name: the entry point's, of one class.
+    """
+    real = importlib.metadata.entry_points
+    entries = [_Entry(name or vars(kind)["name"], f"{kind.__module__}:{kind.__name__}", kind) for kind in kinds]
+    monkeypatch.setattr(
+        plugins,
+        "entry_points",
+        lambda group: [*real(group=group), *(entries if group == "steerkit.methods" else [])],
+    )
 
 
 def plug_in(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, target: str, source: str) -> type:

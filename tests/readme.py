@@ -1,4 +1,4 @@
-"""Blocks of README.md: `python -m tests.readme` puts the tables of methods and of results there."""
+"""Blocks of README.md: `python -m tests.readme` puts the table of results there (`docs.generate` that of methods)."""
 
 from __future__ import annotations
 
@@ -23,17 +23,6 @@ def put(name: str, content: str) -> None:
     README.write_text(README.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
-def methods() -> str:
-    """The table of methods, as the code states it."""
-    from steerkit.methods import _registry as registry
-
-    lines = ["| method | what | paper | fitted on | scope |", "| --- | --- | --- | --- | --- |"]
-    for name in registry.method_names():
-        method = registry.resolve(name)
-        lines.append(f"| `{name}` | {method.title} | {method.paper} | {method.data} | `{method().default_scope}` |")
-    return "\n".join(lines) + "\n"
-
-
 def results() -> str:
     """The table of results, as the kept comparison states it."""
     from tests.docs.results import table
@@ -42,5 +31,4 @@ def results() -> str:
 
 
 if __name__ == "__main__":
-    put("methods", methods())
     put("results", results())

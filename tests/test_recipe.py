@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from steerkit._support import plugins, shipped
+from steerkit._support import shipped
 from steerkit.errors import RecipeError, UnknownNameError, VectorFileError
+from steerkit.methods import MeanDifference
 from steerkit.methods import _registry as registry
 from steerkit.recipe import Recipe, find_recipe
 from tests.families import build
+from tests.plugged import register
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 GOOD = """
@@ -156,15 +158,15 @@ def test_methods_by_name() -> None:
 
 
 def test_a_method_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Entry:
-        name = "theirs"
+    @dataclass(frozen=True)
+    class Theirs(MeanDifference):
+        """Means, of another package."""
 
-        def load(self) -> Any:
-            return registry.resolve("caa")
+        name, title, paper = "theirs", "Theirs", "nobody"
 
-    monkeypatch.setattr(plugins, "entry_points", lambda group: [Entry()] if group == "steerkit.methods" else [])
+    register(monkeypatch, Theirs)
     assert "theirs" in registry.method_names()
-    assert registry.resolve("theirs").name == "caa"
+    assert registry.resolve("theirs") is Theirs
 
 
 def test_a_vector_whose_method_does_another_edit_is_refused(folder: Path) -> None:

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steerkit.checks._bitwise import bitwise, hooks_of, largest_gap, raise_error
 from steerkit.checks.fitted_method import TEXTS, Finding, FittedMethod
-from steerkit.errors import SteerError
+from steerkit.errors import FitError, SteerError
 from steerkit.fitting.fitting import fit
 from steerkit.fitting.held_out import separation
+from steerkit.methods._authoring import class_problem
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import ReadsInput, read_direction
+from steerkit.methods._protocols import NeedsPrompt, read_direction
+from steerkit.methods._registry import registration_problem
 from steerkit.prompts.batching import pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.steering.steering import steer
 from steerkit.tokens.forward_pass import Pass
-from steerkit.tokens.scope import Scope
+from steerkit.tokens.scope import WINDOWS, PromptLengths, Scope
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["CHECKS", "conformance"]
@@ -39,8 +45,11 @@ def conformance(
 ) -> list[Finding]:
     """Fit a method and run every check on it.
 
+    What comes first is whether it can be checked at all: it is registered, it can be fitted, and its `edit` gives
+    activations. Where one of these fails, the others are not run.
+
     Args:
-        method: the method with its settings.
+        method: the method with its settings, or its class.
         model: a decoder-only transformers model; a tiny random one will do.
         tokenizer: its tokenizer.
         data: what the method is fitted on.
@@ -49,16 +58,46 @@ def conformance(
     Returns:
         One finding per check; a method passes when all have passed.
     """
-    vector = fit(model, tokenizer, data, method=method)
-    subject = FittedMethod(method, model, tokenizer, data, vector, strength)
-    findings = []
-    for check in CHECKS:
-        try:
-            reason = check(subject) or ""
-            findings.append(Finding(check.__name__, True, reason))
-        except (AssertionError, SteerError) as error:
-            findings.append(Finding(check.__name__, False, f"{type(error).__name__}: {error}"))
-    return findings
+    kind: Any = method if isinstance(method, type) else type(method)
+    found = partial(run_check, getattr(sys.modules.get(kind.__module__), "__file__", None))
+    usable = found("can_be_used", lambda: can_be_used(kind))
+    if not usable.passed:
+        return [usable]
+    made: Method = method() if isinstance(method, type) else method
+    vectors: list[SteeringVector] = []
+    fitted = found("can_be_fitted", lambda: vectors.append(fit(model, tokenizer, data, method=made)))
+    if not fitted.passed:
+        return [usable, fitted]
+    subject = FittedMethod(made, model, tokenizer, data, vectors[0], strength)
+    edited = found("edit_gives_activations", lambda: edit_gives_activations(subject))
+    checks = CHECKS if edited.passed else ()
+    return [usable, fitted, edited, *(found(check.__name__, partial(check, subject)) for check in checks)]
+
+
+def can_be_used(kind: type[Method]) -> None:
+    """The class has what every method has, and is the one that answers to its name.
+
+    Args:
+        kind: the method's class.
+
+    Raises:
+        FitError: with what to write.
+    """
+    if not issubclass(kind, Method):
+        raise FitError(f"got {kind.__name__}; give a method, such as CAA(), or its class")
+    problem = class_problem(kind)
+    problem = f"{kind.__name__} {problem}" if problem else registration_problem(kind)
+    if problem:
+        raise FitError(problem)
+
+
+def edit_gives_activations(subject: FittedMethod) -> None:
+    """`prepare` gives tensors by name, and `edit` a float tensor of the shape it got."""
+    facts = Pass(batch=2, width=6, past=0, device=torch.device("cpu"), boundary=5)
+    h, after, _ = subject.edited(facts, Scope.parse(subject.vector.scope), torch.float32)
+    _hold(isinstance(after, Tensor), f"`edit` gave {type(after).__name__}, a tensor [b, t, d] is allowed; return it")
+    _hold(after.shape == h.shape, f"`edit` made {list(after.shape)} of {list(h.shape)}; give the shape that it got")
+    _hold(after.is_floating_point(), f"`edit` gave {after.dtype} for {h.dtype}; give floats")
 
 
 def same_data_same_tensors(subject: FittedMethod) -> None:
@@ -97,20 +136,9 @@ def steering_changes_the_logits(subject: FittedMethod) -> None:
 def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
     """`edit` gives the shape it got, `steer` the dtype, and the input is not touched."""
     facts = Pass(batch=2, width=6, past=0, device=torch.device("cpu"), boundary=5)
-    tokens = facts.tokens(Scope.parse(subject.vector.scope))
-    generator = torch.Generator().manual_seed(0)
-    site = subject.vector.sites[0]
-    params = subject.vector.params(site)
-    width = subject.vector.widths.get(site, subject.vector.hidden_size)
+    scope = Scope.parse(subject.vector.scope)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        h = torch.randn(2, 6, width, generator=generator).to(dtype)
-        before = h.clone()
-        prepared = subject.method.prepare(params, torch.tensor(subject.strength), dtype, h.device)
-        if isinstance(subject.method, ReadsInput):
-            source = subject.method.inputs_at(subject.model, subject.vector)[site]
-            prepared["input"] = torch.randn(2, 6, source.width, generator=generator).to(dtype)
-        after = subject.method.edit(h, prepared, tokens)
-        _hold(after.shape == h.shape, f"shape {tuple(h.shape)} became {tuple(after.shape)}")
+        h, after, before = subject.edited(facts, scope, dtype)
         _hold(torch.equal(before, h), "the input was changed in place")
         _hold(bool(torch.isfinite(after.float()).all()), f"not finite in {dtype}")
     ids, mask = subject.rows()
@@ -119,6 +147,38 @@ def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
     found, baseline = other.logits(ids, mask, subject.vector), other.logits(ids, mask, None)
     _hold(found.dtype == baseline.dtype, f"logits became {found.dtype} on a model of {baseline.dtype}")
     _hold(bool(torch.isfinite(found.float()).all()), "logits are not finite in bfloat16")
+
+
+def a_window_is_all_that_is_written(subject: FittedMethod) -> str | None:
+    """Under `front`, `mid` and `back` no token outside the window is changed, and its length is known.
+
+    Raises:
+        AssertionError: the method does not say how long its window is.
+    """
+    kinds = [kind for kind in WINDOWS if kind in subject.method.scopes]
+    if not kinds:
+        return "writes no window of the prompt"
+    if not isinstance(subject.method, NeedsPrompt):
+        raise AssertionError(
+            f"scope '{kinds[0]}' needs prompts as long as the window, and nothing says how long that is: write "
+            "`def minimum_prompt(self, params: Params) -> int`"
+        )
+    window = subject.method.minimum_prompt(subject.vector.params(subject.vector.sites[0]))
+    prompt = window + 4
+    lengths = PromptLengths(prompt)
+    facts = Pass(batch=2, width=prompt + 3, past=0, device=torch.device("cpu"))
+    for kind in kinds:
+        scope = Scope.parse(kind)
+        _, after, before = subject.edited(facts, scope, torch.float32, lengths)
+        start = {"front": 0, "mid": prompt // 2 - window // 2, "back": prompt - window}[kind]
+        moved = (after != before).any(dim=-1).any(dim=0).nonzero().flatten().tolist()
+        outside = [place for place in moved if not start <= place < start + window]
+        _hold(
+            not outside,
+            f"scope '{kind}', a prompt of {prompt} tokens: `edit` changed tokens {outside}, its window is {start} to "
+            f"{start + window - 1}; use tokens.position and tokens.prompt_length",
+        )
+    return None
 
 
 def neutral_strength_is_the_identity(subject: FittedMethod) -> str | None:
@@ -201,12 +261,31 @@ CHECKS: tuple[Callable[[FittedMethod], str | None], ...] = (
     survives_the_file,
     steering_changes_the_logits,
     keeps_shape_and_dtype_and_input,
+    a_window_is_all_that_is_written,
     neutral_strength_is_the_identity,
     rows_are_independent,
     cached_equals_uncached,
     nothing_stays_behind,
     positive_side_lies_further_along,
 )
+
+
+def run_check(home: str | None, name: str, check: Callable[[], str | None]) -> Finding:
+    """Run one check. Whatever goes wrong becomes one line, an error in the method's own file with its place there.
+
+    Args:
+        home: the method's file, where it has one.
+        name: the check's.
+        check: gives a reason where it does not apply.
+    """
+    try:
+        return Finding(name, True, check() or "")
+    except (AssertionError, SteerError) as error:
+        return Finding(name, False, f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001, the author's code may fail in any way
+        places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == home]
+        place = f" ({Path(str(home)).name}, line {places[-1]})" if places else ""
+        return Finding(name, False, f"{type(error).__name__}: {' '.join(str(error).split()) or 'no text'}{place}")
 
 
 def _hold(condition: bool, message: str) -> None:

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from steerkit.activations.reading import position_inputs
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import Gated
+from steerkit.methods._protocols import Gated, ReadsInput
 from steerkit.network.decoder import execution_device, find_decoder, inner_model
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
+from steerkit.tokens.forward_pass import Pass
+from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["TEXTS", "Finding", "FittedMethod"]
@@ -59,6 +61,31 @@ class FittedMethod:
         with context, torch.no_grad():
             found: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits
         return found
+
+    def edited(
+        self, facts: Pass, scope: Scope, dtype: torch.dtype, lengths: PromptLengths | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`prepare` and `edit` on random activations of one pass, as they would be called at the first site.
+
+        Args:
+            facts: the pass, of b rows and t tokens.
+            scope: which tokens are meant.
+            dtype: of the activations.
+            lengths: where the prompts end.
+
+        Returns:
+            What `edit` was given, what it gave, and a copy of the former from before, each [b, t, d].
+        """
+        generator = torch.Generator().manual_seed(0)
+        site = self.vector.sites[0]
+        width = self.vector.widths.get(site, self.vector.hidden_size)
+        h = torch.randn(facts.batch, facts.width, width, generator=generator).to(dtype)
+        before = h.clone()
+        prepared = self.method.prepare(self.vector.params(site), torch.tensor(self.strength), dtype, h.device)
+        if isinstance(self.method, ReadsInput):
+            source = self.method.inputs_at(self.model, self.vector)[site]
+            prepared["input"] = torch.randn(facts.batch, facts.width, source.width, generator=generator).to(dtype)
+        return h, self.method.edit(h, prepared, facts.tokens(scope, lengths)), before
 
     def rows(self, side: str = "right") -> tuple[Tensor, Tensor]:
         """Ids and mask of the check's texts in one padded batch, in their order.

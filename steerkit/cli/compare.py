@@ -73,16 +73,13 @@ def run(
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
-    from steerkit.methods._base import sorts_prompts
-    from steerkit.methods._registry import method_names, resolve
     from steerkit.recipe import find_recipe
     from steerkit.report.plots.drawing import ready
 
     ready()
     default = find_recipe(behaviour)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
-    every = [name for name in method_names() if not sorts_prompts(resolve(name))]
-    names = list(dict.fromkeys(method or every))
+    names = list(dict.fromkeys(method or _every()))
     sources = _sources(names, default)
     target, kept = out / f"{default.behaviour}.json", out / f"{default.behaviour}.rows.jsonl"
     check_writable(target)
@@ -113,6 +110,17 @@ def run(
         return
     _show(rows, default.behaviour)
     typer.echo(f"wrote {target}, .md and .html")
+
+
+def _every() -> list[str]:
+    """All methods that pairs of answers measure; those that cannot be used are told of."""
+    from steerkit.methods._base import sorts_prompts
+    from steerkit.methods._registry import usable_methods
+
+    usable, broken = usable_methods()
+    for problem in broken.values():
+        typer.echo(f"note: {problem}", err=True)
+    return [name for name, kind in usable.items() if not sorts_prompts(kind)]
 
 
 def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:

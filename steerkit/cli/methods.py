@@ -11,8 +11,11 @@ __all__ = ["run"]
 
 def run(as_json: Json = False) -> None:
     """List the methods: name, paper, which tokens they write, what strengths count, what they are fitted on."""
-    from steerkit.methods._registry import method_names, resolve
+    from steerkit.methods._registry import usable_methods
 
+    usable, broken = usable_methods()
+    for problem in broken.values():
+        typer.echo(f"note: {problem}", err=True)
     rows = [
         {
             "name": name,
@@ -23,7 +26,7 @@ def run(as_json: Json = False) -> None:
             "neutral": kind.neutral,
             "data": kind.data,
         }
-        for name, kind in ((name, resolve(name)) for name in method_names())
+        for name, kind in usable.items()
     ]
     if as_json:
         print_json(rows)

@@ -22,6 +22,7 @@ from torch import nn
 from steerkit.errors import DataError, ScopeError, StrengthError
 from steerkit.evaluate.lm_eval_figures import report_of
 from steerkit.evaluate.lm_eval_library import left_as_it_was, load_evaluator, task_manager, wrapped_model
+from steerkit.methods._registry import can_write_all
 from steerkit.steering.steering import steer
 from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.scope import Scope
@@ -133,9 +134,10 @@ def check_steering(
     for one in vectors:
         written = Scope.parse(one.scope if one.own_scope or scope is None else scope)
         if written.kind != "all":
+            advice = "; give scope='all'" if can_write_all(one) else f", which {one.method} does not do"
             raise ScopeError(
                 f"scope '{written}': lm-eval does not tell the model where a prompt ends, so only every token can be "
-                "meant; give scope='all'"
+                f"meant{advice}"
             )
         own = one.strength if one.strength is not None else strength
         if own is not None and isinstance(strength_value(own), tuple):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from steerkit._support.files import write_whole
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
+from steerkit.methods._registry import can_write_all
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -82,10 +83,10 @@ def control_vector(vector: SteeringVector, *, strength: float | None = None) -> 
             f"llama.cpp only adds a direction, this vector's edit is {vector.edit!r}; steer with hooks instead"
         )
     if vector.scope != "all":
-        raise ScopeError(
-            f"llama.cpp adds at every token, the vector only at '{vector.scope}'; accept that with "
-            "vector.at(scope='all') or --scope all"
+        advice = (
+            "accept that with vector.at(scope='all') or --scope all" if can_write_all(vector) else "steer with hooks"
         )
+        raise ScopeError(f"llama.cpp adds at every token, the vector only at '{vector.scope}'; {advice}")
     for site in vector.sites:
         _check(site, vector)
     strengths = _strengths(vector, strength)

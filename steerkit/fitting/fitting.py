@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 import steerkit
@@ -15,9 +14,10 @@ from steerkit.activations.recording import Activations, record
 from steerkit.activations.streaming import stream
 from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
 from steerkit.fitting.subject import ModelSubject
+from steerkit.methods._authoring import check_fitted, class_problem, fitted_tensors
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import AddsFacts, PreparesData
-from steerkit.methods._registry import resolve
+from steerkit.methods._registry import method_names, registration_problem, resolve
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site, parse_layers
 from steerkit.network.tap import Tap, locate
@@ -130,17 +130,15 @@ def _vector(
     """Fit the method at the sites of the taps, and put what it found together with all that a file says.
 
     Raises:
-        FitError: activations are missing at a site, or what was fitted is not finite.
+        FitError: activations are missing at a site, or what was fitted is not finite or not what the method declares.
     """
     places, decoder, data = list(taps), subject.decoder, subject.data
     missing = [site for site in places if acts is not None and site not in acts.positive]
     if missing:
         raise FitError(f"{method.name}: acts were not read at {', '.join(map(str, missing))}; read them there too")
-    tensors = method.fit(acts, subject, places)
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise FitError(f"{method.name}: {name} is not finite; load the model in float32 or bfloat16")
+    tensors = fitted_tensors(method, method.fit(acts, subject, places))
     written = method.written(places, tensors, decoder)
+    check_fitted(method, tensors, written)
     if written != places:
         taps = locate(model, written)
         written = list(taps)
@@ -211,13 +209,27 @@ def read(
 
 
 def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
+    """The method with its settings, its class found good.
+
+    Raises:
+        FitError: it is no method, lacks what every method has, or another class answers to its name.
+        UnknownNameError: no such method, or settings beside a method that has its own.
+    """
     if isinstance(method, str):
         return resolve(method).from_settings(settings or {})
-    if isinstance(method, type) and issubclass(method, Method):
-        return method.from_settings(settings or {})
-    if settings:
+    kind: Any = method if isinstance(method, type) else type(method)
+    if not issubclass(kind, Method):
+        given = f"the class {kind.__name__}" if isinstance(method, type) else kind.__name__
+        raise FitError(f"fit: got {given} for method; give a name of `steerkit methods`, or a Method such as CAA()")
+    problem = class_problem(kind)
+    if problem:
+        raise FitError(f"{kind.__name__} {problem}")
+    if isinstance(method, Method) and settings:
         raise UnknownNameError(f"{method.name}: give settings to the method itself, not beside it")
-    return method
+    taken = registration_problem(kind) if kind.name in method_names() else None
+    if taken:
+        raise FitError(taken)
+    return method if isinstance(method, Method) else kind.from_settings(settings or {})
 
 
 def _sites(

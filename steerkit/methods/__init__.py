@@ -2,7 +2,8 @@
 
 To write one, derive from `Method`, `AddDirection` or `MeanDifference` in a file of this folder, or in a package of your
 own with an entry point of the group `steerkit.methods`. `Subject` is what `fit` may ask of the model; `Params` and
-`Prepared` are its tensors as stored and as applied. Files with an underscore are what several methods share.
+`Prepared` are its tensors as stored and as applied; `CONTRAST`, `PAIRS`, `ONE_PAIR` and `TWO_KINDS` are what a method
+may be fitted on. Files with an underscore are what several methods share.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steerkit.methods._addition import AddDirection, MeanDifference
-    from steerkit.methods._base import Method
+    from steerkit.methods._base import CONTRAST, ONE_PAIR, PAIRS, TWO_KINDS, FittedOn, Method
     from steerkit.methods._protocols import Editor, HeatMap, Params, PartsTable, Prepared, WeightUpdate
     from steerkit.methods._subject import Subject
 
 _HOMES = {
+    "CONTRAST": "_base",
+    "ONE_PAIR": "_base",
+    "PAIRS": "_base",
+    "TWO_KINDS": "_base",
     "AddDirection": "_addition",
     "Editor": "_protocols",
+    "FittedOn": "_base",
     "HeatMap": "_protocols",
     "MeanDifference": "_addition",
     "Method": "_base",
@@ -30,8 +36,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "CONTRAST",
+    "ONE_PAIR",
+    "PAIRS",
+    "TWO_KINDS",
     "AddDirection",
     "Editor",
+    "FittedOn",
     "HeatMap",
     "MeanDifference",
     "Method",

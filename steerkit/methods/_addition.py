@@ -31,6 +31,11 @@ class AddDirection(Method):
 
     params: ClassVar[Mapping[str, str]] = {"direction": "d"}
 
+    @property
+    def edit_name(self) -> str:
+        """The operation that vector files of this method name."""
+        return "add"
+
     def length(self, params: Params) -> float | None:
         """Norm of the direction."""
         return float(torch.linalg.vector_norm(params["direction"].float()))
@@ -49,7 +54,8 @@ class AddDirection(Method):
         Args:
             h: [b, t, d] activations.
             prepared: what `prepare` gave.
-            tokens: unused; every token is changed, and the caller keeps those of the scope.
+            tokens: unused; every token is changed, and the caller keeps those of the scope. Not for `front`, `mid` and
+                `back`, where it would keep the whole prompt.
 
         Returns:
             [b, t, d]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steerkit._support.plugins import Configured
 from steerkit.errors import FitError, VectorMismatchError
+from steerkit.methods._params import misfit
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
     from steerkit.methods._subject import Subject
     from steerkit.tokens.forward_pass import Tokens
 
-__all__ = ["CONTRAST", "ONE_PAIR", "PAIRS", "TWO_KINDS", "Method", "sorts_prompts", "takes_pair"]
+__all__ = ["CONTRAST", "ONE_PAIR", "PAIRS", "TWO_KINDS", "FittedOn", "Method", "sorts_prompts", "takes_pair"]
 
-CONTRAST = "contrast set"
-PAIRS = "contrast set of pairs"
-ONE_PAIR = "one pair of prompts"
+FittedOn: TypeAlias = Literal[
+    "contrast set", "contrast set of pairs", "one pair of prompts", "harmful and harmless prompts"
+]
+CONTRAST: Final = "contrast set"
+PAIRS: Final = "contrast set of pairs"
+ONE_PAIR: Final = "one pair of prompts"
 """Held-out items then only measure the vector; it is not fitted on more than the pair."""
-TWO_KINDS = "harmful and harmless prompts"
+TWO_KINDS: Final = "harmful and harmless prompts"
 """What such a method does shows on the two kinds of prompts; pairs of answers to one prompt do not measure it."""
 
 
@@ -47,7 +51,9 @@ class Method(Configured):
         title, paper: how it is shown.
         data: what it is fitted on: `CONTRAST`, `PAIRS`, `ONE_PAIR` or `TWO_KINDS`.
         params: the tensors that each site of a vector has, each with its shape in letters, such as ``"d"`` or
-            ``"k d"``; an empty shape is one number. Equal letters are equal sizes.
+            ``"k d"``; an empty shape is one number. Equal letters are equal sizes. What is no float has its dtype in
+            front: ``"int64 k"``.
+        also: the tensors that a vector may have besides, at some sites or ``"shared"`` by all; ``"..."`` is any shape.
         readout: tokens read where nobody says otherwise; None where the method records for itself.
         scope, scopes: tokens written where nobody says otherwise, and all that are allowed.
         neutral: the strength at which it is the exact identity; None where no strength is.
@@ -58,8 +64,9 @@ class Method(Configured):
 
     title: ClassVar[str]
     paper: ClassVar[str]
-    data: ClassVar[str] = CONTRAST
+    data: ClassVar[FittedOn] = CONTRAST
     params: ClassVar[Mapping[str, str]] = {}
+    also: ClassVar[Mapping[str, str]] = {}
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
     scopes: ClassVar[tuple[str, ...]] = (
@@ -79,8 +86,8 @@ class Method(Configured):
 
     @property
     def edit_name(self) -> str:
-        """The operation that vector files of this method name."""
-        return "add"
+        """The operation that vector files of this method name; the method's own name where it says no other."""
+        return self.name
 
     @property
     def default_scope(self) -> str:
@@ -143,7 +150,7 @@ class Method(Configured):
         Raises:
             FitError: no direction can be had from these activations.
         """
-        raise NotImplementedError
+        raise FitError(f"{type(self).__name__} writes neither `fit_site` nor `fit`; write one of them")
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         """Fit all sites; override where sites are coupled or the model is needed.
@@ -159,7 +166,10 @@ class Method(Configured):
         Raises:
             FitError: no direction can be had, with the site named.
         """
-        assert acts is not None
+        if acts is None:
+            raise FitError(
+                f"{self.name}: readout is None, so nothing was read; write `fit`, and read by `subject.record`"
+            )
         return self._each(sites, lambda site: self.fit_site(acts.positive[site], acts.negative[site]))
 
     def _each(self, sites: list[Site], fit_one: Callable[[Site], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -170,6 +180,8 @@ class Method(Configured):
                 params = fit_one(site)
             except FitError as error:
                 raise FitError(f"{self.name} at {site}: {error}") from None
+            if not isinstance(params, Mapping):
+                raise FitError(f"{self.name}: `fit_site` gave {type(params).__name__}; return a name to each tensor")
             tensors.update({f"{site}/{name}": value for name, value in params.items()})
         return tensors
 
@@ -210,22 +222,11 @@ class Method(Configured):
         Raises:
             VectorMismatchError: a tensor is missing or has another shape.
         """
-        sizes: dict[str, tuple[int, str]] = {}
-        for name, shape in self.params.items():
-            letters, tensor = shape.split(), params.get(name)
-            wanted = f"'{name}' [{', '.join(letters)}]" if letters else f"one number '{name}'"
-            if tensor is None:
-                raise VectorMismatchError(f"{site}: {self.name} needs {wanted}, the vector has none; fit it again")
-            if tensor.dim() != len(letters) and not (not letters and tensor.numel() == 1):
-                got = list(tensor.shape)
-                raise VectorMismatchError(f"{site}: {self.name} needs {wanted}, the vector's is {got}; fit it again")
-            for letter, size in zip(letters, tensor.shape, strict=False):
-                known, first = sizes.setdefault(letter, (size, name))
-                if size != known:
-                    raise VectorMismatchError(
-                        f"{site}: {self.name} needs '{name}' as wide as '{first}' ({letter} = {known}), the vector's "
-                        f"is {list(tensor.shape)}; fit it again"
-                    )
+        wrong = misfit(self.params, params)
+        if wrong:
+            wanted, got = wrong
+            found = " has none" if got is None else f"'s is {got}"
+            raise VectorMismatchError(f"{site}: {self.name} needs {wanted}, the vector{found}; fit it again")
 
     def direction(self, params: Params) -> Tensor | None:
         """The single direction [d] that is written; None where there is none.
@@ -263,8 +264,11 @@ class Method(Configured):
 
         Returns:
             name to tensor; the shapes may not depend on the strength's value.
+
+        Raises:
+            NotImplementedError: the method writes none.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} writes no `prepare`")
 
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """Change the activations of one pass, without touching `h`.
@@ -272,13 +276,18 @@ class Method(Configured):
         Args:
             h: [b, t, d] activations.
             prepared: what `prepare` gave, and `input` where the method is a `ReadsInput`.
-            tokens: `tokens.position[b, t]` counts from each row's first real token. Which tokens are finally
-                written, and the dtype of the result, are the caller's business.
+            tokens: `tokens.position` [b, t] counts from each row's first real token, `tokens.prompt_length` [b, 1] is
+                how many real tokens the prompt has. The caller keeps what is written to the tokens of the scope and
+                casts it to the dtype of `h`. Of `front`, `mid` and `back` it knows that they lie in the prompt and
+                no more: there the method leaves alone every token of the prompt outside its window.
 
         Returns:
-            [b, t, d]
+            [b, t, d], finite, of any float dtype.
+
+        Raises:
+            NotImplementedError: the method writes none.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} writes no `edit`")
 
     def control(self, vector: SteeringVector, generator: torch.Generator) -> SteeringVector:
         """The same vector with nothing learned in it, the control an effect is shown beside.

@@ -19,7 +19,7 @@ from torch import Tensor
 from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, unit
-from steerkit.methods._base import TWO_KINDS, Method
+from steerkit.methods._base import TWO_KINDS, FittedOn, Method
 from steerkit.methods._fingerprint import fits
 from steerkit.methods._protocols import Params, Prepared
 from steerkit.methods._refusal import response_contrast, unembedding_direction
@@ -284,7 +284,7 @@ class Gate(ABC):
 class GatedAddition(Method):
     """Shared by the methods that add a direction to the rows that a gate opens."""
 
-    data: ClassVar[str] = TWO_KINDS
+    data: ClassVar[FittedOn] = TWO_KINDS
     params: ClassVar[Mapping[str, str]] = {"direction": "d"}
 
     def check_model(self, vector: SteeringVector, decoder: Decoder) -> None:

@@ -34,6 +34,7 @@ class RotateInPlane(Method):
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
     params: ClassVar[Mapping[str, str]] = {"direction": "d", "second": "d"}
+    also: ClassVar[Mapping[str, str]] = {"projections": "k"}
     default_strength: ClassVar[float | None] = None  # 1 would be one degree
     strength_unit: ClassVar[str] = "degrees"
 

@@ -5,16 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from steerkit._support.plugins import Plugins
-from steerkit.errors import StrengthError, VectorFileError
+from steerkit.errors import StrengthError, UnknownNameError, VectorFileError
+from steerkit.methods._authoring import class_problem
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import editor_of
 
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["default_strength", "example_strength", "is_gated", "method_names", "method_of", "resolve"]
+__all__ = [
+    "can_write_all",
+    "default_strength",
+    "example_strength",
+    "is_gated",
+    "method_names",
+    "method_of",
+    "registration_problem",
+    "resolve",
+    "usable_methods",
+]
 
-_METHODS: Plugins[Method] = Plugins("steerkit.methods", "method", Method)
+_METHODS: Plugins[Method] = Plugins("steerkit.methods", "method", Method, class_problem)
 
 
 def method_names() -> list[str]:
@@ -29,9 +40,48 @@ def resolve(name: str) -> type[Method]:
         name: the file's name under `steerkit/methods`, or a plug-in's.
 
     Raises:
-        UnknownNameError: nothing answers to that name.
+        UnknownNameError: nothing answers to that name, or what does cannot be used.
     """
     return _METHODS.resolve(name)
+
+
+def usable_methods() -> tuple[dict[str, type[Method]], dict[str, str]]:
+    """All methods that can be used, and what is wrong with the others: one broken file takes no other with it.
+
+    Returns:
+        Name to class, and name to error.
+    """
+    found, broken = {}, {}
+    for name in method_names():
+        try:
+            found[name] = resolve(name)
+        except UnknownNameError as error:
+            broken[name] = str(error)
+    return found, broken
+
+
+def registration_problem(own: type[Method]) -> str | None:
+    """Why vectors of a method could not be applied: they name it, and another class or none answers to the name.
+
+    Args:
+        own: the method's class.
+
+    Returns:
+        One line; None where its own class answers.
+    """
+    if own.name not in method_names():
+        return (
+            f"{own.name}: {own.__name__} is not registered; put it in steerkit/methods/{own.name}.py, or add the "
+            f'entry point {own.name} = "{own.__module__}:{own.__name__}" of the group steerkit.methods to your '
+            "package and install it"
+        )
+    other = resolve(own.name)
+    if (other.__module__, other.__qualname__) != (own.__module__, own.__qualname__):
+        return (
+            f"{own.name}: the method of that name is {other.__module__}.{other.__qualname__} and would apply what "
+            f"{own.__module__}.{own.__qualname__} fits; give the latter a name of its own"
+        )
+    return None
 
 
 def method_of(vector: SteeringVector) -> Method:
@@ -64,6 +114,18 @@ def is_gated(vector: SteeringVector) -> bool:
         VectorMismatchError: the vector lacks a part.
     """
     return editor_of(method_of(vector), vector) is not None
+
+
+def can_write_all(vector: SteeringVector) -> bool:
+    """Whether scope `all` is among those of the vector's method; so it is where the method is not installed.
+
+    Args:
+        vector: the vector.
+    """
+    try:
+        return "all" in resolve(vector.method).scopes
+    except UnknownNameError:
+        return True
 
 
 def default_strength(vector: SteeringVector) -> float:

@@ -23,8 +23,11 @@ from steerkit.network.tap import Tap
 from steerkit.vector.steering_vector import SteeringVector
 
 WRITTEN = ("attn_out", "attn_raw", "mixer_out", "mlp_out", "mlp_raw")
+# What a vector holds of its matrices at a site: each [i] or, of routed experts, [e, i].
+TENSORS = dict.fromkeys(("gate", "magnitude", "shared_gate", "shared_magnitude", "tokens"), "...")
 
 __all__ = [
+    "TENSORS",
     "WRITTEN",
     "MatrixPart",
     "RoundedMeans",

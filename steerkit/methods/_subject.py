@@ -36,7 +36,7 @@ class Subject(Protocol):
         """Items as the model reads them."""
 
     def token_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without special tokens."""
+        """Ids of a text, without special tokens (so without a BOS)."""
 
     def unembedding(self) -> Tensor:
         """The output embedding [v, d], float32, on the CPU: row `t` reads the logit of token `t` off the stream."""
@@ -98,13 +98,19 @@ class Subject(Protocol):
         """Median token norms at sites that have been read, unsteered."""
 
     def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Token ids of the one pair of prompts the method is fitted on."""
+        """Token ids of the one pair of prompts the method is fitted on, with the BOS that the tokenizer puts in front.
+
+        A bare text is read as it stands, without the chat template.
+        """
 
     def filler_id(self, text: str) -> int:
         """Id of the one token that `text` is."""
 
     def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
-        """Activations [t, d] of every token of each row of ids, none of them masked."""
+        """Activations [t, d] of every token of each row of ids, in the order of the rows, none of them masked.
+
+        The rows are run as they are: no BOS is added.
+        """
 
     def weight(self, site: Site) -> Tensor:
         """The matrix [o, i], float32, of the linear layer that writes at a site."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.maths import edits
-from steerkit.methods._base import ONE_PAIR, Method
+from steerkit.methods._base import ONE_PAIR, FittedOn, Method
 from steerkit.methods._protocols import Params, Prepared
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
@@ -41,7 +41,7 @@ class ActivationAddition(Method):
     name: ClassVar[str] = "actadd"
     title: ClassVar[str] = "Activation Addition"
     paper: ClassVar[str] = "Turner et al. 2023, arXiv 2308.10248"
-    data: ClassVar[str] = ONE_PAIR
+    data: ClassVar[FittedOn] = ONE_PAIR
     params: ClassVar[Mapping[str, str]] = {"direction": "w d"}
     readout: ClassVar[str | None] = None
     scopes: ClassVar[tuple[str, ...]] = ("front", "mid", "back")

@@ -45,7 +45,7 @@ from steerkit.maths import edits
 from steerkit.maths.probes import head_count
 from steerkit.methods._austeer_data import as_it_stands, balanced
 from steerkit.methods._austeer_neurons import neurons_table, scaled_weights
-from steerkit.methods._base import PAIRS, Method
+from steerkit.methods._base import PAIRS, FittedOn, Method
 from steerkit.methods._protocols import Params, PartsTable, Prepared, WeightUpdate
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
@@ -124,10 +124,11 @@ class AUSteer(Method):
     """
 
     name: ClassVar[str] = "austeer"
-    title: ClassVar[str] = "AUSteer: scaling single units"
+    title: ClassVar[str] = "AUSteer: scaling single neurons"
     paper: ClassVar[str] = "Feng et al. 2026, arXiv 2602.04428"
-    data: ClassVar[str] = PAIRS
-    params: ClassVar[Mapping[str, str]] = {"units": "j", "beta": "j", "width": ""}
+    data: ClassVar[FittedOn] = PAIRS
+    params: ClassVar[Mapping[str, str]] = {"units": "int64 j", "beta": "j", "width": "int64"}
+    also: ClassVar[Mapping[str, str]] = {"tied": "int64 k", "head_width": "int64"}
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)

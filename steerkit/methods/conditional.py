@@ -70,6 +70,13 @@ class ConditionalSteering(GatedAddition):
     name: ClassVar[str] = "conditional"
     title: ClassVar[str] = "Conditional steering"
     paper: ClassVar[str] = "Lee et al. 2024, arXiv 2409.05907"
+    also: ClassVar[Mapping[str, str]] = {
+        "condition": "k c",
+        "layer": "int64 k",
+        "threshold": "float64 k",
+        "above": "bool k",
+        "fingerprint": "p",
+    }
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "response"
 

@@ -74,6 +74,11 @@ class WeightedController(GatedAddition):
     name: ClassVar[str] = "controller"
     title: ClassVar[str] = "Weighted controller"
     paper: ClassVar[str] = "Guiding Giants 2025, arXiv 2505.20309"
+    also: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("mean", "spread", "probe_weight"), "f"),
+        **{"first_weight": "h f", "first_bias": "h", "gain_weight": "h", "gain_bias": "k", "probe_bias": "k"},
+        **{"block_weight": "b h", "block_bias": "b", "fixed": "b", "fingerprint": "p"},
+    }
     readout: ClassVar[str | None] = "last"
     scopes: ClassVar[tuple[str, ...]] = ("all", "response", "generated")
     ladder: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)

@@ -44,7 +44,7 @@ from steerkit.errors import FitError, StrengthError
 from steerkit.maths import edits
 from steerkit.maths.directions import unit
 from steerkit.methods._addition import AddDirection
-from steerkit.methods._base import TWO_KINDS
+from steerkit.methods._base import TWO_KINDS, FittedOn
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.methods._refusal import response_contrast, unembedding_direction
 from steerkit.methods._selection import Selection, asked_prompts
@@ -74,7 +74,8 @@ class RefusalDirection(AddDirection):
     name: ClassVar[str] = "refusal"
     title: ClassVar[str] = "Refusal direction"
     paper: ClassVar[str] = "Arditi et al. 2024, arXiv 2406.11717"
-    data: ClassVar[str] = TWO_KINDS
+    data: ClassVar[FittedOn] = TWO_KINDS
+    also: ClassVar[Mapping[str, str]] = {"selection": "n k"}
     readout: ClassVar[str | None] = None
     scope: ClassVar[str] = "response"
 

@@ -56,6 +56,7 @@ from steerkit.maths.rank_one import check_penalty, score_components
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import HeatMap, Params, PartsTable, Prepared, WeightUpdate
 from steerkit.methods._steer2edit_parts import (
+    TENSORS,
     WRITTEN,
     RoundedMeans,
     WriterInput,
@@ -94,8 +95,7 @@ class Steer2Edit(Method):
     Example:
         >>> import torch
         >>> from steerkit.maths.rank_one import rank_one_edit
-        >>> weight, direction, mean = torch.eye(2), torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0])
-        >>> rank_one_edit(weight, direction, mean, rho=0.5, alpha=0.5)
+        >>> rank_one_edit(torch.eye(2), torch.tensor([2.0, 0.0]), torch.ones(2), rho=0.5, alpha=0.5)
         tensor([3., 0.])
     """
 
@@ -105,6 +105,7 @@ class Steer2Edit(Method):
     readout: ClassVar[str | None] = "response_mean"
     scope: ClassVar[str] = "all"
     params: ClassVar[Mapping[str, str]] = {"direction": "o"}
+    also: ClassVar[Mapping[str, str]] = TENSORS
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
     rho_attn: float = 0.2
@@ -330,8 +331,7 @@ class Steer2Edit(Method):
         """
         super().check(site, params)
         shapes = [tuple(params[name].shape) if name in params else None for name in ("gate", "magnitude")]
-        fits = site.kind in WRITTEN and all(map(fits_width, parts_of(params)))
-        if not fits:
+        if site.kind not in WRITTEN or not all(map(fits_width, parts_of(params))):
             raise VectorMismatchError(
                 f"{site}: steer2edit needs a gate (inputs,) and a magnitude for each component of it, at a site that a "
                 f"linear layer writes; the vector has {shapes[0]} and {shapes[1]}"

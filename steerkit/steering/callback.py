@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 
 from steerkit.errors import DataError, ModelError, ScopeError
 from steerkit.maths.directions import orthonormalise
-from steerkit.methods._registry import method_of
+from steerkit.methods._registry import method_of, resolve
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.steering.steering import Steering, steer
@@ -131,7 +131,9 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
                 "device (torchrun), or show the trainer a single one"
             )
         self._model = model
-        tokenizer = _tokenizer_for(Scope.parse(self.scope), kwargs.get("processing_class"))
+        kinds = [set(resolve(vector.method).scopes) for vector in self.vectors]
+        scope = Scope.parse(self.scope).among(sorted(set.intersection(*kinds)))
+        tokenizer = _tokenizer_for(scope, kwargs.get("processing_class"))
         self._steering = steer(
             model, self.vectors, self.strength, scope=self.scope, unit=self.unit, tokenizer=tokenizer
         )
@@ -260,9 +262,11 @@ def _tokenizer_for(scope: Scope, processing: Any) -> Any:
         ScopeError: the trainer has none, or no trainer can tell the scope.
     """
     if scope.needs_prompt_end:
+        roles = scope.instead("; ", "assistant", "answer")
+        roles += " with the trainer's processing_class" if roles else ""
         raise ScopeError(
-            f"scope '{scope}': a trainer cannot tell where the prompt ends; use scope='assistant' or 'answer' with the "
-            "trainer's processing_class, or scope='all'"
+            f"scope '{scope}': a trainer cannot tell where the prompt ends{roles}"
+            f"{scope.instead(', or ' if roles else '; ', 'all')}"
         )
     if scope.is_by_role and processing is None:
         raise ScopeError(

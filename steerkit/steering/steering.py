@@ -193,8 +193,9 @@ def _plan(
     written = Scope.parse(vector.scope if vector.own_scope or scope is None else scope)
     if written.kind not in method.scopes:
         raise ScopeError(f"{method.name}: scope '{written}' is not one of its own: {', '.join(method.scopes)}")
+    written = written.among(method.scopes)
     if only_all is not None and written.kind != "all":
-        raise ScopeError(f"scope '{written}': {only_all}; use scope='all'")
+        raise ScopeError(f"scope '{written}': {only_all}{written.instead('; ', 'all')}")
     written = written.marked(roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
     sources: Mapping[Site, LayerInput] = method.inputs_at(decoder, vector) if isinstance(method, ReadsInput) else {}

@@ -126,9 +126,10 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
     if not isinstance(method, HasWeightForm):
         raise StrengthError(f"{method.name} has no exact weight form; steer with hooks instead")
     if vector.scope != "all":
+        accept = "accept that with vector.at(scope='all') or --scope all, or " if "all" in method.scopes else ""
         raise ScopeError(
-            f"weights act on every token, this vector was made for '{vector.scope}', which is something else; accept "
-            "that with vector.at(scope='all') or --scope all, or steer with hooks"
+            f"weights act on every token, this vector was made for '{vector.scope}', which is something else; {accept}"
+            "steer with hooks"
         )
     if vector.unit != "paper":
         raise StrengthError(

@@ -179,7 +179,7 @@ class Pass:
             # One synchronisation per scoring pass of a single unpadded row; never in a decoding step.
             reason = PACKED if bool((ids[..., 1:] <= ids[..., :-1]).any()) else None
         if reason is not None:
-            raise ScopeError(f"scope '{scope}': {reason}; use scope='all'")
+            raise ScopeError(f"scope '{scope}': {reason}{scope.instead('; ', 'all')}")
 
 
 def _columns_of(mask: Tensor, past: int | Tensor, width: int) -> Tensor:

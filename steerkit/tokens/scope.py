@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +33,8 @@ SCOPES = (
     "back",
 )
 ROLES = ("assistant", "answer", "after")
+WINDOWS = ("front", "mid", "back")
+COUNTED = ("first", "after")
 _COUNTED = re.compile(r"(first|after)\((\d+)\)")
 
 
@@ -54,11 +56,13 @@ class Scope:
         kind: the name.
         count: n of `first(n)` and `after(n)`.
         marks: of scopes by role, the marks of the tokenizer's template; no part of the scope's text.
+        others: the kinds that whoever writes could use as well, for advice; no part of the scope's text.
     """
 
     kind: str
     count: int = 0
     marks: Marks | None = field(default=None, compare=False, repr=False)
+    others: tuple[str, ...] = field(default=("all", "first"), compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str | Scope) -> Scope:
@@ -83,7 +87,12 @@ class Scope:
         return cls(name)
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.count})" if self.kind in ("first", "after") else self.kind
+        return f"{self.kind}({self.count})" if self.kind in COUNTED else self.kind
+
+    @property
+    def is_window(self) -> bool:
+        """Whether this scope is a window of the prompt, as long as the vector."""
+        return self.kind in WINDOWS
 
     @property
     def is_by_role(self) -> bool:
@@ -103,7 +112,28 @@ class Scope:
             return self
         if roles is None:
             raise ScopeError(f"scope '{self}': its marks are the chat template's; pass tokenizer= to steer()")
-        return Scope(self.kind, self.count, roles.check(self.kind))
+        return replace(self, marks=roles.check(self.kind))
+
+    def among(self, kinds: Sequence[str]) -> Scope:
+        """The same scope, which then advises no other than these.
+
+        Args:
+            kinds: that the method allows.
+        """
+        return replace(self, others=tuple(kinds))
+
+    def instead(self, before: str, *kinds: str) -> str:
+        """Advice to end an error message with: those of some kinds that are allowed here.
+
+        Args:
+            before: what parts it from the message.
+            kinds: that would do.
+
+        Returns:
+            Half a sentence; empty where none is allowed.
+        """
+        texts = [f"'{kind}(n)'" if kind in COUNTED else f"'{kind}'" for kind in kinds if kind in self.others]
+        return f"{before}use scope={' or '.join(texts)}" if texts else ""
 
     @property
     def needs_prompt_end(self) -> bool:

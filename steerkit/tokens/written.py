@@ -155,12 +155,12 @@ class Tokens:
         if end is None and scope.needs_prompt_end:
             raise ScopeError(
                 f"scope '{scope}': this forward pass cannot tell where the prompt ends (only `generate` can); pass "
-                "prompt_lengths= (real prompt tokens of each row) to steer(), or use scope='all' or 'first(n)'"
+                f"prompt_lengths= (real prompt tokens of each row) to steer(){scope.instead(', or ', 'all', 'first')}"
             )
-        if end is None or scope.kind in ("front", "mid", "back"):
-            past_prompt = isinstance(facts.past, int) and isinstance(end, int) and facts.past >= end
-            return False if past_prompt else _mask_or_all(facts.real)
-        return self._choose_side(scope.kind, end)
+        if end is None:
+            return _mask_or_all(facts.real)
+        # A window lies in the prompt; where in it is the method's business.
+        return self._choose_side("prompt" if scope.is_window else scope.kind, end)
 
     def _choose_first(self, count: int) -> Tensor | bool:
         facts = self._pass
