@@ -72,7 +72,7 @@ def _cache(decoder: Decoder, config: Any, rows: int, tokens: int, size: int) -> 
     width = getattr(config, "head_dim", None) or decoder.hidden_size // queries
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"
-    types = getattr(config, "layer_types", None) or [default] * decoder.num_layers
+    types = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers  # blocks, or their cache slots
     kept = {"full_attention": tokens, "sliding_attention": min(tokens, window or tokens)}
     counted = sum(kept.get(kind, 0) for kind in types)
     others = sorted({kind for kind in types if kind not in kept})

@@ -8,7 +8,8 @@
 
 Inside attention, `z` is what its output projection reads; inside the MLP, `mlp_post` is what its down projection reads.
 Layers count blocks from 0. The blocks are the one module list inside the decoder body that is as long as the text
-config says; the modules inside a block are found by running it (`anatomy.py`), never by their names.
+config says, or that has as many cache slots, where a block has several (LongCat-Flash); the modules inside a block are
+found by running it (`anatomy.py`), never by their names.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from steerkit.errors import SiteError
+from steerkit.tokens.transformers_facts import cache_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +90,7 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise SiteError(f"{owner} is an encoder, its attention is not causal; pass a causal language model")
     if all(parameter.is_meta for parameter in inner.parameters()) and not _is_dispatched(inner):
         raise SiteError(f"{owner} has no weights: all parameters are on the meta device; load it with from_pretrained")
-    blocks = _find_blocks(body, getattr(text, "num_hidden_layers", None), owner)
+    blocks = _find_blocks(body, getattr(text, "num_hidden_layers", None) or 0, owner)
     path = next(name for name, module in inner.named_modules() if module is blocks)
     return Decoder(inner, body, blocks, path, len(blocks), text.hidden_size, config.model_type)
 
@@ -113,7 +115,10 @@ def _is_dispatched(inner: nn.Module) -> bool:
     return any(hasattr(module, "_hf_hook") for module in inner.modules())
 
 
-def _find_blocks(body: nn.Module, num_layers: int | None, owner: str) -> nn.ModuleList:
+_CACHE_SLOTS = "; if it counts cache slots of blocks that run several times in a pass, no block is one layer"
+
+
+def _find_blocks(body: nn.Module, num_layers: int, owner: str) -> nn.ModuleList:
     """The one module list of the length that the config says, not counting lists inside such a list.
 
     Raises:
@@ -121,9 +126,13 @@ def _find_blocks(body: nn.Module, num_layers: int | None, owner: str) -> nn.Modu
     """
     lists = {name: module for name, module in body.named_modules() if isinstance(module, nn.ModuleList)}
     fits = {name: module for name, module in lists.items() if len(module) == num_layers}
+    if not fits and num_layers > 0:  # the config may count cache slots
+        fits = {name: module for name, module in lists.items() if cache_slots(module) == set(range(num_layers))}
     outer = [name for name in fits if not any(name.startswith(f"{other}.") for other in fits)]
     if not outer:
         found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+        if any(0 < len(one) < num_layers and num_layers % len(one) == 0 for one in lists.values()):
+            found += _CACHE_SLOTS
         raise SiteError(f"the config of {owner} says {num_layers} blocks, but its module lists are: {found}")
     if len(outer) > 1:
         raise SiteError(
