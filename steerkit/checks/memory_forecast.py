@@ -50,6 +50,7 @@ def forecast_memory(
     config: Any = decoder.model.config.get_text_config()
     size = decoder.model.dtype.itemsize
     inner = getattr(config, "intermediate_size", None) or 4 * decoder.hidden_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # Gemma 3n has one for each block
     tokens = rows * prompt * (6 * decoder.hidden_size + 3 * inner) * size
     cache, note = _cache(decoder, config, rows, prompt + new, size)
     return Memory(

@@ -24,7 +24,7 @@ from steerkit.network.structure import is_norm, outermost
 
 __all__ = ["Anatomy", "Place"]
 
-# What may be had inside a block whatever passes between the blocks.
+# What may be had inside a block whatever passes between the blocks; `find` may not ask for their sum.
 _INSIDE = ("attn_in", "attn_raw", "z", "mlp_in", "mlp_raw", "mlp_post")
 
 
@@ -208,6 +208,15 @@ class Anatomy:
             raise self._refuse(self.output_kind(half), f"{half} does not end in one linear layer")
         return found
 
+    def check_one_stream(self) -> None:
+        """Refuse a block between which and its neighbours several streams pass.
+
+        Raises:
+            SiteError: they do.
+        """
+        if not self.one_stream:
+            raise self.several_streams("resid_pre")
+
     def several_streams(self, kind: str) -> SiteError:
         """The refusal of a kind that is the residual stream, or is added to it, where there are several.
 
@@ -291,7 +300,7 @@ class Anatomy:
         if half.experts:
             raise self._refuse(kind, f"{half} routes tokens to `{half.experts}`, so no one layer reads all of them")
         call = next((linear for linear in reversed(half.linears) if is_scaled(linear.gave, half.last.made)), None)
-        if call is None and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
+        if call is None and self.one_stream and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
             call = half.linears[-1]  # Bloom: the half gives the sum with the residual, not what this layer gives
         if call is None or call.read is None or call.read.values.shape[:-1].numel() != TOKENS:
             raise self._refuse(kind, f"{half} does not end in one linear layer that reads every token")
