@@ -97,9 +97,14 @@ def find_decoder(model: nn.Module) -> Decoder:
 
 def _is_encoder(inner: Any, body: nn.Module) -> bool:
     """Whether no attention module is causal by its own word; where none says, the config and the class do."""
-    flags = [module.is_causal for module in body.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    if flags:
-        return not any(flags)
+    said = False
+    for module in body.modules():
+        flag = getattr(module, "is_causal", None)
+        if flag is True:
+            return False
+        said = said or flag is False
+    if said:
+        return True
     if not inner.can_generate():
         return True
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -124,7 +129,7 @@ def _find_blocks(body: nn.Module, num_layers: int, owner: str) -> nn.ModuleList:
     Raises:
         SiteError: there is none, there are several, or one block stands in it twice.
     """
-    lists = {name: module for name, module in body.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = _module_lists(body, num_layers)
     fits = {name: module for name, module in lists.items() if len(module) == num_layers}
     if not fits and num_layers > 0:  # the config may count cache slots
         fits = {name: module for name, module in lists.items() if cache_slots(module) == set(range(num_layers))}
@@ -142,6 +147,20 @@ def _find_blocks(body: nn.Module, num_layers: int, owner: str) -> nn.ModuleList:
     if len({id(block) for block in blocks}) < len(blocks):
         raise SiteError(f"{owner} uses one block for several layers of {outer[0]}, so a layer cannot be told apart")
     return blocks
+
+
+def _module_lists(module: nn.Module, num_layers: int, prefix: str = "") -> dict[str, nn.ModuleList]:
+    """The lists inside a module by name, each once; those inside a list of the length asked are not looked for."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, child in module.named_children():
+        inside: dict[str, nn.ModuleList] = {}
+        if isinstance(child, nn.ModuleList):
+            inside[f"{prefix}{name}"] = child
+        if not (inside and len(inside[f"{prefix}{name}"]) == num_layers):
+            inside |= _module_lists(child, num_layers, f"{prefix}{name}.")
+        known = {id(one) for one in found.values()}
+        found |= {path: one for path, one in inside.items() if id(one) not in known}
+    return found
 
 
 def execution_device(decoder: Decoder) -> torch.device:
