@@ -28,6 +28,7 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
 from steerkit.tokens import transformers_facts
 from tests.families import build
+from tests.gated import as_decided, gated_vector
 from tests.modes import LONG, MODES, PAD, SHORT, gap, plain_logits, run_steered, vector_for
 from tests.tiny_tokenizers import byte_tokenizer
 from tests.tolerances import COARSE
@@ -217,6 +218,22 @@ def test_a_loop_by_hand_over_a_state(known: str) -> None:
         else:
             with pytest.raises(ScopeError, match=r"does not say how many tokens it has seen.*use scope='all'"):
                 run(scope)
+
+
+@pytest.mark.parametrize("prompt", [SHORT, LONG])
+@pytest.mark.parametrize("scope", ["response", "all"])
+def test_a_gate_decides_once_and_its_decision_lasts_over_a_state(scope: str, prompt: Sequence[int]) -> None:
+    """It reads block 3 and writes block 1, so the prompt's end runs again on a copy of what the state was."""
+    model = family("rwkv")
+    vector = gated_vector(model, scope=scope)
+    ids = torch.tensor([prompt])
+    options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
+    with torch.no_grad(), steerkit.steer(model, vector):
+        out = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+    text = out.sequences[0].tolist()
+    with as_decided(model, vector, prompt, opens=prompt == SHORT):
+        expected = plain_logits(model, text)[len(prompt) - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["rwkv", "mamba"])
