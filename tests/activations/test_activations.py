@@ -480,6 +480,7 @@ def test_non_finite_activations_name_the_site() -> None:
 def test_hooks_are_gone_after_an_error() -> None:
     model, tokenizer = build("llama"), byte_tokenizer(None)
     block = find_decoder(model).blocks[1]
+    record(model, tokenizer, TEXTS, [Site(2)])  # sites are located: what fails from here on is the reading
 
     def broken(error: type[BaseException]) -> None:
         def fail(*_args: Any) -> None:
