@@ -103,12 +103,12 @@ def keeps_shape_and_dtype_and_input(subject: FittedMethod) -> None:
     params = subject.vector.params(site)
     width = subject.vector.widths.get(site, subject.vector.hidden_size)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        h = torch.randn(2, 6, width, generator=generator).to(dtype)
+        h = torch.randn(2, 6, width, generator=generator, dtype=torch.float32).to(dtype)
         before = h.clone()
-        prepared = subject.method.prepare(params, torch.tensor(subject.strength), dtype, h.device)
+        prepared = subject.method.prepare(params, torch.tensor(subject.strength, dtype=torch.float32), dtype, h.device)
         if isinstance(subject.method, ReadsInput):
             source = subject.method.inputs_at(subject.model, subject.vector)[site]
-            prepared["input"] = torch.randn(2, 6, source.width, generator=generator).to(dtype)
+            prepared["input"] = torch.randn(2, 6, source.width, generator=generator, dtype=torch.float32).to(dtype)
         after = subject.method.edit(h, prepared, tokens)
         _hold(after.shape == h.shape, f"shape {tuple(h.shape)} became {tuple(after.shape)}")
         _hold(torch.equal(before, h), "the input was changed in place")

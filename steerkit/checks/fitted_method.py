@@ -76,7 +76,7 @@ class FittedMethod:
             prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
             rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
         batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]
-        order = torch.tensor(batch.rows).argsort()
+        order = torch.tensor(batch.rows, dtype=torch.long).argsort()
         device = execution_device(find_decoder(self.model))
         return batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
 

@@ -32,7 +32,7 @@ def low_rank(change: Tensor, size: float) -> tuple[Tensor, Tensor]:
     generator, width = torch.Generator().manual_seed(0), 8
     while True:
         width = min(width, rows, columns)
-        drawn = torch.randn(columns, width, generator=generator).to(change)
+        drawn = torch.randn(columns, width, generator=generator, dtype=torch.float32).to(change)
         basis = torch.linalg.qr(change @ drawn).Q
         left, sizes, right = torch.linalg.svd(basis.mT @ change, full_matrices=False)
         rank = int((sizes > noise).sum(-1).max())

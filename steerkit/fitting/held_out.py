@@ -126,6 +126,6 @@ def record_steered(
         with steering(batch.prompt_lengths):
             part = record(model, tokenizer, rows, sites, readout=readout, batch_size=len(rows))
         parts.append((batch.rows, part))
-    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    order = torch.tensor([row for rows, _ in parts for row in rows], dtype=torch.long).argsort()
     joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
     return Activations(positive=joined, negative={}, readout=parts[0][1].readout)

@@ -36,7 +36,7 @@ def begun(width: int, hidden: int, blocks: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int, inputs: int) -> Tensor:
-        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs)
+        return (2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) / math.sqrt(inputs)
 
     return {
         "shared/first_weight": drawn(hidden, width, inputs=width),
@@ -45,8 +45,8 @@ def begun(width: int, hidden: int, blocks: int, seed: int) -> dict[str, Tensor]:
         "shared/gain_bias": drawn(1, inputs=hidden),
         "shared/block_weight": drawn(blocks, hidden, inputs=hidden),
         "shared/block_bias": drawn(blocks, inputs=hidden),
-        "shared/probe_weight": torch.zeros(width),
-        "shared/probe_bias": torch.zeros(1),
+        "shared/probe_weight": torch.zeros(width, dtype=torch.float32),
+        "shared/probe_bias": torch.zeros(1, dtype=torch.float32),
     }
 
 
@@ -168,7 +168,7 @@ class ControllerGate(Gate):
         """[b, blocks] how much each written block counts."""
         net, x = self._read(found)
         if self._method.weights == "uniform":
-            return torch.ones(len(x), len(self._writes), device=x.device)
+            return torch.ones(len(x), len(self._writes), device=x.device, dtype=torch.float32)
         if self._method.weights == "fixed":
             return net["shared/fixed"].expand(len(x), -1)
         with torch.autocast(x.device.type, enabled=False):

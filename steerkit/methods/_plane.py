@@ -114,7 +114,7 @@ class RotateInPlane(Method):
             generator: what draws, on the CPU.
         """
         width = vector.tensors["shared/direction"].shape[0]
-        first, second = orthonormalise(torch.randn(2, width, generator=generator))
+        first, second = orthonormalise(torch.randn(2, width, generator=generator, dtype=torch.float32))
         return replace(vector, tensors={**vector.tensors, "shared/direction": first, "shared/second": second})
 
     def _fit_plane(self, acts: Activations, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ class RotateInPlane(Method):
         try:
             return mean_difference(positive, negative)
         except FitError:  # such as the first norm, where every prompt ends in the same token
-            return torch.zeros(positive.shape[-1])
+            return torch.zeros(positive.shape[-1], dtype=torch.float32)
 
 
 def _norm_outputs(anatomy: Anatomy, norms: str) -> list[str]:

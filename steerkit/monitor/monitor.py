@@ -166,7 +166,7 @@ class Monitor:
             [n, s], one column per site; nan where there is no token to read.
         """
         kept = [row for row, text in enumerate(rendered) if read == "prompt_last" or len(text.ids) > text.prompt_length]
-        values = torch.full((len(rendered), len(self.units)), torch.nan)
+        values = torch.full((len(rendered), len(self.units)), torch.nan, dtype=torch.float32)
         if kept:
             acts = record(
                 self.model,

@@ -153,7 +153,7 @@ def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
     """
     if not layers:
         return {}
-    input_ids = torch.tensor([[1, 2, 3]], device=execution_device(decoder))
+    input_ids = torch.tensor([[1, 2, 3]], device=execution_device(decoder), dtype=torch.long)
     with contextlib.ExitStack() as stack:
         for hook in decoder.model._forward_pre_hooks.values():
             if hasattr(hook, "suspended"):  # the pass clock of an outer `steer`: the probe is no pass of the user's

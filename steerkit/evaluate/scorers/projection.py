@@ -79,7 +79,7 @@ class Projection(Scorer):
             SiteError: the model lacks the site.
         """
         if trial.vector is None:
-            return {"projection_change": torch.zeros(len(calm_texts(trial.setup)))}
+            return {"projection_change": torch.zeros(len(calm_texts(trial.setup)), dtype=torch.float32)}
         direction = _direction(trial.vectors)
         after, before = (_projections(each, direction, self.site) for each in (trial, trial.baseline))
         return {"projection_change": after - before}
@@ -117,7 +117,7 @@ class ProjectionAlong(Scorer):
             FitError: the direction has no length.
             SiteError: the model lacks the site.
         """
-        return {"projection": _projections(trial, unit(torch.tensor(self.direction)), self.site)}
+        return {"projection": _projections(trial, unit(torch.tensor(self.direction, dtype=torch.float32)), self.site)}
 
 
 def _direction(vectors: Sequence[SteeringVector]) -> Tensor:
