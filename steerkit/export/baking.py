@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steerkit._support.files import check_folder, whole_folder
+from steerkit._support.precision import full_precision
 from steerkit.errors import ModelError
 from steerkit.export.checkpoint import write_checkpoint
 from steerkit.export.checkpoint_plan import plan_checkpoint, planned_value, untied_parameters
@@ -59,6 +60,7 @@ class Baked:
     verification: Verification
 
 
+@full_precision()
 def bake(
     model: nn.Module,
     tokenizer: Any,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from steerkit._support.precision import full_precision
 from steerkit.errors import StrengthError
 
 __all__ = ["low_rank"]
@@ -14,6 +15,7 @@ __all__ = ["low_rank"]
 _MAX_RANK = 256
 
 
+@full_precision()
 def low_rank(change: Tensor, size: float) -> tuple[Tensor, Tensor]:
     """Factorise a matrix of low rank into two thin ones.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import FitError
+from steerkit.maths.directions import coordinates
 
 __all__ = ["LinearProbe", "auc", "head_count", "linear_probe"]
 
@@ -34,7 +35,7 @@ class LinearProbe(NamedTuple):
         Returns:
             [...] float32.
         """
-        return h.float() @ self.weight.to(h.device) + self.bias
+        return coordinates(h.float(), self.weight.to(h.device)) + self.bias
 
 
 def auc(positive: Tensor, negative: Tensor, *, dtype: torch.dtype = torch.float64) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, VectorMismatchError
-from steerkit.maths.directions import mean_difference, orthonormalise, steering_plane
+from steerkit.maths.directions import coordinates, mean_difference, orthonormalise, steering_plane
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Params
 from steerkit.network.anatomy import Anatomy
@@ -138,7 +138,7 @@ class RotateInPlane(Method):
             first, second = steering_plane(candidates)
         except FitError as error:
             raise FitError(f"{self.name}: {error}") from None
-        across = candidates - (candidates @ first)[:, None] * first
+        across = candidates - coordinates(candidates, first)[:, None] * first
         if not bool((across.norm(dim=-1) > 1e-6 * candidates.norm(dim=-1)).any()):
             raise FitError(
                 f"{self.name}: the directions of all {len(known)} sites lie on one line, so they span no plane; give "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit._support.precision import full_precision
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError
 from steerkit.methods._protocols import HasWeightForm, WeightUpdate
 from steerkit.methods._registry import default_strength, method_of
@@ -70,7 +71,7 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
     with contextlib.ExitStack() as undo:
         undo.callback(_unmark, target)
         target.register_forward_pre_hook(_Edited())
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             for owner, leaf, update in planned:
                 _write(owner, leaf, update, uses[id(getattr(owner, leaf))] > 1, undo)
         yield

@@ -26,7 +26,7 @@ from steerkit.evaluate.scorers._answers import activations, calm_texts
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.trial import Trial
-from steerkit.maths.directions import unit
+from steerkit.maths.directions import coordinates, unit
 from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
@@ -142,7 +142,7 @@ def _projections(trial: Trial, direction: Tensor, site: str) -> Tensor:
             "give the site at which it was fitted"
         )
     length: Tensor = torch.linalg.vector_norm(baseline, dim=-1).mean()
-    return rows @ direction / length
+    return coordinates(rows, direction) / length
 
 
 def _site(setup: Setup, site: str) -> str:
