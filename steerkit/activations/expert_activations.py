@@ -87,7 +87,7 @@ def expert_means(
             stack.enter_context(watch)
         for batch in batches(texts, batch_size, pad_id=pad_id):
             weights = _weights(batch, chosen)
-            rows = torch.tensor([int(row >= len(sides[0])) for row in batch.rows])
+            rows = torch.tensor([int(row >= len(sides[0])) for row in batch.rows], dtype=torch.long)
             for watch in watches.values():
                 watch.weights = weights.flatten()
                 watch.sides = rows[:, None].expand_as(weights).flatten()
@@ -102,7 +102,7 @@ def _ignore(_site: Site, _h: Tensor) -> None:
 def _weights(batch: Batch, chosen: Sequence[Sequence[int]]) -> Tensor:
     """[b, t] what every token counts: each text 1 in all."""
     starts = (batch.attention_mask != 0).long().argmax(dim=1).tolist()
-    weights = torch.zeros(batch.input_ids.shape)
+    weights = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
     for place, (row, start) in enumerate(zip(batch.rows, starts, strict=True)):
         tokens = chosen[row]
         weights[place, [start + token for token in tokens]] = 1.0 / len(tokens)
@@ -114,7 +114,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
     """Adds up what the experts of one block read in every pass."""
 
     experts: Experts
-    weights: Tensor = field(default_factory=lambda: torch.zeros(0))
+    weights: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
     sides: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
     def __post_init__(self) -> None:
@@ -146,10 +146,10 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         weights = self.weights.to(device)[routed.token]
         count = self._counts.shape[1]
         bins = self.sides.to(device)[routed.token] * count + routed.expert
-        sums = torch.zeros(2 * count, routed.inputs.shape[1], device=device)
+        sums = torch.zeros(2 * count, routed.inputs.shape[1], device=device, dtype=torch.float32)
         sums.index_add_(0, bins, routed.inputs * weights[:, None])
         self._sums += sums.cpu().double().reshape(self._sums.shape)
-        shares = torch.zeros(2 * count, device=device).index_add_(0, bins, weights)
+        shares = torch.zeros(2 * count, device=device, dtype=torch.float32).index_add_(0, bins, weights)
         self._counts += shares.cpu().double().reshape(2, count)
         self._texts.index_add_(0, self.sides[places], self.weights[places].double())
 
@@ -158,7 +158,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         read = read.reshape(-1, read.shape[-1])
         places = self.weights.nonzero()[:, 0]
         kept = read[places.to(read.device)].float() * self.weights[places].to(read.device)[:, None]
-        sums = torch.zeros(2, read.shape[1], device=read.device)
+        sums = torch.zeros(2, read.shape[1], device=read.device, dtype=torch.float32)
         sums.index_add_(0, self.sides[places].to(read.device), kept)
         found = sums.cpu().double()
         self._shared = found if self._shared is None else self._shared + found

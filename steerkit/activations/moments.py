@@ -170,7 +170,7 @@ class NormMedian:
             counted: [b, t] float32, 1 where the token counts and 0 where it is a pad or a row's first token.
         """
         if self._counts is None:
-            self._counts = torch.zeros(self._BINS, device=h.device)
+            self._counts = torch.zeros(self._BINS, device=h.device, dtype=torch.float32)
         norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
         place = (norms.clamp_min(10.0**self._LOW).log10() - self._LOW) / (self._HIGH - self._LOW)
         bins = (place.nan_to_num(1.0) * self._BINS).long().clamp(0, self._BINS - 1)

@@ -143,8 +143,8 @@ class _Pool:
         places = [[start + token for token in tokens] for start, tokens in zip(starts, chosen, strict=True)]
         self._single = all(len(tokens) == 1 for tokens in places)
         rows, width = batch.input_ids.shape
-        self._index = torch.tensor([tokens[0] for tokens in places], device=device)
-        weights = torch.zeros(rows, 1, width)
+        self._index = torch.tensor([tokens[0] for tokens in places], device=device, dtype=torch.long)
+        weights = torch.zeros(rows, 1, width, dtype=torch.float32)
         counted = batch.attention_mask.float()
         for row, tokens in enumerate(places):
             weights[row, 0, tokens] = 1.0 / len(tokens)

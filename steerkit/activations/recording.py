@@ -119,7 +119,7 @@ def record(
 
     def keep(site: Site, rows: Tensor, batch: Batch) -> None:
         if site not in found:
-            found[site] = torch.empty(len(rendered), rows.shape[-1])
+            found[site] = torch.empty(len(rendered), rows.shape[-1], dtype=torch.float32)
         found[site][list(batch.rows)] = rows.cpu()
 
     count = len(sides.positive) if sides is not None else len(rendered)
@@ -158,7 +158,7 @@ def record_ids(model: nn.Module, rows: Sequence[Sequence[int]], sites: Iterable[
     taps = locate(model, sites)
     found: dict[Site, list[Tensor]] = {site: [] for site in taps}
     for ids in rows:
-        inputs = torch.tensor([list(ids)], device=execution_device(decoder))
+        inputs = torch.tensor([list(ids)], device=execution_device(decoder), dtype=torch.long)
 
         def keep(site: Site, h: Tensor) -> None:
             # A copy in any case: Falcon adds into such a tensor in place afterwards.

@@ -77,14 +77,18 @@ class FittedMethod:
             What `edit` was given, what it gave, and a copy of the former from before, each [b, t, d].
         """
         generator = torch.Generator().manual_seed(0)
+
+        def drawn(width: int) -> Tensor:
+            shape = facts.batch, facts.width, width
+            return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+
         site = self.vector.sites[0]
-        width = self.vector.widths.get(site, self.vector.hidden_size)
-        h = torch.randn(facts.batch, facts.width, width, generator=generator).to(dtype)
+        h = drawn(self.vector.widths.get(site, self.vector.hidden_size))
         before = h.clone()
-        prepared = self.method.prepare(self.vector.params(site), torch.tensor(self.strength), dtype, h.device)
+        strength = torch.tensor(self.strength, dtype=torch.float32)
+        prepared = self.method.prepare(self.vector.params(site), strength, dtype, h.device)
         if isinstance(self.method, ReadsInput):
-            source = self.method.inputs_at(self.model, self.vector)[site]
-            prepared["input"] = torch.randn(facts.batch, facts.width, source.width, generator=generator).to(dtype)
+            prepared["input"] = drawn(self.method.inputs_at(self.model, self.vector)[site].width)
         return h, self.method.edit(h, prepared, facts.tokens(scope, lengths)), before
 
     def rows(self, side: str = "right") -> tuple[Tensor, Tensor]:
@@ -103,7 +107,7 @@ class FittedMethod:
             prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
             rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
         batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]
-        order = torch.tensor(batch.rows).argsort()
+        order = torch.tensor(batch.rows, dtype=torch.long).argsort()
         device = execution_device(find_decoder(self.model))
         return batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
 

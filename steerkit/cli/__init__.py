@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from typing import Annotated
@@ -96,6 +97,9 @@ def main() -> None:
     # Threads that spin while they wait make a machine with other work on it up to ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # What libraries log while they are loaded, such as which of their parts a machine lacks, is no answer.
+    os.environ.setdefault("TORCH_LOGS", "-torch")
+    logging.getLogger().setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):

@@ -65,7 +65,7 @@ def compare_words(positive: Sequence[str], negative: Sequence[str], *, paired: b
     if list(positive) == list(negative) if paired else sorted(positive) == sorted(negative):
         return None
     index = {word: number for number, word in enumerate(sorted({*positive, *negative}))}
-    plus, minus = (torch.tensor([index[word] for word in side]) for side in (positive, negative))
+    plus, minus = (torch.tensor([index[word] for word in side], dtype=torch.long) for side in (positive, negative))
     generator = torch.Generator().manual_seed(0)
     as_good, observed = 0, math.nan
     for start in range(0, DRAWS, _CHUNK):
@@ -74,7 +74,7 @@ def compare_words(positive: Sequence[str], negative: Sequence[str], *, paired: b
             labels[0] = 1.0 if start == 0 else labels[0]
             aucs = _pair_aucs(plus, minus, labels)
         else:
-            order = torch.rand(_CHUNK, len(plus) + len(minus), generator=generator).argsort(dim=1)
+            order = torch.rand(_CHUNK, len(plus) + len(minus), generator=generator, dtype=torch.float32).argsort(dim=1)
             labels = (order < len(plus)).double()
             labels[0] = (torch.arange(labels.shape[1]) < len(plus)).double() if start == 0 else labels[0]
             aucs = _side_aucs(torch.cat([plus, minus]), labels)

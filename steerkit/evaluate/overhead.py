@@ -45,7 +45,7 @@ def decoding_overhead(trial: Trial, *, pairs: int = 9, tokens: int = 24, prompts
             _settle(trial)
             seconds[place] = time.perf_counter() - start
         ratios.append(seconds[0] / seconds[1])
-    spread = interval(torch.tensor(ratios).log()).exp()
+    spread = interval(torch.tensor(ratios, dtype=torch.float32).log()).exp()
     middle = statistics.median(ratios)
     return Estimate(middle, min(spread.low, middle), max(spread.high, middle))
 

@@ -181,7 +181,7 @@ class Trial:
         Returns:
             per text [t] float32, nats, on the CPU.
         """
-        found: list[Tensor] = [torch.empty(0)] * len(rendered)
+        found: list[Tensor] = [torch.empty(0, dtype=torch.float32)] * len(rendered)
         for answer in self.answers(rendered):
             chosen = torch.log_softmax(answer.logits, dim=-1).gather(-1, answer.targets[:, None])[:, 0]
             found[answer.row] = chosen.cpu()

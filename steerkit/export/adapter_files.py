@@ -61,10 +61,13 @@ def _tensors(model: nn.Module, parts: AdapterParts, rank: int) -> dict[str, Tens
             left, right = _padded(*parts.linear[path], rank)
         else:
             width_in, width_out = _widths(module)
-            left, right = torch.zeros(width_out, rank), torch.zeros(rank, width_in)
+            left, right = (
+                torch.zeros(width_out, rank, dtype=torch.float32),
+                torch.zeros(rank, width_in, dtype=torch.float32),
+            )
         found |= {f"{path}.lora_A.weight": right, f"{path}.lora_B.weight": left}
         if parts.biases:
-            found[f"{path}.lora_B.bias"] = parts.biases.get(path, torch.zeros(len(left)))
+            found[f"{path}.lora_B.bias"] = parts.biases.get(path, torch.zeros(len(left), dtype=torch.float32))
     for path, pair in parts.embeddings.items():
         left, right = _padded(*pair, rank)
         found |= {f"{path}.lora_embedding_A": right, f"{path}.lora_embedding_B": left}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from steerkit.errors import SiteError
 from steerkit.export.range_finder import low_rank
 from steerkit.export.stored_tensors import stored
 from steerkit.export.weight_changes import Change
+from steerkit.network.plain_weights import is_plain, observed_matrix
 
 __all__ = ["AdapterParts", "parts_for"]
 
@@ -86,13 +88,14 @@ def parts_for(model: nn.Module, changes: Mapping[str, Change]) -> AdapterParts:
     return parts
 
 
-def _values(model: nn.Module, name: str) -> Tensor | None:
-    """A parameter in float32; a quantised weight as what it stands for."""
+def _values(model: Any, name: str) -> Tensor | None:
+    """A parameter in float32; a quantised weight as its layer acts."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    # Not by peft's `dequantize_module_weight`, after which an 8-bit layer of bitsandbytes does not run on a CPU.
+    if leaf == "weight" and isinstance(module, nn.Linear) and not is_plain(module, leaf):
+        return observed_matrix(module, module.in_features, model.dtype).cpu()
     old = stored(model, name)
-    if old is not None and not old.is_floating_point():
-        from peft.utils.integrations import dequantize_module_weight
-
-        old = dequantize_module_weight(model.get_submodule(name.rpartition(".")[0])).detach()
     return None if old is None else old.float().cpu()
 
 

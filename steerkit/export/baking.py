@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steerkit._support.files import check_folder, whole_folder
+from steerkit._support.precision import full_precision
 from steerkit.errors import ModelError
 from steerkit.export.checkpoint import write_checkpoint
 from steerkit.export.checkpoint_plan import plan_checkpoint, planned_value, untied_parameters
@@ -31,6 +32,7 @@ from steerkit.export.weight_changes import changes_of
 from steerkit.export.weights_card import weights_card
 from steerkit.model import quiet
 from steerkit.network.decoder import inner_model
+from steerkit.network.plain_weights import hidden_weight
 from steerkit.steering.strengths import vectors_of
 from steerkit.steering.weights import exact_updates
 from steerkit.vector.steering_vector import SteeringVector
@@ -59,6 +61,7 @@ class Baked:
     verification: Verification
 
 
+@full_precision()
 def bake(
     model: nn.Module,
     tokenizer: Any,
@@ -154,11 +157,12 @@ def _check_model(model: nn.Module, inner: Any, target: Path) -> None:
     owner = type(inner).__name__
     if hasattr(model, "peft_config") or getattr(inner, "_hf_peft_config_loaded", False):
         raise ModelError(f"{owner} has an adapter in it; merge it first (merge_and_unload), then bake")
-    small = [name for name, value in inner.named_parameters() if not value.is_floating_point()]
-    if getattr(inner, "is_quantized", False) or getattr(inner, "hf_quantizer", None) is not None or small:
+    hidden = hidden_weight(inner)
+    if hidden is not None or getattr(inner, "hf_quantizer", None) is not None:
+        which = "" if hidden is None else f" ({hidden})"
         raise ModelError(
-            f"{owner} is quantised, and an edit can vanish below its steps; bake the unquantised model and quantise "
-            "that, or export an adapter (steerkit export --to peft)"
+            f"{owner} is quantised{which}, and an edit can vanish below its steps; bake the unquantised model and "
+            "quantise that, or export an adapter (steerkit export --to peft)"
         )
     if inner.is_remote_code():
         raise ModelError(f"{owner} is code from outside of transformers, which a checkpoint cannot hold; use hooks")

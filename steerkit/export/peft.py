@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from steerkit._support.files import check_folder, whole_folder
+from steerkit._support.precision import full_precision
 from steerkit.errors import ModelError
 from steerkit.export.adapter_files import loaded_adapter, write_files
 from steerkit.export.adapter_parts import parts_for
@@ -60,6 +61,7 @@ class Adapter:
     verification: Verification
 
 
+@full_precision()
 def write_adapter(
     model: nn.Module,
     tokenizer: Any,

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from steerkit._support.precision import full_precision
 from steerkit.errors import StrengthError
 
 __all__ = ["low_rank"]
@@ -14,6 +15,7 @@ __all__ = ["low_rank"]
 _MAX_RANK = 256
 
 
+@full_precision()
 def low_rank(change: Tensor, size: float) -> tuple[Tensor, Tensor]:
     """Factorise a matrix of low rank into two thin ones.
 
@@ -32,7 +34,7 @@ def low_rank(change: Tensor, size: float) -> tuple[Tensor, Tensor]:
     generator, width = torch.Generator().manual_seed(0), 8
     while True:
         width = min(width, rows, columns)
-        drawn = torch.randn(columns, width, generator=generator).to(change)
+        drawn = torch.randn(columns, width, generator=generator, dtype=torch.float32).to(change)
         basis = torch.linalg.qr(change @ drawn).Q
         left, sizes, right = torch.linalg.svd(basis.mT @ change, full_matrices=False)
         rank = int((sizes > noise).sum(-1).max())

@@ -132,7 +132,7 @@ def probe_ids(model: nn.Module, tokenizer: Any = None) -> Tensor:
     rows = [render(tokenizer, conversation).ids for conversation in (*chats, *plain)]
     length = min(_TOKENS, *map(len, rows))
     # The end of each row, not its start: templates often open with the same words.
-    return torch.tensor([row[-length:] for row in rows]).clamp_max(vocabulary - 1)
+    return torch.tensor([row[-length:] for row in rows], dtype=torch.long).clamp_max(vocabulary - 1)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from steerkit.activations.readout import Readout
 from steerkit.activations.recording import Activations, record
+from steerkit.maths.directions import coordinates
 from steerkit.maths.probes import auc
 from steerkit.methods._protocols import Measured, read_direction
 from steerkit.methods._registry import resolve
@@ -67,7 +68,7 @@ def separation(
         if direction is None:
             continue
         along = direction.float() / torch.linalg.vector_norm(direction.float())
-        positive, negative = acts.positive[site] @ along, acts.negative[site] @ along
+        positive, negative = (coordinates(side[site], along) for side in (acts.positive, acts.negative))
         area, distance = apart(positive, negative)
         sites[str(site)] = {"auc": round(area, 4), "cohens_d": round(distance, 3)}
     measured = {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
@@ -126,6 +127,6 @@ def record_steered(
         with steering(batch.prompt_lengths):
             part = record(model, tokenizer, rows, sites, readout=readout, batch_size=len(rows))
         parts.append((batch.rows, part))
-    order = torch.tensor([row for rows, _ in parts for row in rows]).argsort()
+    order = torch.tensor([row for rows, _ in parts for row in rows], dtype=torch.long).argsort()
     joined = {site: torch.cat([part.positive[site] for _, part in parts])[order] for site in parts[0][1].sites}
     return Activations(positive=joined, negative={}, readout=parts[0][1].readout)

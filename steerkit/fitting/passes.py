@@ -76,7 +76,7 @@ class Passes:
             [n, v] float32, on the CPU, in the order of the texts.
         """
         device = execution_device(self._decoder)
-        rows: list[Tensor] = [torch.empty(0)] * len(rendered)
+        rows: list[Tensor] = [torch.empty(0, dtype=torch.float32)] * len(rendered)
         for batch in batches(rendered, self._batch_size, pad_id=pad_token_id(self._tokenizer)):
             context: Any = torch.no_grad()
             if under:
@@ -104,7 +104,7 @@ class Passes:
             Logits [b, t, v], ids [b, t], and [b, t] which positions' logits predict a token of the answer.
         """
         batch = batches(rendered, len(rendered), pad_id=pad_token_id(self._tokenizer))[0]
-        order = torch.tensor(batch.rows).argsort()
+        order = torch.tensor(batch.rows, dtype=torch.long).argsort()
         device = execution_device(self._decoder)
         ids, mask = batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
         lengths = batch.prompt_lengths[order].to(device)[:, None]

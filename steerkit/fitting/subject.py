@@ -391,7 +391,7 @@ def _median_norm(rows: Sequence[Tensor]) -> float:
     """The median norm of the tokens [t, d] of each row, its first one left out."""
     median = NormMedian()
     for tensor in rows:
-        counted = torch.ones(1, len(tensor))
+        counted = torch.ones(1, len(tensor), dtype=torch.float32)
         counted[0, 0] = 0.0
         median.update(tensor[None], counted)
     return median.result()

@@ -15,6 +15,7 @@ from steerkit.errors import FitError
 from steerkit.network.sites import Site
 
 __all__ = [
+    "coordinates",
     "discriminative_sites",
     "equal_norms",
     "mean_difference",
@@ -118,6 +119,23 @@ def unit(direction: Tensor) -> Tensor:
     if not bool((length > 0).all()):
         raise FitError("a direction of length 0 cannot be scaled to length 1")
     return direction / length
+
+
+def coordinates(rows: Tensor, direction: Tensor) -> Tensor:
+    """Inner products of activations with a direction, in their own precision under autocast too.
+
+    Args:
+        rows: [..., d].
+        direction: [d], in the dtype and on the device of the rows.
+
+    Returns:
+        [...]
+    """
+    device = rows.device.type
+    if not torch.amp.is_autocast_available(device):  # the meta device
+        return rows @ direction
+    with torch.autocast(device, enabled=False):
+        return rows @ direction
 
 
 def orthonormalise(directions: Tensor) -> Tensor:
@@ -253,7 +271,7 @@ def side_projections(
         wide = rows.float()
         if rule == "unit_samples":
             wide = wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-8)
-        return float((wide @ along.float()).double().mean())
+        return float(coordinates(wide, along.float()).double().mean())
 
     return {site: (mean(rows), mean(negative[site])) for site, rows in positive.items() if site in negative}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import FitError
+from steerkit.maths.directions import coordinates
 
 __all__ = [
     "add",
@@ -54,7 +55,7 @@ def add_gated(h: Tensor, read: Tensor, gate: Tensor, direction: Tensor, strength
     Returns:
         [b, t, o] in the dtype of `h`.
     """
-    amount = read.to(gate) @ gate
+    amount = coordinates(read.to(gate), gate)
     return torch.addcmul(h, (amount[..., None].float() * strength).to(h.dtype), direction)
 
 

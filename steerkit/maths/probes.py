@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import FitError
+from steerkit.maths.directions import coordinates
 
 __all__ = ["LinearProbe", "auc", "head_count", "linear_probe"]
 
@@ -34,7 +35,7 @@ class LinearProbe(NamedTuple):
         Returns:
             [...] float32.
         """
-        return h.float() @ self.weight.to(h.device) + self.bias
+        return coordinates(h.float(), self.weight.to(h.device)) + self.bias
 
 
 def auc(positive: Tensor, negative: Tensor, *, dtype: torch.dtype = torch.float64) -> float:
@@ -86,7 +87,7 @@ def linear_probe(positive: Tensor, negative: Tensor, *, penalty: float = 1.0) ->
     if not penalty > 0:
         raise FitError(f"penalty {penalty!r}: give a number over 0")
     rows = torch.cat([positive, negative]).double().cpu()
-    labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).double()
+    labels = torch.cat([torch.ones(len(positive), dtype=torch.double), torch.zeros(len(negative), dtype=torch.double)])
     if not bool(torch.isfinite(rows).all()):
         raise FitError("activations are not finite; load the model in float32 or bfloat16")
     mean, spread = rows.mean(dim=0), rows.std(dim=0, correction=0)
@@ -97,7 +98,7 @@ def linear_probe(positive: Tensor, negative: Tensor, *, penalty: float = 1.0) ->
     if features.shape[1] > len(features):  # the weights lie in the span of the rows
         basis, triangle = torch.linalg.qr(features.T)
         features = triangle.T
-    found = _newton(torch.cat([features, torch.ones(len(features), 1).double()], dim=1), labels, penalty)
+    found = _newton(torch.cat([features, torch.ones(len(features), 1, dtype=torch.double)], dim=1), labels, penalty)
     weight = found[:-1] if basis is None else basis @ found[:-1]
     weight = weight / spread
     return LinearProbe(weight.float(), float(found[-1] - weight @ mean))
@@ -105,7 +106,7 @@ def linear_probe(positive: Tensor, negative: Tensor, *, penalty: float = 1.0) ->
 
 def _newton(features: Tensor, labels: Tensor, penalty: float) -> Tensor:
     """[d + 1] weights and bias (the last column of the features [n, d + 1] is 1) of the least penalised loss."""
-    held = torch.full((features.shape[1],), penalty).double()
+    held = torch.full((features.shape[1],), penalty, dtype=torch.double)
     held[-1] = 1e-6  # the bias is free; this keeps the system solvable
 
     def loss(weights: Tensor) -> float:

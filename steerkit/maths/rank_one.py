@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from steerkit._support.precision import full_precision
 from steerkit.errors import FitError
 
 __all__ = ["Components", "add_in_order", "check_penalty", "elastic_net", "rank_one_edit", "score_components"]
@@ -104,6 +105,7 @@ def rank_one_edit(
     ).gate
 
 
+@full_precision()
 def score_components(
     weight: Tensor,
     direction: Tensor,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from steerkit._support.precision import full_precision
 from steerkit.errors import VectorMismatchError
 from steerkit.methods._gate import Decision, Gate
 from steerkit.network.sites import Site
@@ -36,7 +37,7 @@ def begun(width: int, hidden: int, blocks: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int, inputs: int) -> Tensor:
-        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(inputs)
+        return (2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1) / math.sqrt(inputs)
 
     return {
         "shared/first_weight": drawn(hidden, width, inputs=width),
@@ -45,8 +46,8 @@ def begun(width: int, hidden: int, blocks: int, seed: int) -> dict[str, Tensor]:
         "shared/gain_bias": drawn(1, inputs=hidden),
         "shared/block_weight": drawn(blocks, hidden, inputs=hidden),
         "shared/block_bias": drawn(blocks, inputs=hidden),
-        "shared/probe_weight": torch.zeros(width),
-        "shared/probe_bias": torch.zeros(1),
+        "shared/probe_weight": torch.zeros(width, dtype=torch.float32),
+        "shared/probe_bias": torch.zeros(1, dtype=torch.float32),
     }
 
 
@@ -55,6 +56,7 @@ def _inner(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return torch.relu(x @ net["shared/first_weight"].T + net["shared/first_bias"])
 
 
+@full_precision()
 def gain_logits(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The network's z, the logit of a row's gain.
 
@@ -68,6 +70,7 @@ def gain_logits(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return _inner(net, x) @ net["shared/gain_weight"] + net["shared/gain_bias"]
 
 
+@full_precision()
 def weight_logits(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Logits of the block weights; their last layer alone is ever trained through them.
 
@@ -81,6 +84,7 @@ def weight_logits(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return _inner(net, x).detach() @ net["shared/block_weight"].T + net["shared/block_bias"]
 
 
+@full_precision()
 def probe_logits(net: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The probe's z, the logit of a row's gain.
 
@@ -159,20 +163,16 @@ class ControllerGate(Gate):
     def gain(self, found: Mapping[Site, Tensor], gate: str | None = None) -> Tensor:
         """[b] s, of the gate in use or of another one."""
         net, x = self._read(found)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.sigmoid(
-                probe_logits(net, x) if (gate or self._method.gate) == "probe" else gain_logits(net, x)
-            )
+        return torch.sigmoid(probe_logits(net, x) if (gate or self._method.gate) == "probe" else gain_logits(net, x))
 
     def weights(self, found: Mapping[Site, Tensor]) -> Tensor:
         """[b, blocks] how much each written block counts."""
         net, x = self._read(found)
         if self._method.weights == "uniform":
-            return torch.ones(len(x), len(self._writes), device=x.device)
+            return torch.ones(len(x), len(self._writes), device=x.device, dtype=torch.float32)
         if self._method.weights == "fixed":
             return net["shared/fixed"].expand(len(x), -1)
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.sigmoid(weight_logits(net, x))
+        return torch.sigmoid(weight_logits(net, x))
 
     def decide(self, found: Mapping[Site, Tensor]) -> Decision:
         """Gains and weights of every row.

@@ -66,14 +66,14 @@ def fingerprint(decoder: Decoder) -> Tensor:
     """
     here = {_unwrapped(name): entry for name, entry in decoder.model.named_parameters()}
     if not here or any(entry.is_meta for entry in here.values()):
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     parts, layout = [], _layout(decoder)
     for dims in (1, 2):
         some = [_noted(here.get(entry.name), entry) for entry in layout if len(entry.shape) == dims]
         if some:
             values = torch.cat(some)
             parts.append(values / values.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32)
 
 
 def fits(known: Tensor, decoder: Decoder) -> bool:
@@ -129,7 +129,7 @@ def _body(decoder: Decoder) -> str:
 def _noted(value: nn.Parameter | None, entry: _Entry) -> Tensor:
     """A few values, so that no copy of all is made; zeros where they cannot be had."""
     if value is None or value.shape != entry.shape or not value.is_floating_point() or value.itemsize < 2:
-        return torch.zeros(entry.count)
+        return torch.zeros(entry.count, dtype=torch.float32)
     return value.detach().flatten()[:: max(1, value.numel() // _VALUES)][:_VALUES].float().cpu()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, VectorMismatchError
-from steerkit.maths.directions import mean_difference, orthonormalise, steering_plane
+from steerkit.maths.directions import coordinates, mean_difference, orthonormalise, steering_plane
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Params
 from steerkit.network.anatomy import Anatomy
@@ -115,7 +115,7 @@ class RotateInPlane(Method):
             generator: what draws, on the CPU.
         """
         width = vector.tensors["shared/direction"].shape[0]
-        first, second = orthonormalise(torch.randn(2, width, generator=generator))
+        first, second = orthonormalise(torch.randn(2, width, generator=generator, dtype=torch.float32))
         return replace(vector, tensors={**vector.tensors, "shared/direction": first, "shared/second": second})
 
     def _fit_plane(self, acts: Activations, sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class RotateInPlane(Method):
             first, second = steering_plane(candidates)
         except FitError as error:
             raise FitError(f"{self.name}: {error}") from None
-        across = candidates - (candidates @ first)[:, None] * first
+        across = candidates - coordinates(candidates, first)[:, None] * first
         if not bool((across.norm(dim=-1) > 1e-6 * candidates.norm(dim=-1)).any()):
             raise FitError(
                 f"{self.name}: the directions of all {len(known)} sites lie on one line, so they span no plane; give "
@@ -165,7 +165,7 @@ class RotateInPlane(Method):
         try:
             return mean_difference(positive, negative)
         except FitError:  # such as the first norm, where every prompt ends in the same token
-            return torch.zeros(positive.shape[-1])
+            return torch.zeros(positive.shape[-1], dtype=torch.float32)
 
 
 def _norm_outputs(anatomy: Anatomy, norms: str) -> list[str]:

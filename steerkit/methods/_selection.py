@@ -105,7 +105,7 @@ class Selection:
         logger.info("refusal: selected %s of %d candidates, %d of which survive", best, len(found), len(survivors))
         finite = [one for one in tried if "finite" not in one.reasons and math.isfinite(one.kl)]
         rows = [[float(one.site.layer), float(one.position), one.bypass, one.induce, one.kl] for one in finite]
-        return best, directions[best.site, best.position].float(), torch.tensor(rows)
+        return best, directions[best.site, best.position].float(), torch.tensor(rows, dtype=torch.float32)
 
     def _directions(self) -> dict[tuple[Site, int], Tensor]:
         """Differences of the means [d] at each site and position behind the instruction, float64."""

@@ -63,7 +63,7 @@ def parts_of(params: Params) -> list[MatrixPart]:
     Args:
         params: the tensors of one site.
     """
-    empty = torch.empty(0)
+    empty = torch.empty(0, dtype=torch.float32)
     prefixes = [prefix for prefix in ("", "shared_") if not prefix or f"{prefix}gate" in params]
     return [
         MatrixPart(prefix, params.get(f"{prefix}gate", empty), params.get(f"{prefix}magnitude", empty))

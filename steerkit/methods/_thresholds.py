@@ -64,7 +64,7 @@ def best_threshold(
         raise FitError("a score is not finite; load the model in float32 or bfloat16")
     values, order = scores.sort()
     is_positive = (torch.arange(len(scores)) < len(positive))[order]
-    last = torch.cat([values[1:] != values[:-1], torch.tensor([True])])  # the last of equal scores
+    last = torch.cat([values[1:] != values[:-1], torch.tensor([True], dtype=torch.bool)])  # the last of equal scores
     below = is_positive.cumsum(0)[last], (~is_positive).cumsum(0)[last]
     steps = values[last]
     gaps = torch.cat([steps.diff() / 2, torch.zeros(1, dtype=torch.double)])

@@ -93,7 +93,7 @@ class AngularSteering(RotateInPlane):
         plane = self._fit_plane(acts, sites)
         found = side_projections(acts.positive, acts.negative, plane["shared/direction"], rule="class_means")
         plane = self._oriented(plane, acts, sites)
-        return {**plane, **{f"{site}/projections": torch.tensor(found[site]) for site in sites}}
+        return {**plane, **{f"{site}/projections": torch.tensor(found[site], dtype=torch.float32) for site in sites}}
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The plane and the point of the unit circle to turn to."""

@@ -280,14 +280,14 @@ class AUSteer(Method):
         at_the_cut = beta.abs() == beta[chosen[-1]].abs()
         tensors = {"shared/tied": torch.stack([at_the_cut.sum(), at_the_cut[chosen].sum()])}
         if sites[0].kind == "z" and (heads := head_count(subject.decoder.model)):
-            tensors["shared/head_width"] = torch.tensor(len(betas[sites[0]]) // heads)
+            tensors["shared/head_width"] = torch.tensor(len(betas[sites[0]]) // heads, dtype=torch.long)
         start = 0
         for site, own in betas.items():
             neurons = (chosen[(chosen >= start) & (chosen < start + len(own))] - start).sort().values
             start += len(own)
             if len(neurons):
                 tensors[f"{site}/units"], tensors[f"{site}/beta"] = neurons, own[neurons]
-                tensors[f"{site}/width"] = torch.tensor(len(own))
+                tensors[f"{site}/width"] = torch.tensor(len(own), dtype=torch.long)
         return tensors
 
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
@@ -316,7 +316,7 @@ class AUSteer(Method):
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """What is added of each neuron, 0 for those that stay; multiplied in float32 and rounded once."""
         gains = self._gains(params, strength)
-        gamma = torch.zeros(*gains.shape[:-1], int(params["width"]), device=device)
+        gamma = torch.zeros(*gains.shape[:-1], int(params["width"]), device=device, dtype=torch.float32)
         return {"gamma": gamma.index_copy(-1, params["units"].to(device), gains).to(dtype)}
 
     def _gains(self, params: Params, strength: Tensor) -> Tensor:
@@ -365,7 +365,7 @@ class AUSteer(Method):
 
     def _places(self, params: Params, strength: float) -> tuple[Tensor, Tensor]:
         """The neurons [j] of a site and what each is scaled by, less 1 [j]."""
-        return params["units"], self._gains(params, torch.tensor(float(strength)))
+        return params["units"], self._gains(params, torch.tensor(float(strength), dtype=torch.float32))
 
 
 def _signed_share(up: Tensor, down: Tensor, pairs: int | Tensor, tie: Tie) -> Tensor:

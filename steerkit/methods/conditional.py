@@ -160,9 +160,9 @@ class ConditionalSteering(GatedAddition):
         mark = fingerprint(subject.decoder)
         return {
             "shared/condition": direction[None].contiguous(),
-            "shared/layer": torch.tensor([site.layer]),
+            "shared/layer": torch.tensor([site.layer], dtype=torch.long),
             "shared/threshold": torch.tensor([found.value], dtype=torch.double),
-            "shared/above": torch.tensor([found.compare == "above"]),
+            "shared/above": torch.tensor([found.compare == "above"], dtype=torch.bool),
             **({"shared/fingerprint": mark} if len(mark) else {}),
             **{f"{one}/direction": value for one, value in added.items()},
         }
@@ -177,7 +177,7 @@ class ConditionalSteering(GatedAddition):
 
     def _scores(self, positive: Tensor, negative: Tensor, whole: Tensor, *, paired: bool) -> tuple[Tensor, Tensor]:
         """Scores of both sides, each item's by a direction that it had no part in."""
-        scores = torch.empty(len(positive)), torch.empty(len(negative))
+        scores = torch.empty(len(positive), dtype=torch.float32), torch.empty(len(negative), dtype=torch.float32)
         parts = folds_of(positive, negative, self.folds)
         for mine, theirs in parts:
             direction = self._condition(positive[~mine], negative[~theirs], paired=paired)

@@ -167,7 +167,10 @@ class WeightedController(GatedAddition):
         if self.fixed and len(self.fixed) != len(written):
             raise FitError(f"controller: fixed has {len(self.fixed)} weights for {len(written)} blocks; give one each")
         rows = [torch.cat([side[site].float() for site in sites], dim=-1) for side in (acts.positive, acts.negative)]
-        features, labels = torch.cat(rows), torch.cat([torch.ones(len(rows[0])), torch.zeros(len(rows[1]))])
+        features, labels = (
+            torch.cat(rows),
+            torch.cat([torch.ones(len(rows[0]), dtype=torch.float32), torch.zeros(len(rows[1]), dtype=torch.float32)]),
+        )
         mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
         if not bool((spread > 0).any()):
             raise FitError("controller: the features do not vary, so nothing can be told apart")
@@ -184,7 +187,7 @@ class WeightedController(GatedAddition):
                 subject, net, standard, len(rows[0]), {site: tensors[f"{site}/direction"] for site in written}
             )
         if self.fixed:
-            net["shared/fixed"] = torch.tensor(self.fixed) * len(self.fixed) / sum(self.fixed)
+            net["shared/fixed"] = torch.tensor(self.fixed, dtype=torch.float32) * len(self.fixed) / sum(self.fixed)
         mark = fingerprint(subject.decoder)
         return {**net, **tensors, **({"shared/fingerprint": mark} if len(mark) else {})}
 
@@ -258,7 +261,7 @@ class WeightedController(GatedAddition):
                 width = baseline.shape[1]  # pads stand behind, so fewer rows are at most narrower
                 moved = (baseline.exp() * (baseline - likely[left, :width])).sum(dim=-1) * predicts[left, :width]
                 moved = moved.sum(dim=1) / predicts[left].sum(dim=1)
-                each = each.index_copy(0, torch.tensor(left, device=each.device), moved)
+                each = each.index_copy(0, torch.tensor(left, device=each.device, dtype=torch.long), moved)
             return each.mean() + _COST * (gain[:, None] * weights).mean().to(logits.device)
 
         subject.train(

@@ -113,7 +113,7 @@ class SelectiveSteering(RotateInPlane):
             )
         found = side_projections(positive, negative, direction, rule=self.rule)
         plane = self._oriented(plane, acts, chosen)
-        return {**plane, **{f"{site}/projections": torch.tensor(found[site]) for site in chosen}}
+        return {**plane, **{f"{site}/projections": torch.tensor(found[site], dtype=torch.float32) for site in chosen}}
 
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
         """The selected sites.

@@ -352,7 +352,7 @@ class Steer2Edit(Method):
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Both factors, rounded once, and the strength. Of experts the input is what the gates have found already."""
-        gate = params["gate"] if params["gate"].dim() == 1 else torch.ones(1)
+        gate = params["gate"] if params["gate"].dim() == 1 else torch.ones(1, dtype=torch.float32)
         return {
             "direction": params["direction"].to(device, dtype),
             "gate": gate.to(device, dtype),

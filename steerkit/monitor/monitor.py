@@ -29,6 +29,7 @@ from steerkit.activations.recording import record, record_ids
 from steerkit.errors import DataError
 from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.setup import Setup
+from steerkit.maths.directions import coordinates
 from steerkit.monitor.items import KINDS, READS, Item, Kind, Read, conversation_of
 from steerkit.monitor.neutral_scale import NeutralScale
 from steerkit.monitor.read_directions import directions_of, site_of
@@ -166,7 +167,7 @@ class Monitor:
             [n, s], one column per site; nan where there is no token to read.
         """
         kept = [row for row, text in enumerate(rendered) if read == "prompt_last" or len(text.ids) > text.prompt_length]
-        values = torch.full((len(rendered), len(self.units)), torch.nan)
+        values = torch.full((len(rendered), len(self.units)), torch.nan, dtype=torch.float32)
         if kept:
             acts = record(
                 self.model,
@@ -235,7 +236,7 @@ class Monitor:
         if place not in self._middles:
             with self._unsteered():
                 rows = [record_ids(self.model, [text.ids], [place]) for text in self.rendered(self._neutral())]
-                values = [next(iter(row.values()))[0][1:] @ self._directions[place] for row in rows]
+                values = [coordinates(next(iter(row.values()))[0][1:], self._directions[place]) for row in rows]
             self._middles[place] = float(torch.cat(values).mean())
         return self._middles[place]
 
@@ -279,7 +280,7 @@ class Monitor:
         return self._along(h.detach().float(), self._on(h.device, str(site), self.units[site]))
 
     def _along(self, h: Tensor, direction: Tensor) -> Tensor:
-        found = h @ direction
+        found = coordinates(h, direction)
         return found / torch.linalg.vector_norm(h, dim=-1) if self.kind == "cos" else found
 
     def _on(self, device: torch.device, name: str, one: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from steerkit.activations.recording import record_ids
 from steerkit.errors import DataError
 from steerkit.evaluate.trial import Trial
-from steerkit.maths.directions import unit
+from steerkit.maths.directions import coordinates, unit
 from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site
 from steerkit.prompts.rendering import Rendered
@@ -90,7 +90,7 @@ def token_projections(
             f"heat map: the direction has width {len(direction)} but {place} has {rows.shape[1]}; "
             "give the site at which it was fitted"
         )
-    values = rows @ unit(direction.float())
+    values = coordinates(rows, unit(direction.float()))
     parts = readable(trial.setup.tokenizer, rendered.ids)
     counts = tuple(count for _, count in parts)
     return TokenScores(

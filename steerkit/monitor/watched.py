@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steerkit.errors import DataError, ModelError, ScopeError
 from steerkit.monitor.items import READS
 from steerkit.monitor.watched_call import Step, WatchedCall
+from steerkit.network.placement import Placement
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
 from steerkit.tokens.clock import Hook, PassClock
@@ -131,7 +132,7 @@ def watching(monitor: Monitor, callback: Callable[[Step], object] | None) -> Ite
         What has been read.
 
     Raises:
-        ModelError: the model is compiled, or is being steered from another thread.
+        ModelError: the model is compiled, is being steered from another thread, or a module that is read was replaced.
         DataError: the neutral texts have no answers to calibrate the response on.
     """
     model, decoder = monitor.decoder.model, monitor.decoder
@@ -148,6 +149,7 @@ def watching(monitor: Monitor, callback: Callable[[Step], object] | None) -> Ite
     with contextlib.ExitStack() as stack:
         clock.attach()
         stack.callback(clock.detach)
+        stack.enter_context(clock.checking(Placement(model, monitor.taps.values()).check))
         # Appended: the clock's own hook comes first, and steering's dispatchers are prepended.
         stack.callback(model.register_forward_pre_hook(_Opening(watched), with_kwargs=True).remove)
         for site, tap in monitor.taps.items():

@@ -56,11 +56,11 @@ class WatchedCall:
         self.values: list[Tensor] = []
         self.ids: Tensor | None = None
         self.read: dict[Site, Tensor] = {}
-        self.mean = torch.full((facts.batch,), torch.nan, device=facts.device)
+        self.mean = torch.full((facts.batch,), torch.nan, device=facts.device, dtype=torch.float32)
         self._monitor = monitor
         self._finished = torch.zeros(facts.batch, dtype=torch.bool, device=facts.device)
         self._sums: dict[Site, Tensor] = {}
-        self._count = torch.zeros(facts.batch, device=facts.device)
+        self._count = torch.zeros(facts.batch, device=facts.device, dtype=torch.float32)
 
     @property
     def tokens(self) -> Tensor:
@@ -86,7 +86,7 @@ class WatchedCall:
                 "watch: this pass holds several tokens behind the prompt, which may be thrown away again (assisted "
                 "decoding); score the finished texts instead"
             )
-        return torch.full((facts.batch,), facts.width - 1, device=facts.device)
+        return torch.full((facts.batch,), facts.width - 1, device=facts.device, dtype=torch.long)
 
     def add(self, facts: Pass) -> Step:
         """Keep what all sites have shown of one token per row.

@@ -122,7 +122,9 @@ def _writes(twin: nn.Module, read: Tensor, name: str, axis: int) -> bool:
     old = twin.get_parameter(name)
     shape = (1, *old.shape[1:]) if old.dim() == 3 else tuple(old.shape)
     generator = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(shape, generator=generator).to(old).select(axis, 0) for _ in range(2))
+    one, other = (
+        torch.randn(shape, generator=generator, dtype=torch.float32).to(old).select(axis, 0) for _ in range(2)
+    )
 
     def given(part: Tensor) -> Tensor:
         value = old.new_zeros(shape)

@@ -18,12 +18,11 @@ from steerkit.errors import SiteError
 from steerkit.network.anatomy import Anatomy
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.experts import Experts, experts_at
+from steerkit.network.plain_weights import is_plain, observed_matrix
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap, anatomies
 
 __all__ = ["Linear", "bare_parameter", "linears_at", "writers_at"]
-
-_ROWS = 256  # unit vectors that go through a layer at once
 
 
 @dataclass(frozen=True)
@@ -75,40 +74,21 @@ class Linear:
         Raises:
             SiteError: the layer does not act by one matrix.
         """
-        module, weight = self.tap.module, getattr(self.tap.module, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta and _is_plain(module):
-            found = weight.detach().to(torch.float32, copy=True)
+        module: Any = self.tap.module
+        if _is_bare(module) and is_plain(module, "weight") and not module.weight.is_meta:
+            found: Tensor = module.weight.detach().to(torch.float32, copy=True)
             return found.T if self.transposed else found
-        return _observed(self, dtype)
+        try:
+            return observed_matrix(module, self.inputs, dtype)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise SiteError(
+                f"{self.tap.site}: the weight of {self.tap.name} ({type(module).__name__}) cannot be read "
+                f"({type(error).__name__}: {error}); load the model unquantised"
+            ) from None
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_bare(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
-def _observed(linear: Linear, dtype: torch.dtype) -> Tensor:
-    """The matrix of a layer, column by column, from what it makes of the unit vectors.
-
-    Raises:
-        SiteError: it does not run on them, or gives something else than a matrix would.
-    """
-    module = linear.tap.module
-    device = next((entry.device for entry in module.parameters() if not entry.is_meta), torch.device("cpu"))
-    columns = []
-    try:
-        with torch.no_grad():
-            still = module(torch.zeros(1, linear.inputs, dtype=dtype, device=device)).float()
-            for start in range(0, linear.inputs, _ROWS):
-                size = min(_ROWS, linear.inputs - start)
-                units = torch.zeros(size, linear.inputs, dtype=dtype, device=device)
-                units[torch.arange(size), torch.arange(start, start + size)] = 1.0
-                columns.append(module(units).float() - still)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise SiteError(
-            f"{linear.tap.site}: the weight of {linear.tap.name} ({type(module).__name__}) cannot be read "
-            f"({type(error).__name__}: {error}); load the model unquantised"
-        ) from None
-    return torch.cat(columns).T
 
 
 def linears_at(
@@ -203,7 +183,7 @@ def _refuse_tied(decoder: Decoder, writers: Mapping[Site, Linear | Experts]) -> 
     for site, writer in writers.items():
         for name in writer.parameters:
             weight = bare_parameter(decoder.model, name)
-            other = weights.setdefault(id(writer.tap.module if weight is None else weight), site)
+            other = weights.setdefault(id(weight if isinstance(weight, Tensor) else writer.tap.module), site)
             if other != site:
                 raise SiteError(
                     f"{site}: {name} is the weight of {other} too (tied), so two edits of it would add up; choose one "

@@ -94,7 +94,7 @@ def plain_tokens(decoder: Decoder) -> Iterator[Tensor]:
         for hook in decoder.model._forward_pre_hooks.values():
             if hasattr(hook, "suspended"):
                 stack.enter_context(hook.suspended())
-        yield torch.tensor([list(range(1, TOKENS + 1))], device=execution_device(decoder))
+        yield torch.tensor([list(range(1, TOKENS + 1))], device=execution_device(decoder), dtype=torch.long)
 
 
 @contextlib.contextmanager

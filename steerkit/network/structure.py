@@ -27,9 +27,11 @@ def is_linear(module: nn.Module) -> bool:
     for wrapped in (getattr(module, "base_layer", None), getattr(module, "original_module", None)):
         if isinstance(wrapped, nn.Module):
             return is_linear(wrapped)
-    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)) or any(True for _ in module.children()):
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
         return False
-    return hasattr(module, "in_features") or any(tensor.dim() == 2 for tensor in _tensors(module, recurse=False))
+    if hasattr(module, "in_features"):  # a dynamically quantised one keeps its numbers in a module without tensors
+        return not any(True for child in module.children() for _ in _tensors(child))
+    return not any(True for _ in module.children()) and any(t.dim() == 2 for t in _tensors(module, recurse=False))
 
 
 def is_stack(module: nn.Module) -> bool:
@@ -40,7 +42,7 @@ def is_stack(module: nn.Module) -> bool:
 
 def computes_something(module: nn.Module) -> bool:
     """A module that holds a matrix, in itself or in what stands inside it."""
-    return is_linear(module) or any(tensor.dim() >= 2 for tensor in _tensors(module))
+    return any(map(is_linear, module.modules())) or any(tensor.dim() >= 2 for tensor in _tensors(module))
 
 
 def outermost(calls: list[Call]) -> list[Call]:

@@ -76,7 +76,10 @@ _KNOWN: Any = WeakIdKeyDictionary()
 
 
 def _digest(weight: Tensor) -> str:
-    """The sha256 of a weight's values."""
+    """The sha256 of a weight's values; of a tensor type that holds others (torchao, quanto) theirs."""
+    if hasattr(weight, "__tensor_flatten__"):
+        inner = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        return hashlib.sha256(" ".join(map(_digest, inner)).encode()).hexdigest()
     values = weight.detach()
     flat = values.reshape(-1)
     # Writing through `.data` leaves the version as it was, hence the sample.

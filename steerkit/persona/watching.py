@@ -24,6 +24,7 @@ from steerkit.evaluate.intervals import Estimate, separability
 from steerkit.evaluate.setup import Setup
 from steerkit.fitting.fitting import fit
 from steerkit.fitting.held_out import apart
+from steerkit.maths.directions import coordinates
 from steerkit.monitor.monitor import Monitor
 from steerkit.network.sites import Site
 from steerkit.persona.traits import TraitSpec
@@ -65,7 +66,7 @@ def watchpoint(setup: Setup, spec: TraitSpec, *, method: str, folded: bool = Fal
     reached = []
     for site in sites:
         direction = every.params(site)["direction"].float()
-        reached.append(apart(acts.positive[site] @ direction, acts.negative[site] @ direction))
+        reached.append(apart(*(coordinates(side[site], direction) for side in (acts.positive, acts.negative))))
     best = sites[reached.index(max(reached))]
     vector = fit(setup.model, setup.tokenizer, data, sites=[best], **options)
     watching = Monitor(setup.model, setup.tokenizer, vector, calibrated=False, **shared)

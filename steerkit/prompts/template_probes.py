@@ -206,7 +206,7 @@ class Probes:
         """
         counts = True
         for probe in (*self._plain, *self._systems, *self._ends):
-            ids = torch.tensor([list(probe.ids)])
+            ids = torch.tensor([list(probe.ids)], dtype=torch.long)
             inside, ended = marks.written("assistant", 0, ids)[0].tolist(), marks.ended(ids)[0].tolist()
             hidden = self.merged and probe.turns[0].role == "system"
             # Some templates write a system prompt of their own where none is given.

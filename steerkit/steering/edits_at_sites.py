@@ -180,7 +180,7 @@ class Edit:
         self, device: torch.device, dtype: torch.dtype, facts: Pass | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
-        active = torch.tensor(self._active, device=device)
+        active = torch.tensor(self._active, device=device, dtype=torch.bool)
         if value.dim() == 1:
             if facts is not None:
                 value, active = facts.expand(value, "strength"), facts.expand(active, "strength")

@@ -104,7 +104,7 @@ class GatePlan:
         if opened is False or self.active is None:
             return opened
         device = facts.device if opened is True else opened.device
-        active = facts.expand(torch.tensor(self.active, device=device), "strength")
+        active = facts.expand(torch.tensor(self.active, device=device, dtype=torch.bool), "strength")
         return active if opened is True else opened & active
 
     def waits(self, facts: Pass) -> bool:

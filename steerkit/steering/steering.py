@@ -21,6 +21,7 @@ from steerkit.errors import ModelError, ScopeError, StrengthError, VectorMismatc
 from steerkit.methods._protocols import LayerInput, ReadsInput, TiedToWeights, editor_of
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.placement import Placement
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.chat_roles import Roles
@@ -150,6 +151,9 @@ class Steering:
             make_compiled_code_see_hooks()
             clock.attach()
             stack.callback(clock.detach)
+            gates = [tap for edit in self._edits if isinstance(edit, GuidedEdit) for tap in edit.guide.taps.values()]
+            placement = Placement(model, [*(edit.tap for edit in self._edits), *gates])
+            stack.enter_context(clock.checking(placement.check))
             guided: set[int] = set()
             for edit in self._edits:
                 if isinstance(edit, GuidedEdit) and id(edit.guide) not in guided:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit._support.precision import full_precision
 from steerkit.errors import ModelError, ScopeError, StrengthError, VectorFileError
 from steerkit.methods._protocols import HasWeightForm, WeightUpdate
 from steerkit.methods._registry import default_strength, method_of
 from steerkit.network.decoder import inner_model
+from steerkit.network.plain_weights import is_plain, refuse_packed
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
 from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.clock import Hook
@@ -75,7 +77,7 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
         drop_shared_prefixes(target)
         undo.callback(_unmark, target)
         target.register_forward_pre_hook(_Edited())
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             for owner, leaf, update in planned:
                 _write(owner, leaf, update, uses[id(getattr(owner, leaf))] > 1, undo)
         yield
@@ -100,8 +102,10 @@ def exact_updates(
         ScopeError: a vector's scope is not `all`.
         StrengthError: a method has no exact weight form, or the strength is not one finite number.
         SiteError: this model has no place for the exact form.
+        ModelError: weights of the model are no parameters.
     """
     updates: list[WeightUpdate] = []
+    refuse_packed(inner_model(model))
     for vector in vectors_of(vectors):
         vector.check(model)
         value = exact_strength(vector, strength)
@@ -151,11 +155,13 @@ def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     owner = getattr(owner, "base_layer", owner)  # a LoRA layer adds to what its base layer gives
-    weight: Tensor | None = getattr(owner, leaf, None)
-    probe = getattr(owner, "weight", None) if weight is None else weight
-    if not isinstance(probe, Tensor) or not probe.is_floating_point():
-        raise ModelError(f"edited: {name} is quantised and cannot be changed in place; load the model unquantised")
-    if probe.device.type == "meta":
+    if not is_plain(owner, leaf):
+        kind = f"{type(owner).__module__.partition('.')[0]}.{type(owner).__name__}"
+        raise ModelError(
+            f"edited: {name} is quantised or packed ({kind}), so a change of it would be rounded or lost; steer with "
+            "hooks, or load the model unquantised"
+        )
+    if (owner.weight if getattr(owner, leaf) is None else getattr(owner, leaf)).is_meta:
         raise ModelError(f"edited: {name} is offloaded and not in memory; load the model without offload")
     return owner, leaf
 

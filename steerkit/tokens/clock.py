@@ -16,7 +16,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +66,7 @@ class PassClock:
         self._names = {id(module): tuple(inspect.signature(module.forward).parameters) for module in (model, body)}
         self._frames, self._texts = GenerateFrames(model), Texts(self._local)
         self._reader = PassReader(model, self._frames, self._texts, self._local)
+        self._checks: list[Callable[[], None]] = []
         self.owner = threading.get_ident()
         self.users = 0
         self._refused: SteerError | None = None
@@ -107,6 +108,19 @@ class PassClock:
         """What a hook has refused in a thread other than the one that steers, once; None if nothing."""
         refused, self._refused = self._refused, None
         return refused
+
+    @contextlib.contextmanager
+    def checking(self, check: Callable[[], None]) -> Iterator[None]:
+        """Ask before every pass whether the model is still the one that was hooked.
+
+        Args:
+            check: raises if it is not. It runs in every pass, so it may cost next to nothing.
+        """
+        self._checks.append(check)
+        try:
+            yield
+        finally:
+            self._checks.remove(check)
 
     @property
     def now(self) -> Pass | None:
@@ -200,9 +214,13 @@ class PassClock:
         """Note the facts of a pass that is about to run.
 
         Raises:
-            ModelError: the model itself gets this mode wrong (a Mamba cache continued by a second `generate`).
+            ModelError: the model itself gets this mode wrong (a Mamba cache continued by a second `generate`), or a
+                hooked module has been replaced.
         """
         live = self._live()
+        if live is None and not torch.compiler.is_compiling():
+            for check in self._checks:
+                check()
         given = self.arguments(module, args, kwargs)
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens

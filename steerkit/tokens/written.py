@@ -89,7 +89,7 @@ class Tokens:
             return index
         if not past < end <= past + facts.width:
             return None
-        index = torch.full((facts.batch,), end - 1 - past, device=facts.device)
+        index = torch.full((facts.batch,), end - 1 - past, device=facts.device, dtype=torch.long)
         if facts.real is None:
             return index
         place = torch.arange(facts.width, device=facts.device)

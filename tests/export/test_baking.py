@@ -485,7 +485,7 @@ def test_models_that_cannot_be_rewritten_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="merge it first"):
         bake(adapted, None, added(adapted), tmp_path / "out")
     model: Any = build("llama")
-    model.is_quantized = True
+    model.hf_quantizer = object()
     with pytest.raises(ModelError, match=r"quantised.*export an adapter"):
         bake(model, None, added(model), tmp_path / "out")
     model = build("llama")

@@ -394,17 +394,24 @@ def test_without_peft_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         write_adapter(build("llama"), None, added(build("llama")), tmp_path / "out")
 
 
-def test_a_quantised_weight_counts_as_what_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """peft knows the packings; here one of its own is played."""
-    layer: Any = nn.Linear(8, 4, bias=False)
-    packed = nn.Module()
-    packed.layer = layer
-    full = layer.weight.detach().clone()
-    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
-    monkeypatch.setattr("peft.utils.integrations.dequantize_module_weight", lambda module: nn.Parameter(full))
-    found = adapter_parts._values(packed, "layer.weight")
+class Packed(nn.Linear):
+    """A layer that keeps whole numbers and a scale."""
+
+    def __init__(self, old: nn.Linear) -> None:
+        super().__init__(old.in_features, old.out_features, bias=False)
+        self.weight = nn.Parameter((old.weight.detach() * 64).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(h, self.weight.to(h) / 64)
+
+
+def test_a_quantised_weight_counts_as_its_layer_acts() -> None:
+    model: Any = build("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = Packed(mlp.down_proj)
+    found = adapter_parts._values(model, "model.layers.0.mlp.down_proj.weight")
     assert found is not None
-    assert torch.equal(found, full)
+    assert torch.equal(found, mlp.down_proj.weight.float() / 64)
 
 
 @pytest.mark.embedded

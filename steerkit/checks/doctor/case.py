@@ -93,7 +93,7 @@ class Case:
         """Random directions of given lengths."""
         generator = torch.Generator().manual_seed(0)
         widths = {site: tap.width for site, tap in locate(self.model, sites).items()}
-        drawn = {site: torch.randn(width, generator=generator) for site, width in widths.items()}
+        drawn = {site: torch.randn(width, generator=generator, dtype=torch.float32) for site, width in widths.items()}
         tensors = {f"{site}/direction": lengths[site] * one / one.norm() for site, one in drawn.items()}
         return SteeringVector(
             method="caa",
@@ -110,13 +110,13 @@ class Case:
 
     def row(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Ids and mask [1, t] of one row."""
-        made = torch.tensor([list(ids)], device=execution_device(self.decoder))
+        made = torch.tensor([list(ids)], device=execution_device(self.decoder), dtype=torch.long)
         return made, torch.ones_like(made)
 
     def rows(self, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:
         """Ids and mask [b, t] of the texts in one padded batch, in their order."""
         batch = batches(self.texts, len(self.texts), pad_id=pad_token_id(self.tokenizer), side=side)[0]
-        order, device = torch.tensor(batch.rows).argsort(), execution_device(self.decoder)
+        order, device = torch.tensor(batch.rows, dtype=torch.long).argsort(), execution_device(self.decoder)
         return batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
 
     def steered(self, strength: Given, lengths: Sequence[int] | None = None) -> Any:

@@ -85,7 +85,7 @@ def _summary(rows: Sequence[Item], name: str, unit: str) -> dict[str, Any]:
         found["correlation_with_score"] = None
     truths = [bool(label) if isinstance(label, int | float) and label in (0, 1) else None for label in labels]
     if True in truths and False in truths:
-        sides = [values[torch.tensor([truth is side for truth in truths])] for side in (True, False)]
+        sides = [values[torch.tensor([truth is side for truth in truths], dtype=torch.bool)] for side in (True, False)]
         try:
             found["auc_of_label"] = estimate(separability(*sides))
         except NotScored:

@@ -48,7 +48,7 @@ def rate(judge: Judge, prompts: Sequence[str], *, low: int, high: int, partly: b
             f"judge {judge.name} scored none of {len(prompts)} prompts; it has to answer with one number from {low} to "
             f"{high} and nothing else: change the rubric or the judge"
         )
-    return torch.tensor([math.nan if score is None else float(score) for score in scores])
+    return torch.tensor([math.nan if score is None else float(score) for score in scores], dtype=torch.float32)
 
 
 def check_judge(spec: str | Judge) -> None:

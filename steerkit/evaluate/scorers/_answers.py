@@ -54,7 +54,7 @@ def token_counts(rendered: Sequence[Rendered]) -> Tensor:
     Args:
         rendered: texts with answers.
     """
-    return torch.tensor([float(len(text.ids) - text.prompt_length) for text in rendered])
+    return torch.tensor([float(len(text.ids) - text.prompt_length) for text in rendered], dtype=torch.float32)
 
 
 def token_kl(steered: Tensor, baseline: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def fork_logits(trial: Trial, forks: Sequence[Fork]) -> Tensor:
     Returns:
         [n, 2] float32 on the CPU.
     """
-    found = torch.empty(len(forks), 2)
+    found = torch.empty(len(forks), 2, dtype=torch.float32)
     for answer in trial.answers([one.text for one in forks]):
         found[answer.row] = answer.logits[-1, list(forks[answer.row].ids)].cpu()
     return found

@@ -62,7 +62,7 @@ class Divergence(Scorer):
         """
         texts = calm_texts(trial.setup)
         # The unsteered model is at no distance from itself; no pass is needed to say so.
-        found = torch.tensor([0.0, 0.0, 1.0, 0.0]).repeat(len(texts), 1)
+        found = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float32).repeat(len(texts), 1)
         if trial.vector is not None:
             for answer in trial.answers(texts, beside=True):
                 found[answer.row] = _compared(answer)

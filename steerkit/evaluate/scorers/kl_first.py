@@ -60,7 +60,7 @@ class FirstDivergence(Scorer):
         answered = [(place, text) for place, text in enumerate(trial.baseline.texts) if text]
         texts = [setup.render(replace(setup.asked[place], answer=text)) for place, text in answered]
         cut = [replace(text, ids=text.ids[: text.prompt_length + self.first]) for text in texts]
-        scores = torch.full((len(setup.asked),), math.nan)
+        scores = torch.full((len(setup.asked),), math.nan, dtype=torch.float32)
         if trial.vector is None:  # at no distance from itself; no pass is needed to say so
             scores[[place for place, _ in answered]] = 0.0
             return {"kl_first": scores}

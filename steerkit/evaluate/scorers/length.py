@@ -42,7 +42,7 @@ class Length(Scorer):
             reads, without end marks. A text of nothing but whitespace is empty.
         """
         rows = [(len(text.split()), self._tokens(trial, text), len(text), not text.strip()) for text in trial.texts]
-        values = torch.tensor([list(map(float, row)) for row in rows])
+        values = torch.tensor([list(map(float, row)) for row in rows], dtype=torch.float32)
         return {name: values[:, place] for place, name in enumerate(self.columns)}
 
     @staticmethod

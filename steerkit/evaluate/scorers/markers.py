@@ -66,4 +66,7 @@ class Markers(Scorer):
             count, words = len(pattern.findall(window)), len(window.split())
             found.append(float(count > 0))
             rates.append(100.0 * count / words if words else 0.0)
-        return {"marker_rate": torch.tensor(found), "markers_per_100_words": torch.tensor(rates)}
+        return {
+            "marker_rate": torch.tensor(found, dtype=torch.float32),
+            "markers_per_100_words": torch.tensor(rates, dtype=torch.float32),
+        }

@@ -26,7 +26,7 @@ from steerkit.evaluate.scorers._answers import activations, calm_texts
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.trial import Trial
-from steerkit.maths.directions import unit
+from steerkit.maths.directions import coordinates, unit
 from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
@@ -79,7 +79,7 @@ class Projection(Scorer):
             SiteError: the model lacks the site.
         """
         if trial.vector is None:
-            return {"projection_change": torch.zeros(len(calm_texts(trial.setup)))}
+            return {"projection_change": torch.zeros(len(calm_texts(trial.setup)), dtype=torch.float32)}
         direction = _direction(trial.vectors)
         after, before = (_projections(each, direction, self.site) for each in (trial, trial.baseline))
         return {"projection_change": after - before}
@@ -117,7 +117,7 @@ class ProjectionAlong(Scorer):
             FitError: the direction has no length.
             SiteError: the model lacks the site.
         """
-        return {"projection": _projections(trial, unit(torch.tensor(self.direction)), self.site)}
+        return {"projection": _projections(trial, unit(torch.tensor(self.direction, dtype=torch.float32)), self.site)}
 
 
 def _direction(vectors: Sequence[SteeringVector]) -> Tensor:
@@ -142,7 +142,7 @@ def _projections(trial: Trial, direction: Tensor, site: str) -> Tensor:
             "give the site at which it was fitted"
         )
     length: Tensor = torch.linalg.vector_norm(baseline, dim=-1).mean()
-    return rows @ direction / length
+    return coordinates(rows, direction) / length
 
 
 def _site(setup: Setup, site: str) -> str:

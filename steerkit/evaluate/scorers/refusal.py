@@ -103,7 +103,10 @@ class Refusal(Scorer):
             raise DataError("refusal: the odds need openings that refuse and openings that comply; give both")
         windows = {"refusal": self.first, "refusal_anywhere": 0}
         rates = {
-            name: torch.tensor([float(is_refusal(text, first=first, markers=self.markers)) for text in trial.texts])
+            name: torch.tensor(
+                [float(is_refusal(text, first=first, markers=self.markers)) for text in trial.texts],
+                dtype=torch.float32,
+            )
             for name, first in windows.items()
         }
         return {**rates, "refusal_odds": self._odds(trial)}

@@ -72,8 +72,8 @@ class Repetition(Scorer):
             raise DataError(f"repetition: n = {self.n}; give a number of words of at least 1")
         counts = [_ngrams(text, self.n) for text in trial.texts]
         return {
-            "repetition": torch.tensor([_repeated(one) for one in counts]),
-            "ngram_entropy": torch.tensor([_evenness(one) for one in counts]),
+            "repetition": torch.tensor([_repeated(one) for one in counts], dtype=torch.float32),
+            "ngram_entropy": torch.tensor([_evenness(one) for one in counts], dtype=torch.float32),
         }
 
 

@@ -58,7 +58,7 @@ class RestrictedAccuracy(Scorer):
                 raise DataError(f"item {number}: both answers are the same tokens; give two that differ")
             forks.append(fork(positive, negative))
         places = [place for place, found in enumerate(forks) if found is not None]
-        scores = torch.full((len(forks),), math.nan)
+        scores = torch.full((len(forks),), math.nan, dtype=torch.float32)
         logits = fork_logits(trial, [found for found in forks if found is not None])
         scores[places] = (logits[:, 0] > logits[:, 1]).float()
         return {"restricted_accuracy": scores}
