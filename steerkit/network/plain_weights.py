@@ -17,6 +17,8 @@ from steerkit.network.bare_copy import bare_copy, put_parameter
 __all__ = ["hidden_weight", "is_plain", "observed_matrix", "refuse_packed"]
 
 _ROWS = 256  # unit vectors that go through a layer at once
+# Where a family's own layers are defined (DeepSeek-V4's grouped projection): not to be had by rows, and not quantised.
+_FAMILIES = ("transformers.models.", "transformers_modules.")
 _FINE = 2.0**-10  # beside 1 in one row: exact in every half type, lost in eight bits
 
 
@@ -32,6 +34,7 @@ def is_plain(module: nn.Module, leaf: str) -> bool:
     if type(value) is not nn.Parameter or not value.is_floating_point() or value.itemsize < 2:
         return False
     own_class = isinstance(module, nn.Linear) and type(module) is not nn.Linear
+    own_class = own_class and not type(module).__module__.startswith(_FAMILIES)
     return not own_class or leaf == "bias" or value.is_meta or _computes_with(module, value)
 
 
