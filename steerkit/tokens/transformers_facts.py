@@ -138,7 +138,7 @@ def columns_cached(
     if cache is None:
         return 0
     try:
-        length = cache.get_seq_length()
+        length = _length(cache)
     except ValueError:  # caches without attention layers (Mamba) do not count
         if isinstance(mask, Tensor) and mask.dim() == 2:
             return max(mask.shape[1] - width, 0)
@@ -151,6 +151,19 @@ def columns_cached(
         if call.boundary is not None:
             return call.columns  # no synchronisation in a decoding step
     return int(length)
+
+
+def _length(cache: Any) -> int | Tensor:
+    """How many columns a cache has seen, as a number or as its counter on the device.
+
+    A cache asks its first layer. MiniMax keeps what linear attention remembers elsewhere, so that there the first layer
+    stays empty for good where it is one of linear attention; then a later one knows.
+    """
+    length: int | Tensor = cache.get_seq_length()
+    if isinstance(length, Tensor) or length:
+        return length
+    counts = [layer.get_seq_length() for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+    return max(counts, default=0)
 
 
 def is_used_recurrent_cache(cache: Any) -> bool:
