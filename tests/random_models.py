@@ -108,15 +108,56 @@ RULES: dict[str, Draw] = {
     "image_size": _constant(16),
     "patch_size": _constant(4),
 }
-SWITCHES = (
-    "attention_bias add_bias_linear bias use_bias mlp_bias qkv_bias use_qkv_bias attention_out_bias conv_bias "
-    "use_conv_bias mamba_conv_bias mamba_proj_bias tie_word_embeddings scale_embedding parallel_attn alibi "
-    "multi_query new_decoder_architecture use_parallel_residual qk_layernorm use_qk_norm norm_topk_prob "
-    "moe_renormalize do_layer_norm_before use_post_norm use_sandwich_norm use_attention_gate attention_k_eq_v "
-    "use_double_wide_mlp enable_moe_block mamba_rms_norm mamba_norm_before_gate use_shared_attention_adapter "
-    "use_mem_rope rope_interleave lm_head_bias is_moe gating norm_bias add_out_norm residual_in_fp32 use_expert_bias "
-    "linear_allow_neg_eigval reorder_and_upcast_attn scale_attn_by_inverse_layer_idx is_decoder"
-).split()
+SWITCHES = frozenset(
+    {
+        "attention_bias",
+        "add_bias_linear",
+        "bias",
+        "use_bias",
+        "mlp_bias",
+        "qkv_bias",
+        "use_qkv_bias",
+        "attention_out_bias",
+        "conv_bias",
+        "use_conv_bias",
+        "mamba_conv_bias",
+        "mamba_proj_bias",
+        "tie_word_embeddings",
+        "scale_embedding",
+        "parallel_attn",
+        "alibi",
+        "multi_query",
+        "new_decoder_architecture",
+        "use_parallel_residual",
+        "qk_layernorm",
+        "use_qk_norm",
+        "norm_topk_prob",
+        "moe_renormalize",
+        "do_layer_norm_before",
+        "use_post_norm",
+        "use_sandwich_norm",
+        "use_attention_gate",
+        "attention_k_eq_v",
+        "use_double_wide_mlp",
+        "enable_moe_block",
+        "mamba_rms_norm",
+        "mamba_norm_before_gate",
+        "use_shared_attention_adapter",
+        "use_mem_rope",
+        "rope_interleave",
+        "lm_head_bias",
+        "is_moe",
+        "gating",
+        "norm_bias",
+        "add_out_norm",
+        "residual_in_fp32",
+        "use_expert_bias",
+        "linear_allow_neg_eigval",
+        "reorder_and_upcast_attn",
+        "scale_attn_by_inverse_layer_idx",
+        "is_decoder",
+    }
+)
 SPECIALS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 OPTIONAL = ("n_inner", "q_lora_rank", "sliding_window")
 KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "indexer_types")

@@ -1,7 +1,7 @@
 """Random small models of every decoder family: what is fitted and steered equals hooks written by hand, or is refused.
 
-`STEERKIT_FUZZ=200 python -m pytest tests/network/test_fuzz.py -m slow -s` draws fewer; `python -m tests.network.test_fuzz`
-does the same without pytest.
+`STEERKIT_FUZZ=200 python -m pytest tests/network/test_fuzz.py -m slow -s` draws fewer than 2,000;
+`python -m tests.network.test_fuzz` does the same without pytest, and takes names of families.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def mean_difference(model: Any, block: nn.Module) -> Tensor:
 
 def mixes_rows(model: Any) -> bool:
     """Whether a row's logits depend on what else is in its batch: experts that share their room, a top-k over pads."""
-    ids, mask = torch.tensor([LONG, SHORT + (0, 0)]), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    ids, mask = torch.tensor([LONG, (*SHORT, 0, 0)]), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     together = model(input_ids=ids, attention_mask=mask).logits
     alone = [model(input_ids=torch.tensor([row])).logits[0] for row in (LONG, SHORT)]
     return any(gap(both[: len(one)], one) > NOISE for both, one in zip(together, alone, strict=True))
@@ -196,15 +196,17 @@ def fuzz(count: int, kinds: list[str] | None = None) -> dict[str, collections.Co
                 break
         seed += 1
     total = sum(found.values(), collections.Counter())
-    for kind, outcomes in found.items():
-        for outcome in ("refused", "wrong"):
-            if outcomes[outcome]:
-                print(f"{kind}: {outcomes[outcome]} {outcome}, first: {reasons[kind][outcome]}")
+    lines = [
+        f"{kind}: {outcomes[outcome]} {outcome}, first: {reasons[kind][outcome]}"
+        for kind, outcomes in found.items()
+        for outcome in ("refused", "wrong")
+        if outcomes[outcome]
+    ]
     never = {kind: reasons[kind]["no model"] for kind, outcomes in found.items() if set(outcomes) == {"no model"}}
-    for kind, why in never.items():
-        print(f"{kind}: never run by transformers as drawn, first: {why}")
+    lines += [f"{kind}: never run by transformers as drawn, first: {why}" for kind, why in never.items()]
     figures = ", ".join(f"{total[name]} {name}" for name in ("equal", "refused", "wrong"))
-    print(f"{drawn} models of {len(found) - len(never)} families: {figures}")
+    lines.append(f"{drawn} models of {len(found) - len(never)} families: {figures}")
+    sys.stdout.write("\n".join([*lines, ""]))
     return found
 
 
