@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
+import transformers as tf
 
 from tests import modes, tolerances
-from tests.families import FAMILIES, FURTHER, build
+from tests.families import FAMILIES, FURTHER, FURTHER_CONFIGS, QUIET, build
 
 SCOPES = ("response", "all", "prompt", "generated", "first(4)", "front", "mid", "back")
 
@@ -79,6 +81,19 @@ def test_covering(family: str) -> None:
 @pytest.mark.parametrize("family", FURTHER)
 def test_covering_of_further_families(family: str) -> None:
     check_all(cell for cell in COVERING_FURTHER if cell[0] == family)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_cache_whose_first_layer_stays_empty_is_counted(scope: str) -> None:
+    """MiniMax keeps the state of linear attention beside its cache, whose layer there has no length for good."""
+    classes, given = FURTHER_CONFIGS["minimax"]
+    assert classes == "MiniMax"
+    torch.manual_seed(0)
+    kinds = ["linear_attention", "full_attention"] * 2
+    model = tf.MiniMaxForCausalLM(tf.MiniMaxConfig(**QUIET, **{**given, "layer_types": kinds})).eval()
+    for one, expected, baseline in modes.run_steered(model, "cached", modes.vector_for(model, scope=scope)):
+        assert modes.gap(one, expected) < 1e-5
+        assert modes.gap(one, baseline) > 1e-3
 
 
 @pytest.mark.slow
