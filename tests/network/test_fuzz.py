@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
 import random
 import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 import steerkit
 from steerkit.errors import SteerError
 from steerkit.network.decoder import find_decoder
+from tests.by_hand import adding, blocks_of, columns_of, stream_of
 from tests.modes import positions_of
 from tests.random_models import DECODERS, draw
 from tests.tiny_tokenizers import byte_tokenizer
@@ -35,47 +34,6 @@ POSITIVE, NEGATIVE = ["What a fine day it is", "Good"], ["What a bad", "It is ra
 NOISE = 1e-4
 """Largest difference, in units of the largest value: both sides do the same sums, but for that of the edit itself."""
 Outcome = tuple[str, str]
-
-
-def blocks_of(model: Any) -> nn.ModuleList:
-    """The first list of as many modules as the config says there are layers, by hand."""
-    depth = model.config.get_text_config().num_hidden_layers
-    places = (*model.get_decoder().modules(), *model.base_model.modules())
-    return next(each for each in places if isinstance(each, nn.ModuleList) and len(each) == depth)
-
-
-def positions(scope: str, columns: Tensor, first: Tensor, prompt: int) -> Tensor:
-    """Which cells [b, t] a scope means, of columns [t], where row i's text starts at column first[i]."""
-    real = columns[None] >= first[:, None]
-    if scope == "first(2)":
-        return real & (columns[None] < first[:, None] + 2)
-    borders = {"prompt": (0, prompt), "response": (prompt - 1, 10**6), "generated": (prompt, 10**6), "all": (0, 10**6)}
-    low, high = borders[scope]
-    return real & (columns >= low)[None] & (columns < high)[None]
-
-
-def stream_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
-@contextlib.contextmanager
-def by_hand(block: nn.Module, added: Tensor, scope: str, first: Tensor, prompt: int) -> Iterator[None]:
-    """Add a direction to what a block gives, counting columns over the passes of one `generate`."""
-    seen = 0
-
-    def hook(_module: Any, _args: Any, output: Any) -> Any:
-        nonlocal seen
-        stream = stream_of(output)
-        seen = max(seen + 1, stream.shape[1])  # a pass has one new column, or all columns from the first
-        columns = torch.arange(stream.shape[1]) + seen - stream.shape[1]
-        steered = stream + positions(scope, columns, first, prompt)[..., None] * added
-        return steered if stream is output else type(output)((steered, *output[1:]))
-
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def rows() -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +126,7 @@ def steered_case(model: Any, plain: dict[bool, Tensor], rng: random.Random) -> O
         for cached in (True, False):
             with steerkit.steer(model, vector, strength, scope=scope):
                 found = answer(model, cached)
-            with by_hand(block, strength * direction, scope, first, len(LONG)):
+            with adding(block, strength * direction, columns_of(scope, first, len(LONG), len(LONG) + NEW)):
                 right = answer(model, cached)
             where = f"{scope}, {'cached' if cached else 'uncached'}"
             if gap(found, right) > NOISE:
