@@ -39,7 +39,8 @@ fitted there is, bit for bit, the tensor that is edited there.
 Where these are in a given model is found by running a block over three tokens and checking
 `resid_post = resid_pre + attn_out + mlp_out` on the numbers, never by the names of modules: `post_attention_layernorm`
 is the norm before the MLP in Llama and the one after attention in Gemma. A kind that a family lacks is refused with the
-reason.
+reason; so is what passes between the blocks where that is not one stream `[b, t, d]`:
+[limits](../explanation/limits.md).
 
 The table is what is found in a small random model of each family: *yes*; *=* another kind's tensor, which then stands
 for it; *some* in some blocks only (models that mix kinds of blocks); empty: refused.

@@ -381,7 +381,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = (FAMILIES | FURTHER)[name]()
+        model = (FAMILIES | FURTHER | FORMS)[name]()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -394,3 +394,71 @@ def shortened(model: Any, blocks: int) -> Any:
     model.model.layers = model.model.layers[:blocks]
     model.config.num_hidden_layers = blocks
     return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other forms: several residual streams, a cache by another name, depths that count cache slots. Outside of FAMILIES,
+# whose tests ask for one stream [b, t, d], keys and values in `past_key_values` and `BLOCKS` blocks.
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+
+
+def _deepseek_v4() -> PreTrainedModel:
+    sizes = {**SIZES, **HEADS, **EXPERTS, **INDEXER, "head_dim": 16, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8}
+    config = tf.DeepseekV4Config(**sizes, **QUIET, partial_rotary_factor=0.5, sliding_window=8)
+    return tf.DeepseekV4ForCausalLM(config)
+
+
+def _hy_v4() -> PreTrainedModel:
+    sizes = {**SIZES, **HEADS, **EXPERTS, **LATENT, **INDEXER, "intermediate_size": 48}
+    return tf.HYV4ForCausalLM(tf.HYV4Config(**sizes, **QUIET))
+
+
+def _qwen4_exp() -> PreTrainedModel:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    sizes = {**SIZES, **HEADS, **experts, **linear, "linear_value_head_dim": 8, "num_key_value_heads": 2, "head_dim": 8}
+    more = {"shared_expert_intermediate_size": 24, "hc_lowrank": 8, "full_attention_interval": 2}
+    indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+    config = tf.Qwen4ExpTextConfig(**sizes, **QUIET, **more, **indexer, indexer_compress_ratio=2)
+    return tf.Qwen4ExpForCausalLM(config)
+
+
+def _gemma3n() -> PreTrainedModel:
+    streams = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4}
+    sizes = {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0] * BLOCKS,
+    }
+    return tf.Gemma3nForCausalLM(tf.Gemma3nTextConfig(**GROUPED, **QUIET, **sizes, **streams))
+
+
+def _rwkv() -> PreTrainedModel:
+    return tf.RwkvForCausalLM(tf.RwkvConfig(**{**SIZES, "intermediate_size": 48}, **QUIET))
+
+
+def _longcat_flash() -> PreTrainedModel:
+    experts = {"n_routed_experts": 4, "moe_topk": 2, "expert_ffn_hidden_size": 24, "zero_expert_num": 2}
+    sizes = {key: value for key, value in SIZES.items() if key != "num_hidden_layers"}
+    heads = {**HEADS, **LATENT, "head_dim": 8, "num_layers": BLOCKS, "ffn_hidden_size": 48}
+    return tf.LongcatFlashForCausalLM(tf.LongcatFlashConfig(**sizes, **heads, **experts, **QUIET))
+
+
+def _hrm_text() -> PreTrainedModel:
+    sizes = {**SIZES, **HEADS, "intermediate_size": 48, "head_dim": 8, "H_cycles": 1, "L_cycles": 2}
+    return tf.HrmTextForCausalLM(tf.HrmTextConfig(**sizes, **QUIET))
+
+
+FORMS: dict[str, Callable[[], PreTrainedModel]] = {
+    "deepseek_v4": _deepseek_v4,
+    "hy_v4": _hy_v4,
+    "qwen4_exp": _qwen4_exp,
+    "gemma3n": _gemma3n,
+    "rwkv": _rwkv,
+    "longcat_flash": _longcat_flash,
+    "hrm_text": _hrm_text,
+}

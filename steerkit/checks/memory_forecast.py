@@ -50,6 +50,7 @@ def forecast_memory(
     config: Any = decoder.model.config.get_text_config()
     size = decoder.model.dtype.itemsize
     inner = getattr(config, "intermediate_size", None) or 4 * decoder.hidden_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # Gemma 3n has one for each block
     tokens = rows * prompt * (6 * decoder.hidden_size + 3 * inner) * size
     cache, note = _cache(decoder, config, rows, prompt + new, size)
     return Memory(
@@ -72,7 +73,7 @@ def _cache(decoder: Decoder, config: Any, rows: int, tokens: int, size: int) -> 
     width = getattr(config, "head_dim", None) or decoder.hidden_size // queries
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"
-    types = getattr(config, "layer_types", None) or [default] * decoder.num_layers
+    types = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers  # blocks, or their cache slots
     kept = {"full_attention": tokens, "sliding_attention": min(tokens, window or tokens)}
     counted = sum(kept.get(kind, 0) for kind in types)
     others = sorted({kind for kind in types if kind not in kept})

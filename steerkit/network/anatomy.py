@@ -18,10 +18,14 @@ from torch import nn
 from steerkit.errors import SiteError
 from steerkit.network.block_trace import Call, Trace
 from steerkit.network.halves import Half, halves_of, is_recurrent
+from steerkit.network.residual_form import TOKENS, form_text, is_token_wise
 from steerkit.network.residual_sum import added_by_halves, gives, is_scaled
 from steerkit.network.structure import is_norm, outermost
 
 __all__ = ["Anatomy", "Place"]
+
+# What may be had inside a block whatever passes between the blocks; `find` may not ask for their sum.
+_INSIDE = ("attn_in", "attn_raw", "z", "mlp_in", "mlp_raw", "mlp_post")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +56,20 @@ class Anatomy:
         trace: what the block did in the probe.
         layer: its index.
         owner: the name of the model's class, for messages.
+        width: of the residual stream, by the config.
         layer_type: the config's word for this block, where it has one.
+
+    Attributes:
+        one_stream: whether what passes between the blocks is one vector for each token. Of several streams no kind is
+            to be had that is the stream itself or is added to it, and what reads them all is no half.
     """
 
-    def __init__(self, trace: Trace, layer: int, owner: str, layer_type: str | None = None) -> None:
+    def __init__(self, trace: Trace, layer: int, owner: str, width: int, layer_type: str | None = None) -> None:
         if trace.entered is None or trace.left is None:
             raise SiteError(f"block {layer} of {owner} did not run, or gave no tensor, in a pass over plain text")
         self.layer = layer
         self.owner = owner
+        self.width = width
         self.entered = trace.entered
         self.left = trace.left
         calls = trace.calls
@@ -69,7 +79,12 @@ class Anatomy:
             parts = outermost(calls)
         self.calls = calls
         self.parts = parts
-        self.halves = halves_of(parts, calls)
+        self.one_stream = all(is_token_wise(seen.tensor.shape, width) for seen in (self.entered, self.left))
+        self.halves = [
+            half
+            for half in halves_of(parts, calls)
+            if self.one_stream or half.first.read is None or half.first.read.values.numel() == TOKENS * width
+        ]
         # Where no module takes a mask, the one that runs first moves information between tokens.
         self.mixers = [half for half in self.halves if half.mixes_tokens] or self.halves[: len(self.halves) > 1]
         self.mlps = [half for half in self.halves if half not in self.mixers]
@@ -94,6 +109,8 @@ class Anatomy:
             return self._place(kind, self._norm_before(kind, half), "output")
         if kind in ("z", "mlp_post"):
             return self._place(kind, self._last_linear(kind, half), "input")
+        if kind.endswith("_raw") and not self.one_stream:
+            return self._place(kind, half.last, "output")
         added, raw = self._added(kind)[self.halves.index(half)]
         if kind.endswith("_raw") and raw is not added:
             return self._place(kind, raw, "output")
@@ -191,6 +208,38 @@ class Anatomy:
             raise self._refuse(self.output_kind(half), f"{half} does not end in one linear layer")
         return found
 
+    def check_one_stream(self) -> None:
+        """Refuse a block between which and its neighbours several streams pass.
+
+        Raises:
+            SiteError: they do.
+        """
+        if not self.one_stream:
+            raise self.several_streams("resid_pre")
+
+    def several_streams(self, kind: str) -> SiteError:
+        """The refusal of a kind that is the residual stream, or is added to it, where there are several.
+
+        Args:
+            kind: what was asked for.
+        """
+        shape = (self.entered if kind == "resid_pre" else self.left).tensor.shape
+        streams, rest = divmod(shape.numel(), TOKENS * self.width)
+        what = f"{streams} residual streams of width {self.width}" if streams > 1 and not rest else "no such stream"
+        inside = " or ".join(f"{other}.{self.layer}" for other in _INSIDE if self._has(other))
+        return self._refuse(
+            kind,
+            f"{form_text(shape)} passes between the blocks, {what}; steerkit steers one stream [b, t, {self.width}], "
+            + (f"so ask for {inside} inside the block" if inside else "and no other site of this block is to be had"),
+        )
+
+    def _has(self, kind: str) -> bool:
+        try:
+            self.find(kind)
+        except SiteError:
+            return False
+        return True
+
     def _refuse(self, kind: str, reason: str) -> SiteError:
         return SiteError(f"{kind}.{self.layer}: {reason} (block {self.layer} of {self.owner})")
 
@@ -251,17 +300,13 @@ class Anatomy:
         if half.experts:
             raise self._refuse(kind, f"{half} routes tokens to `{half.experts}`, so no one layer reads all of them")
         call = next((linear for linear in reversed(half.linears) if is_scaled(linear.gave, half.last.made)), None)
-        if call is None and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
+        if call is None and self.one_stream and half.linears[-1:] == (self._added(kind)[self.halves.index(half)][0],):
             call = half.linears[-1]  # Bloom: the half gives the sum with the residual, not what this layer gives
-        if call is None or call.read is None or call.read.values.shape[:-1].numel() != self._tokens:
+        if call is None or call.read is None or call.read.values.shape[:-1].numel() != TOKENS:
             raise self._refuse(kind, f"{half} does not end in one linear layer that reads every token")
         if kind == "z" and self.recurrent and not any("head" in name for name in vars(half.first.module)):
             raise self._refuse(kind, f"{half} has no heads; ask for mixer_out.{self.layer}")
         return call
-
-    @property
-    def _tokens(self) -> int:
-        return self.left.values.shape[:-1].numel()
 
     @cached_property
     def norms_the_stream(self) -> bool:
@@ -272,8 +317,10 @@ class Anatomy:
         """For each half, the module that gives what it adds to the stream, and the one before a post-norm.
 
         Raises:
-            SiteError: the block's output is not the sum of such parts.
+            SiteError: the block's output is not the sum of such parts, or is several streams.
         """
+        if not self.one_stream:
+            raise self.several_streams(kind)
         chosen = added_by_halves(self.halves, self.parts, self._runs, self.entered, self.left)
         if chosen is None:
             parts = " and ".join(str(half) for half in self.halves)
@@ -285,10 +332,15 @@ class Anatomy:
         """Write down a place.
 
         Raises:
-            SiteError: its module runs more than once in the block, so that an edit there would be made twice.
+            SiteError: its module runs more than once in the block, so that an edit there would be made twice, or the
+                tensor is not one vector for each token.
         """
         if self._runs[call.name] > 1:
             raise self._refuse(kind, f"`{call.name}` runs more than once in a pass")
         seen = call.read if side == "input" else call.gave
         assert seen is not None
-        return Place(kind, call.name, call.module, side, seen.tensor.dim() == 2, seen.tensor.shape[-1])
+        shape = seen.tensor.shape
+        if not is_token_wise(shape) and shape[:-1] != (TOKENS,):
+            verb = "reads" if side == "input" else "gives"
+            raise self._refuse(kind, f"`{call.name}` {verb} {form_text(shape)}, not one vector for each token")
+        return Place(kind, call.name, call.module, side, seen.tensor.dim() == 2, shape[-1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steerkit.errors import SiteError
 
-__all__ = ["Call", "Seen", "Trace", "argument_of", "probe_blocks", "tensor_of"]
+__all__ = ["Call", "Seen", "Trace", "argument_of", "probe_blocks", "run_body", "tensor_of"]
 
 
 def tensor_of(output: Any) -> Any:
@@ -100,8 +100,8 @@ class _Stop(BaseException):
 def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Tensor) -> dict[int, Trace]:
     """Run the decoder body once and note what the modules of some blocks read and give.
 
-    The model is left as it was: hooks, training flags, random state, gradients. Hooks of others stay in force; the
-    probe sees values as they flow on inside a block, and the block's own output before anybody else changes it.
+    Hooks of others stay in force; the probe sees values as they flow on inside a block, and the block's own output
+    before anybody else changes it.
 
     Args:
         body: the decoder without its head.
@@ -115,6 +115,23 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
         SiteError: the body fails on plain token ids.
     """
     traces = {layer: Trace() for layer in blocks}
+    with contextlib.ExitStack() as stack:
+        for layer, block in blocks.items():
+            stack.enter_context(_watch(block, traces[layer], last=layer == max(blocks)))
+        run_body(body, input_ids)
+    return traces
+
+
+def run_body(body: nn.Module, input_ids: Tensor) -> None:
+    """Run the decoder body once, for what hooks see. It is left as it was: training flags, random state, gradients.
+
+    Args:
+        body: the decoder without its head.
+        input_ids: token ids `[1, t]`, on the device where the embedding runs.
+
+    Raises:
+        SiteError: the body fails on plain token ids.
+    """
     devices = {parameter.device.index for parameter in body.parameters() if parameter.device.type == "cuda"}
     options = {"output_hidden_states": False} if getattr(body.config, "output_hidden_states", False) else {}
     with contextlib.ExitStack() as stack:
@@ -123,8 +140,6 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
         stack.enter_context(evaluation_mode(body))
         if "torch._dynamo" in sys.modules:  # otherwise nothing can have been compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer, block in blocks.items():
-            stack.enter_context(_watch(block, traces[layer], last=layer == max(blocks)))
         try:
             body(input_ids=input_ids, use_cache=False, **options)
         except _Stop:
@@ -132,7 +147,6 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
         except Exception as error:
             what = f"{type(body).__name__} does not run on {input_ids.shape[1]} plain tokens"
             raise SiteError(f"{what}, so its sites cannot be found: {type(error).__name__}: {error}") from error
-    return traces
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@
 
 Inside attention, `z` is what its output projection reads; inside the MLP, `mlp_post` is what its down projection reads.
 Layers count blocks from 0. The blocks are the one module list inside the decoder body that is as long as the text
-config says; the modules inside a block are found by running it (`anatomy.py`), never by their names.
+config says, or that has as many cache slots, where a block has several (LongCat-Flash); the modules inside a block are
+found by running it (`anatomy.py`), never by their names.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from steerkit.errors import SiteError
+from steerkit.tokens.transformers_facts import cache_slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,16 +92,21 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise SiteError(f"{owner} is an encoder, its attention is not causal; pass a causal language model")
     if all(parameter.is_meta for parameter in inner.parameters()) and not _is_dispatched(inner):
         raise SiteError(f"{owner} has no weights: all parameters are on the meta device; load it with from_pretrained")
-    blocks = _find_blocks(body, getattr(text, "num_hidden_layers", None), owner)
+    blocks = _find_blocks(body, getattr(text, "num_hidden_layers", None) or 0, owner)
     path = next(name for name, module in inner.named_modules() if module is blocks)
     return Decoder(inner, body, blocks, path, len(blocks), text.hidden_size, config.model_type)
 
 
 def _is_encoder(inner: Any, body: nn.Module) -> bool:
     """Whether no attention module is causal by its own word; where none says, the config and the class do."""
-    flags = [module.is_causal for module in body.modules() if isinstance(getattr(module, "is_causal", None), bool)]
-    if flags:
-        return not any(flags)
+    said = False
+    for module in body.modules():
+        flag = getattr(module, "is_causal", None)
+        if flag is True:
+            return False
+        said = said or flag is False
+    if said:
+        return True
     if not inner.can_generate():
         return True
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -115,17 +122,24 @@ def _is_dispatched(inner: nn.Module) -> bool:
     return any(hasattr(module, "_hf_hook") for module in inner.modules())
 
 
-def _find_blocks(body: nn.Module, num_layers: int | None, owner: str) -> nn.ModuleList:
+_CACHE_SLOTS = "; if it counts cache slots of blocks that run several times in a pass, no block is one layer"
+
+
+def _find_blocks(body: nn.Module, num_layers: int, owner: str) -> nn.ModuleList:
     """The one module list of the length that the config says, not counting lists inside such a list.
 
     Raises:
         SiteError: there is none, there are several, or one block stands in it twice.
     """
-    lists = {name: module for name, module in body.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = _module_lists(body, num_layers)
     fits = {name: module for name, module in lists.items() if len(module) == num_layers}
+    if not fits and num_layers > 0:  # the config may count cache slots
+        fits = {name: module for name, module in lists.items() if cache_slots(module) == set(range(num_layers))}
     outer = [name for name in fits if not any(name.startswith(f"{other}.") for other in fits)]
     if not outer:
         found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+        if any(0 < len(one) < num_layers and num_layers % len(one) == 0 for one in lists.values()):
+            found += _CACHE_SLOTS
         raise SiteError(f"the config of {owner} says {num_layers} blocks, but its module lists are: {found}")
     if len(outer) > 1:
         raise SiteError(
@@ -135,6 +149,20 @@ def _find_blocks(body: nn.Module, num_layers: int | None, owner: str) -> nn.Modu
     if len({id(block) for block in blocks}) < len(blocks):
         raise SiteError(f"{owner} uses one block for several layers of {outer[0]}, so a layer cannot be told apart")
     return blocks
+
+
+def _module_lists(module: nn.Module, num_layers: int, prefix: str = "") -> dict[str, nn.ModuleList]:
+    """The lists inside a module by name, each once; those inside a list of the length asked are not looked for."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, child in module.named_children():
+        inside: dict[str, nn.ModuleList] = {}
+        if isinstance(child, nn.ModuleList):
+            inside[f"{prefix}{name}"] = child
+        if not (inside and len(inside[f"{prefix}{name}"]) == num_layers):
+            inside |= _module_lists(child, num_layers, f"{prefix}{name}.")
+        known = {id(one) for one in found.values()}
+        found |= {path: one for path, one in inside.items() if id(one) not in known}
+    return found
 
 
 def execution_device(decoder: Decoder) -> torch.device:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from steerkit.errors import SiteError
 from steerkit.network.anatomy import Anatomy
 from steerkit.network.block_trace import argument_of, probe_blocks, tensor_of
-from steerkit.network.decoder import execution_device, find_decoder
+from steerkit.network.decoder import find_decoder
+from steerkit.network.residual_form import form_of, is_token_wise, plain_tokens
 from steerkit.network.sites import Site
 
 if TYPE_CHECKING:
@@ -102,7 +101,8 @@ class Tap:
 def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
     """Find the modules and tensors of some sites.
 
-    Every kind but resid_pre and resid_post takes one forward pass over three tokens, up to the deepest block asked.
+    The first time in a model's life, one forward pass over three tokens sees what form its residual stream has. Every
+    kind but resid_pre and resid_post takes another one, up to the deepest block asked.
 
     Args:
         model: as for `find_decoder`.
@@ -113,7 +113,8 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
         same tensor.
 
     Raises:
-        SiteError: a layer outside the model, or a kind that a block does not have; the message says what it has.
+        SiteError: a layer outside the model, or a kind that a block does not have; the message says what it has. Or the
+            residual stream is not one vector [b, t, d] for each token, or a block runs several times in a pass.
     """
     decoder = find_decoder(model)
     asked = list(sites)
@@ -123,6 +124,7 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             last = decoder.num_layers - 1
             where = f"layer {site.layer} is outside 0..{last} of {owner} ({decoder.num_layers} layers)"
             raise SiteError(f"{site}: {where}")
+    _refuse_other_forms(decoder, asked)
     found = anatomies(decoder, {site.layer for site in asked if not site.kind.startswith("resid_")})
     taps = {}
     for site in asked:
@@ -153,15 +155,27 @@ def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
     """
     if not layers:
         return {}
-    input_ids = torch.tensor([[1, 2, 3]], device=execution_device(decoder))
-    with contextlib.ExitStack() as stack:
-        for hook in decoder.model._forward_pre_hooks.values():
-            if hasattr(hook, "suspended"):  # the pass clock of an outer `steer`: the probe is no pass of the user's
-                stack.enter_context(hook.suspended())
+    with plain_tokens(decoder) as input_ids:
         traces = probe_blocks(decoder.body, {layer: decoder.blocks[layer] for layer in sorted(layers)}, input_ids)
     types = getattr(decoder.model.config.get_text_config(), "layer_types", None)
     owner = type(decoder.model).__name__
     return {
-        layer: Anatomy(trace, layer, owner, types[layer] if types is not None else None)
+        layer: Anatomy(trace, layer, owner, decoder.hidden_size, types[layer] if types is not None else None)
         for layer, trace in traces.items()
     }
+
+
+def _refuse_other_forms(decoder: Decoder, sites: Iterable[Site]) -> None:
+    """Refuse sites whose tensor is not one vector of the model's width for each token.
+
+    Raises:
+        SiteError: what passes between the blocks has another form, or a block runs several times in a pass.
+    """
+    for site in sites:
+        form = form_of(decoder, site.layer)
+        if len(form.gave) > 1:
+            what = f"runs {len(form.gave)} times in a pass, so a site of it would be several tensors"
+            raise SiteError(f"{site}: block {site.layer} of {type(decoder.model).__name__} {what}")
+        shapes = {"resid_pre": form.read, "resid_post": form.gave}.get(site.kind, [])
+        if not all(is_token_wise(shape, decoder.hidden_size) for shape in shapes):
+            raise anatomies(decoder, {site.layer})[site.layer].several_streams(site.kind)

@@ -38,10 +38,11 @@ def every_write(decoder: Decoder) -> list[Site]:
 
     Raises:
         SiteError: a block's output is no sum of what its halves add, or norms stand on the stream itself and write it
-            where there is no site.
+            where there is no site, or there are several streams.
     """
     sites = []
     for layer, anatomy in anatomies(decoder, set(range(decoder.num_layers))).items():
+        anatomy.check_one_stream()
         if anatomy.norms_the_stream:
             raise SiteError(
                 f"block {layer} of {type(decoder.model).__name__} norms the residual stream itself, which writes "
@@ -59,13 +60,16 @@ def writing_matrices(decoder: Decoder) -> list[Matrix]:
         decoder: the model's decoder.
 
     Raises:
-        SiteError: a norm or projection comes after one of them, or an adapter or an image encoder writes beside them.
+        SiteError: a norm or projection comes after one of them, an adapter or an image encoder writes beside them, or
+            there are several streams.
     """
     config = decoder.model.config
     if config.get_text_config() is not config:
         raise SiteError(f"{type(decoder.model).__name__} writes images, too, beside its text embeddings")
     with _watching_embeddings(decoder) as seen:
         found = anatomies(decoder, set(range(decoder.num_layers)))
+    for anatomy in found.values():
+        anatomy.check_one_stream()
     matrices = _embeddings(decoder, seen, found[0].entered.values)
     for layer, anatomy in found.items():
         for half in anatomy.halves:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ScopeError, StrengthError
+from steerkit.errors import ScopeError, SiteError, StrengthError
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import LayerInput, NeedsPrompt, Params
 from steerkit.methods._registry import default_strength
@@ -132,6 +132,11 @@ class Edit:
             shape = facts.batch, facts.width, -1
             read = None if read is None else read.reshape(shape)
             return self._write(h.reshape(shape), read, facts, tokens, compiling).reshape(h.shape)
+        if h.shape[:-1] != (facts.batch, facts.width):  # no mask is laid over anything else
+            raise SiteError(
+                f"{self.tap.site}: {list(h.shape)} came from {self.tap.name} in a pass of {facts.batch} rows and "
+                f"{facts.width} tokens; steerkit writes [b, t, d]"
+            )
         return self._write(h, read, facts, tokens, compiling)
 
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:

@@ -26,6 +26,9 @@ from steerkit.tokens.transformers_facts import (
 
 __all__ = ["PassReader"]
 
+_UNCOUNTED = "a recurrent cache does not say how many tokens it has seen; pass attention_mask over all of them"
+_UNSEEN = "generate feeds this model only what is new, and its cache is no argument that is known; pass use_cache=False"
+
 
 class PassReader:
     """Reads the facts of one model's passes.
@@ -64,12 +67,13 @@ class PassReader:
         facts["given"] = ids if isinstance(ids, Tensor) and ids.shape[:2] == (batch, width) else None
         facts["expands"] = compiling or call is not None or cache is not None
         if past is None:
-            reason = "a recurrent cache does not say how many tokens it has seen; pass attention_mask over all of them"
-            return Pass(**facts, past=0, only_all=reason)
+            return Pass(**facts, past=0, only_all=_UNCOUNTED)
         facts["past"] = past
         if is_packed(given):
             return Pass(**facts, only_all=PACKED)
         own_sequence = call is not None and not compiling and given.get("logits_to_keep") is None and self._tells
+        if cache is None and call is not None and not compiling and not own_sequence and self._goes_on(width):
+            return Pass(**facts, only_all=_UNSEEN)
         facts["is_apart"] = own_sequence
         self._read_end(facts, cache, None if own_sequence else call, given)
         if not compiling:
@@ -77,6 +81,11 @@ class PassReader:
             facts |= getattr(self._local, "aside", None) or {}
         self._read_pads(facts, mask, cache, call, given)
         return Pass(**facts)
+
+    def _goes_on(self, width: int) -> bool:
+        """Whether a pass without a cache carries less than the text of its `generate` call."""
+        text = self._frames.text()
+        return text is not None and width < text.shape[1]
 
     def _read_end(self, facts: dict[str, Any], cache: Any, call: GenerateCall | None, given: Mapping[str, Any]) -> None:
         """Where the prompt ends, and whether this is a decoding step."""

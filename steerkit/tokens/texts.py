@@ -7,6 +7,7 @@ forgotten with it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from typing import Any, NamedTuple
@@ -142,5 +143,6 @@ class Texts:
             boundary = past + width - (keep - 1)
         else:
             return None
-        known[id(cache)] = (weakref.ref(cache), boundary)
+        with contextlib.suppress(TypeError):  # RWKV's state is a list, which cannot be recognised in the next pass
+            known[id(cache)] = (weakref.ref(cache), boundary)
         return boundary

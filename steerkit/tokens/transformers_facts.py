@@ -7,7 +7,8 @@ of a cache are filled. All three can be had:
   frame on the Python stack, in every mode of decoding.
 * The ids of the text so far are a local variable of the loop that decodes, whichever rows beams and rejected
   candidates have moved.
-* A cache says its length, as a number or as a counter on the device; a Mamba cache says only whether it was used.
+* A cache says its length, as a number or as a counter on the device; a Mamba cache says only whether it was used, and
+  what is no cache object (RWKV's state, a list of tensors) says nothing.
 
 When transformers renames one of these, this file changes and no other.
 """
@@ -29,19 +30,22 @@ __all__ = [
     "CACHE_ARGUMENTS",
     "GenerateFrames",
     "cache_of",
+    "cache_slots",
     "can_be_cut",
     "columns_cached",
     "first_of_real",
     "forget_past",
     "is_packed",
     "is_static",
+    "is_used_cache_without_length",
     "is_used_recurrent_cache",
     "keep_past",
     "mask_of_layers",
     "real_of_diagonal",
 ]
 
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")  # what a model's forward calls its cache; Mamba's the second
+# What a model's forward calls its cache: most of them, Mamba, RWKV, XLNet, Reformer.
+CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _PROMPT, _SETTINGS = "input_ids", "generation_config"  # locals of `generate`
 # What the loop that decodes calls the ids of the whole text: with candidates, of beams, else.
 _TEXT = ("candidate_input_ids", "flat_running_sequences", "input_ids")
@@ -107,8 +111,20 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     Args:
         given: the pass's arguments by name.
     """
-    cache = given.get("past_key_values")
-    return given.get("cache_params") if cache is None else cache
+    return next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
+
+
+def cache_slots(module: nn.Module) -> set[int]:
+    """Which layers of a cache the modules inside a module write.
+
+    Args:
+        module: any part of a model.
+
+    Returns:
+        Their numbers, counted from 0; nothing where the modules do not say.
+    """
+    numbers = (getattr(part, "layer_idx", None) for part in module.modules())
+    return {number for number in numbers if isinstance(number, int)}
 
 
 def is_packed(given: Mapping[str, Any]) -> bool:
@@ -127,7 +143,7 @@ def columns_cached(
 
     Args:
         cache: the pass's cache.
-        mask: its attention mask, from which a Mamba cache's length follows.
+        mask: its attention mask, from which the length of a cache that does not count follows.
         width: columns in the pass.
         call: the `generate` call that it belongs to.
         compiling: whether the pass is being compiled.
@@ -137,14 +153,15 @@ def columns_cached(
     """
     if cache is None:
         return 0
-    try:
-        length = _length(cache)
-    except ValueError:  # caches without attention layers (Mamba) do not count
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+    length = _length_of(cache)
+    if length is None:
+        seen = is_used_cache_without_length(cache)
+        # A mask over this pass alone says nothing of what was seen before it.
+        if isinstance(mask, Tensor) and mask.dim() == 2 and (mask.shape[1] > width or not seen):
             return max(mask.shape[1] - width, 0)
-        if call is not None:
+        if call is not None and not (seen and call.boundary is None):
             return call.columns
-        return None if is_used_recurrent_cache(cache) else 0
+        return None if seen else 0
     if isinstance(length, Tensor):
         if compiling or call is None:
             return length.clone()  # block 0 increments the live counter in place
@@ -153,33 +170,43 @@ def columns_cached(
     return int(length)
 
 
-def _length(cache: Any) -> int | Tensor:
-    """How many columns a cache has seen, as a number or as its counter on the device.
-
-    A cache asks its first layer. MiniMax keeps what linear attention remembers elsewhere, so that there the first layer
-    stays empty for good where it is one of linear attention; then a later one knows.
-    """
-    length: int | Tensor = cache.get_seq_length()
-    if isinstance(length, Tensor) or length:
-        return length
-    counts = [layer.get_seq_length() for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
-    return max(counts, default=0)
-
-
 def is_used_recurrent_cache(cache: Any) -> bool:
-    """Whether a cache has only recurrent layers and has seen tokens.
+    """Whether a cache object has only recurrent layers and has seen tokens.
 
     Args:
         cache: any cache of transformers, or None.
     """
-    if cache is None:
+    return hasattr(cache, "get_seq_length") and is_used_cache_without_length(cache)
+
+
+def is_used_cache_without_length(cache: Any) -> bool:
+    """Whether a cache has seen tokens and does not say how many.
+
+    Args:
+        cache: what a pass was given as its cache, or None. What is no cache object was made by an earlier pass.
+    """
+    if cache is None or _length_of(cache) is not None:
         return False
+    used = getattr(cache, "has_previous_state", not hasattr(cache, "get_seq_length"))
+    return bool(used() if callable(used) else used)
+
+
+def _length_of(cache: Any) -> Any:
+    """The length a cache says it has, a number or a counter []; None where it does not count.
+
+    A cache asks its first layer. MiniMax keeps what linear attention remembers elsewhere, so that there the first layer
+    stays empty for good where it is one of linear attention; then a later one knows.
+    """
+    if not hasattr(cache, "get_seq_length"):
+        return None
     try:
-        cache.get_seq_length()
-    except ValueError:
-        used = getattr(cache, "has_previous_state", False)
-        return bool(used() if callable(used) else used)
-    return False
+        length = cache.get_seq_length()
+    except ValueError:  # without attention layers (Mamba)
+        return None
+    if isinstance(length, Tensor) or length:
+        return length
+    layers = getattr(cache, "layers", ())
+    return max((layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")), default=0)
 
 
 def can_be_cut(cache: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from steerkit.errors import VectorMismatchError
-from steerkit.network.decoder import inner_model
+from steerkit.network.decoder import find_decoder, inner_model
 
 __all__ = ["model_facts", "public_id", "same_id", "template_digest"]
 
@@ -27,6 +27,7 @@ def model_facts(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
 
     Raises:
         VectorMismatchError: the model has no transformers config.
+        SiteError: it is no decoder whose blocks can be found.
     """
     config: Any = getattr(inner_model(model), "config", None)
     if not hasattr(config, "get_text_config"):
@@ -36,7 +37,7 @@ def model_facts(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     return {
         "model_type": text.model_type,
         "hidden_size": text.hidden_size,
-        "num_layers": text.num_hidden_layers,
+        "num_layers": find_decoder(model).num_layers,
         "model_id": public_id(name) if name else None,
         "model_revision": getattr(config, "_commit_hash", None),
         "chat_template_sha256": template_digest(tokenizer),

@@ -73,6 +73,21 @@ def test_a_healthy_model_passes_uncompiled(family: str) -> None:
     check_healthy(family, QUICK)
 
 
+@pytest.mark.parametrize("family", ["gemma3n", "qwen4_exp", "longcat_flash"])
+def test_healthy_models_of_other_forms_pass(family: str) -> None:
+    """Where several streams pass between the blocks, the direction is added inside one."""
+    check_healthy(family, QUICK)
+
+
+def test_a_model_s_own_faults_are_told_from_steering_s() -> None:
+    """RWKV reads pads as text, and its cached steps mix the rows of a batch; single rows are right."""
+    findings = examine(build("rwkv"))
+    assert failed(findings) == {"cache", "pads", "rows"}
+    for check in ("pads", "rows"):
+        assert "the model itself is wrong there" in findings[check].reason
+    assert "[2, 2, 32] came from rwkv.blocks.1 in a pass of 2 rows and 1 tokens" in findings["cache"].reason
+
+
 class HookShy(LlamaForCausalLM):
     """Gives other logits when somebody has hooked a block."""
 

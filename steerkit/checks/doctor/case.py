@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerkit.activations.reading import position_inputs
 from steerkit.activations.recording import record
-from steerkit.errors import SteerError
+from steerkit.errors import SiteError, SteerError
 from steerkit.network.decoder import Decoder, execution_device, inner_model
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -64,8 +64,12 @@ class Case:
 
     @cached_property
     def site(self) -> Site:
-        """Where the direction is added."""
-        return Site((self.decoder.num_layers - 1) // 2)
+        """Where the direction is added: after a middle block, or in it where several streams pass between blocks."""
+        middle = (self.decoder.num_layers - 1) // 2
+        for kind in ("resid_post", "mlp_raw", "attn_raw"):
+            with contextlib.suppress(SiteError):
+                return next(iter(locate(self.model, [Site(middle, kind)])))
+        return Site(middle)  # each check says why it is not to be had
 
     @cached_property
     def vector(self) -> SteeringVector:
