@@ -63,7 +63,7 @@ def answer(model: Any, cached: bool) -> Tensor:
 def mean_difference(model: Any, block: nn.Module) -> Tensor:
     """The mean over positive texts of what a block gives at the last token, less that over negative texts."""
     given: list[Tensor] = []
-    handle = block.register_forward_hook(lambda _module, _args, output: given.append(stream_of(output)[0, -1]))
+    handle = block.register_forward_hook(lambda _module, _args, output: given.append(stream_of(output)[0, -1].clone()))
     sides = []
     for texts in (POSITIVE, NEGATIVE):
         for text in texts:
