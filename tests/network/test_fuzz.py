@@ -1,8 +1,8 @@
 """Random small models of every decoder family: what is fitted and steered equals hooks written by hand, or is refused.
 
-`STEERKIT_FUZZ=200 python -m pytest tests/network/test_fuzz.py -m slow -s` draws fewer than 2,000, and
-`STEERKIT_FUZZ_SECONDS` ends it sooner; `python -m tests.network.test_fuzz` does the same without pytest, and takes names
-of families.
+`STEERKIT_FUZZ=200 python -m pytest tests/network/test_fuzz.py -m slow -s` draws fewer than 2,000 models, and
+`STEERKIT_FUZZ_SECONDS` ends it sooner; `python -m tests.network.test_fuzz` does the same without pytest, and takes
+names of families.
 """
 
 from __future__ import annotations
