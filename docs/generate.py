@@ -148,11 +148,11 @@ def sites() -> str:
 def _table() -> str:
     from steerkit.network import anatomies, find_decoder
     from steerkit.network.sites import KINDS
-    from tests.families import FAMILIES, build
+    from tests.families import FAMILIES, FURTHER, build
 
     shown = [kind for kind in KINDS if not kind.startswith("resid_")]
     lines = ["| family | " + " | ".join(f"`{kind}`" for kind in shown) + " |", "| --- " * (len(shown) + 1) + "|"]
-    for name in FAMILIES:
+    for name in (*FAMILIES, *FURTHER):
         if name != "llama_peft":
             decoder = find_decoder(build(name))
             blocks = anatomies(decoder, set(range(decoder.num_layers)))

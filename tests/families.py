@@ -6,6 +6,7 @@ name gives the same weights, whatever was built before, and leaves the global ra
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -220,6 +221,159 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Further families, chosen to differ in form. Tests take a covering choice of them, all cells under slow.
+
+LINEAR, FULL, SLIDING, HYBRID = "linear_attention", "full_attention", "sliding_attention", "hybrid"
+ALTERNATING = {"layer_types": [LINEAR, FULL, LINEAR, FULL]}
+WINDOWS = {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ROUTED = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+SPACE = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+SPACES = {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+SCALED = {"residual_multiplier": 0.5, "embedding_multiplier": 2.0, "attention_multiplier": 0.5, "logits_scaling": 0.5}
+GPT = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": BLOCKS, "n_head": 4, "n_positions": MAX_POSITIONS}
+DEPTH = {"n_layers": BLOCKS, "n_heads": 4, "d_model": HIDDEN, "max_seq_len": MAX_POSITIONS}
+NEEDED = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ALL_HEADS = {**GROUPED, "num_key_value_heads": 4}
+
+# What the classes of a family are called in transformers, and what its config is given beside `QUIET`.
+FURTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Halves side by side, one norm for both or one each.
+    "gptj": ("GPTJ", {**GPT, "initializer_range": 0.2, "rotary_dim": 4}),
+    "codegen": ("CodeGen", {**GPT, "initializer_range": 0.2, "rotary_dim": 4}),
+    "phi": ("Phi", ALL_HEADS),
+    "stablelm": ("StableLm", {**GROUPED, "use_parallel_residual": True}),
+    "cohere2": ("Cohere2", {**GROUPED, **WINDOWS, "head_dim": 8, "logit_scale": 1.0}),
+    # Attention and positions of their own: one key head, local windows, ALiBi, some blocks without positions, latents.
+    "gpt_bigcode": ("GPTBigCode", {**GPT, "initializer_range": 0.2}),
+    "gpt_neo": (
+        "GPTNeo",
+        {
+            **SIZES,
+            "num_heads": 4,
+            "num_layers": BLOCKS,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 8,
+        },
+    ),
+    "mpt": ("Mpt", {**DEPTH, "vocab_size": VOCAB, "initializer_range": 0.2, "expansion_ratio": 2, "use_cache": True}),
+    "starcoder2": ("Starcoder2", {**GROUPED, "sliding_window": 8}),
+    "persimmon": ("Persimmon", {**SIZES, **HEADS, "intermediate_size": 48}),
+    "biogpt": ("BioGpt", {**SIZES, **HEADS, "intermediate_size": 48}),
+    "xglm": (
+        "XGLM",
+        {
+            "d_model": HIDDEN,
+            "ffn_dim": 48,
+            "num_layers": BLOCKS,
+            "attention_heads": 4,
+            "init_std": 0.2,
+            "vocab_size": VOCAB,
+        },
+    ),
+    "diffllama": ("DiffLlama", GROUPED),
+    "smollm3": ("SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1, 0]}),
+    "seed_oss": ("SeedOss", {**GROUPED, "head_dim": 16}),
+    "nemotron": ("Nemotron", {**GROUPED, "head_dim": 8}),
+    "helium": ("Helium", {**GROUPED, "head_dim": 8}),
+    "apertus": ("Apertus", GROUPED),
+    "nanochat": ("NanoChat", GROUPED),
+    "modernbert_decoder": (
+        "ModernBertDecoder",
+        {**SIZES, **HEADS, "intermediate_size": 48, "local_attention": 8, **NEEDED},
+    ),
+    # Norms after the halves, before them and after, or on the stream.
+    "glm4": ("Glm4", {**GROUPED, "head_dim": 8}),
+    "exaone4": ("Exaone4", {**GROUPED, **WINDOWS}),
+    "vaultgemma": ("VaultGemma", {**GROUPED, **WINDOWS, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "openai_gpt": ("OpenAIGPT", {**GPT, "initializer_range": 0.2}),
+    # What a half adds is multiplied; inputs of each block's own; blocks that share keys and values.
+    "granite": ("Granite", {**GROUPED, **SCALED}),
+    "minicpm3": ("MiniCPM3", {**ALL_HEADS, **LATENT}),
+    "gemma4_text": (
+        "Gemma4",
+        {**GROUPED, **WINDOWS, "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+    ),
+    # State spaces, convolutions and linear attention, alone and between blocks of attention.
+    "mamba2": ("Mamba2", {**SIZES, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 4}),
+    "falcon_mamba": ("FalconMamba", {**SIZES, "state_size": 8}),
+    "jamba": (
+        "Jamba",
+        {
+            **GROUPED,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "bamba": ("Bamba", {**GROUPED, **SPACE, "attn_layer_indices": [1, 3]}),
+    "falcon_h1": ("FalconH1", {**GROUPED, **SPACE, "mamba_d_ssm": 64, "ssm_out_multiplier": 0.5}),
+    "nemotron_h": (
+        "NemotronH",
+        {
+            **{name: size for name, size in GROUPED.items() if name != "num_hidden_layers"},
+            **SPACES,
+            "layers_block_type": [LINEAR, "mlp", FULL, "mlp"],
+            **{"head_dim": 8, "initializer_range": 0.1, "chunk_size": 8},
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        {**GROUPED, **SPACE, **ALTERNATING, **SCALED, "num_local_experts": 4, "shared_intermediate_size": 24},
+    ),
+    "zamba2": (
+        "Zamba2",
+        {
+            **ALL_HEADS,
+            **{"mamba_d_state": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 4, "adapter_rank": 8},
+            **{"layers_block_type": [LINEAR, HYBRID] * 2, "initializer_range": 0.1},
+        },
+    ),
+    "lfm2": ("Lfm2", {**GROUPED, "layer_types": ["conv", FULL, "conv", FULL]}),
+    "minimax": (
+        "MiniMax",
+        {**GROUPED, "layer_types": [FULL, LINEAR] * 2, "num_local_experts": 4, "block_size": 4},
+    ),
+    "olmo_hybrid": ("OlmoHybrid", {**ALL_HEADS, **ALTERNATING, **DELTA, "linear_num_key_heads": 4}),
+    "qwen3_5": ("Qwen3_5", {**GROUPED, **ALTERNATING, **DELTA, "head_dim": 8}),
+    "kimi_linear": (
+        "KimiLinear",
+        {
+            **{**ALL_HEADS, **LATENT, **ALTERNATING, **EXPERTS, "num_experts": 4, "num_experts_per_token": 2},
+            **{"linear_head_dim": 8, "linear_num_heads": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+        },
+    ),
+    # Experts chosen by a sigmoid, or of another kind.
+    "deepseek_v3": ("DeepseekV3", {**ALL_HEADS, **LATENT, **ROUTED, "first_k_dense_replace": 1}),
+    "glm4_moe": ("Glm4Moe", {**GROUPED, **ROUTED, "head_dim": 8, "first_k_dense_replace": 1}),
+    "dots1": ("Dots1", {**GROUPED, **ROUTED, "first_k_dense_replace": 1}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", {**GROUPED, "moe_intermediate_size": 24, "moe_k": 2, "moe_num_experts": 4}),
+    "llama4_text": (
+        "Llama4",
+        {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "attention_chunk_size": 64},
+    ),
+    "jetmoe": ("JetMoe", {**SIZES, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 24}),
+    "olmoe": ("Olmoe", {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
+def _further(name: str) -> PreTrainedModel:
+    classes, given = FURTHER_CONFIGS[name]
+    model = getattr(tf, f"{classes}ForCausalLM", None) or getattr(tf, f"{classes}LMHeadModel")
+    config = getattr(tf, f"{classes}TextConfig", None) or getattr(tf, f"{classes}Config")
+    return model(config(**QUIET | given))
+
+
+FURTHER: dict[str, Callable[[], PreTrainedModel]] = {
+    name: functools.partial(_further, name) for name in FURTHER_CONFIGS
+}
+
+
 def build(name: str, seed: int = 0) -> PreTrainedModel:
     """A fresh model of one family in evaluation mode, float32, with the same weights every time.
 
@@ -227,7 +381,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = {**FAMILIES, **FORMS}[name]()
+        model = (FAMILIES | FURTHER | FORMS)[name]()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -244,6 +245,31 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("mamba", "chunked_to_one"): "no chunked prefill with a recurrent cache",
     ("mamba", "prompt_lookup"): "no assisted decoding with a recurrent cache",
     ("qwen3_next", "prompt_lookup"): "no assisted decoding with a recurrent cache",
+    ("gpt_neo", "static_cache"): "a window over a static cache sees other tokens (transformers 5.23)",
+    ("jamba", "chunked_prefill"): "a second chunk starts from an empty state (transformers 5.23)",
+    ("jamba", "chunked_to_one"): "a second chunk starts from an empty state (transformers 5.23)",
+    **{
+        ("minimax", mode): "beams do not move the linear cache (transformers 5.23)"
+        for mode in ("beams", "per_row_beams")
+    },
+    **dict.fromkeys(
+        itertools.product(
+            ("mamba2", "falcon_mamba", "minimax", "openai_gpt"), ("chunked_prefill", "chunked_to_one", "prompt_lookup")
+        ),
+        "no cache of tokens that could be filled in chunks or cut",
+    ),
+    **dict.fromkeys(
+        itertools.product(
+            ("jamba", "bamba", "falcon_h1", "nemotron_h", "granitemoehybrid", "zamba2", "olmo_hybrid", "qwen3_5"),
+            ("prompt_lookup",),
+        ),
+        "no assisted decoding with a recurrent cache",
+    ),
+    ("kimi_linear", "prompt_lookup"): "no assisted decoding with a recurrent cache",
+    **dict.fromkeys(
+        itertools.product(("bamba", "falcon_h1", "nemotron_h", "zamba2", "openai_gpt"), ("inputs_embeds",)),
+        "the class takes no inputs_embeds in generate",
+    ),
 }
 
 

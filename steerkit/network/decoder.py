@@ -86,6 +86,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise SiteError(f"{owner} is an encoder-decoder; only decoders can be steered, such as LlamaForCausalLM")
     text = config.get_text_config()
     body = inner.get_decoder()
+    if not hasattr(body, "get_input_embeddings"):  # ModernBERT calls its head a decoder
+        body = inner.base_model
     if _is_encoder(inner, body):
         raise SiteError(f"{owner} is an encoder, its attention is not causal; pass a causal language model")
     if all(parameter.is_meta for parameter in inner.parameters()) and not _is_dispatched(inner):

@@ -216,13 +216,21 @@ def is_used_cache_without_length(cache: Any) -> bool:
 
 
 def _length_of(cache: Any) -> Any:
-    """The length a cache says it has, a number or a counter []; None where it does not count."""
+    """The length a cache says it has, a number or a counter []; None where it does not count.
+
+    A cache asks its first layer. MiniMax keeps what linear attention remembers elsewhere, so that there the first layer
+    stays empty for good where it is one of linear attention; then a later one knows.
+    """
     if not hasattr(cache, "get_seq_length"):
         return None
     try:
-        return cache.get_seq_length()
+        length = cache.get_seq_length()
     except ValueError:  # without attention layers (Mamba)
         return None
+    if isinstance(length, Tensor) or length:
+        return length
+    layers = getattr(cache, "layers", ())
+    return max((layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")), default=0)
 
 
 def can_be_cut(cache: Any) -> bool:

@@ -14,10 +14,11 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from steerkit.errors import SiteError
+from steerkit.network.anatomy import Anatomy
 from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.network.sites import KIND_HELP, KINDS, Site, layers_text, parse_layers, sites_text
-from steerkit.network.tap import Tap, locate
-from tests.families import BLOCKS, FAMILIES, GROUPED, HIDDEN, QUIET, VOCAB, build
+from steerkit.network.tap import Tap, anatomies, locate
+from tests.families import BLOCKS, FAMILIES, FURTHER, GROUPED, HIDDEN, QUIET, VOCAB, build
 
 family = lru_cache(maxsize=None)(build)
 
@@ -384,6 +385,53 @@ def test_the_input_of_a_block_is_the_output_of_the_one_before(name: str) -> None
     with captured(locate(model, [Site(1), Site(2, "resid_pre")]), clone=False) as seen:
         run(model)
     assert seen[Site(1)] is seen[Site(2, "resid_pre")]
+
+
+def sites_of(name: str) -> dict[Site, Tap]:
+    """Every site that a further family has, by canonical name."""
+    found: dict[Site, Tap] = {}
+    anatomy = anatomies(find_decoder(family(name)), set(range(BLOCKS)))
+    for layer in range(BLOCKS):
+        kinds = [kind for kind in KINDS if kind.startswith("resid_") or has(anatomy[layer], kind)]
+        found |= locate(family(name), [Site(layer, kind) for kind in kinds])
+    return found
+
+
+def has(anatomy: Anatomy, kind: str) -> bool:
+    with contextlib.suppress(SiteError):
+        return bool(anatomy.find(kind))
+    return False
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_sites_of_further_families_are_what_they_are_called(name: str) -> None:
+    """Blocks follow each other, what halves add sums up, and what is written is what is read."""
+    model, taps = family(name), sites_of(name)
+    decoder = find_decoder(model)
+    assert (decoder.num_layers, len(decoder.blocks), decoder.hidden_size) == (BLOCKS, BLOCKS, HIDDEN)
+    with captured(taps) as before:
+        plain = run(model).logits
+    for layer in range(BLOCKS):
+        if layer:
+            assert torch.equal(before[Site(layer, "resid_pre")], before[Site(layer - 1)])
+        halves = [site for site in taps if site.layer == layer and site.kind.endswith("_out")]
+        mixes = any(site.kind in ("attn_out", "mixer_out") for site in halves)
+        if name != "openai_gpt" and (len(halves) == 2 or (name in ("mamba2", "falcon_mamba") and mixes)):
+            left = before[Site(layer)]
+            total = before[Site(layer, "resid_pre")] + sum(before[site].reshape(left.shape) for site in halves)
+            assert (total - left).abs().max() <= 1e-5 * left.abs().max(), layer
+    for site, tap in taps.items():
+        if site.layer == 1:
+            with shifted(tap), captured({site: tap}) as after:
+                steered = run(model).logits
+            assert torch.equal(after[site], before[site] + 1), site
+            assert not torch.equal(steered, plain), site
+
+
+def test_a_head_by_the_name_of_decoder_is_not_taken_for_one() -> None:
+    model = family("modernbert_decoder")
+    assert isinstance(model.get_decoder(), nn.Linear)
+    assert find_decoder(model).path == "model.layers"
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon", "gemma2", "gpt_neox", "mamba", "olmo2", "opt_post"])

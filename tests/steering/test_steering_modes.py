@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
+import transformers as tf
 
 from tests import modes, tolerances
-from tests.families import FAMILIES, build
+from tests.families import FAMILIES, FURTHER, FURTHER_CONFIGS, QUIET, build
 
 SCOPES = ("response", "all", "prompt", "generated", "first(4)", "front", "mid", "back")
 
@@ -47,10 +50,20 @@ COVERING = sorted(
 EVERYTHING = sorted(set(itertools.product(FAMILIES, SCOPES, modes.MODES)) - set(COVERING))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_covering(family: str) -> None:
+# Every further family in every scope: cached, uncached and padded, and five of the other modes in turn.
+BASIC = ("cached", "uncached", "left_padded")
+OTHERS = tuple(mode for mode in modes.MODES if mode not in BASIC)
+COVERING_FURTHER = [
+    (family, SCOPES[(place + number) % len(SCOPES)], mode)
+    for number, family in enumerate(FURTHER)
+    for place, mode in enumerate((*BASIC, *(OTHERS[(5 * number + step) % len(OTHERS)] for step in range(5))))
+]
+EVERYTHING_FURTHER = set(itertools.product(FURTHER, SCOPES, modes.MODES)) - set(COVERING_FURTHER)
+
+
+def check_all(cells: Iterable[tuple[str, str, str]]) -> None:
     failures = []
-    for _, scope, mode in (cell for cell in COVERING if cell[0] == family):
+    for family, scope, mode in cells:
         try:
             check(family, scope, mode)
         except pytest.skip.Exception:
@@ -60,13 +73,42 @@ def test_covering(family: str) -> None:
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_covering(family: str) -> None:
+    check_all(cell for cell in COVERING if cell[0] == family)
+
+
+@pytest.mark.parametrize("family", FURTHER)
+def test_covering_of_further_families(family: str) -> None:
+    check_all(cell for cell in COVERING_FURTHER if cell[0] == family)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_cache_whose_first_layer_stays_empty_is_counted(scope: str) -> None:
+    """MiniMax keeps the state of linear attention beside its cache, whose layer there has no length for good."""
+    classes, given = FURTHER_CONFIGS["minimax"]
+    assert classes == "MiniMax"
+    torch.manual_seed(0)
+    kinds = ["linear_attention", "full_attention"] * 2
+    model = tf.MiniMaxForCausalLM(tf.MiniMaxConfig(**QUIET, **{**given, "layer_types": kinds})).eval()
+    for one, expected, baseline in modes.run_steered(model, "cached", modes.vector_for(model, scope=scope)):
+        assert modes.gap(one, expected) < 1e-5
+        assert modes.gap(one, baseline) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FURTHER)
+def test_full_product_of_further_families(family: str) -> None:
+    check_all(sorted(cell for cell in EVERYTHING_FURTHER if cell[0] == family))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "scope", "mode"), EVERYTHING)
 def test_full_product(family: str, scope: str, mode: str) -> None:
     check(family, scope, mode)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(family, marks=pytest.mark.slow) for family in FURTHER)])
 def test_bare_model_holds_the_equality_in_every_mode_not_excepted(family: str) -> None:
     """What the tests above assume of transformers itself."""
     wrong = []
