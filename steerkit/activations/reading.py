@@ -47,19 +47,19 @@ def forward_body(
     Raises:
         FitError: the model never ran one of the places.
     """
-    left = set(taps)
+    left, entry = set(taps), decoder.entry
 
     def notice(site: Site, h: Tensor) -> None:
         read(site, h.reshape(*input_ids.shape, h.shape[-1]) if h.dim() == 2 else h)
         left.discard(site)
-        if not left:
+        if not left and entry is decoder.body:  # FSDP would keep the weights of a pass that is broken off
             raise _Stop
 
     inputs: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "use_cache": False,
-        **position_inputs(decoder.body, attention_mask),
+        **position_inputs(entry, attention_mask),
     }
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():
@@ -69,7 +69,9 @@ def forward_body(
         if "torch._dynamo" in sys.modules:  # a compiled block would not stop, nor call hooks it has not seen
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         with contextlib.suppress(_Stop):
-            decoder.body(**inputs)
+            entry(**inputs)
+            if not left:
+                return
             raise FitError(f"the model never ran {', '.join(map(str, sorted(left)))}; it cannot be read there")
 
 

@@ -32,7 +32,7 @@ from steerkit.export.weight_changes import changes_of
 from steerkit.export.weights_card import weights_card
 from steerkit.model import quiet
 from steerkit.network.decoder import inner_model
-from steerkit.network.plain_weights import hidden_weight
+from steerkit.network.plain_weights import hidden_weight, refuse_packed
 from steerkit.steering.strengths import vectors_of
 from steerkit.steering.weights import exact_updates
 from steerkit.vector.steering_vector import SteeringVector
@@ -157,6 +157,7 @@ def _check_model(model: nn.Module, inner: Any, target: Path) -> None:
     owner = type(inner).__name__
     if hasattr(model, "peft_config") or getattr(inner, "_hf_peft_config_loaded", False):
         raise ModelError(f"{owner} has an adapter in it; merge it first (merge_and_unload), then bake")
+    refuse_packed(inner)
     hidden = hidden_weight(inner)
     if hidden is not None or getattr(inner, "hf_quantizer", None) is not None:
         which = "" if hidden is None else f" ({hidden})"

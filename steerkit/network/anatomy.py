@@ -340,6 +340,13 @@ class Anatomy:
         seen = call.read if side == "input" else call.gave
         assert seen is not None
         shape = seen.tensor.shape
+        whole = getattr(call.module, "in_features", shape[-1]) if side == "input" else shape[-1]
+        if shape[-1] != whole:
+            raise self._refuse(
+                kind,
+                f"tensor parallelism splits what `{call.name}` reads, each rank has {shape[-1]} of {whole}; ask for a "
+                "site of the residual stream or for what a half adds to it, or load the model without tp_plan",
+            )
         if not is_token_wise(shape) and shape[:-1] != (TOKENS,):
             verb = "reads" if side == "input" else "gives"
             raise self._refuse(kind, f"`{call.name}` {verb} {form_text(shape)}, not one vector for each token")

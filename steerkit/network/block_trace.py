@@ -97,16 +97,19 @@ class _Stop(BaseException):
     """Ends the probe once the deepest block asked about has run."""
 
 
-def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Tensor) -> dict[int, Trace]:
+def probe_blocks(
+    body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Tensor, *, to_the_end: bool = False
+) -> dict[int, Trace]:
     """Run the decoder body once and note what the modules of some blocks read and give.
 
     Hooks of others stay in force; the probe sees values as they flow on inside a block, and the block's own output
     before anybody else changes it.
 
     Args:
-        body: the decoder without its head.
+        body: the decoder without its head, or the whole model.
         blocks: the blocks to watch, by layer; later blocks than the deepest of them do not run.
         input_ids: token ids `[1, t]`, on the device where the embedding runs.
+        to_the_end: run the later blocks too, where a pass that is broken off would leave weights gathered (FSDP).
 
     Returns:
         One trace for each block asked.
@@ -117,7 +120,7 @@ def probe_blocks(body: nn.Module, blocks: Mapping[int, nn.Module], input_ids: Te
     traces = {layer: Trace() for layer in blocks}
     with contextlib.ExitStack() as stack:
         for layer, block in blocks.items():
-            stack.enter_context(_watch(block, traces[layer], last=layer == max(blocks)))
+            stack.enter_context(_watch(block, traces[layer], last=layer == max(blocks) and not to_the_end))
         run_body(body, input_ids)
     return traces
 
@@ -126,7 +129,7 @@ def run_body(body: nn.Module, input_ids: Tensor) -> None:
     """Run the decoder body once, for what hooks see. It is left as it was: training flags, random state, gradients.
 
     Args:
-        body: the decoder without its head.
+        body: the decoder without its head, or the whole model.
         input_ids: token ids `[1, t]`, on the device where the embedding runs.
 
     Raises:

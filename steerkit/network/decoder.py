@@ -14,6 +14,7 @@ found by running it (`anatomy.py`), never by their names.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,14 @@ class Decoder:
     num_layers: int
     hidden_size: int
     model_type: str
+
+    @property
+    def entry(self) -> nn.Module:
+        """What a pass has to begin with: the body, or the whole model where FSDP gathers weights when it is called."""
+        module = sys.modules.get("torch.distributed.fsdp")
+        kind: Any = getattr(module, "FSDPModule", ())
+        entry: nn.Module = self.model if isinstance(self.model, kind) else self.body
+        return entry
 
 
 def inner_model(model: nn.Module) -> nn.Module:

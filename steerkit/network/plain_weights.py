@@ -54,13 +54,13 @@ def hidden_weight(model: nn.Module) -> str | None:
 
 
 def refuse_packed(model: nn.Module) -> None:
-    """Refuse a model with layers that keep their weights out of its parameters, as `quantize_dynamic` makes them.
+    """Refuse a model whose parameters here are not all its weights: packed (`quantize_dynamic`), or split over ranks.
 
     Args:
         model: the transformers model.
 
     Raises:
-        ModelError: there is one; a change of every weight that writes would leave it out.
+        ModelError: there is such a weight; a change of every weight that writes would leave it out, or a part of it.
     """
     for name, module in model.named_modules():
         if callable(getattr(module, "weight", None)):
@@ -68,6 +68,12 @@ def refuse_packed(model: nn.Module) -> None:
             raise ModelError(
                 f"{name} is quantised ({kind}) and its weight is no parameter, so no change reaches it; steer with "
                 "hooks, or load the model unquantised"
+            )
+        split = [leaf for leaf, value in module._parameters.items() if hasattr(value, "device_mesh")]
+        if split:
+            raise ModelError(
+                f"{name}.{split[0]} is split over ranks (tensor parallelism or FSDP), so no one rank can change it; "
+                "steer with hooks, or load the model whole"
             )
 
 

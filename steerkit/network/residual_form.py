@@ -58,7 +58,7 @@ def form_of(decoder: Decoder, layer: int) -> Form:
     if block not in _FORMS:
         with plain_tokens(decoder) as input_ids, contextlib.ExitStack() as stack:
             found = [stack.enter_context(_watched(one)) for one in decoder.blocks]
-            run_body(decoder.body, input_ids)
+            run_body(decoder.entry, input_ids)
         _FORMS.update(zip(decoder.blocks, found, strict=True))
     return _FORMS[block]
 

@@ -156,7 +156,8 @@ def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
     if not layers:
         return {}
     with plain_tokens(decoder) as input_ids:
-        traces = probe_blocks(decoder.body, {layer: decoder.blocks[layer] for layer in sorted(layers)}, input_ids)
+        blocks = {layer: decoder.blocks[layer] for layer in sorted(layers)}
+        traces = probe_blocks(decoder.entry, blocks, input_ids, to_the_end=decoder.entry is not decoder.body)
     types = getattr(decoder.model.config.get_text_config(), "layer_types", None)
     owner = type(decoder.model).__name__
     return {

@@ -1,0 +1,164 @@
+"""Two processes that hold one model between them; run by `tests/network/test_sharding.py` under torchrun.
+
+python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.sharded FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, DistributedConfig, Trainer, TrainingArguments
+
+import steerkit
+from steerkit.errors import SteerError
+from steerkit.export import bake
+from steerkit.network.sites import Site
+from steerkit.steering.callback import SteeringCallback
+from tests import modes
+from tests.families import build
+from tests.tiny_tokenizers import byte_tokenizer
+
+DATA = steerkit.ContrastSet.from_answers(
+    [("How was it?", "It was good.", "It was bad."), ("And the day?", "It was fine.", "The day was grey.")]
+)
+SITES = ("resid_pre.1", "resid_post.1", "attn_out.1", "mlp_in.1", "mlp_out.1", "z.1", "mlp_post.1")
+SCOPES = ("all", "response", "generated", "first(2)")
+IDS = torch.tensor([[5, 17, 44, 9, 101], [7, 23, 42, 88, 15]])
+Found = dict[str, Any]
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """What some work gives, or which error of ours it raises; any other error ends the process."""
+    try:
+        return work()
+    except SteerError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(((one - other).abs().max() / other.abs().max()).detach())
+
+
+def recorded(model: Any, whole: Any, site: str) -> float:
+    ours, theirs = (steerkit.record(one, byte_tokenizer(), DATA, [site])[site] for one in (model, whole))
+    return apart(ours, theirs)
+
+
+def generated(model: Any, scope: str) -> list[list[int]]:
+    vector = modes.vector_for(model, scope=scope)
+    with steerkit.steer(model, vector, 2.0):
+        return model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=0).tolist()
+
+
+def steered(model: Any) -> torch.Tensor:
+    with torch.no_grad(), steerkit.steer(model, modes.vector_for(model, scope="all"), 2.0):
+        return model(IDS).logits
+
+
+def fitted(model: Any) -> torch.Tensor:
+    return steerkit.fit(model, byte_tokenizer(), DATA, method="caa", layers=[1]).params(Site(1))["direction"]
+
+
+def tensor_parallel(folder: Path) -> Found:
+    whole = build("llama").eval()
+    if dist.get_rank() == 0:
+        whole.save_pretrained(folder / "model")
+    dist.barrier()
+    plan = DistributedConfig(tp_size=2, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=plan, dtype=torch.float32).eval()
+    vector = modes.vector_for(whole, scope="all")
+    tokens = {scope: generated(model, scope) == generated(whole, scope) for scope in SCOPES}
+    return {
+        "record": {site: attempt(lambda site=site: recorded(model, whole, site)) for site in SITES},
+        "fit": apart(fitted(model), fitted(whole)),
+        "fit at z": attempt(lambda: str(steerkit.fit(model, byte_tokenizer(), DATA, method="caa", sites=["z.1"]))),
+        "steer": apart(steered(model), steered(whole)),
+        "generate": tokens,
+        "edited": attempt(lambda: steerkit.edited(model, vector, 1.0).__enter__()),
+        "bake": attempt(lambda: bake(model, byte_tokenizer(), vector, folder / "baked")),
+    }
+
+
+def fully_sharded() -> Found:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole, model = build("llama").eval(), build("llama").eval()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+    def gradient(one: Any) -> torch.Tensor:
+        one.zero_grad()
+        with steerkit.steer(one, modes.vector_for(one, scope="all"), 2.0):
+            one(IDS, labels=IDS).loss.backward()
+        grad = one.model.layers[0].self_attn.q_proj.weight.grad
+        return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+    return {
+        "record": {site: attempt(lambda site=site: recorded(model, whole, site)) for site in SITES},
+        "fit": apart(fitted(model), fitted(whole)),
+        "steer": apart(steered(model), steered(whole)),
+        "gradient": apart(gradient(model), gradient(whole)),
+        "edited": attempt(lambda: steerkit.edited(model, modes.vector_for(whole, scope="all"), 1.0).__enter__()),
+    }
+
+
+def data_parallel(folder: Path) -> Found:
+    """Two steps of a Trainer of two processes, each with half of the rows, against a loop over all of them."""
+    rows = IDS.repeat(4, 1) + torch.arange(8)[:, None]
+    vector = modes.vector_for(build("llama"), scope="all")
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        max_steps=2,
+        learning_rate=1e-2,
+        max_grad_norm=0.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model, loop = build("llama"), build("llama").train()
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model, arguments, train_dataset=data, callbacks=[SteeringCallback(vector, 2.0)]).train()
+    optimizer = torch.optim.SGD(loop.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with steerkit.steer(loop, vector, 2.0):
+            loop(rows, labels=rows).loss.backward()
+        optimizer.step()
+
+    def moved(one: Any) -> torch.Tensor:
+        pairs = zip(one.parameters(), build("llama").parameters(), strict=True)
+        return torch.cat([(after - before).detach().flatten() for after, before in pairs])
+
+    return {"weights": apart(moved(model), moved(loop))}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {
+        "tensor parallel": tensor_parallel(folder),
+        "fully sharded": fully_sharded(),
+        "data parallel": data_parallel(folder),
+    }
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
