@@ -21,8 +21,8 @@ from steerkit.checks.doctor import cost_checks
 from steerkit.checks.doctor.checks import CHECKS, doctor
 from steerkit.checks.fitted_method import Finding
 from steerkit.cli import doctor as command
-from steerkit.errors import SiteError
-from tests.families import FAMILIES, build
+from steerkit.errors import SiteError, SteerError
+from tests.families import FAMILIES, FORMS, FURTHER, build
 from tests.tiny_tokenizers import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -77,6 +77,19 @@ def test_a_healthy_model_passes_uncompiled(family: str) -> None:
 def test_healthy_models_of_other_forms_pass(family: str) -> None:
     """Where several streams pass between the blocks, the direction is added inside one."""
     check_healthy(family, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FURTHER, *FORMS])
+def test_further_families_pass_or_it_is_said_in_one_line_what_is_wrong_with_the_model(family: str) -> None:
+    try:
+        findings = examine(build(family))
+    except SteerError as error:
+        assert "\n" not in str(error)
+        return
+    for finding in findings.values():
+        assert "\n" not in finding.reason
+        assert finding.passed or "the model itself" in finding.reason or "came from" in finding.reason, finding
 
 
 def test_a_model_s_own_faults_are_told_from_steering_s() -> None:
