@@ -55,8 +55,10 @@ def adding(block: nn.Module, added: Tensor, written: Tensor) -> Iterator[None]:
     def hook(_module: Any, _args: Any, output: Any) -> Any:
         nonlocal seen
         stream = stream_of(output)
-        seen = max(seen + 1, stream.shape[1])  # a pass has one new column, or all columns from the first
-        mask = written[:, seen - stream.shape[1] : seen, None]
+        whole = seen == 0 or stream.shape[1] == seen + 1  # all columns from the first, or one new one
+        seen = stream.shape[1] if whole else seen + 1
+        # RWKV's cached steps give as many columns as there are rows: they are one column to whoever steers.
+        mask = written[:, :seen, None] if whole else written[:, seen - 1 : seen, None]
         steered = stream + mask * added
         return steered if stream is output else type(output)((steered, *output[1:]))
 
