@@ -19,7 +19,7 @@ from steerkit.network.sites import Site
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["AddDirection", "MeanDifference"]
+__all__ = ["AddDirection", "FittedOnMeans", "MeanDifference"]
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,8 @@ class AddDirection(Method):
 
 
 @dataclass(frozen=True)
-class MeanDifference(AddDirection):
-    """Base of the methods that add the mean of the positive side minus the mean of the negative side.
-
-    Example:
-        >>> import torch
-        >>> MeanDifference().fit_site(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
-        {'direction': tensor([ 2., -1.])}
-    """
+class FittedOnMeans(Method):
+    """Base of the methods whose direction is the mean of the positive side minus the mean of the negative side."""
 
     def statistics(self, site: Site) -> Means:
         """Two running means; no activation is kept.
@@ -122,6 +116,17 @@ class MeanDifference(AddDirection):
             FitError: both means are equal.
         """
         return {"direction": mean_difference(positive, negative)}
+
+
+@dataclass(frozen=True)
+class MeanDifference(FittedOnMeans, AddDirection):
+    """Base of the methods that add the mean of the positive side minus the mean of the negative side.
+
+    Example:
+        >>> import torch
+        >>> MeanDifference().fit_site(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+        {'direction': tensor([ 2., -1.])}
+    """
 
 
 def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:

@@ -26,12 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.moments import Means
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
 from steerkit.maths import edits
-from steerkit.maths.directions import mean_difference, unit
-from steerkit.methods._base import Method
+from steerkit.maths.directions import unit
+from steerkit.methods._addition import FittedOnMeans
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder, find_decoder
@@ -45,7 +44,7 @@ __all__ = ["DirectionalAblation"]
 
 
 @dataclass(frozen=True)
-class DirectionalAblation(Method):
+class DirectionalAblation(FittedOnMeans):
     """Remove the mean difference of a contrast set from the activations.
 
     Strength is the share of the component that is taken out: 1 removes it, 0 is the identity, 0.5 halves it. Over 1 the
@@ -86,29 +85,6 @@ class DirectionalAblation(Method):
     def edit_name(self) -> str:
         """The operation that vector files of this method name."""
         return "project_out"
-
-    def statistics(self, site: Site) -> Means:
-        """Two running means; no activation is kept.
-
-        Args:
-            site: where they accumulate.
-        """
-        return Means()
-
-    def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """The mean difference; its length is kept, though only where it points matters here.
-
-        Args:
-            positive: [n, d] float32.
-            negative: [m, d] float32; n and m may differ.
-
-        Returns:
-            ``{"direction": [d]}``
-
-        Raises:
-            FitError: both means are equal.
-        """
-        return {"direction": mean_difference(positive, negative)}
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         """Fit each site, or the one direction that is removed elsewhere.

@@ -27,11 +27,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from steerkit.activations.moments import Means
 from steerkit.errors import VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, unit
-from steerkit.methods._base import Method
+from steerkit.methods._addition import FittedOnMeans
 from steerkit.methods._protocols import Params, Prepared
 from steerkit.network.sites import Site
 from steerkit.tokens.forward_pass import Tokens
@@ -40,7 +39,7 @@ __all__ = ["SetProjection"]
 
 
 @dataclass(frozen=True)
-class SetProjection(Method):
+class SetProjection(FittedOnMeans):
     """Set the coordinate along the mean difference to `strength` times its mean on the trait's side.
 
     No strength is neutral: 0 removes the coordinate.
@@ -67,14 +66,6 @@ class SetProjection(Method):
     def edit_name(self) -> str:
         """The operation that vector files of this method name."""
         return "set_projection"
-
-    def statistics(self, site: Site) -> Means:
-        """Two running means; the mean coordinate is the mean's coordinate.
-
-        Args:
-            site: where they accumulate.
-        """
-        return Means()
 
     def fit_site(self, positive: Tensor, negative: Tensor) -> dict[str, Tensor]:
         """The direction, and where both sides lie along it.
