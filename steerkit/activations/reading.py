@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
-from steerkit.activations.moments import NormMedian
+from steerkit.activations.token_scale import TokenScale, TokenScales
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import Decoder, execution_device
@@ -107,7 +107,7 @@ def read_passes(
     chosen: Sequence[Sequence[int]],
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
-) -> dict[Site, float]:
+) -> dict[Site, TokenScale]:
     """Run all batches and pool what is read to one row per text.
 
     Args:
@@ -119,9 +119,9 @@ def read_passes(
         progress: show a progress bar on stderr.
 
     Returns:
-        By site the median token norm.
+        By site how long activations are.
     """
-    norms = {site: NormMedian() for site in taps}
+    scales = {site: TokenScales() for site in taps}
     device = execution_device(decoder)
     clock = PassClock.of(decoder.model)  # the model is being steered: values given per item follow their items
     for batch in _with_progress(work, progress):
@@ -129,12 +129,12 @@ def read_passes(
         pool = _Pool(batch, [chosen[row] for row in batch.rows], device)
 
         def read(site: Site, h: Tensor, pool: _Pool = pool, batch: Batch = batch) -> None:
-            norms[site].update(h, pool.counted(h.device))
+            scales[site].update(h, pool.counted(h.device))
             take(site, pool(h), batch)
 
         with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
             forward_body(decoder, taps, input_ids, mask, read)
-    return {site: median.result() for site, median in norms.items()}
+    return {site: scale.result() for site, scale in scales.items()}
 
 
 class _Pool:

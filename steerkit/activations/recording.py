@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from steerkit.activations.reading import forward_body, read_passes
 from steerkit.activations.readout import Readout, chosen_columns, cut_to
+from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import DataError, FitError, SiteError
 from steerkit.network.decoder import execution_device, find_decoder
 from steerkit.network.sites import Site
@@ -40,14 +41,14 @@ class Activations:
     Attributes:
         positive: per site [n, d] float32 on the CPU (all items, where the data has no sides).
         negative: per site [m, d]; empty where the data has no sides.
-        norms: per site the median token norm, without pads and each row's first token.
+        scales: per site how long activations are.
         readout: which tokens were read.
         paired: row `i` of both sides belong together.
     """
 
     positive: Mapping[Site, Tensor]
     negative: Mapping[Site, Tensor]
-    norms: Mapping[Site, float] = field(default_factory=dict)
+    scales: Mapping[Site, TokenScale] = field(default_factory=dict)
     readout: str = "last"
     paired: bool = False
 
@@ -55,6 +56,11 @@ class Activations:
     def sites(self) -> tuple[Site, ...]:
         """The sites read."""
         return tuple(self.positive)
+
+    @property
+    def norms(self) -> dict[Site, float]:
+        """Per site the median token norm, without pads and each row's first token."""
+        return {site: scale.norm for site, scale in self.scales.items()}
 
     def __getitem__(self, site: Site | str) -> Tensor:
         key = Site.parse(site) if isinstance(site, str) else site
@@ -128,13 +134,13 @@ def record(
         side = "" if sides is None else "positive " if row < count else "negative "
         return f"{side}row {row if row < count else row - count}"
 
-    norms = read_passes(decoder, taps, work, chosen_columns(plan, rendered, name), keep, progress)
+    scales = read_passes(decoder, taps, work, chosen_columns(plan, rendered, name), keep, progress)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
     return Activations(
         positive={site: rows[:count] for site, rows in found.items()},
         negative={site: rows[count:] for site, rows in found.items()} if sides is not None else {},
-        norms=norms,
+        scales=scales,
         readout=str(plan),
         paired=sides is not None and sides.paired,
     )

@@ -77,11 +77,11 @@ def stream(
         return f"{'positive' if is_positive(row) else 'negative'} row {number}"
 
     taps = locate(model, accumulators)
-    norms = read_passes(decoder, taps, work, chosen_columns(plan, rendered, name), feed, progress)
+    scales = read_passes(decoder, taps, work, chosen_columns(plan, rendered, name), feed, progress)
     warn_of_special(tokenizer, plan, rendered)
     results = {site: accumulator.result() for site, accumulator in accumulators.items()}
     positive = {site: pair[0] for site, pair in results.items()}
     negative = {site: pair[1] for site, pair in results.items()}
     check_finite(positive)
     check_finite(negative)
-    return Activations(positive=positive, negative=negative, norms=norms, readout=str(plan), paired=data.paired)
+    return Activations(positive=positive, negative=negative, scales=scales, readout=str(plan), paired=data.paired)

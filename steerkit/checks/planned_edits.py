@@ -130,7 +130,7 @@ def _described(
         given = default_strength(vector)
     value = strength_value(given)
     counted = vector.unit if vector.own_unit or unit is None else unit
-    length, norm = method_of(vector).length(vector.params(site)), vector.norms.get(site)
+    length, norm = method_of(vector).length(vector.params(site)), vector.typical(site)
     # One typical norm is `norm / length` of the method's own.
     factor = norm / length if length and norm else None
     paper = value if counted == "paper" else _times(value, factor)

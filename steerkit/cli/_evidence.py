@@ -165,7 +165,7 @@ def check_way(
     for site in vector.sites:
         if not method.length(vector.params(site)):
             raise StrengthError(f"{method.name}: unit 'norm' needs an edit with a length; use --unit paper")
-        if not math.isfinite(vector.norms.get(site, math.nan)):
+        if not math.isfinite(vector.typical(site) or math.nan):
             raise StrengthError(f"{site}: the vector file holds no activation norm, so use --unit paper")
 
 

@@ -143,8 +143,8 @@ def _vector(
         taps = locate(model, written)
         written = list(taps)
     reads = method.read_at(places, tensors)
-    norms = {site: acts.norms[site] for site in places} if acts is not None else {}
-    norms = {**subject.norms([*reads, *written]), **{site: norms[site] for site in reads if site in norms}}
+    scales = {site: acts.scales[site] for site in places if site in reads} if acts is not None else {}
+    scales = {**subject.scales([*reads, *written]), **scales}
     return SteeringVector(
         method=method.name,
         tensors=tensors,
@@ -154,7 +154,9 @@ def _vector(
         scope=method.default_scope,
         unit="paper",
         settings=method.settings,
-        norms={site: norm for site, norm in norms.items() if math.isfinite(norm)},
+        norms={site: scale.norm for site, scale in scales.items() if math.isfinite(scale.norm)},
+        spreads={site: scale.spread for site, scale in scales.items() if math.isfinite(scale.spread)},
+        massive={site: scale.massive for site, scale in scales.items() if scale.massive},
         widths={site: tap.width for site, tap in taps.items() if tap.width != decoder.hidden_size},
         tokenizer_sha256=tokenizer_digest(tokenizer),
         readout=acts.readout if acts is not None else None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.moments import NormMedian
+from steerkit.activations.token_scale import TokenScale, TokenScales
 from steerkit.activations.recording import Activations, record, record_ids
 from steerkit.errors import DataError
 from steerkit.network.decoder import Decoder
@@ -65,7 +65,7 @@ class ModelSubject:
         self._running: Passes | None = None
         self._batch_size, self._chat = batch_size, chat_template_kwargs
         self._decoder = decoder
-        self._norms: dict[Site, float] = {}
+        self._scales: dict[Site, TokenScale] = {}
         self._anatomies: dict[int, Anatomy] | None = None
 
     @property
@@ -150,7 +150,7 @@ class ModelSubject:
         if under is not None:
             return self._passes.record(rendered, sites, reading, under)
         found = record(self._model, self._tokenizer, rendered, sites, readout=reading, batch_size=self._batch_size)
-        self._norms.update(found.norms)
+        self._scales.update(found.scales)
         return found
 
     def vector(
@@ -317,7 +317,7 @@ class ModelSubject:
             SiteError: the model lacks a site.
         """
         found = record_ids(self._model, rows, sites)
-        self._norms.update({site: _median_norm(tensors) for site, tensors in found.items()})
+        self._scales.update({site: _scale(tensors) for site, tensors in found.items()})
         return found
 
     def weight(self, site: Site) -> Tensor:
@@ -384,14 +384,18 @@ class ModelSubject:
 
     def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
         """Median token norms at those of the sites that have been read, unsteered."""
-        return {site: self._norms[site] for site in sites if site in self._norms}
+        return {site: scale.norm for site, scale in self.scales(sites).items()}
+
+    def scales(self, sites: Sequence[Site]) -> dict[Site, TokenScale]:
+        """How long activations are at those of the sites that have been read, unsteered."""
+        return {site: self._scales[site] for site in sites if site in self._scales}
 
 
-def _median_norm(rows: Sequence[Tensor]) -> float:
-    """The median norm of the tokens [t, d] of each row, its first one left out."""
-    median = NormMedian()
+def _scale(rows: Sequence[Tensor]) -> TokenScale:
+    """The scale of the tokens [t, d] of each row, its first one left out."""
+    scales = TokenScales()
     for tensor in rows:
         counted = torch.ones(1, len(tensor), dtype=torch.float32)
         counted[0, 0] = 0.0
-        median.update(tensor[None], counted)
-    return median.result()
+        scales.update(tensor[None], counted)
+    return scales.result()

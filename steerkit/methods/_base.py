@@ -57,7 +57,8 @@ class Method(Configured):
         readout: tokens read where nobody says otherwise; None where the method records for itself.
         scope, scopes: tokens written where nobody says otherwise, and all that are allowed.
         neutral: the strength at which it is the exact identity; None where no strength is.
-        default_strength: where neither the user nor the file names one; None where one has to be named.
+        default_strength: where neither the user nor the file names one; None where one has to be named, because what
+            1 does depends on model and data.
         strength_unit: what strengths count, in a word for tables: a factor, degrees, a share.
         ladder: strengths on the behaviour's side of neutral, from weak to strong, tried where nobody says which.
     """
@@ -80,7 +81,7 @@ class Method(Configured):
         "after",
     )
     neutral: ClassVar[float | None] = 0.0
-    default_strength: ClassVar[float | None] = 1.0
+    default_strength: ClassVar[float | None] = None
     strength_unit: ClassVar[str] = "factor"
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 

@@ -35,7 +35,6 @@ class RotateInPlane(Method):
     scope: ClassVar[str] = "all"
     params: ClassVar[Mapping[str, str]] = {"direction": "d", "second": "d"}
     also: ClassVar[Mapping[str, str]] = {"projections": "k"}
-    default_strength: ClassVar[float | None] = None  # 1 would be one degree
     strength_unit: ClassVar[str] = "degrees"
 
     norms: Literal["before", "all"] = "before"

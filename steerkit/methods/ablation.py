@@ -62,6 +62,7 @@ class DirectionalAblation(FittedOnMeans):
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
     params: ClassVar[Mapping[str, str]] = {"direction": "d"}
+    default_strength: ClassVar[float | None] = 1.0
     strength_unit: ClassVar[str] = "share"
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0)
 

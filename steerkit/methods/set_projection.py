@@ -56,6 +56,7 @@ class SetProjection(FittedOnMeans):
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "all"
     params: ClassVar[Mapping[str, str]] = {"direction": "d", "trait": "", "other": ""}
+    default_strength: ClassVar[float | None] = 1.0
     neutral: ClassVar[float | None] = None
     ladder: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.2, 1.4, 1.7, 2.0)
 

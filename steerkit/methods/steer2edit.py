@@ -106,6 +106,7 @@ class Steer2Edit(Method):
     scope: ClassVar[str] = "all"
     params: ClassVar[Mapping[str, str]] = {"direction": "o"}
     also: ClassVar[Mapping[str, str]] = TENSORS
+    default_strength: ClassVar[float | None] = 1.0
     ladder: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
     rho_attn: float = 0.2

@@ -345,6 +345,7 @@ def _made(vector: SteeringVector, directions: dict[Site, Tensor], method: str, e
         hidden_size=vector.hidden_size,
         num_layers=vector.num_layers,
         norms={site: norm for site, norm in vector.norms.items() if site in directions},
+        spreads={site: spread for site, spread in vector.spreads.items() if site in directions},
         widths={site: len(row) for site, row in directions.items() if len(row) != vector.hidden_size},
         model_id=vector.model_id,
         strength=vector.strength if adds else None,

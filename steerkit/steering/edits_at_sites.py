@@ -234,7 +234,7 @@ def norm_factor(method: Method, vector: SteeringVector, site: Site, params: Para
     Raises:
         StrengthError: the method's edit has no length, or the file holds no norm for the site.
     """
-    length, norm = method.length(params), vector.norms.get(site)
+    length, norm = method.length(params), vector.typical(site)
     if not length:
         raise StrengthError(
             f"{method.name}: unit 'norm' needs an edit with a length, which this one has not; use 'paper'"

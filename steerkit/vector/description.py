@@ -27,7 +27,7 @@ def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
         that add a direction, the strength in both units (the one set, else the suggested one, else 1).
     """
     params = vector.params(site)
-    length, norm = direction_length(params.get("direction")), vector.norms.get(site)
+    length, norm = direction_length(params.get("direction")), vector.typical(site)
     given = vector.strength if vector.strength is not None else vector.suggested_strength
     adds = vector.edit.startswith("add")
     strengths: dict[str, Any] = {"paper": None, "norm": None}
@@ -42,6 +42,8 @@ def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
         "width": vector.widths.get(site, vector.hidden_size),
         "params": {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in sorted(params.items())},
         "direction_norm": length,
-        "activation_norm": norm,
+        "activation_norm": vector.norms.get(site),
+        "spread": vector.spreads.get(site),
+        "massive": {str(place): share for place, share in vector.massive.get(site, {}).items()},
         "strength": strengths,
     }

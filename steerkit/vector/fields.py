@@ -13,7 +13,7 @@ from steerkit.errors import SiteError, StrengthError, VectorFileError
 from steerkit.network.sites import Site
 from steerkit.vector.frozen import finite_number, frozen, json_like, whole_number
 
-__all__ = ["CODECS", "MAPPING", "NORMS", "WIDTHS", "checked_strength", "decoded"]
+__all__ = ["BY_SITE", "CODECS", "MAPPING", "checked_strength", "decoded"]
 
 
 class _Codec(NamedTuple):
@@ -51,6 +51,12 @@ def _by_site(clean: Callable[[Any], Any]) -> Callable[[Any], Mapping[Site, Any]]
     return cleaned
 
 
+def _clean_shares(value: Any) -> Mapping[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"must map dimensions to shares, got {value!r}")
+    return MappingProxyType({whole_number(place): finite_number(share) for place, share in sorted(value.items())})
+
+
 def _clean_mapping(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError(f"must be a mapping, got {value!r}")
@@ -78,6 +84,12 @@ _SITES = _Codec(
 )
 NORMS = _Codec(_by_site(finite_number), _to_json, _site_keys)
 WIDTHS = _Codec(_by_site(_clean_count), _to_json, _site_keys)
+SHARES = _Codec(
+    _by_site(_clean_shares),
+    lambda shares: _to_json({str(site): {str(place): one for place, one in own.items()} for site, own in shares.items()}),
+    lambda text: {site: {int(place): one for place, one in own.items()} for site, own in _site_keys(text).items()},
+)
+BY_SITE = (NORMS, WIDTHS, SHARES)
 CODECS: Mapping[str, _Codec] = MappingProxyType(
     {
         "method": _TEXT,
@@ -90,8 +102,11 @@ CODECS: Mapping[str, _Codec] = MappingProxyType(
         "num_layers": _COUNT,
         "settings": MAPPING,
         "norms": NORMS,
+        "spreads": NORMS,
+        "massive": SHARES,
         "widths": WIDTHS,
         "suggested_strength": _STRENGTH,
+        "calibration": MAPPING,
         "model_id": _TEXT,
         "model_revision": _TEXT,
         "chat_template_sha256": _TEXT,

@@ -21,7 +21,7 @@ from steerkit.tokens.scope import Scope
 from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, MAX_TENSORS, REQUIRED, lay_out, signed
 from steerkit.vector.container_checks import check_digest, check_readable, metadata_of
 from steerkit.vector.description import described_site
-from steerkit.vector.fields import CODECS, MAPPING, NORMS, WIDTHS, checked_strength, decoded
+from steerkit.vector.fields import BY_SITE, CODECS, MAPPING, checked_strength, decoded
 from steerkit.vector.frozen import json_like, thawed
 from steerkit.vector.model_check import check_model, warn_of_difference
 from steerkit.vector.model_identity import public_id, template_digest
@@ -50,9 +50,13 @@ class SteeringVector:
         hidden_size: width of that model's residual stream.
         num_layers: number of its blocks.
         settings: the method's settings. Lists become tuples here and in the other free mappings.
-        norms: typical activation norm per site (median over tokens).
+        norms: median token norm per site.
+        spreads: how far tokens spread at each site, which is what ``unit="norm"`` counts in; where a file has none, as
+            old ones, that unit counts in `norms`.
+        massive: per site the dimensions that hold most of the squared norm, with their shares of it.
         widths: width of each site that is not `hidden_size` wide, such as `z`.
         suggested_strength: strength to use when nobody gives one.
+        calibration: where that strength comes from: ``{"by": "suggest_strength", "confirmed": False, "kl": ...}``.
         model_id: hub id or folder name of the model; of an absolute path only the last part is kept.
         model_revision: commit of the hub repository.
         chat_template_sha256: digest of the chat template the prompts were rendered with.
@@ -96,8 +100,11 @@ class SteeringVector:
     num_layers: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     norms: Mapping[Site, float] = field(default_factory=dict)
+    spreads: Mapping[Site, float] = field(default_factory=dict)
+    massive: Mapping[Site, Mapping[int, float]] = field(default_factory=dict)
     widths: Mapping[Site, int] = field(default_factory=dict)
     suggested_strength: float | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     model_id: str | None = None
     model_revision: str | None = None
     chat_template_sha256: str | None = None
@@ -119,7 +126,7 @@ class SteeringVector:
     def __post_init__(self) -> None:
         for name, codec in CODECS.items():
             value = getattr(self, name)
-            if value is None and name not in REQUIRED and codec not in (MAPPING, NORMS, WIDTHS):
+            if value is None and name not in REQUIRED and codec not in (MAPPING, *BY_SITE):
                 continue  # not known
             try:
                 object.__setattr__(self, name, codec.clean(value))
@@ -249,6 +256,14 @@ class SteeringVector:
         """
         return replace(self, held_out=figures)
 
+    def typical(self, site: Site) -> float | None:
+        """How long one unit of ``unit="norm"`` is at a site: the spread there, in older files the median norm.
+
+        Args:
+            site: one of `sites`.
+        """
+        return self.spreads.get(site, self.norms.get(site))
+
     @property
     def digest(self) -> str:
         """What identifies the stored vector: the sha256 of its file with 64 zeros in the digest's place."""
@@ -349,7 +364,7 @@ class SteeringVector:
             and the activation norm; for edits that add a direction, the strength in both units (the one set, else the
             suggested one, else 1).
         """
-        apart = ("sites", "norms", "widths", "fitted_at")
+        apart = ("sites", "norms", "spreads", "massive", "widths", "fitted_at")
         facts = {name: json_like(getattr(self, name)) for name in CODECS if name not in apart}
         return {
             **facts,

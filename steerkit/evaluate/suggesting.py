@@ -1,0 +1,178 @@
+"""`suggest_strength`: a first strength for a vector, where nobody has measured one: what a budget of KL divergence allows.
+
+    KL(s) = mean over answer tokens of neutral texts of sum over v of p_base(v) (log p_base(v) - log p_s(v))   nats
+
+The KL divergence grows about with the square of the strength, so a few passes over a few texts find the strength at
+which it reaches the budget, on a line between the logarithms of both. That says what a strength costs and nothing of
+what it brings about: `calibrate` measures that, on held-out items and beside controls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from steerkit.errors import StrengthError
+from steerkit.evaluate.scorers._answers import calm_texts, token_kl
+from steerkit.evaluate.setup import Setup
+from steerkit.methods._registry import is_gated, method_of
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["MAX_KL", "can_be_suggested", "suggest_strength"]
+
+MAX_KL = 0.15
+"""Nats per token: half of what a calibration allows, since nothing reads the texts for loops here."""
+_CLOSE = 0.9  # of the budget: near enough
+_PASSES = 16
+_FURTHEST = 64.0  # times the end of the method's ladder
+
+
+def can_be_suggested(vector: SteeringVector) -> bool:
+    """Whether neutral texts can tell a strength for this vector.
+
+    They cannot where the method brings a strength of its own (a share, an angle), nor where a gate stays closed on
+    them.
+
+    Args:
+        vector: the vector.
+
+    Raises:
+        UnknownNameError: its method is not installed.
+    """
+    method = method_of(vector)
+    return method.default_strength is None and method.neutral == 0.0 and not is_gated(vector)
+
+
+def suggest_strength(
+    model: nn.Module,
+    tokenizer: Any,
+    vector: SteeringVector,
+    *,
+    max_kl: float = MAX_KL,
+    texts: int = 8,
+    batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> SteeringVector:
+    """Find the strength at which a vector costs a budget of KL divergence on a few neutral texts.
+
+    Args:
+        model: the model it was fitted on.
+        tokenizer: its tokenizer.
+        vector: the vector; it is measured with its own scope.
+        max_kl: the budget, in nats per answer token, on average.
+        texts: how many of the shipped neutral texts are read, every second one.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+
+    Returns:
+        The vector with that strength suggested, in the unit `paper`, and in `calibration` what it cost and that nobody
+        has confirmed it.
+
+    Raises:
+        StrengthError: the budget is not above 0, the vector takes no such suggestion (see `can_be_suggested`), or no
+            strength moves the predictions that far.
+
+    Example:
+        vector = steerkit.suggest_strength(model, tokenizer, steerkit.fit(model, tokenizer, data))
+    """
+    if not math.isfinite(max_kl) or max_kl <= 0:
+        raise StrengthError(f"max_kl: got {max_kl!r}; give a number of nats per token above 0, such as {MAX_KL}")
+    if not can_be_suggested(vector):
+        raise StrengthError(
+            f"{vector.method}: neutral texts tell no strength for it (a gate, or strengths that mean a share or an "
+            "angle); give one, or let `steerkit calibrate` choose"
+        )
+    setup = Setup(
+        model, tokenizer, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    ).half(0).with_neutral(texts)
+    plain = replace(vector, unit="paper", suggested_strength=None, strength=None, own_unit=False)
+    ladder = method_of(vector).ladder
+    found = _search(setup, plain, max_kl, _first_strength(plain), max(ladder) * _FURTHEST)
+    return replace(
+        plain,
+        suggested_strength=found.strength,
+        strength=vector.strength,
+        calibration={
+            "by": "suggest_strength",
+            "confirmed": False,
+            "kl": found.kl,
+            "max_kl": max_kl,
+            "texts": len(setup.calm),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A strength and what it costs."""
+
+    strength: float
+    kl: float
+
+
+def _first_strength(vector: SteeringVector) -> float:
+    """Where to begin: a tenth of the spread where the method's edit has a length, else the method's weakest."""
+    method = method_of(vector)
+    for site in vector.sites:
+        length, typical = method.length(vector.params(site)), vector.typical(site)
+        if length and typical:
+            return 0.1 * typical / length
+    return method.ladder[0]
+
+
+def _search(setup: Setup, vector: SteeringVector, max_kl: float, first: float, furthest: float) -> _Point:
+    """The strongest strength found that stays inside the budget.
+
+    Raises:
+        StrengthError: none of those tried reaches the budget, or none stays inside it.
+    """
+    inside: _Point | None = None
+    outside: _Point | None = None
+    strength = first
+    for _ in range(_PASSES):
+        strength = float(f"{strength:.3g}")  # what a file holds should be readable
+        point = _Point(strength, _kl(setup, vector, strength))
+        if point.kl <= max_kl:
+            inside = point
+        else:
+            outside = point
+        if inside is not None and (inside.kl >= _CLOSE * max_kl or inside.strength >= furthest):
+            break
+        strength = min(_next(inside, outside, max_kl), furthest)
+    if inside is None or inside.kl < 0.1 * max_kl:
+        tried = point if inside is None else inside
+        raise StrengthError(
+            f"no strength with a KL divergence near {max_kl:g} was found: {tried.strength:g} gives {tried.kl:.3g}; "
+            "give a strength, or let `steerkit calibrate` choose"
+        )
+    return inside
+
+
+def _next(inside: _Point | None, outside: _Point | None, max_kl: float) -> float:
+    """The strength to try next: on the line between the logarithms, or where a square root leads."""
+    aim = math.log(0.95 * max_kl)
+    if inside is None or outside is None:
+        only = inside or outside
+        assert only is not None
+        steps = 0.5 * (aim - math.log(max(only.kl, 1e-12))) if math.isfinite(only.kl) else -1.0
+        return only.strength * math.exp(min(max(steps, -2.0), 2.0))
+    low, high = math.log(inside.strength), math.log(outside.strength)
+    if not math.isfinite(outside.kl):
+        return math.exp((low + high) / 2)
+    below, above = math.log(max(inside.kl, 1e-12)), math.log(outside.kl)
+    share = min(max((aim - below) / (above - below), 0.1), 0.9)
+    return math.exp(low + share * (high - low))
+
+
+def _kl(setup: Setup, vector: SteeringVector, strength: float) -> float:
+    """The KL divergence at a strength, nats per answer token; infinite where the logits are not finite."""
+    total, tokens = 0.0, 0
+    for answer in setup.trial(vector, strength).answers(calm_texts(setup), beside=True):
+        assert answer.baseline is not None
+        kl = token_kl(answer.logits.log_softmax(dim=-1), answer.baseline.log_softmax(dim=-1))
+        total, tokens = total + float(kl.sum()), tokens + len(kl)
+    return total / tokens if math.isfinite(total) else math.inf
