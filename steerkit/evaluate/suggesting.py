@@ -1,4 +1,4 @@
-"""`suggest_strength`: a first strength for a vector, where nobody has measured one: what a budget of KL divergence allows.
+"""`suggest_strength`: a first strength where nobody has measured one, as much as a budget of KL divergence allows.
 
     KL(s) = mean over answer tokens of neutral texts of sum over v of p_base(v) (log p_base(v) - log p_s(v))   nats
 
@@ -17,15 +17,18 @@ from typing import Any
 from torch import nn
 
 from steerkit.errors import StrengthError
+from steerkit.evaluate.calibration.budget import Budget
 from steerkit.evaluate.scorers._answers import calm_texts, token_kl
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import is_gated, method_of
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["MAX_KL", "can_be_suggested", "suggest_strength"]
+__all__ = ["LIMIT_KL", "MAX_KL", "can_be_suggested", "suggest_strength"]
 
 MAX_KL = 0.15
 """Nats per token: half of what a calibration allows, since nothing reads the texts for loops here."""
+LIMIT_KL = Budget().max_kl
+"""What a calibration allows; the file says at which strength it is reached, and whoever steers harder is told."""
 _CLOSE = 0.9  # of the budget: near enough
 _PASSES = 16
 _FURTHEST = 64.0  # times the end of the method's ladder
@@ -86,12 +89,16 @@ def suggest_strength(
             f"{vector.method}: neutral texts tell no strength for it (a gate, or strengths that mean a share or an "
             "angle); give one, or let `steerkit calibrate` choose"
         )
-    setup = Setup(
-        model, tokenizer, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
-    ).half(0).with_neutral(texts)
+    setup = (
+        Setup(model, tokenizer, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs)
+        .half(0)
+        .with_neutral(texts)
+    )
     plain = replace(vector, unit="paper", suggested_strength=None, strength=None, own_unit=False)
     ladder = method_of(vector).ladder
-    found = _search(setup, plain, max_kl, _first_strength(plain), max(ladder) * _FURTHEST)
+    costs = _Costs(setup, plain, max(ladder) * _FURTHEST)
+    found = costs.reaching(max_kl, _first_strength(plain))
+    limit = costs.reaching(max(LIMIT_KL, max_kl), found.strength)
     return replace(
         plain,
         suggested_strength=found.strength,
@@ -101,6 +108,7 @@ def suggest_strength(
             "confirmed": False,
             "kl": found.kl,
             "max_kl": max_kl,
+            "limit": limit.strength,
             "texts": len(setup.calm),
         },
     )
@@ -124,32 +132,59 @@ def _first_strength(vector: SteeringVector) -> float:
     return method.ladder[0]
 
 
-def _search(setup: Setup, vector: SteeringVector, max_kl: float, first: float, furthest: float) -> _Point:
-    """The strongest strength found that stays inside the budget.
+class _Costs:
+    """What a vector costs by strength, measured as far as asked.
 
-    Raises:
-        StrengthError: none of those tried reaches the budget, or none stays inside it.
+    Args:
+        setup: the neutral texts.
+        vector: the vector.
+        furthest: no strength above it is tried.
     """
-    inside: _Point | None = None
-    outside: _Point | None = None
-    strength = first
-    for _ in range(_PASSES):
-        strength = float(f"{strength:.3g}")  # what a file holds should be readable
-        point = _Point(strength, _kl(setup, vector, strength))
-        if point.kl <= max_kl:
-            inside = point
-        else:
-            outside = point
-        if inside is not None and (inside.kl >= _CLOSE * max_kl or inside.strength >= furthest):
-            break
-        strength = min(_next(inside, outside, max_kl), furthest)
-    if inside is None or inside.kl < 0.1 * max_kl:
-        tried = point if inside is None else inside
-        raise StrengthError(
-            f"no strength with a KL divergence near {max_kl:g} was found: {tried.strength:g} gives {tried.kl:.3g}; "
-            "give a strength, or let `steerkit calibrate` choose"
-        )
-    return inside
+
+    def __init__(self, setup: Setup, vector: SteeringVector, furthest: float) -> None:
+        self._setup, self._vector, self._furthest = setup, vector, furthest
+        self._points: list[_Point] = []
+
+    def reaching(self, max_kl: float, first: float) -> _Point:
+        """The strongest strength found that stays inside a budget.
+
+        Args:
+            max_kl: the budget, nats per token.
+            first: where to begin.
+
+        Raises:
+            StrengthError: none comes near the budget, or none stays inside it.
+        """
+        strength, inside = first, None
+        for _ in range(_PASSES):
+            strength = float(f"{min(strength, self._furthest):.3g}")  # what a file holds should be readable
+            if strength not in {point.strength for point in self._points}:
+                self._points.append(_Point(strength, self._kl(strength)))
+            # What lies beyond a strength that is too costly is not trusted, however little it costs.
+            self._points.sort(key=lambda point: point.strength)
+            outside = next((point for point in self._points if not point.kl <= max_kl), None)
+            inside = next(
+                (one for one in reversed(self._points) if outside is None or one.strength < outside.strength), None
+            )
+            if inside is not None and (inside.kl >= _CLOSE * max_kl or inside.strength >= self._furthest):
+                break
+            strength = _next(inside, outside, max_kl)
+        if inside is None or inside.kl < 0.1 * max_kl:
+            tried = inside or self._points[0]
+            raise StrengthError(
+                f"no strength with a KL divergence near {max_kl:g} was found: {tried.strength:g} gives {tried.kl:.3g}; "
+                "give a strength, or let `steerkit calibrate` choose"
+            )
+        return inside
+
+    def _kl(self, strength: float) -> float:
+        """The KL divergence at a strength, nats per answer token; infinite where the logits are not finite."""
+        total, tokens = 0.0, 0
+        for answer in self._setup.trial(self._vector, strength).answers(calm_texts(self._setup), beside=True):
+            assert answer.baseline is not None
+            kl = token_kl(answer.logits.log_softmax(dim=-1), answer.baseline.log_softmax(dim=-1))
+            total, tokens = total + float(kl.sum()), tokens + len(kl)
+        return total / tokens if math.isfinite(total) else math.inf
 
 
 def _next(inside: _Point | None, outside: _Point | None, max_kl: float) -> float:
@@ -166,13 +201,3 @@ def _next(inside: _Point | None, outside: _Point | None, max_kl: float) -> float
     below, above = math.log(max(inside.kl, 1e-12)), math.log(outside.kl)
     share = min(max((aim - below) / (above - below), 0.1), 0.9)
     return math.exp(low + share * (high - low))
-
-
-def _kl(setup: Setup, vector: SteeringVector, strength: float) -> float:
-    """The KL divergence at a strength, nats per answer token; infinite where the logits are not finite."""
-    total, tokens = 0.0, 0
-    for answer in setup.trial(vector, strength).answers(calm_texts(setup), beside=True):
-        assert answer.baseline is not None
-        kl = token_kl(answer.logits.log_softmax(dim=-1), answer.baseline.log_softmax(dim=-1))
-        total, tokens = total + float(kl.sum()), tokens + len(kl)
-    return total / tokens if math.isfinite(total) else math.inf

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.token_scale import TokenScale, TokenScales
 from steerkit.activations.recording import Activations, record, record_ids
+from steerkit.activations.token_scale import TokenScale, TokenScales
 from steerkit.errors import DataError
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site

@@ -47,9 +47,12 @@ class MethodPart:
 
 @dataclass(frozen=True)
 class ApplyPart:
-    """How the vector is meant to be used: suggested strength, useful range, tokens, unit."""
+    """How the vector is meant to be used: suggested strength, useful range, tokens, unit.
 
-    strength: float = 1.0
+    Where no strength is named, `steerkit extract` measures one (`steerkit.suggest_strength`).
+    """
+
+    strength: float | None = None
     range: tuple[float, float] | None = None
     scope: str | None = None
     unit: Literal["paper", "norm"] = "paper"

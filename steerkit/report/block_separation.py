@@ -10,12 +10,13 @@ from torch import Tensor
 
 from steerkit.activations.recording import Activations, record
 from steerkit.errors import DataError, FitError, SiteError
+from steerkit.evaluate.blocks import Separation
 from steerkit.fitting.fitting import fit, read
 from steerkit.fitting.held_out import apart
 from steerkit.monitor.token_heat import direction_of
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
-from steerkit.report.evidence_parts import Projections, Separation
+from steerkit.report.evidence_parts import Projections
 from steerkit.report.workbench import Workbench
 
 __all__ = ["BlockSeparation"]

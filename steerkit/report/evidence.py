@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from steerkit.evaluate.blocks import Separation
 from steerkit.evaluate.curve import Curve
 from steerkit.evaluate.scoring import Measured
-from steerkit.report.evidence_parts import EvidencePlan, Heat, Projections, Separation, Texts
+from steerkit.report.evidence_parts import EvidencePlan, Heat, Projections, Texts
 from steerkit.report.figures_text import plain
 from steerkit.report.plots.scatter import Spot
 from steerkit.report.verdict import spots_of, verdict_of

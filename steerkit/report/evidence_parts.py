@@ -9,7 +9,7 @@ from typing import NamedTuple
 from steerkit.monitor.token_heat import TokenScores
 from steerkit.report.figures_text import mean
 
-__all__ = ["EvidencePlan", "Heat", "Projections", "Separation", "Texts"]
+__all__ = ["EvidencePlan", "Heat", "Projections", "Texts"]
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,6 @@ class EvidencePlan:
     new_tokens: int = 40
     seed: int = 0
     batch_size: int = 16
-
-
-class Separation(NamedTuple):
-    """How well the method's direction at one block separates held-out items.
-
-    Attributes:
-        block: counted from 0.
-        auc: share of (positive, negative) couples in the right order, ties counted half.
-        cohens_d: distance of the means in pooled standard deviations.
-    """
-
-    block: int
-    auc: float
-    cohens_d: float
 
 
 class Projections(NamedTuple):

@@ -86,7 +86,7 @@ NORMS = _Codec(_by_site(finite_number), _to_json, _site_keys)
 WIDTHS = _Codec(_by_site(_clean_count), _to_json, _site_keys)
 SHARES = _Codec(
     _by_site(_clean_shares),
-    lambda shares: _to_json({str(site): {str(place): one for place, one in own.items()} for site, own in shares.items()}),
+    _to_json,
     lambda text: {site: {int(place): one for place, one in own.items()} for site, own in _site_keys(text).items()},
 )
 BY_SITE = (NORMS, WIDTHS, SHARES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from steerkit.errors import FitError
 from steerkit.evaluate.calibration.choosing import Choosing
@@ -171,10 +172,26 @@ def _finished(problem: Problem, vector: SteeringVector, found: Calibration) -> S
         )
     return replace(
         vector,
-        suggested_strength=found.strength if found.works else None,
+        suggested_strength=found.strength,
+        calibration=_chosen(problem, found),
         seed=problem.search.seed,
         held_out={**held_out, "calibration": found.as_json()},
     )
+
+
+def _chosen(problem: Problem, found: Calibration) -> dict[str, Any]:
+    """What the file says of its suggested strength; `limit` is the weakest one tried that was outside of the budget."""
+    outside = [
+        strength_of(point)
+        for point in found.points
+        if point.layers == found.layers and problem.budget.breaks(dict(point.scores))
+    ]
+    facts: dict[str, Any] = {"by": "calibrate", "confirmed": found.works, "max_kl": problem.budget.max_kl}
+    if "kl" in found.confirmed:
+        facts["kl"] = found.confirmed["kl"].effect.mean
+    if outside and problem.is_ladder:
+        facts["limit"] = min(outside, key=problem.reach)
+    return facts
 
 
 def _span(estimate: Estimate) -> str:
