@@ -92,7 +92,7 @@ def sites_table(described: Mapping[str, Any]) -> Table:
     columns = (
         "site",
         "direction\nnorm",
-        "activation\nnorm",
+        "activation\nspread",
         "strength\npaper",
         "strength\nnorm",
         "held-out\nAUC",
@@ -106,7 +106,7 @@ def sites_table(described: Mapping[str, Any]) -> Table:
         made.add_row(
             site["site"],
             number(site["direction_norm"]),
-            number(site["activation_norm"]),
+            number(site["activation_norm"] if site["spread"] is None else site["spread"]),
             number(site["strength"]["paper"]),
             number(site["strength"]["norm"]),
             number(separation.get("auc"), ".3f"),

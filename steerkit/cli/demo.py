@@ -149,8 +149,9 @@ def _shipped(recipe: Recipe, model: str, train: ContrastSet) -> SteeringVector |
 def _answers(model: Any, tokenizer: Any, recipe: Recipe, vector: SteeringVector) -> dict[float, list[str]]:
     """The recipe's questions answered at strength 0, at the suggested one and, if it has two ways, at minus it."""
     import steerkit
+    from steerkit.methods._registry import default_strength
 
-    strength = recipe.apply.strength
+    strength = default_strength(vector)
     doses = (0.0, strength) if recipe.data.positive is not None else (-strength, 0.0, strength)
     answers = {}
     with bar("answering", len(doses)) as step:
@@ -175,12 +176,13 @@ def _measure(
     from steerkit.evaluate.by_prompt_kind import by_kind
     from steerkit.evaluate.curve import strength_response
     from steerkit.evaluate.setup import Setup
+    from steerkit.methods._registry import default_strength
 
     setup = Setup(model, tokenizer, held_out, batch_size=batch_size)
     if recipe.data.positive is not None:
         setup = replace(setup, texts=extent.kind, max_new_tokens=MAX_NEW_TOKENS)
         with bar("measuring", 2) as step:
-            return None, by_kind(setup, vector, recipe.apply.strength, step=step)
+            return None, by_kind(setup, vector, default_strength(vector), step=step)
     strengths = recipe.evaluate.strengths
     beside = tuple(dict.fromkeys((strengths[0], strengths[-1]))) if extent.ends_only else strengths
     setup = replace(setup, data=_evenly(held_out, extent.pairs))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.progress import status
 from steerkit.cli._files import check_writable, read_prompts
 from steerkit.cli._shared import (
     DEFAULT_MODEL,
@@ -23,6 +24,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
+    from steerkit.evaluate.setup import Setup
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import Recipe
     from steerkit.vector.steering_vector import SteeringVector
@@ -34,7 +36,8 @@ QUESTION = "How was your day?"
 
 MethodOption = Annotated[str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's, else caa)")]
 LayersOption = Annotated[
-    str | None, typer.Option(help="Blocks counted from 0, such as 11,13 or 10-14 (both ends included).")
+    str | None,
+    typer.Option(help="Blocks from 0, such as 11,13 or 10-14 (both ends included); auto finds the best one."),
 ]
 ReadoutOption = Annotated[
     str | None,
@@ -78,12 +81,16 @@ def run(
         raise typer.BadParameter("--raw is for your own prompts; a recipe's data says it itself")
 
     import steerkit
+    from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.suggesting import with_suggestion
     from steerkit.methods._registry import example_strength, resolve
 
     resolve(method or "caa")
     fit: Callable[..., SteeringVector]
+    settings: Mapping[str, Any] = {}
     if recipe is not None:
         chosen = _recipe(recipe, held_out)
+        train, settings = chosen.split(method)[0], chosen.method_part(method).settings
         target, model = out or Path(f"{chosen.name}.safetensors"), model or chosen.model.name
         question = next(iter(chosen.evaluate.questions), QUESTION)
         fit = partial(chosen.extract, method=method, readout=_readout(readout))
@@ -94,12 +101,34 @@ def run(
         fit = partial(steerkit.fit, data=train, method=method or "caa", readout=_readout(readout), held_out=rest)
     check_writable(target)
     loaded, tokenizer = steerkit.load_model(model)
+    if layers == "auto":
+        kind = method or (chosen.method.name if recipe is not None else "caa")
+        setup = Setup(loaded, tokenizer, batch_size=batch_size)
+        layers = _found_layer(setup, train, kind, settings=settings, readout=_readout(readout))
     vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=True)
+    with status("finding a strength"):
+        vector = with_suggestion(loaded, tokenizer, vector, batch_size=batch_size)
     vector.save(target)
     if as_json:
         print_json({"file": str(target), **vector.describe()})
     else:
         _show(vector, target, usage_line(question, str(target), strength=example_strength(vector), model=model))
+
+
+def _found_layer(setup: Setup, train: ContrastSet, method: str, **options: Any) -> str:
+    """The block at which the method separates items best; what was found is said on stderr."""
+    from steerkit.evaluate.blocks import best_layer, find_layer
+
+    with status("comparing blocks"):
+        found = find_layer(setup, train, method, **options)
+    best = best_layer(found)
+    own = next(one for one in found if one.block == best)
+    typer.echo(
+        f"block {best} of {setup.decoder.num_layers}: separates best (AUC {own.auc:.3f}, d {own.cohens_d:.2f}) among "
+        f"blocks {found[0].block} to {found[-1].block}; `steerkit layers` draws them all",
+        err=True,
+    )
+    return str(best)
 
 
 def _readout(text: str | None) -> str | int | None:

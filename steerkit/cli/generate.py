@@ -76,6 +76,10 @@ def run(
         for one, dose in itertools.zip_longest(vectors, strengths)
     ]
 
+    if not strengths:
+        for name, one in zip(names, vectors, strict=True):
+            _say_strength(name, one)
+
     import steerkit
 
     loaded, tokenizer = steerkit.load_model(model)
@@ -98,6 +102,13 @@ def _load(name: str, model: str) -> SteeringVector:
     from steerkit.vector.steering_vector import SteeringVector
 
     return SteeringVector.load(vector_path(name, model))
+
+
+def _say_strength(name: str, vector: SteeringVector) -> None:
+    """Say on stderr which strength is taken where nobody gave one, and where it comes from."""
+    from steerkit.vector.description import strength_source
+
+    typer.echo(f"{name}: strength {_strength(vector):g}, {strength_source(vector)}", err=True)
 
 
 def _strength(vector: SteeringVector) -> Any:

@@ -27,6 +27,7 @@ _SHOWN = (
     "scope",
     "unit",
     "suggested_strength",
+    "calibration",
     "readout",
     "model_id",
     "model_revision",
@@ -83,6 +84,9 @@ def run(
         looked_at = [site for site in facts["fitted_at"] if site.rpartition(".")[0] in kinds]
         if len(looked_at) > len(written):
             shown.add_row("selected", f"{len(written)} of {len(looked_at)} sites looked at")
+    for site in facts["sites"]:
+        if site["massive"]:
+            shown.add_row("massive dimensions", f"{site['site']}: {_shares(site['massive'])} of the squared norm")
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
         for name, value in facts["held_out"].get("gate", {}).items():
@@ -150,6 +154,11 @@ def _unit(method: str) -> str:
     except UnknownNameError:
         return ""
     return "" if unit == "factor" else unit
+
+
+def _shares(massive: dict[str, float]) -> str:
+    """Dimensions with the share of the squared norm that each holds."""
+    return ", ".join(f"{place} holds {share:.0%}" for place, share in massive.items())
 
 
 def _text(name: str, value: Any) -> str:

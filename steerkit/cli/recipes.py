@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from steerkit._support.shipped import recipes
-from steerkit.cli._shared import Json, print_json, stdout, table
+from steerkit.cli._shared import Json, number, print_json, stdout, table
 from steerkit.errors import RecipeError
 
 __all__ = ["run"]
@@ -24,7 +24,7 @@ def run(as_json: Json = False) -> None:
         return
     shown = table("name", "behaviour", "method", "items", "default", "strength", right=("items", "strength"))
     for row in rows:
-        strength, default = f"{row['strength']:g}", "yes" if row["default"] else ""
+        strength, default = number(row["strength"], "g"), "yes" if row["default"] else ""
         shown.add_row(row["name"], row["behaviour"], row["method"], str(row["items"]), default, strength)
     stdout().print(shown)
 
@@ -47,5 +47,5 @@ def _row(name: str, path: Path) -> dict[str, Any]:
         "method": content.get("method", {}).get("name", "caa"),
         "items": sum(bool(line.strip()) for line in lines),
         "default": content.get("default", False),
-        "strength": content.get("apply", {}).get("strength", 1.0),
+        "strength": content.get("apply", {}).get("strength"),
     }

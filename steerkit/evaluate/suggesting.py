@@ -9,6 +9,7 @@ what it brings about: `calibrate` measures that, on held-out items and beside co
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +24,9 @@ from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import is_gated, method_of
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["LIMIT_KL", "MAX_KL", "can_be_suggested", "suggest_strength"]
+__all__ = ["LIMIT_KL", "MAX_KL", "can_be_suggested", "suggest_strength", "with_suggestion"]
+
+logger = logging.getLogger(__name__)
 
 MAX_KL = 0.15
 """Nats per token: half of what a calibration allows, since nothing reads the texts for loops here."""
@@ -112,6 +115,34 @@ def suggest_strength(
             "texts": len(setup.calm),
         },
     )
+
+
+def with_suggestion(
+    model: nn.Module,
+    tokenizer: Any,
+    vector: SteeringVector,
+    *,
+    batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> SteeringVector:
+    """The vector with a suggested strength, where it has none and one can be found; else as it is, and that is said.
+
+    Args:
+        model: the model it was fitted on.
+        tokenizer: its tokenizer.
+        vector: the vector.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+    """
+    if vector.suggested_strength is not None or not can_be_suggested(vector):
+        return vector
+    try:
+        return suggest_strength(
+            model, tokenizer, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+        )
+    except StrengthError as error:
+        logger.warning("no strength is suggested: %s", error)
+        return vector
 
 
 @dataclass(frozen=True)

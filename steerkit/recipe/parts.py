@@ -11,9 +11,13 @@ __all__ = ["PARTS", "ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "Mode
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Which model the recipe was made on."""
+    """Which model the recipe was made on.
+
+    `num_layers` is how many blocks it has: on a model of another depth the recipe's blocks are scaled by it.
+    """
 
     name: str = "smollm2-135m"
+    num_layers: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ filled in; it travels in the vector file.
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from torch import nn
 
 from steerkit.errors import DataError, RecipeError
 from steerkit.evaluate.layer_sets import default_candidates
+from steerkit.evaluate.suggesting import with_suggestion
 from steerkit.fitting.fitting import fit
 from steerkit.methods._base import Method, takes_pair
 from steerkit.methods._registry import resolve
@@ -29,6 +31,7 @@ from steerkit.vector.steering_vector import SteeringVector
 __all__ = ["Recipe"]
 
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,16 +169,18 @@ class Recipe:
             progress: show a progress bar on stderr.
 
         Returns:
-            The vector, with the recipe's suggested strength.
+            The vector, with the recipe's suggested strength, else one that is measured (`suggest_strength`).
 
         Raises:
             SteerError: see `steerkit.fit`.
         """
         part = self.method_part(method)
         train, held_out = self.split(part.name)
+        depth = find_decoder(model).num_layers
         if layers is not None:
-            listed = parse_layers(layers, find_decoder(model).num_layers)
-            part = replace(part, layers=tuple(listed), sites=None)
+            part = replace(part, layers=tuple(parse_layers(layers, depth)), sites=None)
+        else:
+            part = self.at_depth(part, depth)
         if readout is not None:
             part = replace(part, readout=readout)
         vector = fit(
@@ -191,7 +196,41 @@ class Recipe:
             held_out=None if resolve(part.name).readout is None else held_out,
             progress=progress,
         )
-        return self.signed(vector, part)
+        return with_suggestion(model, tokenizer, self.signed(vector, part), batch_size=batch_size)
+
+    def at_depth(self, part: MethodPart, num_layers: int) -> MethodPart:
+        """The same with the blocks of a model of another depth, where the recipe says how many its own has.
+
+        Args:
+            part: how the vector is fitted; its blocks count for the recipe's own model.
+            num_layers: blocks of the model at hand.
+
+        Returns:
+            The blocks scaled by depth, each once; a line in the log says so.
+        """
+        own = self.model.num_layers
+        if own is None or own == num_layers or (part.layers is None and part.sites is None):
+            return part
+
+        def placed(layer: int) -> int:
+            return min(round(layer * (num_layers - 1) / max(own - 1, 1)), num_layers - 1)
+
+        sites = [Site.parse(site) for site in part.sites or ()]
+        moved = {layer: placed(layer) for layer in (*(part.layers or ()), *(site.layer for site in sites))}
+        logger.info(
+            "recipe %s counts %d blocks and this model has %d; by depth %s",
+            self.name,
+            own,
+            num_layers,
+            ", ".join(f"block {layer} becomes {here}" for layer, here in sorted(moved.items())),
+        )
+        return replace(
+            part,
+            layers=None if part.layers is None else tuple(dict.fromkeys(moved[layer] for layer in part.layers)),
+            sites=None
+            if part.sites is None
+            else tuple(dict.fromkeys(str(Site(moved[site.layer], site.kind)) for site in sites)),
+        )
 
     def method_part(self, method: str | Method | None = None) -> MethodPart:
         """How the vector is fitted, by the recipe's own method or by another.
@@ -230,8 +269,9 @@ class Recipe:
             num_layers: of the model.
             method: another method than the recipe's.
         """
-        sites = [Site.parse(site).layer for site in self.method.sites or ()]
-        own = tuple(layer for layer in self.method.layers or sites if layer < num_layers)
+        part = self.at_depth(self.method, num_layers)
+        sites = [Site.parse(site).layer for site in part.sites or ()]
+        own = tuple(layer for layer in part.layers or sites if layer < num_layers)
         return default_candidates(resolve(method or self.method.name), num_layers, [own] if own else [])
 
     def signed(self, vector: SteeringVector, part: MethodPart) -> SteeringVector:

@@ -29,7 +29,7 @@ from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_ho
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
 from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
-from steerkit.steering.strengths import strength_value, vectors_of
+from steerkit.steering.strengths import strength_value, vectors_of, warn_beyond
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import UNITS, SteeringVector
@@ -202,6 +202,7 @@ def _plan(
         raise ScopeError(f"scope '{written}': {only_all}{written.instead('; ', 'all')}")
     written = written.marked(roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
+    warn_beyond(vector, dose.value, counted)
     sources: Mapping[Site, LayerInput] = method.inputs_at(decoder, vector) if isinstance(method, ReadsInput) else {}
     taps = {site: one.tap for site, one in sources.items()} or locate(decoder.model, vector.sites)
     edits: list[Edit] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from steerkit.errors import StrengthError, VectorFileError
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Strength", "strength_value", "vectors_of"]
+__all__ = ["Strength", "strength_value", "vectors_of", "warn_beyond"]
 
 Strength = float | Sequence[float] | Tensor
+_WARNED: set[tuple[str, float]] = set()
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -52,3 +54,26 @@ def strength_value(value: Strength) -> float | tuple[float, ...]:
     if not rows:
         raise StrengthError("strength: got an empty list; give a finite number, or one per row of the batch")
     return tuple(map(float, rows)) if isinstance(listed, Sequence) else float(rows[0])
+
+
+def warn_beyond(vector: SteeringVector, value: float | tuple[float, ...], unit: str) -> None:
+    """Warn, once for each vector, of a strength beyond the one that its file knows to cost more than the budget.
+
+    Args:
+        vector: the vector; `calibration` holds the limit, in the unit of the suggested strength.
+        value: the strength, one number or one per row.
+        unit: what it counts in; strengths in the other unit are not compared.
+    """
+    limit = vector.calibration.get("limit")
+    if not isinstance(limit, int | float) or unit != vector.unit or vector.suggested_strength is None:
+        return
+    largest = max(map(abs, value if isinstance(value, tuple) else (value,)))
+    known = (vector.method, float(limit))
+    if largest <= abs(limit) or known in _WARNED:
+        return
+    _WARNED.add(known)
+    warnings.warn(
+        f"strength {largest:g} is beyond {limit:g}, where this vector leaves its budget (KL "
+        f"{vector.calibration.get('max_kl', 0):g} at {vector.suggested_strength:g}); texts may loop",
+        stacklevel=4,
+    )

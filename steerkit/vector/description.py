@@ -12,7 +12,7 @@ from steerkit.vector.tensors import direction_length
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["described_site"]
+__all__ = ["described_site", "strength_source"]
 
 
 def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
@@ -47,3 +47,19 @@ def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
         "massive": {str(place): share for place, share in vector.massive.get(site, {}).items()},
         "strength": strengths,
     }
+
+
+def strength_source(vector: SteeringVector) -> str:
+    """Where the suggested strength comes from, in a few words.
+
+    Args:
+        vector: the vector.
+    """
+    facts = vector.calibration
+    if vector.suggested_strength is None:
+        return "none is suggested"
+    if facts.get("by") == "suggest_strength":
+        return f"by its cost alone (KL {facts.get('kl', 0):.2g} on neutral texts), not confirmed"
+    if facts.get("by") == "calibrate":
+        return "calibrated, confirmed on held-out items" if facts.get("confirmed") else "calibrated, not confirmed"
+    return "suggested by the recipe" if vector.recipe is not None else "suggested by the file"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
-from steerkit.report.plots.drawing import BLUE, GREY, ORANGE, WIDTH, new_figure, style, svg
+from steerkit.evaluate.blocks import BlockEffect, Separation
+from steerkit.report.plots.bands import draw_band
+from steerkit.report.plots.drawing import BLUE, GREY, ORANGE, WIDTH, new_figure, save, style, svg
 
-__all__ = ["histogram_svg", "separation_svg"]
+__all__ = ["histogram_svg", "plot_blocks", "separation_svg"]
 
 
 def separation_svg(
@@ -93,3 +96,46 @@ def histogram_svg(positive: Sequence[float], negative: Sequence[float], *, label
         axes.set_ylabel("items")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
         return svg(figure)
+
+
+def plot_blocks(
+    apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, path: str | Path, *, title: str = ""
+) -> Path:
+    """Draw by block how far the sides lie apart and, where that was measured, what steering does at an equal cost.
+
+    Args:
+        apart: separation of held-out items.
+        does: effects, or none.
+        best: the block to mark.
+        path: a .png, .svg or .pdf file.
+        title: above the picture.
+
+    Returns:
+        The path.
+
+    Raises:
+        SteerError: matplotlib is not installed, or the picture cannot be written.
+    """
+    with style():
+        from matplotlib.ticker import MaxNLocator
+
+        rows = 3 if does else 2
+        figure, axes = new_figure(WIDTH, 1.4 + 1.5 * rows, rows=rows, sharex=True)
+        blocks = [one.block for one in apart]
+        axes[0].plot(blocks, [one.auc for one in apart], color=BLUE, marker="o", markersize=3.5, linewidth=1.5)
+        axes[0].axhline(0.5, color=GREY, linewidth=1, linestyle=":")
+        axes[0].set_ylabel("held-out AUC")
+        axes[1].plot(blocks, [one.cohens_d for one in apart], color=BLUE, marker="o", markersize=3.5, linewidth=1.5)
+        axes[1].set_ylabel("Cohen's d")
+        if does:
+            draw_band(
+                axes[2], [one.layer for one in does], [one.effect for one in does], BLUE, "o", label="", band="95 %"
+            )
+            axes[2].axhline(0, color=GREY, linewidth=1, linestyle=":")
+            axes[2].set_ylabel("margin at\nequal cost")
+        for panel in axes:
+            panel.axvline(best, color=ORANGE, linewidth=1, linestyle="--", zorder=0)
+        axes[-1].set_xlabel("block, counted from 0 (dashed: best separation)")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0].set_title(title)
+        return save(figure, Path(path))

@@ -1,0 +1,153 @@
+"""`steerkit layers`: how well a method separates the data at every block, and what it does there at an equal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steerkit._support.progress import status
+from steerkit.cli._files import check_writable
+from steerkit.cli._shared import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Json,
+    RecipeModel,
+    number,
+    print_json,
+    stderr,
+    stdout,
+    table,
+)
+
+if TYPE_CHECKING:
+    from steerkit.evaluate.blocks import BlockEffect, Separation
+    from steerkit.prompts.contrast_set import ContrastSet
+
+__all__ = ["run"]
+
+_BAR = 20
+
+
+def run(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own pairs instead.")] = None,
+    method: Annotated[str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's or caa)")] = None,
+        str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's, else caa)")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks from 0, such as 4-12. (default: a fifth to four fifths of the depth)")
+    ] = None,
+    effect: Annotated[bool, typer.Option(help="Steer at every block too, which takes longest.")] = True,
+    max_kl: Annotated[float, typer.Option(help="What steering costs at every block, in nats per token.")] = 0.15,
+    held_out: Annotated[float, typer.Option(metavar="FRACTION", help="Share of the items that is measured on.")] = 0.25,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the split.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw it too: a .png, .svg or .pdf file.", dir_okay=False)] = None,
+    model: RecipeModel = None,
+    batch_size: BatchSize = 16,
+    as_json: Json = False,
+) -> None:
+    """Show block by block how well a method separates held-out items, and what it does there at an equal cost.
+
+    The strength of each block is the one that costs the same KL divergence on neutral texts, so that blocks compare.
+    Where items have no two answers to one prompt, only the separation is shown.
+    """
+    if (recipe is None) == (data is None):
+        raise typer.BadParameter("give one of: RECIPE, --data")
+    import steerkit
+    from steerkit.evaluate.blocks import best_layer, effect_by_block, middle_layers, separation_by_block
+    from steerkit.evaluate.fits import Fits
+    from steerkit.evaluate.setup import Setup
+    from steerkit.network.sites import parse_layers
+
+    if plot is not None:
+        from steerkit.report.plots.drawing import ready
+
+        ready()
+        check_writable(plot)
+    train, kept, kind, settings, name = _items(recipe, data, method, held_out, seed)
+    model = model or name
+    loaded, tokenizer = steerkit.load_model(model)
+    setup = Setup(loaded, tokenizer, kept, batch_size=batch_size)
+    depth = setup.decoder.num_layers
+    chosen = middle_layers(depth) if layers is None else parse_layers(layers, depth)
+    fits = Fits(setup, train, kind, chosen, settings)
+    with status("comparing blocks") as step:
+        apart = separation_by_block(fits, kept, chosen)
+        does = effect_by_block(fits, [one.block for one in apart], max_kl=max_kl, step=step) if effect else []
+    best = best_layer(apart)
+    if plot is not None:
+        _draw(plot, apart, does, best, title=f"{recipe or getattr(data, 'name', '')}: {kind} by block")
+        stderr().print(f"wrote {plot}")
+    if as_json:
+        print_json(_as_json(apart, does, best, depth))
+    else:
+        _show(apart, does, best, len(kept), max_kl)
+
+
+def _items(
+    recipe: str | None, data: Path | None, method: str | None, held_out: float, seed: int
+) -> tuple[ContrastSet, ContrastSet, str, dict[str, Any], str]:
+    """What is fitted on and what is measured on, the method with its settings, and the model."""
+    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.recipe import find_recipe
+
+    if recipe is not None:
+        chosen = find_recipe(recipe)
+        part = chosen.method_part(method)
+        train, kept = chosen.split(part.name)
+        return train, kept, part.name, dict(part.settings), chosen.model.name
+    assert data is not None
+    train, kept = ContrastSet.from_jsonl(data).split(held_out=held_out, seed=seed)
+    return train, kept, method or "caa", {}, DEFAULT_MODEL
+
+
+def _as_json(apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, depth: int) -> dict[str, Any]:
+    by_layer = {one.layer: one for one in does}
+    rows: list[dict[str, Any]] = []
+    for one in apart:
+        row: dict[str, Any] = {"layer": one.block, "auc": one.auc, "cohens_d": one.cohens_d}
+        if one.block in by_layer:
+            own = by_layer[one.block]
+            row |= {"strength": own.strength, "kl": own.kl, "effect": list(own.effect)}
+        rows.append(row)
+    return {"num_layers": depth, "best_separation": best, "best_effect": _best_effect(does), "layers": rows}
+
+
+def _best_effect(does: Sequence[BlockEffect]) -> int | None:
+    return max(does, key=lambda one: one.effect.mean).layer if does else None
+
+
+def _show(apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, items: int, max_kl: float) -> None:
+    by_layer = {one.layer: one for one in does}
+    columns = ("block", "AUC", "d", *(("strength", "effect (95 %)") if does else ()), "")
+    shown = table(*columns, right=columns[:-1])
+    largest = max((one.effect.mean for one in does), default=0.0) if does else max(one.cohens_d for one in apart)
+    for one in apart:
+        own = by_layer.get(one.block)
+        length = (own.effect.mean if own else 0.0) if does else one.cohens_d
+        cells = [str(one.block), f"{one.auc:.3f}", f"{one.cohens_d:.2f}"]
+        if does:
+            cells += (
+                [number(own.strength), f"{own.effect.mean:+.3f} ({own.effect.low:+.3f}, {own.effect.high:+.3f})"]
+                if own
+                else ["-", "-"]
+            )
+        bar = "#" * round(_BAR * max(length, 0.0) / largest) if largest > 0 else ""
+        shown.add_row(*cells, bar)
+    console = stdout()
+    console.print(shown)
+    console.print(f"separation of {items} held-out items; best at block {best}")
+    if does:
+        console.print(
+            f"effect: change of the preference margin at the strength that costs a KL of {max_kl:g}; largest at block "
+            f"{_best_effect(does)}"
+        )
+
+
+def _draw(path: Path, apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, *, title: str) -> None:
+    from steerkit.report.plots.separation import plot_blocks
+
+    plot_blocks(apart, does, best, path, title=title)
