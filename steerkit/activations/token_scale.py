@@ -1,9 +1,15 @@
-"""How long activations are at a site, over the tokens read: their median norm, and their spread.
+"""How long activations are at a site, over the tokens read: their median norm, and how far they spread.
 
-`norm` is the median length of a token. Where a few dimensions are massive it says little: in Gemma 3 270M one of 640
-holds up to nine tenths of every squared norm and hardly differs between tokens. `spread` is what such a dimension
-cannot move: the standard deviation over tokens of the median dimension, times the root of the width. It is what
-`unit="norm"` counts in; docs/results/norms.md compares it with others.
+Where a few dimensions are massive the norm says little: in Gemma 3 270M one of 640 holds up to nine tenths of every
+squared norm and hardly differs between tokens. So `unit="norm"` counts in a spread, which depends on the direction u
+(of length 1):
+
+    common = sqrt(sum over j of s_j^2)              how far tokens lie from their mean
+    own    = sqrt(d) / sqrt(sum over j of (u_j / s_j)^2)   the same, each dimension in its own standard deviation s_j
+    spread = sqrt(common * own)
+
+`common` is too much for a direction in quiet dimensions, `own` too little for one in loud ones; the mean of both moves
+the predictions most alike over blocks, directions and models (`python -m benchmarks.norms`, docs/results/norms.md).
 
 Massive activations: Sun et al. (2024), "Massive Activations in Large Language Models", arXiv 2402.17762.
 """
@@ -12,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,20 +31,42 @@ MASSIVE = 100.0
 """A dimension is massive where its mean square is more than so many times the median dimension's."""
 _SHARE = 0.05
 """Massive dimensions that hold less than this share of the mean squared norm are not told."""
+_QUIETEST = 1e-3  # of the root mean variance
 
 
-class TokenScale(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TokenScale:
     """How long activations are at one site, without pads and each row's first token.
 
     Attributes:
-        norm: the median token norm.
-        spread: the standard deviation over tokens of the median dimension, times the root of the width.
+        norm: the median token norm; nan where no token was counted.
+        deviation: [d] standard deviation over tokens of each dimension, float32, on the CPU.
         massive: by dimension the share of the mean squared norm that it holds, for the few that hold most.
     """
 
     norm: float
-    spread: float
+    deviation: Tensor
     massive: Mapping[int, float]
+
+    def spread(self, direction: Tensor | None = None) -> float:
+        """How far tokens spread, for a step along a direction; see the top of this file.
+
+        Args:
+            direction: [d] or [k, d], of any length, k directions counting together; None gives `common`.
+
+        Returns:
+            In activation units; nan where no token was counted or all are equal.
+        """
+        common = float(torch.linalg.vector_norm(self.deviation))
+        if not math.isfinite(common) or common == 0.0:
+            return math.nan
+        if direction is None or not bool(direction.any()):
+            return common
+        shares = direction.float().square().reshape(-1, len(self.deviation)).sum(0)
+        # A dimension that is the same in every token would count without bound.
+        deviation = self.deviation.clamp_min(_QUIETEST * common / math.sqrt(len(self.deviation)))
+        own = math.sqrt(len(deviation) / float((shares / shares.sum() / deviation.square()).sum()))
+        return math.sqrt(common * own)
 
 
 class TokenScales:
@@ -76,15 +104,12 @@ class TokenScales:
             self._count = total
 
     def result(self) -> TokenScale:
-        """The scale; its numbers are nan where no token was counted."""
+        """The scale of all tokens counted."""
         if self._count is None or float(self._count) == 0:
-            return TokenScale(self._norms.result(), math.nan, {})
-        variance = self._power / self._count
-        square = variance + self._mean.square()
+            return TokenScale(self._norms.result(), torch.full((1,), math.nan), {})
+        variance = self._power.cpu() / float(self._count)
+        square = variance + self._mean.cpu().square()
         shares = square / square.sum()
         told = (square > MASSIVE * square.median()) & (shares >= _SHARE)
-        return TokenScale(
-            norm=self._norms.result(),
-            spread=math.sqrt(float(variance.median()) * len(variance)),
-            massive={int(place): float(shares[place]) for place in told.nonzero()[:, 0]},
-        )
+        massive = {int(place): round(float(shares[place]), 4) for place in told.nonzero()[:, 0]}
+        return TokenScale(self._norms.result(), variance.sqrt(), massive)

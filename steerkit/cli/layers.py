@@ -35,8 +35,6 @@ def run(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own pairs instead.")] = None,
     method: Annotated[str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's or caa)")] = None,
-        str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's, else caa)")
-    ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Blocks from 0, such as 4-12. (default: a fifth to four fifths of the depth)")
     ] = None,

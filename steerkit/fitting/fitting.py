@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import steerkit
 from steerkit.activations.recording import Activations, record
 from steerkit.activations.streaming import stream
+from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
 from steerkit.fitting.subject import ModelSubject
 from steerkit.methods._authoring import check_fitted, class_problem, fitted_tensors
@@ -155,7 +156,7 @@ def _vector(
         unit="paper",
         settings=method.settings,
         norms={site: scale.norm for site, scale in scales.items() if math.isfinite(scale.norm)},
-        spreads={site: scale.spread for site, scale in scales.items() if math.isfinite(scale.spread)},
+        spreads=_spreads(method, tensors, written, scales),
         massive={site: scale.massive for site, scale in scales.items() if scale.massive},
         widths={site: tap.width for site, tap in taps.items() if tap.width != decoder.hidden_size},
         tokenizer_sha256=tokenizer_digest(tokenizer),
@@ -167,6 +168,18 @@ def _vector(
         steerkit_version=steerkit.__version__,
         **model_facts(decoder.model, tokenizer),
     )
+
+
+def _spreads(
+    method: Method, tensors: Mapping[str, Tensor], written: Sequence[Site], scales: Mapping[Site, TokenScale]
+) -> dict[Site, float]:
+    """How far tokens spread at each written site, along what the method adds there."""
+    found = {}
+    for site in written:
+        direction = tensors.get(f"{site}/direction")
+        if site in scales and direction is not None and direction.shape[-1] == len(scales[site].deviation):
+            found[site] = scales[site].spread(direction)
+    return {site: spread for site, spread in found.items() if math.isfinite(spread)}
 
 
 def read(
