@@ -10,11 +10,10 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    RecipeModel,
     number,
     print_json,
     stderr,
@@ -31,6 +30,7 @@ __all__ = ["run"]
 _BAR = 20
 
 
+@loads_model
 def run(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own pairs instead.")] = None,
@@ -43,7 +43,7 @@ def run(
     held_out: Annotated[float, typer.Option(metavar="FRACTION", help="Share of the items that is measured on.")] = 0.25,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the split.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw it too: a .png, .svg or .pdf file.", dir_okay=False)] = None,
-    model: RecipeModel = None,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +54,6 @@ def run(
     """
     if (recipe is None) == (data is None):
         raise typer.BadParameter("give one of: RECIPE, --data")
-    import steerkit
     from steerkit.evaluate.blocks import best_layer, effect_by_block, middle_layers, separation_by_block
     from steerkit.evaluate.fits import Fits
     from steerkit.evaluate.setup import Setup
@@ -65,9 +64,8 @@ def run(
 
         ready()
         check_writable(plot)
-    train, kept, kind, settings, name = _items(recipe, data, method, held_out, seed)
-    model = model or name
-    loaded, tokenizer = steerkit.load_model(model)
+    train, kept, kind, settings, model = _items(recipe, data, method, held_out, seed, model)
+    loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, kept, batch_size=batch_size)
     depth = setup.decoder.num_layers
     chosen = middle_layers(depth) if layers is None else parse_layers(layers, depth)
@@ -86,8 +84,8 @@ def run(
 
 
 def _items(
-    recipe: str | None, data: Path | None, method: str | None, held_out: float, seed: int
-) -> tuple[ContrastSet, ContrastSet, str, dict[str, Any], str]:
+    recipe: str | None, data: Path | None, method: str | None, held_out: float, seed: int, model: ModelChoice
+) -> tuple[ContrastSet, ContrastSet, str, dict[str, Any], ModelChoice]:
     """What is fitted on and what is measured on, the method with its settings, and the model."""
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import find_recipe
@@ -96,10 +94,10 @@ def _items(
         chosen = find_recipe(recipe)
         part = chosen.method_part(method)
         train, kept = chosen.split(part.name)
-        return train, kept, part.name, dict(part.settings), chosen.model.name
+        return train, kept, part.name, dict(part.settings), model.of(chosen.model)
     assert data is not None
     train, kept = ContrastSet.from_jsonl(data).split(held_out=held_out, seed=seed)
-    return train, kept, method or "caa", {}, DEFAULT_MODEL
+    return train, kept, method or "caa", {}, model
 
 
 def _as_json(apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, depth: int) -> dict[str, Any]:
