@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steerkit import methods
+    from steerkit._support.shipped import shipped_vectors
     from steerkit.activations.recording import Activations, record
     from steerkit.errors import (
         DataError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import measure
     from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.suggesting import suggest_strength
     from steerkit.fitting.fitting import fit
     from steerkit.generation import generate
     from steerkit.model import load_model
@@ -79,7 +81,9 @@ _HOMES = {
     "measure": "evaluate",
     "projection_difference": "monitor",
     "record": "activations",
+    "shipped_vectors": "_support.shipped",
     "steer": "steering",
+    "suggest_strength": "evaluate.suggesting",
 }
 
 __all__ = [
@@ -115,7 +119,9 @@ __all__ = [
     "methods",
     "projection_difference",
     "record",
+    "shipped_vectors",
     "steer",
+    "suggest_strength",
 ]
 
 

@@ -56,6 +56,7 @@ def gated_vector(
     plain = modes.vector_for(model, scope="response", site=sites[0], size=size)
     direction = plain.tensors[f"{sites[0]}/direction"]
     return SteeringVector(
+        suggested_strength=1.0,
         method="conditional",
         tensors={
             "shared/condition": condition[None],
@@ -86,6 +87,7 @@ def separating(plus: Tensor, minus: Tensor) -> Tensor:
 def plain_of(vector: SteeringVector) -> SteeringVector:
     """The same addition without a gate."""
     return SteeringVector(
+        suggested_strength=1.0,
         method="caa",
         tensors={name: tensor for name, tensor in vector.tensors.items() if name.endswith("/direction")},
         sites=vector.sites,

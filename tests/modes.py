@@ -36,6 +36,7 @@ def vector_for(model: nn.Module, *, scope: str, site: Site = RESID, size: float 
     window = scope in ("front", "mid", "back")
     direction = torch.randn((3, decoder.hidden_size) if window else (decoder.hidden_size,), generator=generator)
     return SteeringVector(
+        suggested_strength=1.0,
         method="actadd" if window else "caa",
         tensors={f"{site}/direction": direction * size},
         sites=(site,),

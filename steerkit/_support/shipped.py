@@ -6,7 +6,7 @@ from pathlib import Path
 
 from steerkit.errors import unknown_name
 
-__all__ = ["recipe_path", "recipes", "trait_path", "traits", "vector_path", "vectors"]
+__all__ = ["recipe_path", "recipes", "shipped_vectors", "trait_path", "traits", "vector_path", "vectors"]
 
 
 def _folder(name: str) -> Path:
@@ -23,6 +23,22 @@ def recipes() -> dict[str, Path]:
 def vectors() -> dict[str, Path]:
     """The shipped vectors, ``model/name`` to file, sorted."""
     return {f"{path.parent.name}/{path.stem}": path for path in sorted(_folder("vectors").glob("*/*.safetensors"))}
+
+
+def shipped_vectors(model: str | None = None) -> list[str]:
+    """The names of the vectors that come with steerkit, sorted; `SteeringVector.load` reads one by its name.
+
+    Args:
+        model: alias of a model, such as ``smollm2-135m``, to list its vectors only.
+
+    Returns:
+        Names such as ``"smollm2-135m/optimism-caa"``; the part behind the slash is enough where it is unique.
+
+    Example:
+        >>> "smollm2-135m/optimism-caa" in shipped_vectors()
+        True
+    """
+    return [name for name in vectors() if model is None or name.partition("/")[0] == model]
 
 
 def traits() -> dict[str, Path]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from steerkit import __version__
+from steerkit._support.shipped import vector_path
 from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError
 from steerkit.network.sites import Site
 from steerkit.tokens.scope import Scope
@@ -325,15 +326,18 @@ class SteeringVector:
 
     @classmethod
     def load(cls, path: str | Path) -> SteeringVector:
-        """Read a vector file.
+        """Read a vector file, or one of the shipped vectors by its name.
 
         Args:
-            path: a file that `save` wrote.
+            path: a file that `save` wrote, or a name of `steerkit.shipped_vectors()`, such as ``"optimism-caa"``; a
+                file of that name comes first.
 
         Raises:
             VectorFileError: there is no such file, or it is not exactly what `save` wrote.
+            UnknownNameError: a name without an ending that nothing shipped answers to.
         """
-        data = read_vector_file(Path(path))
+        path = vector_path(str(path))
+        data = read_vector_file(path)
         return cls.from_bytes(data, source=str(path))
 
     def check(self, model: nn.Module, tokenizer: Any = None) -> None:

@@ -238,6 +238,7 @@ def reference_vector(model: Any, arch: str, module: str) -> SteeringVector:
             own = params_of(units, arrays()[f"{group}.scores"][layer, units].tolist(), width)
             tensors |= {f"{site}/{name}": value for name, value in own.items()}
     return SteeringVector(
+        suggested_strength=1.0,
         method="austeer",
         tensors=tensors,
         sites=tuple(site for site in taps if f"{site}/units" in tensors),

@@ -25,6 +25,7 @@ IDS = torch.arange(2 * 8).mul(7919).remainder(VOCAB).reshape(2, 8)
 
 def vector_at(site: str, width: int = HIDDEN) -> SteeringVector:
     return SteeringVector(
+        suggested_strength=1.0,
         method="caa",
         tensors={f"{site}/direction": torch.linspace(-1, 1, width)},
         sites=(Site.parse(site),),

@@ -280,6 +280,7 @@ def indicator(fitted: Fitted, ids: tuple[int, ...], place: int) -> SteeringVecto
     own = embedded[ids[place]]
     direction = own - others.T @ torch.linalg.lstsq(others.T, own).solution
     return SteeringVector(
+        suggested_strength=1.0,
         method="caa",
         tensors={"resid_pre.0/direction": direction.float()},
         sites=(Site(0, "resid_pre"),),

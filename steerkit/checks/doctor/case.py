@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerkit.activations.reading import position_inputs
 from steerkit.activations.recording import record
+from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import SiteError, SteerError
 from steerkit.network.decoder import Decoder, execution_device, inner_model
 from steerkit.network.sites import Site
@@ -72,12 +73,17 @@ class Case:
         return Site(middle)  # each check says why it is not to be had
 
     @cached_property
+    def scale(self) -> TokenScale | None:
+        """How long activations are where the direction is added; None where they cannot be read."""
+        try:
+            return record(self.model, self.tokenizer, self.texts, [self.site], readout="mean").scales[self.site]
+        except SteerError:  # `sites` says why; the other checks still want a direction
+            return None
+
+    @cached_property
     def vector(self) -> SteeringVector:
         """A random direction, always the same one for the same model."""
-        try:
-            norm = record(self.model, self.tokenizer, self.texts, [self.site], readout="mean").norms[self.site]
-        except SteerError:  # `sites` says why; the other checks still want a direction
-            norm = self.decoder.hidden_size**0.5
+        norm = self.decoder.hidden_size**0.5 if self.scale is None else self.scale.norm
         return self.random_vector([self.site], {self.site: SIZE * norm}, scope="response")
 
     @property

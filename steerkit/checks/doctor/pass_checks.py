@@ -60,7 +60,16 @@ def sites(case: Case) -> str:
         )
     kinds = sorted({site.kind for site in taps}, key=KINDS.index)
     absent = "".join(f"; no {kind} ({reason})" for kind, reason in missing.items())
-    return f"{', '.join(kinds)} at blocks {', '.join(map(str, layers))}{absent}"
+    return f"{', '.join(kinds)} at blocks {', '.join(map(str, layers))}{absent}{_massive(case)}"
+
+
+def _massive(case: Case) -> str:
+    """The dimensions that hold most of the squared norm after the middle block, where there are such."""
+    held = case.scale.massive if case.scale is not None else {}
+    if not held:
+        return ""
+    listed = ", ".join(f"{place} ({share:.0%} of the squared norm)" for place, share in held.items())
+    return f"; massive dimensions at {case.site}: {listed}"
 
 
 def changes(case: Case) -> str:
