@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +70,8 @@ def test_a_recipe_is_read_and_run(folder: Path) -> None:
     assert other.extra["recipe"]["method"]["name"] == "repe", "the stored recipe is the one that was run"
     assert other.extra["recipe"]["method"]["layers"] == (0, 1)
     assert other.readout == "last", "the readout of another method is not its own"
-    assert other.suggested_strength is None, "the strength was found for the recipe's own method"
+    assert other.suggested_strength != 1.5, "the strength was found for the recipe's own method"
+    assert other.calibration["by"] == "suggest_strength"
 
 
 @pytest.mark.parametrize(("old", "new", "message"), [
@@ -258,3 +259,21 @@ def test_candidates_hold_the_recipe_s_own_layers(folder: Path) -> None:
     recipe = Recipe.load(write(folder, GOOD))
     assert recipe.candidates(30)[0] == (1, 2)
     assert recipe.candidates(2)[0] == (1,)
+
+
+def test_blocks_count_for_the_model_the_recipe_was_made_on(caplog: pytest.LogCaptureFixture) -> None:
+    from steerkit.recipe import find_recipe
+
+    caplog.set_level("INFO", logger="steerkit")
+    recipe = find_recipe("optimism-caa")
+    assert recipe.model.num_layers == 30
+    part = replace(recipe.method, layers=(11, 12, 29), sites=None)
+    assert recipe.at_depth(part, 30) == part
+    assert not caplog.records
+    moved = recipe.at_depth(part, 18)
+    assert moved.layers == (round(11 * 17 / 29), round(12 * 17 / 29), 17)
+    assert "counts 30 blocks and this model has 18" in caplog.text
+    sites = replace(recipe.method, layers=None, sites=("mlp_out.10", "resid_post.20"))
+    assert recipe.at_depth(sites, 60).sites == ("mlp_out.20", "resid_post.41")
+    unknown = replace(recipe, model=replace(recipe.model, num_layers=None))
+    assert unknown.at_depth(part, 18) == part
