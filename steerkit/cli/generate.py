@@ -50,6 +50,13 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Fixes what --sample draws.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of --sample, which it implies; lower is more likely.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens that --sample draws from.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt before every prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
     model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 8,
@@ -66,17 +73,24 @@ def run(
         raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")
     if strengths and len(strengths) != len(names):
         raise typer.BadParameter(f"{len(strengths)} --strength for {len(names)} --vector; give as many, or none")
+    sample = sample or temperature is not None or top_p is not None
     if seed is not None and not sample:
         raise typer.BadParameter("--seed fixes what --sample draws; give both")
+    if 0.0 in (temperature, top_p):
+        raise typer.BadParameter("--temperature and --top-p are above 0; without --sample the likeliest token is taken")
+    if system is not None and raw:
+        raise typer.BadParameter("--system is part of a chat, which --raw leaves out; give one of both")
 
     asked: Sequence[Any] = prompts or read_prompts(prompt_file or Path())
+    if system is not None:
+        asked = [_under(system, prompt) for prompt in asked]
     vectors = [_load(name, model.name) for name in names]
     vectors = [
         one.at(strength=dose, scope=scope, unit=unit.value if unit else None)
         for one, dose in itertools.zip_longest(vectors, strengths)
     ]
 
-    if not strengths:
+    if not strengths and not as_json:
         for name, one in zip(names, vectors, strict=True):
             _say_strength(name, one)
 
@@ -85,7 +99,8 @@ def run(
     loaded, tokenizer = model.load()
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "raw": raw}
     if sample:
-        options["do_sample"] = True
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        options |= {name: value for name, value in drawn.items() if value is not None}
     with status("answering"):
         texts = steerkit.generate(loaded, tokenizer, asked, vector=vectors or None, **options)
         plain = steerkit.generate(loaded, tokenizer, asked, **options) if baseline else None
@@ -95,6 +110,19 @@ def run(
         _print_both(asked, texts, plain)
     else:
         _print(asked, texts)
+
+
+def _under(system: str, prompt: Any) -> list[Any]:
+    """A prompt as a chat that begins with a system prompt.
+
+    Raises:
+        BadParameter: the prompt is a chat that has one.
+    """
+    if isinstance(prompt, str):
+        return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+    if prompt and prompt[0].get("role") == "system":
+        raise typer.BadParameter("--system: a prompt has a system prompt of its own; leave one out")
+    return [{"role": "system", "content": system}, *prompt]
 
 
 def _load(name: str, model: str) -> SteeringVector:

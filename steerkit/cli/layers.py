@@ -76,7 +76,8 @@ def run(
     best = best_layer(apart)
     if plot is not None:
         _draw(plot, apart, does, best, title=f"{recipe or getattr(data, 'name', '')}: {kind} by block")
-        stderr().print(f"wrote {plot}")
+        if not as_json:
+            stderr().print(f"wrote {plot}")
     if as_json:
         print_json(_as_json(apart, does, best, depth))
     else:

@@ -159,6 +159,33 @@ def test_actadd_takes_one_raw_pair(answer: Callable[..., Any], here: Path, tiny:
     assert site["params"]["direction"][1] == [tokens, HIDDEN]
 
 
+def test_extract_measures_a_strength_and_can_find_the_block(
+    cli: Cli, answer: Callable[..., Any], here: Path, tiny: Path
+) -> None:
+    common = ("extract", "--data", "joy.jsonl", "--out", "x.safetensors", "--model", tiny)
+    found = answer(*common, "--layers", "2")
+    assert found["calibration"]["by"] == "suggest_strength"
+    assert found["suggested_strength"] > 0
+    ended = cli(*common, "--layers", "auto", "--readout", "response_mean")
+    (site,) = SteeringVector.load("x.safetensors").sites
+    assert site.layer in (1, 2), "between a fifth and four fifths of four blocks"
+    assert f"block {site.layer} of 4: separates best" in ended.err
+    assert f"--strength {SteeringVector.load('x.safetensors').suggested_strength:g}" in ended.out
+
+
+def test_layers(cli: Cli, answer: Callable[..., Any], here: Path, tiny: Path) -> None:
+    common = ("layers", "--data", "joy.jsonl", "--model", tiny)
+    found = answer(*common, "--layers", "0-3", "--plot", "blocks.svg")
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 2, 3]
+    assert {"auc", "cohens_d", "strength", "kl", "effect"} <= set(found["layers"][0])
+    assert Path("blocks.svg").read_text().startswith("<?xml")
+    shown = cli(*common, "--no-effect").out
+    assert f"best at block {answer(*common, '--no-effect')['best_separation']}" in shown
+    assert "strength" not in shown
+    assert width(shown.split("\n")) <= WIDTH
+    assert [row["layer"] for row in answer("layers", "joy-caa.toml", "--no-effect")["layers"]] == [1, 2]
+
+
 def test_inspect(cli: Cli, answer: Callable[..., Any], here: Path, vector: SteeringVector) -> None:
     found = answer("inspect", "v.safetensors")
     assert found == {"file": "v.safetensors", **json.loads(json.dumps(vector.describe())), "parts": None}
@@ -231,6 +258,43 @@ def test_several_vectors(ask: Callable[..., Any]) -> None:
 def test_sampling_has_a_seed(ask: Callable[..., Any]) -> None:
     sampled = [ask("Hello", "--sample", "--seed", seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_temperature_and_top_p_sample(ask: Callable[..., Any], tiny: Path) -> None:
+    model, tokenizer = steerkit.load_model(str(tiny))
+    settings = {"do_sample": True, "temperature": 0.4, "top_p": 0.7, "seed": 3, "max_new_tokens": 6}
+    expected = steerkit.generate(model, tokenizer, ["Hello"], **settings)
+    (row,) = ask("Hello", "--temperature", 0.4, "--top-p", 0.7, "--seed", 3)
+    assert row["text"] == expected[0]
+
+
+def test_a_system_prompt_comes_before_every_prompt(ask: Callable[..., Any]) -> None:
+    chats = [
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": prompt}] for prompt in ("Hello", "Bye")
+    ]
+    Path("chats.jsonl").write_text(jsonl(chats))
+    asked = ask("Hello", "Bye", "--system", "Be kind.")
+    assert asked == ask("--prompts", "chats.jsonl")
+    assert [row["prompt"] for row in asked] == chats
+
+
+@pytest.mark.filterwarnings("default")
+def test_generate_says_which_strength_it_takes(cli: Cli, here: Path, tiny: Path, vector: SteeringVector) -> None:
+    common = ("generate", "Hello", "--vector", "v.safetensors", "--model", tiny, "--max-new-tokens", 2)
+    assert "v.safetensors: strength 1.5, suggested by the file" in cli(*common).err
+    assert "strength 1.5" not in cli(*common, "--strength", 1.5).err
+    facts = {"by": "suggest_strength", "confirmed": False, "kl": 0.1432, "limit": 2.0, "max_kl": 0.15}
+    replace(vector, calibration=facts).save("v.safetensors")
+    assert "strength 1.5, by its cost alone (KL 0.14 on neutral texts), not confirmed" in cli(*common).err
+    assert "strength 7 is beyond 2" in cli(*common, "--strength", 7).err
+    assert "by='suggest_strength'" in " ".join(cli("inspect", "v.safetensors").out.split())
+
+
+def test_a_shipped_vector_by_its_name() -> None:
+    assert "smollm2-135m/optimism-caa" in steerkit.shipped_vectors("smollm2-135m")
+    assert SteeringVector.load("optimism-caa") == SteeringVector.load("smollm2-135m/optimism-caa")
+    with pytest.raises(steerkit.UnknownNameError, match="unknown vector 'optimism-caaa'"):
+        SteeringVector.load("optimism-caaa")
 
 
 def test_prompts_from_files(ask: Callable[..., Any]) -> None:
@@ -539,6 +603,11 @@ def test_no_model_is_loaded_for_what_cannot_be_written(
         ("generate", "Hello", "--scope", "all"),
         ("generate", "Hello", "--unit", "norm"),
         ("generate", "Hello", "--baseline"),
+        ("generate", "Hello", "--temperature", "0"),
+        ("generate", "Hello", "--top-p", "1.5"),
+        ("generate", "Hello", "--raw", "--system", "Be kind."),
+        ("layers",),
+        ("layers", "joy", "--data", "joy.jsonl"),
         ("generate", "Hello", "--seed", "1"),
         ("generate", "Hello", "--sample", "--seed", "9" * 20),
         ("generate", "Hello", "--max-new-tokens", "0"),
