@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steerkit.errors import DataError, StrengthError
 from steerkit.network.decoder import execution_device, find_decoder
-from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.marks import CHANNEL, FRAME, THINKING
@@ -103,16 +103,20 @@ def generate(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=isinstance(seed, int)):
         if isinstance(seed, int):
             torch.manual_seed(seed)
-        for batch in batches(rendered, batch_size, pad_id=pad, side="left"):
+
+        def run(batch: Batch) -> list[str]:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             own = [rows[row] for row in batch.rows] if rows is not None else strength
+            drawn: dict[str, Any] = {}
             if seeds is not None:
                 noise = _RowNoise([seeds[row] for row in batch.rows], options.get("temperature", 1.0))
-                settings["logits_processor"] = [*options.get("logits_processor", ()), noise]
+                drawn = {"logits_processor": [*options.get("logits_processor", ()), noise]}
             with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles):
-                out = model.generate(input_ids=ids, attention_mask=mask, **settings)  # type: ignore[operator]
+                out = model.generate(input_ids=ids, attention_mask=mask, **{**settings, **drawn})  # type: ignore[operator]
             out = getattr(out, "sequences", out)
-            answers = _decoded(tokenizer, out[:, ids.shape[1] :])
+            return _decoded(tokenizer, out[:, ids.shape[1] :])
+
+        for batch, answers in run_batches(batches(rendered, batch_size, pad_id=pad, side="left"), run):
             each = len(answers) // len(batch.rows)
             for place, row in enumerate(batch.rows):
                 texts[row] = answers[place * each : (place + 1) * each]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from steerkit.network.block_trace import argument_of
 from steerkit.network.decoder import Decoder, execution_device
 from steerkit.network.experts import Experts
 from steerkit.network.sites import Site
-from steerkit.prompts.batching import Batch, batches
+from steerkit.prompts.batching import Batch, batches, run_batches
 from steerkit.prompts.rendering import Rendered
 
 __all__ = ["ExpertMeans", "expert_means"]
@@ -85,13 +85,19 @@ def expert_means(
     with contextlib.ExitStack() as stack:
         for watch in watches.values():
             stack.enter_context(watch)
-        for batch in batches(texts, batch_size, pad_id=pad_id):
+
+        def run(batch: Batch) -> list[_Read]:
             weights = _weights(batch, chosen)
             rows = torch.tensor([int(row >= len(sides[0])) for row in batch.rows], dtype=torch.long)
             for watch in watches.values():
                 watch.weights = weights.flatten()
                 watch.sides = rows[:, None].expand_as(weights).flatten()
             forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), _ignore)
+            return [watch.taken() for watch in watches.values()]
+
+        for _, found in run_batches(batches(texts, batch_size, pad_id=pad_id), run):
+            for watch, read in zip(watches.values(), found, strict=True):
+                watch.add(read)
     return {site: watch.result() for site, watch in watches.items()}
 
 
@@ -109,6 +115,22 @@ def _weights(batch: Batch, chosen: Sequence[Sequence[int]]) -> Tensor:
     return weights
 
 
+class _Read(NamedTuple):
+    """What the experts of one block read in one pass; a pass that does not fit into memory is run again.
+
+    Attributes:
+        sums: [2, e, d] float64 of what each expert read, by side.
+        counts: [2, e] float64 tokens that each got.
+        texts: [2] float64 texts that were read.
+        shared: [2, d] float64 of what the shared expert read; None where there is none.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    texts: Tensor
+    shared: Tensor | None
+
+
 @dataclass(eq=False)
 class _Watch(contextlib.AbstractContextManager["_Watch"]):
     """Adds up what the experts of one block read in every pass."""
@@ -124,6 +146,8 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         self._counts = torch.zeros(2, count, dtype=torch.float64)
         self._shared: Tensor | None = None
         self._texts = torch.zeros(2, dtype=torch.float64)
+        self._routed_now: tuple[Tensor, Tensor, Tensor] | None = None
+        self._shared_now: Tensor | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> _Watch:
@@ -148,10 +172,11 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         bins = self.sides.to(device)[routed.token] * count + routed.expert
         sums = torch.zeros(2 * count, routed.inputs.shape[1], device=device, dtype=torch.float32)
         sums.index_add_(0, bins, routed.inputs * weights[:, None])
-        self._sums += sums.cpu().double().reshape(self._sums.shape)
         shares = torch.zeros(2 * count, device=device, dtype=torch.float32).index_add_(0, bins, weights)
-        self._counts += shares.cpu().double().reshape(2, count)
-        self._texts.index_add_(0, self.sides[places], self.weights[places].double())
+        texts = torch.zeros(2, dtype=torch.float64)
+        texts.index_add_(0, self.sides[places], self.weights[places].double())
+        read = sums.cpu().double().reshape(self._sums.shape), shares.cpu().double().reshape(2, count)
+        self._routed_now = (*read, texts)
 
     def _note_shared(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read = argument_of(args, kwargs)
@@ -160,8 +185,22 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         kept = read[places.to(read.device)].float() * self.weights[places].to(read.device)[:, None]
         sums = torch.zeros(2, read.shape[1], device=read.device, dtype=torch.float32)
         sums.index_add_(0, self.sides[places].to(read.device), kept)
-        found = sums.cpu().double()
-        self._shared = found if self._shared is None else self._shared + found
+        self._shared_now = sums.cpu().double()
+
+    def taken(self) -> _Read:
+        """What was read in the pass that has just ended."""
+        assert self._routed_now is not None
+        found = _Read(*self._routed_now, self._shared_now)
+        self._routed_now = self._shared_now = None
+        return found
+
+    def add(self, read: _Read) -> None:
+        """Count a pass."""
+        self._sums += read.sums
+        self._counts += read.counts
+        self._texts += read.texts
+        if read.shared is not None:
+            self._shared = read.shared if self._shared is None else self._shared + read.shared
 
     def result(self) -> ExpertMeans:
         """The means."""

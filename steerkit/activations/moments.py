@@ -162,6 +162,21 @@ class NormMedian:
     def __init__(self) -> None:
         self._counts: Tensor | None = None
 
+    @classmethod
+    def bins(cls, h: Tensor) -> Tensor:
+        """Where the norms of a pass belong.
+
+        Args:
+            h: [b, t, d] activations.
+
+        Returns:
+            [b, t] int64 bins.
+        """
+        norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
+        place = (norms.clamp_min(10.0**cls._LOW).log10() - cls._LOW) / (cls._HIGH - cls._LOW)
+        bins: Tensor = (place.nan_to_num(1.0) * cls._BINS).long().clamp(0, cls._BINS - 1)
+        return bins
+
     def update(self, h: Tensor, counted: Tensor) -> None:
         """Count the norms of a pass.
 
@@ -169,11 +184,17 @@ class NormMedian:
             h: [b, t, d] activations.
             counted: [b, t] float32, 1 where the token counts and 0 where it is a pad or a row's first token.
         """
+        self.count(self.bins(h), counted)
+
+    def count(self, bins: Tensor, counted: Tensor) -> None:
+        """Count norms that have been put into bins.
+
+        Args:
+            bins: [b, t] what `bins` gave.
+            counted: [b, t] float32, 1 where the token counts and 0 where it is a pad or a row's first token.
+        """
         if self._counts is None:
-            self._counts = torch.zeros(self._BINS, device=h.device, dtype=torch.float32)
-        norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
-        place = (norms.clamp_min(10.0**self._LOW).log10() - self._LOW) / (self._HIGH - self._LOW)
-        bins = (place.nan_to_num(1.0) * self._BINS).long().clamp(0, self._BINS - 1)
+            self._counts = torch.zeros(self._BINS, device=bins.device, dtype=torch.float32)
         self._counts.scatter_add_(0, bins.flatten(), counted.flatten().to(self._counts.device))
 
     def result(self) -> float:

@@ -6,22 +6,24 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
-from steerkit.activations.token_scale import TokenScale, TokenScales
+from steerkit.activations.token_scale import PassScale, TokenScale, TokenScales
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import Decoder, execution_device
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
-from steerkit.prompts.batching import Batch
+from steerkit.prompts.batching import Batch, run_batches
 from steerkit.tokens.clock import PassClock
 
 __all__ = ["forward_body", "position_inputs", "read_passes"]
+
+T = TypeVar("T")
 
 
 class _Stop(BaseException):
@@ -124,16 +126,23 @@ def read_passes(
     scales = {site: TokenScales() for site in taps}
     device = execution_device(decoder)
     clock = PassClock.of(decoder.model)  # the model is being steered: values given per item follow their items
-    for batch in _with_progress(work, progress):
-        input_ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        pool = _Pool(batch, [chosen[row] for row in batch.rows], device)
 
-        def read(site: Site, h: Tensor, pool: _Pool = pool, batch: Batch = batch) -> None:
-            scales[site].update(h, pool.counted(h.device))
-            take(site, pool(h), batch)
+    def run(batch: Batch) -> list[tuple[Site, PassScale, Tensor]]:
+        pool = _Pool(batch, [chosen[row] for row in batch.rows], device)
+        found: list[tuple[Site, PassScale, Tensor]] = []
+
+        def read(site: Site, h: Tensor) -> None:
+            found.append((site, PassScale.of(h, pool.counted(h.device)), pool(h)))
 
         with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
-            forward_body(decoder, taps, input_ids, mask, read)
+            forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), read)
+        return found
+
+    # What is read is counted once its pass has ended: one that does not fit into memory is run again.
+    for batch, found in _with_progress(run_batches(work, run), work, progress):
+        for site, scale, rows in found:
+            scales[site].add(scale)
+            take(site, rows, batch)
     return {site: scale.result() for site, scale in scales.items()}
 
 
@@ -171,11 +180,13 @@ class _Pool:
         return pooled
 
 
-def _with_progress(work: Sequence[Batch], progress: bool) -> Iterator[Batch]:
+def _with_progress(runs: Iterator[tuple[Batch, T]], work: Sequence[Batch], progress: bool) -> Iterator[tuple[Batch, T]]:
+    """The same, with a bar that counts texts."""
     if not progress:
-        yield from work
+        yield from runs
         return
-    with bar("reading", len(work)) as step:
-        for batch in work:
-            yield batch
-            step()
+    with bar("reading", sum(len(batch.rows) for batch in work)) as step:
+        for batch, found in runs:
+            yield batch, found
+            for _ in batch.rows:
+                step()

@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from steerkit.activations.moments import NormMedian
 
-__all__ = ["MASSIVE", "TokenScale", "TokenScales"]
+__all__ = ["MASSIVE", "PassScale", "TokenScale", "TokenScales"]
 
 MASSIVE = 100.0
 """A dimension is massive where its mean square is more than so many times the median dimension's."""
@@ -69,6 +70,37 @@ class TokenScale:
         return math.sqrt(common * own)
 
 
+class PassScale(NamedTuple):
+    """What one pass says of one site's scale; it counts once it is added to a `TokenScales`.
+
+    Attributes:
+        bins: [b, t] bins of the token norms.
+        counted: [b, t] float32, 1 where a token counts.
+        mean: [d] mean of the tokens that count.
+        power: [d] sum of their squared distances from it.
+    """
+
+    bins: Tensor
+    counted: Tensor
+    mean: Tensor
+    power: Tensor
+
+    @classmethod
+    def of(cls, h: Tensor, counted: Tensor) -> PassScale:
+        """Look at the tokens of a pass.
+
+        Args:
+            h: [b, t, d] activations.
+            counted: [b, t] float32, 1 where the token counts and 0 where it is a pad or a row's first token.
+        """
+        with torch.autocast(h.device.type, enabled=False):
+            # Times zero would keep what is not finite on pads.
+            rows = torch.where(counted[..., None] > 0, h, 0.0).flatten(0, 1).float()
+            weights = counted.flatten()
+            mean = weights @ rows / weights.sum().clamp_min(1.0)
+            return cls(NormMedian.bins(h), counted, mean, weights @ (rows - mean).square())
+
+
 class TokenScales:
     """Takes the tokens of one site pass by pass; holds a mean and a variance per dimension, and no token."""
 
@@ -78,30 +110,26 @@ class TokenScales:
         self._mean = self._power = torch.empty(0)
 
     def update(self, h: Tensor, counted: Tensor) -> None:
-        """Count the tokens of a pass.
+        """Count the tokens of a pass; see `PassScale.of`."""
+        self.add(PassScale.of(h, counted))
+
+    def add(self, one: PassScale) -> None:
+        """Count what a pass has said.
 
         Args:
-            h: [b, t, d] activations.
-            counted: [b, t] float32, 1 where the token counts and 0 where it is a pad or a row's first token.
+            one: of this site.
         """
-        self._norms.update(h, counted)
-        with torch.autocast(h.device.type, enabled=False):
-            # Times zero would keep what is not finite on pads.
-            rows = torch.where(counted[..., None] > 0, h, 0.0).flatten(0, 1).float()
-            weights = counted.flatten()
-            new = weights.sum()
-            mean = weights @ rows / new.clamp_min(1.0)
-            power = weights @ (rows - mean).square()
-            if self._count is None:
-                self._count, self._mean, self._power = new, mean, power
-                return
-            # Chan's update; a pass without a token that counts changes nothing.
-            total = self._count + new
-            share = new / total.clamp_min(1.0)
-            step = mean - self._mean
-            self._power = self._power + power + step.square() * (self._count * share)
-            self._mean = self._mean + step * share
-            self._count = total
+        self._norms.count(one.bins, one.counted)
+        new = one.counted.sum()
+        if self._count is None:
+            self._count, self._mean, self._power = new, one.mean, one.power
+            return
+        # Chan's update; a pass without a token that counts changes nothing.
+        total = self._count + new
+        share, step = new / total.clamp_min(1.0), one.mean - self._mean
+        self._power = self._power + one.power + step.square() * (self._count * share)
+        self._mean = self._mean + step * share
+        self._count = total
 
     def result(self) -> TokenScale:
         """The scale of all tokens counted."""

@@ -22,7 +22,7 @@ from steerkit.generation import generate
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import execution_device
 from steerkit.network.sites import Site
-from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.steering import steer
@@ -141,11 +141,11 @@ class Trial:
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
-        # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
-        for batch in batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left"):
+        lengths = {row: len(text.ids) - text.prompt_length for row, text in enumerate(rendered)}
+
+        def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-            lengths = [len(rendered[row].ids) - rendered[row].prompt_length for row in batch.rows]
-            keep = max(lengths) + 1
+            keep = 1 + max(lengths[row] for row in batch.rows)
             inputs = {
                 "input_ids": ids,
                 "attention_mask": mask,
@@ -153,16 +153,20 @@ class Trial:
                 "logits_to_keep": keep,
                 **position_inputs(decoder.model, mask),
             }
+            baseline: Tensor | None = None
             with torch.no_grad(), evaluation_mode(decoder.model):
                 with self.steering(batch.prompt_lengths):
                     logits = setup.model(**inputs).logits[:, -keep:-1]
-                known = [setup.predicted.get(rendered[row]) for row in batch.rows]
-                baseline: Tensor | None = None
-                if beside and any(one is None for one in known):
+                if beside and any(setup.predicted.get(rendered[row]) is None for row in batch.rows):
                     baseline = setup.model(**inputs).logits[:, -keep:-1]
-            targets = ids[:, -(keep - 1) :].to(logits.device)
+            return ids[:, 1 - keep :].to(logits.device), logits, baseline
+
+        # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
+        work = batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left")
+        for batch, (targets, logits, baseline) in run_batches(work, run):
+            known = [setup.predicted.get(rendered[row]) for row in batch.rows]
             for place, row in enumerate(batch.rows):
-                own = slice(keep - 1 - lengths[place], None)
+                own = slice(logits.shape[1] - lengths[row], None)
                 if baseline is not None:
                     known[place] = setup.keep(rendered[row], baseline[place, own].float())
                 yield Answer(

@@ -18,7 +18,7 @@ from steerkit.network.decoder import Decoder, execution_device
 from steerkit.network.experts import Experts
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap, locate
-from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.steering import steer
@@ -77,7 +77,8 @@ class Passes:
         """
         device = execution_device(self._decoder)
         rows: list[Tensor] = [torch.empty(0, dtype=torch.float32)] * len(rendered)
-        for batch in batches(rendered, self._batch_size, pad_id=pad_token_id(self._tokenizer)):
+
+        def run(batch: Batch) -> Tensor:
             context: Any = torch.no_grad()
             if under:
                 context = steer(self._model, under, prompt_lengths=batch.prompt_lengths, tokenizer=self._roles)
@@ -86,7 +87,11 @@ class Passes:
                 out = self._model(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
             last = mask.sum(dim=1) - 1
             picked = out.logits[torch.arange(len(batch.rows), device=out.logits.device), last.to(out.logits.device)]
-            for row, logits in zip(batch.rows, picked.float().cpu(), strict=True):
+            return picked.float().cpu()  # type: ignore[no-any-return]
+
+        work = batches(rendered, self._batch_size, pad_id=pad_token_id(self._tokenizer))
+        for batch, found in run_batches(work, run):
+            for row, logits in zip(batch.rows, found, strict=True):
                 rows[row] = logits
         return torch.stack(rows)
 

@@ -12,7 +12,7 @@ from steerkit.errors import ModelError, SteerError, unknown_name
 from steerkit.model.aliases import ALIASES, embedded_gguf
 from steerkit.model.conversion import from_cache
 from steerkit.model.placement import options_of
-from steerkit.model.pretrained import first_line, from_folder, from_gguf, load
+from steerkit.model.pretrained import first_line, from_folder, load
 from steerkit.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -66,14 +66,21 @@ def load_model(
         options["trust_remote_code"] = True
     path = Path(name).expanduser()
     if name in ALIASES:
-        gguf = embedded_gguf(ALIASES[name])
-        if gguf is None:
-            return _from_hub(ALIASES[name].hub_id, options, revision, cache_dir, asked=name)
+        pieces = embedded_gguf(ALIASES[name])
+        if pieces:
+            _refuse_revision(name, revision)
+            return from_cache(name, pieces, options, cache_dir, sha256=ALIASES[name].sha256)
+        if ALIASES[name].terms:
+            size = ALIASES[name].size
+            raise ModelError(
+                f"{name}: is not here yet; `steerkit fetch {name}` shows its terms and brings it ({size} MB)"
+            )
+        return _from_hub(ALIASES[name].hub_id, options, revision, cache_dir, asked=name)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         _refuse_revision(name, revision)
-        return from_cache(name, gguf, options, cache_dir)
-    if path.suffix.lower() == ".gguf":
-        _refuse_revision(name, revision)
-        return from_gguf(path, options)
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file; give a .gguf file, a folder or a hub name (org/name)")
+        return from_cache(path.stem, (path,), options, cache_dir)
     if path.is_dir():
         _refuse_revision(name, revision)
         return from_folder(path, options)

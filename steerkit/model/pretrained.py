@@ -45,23 +45,20 @@ def from_folder(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
         raise ModelError(f"{folder}: cannot be loaded ({first_line(error)}); save the model there again") from error
 
 
-def from_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Load a .gguf file, dequantised, without caching it.
+def from_gguf(file: Path) -> tuple[Any, Any]:
+    """Load a .gguf file, dequantised to float32 on the CPU.
 
     Args:
         file: the file.
-        options: of `from_pretrained`; without a dtype the weights become float32.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        ModelError: there is no such file, or transformers cannot read it.
+        ModelError: transformers cannot read it.
     """
-    if not file.is_file():
-        raise ModelError(f"{file}: no such file; give a .gguf file, a folder or a hub id (org/name)")
     try:
-        return _read_gguf(file, {"dtype": torch.float32, **options})
+        return _read_gguf(file)
     except Exception as error:
         raise ModelError(
             f"{file}: cannot be read as GGUF ({first_line(error)}); it may be damaged, or of a family transformers "
@@ -103,11 +100,11 @@ def load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _read_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
+def _read_gguf(file: Path) -> tuple[Any, Any]:
     """Load from GGUF, leaving nothing behind that says the weights were quantised."""
     import transformers
 
-    how: dict[str, Any] = {**options, "gguf_file": file.name, "local_files_only": True}
+    how: dict[str, Any] = {"dtype": torch.float32, "gguf_file": file.name, "local_files_only": True}
     if hasattr(transformers, "GgufConfig"):  # since 5.2x; it may keep the weights packed, which nothing here can edit
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The progress bar of the dequantisation obeys no switch.

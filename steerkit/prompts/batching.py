@@ -1,22 +1,30 @@
-"""Padded batches of token ids: texts sorted by length, each batch as wide as its longest row."""
+"""Padded batches of token ids: texts sorted by length, each batch as wide as its longest row.
+
+`run_batches` is how batches are run everywhere: what does not fit into memory is run in halves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from steerkit.errors import DataError, near_miss
+from steerkit._support.memory import unless_too_large
+from steerkit.errors import DataError, ModelError, near_miss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from steerkit.prompts.rendering import Rendered
 
-__all__ = ["Batch", "batches", "pad_token_id"]
+__all__ = ["Batch", "batches", "pad_token_id", "run_batches"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +36,65 @@ class Batch:
         attention_mask: [b, t] int64, 1 on real tokens.
         prompt_lengths: [b] int64, real prompt tokens of each row, pads not counted.
         rows: where each row stood in the input of `batches`.
+        groups: how many neighbours stay together.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     prompt_lengths: Tensor
     rows: tuple[int, ...]
+    groups: int = 1
+
+    def parts(self, size: int) -> list[Batch]:
+        """The same rows in batches of so many at most, each as wide as its longest row.
+
+        Args:
+            size: rows in a part; a group is never parted.
+        """
+        step = max(1, size // self.groups) * self.groups
+        if len(self.rows) <= step:
+            return [self]
+        return [self._of(slice(start, start + step)) for start in range(0, len(self.rows), step)]
+
+    def _of(self, rows: slice) -> Batch:
+        mask = self.attention_mask[rows]
+        wide = mask.any(dim=0)  # pads are at one side, so what is left is one piece
+        return Batch(
+            self.input_ids[rows][:, wide], mask[:, wide], self.prompt_lengths[rows], self.rows[rows], self.groups
+        )
+
+
+def run_batches(work: Sequence[Batch], run: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
+    """Run batches one after the other; from one that does not fit into memory on, in batches half as large.
+
+    Args:
+        work: the batches.
+        run: from a batch to what it gives. It changes nothing outside of itself before it ends: a pass that failed
+            leaves no trace.
+
+    Yields:
+        What was run, and what it gave, in the order of `work`; together all rows, once.
+
+    Raises:
+        ModelError: a single row, or group of rows, does not fit.
+    """
+    left, size = deque(work), max((len(batch.rows) for batch in work), default=0)
+    while left:
+        batch, *rest = left.popleft().parts(size)
+        left.extendleft(reversed(rest))
+        found = unless_too_large(lambda batch=batch: run(batch))  # type: ignore[misc]
+        if found is not None:
+            yield batch, found[0]
+            continue
+        rows, tokens = batch.input_ids.shape
+        if rows <= batch.groups:
+            raise ModelError(
+                f"a text of {tokens} tokens does not fit into memory even alone; give shorter ones, or load the model "
+                "with dtype bfloat16, quantize 4bit, device_map auto or on another device"
+            )
+        size = max(batch.groups, rows // 2)
+        warnings.warn(f"{rows} rows a pass do not fit into memory; going on with {size}", stacklevel=2)
+        left.appendleft(batch)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -78,12 +139,12 @@ def batches(
     together.sort(key=lambda group: -max(len(rendered[row].ids) for row in group))
     per_batch = max(1, batch_size // groups)
     return [
-        _pad(rendered, [row for group in together[start : start + per_batch] for row in group], pad_id, side)
+        _pad(rendered, [row for group in together[start : start + per_batch] for row in group], pad_id, side, groups)
         for start in range(0, len(together), per_batch)
     ]
 
 
-def _pad(rendered: Sequence[Rendered], rows: list[int], pad_id: int, side: Literal["right", "left"]) -> Batch:
+def _pad(rendered: Sequence[Rendered], rows: list[int], pad_id: int, side: str, groups: int) -> Batch:
     """One batch of the given rows."""
     width = max(len(rendered[row].ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
@@ -94,4 +155,4 @@ def _pad(rendered: Sequence[Rendered], rows: list[int], pad_id: int, side: Liter
         input_ids[index, start : start + len(ids)] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[index, start : start + len(ids)] = 1
     lengths = torch.tensor([rendered[row].prompt_length for row in rows], dtype=torch.int64)
-    return Batch(input_ids, attention_mask, lengths, tuple(rows))
+    return Batch(input_ids, attention_mask, lengths, tuple(rows), groups)

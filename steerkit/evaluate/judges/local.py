@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steerkit.activations.reading import position_inputs
 from steerkit.errors import DataError
 from steerkit.evaluate.judges.scale import LEAST_MASS, broken_up, check_scale, expected_value
 from steerkit.network.decoder import execution_device, find_decoder
-from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, has_chat_template, render
 
@@ -112,7 +112,8 @@ class LocalJudge:
         decoder = find_decoder(self.model)
         device = execution_device(decoder)
         found: dict[Spelling, float] = {}
-        for batch in batches(rendered, self.batch_size, pad_id=pad_token_id(self.tokenizer), side="left"):
+
+        def run(batch: Batch) -> Tensor:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             with torch.no_grad():
                 logits = self.model(
@@ -122,7 +123,10 @@ class LocalJudge:
                     logits_to_keep=1,
                     **position_inputs(decoder.model, mask),
                 ).logits[:, -1]
-            logs = torch.log_softmax(logits.float(), dim=-1).cpu()
+            return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+        work = batches(rendered, self.batch_size, pad_id=pad_token_id(self.tokenizer), side="left")
+        for batch, logs in run_batches(work, run):
             for place, row in enumerate(batch.rows):
                 found |= {(*rows[row], token): float(logs[place, token]) for token in wanted[rows[row]]}
         return found
