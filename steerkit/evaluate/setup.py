@@ -21,6 +21,7 @@ from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
+from steerkit.prompts.splitting import half_of
 from steerkit.steering.strengths import vectors_of
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -110,12 +111,15 @@ class Setup:
         return replace(self, prompts=getattr(self.data, name))
 
     def half(self, number: int) -> Setup:
-        """The same with every second neutral text, so that costs are chosen on some and confirmed on others.
+        """The same with every second neutral text and prompt, so that what is chosen on some is confirmed on others.
+
+        Those that ask the same stay together.
 
         Args:
             number: 0 or 1.
         """
-        return replace(self, neutral=self.calm[number % 2 :: 2])
+        prompts = None if self.prompts is None else half_of([Conversation.of(one) for one in self.prompts], number)
+        return replace(self, neutral=half_of(self.calm, number), prompts=prompts)
 
     def with_neutral(self, count: int) -> Setup:
         """The same with the first neutral texts only.
