@@ -20,6 +20,7 @@ from steerkit.errors import DataError
 from steerkit.fitting.held_out import record_steered
 from steerkit.generation import generate
 from steerkit.network.block_trace import evaluation_mode
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import execution_device
 from steerkit.network.sites import Site
 from steerkit.prompts.batching import batches, pad_token_id
@@ -141,6 +142,7 @@ class Trial:
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
+        check_lengths(decoder, rendered, named("text", rendered), warns=False)
         # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
         for batch in batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left"):
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
