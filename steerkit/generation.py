@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import DataError, StrengthError
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import execution_device, find_decoder
 from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.chat_roles import Roles
@@ -68,7 +69,8 @@ def generate(
         The texts without their prompts, in the order given (`num_return_sequences` of each in a row).
 
     Raises:
-        DataError: no prompts, one string instead of a list of them, or seeds per prompt that do not fit.
+        DataError: no prompts, one string instead of a list of them, seeds per prompt that do not fit, or a prompt that
+            is with `max_new_tokens` longer than the model has positions for.
         StrengthError: one strength per prompt was given, but not as many as prompts.
         SteerError: a prompt cannot be rendered (see `steerkit.prompts.rendering.render`), or the model not steered (see
             `steer`).
@@ -89,16 +91,12 @@ def generate(
     if scope is not None:
         Scope.parse(scope)
     roles = Roles(tokenizer)
-    rendered = [
-        render(
-            tokenizer,
-            Conversation.of(prompt, raw=raw and isinstance(prompt, str)),
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        for prompt in prompts
-    ]
-    pad, device = pad_token_id(tokenizer), execution_device(find_decoder(model))
+    asked = [Conversation.of(prompt, raw=raw and isinstance(prompt, str)) for prompt in prompts]
+    rendered = [render(tokenizer, one, chat_template_kwargs=chat_template_kwargs) for one in asked]
+    decoder, pad = find_decoder(model), pad_token_id(tokenizer)
+    device = execution_device(decoder)
     settings = _settings(pad, max_new_tokens, options, drawn_by_row=seeds is not None)
+    check_lengths(decoder, rendered, named("prompt", rendered), new_tokens=max_new_tokens)
     texts: list[list[str]] = [[] for _ in prompts]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=isinstance(seed, int)):
         if isinstance(seed, int):

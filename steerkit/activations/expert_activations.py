@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from steerkit.activations.reading import forward_body
 from steerkit.activations.readout import Readout
 from steerkit.network.block_trace import argument_of
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, execution_device
 from steerkit.network.experts import Experts
 from steerkit.network.sites import Site
@@ -78,6 +79,7 @@ def expert_means(
     if not experts:
         return {}
     texts = [*sides[0], *sides[1]]
+    check_lengths(decoder, texts, named("text", texts))
     chosen = [Readout.parse(readout).tokens(text) for text in texts]
     watches = {site: _Watch(one) for site, one in experts.items()}
     taps = {site: one.tap for site, one in experts.items()}

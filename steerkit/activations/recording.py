@@ -20,6 +20,7 @@ from steerkit.activations.reading import forward_body, read_passes
 from steerkit.activations.readout import Readout, chosen_columns, cut_to
 from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import DataError, FitError, SiteError
+from steerkit.network.context import check_lengths, name_of, named
 from steerkit.network.decoder import execution_device, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -105,7 +106,7 @@ def record(
         One row per item and site, float32.
 
     Raises:
-        DataError: an item has no token to be read.
+        DataError: an item has no token to be read, or more than the model has positions for.
         SiteError: a site does not exist in this model.
         FitError: an activation is not finite, with the site named.
     """
@@ -134,6 +135,12 @@ def record(
         side = "" if sides is None else "positive " if row < count else "negative "
         return f"{side}row {row if row < count else row - count}"
 
+    def shown(row: int) -> str:
+        side = "" if sides is None else "positive " if row < count else "negative "
+        first, size = (0, count) if row < count else (count, len(rendered) - count)
+        return name_of(f"{side}item", row - first, size, rendered[row])
+
+    check_lengths(decoder, rendered, shown)
     scales = read_passes(decoder, taps, work, chosen_columns(plan, rendered, name), keep, progress)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
@@ -158,11 +165,14 @@ def record_ids(model: nn.Module, rows: Sequence[Sequence[int]], sites: Iterable[
         per canonical site one [t, d] float32 tensor for each row, on the CPU.
 
     Raises:
+        DataError: a row is longer than the model has positions for.
         FitError: an activation is not finite, with the site named.
     """
     decoder = find_decoder(model)
     taps = locate(model, sites)
     found: dict[Site, list[Tensor]] = {site: [] for site in taps}
+    texts = [Rendered("", tuple(ids), len(ids), ()) for ids in rows]
+    check_lengths(decoder, texts, named("text", texts))
     for ids in rows:
         inputs = torch.tensor([list(ids)], device=execution_device(decoder), dtype=torch.long)
 

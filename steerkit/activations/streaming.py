@@ -12,6 +12,7 @@ from steerkit.activations.reading import read_passes
 from steerkit.activations.readout import Readout, chosen_columns, cut_to
 from steerkit.activations.recording import Activations, check_finite, rendered_items, warn_of_special
 from steerkit.errors import DataError
+from steerkit.network.context import check_lengths, name_of
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -50,7 +51,7 @@ def stream(
         What each accumulator gives for the two sides.
 
     Raises:
-        DataError: an item has no token to be read.
+        DataError: an item has no token to be read, or more than the model has positions for.
         FitError: a result is not finite, with the site named.
     """
     decoder = find_decoder(model)
@@ -76,6 +77,12 @@ def stream(
         number = row // 2 if data.paired else row if row < positives else row - positives
         return f"{'positive' if is_positive(row) else 'negative'} row {number}"
 
+    def shown(row: int) -> str:
+        side, size = ("positive", positives) if is_positive(row) else ("negative", len(rendered) - positives)
+        number = row // 2 if data.paired else row if row < positives else row - positives
+        return name_of(f"{side} item", number, size, rendered[row])
+
+    check_lengths(decoder, rendered, shown)
     taps = locate(model, accumulators)
     scales = read_passes(decoder, taps, work, chosen_columns(plan, rendered, name), feed, progress)
     warn_of_special(tokenizer, plan, rendered)

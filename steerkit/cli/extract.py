@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -90,21 +91,24 @@ def run(
     settings: Mapping[str, Any] = {}
     if recipe is not None:
         chosen = _recipe(recipe, held_out)
-        train, settings = chosen.split(method)[0], chosen.method_part(method).settings
         target, model = out or Path(f"{chosen.name}.safetensors"), model.of(chosen.model)
         question = next(iter(chosen.evaluate.questions), QUESTION)
+        train, name = chosen.split(method)[0], method or chosen.method.name
+        settings = chosen.method_part(method).settings
         fit = partial(chosen.extract, method=method, readout=_readout(readout))
     else:
         train, rest = _parts(_items(data, positive, negative, raw=raw), held_out)
         target = out or Path()
-        question = QUESTION
-        fit = partial(steerkit.fit, data=train, method=method or "caa", readout=_readout(readout), held_out=rest)
+        question, name = QUESTION, method or "caa"
+        fit = partial(steerkit.fit, data=train, method=name, readout=_readout(readout), held_out=rest)
     check_writable(target)
+    _tell_of_items(train, name)
     loaded, tokenizer = model.load()
+    if recipe is None or recipe.endswith(".toml"):  # of what ships it is told where it is measured
+        _tell_of_confounds(tokenizer, train, name, _readout(readout))
     if layers == "auto":
-        kind = method or (chosen.method.name if recipe is not None else "caa")
         setup = Setup(loaded, tokenizer, batch_size=batch_size)
-        layers = _found_layer(setup, train, kind, settings=settings, readout=_readout(readout))
+        layers = _found_layer(setup, train, name, settings=settings, readout=_readout(readout))
     vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=True)
     with status("finding a strength"):
         vector = with_suggestion(loaded, tokenizer, vector, batch_size=batch_size)
@@ -169,6 +173,26 @@ def _items(data: Path | None, positive: Path | None, negative: Path | None, *, r
 def _parts(items: ContrastSet, held_out: float | None) -> tuple[ContrastSet, ContrastSet | None]:
     """What is fitted and what is measured on; nothing is held out unless an option or the file says so."""
     return items.split(held_out=held_out) if held_out is not None or items.marks else (items, None)
+
+
+def _tell_of_items(data: ContrastSet, method: str) -> None:
+    """Warn of repeated items, equal sides and a single pair, before a model is loaded."""
+    from steerkit.evaluate.data_notes import data_notes
+    from steerkit.methods._base import takes_pair
+    from steerkit.methods._registry import resolve
+
+    for note in data_notes(data, fewest=1 if takes_pair(resolve(method)) else 2):
+        warnings.warn(note, stacklevel=2)
+
+
+def _tell_of_confounds(tokenizer: Any, data: ContrastSet, method: str, readout: str | int | None) -> None:
+    """Warn of length and format that predict the label."""
+    from steerkit.evaluate.data_notes import confound_notes
+    from steerkit.methods._registry import resolve
+
+    reading = resolve(method).readout if readout is None else readout
+    for note in confound_notes(tokenizer, data, readout=reading):
+        warnings.warn(note, stacklevel=2)
 
 
 def _show(vector: SteeringVector, target: Path, usage: str) -> None:

@@ -34,6 +34,7 @@ from steerkit.methods._registry import method_of
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import find_decoder
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.likeness import Turns, turns_of
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["FEWEST", "refits", "refits_of"]
@@ -92,7 +93,10 @@ def refits(
     items, longest = (method.contrast(data), method.longest_text) if isinstance(method, PreparesData) else (data, None)
     acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
     subject = ModelSubject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
-    return refits_of(acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed)
+    turns = turns_of(items.sides, paired=items.paired)
+    return refits_of(
+        acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed, turns=turns
+    )
 
 
 def refits_of(
@@ -104,6 +108,7 @@ def refits_of(
     halves: int = 10,
     resamples: int = 50,
     seed: int = 0,
+    turns: Turns | None = None,
 ) -> Refits:
     """Fit the vector's method again on rearranged rows of activations that have been recorded.
 
@@ -115,6 +120,8 @@ def refits_of(
         halves: draws of two halves.
         resamples: draws of the bootstrap.
         seed: fixes the draws; each kind has its own, so that the number of one does not change another.
+        turns: of the rows [n] and [m] of either side (`steerkit.prompts.likeness.turns_of`): rows of one turn stay
+            together. None keeps none together.
 
     Returns:
         The refits.
@@ -126,7 +133,7 @@ def refits_of(
     for name, number in (("shuffled", shuffled), ("halves", halves), ("resamples", resamples)):
         if number < 0:
             raise DataError(f"{name}={number}: give 0 or more draws")
-    rows = RearrangedRows(acts, subject, vector)
+    rows = RearrangedRows(acts, subject, vector, turns)
     _check_items(rows.positives, rows.negatives)
     reproduced = rows.cosines(rows.fit(rows.unchanged()), vector)
     # A generator for each kind of draw, so that the number of one does not change another.

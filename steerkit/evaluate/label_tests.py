@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from steerkit.maths.probes import auc
+
 __all__ = ["Compared", "compare_numbers", "compare_words"]
 
 DRAWS = 20_000
@@ -51,7 +53,8 @@ def compare_numbers(positive: Sequence[float], negative: Sequence[float], *, pai
         return None
     test = stats.mannwhitneyu(positive, negative, alternative="two-sided")
     tied = bool(set(positive) & set(negative))
-    return Compared(float(test.statistic) / len(positive) / len(negative), float(test.pvalue), tied)
+    sides = (torch.tensor(side, dtype=torch.double) for side in (positive, negative))
+    return Compared(auc(*sides), float(test.pvalue), tied)
 
 
 def compare_words(positive: Sequence[str], negative: Sequence[str], *, paired: bool) -> Compared | None:

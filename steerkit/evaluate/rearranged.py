@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ from steerkit.methods._base import Method
 from steerkit.methods._registry import method_of
 from steerkit.methods._subject import Subject
 from steerkit.network.sites import Site
+from steerkit.prompts.likeness import Turns
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["RearrangedRows"]
@@ -26,10 +27,17 @@ _Arrangement = tuple[Tensor, Tensor]
 class RearrangedRows:
     """Recorded activations whose rows can be rearranged and fitted again, without a pass of the model."""
 
-    def __init__(self, acts: Activations, subject: Subject, vector: SteeringVector) -> None:
+    def __init__(
+        self,
+        acts: Activations,
+        subject: Subject,
+        vector: SteeringVector,
+        turns: Turns | None,
+    ) -> None:
         self._method, self._vector, self._subject, self._acts = method_of(vector), vector, subject, acts
         self._pooled = {site: acts[site] for site in vector.reads}
         self.positives, self.negatives = (len(side[vector.reads[0]]) for side in (acts.positive, acts.negative))
+        self._alike = [_alike(side) for side in turns or (range(self.positives), range(self.negatives))]
 
     def unchanged(self) -> _Arrangement:
         """Every row in its place."""
@@ -48,22 +56,26 @@ class RearrangedRows:
         return torch.where(swapped, negative, positive), torch.where(swapped, positive, negative)
 
     def halves(self, generator: torch.Generator) -> tuple[_Arrangement, _Arrangement]:
-        """Two halves of the items; of an odd number the second has one more."""
-        (left, right), (others_left, others_right) = (
-            (order[: len(order) // 2], order[len(order) // 2 :])
-            for order in self._by_side(lambda count: torch.randperm(count, generator=generator))
-        )
-        return (left, others_left + self.positives), (right, others_right + self.positives)
+        """Two halves of the items, those that are alike together; of an odd number the second has one more."""
+        halves: list[list[Tensor]] = [[], []]
+        orders = self._by_side(lambda count: torch.randperm(count, generator=generator))
+        for groups, order in zip(self._alike, orders, strict=True):
+            parts = order[: len(order) // 2], order[len(order) // 2 :]
+            for half, part in zip(halves, parts, strict=True):
+                half.append(_rows(groups, part))
+        left, right = ((half[0], half[1] + self.positives) for half in halves)
+        return left, right
 
     def resampled(self, generator: torch.Generator) -> _Arrangement:
-        """As many items, drawn with replacement."""
-        positive, negative = self._by_side(lambda count: torch.randint(count, (count,), generator=generator))
+        """As many items, drawn with replacement; those that are alike are drawn together."""
+        orders = self._by_side(lambda count: torch.randint(count, (count,), generator=generator))
+        positive, negative = (_rows(groups, order) for groups, order in zip(self._alike, orders, strict=True))
         return positive, negative + self.positives
 
     def _by_side(self, draw: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-        """Items drawn of each side; pairs stay together."""
-        positive = draw(self.positives)
-        return positive, positive if self._acts.paired else draw(self.negatives)
+        """Groups drawn of each side; pairs stay together."""
+        positive = draw(len(self._alike[0]))
+        return positive, positive if self._acts.paired else draw(len(self._alike[1]))
 
     def fit(self, arrangement: _Arrangement) -> SteeringVector:
         """The vector that the method makes of rearranged rows.
@@ -111,3 +123,16 @@ class RearrangedRows:
             cosine_low=float(cosines.quantile(TAIL)),
             length=estimate_of([float(direction.norm()) for direction in found]),
         )
+
+
+def _alike(turns: Sequence[int]) -> list[list[int]]:
+    """Rows of one side that stay together, by the turn of each."""
+    groups: dict[int, list[int]] = {}
+    for row, turn in enumerate(turns):
+        groups.setdefault(turn, []).append(row)
+    return list(groups.values())
+
+
+def _rows(groups: list[list[int]], drawn: Tensor) -> Tensor:
+    """The rows of the groups that were drawn, in their order."""
+    return torch.tensor([row for number in drawn.tolist() for row in groups[number]], dtype=torch.long)

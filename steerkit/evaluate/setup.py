@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from steerkit.errors import DataError, StrengthError
 from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.trial import Trial
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
-from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.conversation import SIDES, Conversation
 from steerkit.prompts.rendering import Rendered, render
+from steerkit.prompts.splitting import half_of
 from steerkit.steering.strengths import vectors_of
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -110,12 +112,15 @@ class Setup:
         return replace(self, prompts=getattr(self.data, name))
 
     def half(self, number: int) -> Setup:
-        """The same with every second neutral text, so that costs are chosen on some and confirmed on others.
+        """The same with every second neutral text and prompt, so that what is chosen on some is confirmed on others.
+
+        Those that ask the same stay together.
 
         Args:
             number: 0 or 1.
         """
-        return replace(self, neutral=self.calm[number % 2 :: 2])
+        prompts = None if self.prompts is None else half_of([Conversation.of(one) for one in self.prompts], number)
+        return replace(self, neutral=half_of(self.calm, number), prompts=prompts)
 
     def with_neutral(self, count: int) -> Setup:
         """The same with the first neutral texts only.
@@ -164,7 +169,8 @@ class Setup:
         A system prompt that both sides share stays.
 
         Raises:
-            DataError: there is no data, it is not paired, or a pair lacks an answer or has two prompts.
+            DataError: there is no data, it is not paired, a pair lacks an answer or has two prompts, or an item is
+                longer than the model has positions for.
         """
         if self.data is None:
             raise DataError("pairs of answers are needed; give data with both answers to each prompt")
@@ -177,6 +183,8 @@ class Setup:
             sides = (replace(side, system=system) for side in (positive, negative))
             first, second = (self.render(side) for side in sides)
             found.append((first, second))
+        for name, texts in zip(SIDES, zip(*found, strict=True), strict=True):
+            check_lengths(self.decoder, texts, named(f"{name} item", texts))
         return tuple(found)
 
     @cached_property

@@ -20,6 +20,7 @@ from steerkit.errors import DataError
 from steerkit.fitting.held_out import record_steered
 from steerkit.generation import generate
 from steerkit.network.block_trace import evaluation_mode
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import execution_device
 from steerkit.network.sites import Site
 from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
@@ -141,6 +142,7 @@ class Trial:
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
+        check_lengths(decoder, rendered, named("text", rendered), warns=False)
         lengths = {row: len(text.ids) - text.prompt_length for row, text in enumerate(rendered)}
 
         def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

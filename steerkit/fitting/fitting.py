@@ -23,6 +23,7 @@ from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site, parse_layers
 from steerkit.network.tap import Tap, locate
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.splitting import warn_of_known_items
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -71,6 +72,9 @@ def fit(
         SiteError: a layer or site does not exist in this model, or both were given.
         DataError: the data has no token to read, or `actadd` got more than one pair.
         FitError: the sides do not differ, or activations are not finite; the site is named.
+
+    Warns:
+        UserWarning: a held-out item asks what an item of the data asks.
     """
     chosen = _method(method, settings)
     if not isinstance(data, ContrastSet):
@@ -102,6 +106,7 @@ def fit(
         return vector
     from steerkit.fitting.held_out import separation
 
+    warn_of_known_items(data.sides, held_out.sides)
     measured = separation(
         model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
     )

@@ -16,6 +16,8 @@ from steerkit.maths.directions import coordinates
 from steerkit.maths.probes import auc
 from steerkit.methods._protocols import Measured, read_direction
 from steerkit.methods._registry import resolve
+from steerkit.network.context import check_lengths, named
+from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
@@ -120,6 +122,7 @@ def record_steered(
     Returns:
         One row per text and site, in their order.
     """
+    check_lengths(find_decoder(model), rendered, named("text", rendered))
     parts: list[tuple[tuple[int, ...], Activations]] = []
     # One batch at a time, so that every pass has the prompt lengths of its own rows.
     for batch in batches(rendered, batch_size, pad_id=pad_token_id(tokenizer)):

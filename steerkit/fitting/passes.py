@@ -14,6 +14,7 @@ from steerkit.activations.reading import position_inputs
 from steerkit.activations.recording import Activations
 from steerkit.errors import ModelError
 from steerkit.fitting.held_out import record_steered
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, execution_device
 from steerkit.network.experts import Experts
 from steerkit.network.sites import Site
@@ -75,6 +76,7 @@ class Passes:
         Returns:
             [n, v] float32, on the CPU, in the order of the texts.
         """
+        check_lengths(self._decoder, rendered, named("text", rendered))
         device = execution_device(self._decoder)
         rows: list[Tensor] = [torch.empty(0, dtype=torch.float32)] * len(rendered)
 
@@ -108,6 +110,7 @@ class Passes:
         Returns:
             Logits [b, t, v], ids [b, t], and [b, t] which positions' logits predict a token of the answer.
         """
+        check_lengths(self._decoder, rendered, named("text", rendered))
         batch = batches(rendered, len(rendered), pad_id=pad_token_id(self._tokenizer))[0]
         order = torch.tensor(batch.rows, dtype=torch.long).argsort()
         device = execution_device(self._decoder)

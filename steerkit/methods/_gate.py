@@ -26,6 +26,7 @@ from steerkit.methods._refusal import response_contrast, unembedding_direction
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
+from steerkit.prompts.likeness import Turns
 from steerkit.prompts.rendering import spread
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
@@ -363,19 +364,19 @@ def blocks_written(decoder: Decoder, layers: tuple[int, ...], default: list[int]
     return [Site(layer) for layer in chosen]
 
 
-def folds_of(positive: Tensor, negative: Tensor, folds: int) -> list[tuple[Tensor, Tensor]]:
-    """Part two sides into folds; item i of either side goes to fold i mod folds.
+def folds_of(turns: Turns, folds: int) -> list[tuple[Tensor, Tensor]]:
+    """Part two sides into folds; an item whose turn is i goes to fold i mod folds.
 
     Args:
-        positive: [n, d].
-        negative: [m, d].
-        folds: at most; fewer where a side has fewer items.
+        turns: of the items [n] and [m] of either side (`steerkit.prompts.likeness.turns_of`); the same for items that
+            must not be parted.
+        folds: at most; fewer where a side has fewer turns.
 
     Returns:
         Per fold the masks [n] and [m] of its items; none where there are not two of each.
     """
-    count = min(folds, len(positive), len(negative))
+    count = min(folds, *(len(set(side)) for side in turns))
     if count < 2:
         return []
-    places = torch.arange(len(positive)) % count, torch.arange(len(negative)) % count
+    places = [torch.tensor(side, dtype=torch.long) % count for side in turns]
     return [(places[0] == fold, places[1] == fold) for fold in range(count)]

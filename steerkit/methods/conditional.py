@@ -24,7 +24,7 @@ comparisons the wrong way round. Rules over several conditions are objects (`com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -43,6 +43,7 @@ from steerkit.methods._subject import Subject
 from steerkit.methods._thresholds import best_threshold, lies_above, score
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
+from steerkit.prompts.likeness import turns_of
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -140,13 +141,14 @@ class ConditionalSteering(GatedAddition):
         assert acts is not None
         if len({site.layer for site in sites}) < len(sites):
             raise FitError("conditional: two sites of one layer were given; give one kind of site")
-        written = self._written(subject.decoder)
+        written, data = self._written(subject.decoder), subject.data
+        parts = folds_of(turns_of(data.sides, paired=data.paired), self.folds)
         best: tuple[tuple[float, float], Site, Tensor, Threshold] | None = None
         for site in sites:
             positive, negative = acts.positive[site].float(), acts.negative[site].float()
             try:
                 direction = self._condition(positive, negative, paired=acts.paired)
-                scores = self._scores(positive, negative, direction, paired=acts.paired)
+                scores = self._scores(positive, negative, direction, parts, paired=acts.paired)
             except FitError as error:
                 raise FitError(f"conditional at {site}: {error}") from None
             found = best_threshold(*scores, max_fpr=self.max_fpr, compare=self.compare)
@@ -175,10 +177,17 @@ class ConditionalSteering(GatedAddition):
             return unit(mean_difference(positive, negative))
         return principal_direction(pair_differences(positive, negative, paired=paired))
 
-    def _scores(self, positive: Tensor, negative: Tensor, whole: Tensor, *, paired: bool) -> tuple[Tensor, Tensor]:
+    def _scores(
+        self,
+        positive: Tensor,
+        negative: Tensor,
+        whole: Tensor,
+        parts: Sequence[tuple[Tensor, Tensor]],
+        *,
+        paired: bool,
+    ) -> tuple[Tensor, Tensor]:
         """Scores of both sides, each item's by a direction that it had no part in."""
         scores = torch.empty(len(positive), dtype=torch.float32), torch.empty(len(negative), dtype=torch.float32)
-        parts = folds_of(positive, negative, self.folds)
         for mine, theirs in parts:
             direction = self._condition(positive[~mine], negative[~theirs], paired=paired)
             scores[0][mine] = score(positive[mine], direction, self.score)

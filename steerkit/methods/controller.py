@@ -50,6 +50,7 @@ from steerkit.methods._refusal import COMPLYING, REFUSING
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
+from steerkit.prompts.likeness import turns_of
 from steerkit.prompts.rendering import spread
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -196,7 +197,8 @@ class WeightedController(GatedAddition):
 
     def _train_gates(self, subject: Subject, net: dict[str, Tensor], x: Tensor, labels: Tensor, positives: int) -> None:
         """Train the network's gain, and the probe, to tell the sides apart; its weights of blocks get no gradient."""
-        place = torch.cat([torch.arange(positives), torch.arange(len(x) - positives)])
+        data = subject.data
+        place = torch.cat([torch.tensor(side) for side in turns_of(data.sides, paired=data.paired)])
         kept = place % _VALIDATION == _VALIDATION - 1
         has_both = bool(kept[:positives].any()) and bool(kept[positives:].any())
         training = (~kept if has_both else torch.ones_like(kept)).nonzero()[:, 0]

@@ -25,6 +25,8 @@ from steerkit.evaluate.store_identity import digest_of, setup_identity
 from steerkit.generation import generate
 from steerkit.monitor.items import Item, Kind, conversation_of
 from steerkit.monitor.monitor import Monitor
+from steerkit.network.context import check_lengths, name_of
+from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.conversation import Conversation
@@ -166,6 +168,12 @@ def own_answers(
     texts: list[Rendered] = [
         render(tokenizer, prompts[row], chat_template_kwargs=chat_template_kwargs) for row in missing
     ]
+    check_lengths(
+        find_decoder(model),
+        texts,
+        lambda place: name_of("prompt", missing[place], len(prompts), texts[place]),
+        new_tokens=max_new_tokens,
+    )
     in_thought = opens_thought(tokenizer, chat_template_kwargs)
     # In the order of their lengths, a batch at a time, so that what has been answered is kept.
     for batch in batches(texts, batch_size, pad_id=pad_token_id(tokenizer)) if missing else ():

@@ -35,6 +35,7 @@ from steerkit.monitor.neutral_scale import NeutralScale
 from steerkit.monitor.read_directions import directions_of, site_of
 from steerkit.monitor.token_heat import TokenScores, token_projections
 from steerkit.monitor.watched import Watched, watching
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -143,7 +144,8 @@ class Monitor:
                 another prompt's end than the one that the model answers (no thought is opened). None keeps them.
 
         Raises:
-            DataError: one string instead of a list, no item, or one that is none.
+            DataError: one string instead of a list, no item, or one that is none or longer than the model has
+                positions for.
         """
         if isinstance(items, str):
             raise DataError("monitor: got one string; give a list of prompts")
@@ -154,6 +156,7 @@ class Monitor:
         found = [render(self.tokenizer, one, chat_template_kwargs=kwargs) for one in listed]
         if not found:
             raise DataError("monitor: got no prompts; give at least one")
+        check_lengths(self.decoder, found, named("item", found), warns=False)
         return found
 
     def project(self, rendered: Sequence[Rendered], read: Read) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import random
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING
 from steerkit.errors import DataError, near_miss
 from steerkit.prompts.conversation import SIDES, Conversation, check_text
 from steerkit.prompts.readers import answered_pair, item_at, item_pair, labelled_items, lines_of_file, other_label
+from steerkit.prompts.splitting import Marks, drawn, warn_of_known_items
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -263,6 +262,11 @@ class ContrastSet:
         return max(len(self.positive), len(self.negative))
 
     @property
+    def sides(self) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
+        """The positive and the negative items."""
+        return self.positive, self.negative
+
+    @property
     def digest(self) -> str:
         """The sha256, in hex, of every text, role and flag that is fitted on; any character changes it."""
         sides = [[[item.prompt, item.answer, item.system, item.raw] for item in getattr(self, name)] for name in SIDES]
@@ -275,7 +279,9 @@ class ContrastSet:
     ) -> tuple[ContrastSet, ContrastSet]:
         """Part the set into one to fit on and one to measure on.
 
-        Pairs stay together; unpaired sides are split each on its own. Both parts keep the order of the whole.
+        Pairs stay together; unpaired sides are split each on its own. Items with one prompt, or equal ones, stay
+        together, whatever their answers and system prompts (case and white space do not count): none is measured on
+        that asks what was fitted on. Both parts keep the order of the whole.
 
         Args:
             held_out: the share that is held out, between 0 and 1. None: what the file marks, else a quarter.
@@ -290,6 +296,10 @@ class ContrastSet:
             DataError: when the share is not between 0 and 1, a part would be empty or of two identical sides, or a
                 source is not among the origins.
 
+        Warns:
+            UserWarning: marks or sources part items with one prompt, all items have one prompt, or pairs share their
+                texts so that they have to come apart.
+
         Example:
             >>> data = ContrastSet.from_answers([(f"Is {n} nice?", "Yes.", "No.") for n in range(8)])
             >>> [len(part) for part in data.split(held_out=0.25)]
@@ -303,13 +313,15 @@ class ContrastSet:
             if len(set(self.marks)) == 1:
                 every = "every" if self.marks[0] else "no"
                 raise DataError(f"{every} item is marked held_out, which leaves a part empty; give held_out=0.25")
-            marks = (self.marks, self.marks)
+            marks = Marks(self.marks, self.marks, True)
         else:
             share = _DEFAULT_HELD_OUT if held_out is None else held_out
-            marks = (_draw(len(self.positive), share, seed), _draw(len(self.negative), share, seed))
-        return self._part(marks, wanted=False), self._part(marks, wanted=True)
+            marks = drawn(self.sides, paired=self.paired, share=share, seed=seed)
+        fitted, measured = self._part(marks, wanted=False), self._part(marks, wanted=True)
+        warn_of_known_items(fitted.sides, measured.sides)
+        return fitted, measured
 
-    def _of_sources(self, sources: Sequence[str]) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    def _of_sources(self, sources: Sequence[str]) -> Marks:
         """Marks of the items that come from some sources."""
         if isinstance(sources, str):
             raise DataError(f"held_out_sources: got one text, {sources!r}; give a list of sources")
@@ -322,11 +334,11 @@ class ContrastSet:
             if len(set(marks)) == 1:
                 none = "every" if marks[0] else "no"
                 raise DataError(f"held_out_sources: {none} {name} item comes from {', '.join(sources)}; give others")
-        return positive, negative
+        return Marks(positive, negative, self.paired)
 
-    def _part(self, marks: tuple[tuple[bool, ...], tuple[bool, ...]], *, wanted: bool) -> ContrastSet:
+    def _part(self, marks: Marks, *, wanted: bool) -> ContrastSet:
         """The items of both sides whose mark is `wanted`."""
-        kept = [[place for place, mark in enumerate(side) if mark is wanted] for side in marks]
+        kept = [[place for place, mark in enumerate(side) if mark is wanted] for side in marks[:2]]
         positive, negative = (
             tuple(side[place] for place in places)
             for side, places in zip((self.positive, self.negative), kept, strict=True)
@@ -334,7 +346,8 @@ class ContrastSet:
         first, second = (
             tuple(side[place] for place in places if side) for side, places in zip(self.origins, kept, strict=True)
         )
-        return replace(self, positive=positive, negative=negative, marks=(), origins=(first, second))
+        origins = (first, second)
+        return replace(self, positive=positive, negative=negative, paired=marks.paired, marks=(), origins=origins)
 
 
 def _from_pairs(
@@ -348,17 +361,3 @@ def _from_pairs(
     positive, negative = (tuple(pair[side] for pair in pairs) for side in (0, 1))
     both = (tuple(origins), tuple(origins))
     return ContrastSet(positive, negative, paired=True, source=source, marks=tuple(marks), origins=both)
-
-
-def _draw(size: int, share: float, seed: int) -> tuple[bool, ...]:
-    """Which of `size` items are held out."""
-    if not 0 < share < 1:
-        raise DataError(f"held_out={share}: give a share between 0 and 1, such as 0.25")
-    count = math.floor(size * share + 0.5)
-    if not 0 < count < size:
-        raise DataError(
-            f"held_out={share} of {size} items would hold out {count} and leave a part empty; "
-            "give more items or a share nearer to one half"
-        )
-    drawn = set(random.Random(seed).sample(range(size), count))
-    return tuple(index in drawn for index in range(size))

@@ -139,10 +139,12 @@ def test_extract_from_two_files_is_fit(answer: Callable[..., Any], here: Path, t
 
 
 def test_extract_from_pairs(answer: Callable[..., Any], here: Path, tiny: Path) -> None:
+    alike = [{**pair, "positive": f"{n} is a joy.", "negative": f"{n} is a woe."} for n, pair in enumerate(PAIRS)]
+    Path("joy.jsonl").write_text(jsonl(alike))
     common = ("extract", "--data", "joy.jsonl", "--readout", "response_mean", "--out", "x.safetensors", "--model", tiny)
     assert answer(*common)["held_out"] == {}
     assert answer(*common, "--held-out", "0.25")["held_out"]["items"] == 3
-    marked = [{**pair, "held_out": number < 2} for number, pair in enumerate(PAIRS)]
+    marked = [{**pair, "held_out": number < 2} for number, pair in enumerate(alike)]
     Path("joy.jsonl").write_text(jsonl(marked))
     assert answer(*common)["held_out"]["items"] == 2
 
@@ -433,7 +435,7 @@ def test_demo_of_two_kinds_of_prompts(
     answer: Callable[..., Any], cli: Cli, here: Path, tiny: Path, method: str, strength: float
 ) -> None:
     items = [
-        {"prompt": f"{word} {n}", "label": label, "source": source}
+        {"prompt": f"{word} {source}{n}", "label": label, "source": source}
         for label, word in (("bad", "Break"), ("good", "Mend"))
         for source in "ab"
         for n in range(6)

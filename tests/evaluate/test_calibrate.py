@@ -33,6 +33,9 @@ from steerkit.vector.steering_vector import SteeringVector
 from tests.families import build
 from tests.looping import LOOPS_ABOVE, NEUTRAL, answer, looping_model, swapped, trait_data
 
+# The items of these tests differ in their answers alone.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is fitted on as well")
+
 LADDER = (0.5, 1.0, 1.5, 1.9, 2.5, 3.0)
 FREE = Budget(max_kl=1e9, max_ppl_ratio=1e30, max_repetition=0.1)
 SEARCH = Search(candidates=[(1,), (2,)], strengths=LADDER, controls=3, neutral_texts=2)

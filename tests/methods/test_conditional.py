@@ -19,6 +19,7 @@ import steerkit
 from steerkit.errors import FitError, SiteError, UnknownNameError, VectorMismatchError
 from steerkit.maths.predicates import P, Predicate, fired
 from steerkit.methods._fingerprint import fingerprint, fits
+from steerkit.methods._gate import folds_of
 from steerkit.methods._thresholds import best_threshold, score
 from steerkit.methods.conditional import ConditionalSteering, combine
 from steerkit.network.decoder import find_decoder
@@ -264,7 +265,8 @@ def test_a_fit_parts_the_two_sides_and_finds_the_planted_layer(condition: str, k
     sides = [{site: 0.3 * torch.randn(40, 32, generator=generator) for site in sites} for _ in range(2)]
     sides[0][Site(2)] += planted
     acts = Activations(positive=sides[0], negative=sides[1], paired=True)
-    subject = ModelSubject(model, tokenizer, data(), find_decoder(model), 8, None)
+    items = ContrastSet.from_prompts(*([f"{kind} {n}" for n in range(40)] for kind in ("Break", "Walk")))
+    subject = ModelSubject(model, tokenizer, items, find_decoder(model), 8, None)
     tensors = method.fit(acts, subject, sites)
     assert tensors["shared/layer"].tolist() == [2]
     assert abs(float(tensors["shared/condition"][0, 5])) > 0.9
@@ -284,9 +286,18 @@ def test_the_threshold_is_found_on_scores_of_items_left_out() -> None:
     method = ConditionalSteering()
     whole = method._condition(*noise, paired=False)
     own = best_threshold(score(noise[0], whole), score(noise[1], whole))
-    left_out = best_threshold(*method._scores(*noise, whole, paired=False))
+    each = list(range(30))
+    left_out = best_threshold(*method._scores(*noise, whole, folds_of((each, each), 5), paired=False))
     assert own.f1 > 0.95
     assert left_out.f1 < 0.8
+    # What stands there three times is left out three times.
+    thrice = [side[:12].repeat(3, 1) for side in noise]
+    parted, together = (
+        best_threshold(*method._scores(*thrice, whole, folds_of((turns, turns), 5), paired=False)).f1
+        for turns in (list(range(36)), [row % 12 for row in range(36)])
+    )
+    assert parted > 0.95
+    assert together < 0.8
 
 
 def test_the_whole_road_from_fit_to_gated_text() -> None:
@@ -326,7 +337,8 @@ def test_strength_counts_in_both_units() -> None:
 
 def test_held_out_items_measure_the_gate() -> None:
     model, tokenizer = build("llama"), byte_tokenizer(CHATML)
-    vector = steerkit.fit(model, tokenizer, data(), method="conditional", held_out=data())
+    with pytest.warns(UserWarning, match="5 of 5 held-out items have a prompt that is fitted on as well"):
+        vector = steerkit.fit(model, tokenizer, data(), method="conditional", held_out=data())
     assert set(vector.held_out["gate"]) == {"tpr", "fpr"}
     flags = [row["open"] for row in steerkit.explain(model, tokenizer, [*HARMFUL, *HARMLESS], vector)]
     assert vector.held_out["gate"]["tpr"] == pytest.approx(sum(flags[:5]) / 5)

@@ -349,6 +349,7 @@ def test_the_gain_is_clipped() -> None:
     assert gap(logits[0], logits[2]) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*is fitted on as well")
 def test_held_out_figures_name_the_better_gate() -> None:
     vector = steerkit.fit(
         model_of("llama"), byte_tokenizer(CHATML), data(), method="controller", settings={"epochs": 2}, held_out=data()

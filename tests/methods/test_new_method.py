@@ -62,6 +62,7 @@ def contrast() -> ContrastSet:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*is fitted on as well")
 def test_it_is_found_fitted_saved_loaded_and_steers(kind: type[Method], tmp_path: Path) -> None:
     model, tokenizer = build("llama"), byte_tokenizer(CHATML)
     assert registry.resolve("median_difference") is kind

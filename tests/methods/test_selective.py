@@ -718,6 +718,7 @@ def test_fullgraph_equals_eager_and_a_new_angle_compiles_nothing() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*is fitted on as well")
 def test_candidates_where_nothing_is_selected_drop_out_of_a_calibration() -> None:
     """Each set of layers has its own plane and its own selection; where there is none, the others are tried."""
     held_out, train = trait_data(12, seed=9), trait_data(40)

@@ -849,6 +849,7 @@ def test_the_control_is_as_large_and_learned_nothing(family: str) -> None:
         assert abs(float(one["direction"] @ other["direction"])) < 0.8
 
 
+@pytest.mark.filterwarnings("ignore:.*is fitted on as well")  # the items differ in their answers alone
 def test_held_out_items_are_separated_along_every_direction() -> None:
     model, tokenizer = fitted("llama")[0], byte_tokenizer(CHATML)
     items = [("What was it like?", f" {good}.", f" {bad}.") for good, bad in PAIRS]

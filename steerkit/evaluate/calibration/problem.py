@@ -20,6 +20,7 @@ from steerkit.evaluate.store_identity import digest_of, setup_identity
 from steerkit.evaluate.sweeps import Point, measure_point
 from steerkit.methods._base import Method, takes_pair
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.splitting import warn_of_known_items
 
 __all__ = ["Problem", "layers_name", "problem_of", "strength_of"]
 
@@ -150,6 +151,9 @@ def problem_of(
 
     Raises:
         DataError: too few items or neutral texts, nothing to try, or strengths on both sides of the neutral one.
+
+    Warns:
+        UserWarning: items that choose or confirm ask what is fitted on.
     """
     scorer = scorer_of(effect)
     of_texts = [scorer_of(one) for one in ("repetition", *beside)]
@@ -158,12 +162,16 @@ def problem_of(
         raise DataError(f"calibrate: {kind.name} is fitted on one pair of prompts; give validation items too")
     if validation is None:
         rest, validation = rest.split(held_out=search.validation, seed=search.seed)
+    else:
+        warn_of_known_items(rest.sides, validation.sides)
+    if held_out.data is not None:
+        warn_of_known_items(fits.train.sides, held_out.data.sides)
     if not takes_pair(kind) and len(rest) < FEWEST:
         raise DataError(f"calibrate: {len(rest)} items are left to fit on; give at least {FEWEST}")
-    if len(held_out.calm) < 2:
+    if not all(held_out.half(number).calm for number in (0, 1)):
         raise DataError("calibrate: one neutral text cannot both choose and confirm; give at least two")
-    calm, prompts = held_out.half(0).calm[: search.neutral_texts], held_out.prompts
-    setup = replace(held_out, data=validation, neutral=calm, prompts=None if prompts is None else prompts[0::2])
+    first = held_out.half(0)
+    setup = replace(first, data=validation, neutral=first.calm[: search.neutral_texts])
     candidates = _candidates(fits, setup, search)
     ladder = _ladder(kind, search)
     if not candidates or not ladder:
@@ -178,7 +186,7 @@ def problem_of(
         final=fits,
         fits=replace(fits, setup=setup, train=rest, layers=every),
         setup=setup,
-        confirming=replace(held_out.half(1), prompts=None if prompts is None else prompts[1::2]),
+        confirming=held_out.half(1),
         candidates=candidates,
         ladder=ladder,
         scorer=scorer,

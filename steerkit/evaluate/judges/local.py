@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from steerkit.activations.reading import position_inputs
 from steerkit.errors import DataError
 from steerkit.evaluate.judges.scale import LEAST_MASS, broken_up, check_scale, expected_value
+from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import execution_device, find_decoder
 from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.conversation import Conversation
@@ -111,6 +112,7 @@ class LocalJudge:
         rendered = [Rendered("", ids, len(ids), ()) for ids in rows]
         decoder = find_decoder(self.model)
         device = execution_device(decoder)
+        check_lengths(decoder, rendered, named("question", rendered))
         found: dict[Spelling, float] = {}
 
         def run(batch: Batch) -> Tensor:
