@@ -270,7 +270,7 @@ def test_what_could_not_be_read_is_told(answer: Callable[..., Any], cli: Cli, he
 def test_mistakes(cli: Cli, here: Path, tiny: Path, words: Any, code: int, message: str) -> None:
     Path("kept.jsonl").write_text('{"prompt": "Why?", "id": 1}\n')
     Path("empty.jsonl").write_text("\n")
-    Path("wrong.jsonl").write_text('{"prompt": "Why?"}\n{"text": "Why?"}\n')
+    Path("wrong.jsonl").write_text('{"prompt": "Why?"}\n{"body": "Why?"}\n')
     Path("number.jsonl").write_text("7\n")
     ended = cli("monitor", *words, "--model", tiny)
     assert (ended.code, ended.out) == (code, "")
