@@ -16,6 +16,8 @@ from typing import Any, get_args, get_type_hints
 
 from typer.models import OptionInfo
 
+from steerkit.cli._model import PANEL, ModelChoice
+
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "reference"
 
@@ -27,7 +29,17 @@ works), 2 wrong usage, 130 interrupted. `steerkit --debug COMMAND` shows the tra
 is the same program.
 
 This page is written by `python -m docs.generate`.
+
+## Model options
+
+Every command that loads a model has these, and the table `[model]` of a recipe the same keys; the command line comes
+first. Which device was chosen is said on stderr: [devices](../how-to/devices.md).
+
+{model}
 """
+
+_HEAD = ("| | what | default |", "| --- | --- | --- |")
+_ANY = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 _SITES = """# Sites by family
 
@@ -83,7 +95,9 @@ def command_line() -> str:
     """The page of the command line, from the program itself."""
     from steerkit.cli import app
 
-    parts = [_COMMAND_LINE]
+    hints = get_type_hints(ModelChoice, include_extras=True)
+    rows = [_parameter(inspect.Parameter(name, _ANY, default=None), hint) for name, hint in hints.items()]
+    parts = [_COMMAND_LINE.format(model="\n".join([*_HEAD, *rows]))]
     parts += [_command(f"steerkit {_name(one)}", one.callback) for one in app.registered_commands]
     for group in app.registered_groups:
         assert group.typer_instance is not None
@@ -103,9 +117,15 @@ def _command(name: str, run: Any) -> str:
     lines = [f"## {name}", ""]
     lines += [_plain(part) + "\n" for part in (inspect.getdoc(run) or "").split("\n\n")]
     hints = get_type_hints(run, include_extras=True)
-    rows = [_parameter(one, hints[name]) for name, one in inspect.signature(run).parameters.items()]
+    rows = []
+    for name, one in inspect.signature(run).parameters.items():
+        is_shared = get_args(hints[name])[1].rich_help_panel == PANEL
+        if not is_shared or name == "model":
+            rows.append(_parameter(one, hints[name]))
+        elif name == "device":
+            rows.append("| [model options](#model-options) | Revision, device, precision, quantisation, ... |  |")
     if rows:
-        lines += ["| | what | default |", "| --- | --- | --- |", *rows, ""]
+        lines += [*_HEAD, *rows, ""]
     return "\n".join(lines)
 
 

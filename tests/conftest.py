@@ -119,7 +119,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             app([str(word) for word in words], prog_name="steerkit")
-        return Ended(int(left.value.code or 0), *capsys.readouterr())
+        return Ended.of(int(left.value.code or 0), *capsys.readouterr())
 
     return run
 

@@ -40,12 +40,24 @@ questions = ["Is it good?", "How are you?"]
 
 
 class Ended(NamedTuple):
+    """How a command ended; what it said of the models that it loaded stands apart from what else is on stderr."""
+
     code: int
     out: str
     err: str
 
+    @classmethod
+    def of(cls, code: int, out: str, err: str) -> Ended:
+        return cls(code, out, apart_from_loaded(err))
 
+
+LOADED = "model: "
 Cli = Callable[..., Ended]
+
+
+def apart_from_loaded(err: str) -> str:
+    """What is on stderr beside the line that says which model was loaded, and how."""
+    return "".join(line for line in err.splitlines(keepends=True) if not line.startswith(LOADED))
 
 
 def jsonl(items: Sequence[Any]) -> str:

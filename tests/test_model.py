@@ -285,8 +285,8 @@ def test_damaged_cache_is_converted_anew(
 
 def test_wrong_options_do_not_count_as_damage(packaged: Path, conversions: list[Path]) -> None:
     steerkit.load_model(ALIAS)
-    with pytest.raises(ModelError, match="no_such_dtype") as caught:
-        steerkit.load_model(ALIAS, dtype="no_such_dtype")
+    with pytest.raises(ModelError, match="no_such_device") as caught:
+        steerkit.load_model(ALIAS, device_map={"": "no_such_device"})
     assert "check" in one_line(caught)
     assert len(conversions) == 1
 

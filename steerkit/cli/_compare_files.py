@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steerkit.cli._model import ModelChoice
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.compare import Row
 
 __all__ = ["command_line", "with_kept", "write"]
 
 
-def command_line(behaviour: str, methods: list[str], budget: Budget, options: dict[str, Any]) -> str:
+def command_line(
+    behaviour: str, methods: list[str], budget: Budget, options: dict[str, Any], model: ModelChoice
+) -> str:
     """The command line that measures the same again, with every option that changes it.
 
     Args:
@@ -23,11 +26,12 @@ def command_line(behaviour: str, methods: list[str], budget: Budget, options: di
         methods: asked for by name.
         budget: of all methods.
         options: the other options, by name.
+        model: which model, and how it is loaded.
     """
     words = ["steerkit", "compare", behaviour, *(f"--method={one}" for one in methods)]
     words += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
     words += [f"--{key}={value}" for key, value in options.items()]
-    return shlex.join(words)
+    return shlex.join([*words, *model.words(every=True)])
 
 
 def write(rows: list[Row], content: dict[str, Any], target: Path) -> None:

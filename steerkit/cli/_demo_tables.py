@@ -13,6 +13,7 @@ import typer
 from steerkit.cli._shared import sites_table, stdout, table, usage_line
 
 if TYPE_CHECKING:
+    from steerkit.cli._model import ModelChoice
     from steerkit.evaluate.by_prompt_kind import Kind
     from steerkit.evaluate.curve import Curve
     from steerkit.recipe import Recipe
@@ -89,13 +90,20 @@ def show_kinds(kinds: Sequence[Kind], recipe: Recipe) -> None:
 
 
 def show_files(
-    recipe: Recipe, model: str, file: Path, strength: float, picture: Path | None, *, is_drawn: bool, is_full: bool
+    recipe: Recipe,
+    model: ModelChoice,
+    file: Path,
+    strength: float,
+    picture: Path | None,
+    *,
+    is_drawn: bool,
+    is_full: bool,
 ) -> None:
     """Print what was written, and what to try next.
 
     Args:
         recipe: the recipe.
-        model: the model's name.
+        model: which model, and how it is loaded.
         file: of the vector.
         strength: the one to try.
         picture: of the curve, if there is one.

@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from steerkit.cli._model import ModelChoice
     from steerkit.export.verification import Verification
 
 __all__ = [
-    "DEFAULT_MODEL",
     "BatchSize",
     "Json",
-    "Model",
-    "RecipeModel",
     "Unit",
     "comparison",
     "number",
@@ -34,13 +32,7 @@ __all__ = [
     "usage_line",
 ]
 
-DEFAULT_MODEL = "smollm2-135m"
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Model = Annotated[str, typer.Option(help="Alias, hub id, folder or .gguf file.")]
-RecipeModel = Annotated[
-    str | None, typer.Option(help=f"Alias, hub id, folder or .gguf file. (default: the recipe's, else {DEFAULT_MODEL})")
-]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per pass.")]
 
 
@@ -134,7 +126,7 @@ def comparison(verification: Verification) -> dict[str, Any]:
 
 
 def usage_line(
-    prompt: str, vector: str, *, strength: float | None = None, model: str, command: str = "generate"
+    prompt: str, vector: str, *, strength: float | None = None, model: ModelChoice, command: str = "generate"
 ) -> str:
     """A command that uses a vector, to be copied into a shell."""
     is_plain = not set(prompt) & set('"$`\\!')
@@ -142,6 +134,4 @@ def usage_line(
     words = [f"steerkit {command}", quoted, "--vector", shlex.quote(vector)]
     if strength is not None:
         words += ["--strength", f"{strength:g}"]
-    if model != DEFAULT_MODEL:
-        words += ["--model", shlex.quote(model)]
-    return " ".join(words)
+    return " ".join([*words, *map(shlex.quote, model.words())])

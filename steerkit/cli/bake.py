@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from steerkit._support.progress import status
-from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, comparison, print_json, stdout, table
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._shared import Json, comparison, print_json, stdout, table
 
 __all__ = ["run"]
-
-
-class Precision(StrEnum):
-    """In which precision the model is loaded and written."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 VectorOption = Annotated[
@@ -33,22 +25,17 @@ StrengthOption = Annotated[
 UntieOption = Annotated[
     bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")
 ]
-DtypeOption = Annotated[
-    Precision | None, typer.Option(help="Of the model and the checkpoint. (default: the model's own)")
-]
-DeviceMapOption = Annotated[str | None, typer.Option(help="Where the model is put, such as auto. (default: in memory)")]
 
 
+@loads_model
 def run(
     vector: VectorOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
     strength: StrengthOption = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
     untie: UntieOption = False,
-    dtype: DtypeOption = None,
-    device_map: DeviceMapOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands there.")] = False,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     as_json: Json = False,
 ) -> None:
     """Write vectors into the weights of a model: a checkpoint that transformers loads without steerkit.
@@ -66,17 +53,16 @@ def run(
     from steerkit.vector.steering_vector import SteeringVector
 
     vectors = [
-        SteeringVector.load(vector_path(name, model)).at(strength=dose, scope=scope)
+        SteeringVector.load(vector_path(name, model.name)).at(strength=dose, scope=scope)
         for name, dose in itertools.zip_longest(vector, strength or [])
     ]
     for one in vectors:
         exact_strength(one)
     check_folder(out, replace=force)
 
-    import steerkit
     from steerkit.export.baking import bake
 
-    loaded, tokenizer = steerkit.load_model(model, dtype=dtype.value if dtype else None, device_map=device_map)
+    loaded, tokenizer = model.load()
     with status("writing the checkpoint, and comparing it with the hooks"):
         baked = bake(loaded, tokenizer, vectors, out, untie=untie, force=force)
     facts = {

@@ -25,10 +25,10 @@ from steerkit.cli._evidence import (
     scorers_of,
 )
 from steerkit.cli._files import check_writable
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
     Json,
-    RecipeModel,
     number,
     print_json,
     stdout,
@@ -57,6 +57,7 @@ TrialsOption = Annotated[int | None, typer.Option(min=1, help="Let optuna choose
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
 
 
+@loads_model
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
     max_kl: MaxKl = 0.3,
@@ -75,7 +76,7 @@ def run(
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
     neutral: Neutral = 64,
     seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
-    model: RecipeModel = None,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     out: OutOption = None,
     as_json: Json = False,
@@ -86,7 +87,6 @@ def run(
     Figures are kept beside the file (<FILE>.rows.jsonl) until it is written, so that a killed run goes on.
     Exit code 1 where nothing works.
     """
-    import steerkit
     from steerkit.evaluate.calibration.budget import Budget, Search
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
@@ -102,8 +102,8 @@ def run(
     check_writable(target)
     train, held_out = chosen.split(part.name)
     check_items(chosen.name, part.name, train, held_out)
-    name = model or chosen.model.name
-    loaded, tokenizer = steerkit.load_model(name)
+    model = model.of(chosen.model)
+    loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
@@ -117,7 +117,7 @@ def run(
         print_json(jsonable({"file": str(target) if found.vector is not None else None, **found.as_json()}))
     else:
         _show(found, target)
-        _show_usage(found, target, chosen.evaluate.questions[0], name)
+        _show_usage(found, target, chosen.evaluate.questions[0], model)
     if not found.works:
         raise typer.Exit(1)
 
@@ -164,7 +164,7 @@ def _save(found: Calibration, recipe: Recipe, part: MethodPart, target: Path) ->
     replace(vector, suggested_strength=found.vector.suggested_strength, unit="paper").save(target)
 
 
-def _show_usage(found: Calibration, target: Path, question: str, model: str) -> None:
+def _show_usage(found: Calibration, target: Path, question: str, model: ModelChoice) -> None:
     if found.works and found.strength is not None:
         usage = usage_line(question, str(target), strength=found.strength, model=model)
         typer.echo(f"use it:\n  {usage}")

@@ -20,10 +20,10 @@ from steerkit.cli._evidence import (
     jsonable,
 )
 from steerkit.cli._files import check_writable
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
     Json,
-    RecipeModel,
     print_json,
     stdout,
     table,
@@ -47,6 +47,7 @@ KeepOption = Annotated[
 ]
 
 
+@loads_model
 def run(
     behaviour: BehaviourArgument = "optimism",
     method: MethodOption = None,
@@ -57,7 +58,7 @@ def run(
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
     neutral: Neutral = 64,
     seed: Annotated[int, typer.Option(min=0, help="Fixes splits, controls and search.")] = 0,
-    model: RecipeModel = None,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where table and report go.")] = Path("out/compare"),
     keep: KeepOption = False,
@@ -69,7 +70,6 @@ def run(
     method without a recipe of its own for the behaviour is fitted by the behaviour's default recipe. Writes
     <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
     """
-    import steerkit
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
@@ -88,8 +88,8 @@ def run(
         check_items(recipe.name, one, recipe.split(one)[0], held_out)
     for one in sorted(set(names) - set(sources)):
         typer.echo(f"note: {one} is left out: no recipe of {default.behaviour} says what it is fitted on", err=True)
-    name = model or default.model.name
-    loaded, tokenizer = steerkit.load_model(name)
+    model = model.of(default.model)
+    loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     common: dict[str, Any] = {"budget": budget, "store": Store(kept)}
     with status("comparing") as step:
@@ -98,8 +98,8 @@ def run(
             for one, recipe in sources.items()
         ]
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
-    words = command_line(behaviour, method or [], budget, {**numbered, "model": name})
-    content = _content(rows, default, name, setup, budget, words)
+    words = command_line(behaviour, method or [], budget, numbered, model)
+    content = _content(rows, default, model.name, setup, budget, words)
     if keep:
         rows = with_kept(rows, target, content)
         content["rows"] = [jsonable(row.as_json()) for row in rows]

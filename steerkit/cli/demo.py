@@ -14,7 +14,8 @@ from steerkit._support.progress import bar
 from steerkit._support.shipped import recipes, vectors
 from steerkit.cli import _demo_tables as tables
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import BatchSize, Json, RecipeModel, print_json
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._shared import BatchSize, Json, print_json
 
 if TYPE_CHECKING:
     from steerkit.evaluate.by_prompt_kind import Kind
@@ -47,6 +48,7 @@ BRIEF = Extent(pairs=14, kind=20, ends_only=True)
 FULL = Extent(pairs=None, kind=60, ends_only=False)
 
 
+@loads_model
 def run(
     recipe: Annotated[str, typer.Option(help="A recipe's name, behaviour or file.")] = "optimism",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the vector and the picture go.")] = Path("out"),
@@ -54,7 +56,7 @@ def run(
         bool,
         typer.Option("--full", help="Fit the vector even if it is shipped; measure on everything that is held out."),
     ] = False,
-    model: RecipeModel = None,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -63,16 +65,16 @@ def run(
     Of a recipe of two kinds of prompts, answers of either kind are counted: how many refuse, how many stay as they
     were. Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and, of a curve, <out>/<recipe>.png.
     """
-    import steerkit
     from steerkit.recipe import find_recipe
 
     chosen = find_recipe(recipe)
     target = out / f"{chosen.name}.safetensors"
     train, held_out = chosen.split()
     check_writable(target)
-    name = model or chosen.model.name
+    model = model.of(chosen.model)
+    name = model.name
     shipped = None if full else _shipped(chosen, name, train)
-    loaded, tokenizer = steerkit.load_model(name)
+    loaded, tokenizer = model.load()
     vector = shipped or chosen.extract(loaded, tokenizer, batch_size=batch_size, progress=True)
     vector.save(target)
     answers = _answers(loaded, tokenizer, chosen, vector)
@@ -89,7 +91,7 @@ def run(
         tables.show_kinds(kinds, chosen)
     else:
         tables.show_curve(curve, len(held_out))
-    tables.show_files(chosen, name, target, max(answers), picture, is_drawn=curve is not None, is_full=full)
+    tables.show_files(chosen, model, target, max(answers), picture, is_drawn=curve is not None, is_full=full)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steerkit._support.progress import bar
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     Json,
-    Model,
     print_json,
     stdout,
     table,
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+@loads_model
 def run(
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile for real; without it, compiling is traced only.")
     ] = False,
@@ -35,16 +35,15 @@ def run(
     Nothing is fitted or written: a random direction is added after a middle block, and every check compares two ways
     to get the same numbers.
     """
-    import steerkit
     from steerkit.checks.doctor.checks import CHECKS, doctor
 
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     with bar("checking", len(CHECKS)) as step:
         findings = doctor(loaded, tokenizer, compiled=compiled, step=step)
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
-        _print(model, findings)
+        _print(model.name, findings)
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
 

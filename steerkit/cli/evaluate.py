@@ -20,11 +20,10 @@ from steerkit.cli._evidence import (
     scorers_of,
 )
 from steerkit.cli._files import read_prompts
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    Model,
     Unit,
     number,
     print_json,
@@ -56,6 +55,7 @@ ScorerOption = Annotated[
 ]
 
 
+@loads_model
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
     data: DataOption = None,
@@ -71,7 +71,7 @@ def run(
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 16,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts that costs are measured on.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +87,7 @@ def run(
     from steerkit.prompts.conversation import Conversation
     from steerkit.vector.steering_vector import SteeringVector
 
-    loaded_vector = SteeringVector.load(vector_path(vector, model))
+    loaded_vector = SteeringVector.load(vector_path(vector, model.name))
     doses = numbers(strength, "--strength") or [default_strength(loaded_vector)]
     way: dict[str, Any] = {"scope": scope, "unit": None if unit is None else unit.value}
     check_way(loaded_vector, **way, has_strength=bool(strength))
@@ -99,9 +99,7 @@ def run(
     if held_out is None and scorer is None:
         scorers = [one for one in scorers if one.name != "preference_margin"]
 
-    import steerkit
-
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     loaded_vector.check(loaded, tokenizer)
     setup = Setup(
         loaded,

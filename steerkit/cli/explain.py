@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, number, print_json, stdout, table
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._shared import Json, number, print_json, stdout, table
 
 __all__ = ["run"]
 
 
+@loads_model
 def run(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What would be answered.")],
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
@@ -18,7 +20,7 @@ def run(
         float | None, typer.Option(help="Strength it would steer with. (default: the file's suggested strength)")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     as_json: Json = False,
 ) -> None:
     """Show what a gated vector decides about prompts: open or closed, and the scores behind it."""
@@ -32,7 +34,7 @@ def run(
     found = SteeringVector.load(vector_path(vector))
     if editor_of(method_of(found), found) is None:  # before a model is loaded
         raise UnknownNameError(f"{vector}: method {found.method} has no gate, it steers every prompt")
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     rows = steerkit.explain(loaded, tokenizer, prompts, found, strength=strength, raw=raw)
     if as_json:
         print_json(rows)

@@ -13,7 +13,8 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, Json, comparison, print_json, stdout, table
+from steerkit.cli._model import DEFAULT, DEFAULT_MODEL, ModelChoice, loads_model
+from steerkit.cli._shared import Json, comparison, print_json, stdout, table
 
 __all__ = ["run"]
 
@@ -32,7 +33,7 @@ class _Asked(NamedTuple):
     target: Path | None
     strengths: list[float]
     scope: str | None
-    model: str | None
+    model: ModelChoice
     force: bool
 
 
@@ -44,6 +45,7 @@ class _Written(NamedTuple):
     usage: str
 
 
+@loads_model
 def run(
     to: Annotated[Format, typer.Option("--to", help="The format to write.")],
     file: Annotated[
@@ -59,9 +61,8 @@ def run(
     ] = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help=f"For peft alone: alias, hub id, folder or .gguf file. (default: {DEFAULT_MODEL})"),
-    ] = None,
+        ModelChoice, f"For peft alone: alias, hub name, folder or .gguf file. (default: {DEFAULT_MODEL})"
+    ] = DEFAULT,
     force: Annotated[bool, typer.Option("--force", help="Replace the file or adapter that stands there.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -97,8 +98,9 @@ def _gguf(asked: _Asked) -> _Written:
 
     if len(asked.names) > 1:
         raise typer.BadParameter(f"a control vector file holds one vector, got {len(asked.names)}")
-    if asked.model is not None:
-        raise typer.BadParameter("a control vector is written without a model; leave --model out, or use --to peft")
+    if asked.model.is_given:
+        given = asked.model.words()[0]
+        raise typer.BadParameter(f"a control vector is written without a model; leave {given} out, or use --to peft")
     path = vector_path(asked.names[0])
     target = asked.target or Path(f"{path.stem}.gguf")
     vector, strength = SteeringVector.load(path).at(scope=asked.scope), next(iter(asked.strengths), None)
@@ -123,8 +125,7 @@ def _peft(asked: _Asked) -> _Written:
     from steerkit.steering.weights import exact_strength
     from steerkit.vector.steering_vector import SteeringVector
 
-    model = asked.model or DEFAULT_MODEL
-    paths = [vector_path(name, model) for name in asked.names]
+    paths = [vector_path(name, asked.model.name) for name in asked.names]
     target = asked.target or Path(f"{paths[0].stem}-lora")
     vectors = [
         SteeringVector.load(path).at(strength=dose, scope=asked.scope)
@@ -134,10 +135,9 @@ def _peft(asked: _Asked) -> _Written:
         exact_strength(one)
     check_folder(target, replace=asked.force)
 
-    import steerkit
     from steerkit.export.peft import write_adapter
 
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = asked.model.load()
     with status("writing the adapter, and comparing it with the hooks"):
         adapter = write_adapter(loaded, tokenizer, vectors, target, force=asked.force)
     facts = {

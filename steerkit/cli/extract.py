@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steerkit.cli._files import check_writable, read_prompts
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    RecipeModel,
     print_json,
     sites_table,
     stdout,
@@ -46,12 +45,13 @@ HeldOutOption = Annotated[
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
 
 
+@loads_model
 def run(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
     positive: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that show the behaviour.")] = None,
     negative: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that do not.")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of pairs.")] = None,
-    model: RecipeModel = None,
+    model: ModelChoice = DEFAULT,
     method: MethodOption = None,
     layers: LayersOption = None,
     readout: ReadoutOption = None,
@@ -84,16 +84,16 @@ def run(
     fit: Callable[..., SteeringVector]
     if recipe is not None:
         chosen = _recipe(recipe, held_out)
-        target, model = out or Path(f"{chosen.name}.safetensors"), model or chosen.model.name
+        target, model = out or Path(f"{chosen.name}.safetensors"), model.of(chosen.model)
         question = next(iter(chosen.evaluate.questions), QUESTION)
         fit = partial(chosen.extract, method=method, readout=_readout(readout))
     else:
         train, rest = _parts(_items(data, positive, negative, raw=raw), held_out)
-        target, model = out or Path(), model or DEFAULT_MODEL
+        target = out or Path()
         question = QUESTION
         fit = partial(steerkit.fit, data=train, method=method or "caa", readout=_readout(readout), held_out=rest)
     check_writable(target)
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=True)
     vector.save(target)
     if as_json:

@@ -11,11 +11,10 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._files import read_prompts
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    Model,
     Unit,
     print_json,
     stdout,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+@loads_model
 def run(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to answer.")] = None,
     prompt_file: Annotated[
@@ -51,7 +51,7 @@ def run(
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Fixes what --sample draws.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 8,
     as_json: Json = False,
 ) -> None:
@@ -70,7 +70,7 @@ def run(
         raise typer.BadParameter("--seed fixes what --sample draws; give both")
 
     asked: Sequence[Any] = prompts or read_prompts(prompt_file or Path())
-    vectors = [_load(name, model) for name in names]
+    vectors = [_load(name, model.name) for name in names]
     vectors = [
         one.at(strength=dose, scope=scope, unit=unit.value if unit else None)
         for one, dose in itertools.zip_longest(vectors, strengths)
@@ -78,7 +78,7 @@ def run(
 
     import steerkit
 
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "raw": raw}
     if sample:
         options["do_sample"] = True

@@ -10,11 +10,10 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    Model,
     number,
     print_json,
     stdout,
@@ -52,11 +51,12 @@ SymmetricOption = Annotated[
 ]
 
 
+@loads_model
 def run(
     vector: VectorOption,
     strength: StrengthOption = None,
     data: DataOption = None,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     orthogonalise: OrthogonaliseOption = None,
     symmetric: SymmetricOption = False,
     batch_size: BatchSize = 16,
@@ -78,7 +78,7 @@ def run(
     from steerkit._support.shipped import vector_path
     from steerkit.vector.steering_vector import SteeringVector
 
-    paths = [vector_path(name, model) for name in vector]
+    paths = [vector_path(name, model.name) for name in vector]
     loaded = _by_name(paths, [SteeringVector.load(path) for path in paths])
     targets = [] if orthogonalise is None else [orthogonalise / f"{name}.safetensors" for name in loaded]
     for path in paths:
@@ -88,11 +88,10 @@ def run(
     for target in targets:
         check_writable(target)
 
-    import steerkit
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.together import interference
 
-    steered, tokenizer = steerkit.load_model(model)
+    steered, tokenizer = model.load()
     with status("measuring"):
         found = interference(
             Setup(steered, tokenizer, batch_size=batch_size),

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    Model,
     Unit,
     number,
     print_json,
@@ -37,6 +36,7 @@ LimitOption = Annotated[
 NumFewshotOption = Annotated[int | None, typer.Option(min=0, help="Examples before each item. (default: the task's)")]
 
 
+@loads_model
 def run(
     tasks: TasksOption,
     include_path: IncludePathOption = None,
@@ -49,7 +49,7 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template.")] = False,
     baseline: Annotated[bool, typer.Option("--baseline", help="Run the unsteered model too.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Fixes few-shot examples and sampling.")] = 0,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 8,
     as_json: Json = False,
 ) -> None:
@@ -67,13 +67,11 @@ def run(
 
     steering: dict[str, Any] = {}
     if vector is not None:
-        loaded_vector = SteeringVector.load(vector_path(vector, model))
+        loaded_vector = SteeringVector.load(vector_path(vector, model.name))
         check_steering(loaded_vector, strength=strength, scope=scope)
         steering = {"vector": loaded_vector, "strength": strength, "unit": unit.value if unit else None, "scope": scope}
 
-    import steerkit
-
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     with status("evaluating"):
         report = evaluate_tasks(
             loaded,
@@ -89,7 +87,7 @@ def run(
             seed=seed,
         )
     if as_json:
-        print_json({"model": model, "vector": vector, "strength": strength, **report})
+        print_json({"model": model.name, "vector": vector, "strength": strength, **report})
     else:
         _show(report, steered=vector is not None)
 

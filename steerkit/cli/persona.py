@@ -11,12 +11,11 @@ import typer
 from steerkit._support.progress import bar, status
 from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition
 from steerkit.cli._files import check_writable
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._program import paragraphs
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    Model,
     print_json,
     sites_table,
     stdout,
@@ -35,6 +34,7 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="From the description of a trait to a vector.")
 
 
+@loads_model
 def draft(
     name: Annotated[str, typer.Argument(metavar="NAME", help="An adjective, as in: you are a NAME assistant.")],
     description: Annotated[str, typer.Option(help="One sentence on what the trait looks like.")] = "",
@@ -42,8 +42,8 @@ def draft(
         str | None, typer.Option(metavar="URL#MODEL", help="An OpenAI-compatible endpoint that writes it.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="A local model that writes it: alias, hub id, folder or .gguf file.")
-    ] = None,
+        ModelChoice, "A local model that writes it: alias, hub name, folder or .gguf file. (default: none)"
+    ] = DEFAULT,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <name>.toml)")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
@@ -53,8 +53,10 @@ def draft(
     A model writes it where one is given; else places are left to be filled in, and listed.
     Exit code 1 where a model was asked and places are left.
     """
-    if endpoint is not None and model is not None:
+    if endpoint is not None and model.model is not None:
         raise typer.BadParameter("--endpoint and --model both write it; give one of them")
+    if model.model is None and model.is_given:
+        raise typer.BadParameter(f"{model.words()[0]} says how a --model is loaded; give one")
     from steerkit.errors import DataError, SteerError
     from steerkit.persona import drafting
     from steerkit.persona.traits import slug
@@ -99,9 +101,10 @@ OutOption = Annotated[
 ]
 
 
+@loads_model
 def extract(
     spec: Annotated[str, typer.Argument(metavar="SPEC", help="A .toml or .json file, or a shipped trait's name.")],
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     judge: Judge = None,
     samples: SamplesOption = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 56,
@@ -126,7 +129,6 @@ def extract(
     judge's scores where --judge is given, else by the model's own probabilities, which is weaker, and the card says so.
     Killed at any time, the same command goes on where it stopped.
     """
-    import steerkit
     from steerkit import persona
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.judges.judging import judge_of
@@ -144,7 +146,7 @@ def extract(
     folder = out or Path(f"{slug(chosen.trait)}-persona")
     check_writable(folder / "rollouts.jsonl")
     rating = None if judge is None else judge_of(judge)
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     choice = _at_layers(choice, layers, loaded)
     found = persona.extract(
         loaded,
@@ -175,17 +177,13 @@ def _at_layers(choice: Choice, layers: str | None, model: Any) -> Choice:
     return replace(choice, layers=tuple(parse_layers(layers, find_decoder(model).num_layers)))
 
 
-def _writer(endpoint: str | None, model: str | None) -> Writer | None:
+def _writer(endpoint: str | None, model: ModelChoice) -> Writer | None:
     """What writes the draft, if anything does."""
     from steerkit.persona.writers import endpoint_writer, model_writer
 
     if endpoint is not None:
         return endpoint_writer(endpoint)
-    if model is None:
-        return None
-    import steerkit
-
-    return model_writer(*steerkit.load_model(model))
+    return None if model.model is None else model_writer(*model.load())
 
 
 def _show_draft(spec: TraitSpec, target: Path) -> None:
@@ -216,7 +214,7 @@ def _grouped(places: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def _show(found: Extraction, spec: TraitSpec, model: str) -> None:
+def _show(found: Extraction, spec: TraitSpec, model: ModelChoice) -> None:
     console = stdout()
     typer.echo(f"wrote {found.file}\nwrote {found.monitor_file}\nwrote {found.card}")
     how = f"rated by {found.judge}" if found.judge else "no judge: filtered by the model's own probabilities"

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    Model,
     Unit,
     print_json,
     stdout,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
+@loads_model
 def run(
     vector: Annotated[list[str], typer.Option(metavar="FILE", help="A vector file or a shipped name; repeatable.")],
     strength: Annotated[
@@ -38,7 +38,7 @@ def run(
         typer.Option(help="Tokens written, such as all, response, first(4), answer. Without it, the file's."),
     ] = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. Without it, the file's.")] = None,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt in the forecast.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer in the forecast.")] = 128,
@@ -56,15 +56,14 @@ def run(
     from steerkit._support.shipped import vector_path
     from steerkit.vector.steering_vector import SteeringVector
 
-    loaded_vectors = [SteeringVector.load(vector_path(name, model)) for name in vector]
+    loaded_vectors = [SteeringVector.load(vector_path(name, model.name)) for name in vector]
     vectors = [
         one if dose is None else one.at(strength=dose) for one, dose in itertools.zip_longest(loaded_vectors, strengths)
     ]
 
-    import steerkit
     from steerkit.checks.planning import plan
 
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     with status("planning"):
         found = plan(
             loaded,

@@ -11,11 +11,10 @@ import typer
 from steerkit._support.progress import status
 from steerkit.cli._evidence import data_of, numbers
 from steerkit.cli._files import check_writable
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
-    DEFAULT_MODEL,
     BatchSize,
     Json,
-    Model,
     print_json,
 )
 
@@ -38,6 +37,7 @@ StrengthOption = Annotated[
 ]
 
 
+@loads_model
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
     data: DataOption = None,
@@ -48,7 +48,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
     seed: Annotated[int, typer.Option(min=0, help="Fixes controls and intervals.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to be.")] = Path("report.html"),
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +57,6 @@ def run(
     The page holds everything in itself and works without JavaScript. What needs the training items is left out, with
     the reason, where the recipe of the vector is not known.
     """
-    import steerkit
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError
     from steerkit.report.evidence_parts import EvidencePlan
@@ -66,7 +65,7 @@ def run(
     from steerkit.vector.steering_vector import SteeringVector
 
     ready()
-    file = vector_path(vector, model)
+    file = vector_path(vector, model.name)
     loaded_vector = SteeringVector.load(file)
     doses = numbers(strength, "--strength")
     train, held_out = data_of(loaded_vector, data)
@@ -85,7 +84,7 @@ def run(
         batch_size=batch_size,
     )
     command = _command(vector, data, doses, plan, model)
-    loaded, tokenizer = steerkit.load_model(model)
+    loaded, tokenizer = model.load()
     with status("measuring") as step:
         evidence = gather(
             loaded,
@@ -133,17 +132,17 @@ def _write(evidence: Evidence, out: Path) -> None:
         raise SteerError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
-def _command(vector: str, data: Path | None, doses: list[float], plan: EvidencePlan, model: str) -> str:
+def _command(vector: str, data: Path | None, doses: list[float], plan: EvidencePlan, model: ModelChoice) -> str:
     """The command line that gives the same page, with every option that changes it."""
     options: dict[str, Any] = {"controls": plan.controls, "texts": plan.texts, "neutral": plan.neutral}
-    options |= {"max-new-tokens": plan.new_tokens, "seed": plan.seed, "model": model, "batch-size": plan.batch_size}
+    options |= {"max-new-tokens": plan.new_tokens, "seed": plan.seed, "batch-size": plan.batch_size}
     words = ["steerkit", "report", "--vector", vector]
     if data is not None:
         words += ["--data", str(data)]
     words += [f"--strength={','.join(f'{dose:g}' for dose in doses)}"] if doses else []
     for name, value in options.items():
         words += [f"--{name}", str(value)]
-    return shlex.join(words)
+    return shlex.join([*words, *model.words(every=True)])
 
 
 def _show(evidence: Evidence, out: Path) -> None:

@@ -21,10 +21,10 @@ from steerkit.cli._evidence import (
     scorers_of,
 )
 from steerkit.cli._files import check_writable
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
     Json,
-    RecipeModel,
     number,
     print_json,
     stdout,
@@ -74,6 +74,7 @@ OutOption = Annotated[
 ]
 
 
+@loads_model
 def run(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
     layers: LayersOption = None,
@@ -89,7 +90,7 @@ def run(
     controls: Annotated[int, typer.Option(min=0, help="Random directions beside every place.")] = 1,
     texts: Annotated[int, typer.Option(min=1, help="Held-out prompts answered at each place.")] = 8,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts costs are measured on at each place.")] = 16,
-    model: RecipeModel = None,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +100,6 @@ def run(
     FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png. Choose on the validation items: what the held-out ones say
     counts only if nothing was chosen on them.
     """
-    import steerkit
     from steerkit.errors import SteerError
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
@@ -119,7 +119,7 @@ def run(
     if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
         raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
     train, measured = _items(chosen, part.name, on)
-    loaded, tokenizer = steerkit.load_model(model or chosen.model.name)
+    loaded, tokenizer = model.of(chosen.model).load()
     setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)

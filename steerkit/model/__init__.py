@@ -1,13 +1,15 @@
 """Loading a model and its tokenizer.
 
-`loading` tells what a name means, `aliases` are the short names, `pretrained` loads from this machine, `conversion`
-turns the embedded model into one that loads fast, `quiet` keeps transformers' messages away.
+`loading` tells what a name means, `aliases` are the short names, `placement` is where a model goes and in which form,
+`pretrained` loads from this machine, `conversion` turns .gguf files into folders that load fast, `quiet` keeps
+transformers' messages away.
 """
 
 from __future__ import annotations
 
 from steerkit.model.aliases import ALIASES, Embedded, hub_id
 from steerkit.model.loading import load_model
+from steerkit.model.placement import describe
 from steerkit.model.quiet import quiet
 
-__all__ = ["ALIASES", "Embedded", "hub_id", "load_model", "quiet"]
+__all__ = ["ALIASES", "Embedded", "describe", "hub_id", "load_model", "quiet"]

@@ -52,6 +52,8 @@ def from_cache(alias: str, gguf: Path, options: Mapping[str, Any], cache_dir: st
     found = _identity(folder)
     try:
         return load(str(folder), {**options, "local_files_only": True})
+    except SteerError:
+        raise
     except Exception as error:
         if _is_loadable(folder):
             raise ModelError(f"{alias}: cannot be loaded like this ({first_line(error)}); check {options}") from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from steerkit.errors import ModelError, unknown_name
+from steerkit.errors import ModelError, SteerError, unknown_name
 from steerkit.model.aliases import ALIASES, embedded_gguf
 from steerkit.model.conversion import from_cache
+from steerkit.model.placement import options_of
 from steerkit.model.pretrained import first_line, from_folder, from_gguf, load
 from steerkit.model.quiet import quiet
 
@@ -23,19 +24,29 @@ __all__ = ["load_model"]
 def load_model(
     name: str | Path = "smollm2-135m",
     *,
-    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: Literal["4bit", "8bit"] | str | None = None,
+    attn: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     cache_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, in evaluation mode. Code from a hub repository is never run.
+    """Load a causal language model and its tokenizer, in evaluation mode.
 
     Args:
-        name: an alias (`smollm2-135m`, the embedded default), a hub id (`org/name`), a folder that `save_pretrained`
-            wrote, or a .gguf file.
+        name: an alias (`smollm2-135m`, the embedded default), a hub name (`org/name` or `name`), a folder that
+            `save_pretrained` wrote, or a .gguf file.
+        device: what it is put on, such as ``"cuda:1"`` or ``"cpu"``; None takes the accelerator that is there (CUDA,
+            MPS, XPU), else the CPU.
+        device_map: how it is spread over several devices, passed on to `from_pretrained`, such as ``"auto"``; in the
+            place of `device`.
         dtype: of the weights; None takes float32 for .gguf files and the checkpoint's own elsewhere.
-        device_map: passed on to `from_pretrained`, such as ``"auto"``; None loads onto the CPU.
+        quantize: make the weights of linear layers smaller while they are loaded, by bitsandbytes.
+        attn: how attention is computed, such as ``"eager"`` or ``"sdpa"``; None leaves it to transformers.
         revision: branch, tag or commit of a hub repository; None takes its newest.
+        trust_remote_code: run the Python files that come with the model; without it they are never run.
         cache_dir: where a converted or downloaded model is kept; None takes `$STEERKIT_CACHE`,
             `$XDG_CACHE_HOME/steerkit` or `~/.cache/steerkit` for converted ones, and the hub's own for downloads.
 
@@ -43,15 +54,16 @@ def load_model(
         The model and its tokenizer.
 
     Raises:
-        UnknownNameError: `name` is no alias, and neither a hub id, a folder nor a file.
-        ModelError: what it names cannot be loaded; the message says what to do.
+        UnknownNameError: `name` is no alias, folder or file, and the hub does not know it.
+        ModelError: what it names cannot be loaded like this; the message says what to do.
 
     Example:
         model, tokenizer = steerkit.load_model()
     """
     name = str(name)
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
-    options = {key: value for key, value in options.items() if value is not None}
+    options = options_of(device=device, device_map=device_map, dtype=dtype, quantize=quantize, attn=attn)
+    if trust_remote_code:
+        options["trust_remote_code"] = True
     path = Path(name).expanduser()
     if name in ALIASES:
         gguf = embedded_gguf(ALIASES[name])
@@ -101,8 +113,11 @@ def _from_hub(
     try:
         with quiet():
             # Alone and first: the hub's client retries for 20 s per file, and everything else asks for several.
-            AutoConfig.from_pretrained(hub_id, trust_remote_code=False, **where)
+            allowed = options.get("trust_remote_code", False)
+            AutoConfig.from_pretrained(hub_id, trust_remote_code=allowed, **where)
         return load(hub_id, {**options, **where})
+    except SteerError:
+        raise
     except Exception as error:
         if asked is None:
             ways = (

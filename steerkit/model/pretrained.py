@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
-from steerkit.errors import ModelError
+from steerkit._support.memory import is_out_of_memory
+from steerkit.errors import ModelError, SteerError
+from steerkit.model.placement import for_checkpoint
 from steerkit.model.quiet import quiet
 
 __all__ = ["first_line", "from_folder", "from_gguf", "load"]
+
+_OF_WEIGHTS = ("dtype", "device_map", "quantization_config", "attn_implementation")
 
 
 def from_folder(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -35,6 +39,8 @@ def from_folder(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
         raise ModelError(f"{folder}: has no config.json; {hint}")
     try:
         return load(str(folder), {**options, "local_files_only": True})
+    except SteerError:
+        raise
     except Exception as error:
         raise ModelError(f"{folder}: cannot be loaded ({first_line(error)}); save the model there again") from error
 
@@ -64,7 +70,7 @@ def from_gguf(file: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Load model and tokenizer the way transformers does, without running code that comes with them.
+    """Load model and tokenizer the way transformers does; code that comes with them runs only where options say so.
 
     Args:
         source: a folder or a hub id.
@@ -72,15 +78,28 @@ def load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
 
     Returns:
         The model, in evaluation mode, and its tokenizer.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    of_weights = ("dtype", "device_map", "quantization_config")
-    places = {key: value for key, value in options.items() if key not in of_weights}
+    Raises:
+        ModelError: it does not fit into memory, or is quantised already where it is to be.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    # False, not absent: absent asks the user on stdin.
+    options = {"trust_remote_code": False, **options}
+    places = {key: value for key, value in options.items() if key not in _OF_WEIGHTS}
     with quiet():
-        # False, not absent: absent asks the user on stdin.
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **places)
-        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+        if "quantization_config" in options and "gguf_file" not in options:
+            options = for_checkpoint(AutoConfig.from_pretrained(source, **places), source, options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **places)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{source}: does not fit into memory ({first_line(error)}); load it with dtype bfloat16, "
+                "quantize 4bit, device_map auto, or on another device"
+            ) from error
     return model.eval(), tokenizer
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from steerkit.activations.readout import Readout
 from steerkit.errors import RecipeError, SteerError, near_miss
 from steerkit.methods._registry import resolve
+from steerkit.model.placement import check_together
 from steerkit.network.sites import Site
 from steerkit.tokens.scope import Scope
 
@@ -47,6 +48,15 @@ def check_meaning(path: Path, recipe: Recipe) -> None:
         RecipeError: a value means nothing, or two do not go together.
     """
     method, apply = recipe.method, recipe.apply
+    try:
+        check_together(
+            device=recipe.model.device,
+            device_map=recipe.model.device_map,
+            dtype=recipe.model.dtype,
+            quantize=recipe.model.quantize,
+        )
+    except SteerError as error:
+        raise RecipeError(f"{path}: [model] {error}") from None
     if method.layers is not None and method.sites is not None:
         raise RecipeError(f"{path}: [method] has both layers and sites; give one of them")
     try:
@@ -129,6 +139,8 @@ def _wrong_type(annotation: str, value: Any) -> str | None:
         ):
             return "a list of numbers is wanted"
         return None
+    if annotation.startswith("bool"):
+        return None if isinstance(value, bool) else "true or false is wanted"
     if annotation.startswith("float"):
         return None if number else "a number is wanted"
     if annotation.startswith("int"):

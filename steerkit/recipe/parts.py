@@ -11,9 +11,19 @@ __all__ = ["PARTS", "ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "Mode
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Which model the recipe was made on."""
+    """Which model the recipe was made on, and how it is loaded, as for `steerkit.load_model`.
+
+    `trust_remote_code` says that the model needs it; whoever runs the recipe still has to allow it.
+    """
 
     name: str = "smollm2-135m"
+    revision: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    attn: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

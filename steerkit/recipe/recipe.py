@@ -105,9 +105,11 @@ class Recipe:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in plain["method"]["settings"].items()
         }
+        # What most recipes say nothing about is left out.
         for key in ("pair", "positive", "negative", "held_out_sources"):
-            if plain["data"][key] is None:  # nothing to say, for most recipes
+            if plain["data"][key] is None:
                 del plain["data"][key]
+        plain["model"] = {key: value for key, value in plain["model"].items() if value not in (None, False)}
         return {
             "format": FORMAT,
             "name": self.name,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from steerkit.cli._model import ModelChoice
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Asked"]
@@ -18,6 +19,7 @@ class Asked:
 
     Attributes:
         model: the model.
+        choice: which model it is, and how it was loaded.
         tokenizer: its tokenizer.
         vector: what is read along.
         read: which tokens.
@@ -29,6 +31,7 @@ class Asked:
     """
 
     model: Any
+    choice: ModelChoice
     tokenizer: Any
     vector: SteeringVector
     read: Literal["prompt_last", "response_mean"]

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from steerkit.cli._files import check_writable
-from steerkit.cli._shared import DEFAULT_MODEL, BatchSize, Json, Model
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._shared import BatchSize, Json
 from steerkit.cli.monitor.asked import Asked
 from steerkit.cli.monitor.difference import difference as show_difference
 from steerkit.cli.monitor.items import KEYS, check_column, items_of, prompts_of
@@ -64,6 +65,7 @@ NoThinkingOption = Annotated[
 ]
 
 
+@loads_model
 def run(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to read.")] = None,
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file, or a shipped vector's name.")] = "",
@@ -80,7 +82,7 @@ def run(
     heat: HeatOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
     no_thinking: NoThinkingOption = False,
-    model: Model = DEFAULT_MODEL,
+    model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
 ) -> None:
@@ -105,17 +107,16 @@ def run(
     rows = [] if is_stream else list(items)
     check_column(column, rows)
 
-    import steerkit
     from steerkit._support.shipped import vector_path
     from steerkit.vector.steering_vector import SteeringVector
 
-    found = SteeringVector.load(vector_path(vector, model))
-    loaded, tokenizer = steerkit.load_model(model)
+    found = SteeringVector.load(vector_path(vector, model.name))
+    loaded, tokenizer = model.load()
     options: dict[str, Any] = {"kind": kind.value, "calibrated": not uncalibrated, "batch_size": batch_size}
     options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
     unit = "standard deviations" if not uncalibrated else "cosine" if kind == Kinds.cos else "activation units"
     tokens: Literal["prompt_last", "response_mean"] = "response_mean" if read is Reads.response_mean else "prompt_last"
-    asked = Asked(loaded, tokenizer, found, tokens, options, unit, column, out, as_json)
+    asked = Asked(loaded, model, tokenizer, found, tokens, options, unit, column, out, as_json)
     if difference:
         show_difference(asked, rows, cheap=cheap, max_new_tokens=max_new_tokens or 64)
     elif after is not None:

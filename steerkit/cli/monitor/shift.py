@@ -55,10 +55,9 @@ def shift(asked: Asked, rows: list[Item], after: str) -> None:
 
 def _models(asked: Asked, after: str) -> tuple[Any, Any]:
     """The model before and after; None before an adapter, which is switched off for that."""
-    import steerkit
     from steerkit.monitor.shift import with_adapter
 
     folder = Path(after).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return None, with_adapter(asked.model, folder)
-    return asked.model, steerkit.load_model(after)[0]
+    return asked.model, asked.choice.another(after).load()[0]
