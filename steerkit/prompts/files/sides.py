@@ -104,7 +104,7 @@ def sides_of(rows: Rows, columns: Columns, labels: tuple[object, object] = (None
             has_pair = is_ours(first, columns) or columns.sides(first) is not None
         if labels != (None, None) or "label" in columns.named or (has_label and not has_pair):
             return of_labelled(rows, columns, labels)
-        if any(isinstance(row.value, Mapping) and _ROLLOUT <= row.value.keys() for row in rows.rows[:2]):
+        if any(isinstance(row.value, Mapping) and row.value.keys() >= _ROLLOUT for row in rows.rows[:2]):
             raise DataError(f"{rows.name}: answers of a persona without their questions; give pairs.jsonl beside it")
     return of_pairs(rows, columns)
 
