@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from steerkit.prompts.files.columns import Columns
     from steerkit.recipe import DataPart, Recipe
 
-__all__ = ["NO_DATA", "PANEL", "ColumnsOption", "DataChoice", "EscapesOption", "columns_of", "recipe_of", "takes_data"]
+__all__ = [
+    "NO_DATA",
+    "PANEL",
+    "ColumnsOption",
+    "DataChoice",
+    "EscapesOption",
+    "check_reading",
+    "columns_of",
+    "recipe_of",
+    "takes_data",
+]
 
 PANEL = "Data"
 _FORMATS = "JSON, JSONL, CSV, TSV or parquet; - reads stdin, hf:NAME:SPLIT a data set"
@@ -226,6 +236,24 @@ def recipe_of(name: str | None, given: DataChoice, method: str | None = None) ->
     if given.held_out is None:
         return recipe
     return replace(recipe, data=replace(recipe.data, held_out=given.held_out, marked=None))
+
+
+def check_reading(source: str | None, columns: list[str] | None, *, raw: bool, escapes: bool) -> None:
+    """Refuse options of a file of prompts where there is none, or that do not go together.
+
+    Args:
+        source: the file.
+        columns: what columns with unusual names are for.
+        raw: prompts are left without the chat template.
+        escapes: written line breaks are read.
+
+    Raises:
+        BadParameter: an option has nothing to say.
+    """
+    if source is None and (columns or escapes):
+        raise typer.BadParameter(f"{'--columns' if columns else '--escapes'} says how a file is read; give one")
+    if escapes and not raw:
+        raise typer.BadParameter("--escapes goes with --raw; a chat template is not written with escapes")
 
 
 def takes_data(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,20 @@ def read_prompts(
         columns: names of columns that are not the usual ones.
         raw: whether they are left without the chat template; only what is told of them depends on it.
         escapes: read written line breaks.
+
+    Warns:
+        UserWarning: chats end with an answer; and see `read_prompts` of the room `prompts`.
     """
     from steerkit.prompts.files import prompts
+    from steerkit.prompts.files.source import name_of
 
-    return [prompts.plain_prompt(one) for one in prompts.read_prompts(source, columns, raw=raw, escapes=escapes)]
+    read = prompts.read_prompts(source, columns, raw=raw, escapes=escapes)
+    found = [prompts.plain_prompt(one) for one in read]
+    answered = sum(one.answer is not None for one in read)
+    if answered:
+        what = "the assistant's turn, which is continued and not answered anew"
+        warnings.warn(f"{name_of(source)}: {answered} of {len(found)} chats end with {what}", stacklevel=2)
+    return found
 
 
 def check_writable(path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.files.columns import CHATS, RESPONSES, Columns
-from steerkit.prompts.files.prompts import prompt_of
+from steerkit.prompts.files.prompts import chat_of, prompt_of
 from steerkit.prompts.messages import is_chat
 
 __all__ = ["KINDS", "READS", "Item", "Kind", "Read", "conversation_of"]
@@ -19,7 +19,9 @@ READS: tuple[Read, ...] = ("prompt_last", "response_mean")
 KINDS: tuple[Kind, ...] = ("proj", "cos")
 
 
-def conversation_of(item: Item, columns: Columns | None = None, *, raw: bool = False) -> Conversation:
+def conversation_of(
+    item: Item, columns: Columns | None = None, *, raw: bool = False, is_table: bool = False
+) -> Conversation:
     """Bring a prompt, a chat or a JSON object into one form, a conversation.
 
     Args:
@@ -28,6 +30,7 @@ def conversation_of(item: Item, columns: Columns | None = None, *, raw: bool = F
             an empty response is none.
         columns: names that are not the usual ones.
         raw: leave string prompts as they are, without the chat template.
+        is_table: the object is a row of a table, in which an empty cell is a missing one and chats may be text.
 
     Raises:
         DataError: it is none of these.
@@ -36,10 +39,10 @@ def conversation_of(item: Item, columns: Columns | None = None, *, raw: bool = F
         return Conversation.of(item, raw=raw and isinstance(item, str))
     columns = columns or Columns()
     chat = columns.find(item, "prompt", CHATS)
-    turns: Any = () if chat is None else item[chat]
+    turns: Any = () if chat is None else chat_of(item[chat]) if is_table else item[chat]
     if is_chat(turns) and turns[1:] and turns[-1] == {"role": "assistant", "content": ""}:
         item = {**item, str(chat): turns[:-1]}
-    prompt = prompt_of(item, columns)
+    prompt = prompt_of(item, columns, is_table=is_table)
     # Beside steerkit's own names other keys are left alone.
     name = columns.find(item, "response", RESPONSES[:1] if {"prompt", "messages"} & item.keys() else RESPONSES)
     response = None if name is None else item[name] or None
