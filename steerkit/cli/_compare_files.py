@@ -17,18 +17,18 @@ __all__ = ["command_line", "with_kept", "write"]
 
 
 def command_line(
-    behaviour: str, methods: list[str], budget: Budget, options: dict[str, Any], model: ModelChoice
+    asked: list[str], methods: list[str], budget: Budget, options: dict[str, Any], model: ModelChoice
 ) -> str:
     """The command line that measures the same again, with every option that changes it.
 
     Args:
-        behaviour: of the recipes.
+        asked: the behaviour of the recipes, or the options of data.
         methods: asked for by name.
         budget: of all methods.
         options: the other options, by name.
         model: which model, and how it is loaded.
     """
-    words = ["steerkit", "compare", behaviour, *(f"--method={one}" for one in methods)]
+    words = ["steerkit", "compare", *asked, *(f"--method={one}" for one in methods)]
     words += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
     words += [f"--{key}={value}" for key, value in options.items()]
     return shlex.join([*words, *model.words(every=True)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -14,6 +13,7 @@ from steerkit.cli._shared import number, table
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from steerkit.cli._data import DataChoice
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
     from steerkit.prompts.contrast_set import ContrastSet
@@ -169,30 +169,37 @@ def check_way(
             raise StrengthError(f"{site}: the vector file holds no activation norm, so use --unit paper")
 
 
-def data_of(vector: SteeringVector, file: Path | None) -> tuple[ContrastSet | None, ContrastSet | None]:
+def data_of(vector: SteeringVector, given: DataChoice) -> tuple[ContrastSet | None, ContrastSet | None]:
     """What a vector was fitted on and what was held out, as far as that is known.
 
     Args:
         vector: the vector.
-        file: a JSONL contrast set to measure on instead of the recipe's held-out items.
+        given: data to measure on instead of the recipe's held-out items: all of it, or what is held out of it.
 
     Returns:
-        Training items (None where the recipe's are not those the vector was fitted on) and items to measure on.
+        Training items (None where those that are known are not those the vector was fitted on) and items to measure on.
 
     Raises:
-        DataError: the file cannot be used.
+        BadParameter: a share of data is held out, and there is none.
+        DataError: the data cannot be used.
         RecipeError: the recipe's data cannot be read.
     """
     from steerkit._support.shipped import recipes
-    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import find_recipe
 
+    if given.held_out is not None and not given.is_given:
+        raise typer.BadParameter("--held-out is a share of --data, or of --positive and --negative; give them")
     train = held_out = None
     if vector.recipe in recipes():
         fitted, held_out = find_recipe(vector.recipe).split()
         train = fitted if fitted.digest == vector.data_digest else None
         held_out = held_out if train is not None else None
-    return train, held_out if file is None else ContrastSet.from_jsonl(file)
+    if not given.is_given:
+        return train, held_out
+    fitted, rest = given.parts()
+    if rest is None:
+        return train, fitted
+    return fitted if fitted.digest == vector.data_digest else train, rest
 
 
 def estimate(found: Any) -> str:

@@ -1,44 +1,46 @@
-"""Files around commands: prompts, one a line or as JSONL, and whether an output can be written."""
+"""Files around commands: prompts of any format, and whether an output can be written."""
 
 from __future__ import annotations
 
-import json
 import tempfile
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from steerkit.errors import DataError, VectorFileError
+from steerkit.errors import VectorFileError
+
+if TYPE_CHECKING:
+    from steerkit.prompts.files.columns import Columns
 
 __all__ = ["check_writable", "read_prompts"]
 
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts: plain text, one a line, or JSONL.
-
-    A file is JSONL if it is called so, or if its first line is a JSON list or object. A line of it is a list of
-    messages, a string, or an object with `prompt` (and perhaps `system`) or `messages`. Blank lines are skipped.
+def read_prompts(
+    source: str | Path, columns: Columns | None = None, *, raw: bool = False, escapes: bool = False
+) -> list[Prompt]:
+    """Read prompts of a file of any format, as JSON holds them: texts and lists of messages.
 
     Args:
-        path: the file, UTF-8.
+        source: a file, - for stdin, or ``hf:`` and the name of a data set.
+        columns: names of columns that are not the usual ones.
+        raw: whether they are left without the chat template; only what is told of them depends on it.
+        escapes: read written line breaks.
 
-    Raises:
-        DataError: it is missing or holds no prompt, or, with the line's number, a line is not what it should be.
+    Warns:
+        UserWarning: chats end with an answer; and see `read_prompts` of the room `prompts`.
     """
-    from steerkit.prompts.conversation import Conversation
+    from steerkit.prompts.files import prompts
+    from steerkit.prompts.files.source import name_of
 
-    lines = _lines(path)
-    is_jsonl = path.suffix in (".jsonl", ".ndjson") or _is_json(lines[0][1])
-    prompts: list[Prompt] = []
-    for number, line in lines:
-        try:
-            prompt = _from_json(line) if is_jsonl else line
-            Conversation.of(prompt)
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
-        prompts.append(prompt)
-    return prompts
+    read = prompts.read_prompts(source, columns, raw=raw, escapes=escapes)
+    found = [prompts.plain_prompt(one) for one in read]
+    answered = sum(one.answer is not None for one in read)
+    if answered:
+        what = "the assistant's turn, which is continued and not answered anew"
+        warnings.warn(f"{name_of(source)}: {answered} of {len(found)} chats end with {what}", stacklevel=2)
+    return found
 
 
 def check_writable(path: Path) -> None:
@@ -58,60 +60,3 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise VectorFileError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers.
-
-    Raises:
-        DataError: the file is missing, not UTF-8 (with the line), or blank.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the file ({error.strerror}); give a file with one prompt a line"
-        ) from None
-    found = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number}: byte {error.start + 1} is not UTF-8; save it as UTF-8") from None
-        if text.strip():
-            found.append((number, text))
-    if not found:
-        raise DataError(f"{path}: the file holds no prompt; write one a line")
-    return found
-
-
-def _is_json(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), list | dict)
-    except ValueError:
-        return False
-
-
-def _from_json(line: str) -> Any:
-    """The prompt on one line of JSONL; what kind of thing it is, `Conversation` checks.
-
-    Raises:
-        DataError: not JSON, or an object without a prompt.
-    """
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"malformed JSON at column {error.colno}: {error.msg}; write a list of messages or a string"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"JSON that Python cannot read ({error}); write a list of messages or a string") from None
-    if not isinstance(item, dict):
-        return item
-    if ("prompt" in item) == ("messages" in item):
-        raise DataError(f"give 'prompt' or 'messages'; the object has {', '.join(map(repr, item)) or 'nothing'}")
-    if "messages" in item:
-        return item["messages"]
-    if "system" in item and isinstance(item["prompt"], str):
-        return [{"role": "system", "content": item["system"]}, {"role": "user", "content": item["prompt"]}]
-    return item["prompt"]

@@ -7,14 +7,14 @@ that place, one for each field of `ModelChoice`, and hands the command what was 
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from steerkit.cli._groups import spread
 
 if TYPE_CHECKING:
     from steerkit.recipe import ModelPart
@@ -170,34 +170,4 @@ def loads_model(run: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         The command as typer reads it.
     """
-    hints = get_type_hints(run, include_extras=True)
-    place = next(name for name, hint in hints.items() if ModelChoice in (hint, *get_args(hint)))
-    options = _options(get_args(hints[place])[1:])
-    parameters: list[inspect.Parameter] = []
-    for name, one in inspect.signature(run).parameters.items():
-        parameters += options if name == place else [one.replace(annotation=hints[name])]
-
-    @functools.wraps(run)
-    def command(**given: Any) -> Any:
-        choice = ModelChoice(**{one.name: given.pop(one.name) for one in options})
-        return run(**given, **{place: choice})
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {one.name: one.annotation for one in parameters}
-    return command
-
-
-def _options(texts: tuple[str, ...]) -> list[inspect.Parameter]:
-    """The options as parameters; a text takes the place of the help of the first."""
-    hints = get_type_hints(ModelChoice, include_extras=True)
-    if texts:
-        hints["model"] = Annotated[str | None, _option(texts[0])]
-    return [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(ModelChoice)
-    ]
+    return spread(run, ModelChoice, lambda texts: {"model": Annotated[str | None, _option(texts[0])]} if texts else {})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -54,12 +55,14 @@ ScorerOption = Annotated[
     list[str] | None, typer.Option(help="Shown beside, at the same strengths; chooses nothing. Repeatable.")
 ]
 TrialsOption = Annotated[int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")]
-OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
+OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <name>.safetensors)")]
 
 
 @loads_model
+@takes_data
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
+    given: DataChoice = NO_DATA,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
@@ -83,6 +86,8 @@ def run(
 ) -> None:
     """Find the layers and strength with the largest effect inside a budget, and confirm them on held-out items.
 
+    Of a recipe, or of your own pairs (--data), a quarter of which is held out unless --held-out or the file says more.
+
     Chooses on a part of the training items; only the held-out items, looked at once, decide whether it works.
     Figures are kept beside the file (<FILE>.rows.jsonl) until it is written, so that a killed run goes on.
     Exit code 1 where nothing works.
@@ -91,9 +96,8 @@ def run(
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
-    from steerkit.recipe import find_recipe
 
-    chosen = find_recipe(recipe)
+    chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
     shown, *beside = scorers_of([effect, *(scorer or [])], markers, behaviour, judge)
     ladder = _ladder(strengths, part.name)

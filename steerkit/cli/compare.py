@@ -11,6 +11,7 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._compare_files import command_line, with_kept, write
+from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     MaxKl,
     MaxPplRatio,
@@ -35,9 +36,13 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+USUAL = "optimism"
 
 BehaviourArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file.")
+    str | None,
+    typer.Argument(
+        metavar="RECIPE", help="A behaviour that recipes are shipped for, or a recipe's file. (default: optimism)"
+    ),
 ]
 MethodOption = Annotated[
     list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
@@ -48,8 +53,10 @@ KeepOption = Annotated[
 
 
 @loads_model
+@takes_data
 def run(
-    behaviour: BehaviourArgument = "optimism",
+    behaviour: BehaviourArgument = None,
+    given: DataChoice = NO_DATA,
     method: MethodOption = None,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
@@ -66,18 +73,19 @@ def run(
 ) -> None:
     """Compare the methods on one behaviour: effect, controls, KL, perplexity ratio, repetition, time.
 
-    Every method is calibrated to the same budget on the same training items and measured on the same held-out ones. A
-    method without a recipe of its own for the behaviour is fitted by the behaviour's default recipe. Writes
-    <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
+    The behaviour is that of a recipe, or of your own pairs (--data). Every method is calibrated to the same budget on
+    the same training items and measured on the same held-out ones. A method without a recipe of its own for the
+    behaviour is fitted by the behaviour's default recipe. Writes <out>/<behaviour>.json, .md (the table) and .html (the
+    report). A killed run goes on where it was.
     """
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
-    from steerkit.recipe import find_recipe
     from steerkit.report.plots.drawing import ready
 
     ready()
-    default = find_recipe(behaviour)
+    behaviour = behaviour or (None if given.is_given else USUAL)
+    default = recipe_of(behaviour, given)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
     names = list(dict.fromkeys(method or _every()))
     sources = _sources(names, default)
@@ -98,7 +106,8 @@ def run(
             for one, recipe in sources.items()
         ]
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
-    words = command_line(behaviour, method or [], budget, numbered, model)
+    asked = [*([] if behaviour is None else [behaviour]), *given.words()]
+    words = command_line(asked, method or [], budget, numbered, model)
     content = _content(rows, default, model.name, setup, budget, words)
     if keep:
         rows = with_kept(rows, target, content)
@@ -136,8 +145,10 @@ def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
     from steerkit.recipe import of_behaviour
 
     found = {}
+    # Recipes of the same name have nothing to do with data that stands in no recipe.
+    others = of_behaviour(default.behaviour) if default.source != Path() else []
     for name, kind in {name: resolve(name) for name in names}.items():
-        own = [recipe for recipe in (default, *of_behaviour(default.behaviour)) if recipe.method.name == name]
+        own = [recipe for recipe in (default, *others) if recipe.method.name == name]
         if own:  # its settings, but the items that all methods share
             found[name] = replace(own[0], data=replace(default.data, pair=own[0].data.pair), source=default.source)
         elif not takes_pair(kind):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from steerkit._support.progress import bar
+from steerkit.cli._data import NO_DATA, DataChoice, takes_data
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     Json,
@@ -23,7 +24,9 @@ __all__ = ["run"]
 
 
 @loads_model
+@takes_data
 def run(
+    given: DataChoice = NO_DATA,
     model: ModelChoice = DEFAULT,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile for real; without it, compiling is traced only.")
@@ -33,13 +36,15 @@ def run(
     """Test on a model that steering holds what it promises, such as cached = uncached. Exit code 1 if something fails.
 
     Nothing is fitted or written: a random direction is added after a middle block, and every check compares two ways
-    to get the same numbers.
+    to get the same numbers. With your own pairs (--data) two of their texts are read, as they are rendered.
     """
     from steerkit.checks.doctor.checks import CHECKS, doctor
 
+    given.check()
+    items = next(part for part in reversed(given.parts()) if part is not None) if given.is_given else None
     loaded, tokenizer = model.load()
     with bar("checking", len(CHECKS)) as step:
-        findings = doctor(loaded, tokenizer, compiled=compiled, step=step)
+        findings = doctor(loaded, tokenizer, data=items, compiled=compiled, step=step)
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:

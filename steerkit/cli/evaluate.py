@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._data import NO_DATA, DataChoice, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -19,7 +19,6 @@ from steerkit.cli._evidence import (
     numbers,
     scorers_of,
 )
-from steerkit.cli._files import read_prompts
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
@@ -41,11 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-DataOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
-]
 PromptsOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What texts are generated from. (default: the data's prompts)")
+    str | None, typer.Option(metavar="FILE", help="What texts are generated from. (default: the data's prompts)")
 ]
 StrengthOption = Annotated[
     list[str] | None, typer.Option(help="Repeatable, or 0.5,1,2. (default: the file's suggested strength)")
@@ -56,9 +52,10 @@ ScorerOption = Annotated[
 
 
 @loads_model
+@takes_data
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
-    data: DataOption = None,
+    given: DataChoice = NO_DATA,
     prompts: PromptsOption = None,
     strength: StrengthOption = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
@@ -77,23 +74,24 @@ def run(
 ) -> None:
     """Measure what a vector does and what it costs: with intervals, against the unsteered model, beside controls.
 
-    Controls: random directions of the same norm, fits on shuffled labels, how stable the direction is, and whether
-    length, position or format alone predicts the label.
+    Measured on held-out items of its recipe, or on your own pairs with both answers (--data). Controls: random
+    directions of the same norm, fits on shuffled labels, how stable the direction is, and whether length, position or
+    format alone predicts the label.
     """
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError
     from steerkit.evaluate.setup import Setup
     from steerkit.methods._registry import default_strength
-    from steerkit.prompts.conversation import Conversation
     from steerkit.vector.steering_vector import SteeringVector
 
+    given.check(is_read=prompts is not None)
     loaded_vector = SteeringVector.load(vector_path(vector, model.name))
     doses = numbers(strength, "--strength") or [default_strength(loaded_vector)]
     way: dict[str, Any] = {"scope": scope, "unit": None if unit is None else unit.value}
     check_way(loaded_vector, **way, has_strength=bool(strength))
     scorers = scorers_of(scorer, markers, behaviour, judge)
-    train, held_out = data_of(loaded_vector, data)
-    asked = None if prompts is None else [Conversation.of(prompt) for prompt in read_prompts(prompts)]
+    train, held_out = data_of(loaded_vector, given)
+    asked = None if prompts is None else given.prompts(prompts)
     if held_out is None and asked is None:
         raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data or --prompts")
     if held_out is None and scorer is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import status
-from steerkit.cli._files import check_writable, read_prompts
+from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
+from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
@@ -26,7 +26,6 @@ from steerkit.cli._shared import (
 if TYPE_CHECKING:
     from steerkit.evaluate.setup import Setup
     from steerkit.prompts.contrast_set import ContrastSet
-    from steerkit.recipe import Recipe
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
@@ -43,43 +42,32 @@ ReadoutOption = Annotated[
     str | None,
     typer.Option(help="Tokens read: last, mean, response_mean, answer_mean, an index. (default: the method's)"),
 ]
-HeldOutOption = Annotated[
-    float | None, typer.Option(metavar="FRACTION", help="Share of the items to measure the separation on.")
-]
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
 
 
 @loads_model
+@takes_data
 def run(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
-    positive: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that show the behaviour.")] = None,
-    negative: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts that do not.")] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of pairs.")] = None,
+    given: DataChoice = NO_DATA,
     model: ModelChoice = DEFAULT,
     method: MethodOption = None,
     layers: LayersOption = None,
     readout: ReadoutOption = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
-    held_out: HeldOutOption = None,
     batch_size: BatchSize = 16,
     out: OutOption = None,
     as_json: Json = False,
 ) -> None:
     """Fit a steering vector from a recipe, or from your own prompts, and write its file.
 
-    Your own prompts are two files of prompts (--positive, --negative), one a line, or one JSONL file of pairs (--data).
+    Your own prompts are two files of prompts (--positive, --negative) or one file of pairs or labelled prompts
+    (--data), in any format. The separation is measured on what --held-out sets aside.
     """
-    sources = (recipe, data, positive or negative)
-    if sum(source is not None for source in sources) != 1:
-        raise typer.BadParameter("give one of: RECIPE, --data, --positive with --negative")
-    if (positive is None) != (negative is None):
-        raise typer.BadParameter("--positive and --negative go together")
+    given.check(recipe, needed=True)
     if recipe is None and out is None:
         raise typer.BadParameter("--out says where to write; only a RECIPE has a default")
-    if out is not None and out in (positive, negative, data):
+    if out is not None and out in map(Path, given.files):
         raise typer.BadParameter(f"--out {out} would overwrite what is read")
-    if recipe is not None and raw:
-        raise typer.BadParameter("--raw is for your own prompts; a recipe's data says it itself")
 
     import steerkit
     from steerkit.evaluate.setup import Setup
@@ -90,14 +78,15 @@ def run(
     fit: Callable[..., SteeringVector]
     settings: Mapping[str, Any] = {}
     if recipe is not None:
-        chosen = _recipe(recipe, held_out)
+        chosen = recipe_of(recipe, given)
+        chosen.split()  # mistakes in the data are told before a model is loaded
         target, model = out or Path(f"{chosen.name}.safetensors"), model.of(chosen.model)
         question = next(iter(chosen.evaluate.questions), QUESTION)
         train, name = chosen.split(method)[0], method or chosen.method.name
         settings = chosen.method_part(method).settings
         fit = partial(chosen.extract, method=method, readout=_readout(readout))
     else:
-        train, rest = _parts(_items(data, positive, negative, raw=raw), held_out)
+        train, rest = given.parts()
         target = out or Path()
         question, name = QUESTION, method or "caa"
         fit = partial(steerkit.fit, data=train, method=name, readout=_readout(readout), held_out=rest)
@@ -140,39 +129,6 @@ def _readout(text: str | None) -> str | int | None:
         return int(text or "")
     except ValueError:
         return text
-
-
-def _recipe(name: str, held_out: float | None) -> Recipe:
-    """The recipe, with what the command line changes in it."""
-    from steerkit.recipe import find_recipe
-
-    recipe = find_recipe(name)
-    if held_out is not None:
-        recipe = replace(recipe, data=replace(recipe.data, held_out=held_out))
-    recipe.split()  # mistakes in the data are told before a model is loaded
-    return recipe
-
-
-def _items(data: Path | None, positive: Path | None, negative: Path | None, *, raw: bool) -> ContrastSet:
-    """The contrast of the files given."""
-    from steerkit.prompts.contrast_set import ContrastSet
-    from steerkit.prompts.conversation import Conversation
-
-    if data is not None:
-        items = ContrastSet.from_jsonl(data)
-    else:
-        assert positive is not None and negative is not None
-        items = ContrastSet.from_prompts(read_prompts(positive), read_prompts(negative))
-        items = replace(items, source=f"{positive.name}, {negative.name}")
-    if raw:
-        sides = [tuple(Conversation.of(item, raw=True) for item in side) for side in (items.positive, items.negative)]
-        items = replace(items, positive=sides[0], negative=sides[1])
-    return items
-
-
-def _parts(items: ContrastSet, held_out: float | None) -> tuple[ContrastSet, ContrastSet | None]:
-    """What is fitted and what is measured on; nothing is held out unless an option or the file says so."""
-    return items.split(held_out=held_out) if held_out is not None or items.marks else (items, None)
 
 
 def _tell_of_items(data: ContrastSet, method: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._data import ColumnsOption, EscapesOption, check_reading, columns_of
 from steerkit.cli._files import read_prompts
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
@@ -25,13 +25,23 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+PromptsOption = Annotated[
+    str | None, typer.Option("--prompts", metavar="FILE", help="Prompts or chats, any format; - reads stdin.")
+]
+ScopeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Tokens written: all, prompt, response, generated, first(n), assistant, answer, after(n). "
+        "(default: the file's)"
+    ),
+]
+
 
 @loads_model
 def run(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to answer.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="One prompt a line, or JSONL of chats.")
-    ] = None,
+    prompt_file: PromptsOption = None,
+    columns: ColumnsOption = None,
     vector: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
     ] = None,
@@ -39,13 +49,7 @@ def run(
         list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")
     ] = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
-    scope: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens written: all, prompt, response, generated, first(n), assistant, answer, after(n). "
-            "(default: the file's)"
-        ),
-    ] = None,
+    scope: ScopeOption = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
@@ -58,6 +62,7 @@ def run(
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt before every prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
+    escapes: EscapesOption = False,
     model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 8,
     as_json: Json = False,
@@ -81,7 +86,8 @@ def run(
     if system is not None and raw:
         raise typer.BadParameter("--system is part of a chat, which --raw leaves out; give one of both")
 
-    asked: Sequence[Any] = prompts or read_prompts(prompt_file or Path())
+    check_reading(prompt_file, columns, raw=raw, escapes=escapes)
+    asked: Sequence[Any] = prompts or read_prompts(str(prompt_file), columns_of(columns), raw=raw, escapes=escapes)
     if system is not None:
         asked = [_under(system, prompt) for prompt in asked]
     vectors = [_load(name, model.name) for name in names]

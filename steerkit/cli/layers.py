@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
@@ -23,7 +24,7 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.blocks import BlockEffect, Separation
-    from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.evaluate.setup import Setup
 
 __all__ = ["run"]
 
@@ -31,17 +32,16 @@ _BAR = 20
 
 
 @loads_model
+@takes_data
 def run(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILE", help="Your own pairs instead.")] = None,
+    given: DataChoice = NO_DATA,
     method: Annotated[str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's or caa)")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Blocks from 0, such as 4-12. (default: a fifth to four fifths of the depth)")
     ] = None,
     effect: Annotated[bool, typer.Option(help="Steer at every block too, which takes longest.")] = True,
     max_kl: Annotated[float, typer.Option(help="What steering costs at every block, in nats per token.")] = 0.15,
-    held_out: Annotated[float, typer.Option(metavar="FRACTION", help="Share of the items that is measured on.")] = 0.25,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the split.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw it too: a .png, .svg or .pdf file.", dir_okay=False)] = None,
     model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
@@ -52,8 +52,7 @@ def run(
     The strength of each block is the one that costs the same KL divergence on neutral texts, so that blocks compare.
     Where items have no two answers to one prompt, only the separation is shown.
     """
-    if (recipe is None) == (data is None):
-        raise typer.BadParameter("give one of: RECIPE, --data")
+    chosen_recipe = recipe_of(recipe, given, method)
     from steerkit.evaluate.blocks import best_layer, effect_by_block, middle_layers, separation_by_block
     from steerkit.evaluate.fits import Fits
     from steerkit.evaluate.setup import Setup
@@ -64,18 +63,22 @@ def run(
 
         ready()
         check_writable(plot)
-    train, kept, kind, settings, model = _items(recipe, data, method, held_out, seed, model)
-    loaded, tokenizer = model.load()
+    part = chosen_recipe.method_part(method)
+    train, kept = chosen_recipe.split(part.name)
+    loaded, tokenizer = model.of(chosen_recipe.model).load()
     setup = Setup(loaded, tokenizer, kept, batch_size=batch_size)
     depth = setup.decoder.num_layers
     chosen = middle_layers(depth) if layers is None else parse_layers(layers, depth)
-    fits = Fits(setup, train, kind, chosen, settings)
+    fits = Fits(setup, train, part.name, chosen, part.settings, part.readout)
+    if effect and (reason := _no_answers(setup)):
+        effect = False
+        stderr().print(f"separation only: {reason}")
     with status("comparing blocks") as step:
         apart = separation_by_block(fits, kept, chosen)
         does = effect_by_block(fits, [one.block for one in apart], max_kl=max_kl, step=step) if effect else []
     best = best_layer(apart)
     if plot is not None:
-        _draw(plot, apart, does, best, title=f"{recipe or getattr(data, 'name', '')}: {kind} by block")
+        _draw(plot, apart, does, best, title=f"{chosen_recipe.name}: {part.name} by block")
         if not as_json:
             stderr().print(f"wrote {plot}")
     if as_json:
@@ -84,21 +87,14 @@ def run(
         _show(apart, does, best, len(kept), max_kl)
 
 
-def _items(
-    recipe: str | None, data: Path | None, method: str | None, held_out: float, seed: int, model: ModelChoice
-) -> tuple[ContrastSet, ContrastSet, str, dict[str, Any], ModelChoice]:
-    """What is fitted on and what is measured on, the method with its settings, and the model."""
-    from steerkit.prompts.contrast_set import ContrastSet
-    from steerkit.recipe import find_recipe
+def _no_answers(setup: Setup) -> str | None:
+    """Why the effect cannot be measured on the held-out items; None where it can."""
+    from steerkit.errors import DataError
 
-    if recipe is not None:
-        chosen = find_recipe(recipe)
-        part = chosen.method_part(method)
-        train, kept = chosen.split(part.name)
-        return train, kept, part.name, dict(part.settings), model.of(chosen.model)
-    assert data is not None
-    train, kept = ContrastSet.from_jsonl(data).split(held_out=held_out, seed=seed)
-    return train, kept, method or "caa", {}, model
+    try:
+        return None if setup.pairs else "there are no items"
+    except DataError as error:
+        return str(error)
 
 
 def _as_json(apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, depth: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import status
+from steerkit.cli._data import NO_DATA, DataChoice, takes_data
 from steerkit.cli._evidence import data_of, numbers
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
@@ -29,18 +30,16 @@ __all__ = ["run"]
 QUESTIONS = 3
 
 
-DataOption = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="JSONL of pairs with both answers. (default: held-out items)")
-]
 StrengthOption = Annotated[
     list[str] | None, typer.Option(help="Repeatable, or -1,0,1. (default: the recipe's, and the suggested one)")
 ]
 
 
 @loads_model
+@takes_data
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
-    data: DataOption = None,
+    given: DataChoice = NO_DATA,
     strength: StrengthOption = None,
     controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered for repetition and length.")] = 6,
@@ -65,10 +64,11 @@ def run(
     from steerkit.vector.steering_vector import SteeringVector
 
     ready()
+    given.check()
     file = vector_path(vector, model.name)
     loaded_vector = SteeringVector.load(file)
     doses = numbers(strength, "--strength")
-    train, held_out = data_of(loaded_vector, data)
+    train, held_out = data_of(loaded_vector, given)
     if held_out is None:
         raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data")
     check_writable(out)
@@ -83,7 +83,7 @@ def run(
         seed=seed,
         batch_size=batch_size,
     )
-    command = _command(vector, data, doses, plan, model)
+    command = _command(vector, given, doses, plan, model)
     loaded, tokenizer = model.load()
     with status("measuring") as step:
         evidence = gather(
@@ -132,13 +132,11 @@ def _write(evidence: Evidence, out: Path) -> None:
         raise SteerError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
-def _command(vector: str, data: Path | None, doses: list[float], plan: EvidencePlan, model: ModelChoice) -> str:
+def _command(vector: str, given: DataChoice, doses: list[float], plan: EvidencePlan, model: ModelChoice) -> str:
     """The command line that gives the same page, with every option that changes it."""
     options: dict[str, Any] = {"controls": plan.controls, "texts": plan.texts, "neutral": plan.neutral}
     options |= {"max-new-tokens": plan.new_tokens, "seed": plan.seed, "batch-size": plan.batch_size}
-    words = ["steerkit", "report", "--vector", vector]
-    if data is not None:
-        words += ["--data", str(data)]
+    words = ["steerkit", "report", "--vector", vector, *given.words()]
     words += [f"--strength={','.join(f'{dose:g}' for dose in doses)}"] if doses else []
     for name, value in options.items():
         words += [f"--{name}", str(value)]

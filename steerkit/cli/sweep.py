@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import bar
+from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -70,13 +71,15 @@ OnOption = Annotated[
     Items, typer.Option(help="Measure on a quarter of the training items, left out of the fit, or on the held-out.")
 ]
 OutOption = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<recipe>)")
+    Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<name>)")
 ]
 
 
 @loads_model
+@takes_data
 def run(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")],
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
+    given: DataChoice = NO_DATA,
     layers: LayersOption = None,
     strengths: StrengthsOption = None,
     method: Annotated[str | None, typer.Option(help="Another method than the recipe's.")] = None,
@@ -96,9 +99,9 @@ def run(
 ) -> None:
     """Measure a recipe at many layers and strengths: effect, costs, intervals, beside the unsteered model.
 
-    Every figure is kept as soon as it is there: started again, a killed sweep goes on where it was. Writes
-    FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png. Choose on the validation items: what the held-out ones say
-    counts only if nothing was chosen on them.
+    Your own pairs (--data) stand in the place of a recipe. Every figure is kept as soon as it is there: started again,
+    a killed sweep goes on where it was. Writes FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png. Choose on the
+    validation items: what the held-out ones say counts only if nothing was chosen on them.
     """
     from steerkit.errors import SteerError
     from steerkit.evaluate.layer_sets import parse_candidates
@@ -107,9 +110,8 @@ def run(
     from steerkit.evaluate.sweep_table import save_table
     from steerkit.evaluate.sweeps import sweep
     from steerkit.methods._registry import resolve
-    from steerkit.recipe import find_recipe
 
-    chosen = find_recipe(recipe)
+    chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
     doses = numbers(strengths, "--strengths") or _both_signs(resolve(part.name))
     scorers = scorers_of(scorer, markers, behaviour, judge)

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerkit.errors import DataError, near_miss
-from steerkit.prompts.conversation import SIDES, Conversation, check_text
-from steerkit.prompts.readers import answered_pair, item_at, item_pair, labelled_items, lines_of_file, other_label
+from steerkit.prompts.conversation import SIDES, Conversation
+from steerkit.prompts.files.columns import Columns
+from steerkit.prompts.files.pairs import answered
+from steerkit.prompts.files.reading import read_rows
+from steerkit.prompts.files.rows import item_at
+from steerkit.prompts.files.sides import of_labelled, of_table, read_sides
+from steerkit.prompts.files.source import name_of
 from steerkit.prompts.splitting import Marks, drawn, warn_of_known_items
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pandas import DataFrame
 
     from steerkit.prompts.conversation import Prompt
 
@@ -24,8 +30,6 @@ __all__ = ["ContrastSet"]
 
 # Held out by `split` where neither the caller nor the file says how much.
 _DEFAULT_HELD_OUT = 0.25
-_ITEM_KEYS = ("prompt", *SIDES, "system", "raw", "held_out", "id", "topic", "source")
-_LABELLED_KEYS = ("prompt", "label", "raw", "id", "topic", "source")
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,12 @@ class ContrastSet:
                 raise DataError(f"item {index}: expected (prompt, positive, negative), got {reprlib.repr(triple)}")
             prompt, *answers = triple
             with item_at(f"item {index}"):
-                pairs.append([answered_pair(prompt, answer, raw=raw, system=system) for answer in answers])
+                pairs.append([answered(prompt, answer, raw=raw, system=system) for answer in answers])
         return _from_pairs(pairs)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> ContrastSet:
-        """Read a UTF-8 file with one JSON object a line; blank lines are skipped.
+        """Read a file of pairs, one JSON object a line; blank lines are skipped. Other formats: see `from_file`.
 
         The forms: ``{"prompt", "positive", "negative"}``, two answers to a prompt; ``{"positive", "negative"}``, two
         prompts; ``{"prompt", "system": {"positive", "negative"}}``, one prompt under two system prompts, with or
@@ -167,22 +171,57 @@ class ContrastSet:
             DataError: when the file is missing or holds no item, or, with the line's number, when a line is not UTF-8,
                 not JSON, has an unknown key, lacks one, or has a value of the wrong type.
         """
-        path = Path(path)
-        pairs: list[list[Conversation]] = []
-        items = lines_of_file(path, _ITEM_KEYS, "pairs", lambda item, _: pairs.append(item_pair(item)))
-        marks, origins = ([item.get(key) for item in items] for key in ("held_out", "source"))
-        is_marked = any(mark is not None for mark in marks)
-        with item_at(str(path)):
-            return _from_pairs(
-                pairs,
-                source=path.name,
-                marks=[bool(mark) for mark in marks] if is_marked else (),
-                origins=[str(origin) for origin in origins] if all(isinstance(one, str) for one in origins) else (),
-            )
+        return cls.from_file(path)
 
     @classmethod
-    def from_labelled(cls, path: str | Path, *, positive: str, negative: str | None = None) -> ContrastSet:
-        """Read a UTF-8 file of labelled prompts, one JSON object a line; blank lines are skipped.
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        against: str | Path | None = None,
+        columns: Mapping[str, str] | None = None,
+        positive: str | int | bool | None = None,
+        negative: str | int | bool | None = None,
+        raw: bool = False,
+        escapes: bool = False,
+    ) -> ContrastSet:
+        r"""Read pairs or labelled prompts of any file: JSON, JSONL, CSV, TSV, parquet; what it is, its content tells.
+
+        Pairs are found by the usual names of their columns: ``positive`` and ``negative``, ``chosen`` and ``rejected``
+        (texts or messages), ``answer_matching_behavior`` and ``answer_not_matching_behavior``, with the prompt in
+        ``prompt``, ``question``, ``instruction`` and others, or in the messages. Rows with a ``label`` and no pair are
+        labelled prompts.
+
+        Args:
+            path: the file, - for stdin, or ``hf:NAME:SPLIT``, a data set that `datasets` loads by its name.
+            against: a second file; both then hold prompts, this one those of the negative side.
+            columns: names that are not the usual ones: of ``prompt``, ``positive``, ``negative``, ``response``,
+                ``system``, ``label``, ``source``.
+            positive: of labelled prompts, the label of the positive side; None where it is clear, as 1 beside 0.
+            negative: the label of the other side; None where there is only one other.
+            raw: leave prompts that are text as they are, without the chat template.
+            escapes: read a written ``\n`` in prompts as a line break.
+
+        Returns:
+            The contrast set with the file's name as its source; pairs are paired, labelled prompts are not.
+
+        Raises:
+            DataError: the file cannot be read or holds nothing of use, or, with its place, a row is wrong.
+
+        Warns:
+            UserWarning: a text holds the marks of a chat template and is not read raw.
+        """
+        labels = (positive, negative)
+        named = Columns(columns or {})
+        found = read_sides(path, against=against, columns=named, labels=labels, raw=raw, escapes=escapes)
+        with item_at(name_of(path)):
+            return cls(**found._asdict())
+
+    @classmethod
+    def from_labelled(
+        cls, path: str | Path, *, positive: str | int | bool | None = None, negative: str | int | bool | None = None
+    ) -> ContrastSet:
+        """Read a file of labelled prompts, one JSON object a line or any other format that `from_file` knows.
 
         A line is ``{"prompt", "label", "source"}``: a string or list of messages, which side it is on, and which
         collection it comes from, by which `split` can hold whole collections out. It may also have ``"raw"``, and
@@ -190,7 +229,8 @@ class ContrastSet:
 
         Args:
             path: the file.
-            positive: the label of the positive side.
+            positive: the label of the positive side, a text, 1 or 0, or true or false; None where it is clear, as 1
+                beside 0.
             negative: the label of the other; None where the file has only one other.
 
         Returns:
@@ -200,63 +240,39 @@ class ContrastSet:
             DataError: when the file is missing or holds no item, a label is not in it, the other one is not clear, only
                 some lines name a source, or, with the line's number, when a line cannot be read.
         """
-        path = Path(path)
-        prompts: list[Conversation] = []
-        items = lines_of_file(
-            path, _LABELLED_KEYS, "labelled prompts", lambda *args: prompts.append(labelled_items(*args))
-        )
-        labels = [str(item["label"]) for item in items]
-        with item_at(str(path)):
-            sides = (positive, other_label(labels, positive) if negative is None else negative)
-            for label in sides:
-                if label not in labels:
-                    raise DataError(f"no line has the label {label!r}; {near_miss(label, set(labels))}")
-        chosen = [[place for place, label in enumerate(labels) if label == side] for side in sides]
-        first, second = (tuple(prompts[place] for place in places) for places in chosen)
-        plus, minus = (
-            tuple(str(items[place]["source"]) for place in places if "source" in items[place]) for places in chosen
-        )
-        return cls(first, second, paired=False, source=path.name, origins=(plus, minus))
+        rows = read_rows(path, what="labelled prompts")
+        found = of_labelled(rows, Columns(), (positive, negative))
+        with item_at(rows.name):
+            return cls(**found._asdict())
 
     @classmethod
     def from_dataset(
-        cls, dataset: Dataset, *, positive: str, negative: str, prompt: str | None = None, system: str | None = None
+        cls,
+        dataset: Dataset | DataFrame | Iterable[Mapping[str, object]] | Mapping[str, Sequence[object]],
+        *,
+        positive: str | None = None,
+        negative: str | None = None,
+        prompt: str | None = None,
+        system: str | None = None,
     ) -> ContrastSet:
-        """Take a contrast from the columns of a `datasets.Dataset`.
+        """Take a contrast from the columns of a table in memory.
 
         Args:
-            dataset: one split, not a dictionary of splits.
-            positive: the column of prompts that show the behaviour, or of answers where `prompt` is given.
+            dataset: one split of a `datasets.Dataset`, a DataFrame, a list of objects, or an object of columns.
+            positive: the column of prompts that show the behaviour, or of answers where `prompt` is given. None finds
+                both sides, and the prompt, by their usual names (see `from_file`).
             negative: the column of the others.
             prompt: the column of prompts that both answer.
             system: the column of system prompts that both have.
 
         Returns:
-            The contrast set, paired row by row.
+            The contrast set, paired row by row; unpaired where the usual columns are those of labelled prompts.
 
         Raises:
             DataError: when a column is missing, `dataset` is a dictionary of splits, it has no row, or a cell is
                 neither text nor a list of messages (the row is named).
         """
-        if isinstance(dataset, Mapping):
-            raise DataError(f"a dictionary of splits was given ({', '.join(map(str, dataset))}); give one of them")
-        columns = list(dataset.column_names or ())
-        for column in (positive, negative, prompt, system):
-            if column is not None and column not in columns:
-                raise DataError(f"the dataset has no column {column!r}; {near_miss(column, columns)}")
-        pairs = []
-        for number, row in enumerate(dataset):
-            with item_at(f"row {number}"):
-                common = None if system is None else row[system]
-                if system is not None:
-                    check_text(system, common)
-                if prompt is None:
-                    pairs.append([Conversation.of(row[side], system=common) for side in (positive, negative)])
-                else:
-                    pairs.append(
-                        [answered_pair(row[prompt], row[side], system=common) for side in (positive, negative)]
-                    )
-        return _from_pairs(pairs, source=str(getattr(dataset.info, "dataset_name", None) or ""))
+        return cls(**of_table(dataset, positive, negative, prompt=prompt, system=system)._asdict())
 
     def __len__(self) -> int:
         return max(len(self.positive), len(self.negative))
@@ -350,14 +366,7 @@ class ContrastSet:
         return replace(self, positive=positive, negative=negative, paired=marks.paired, marks=(), origins=origins)
 
 
-def _from_pairs(
-    pairs: Sequence[Sequence[Conversation]],
-    *,
-    source: str = "",
-    marks: Sequence[bool] = (),
-    origins: Sequence[str] = (),
-) -> ContrastSet:
+def _from_pairs(pairs: Sequence[Sequence[Conversation]], *, source: str = "") -> ContrastSet:
     """A paired set of [positive, negative] items."""
     positive, negative = (tuple(pair[side] for pair in pairs) for side in (0, 1))
-    both = (tuple(origins), tuple(origins))
-    return ContrastSet(positive, negative, paired=True, source=source, marks=tuple(marks), origins=both)
+    return ContrastSet(positive, negative, paired=True, source=source)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from steerkit.errors import DataError
+from steerkit.prompts.messages import Message, check_text, normalised
 
 __all__ = ["SIDES", "Conversation", "Message", "Prompt", "check_text", "with_system"]
 
-Message: TypeAlias = Mapping[str, str]
 SIDES = ("positive", "negative")
 
 
@@ -20,8 +20,9 @@ class Conversation:
     """What the model is given: a prompt, and where there is one the answer that follows it.
 
     Attributes:
-        prompt: messages, each with ``role`` and ``content`` (further keys reach the template), or a string: one user
-            turn where the tokenizer has a chat template, plain text otherwise.
+        prompt: messages, each with ``role`` and ``content`` (further keys reach the template, see
+            `steerkit.prompts.messages`), or a string: one user turn where the tokenizer has a chat template, plain text
+            otherwise.
         answer: what the assistant says, verbatim. None leaves the conversation at the prompt's end.
         system: the system prompt before a string prompt. In a message list it is a message.
         raw: leave the string prompt as it is, without a chat template.
@@ -40,7 +41,7 @@ class Conversation:
         if isinstance(self.prompt, str):
             check_text("prompt", self.prompt)
         else:
-            object.__setattr__(self, "prompt", _messages(self.prompt))
+            object.__setattr__(self, "prompt", normalised(self.prompt))
         for name in ("answer", "system"):
             value = getattr(self, name)
             if value is not None:
@@ -89,7 +90,7 @@ class Conversation:
         elif isinstance(item, str):
             made = cls(item)
         else:
-            turns = _messages(item)
+            turns = normalised(item)
             made = cls(turns[:-1], answer=_only_content(turns[-1])) if turns[-1]["role"] == "assistant" else cls(turns)
         if raw:
             made = replace(made, raw=True)
@@ -103,51 +104,12 @@ class Conversation:
 Prompt: TypeAlias = str | Sequence[Message] | Conversation
 
 
-def check_text(name: str, value: object) -> None:
-    """Refuse what is not text that a tokenizer can read.
-
-    Args:
-        name: what to call it in messages.
-        value: anything.
-
-    Raises:
-        DataError: it is no string, or holds a lone surrogate.
-    """
-    if not isinstance(value, str):
-        raise DataError(f"{name}: expected a string, got {reprlib.repr(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = f"U+{ord(value[error.start]):04X}"
-        raise DataError(f"{name}: character {error.start} is a lone surrogate ({code}), which is not text") from None
-
-
-def _messages(items: object) -> tuple[Message, ...]:
-    """Copy a list of messages; keys whose value is None are dropped, as `apply_chat_template` does."""
-    if not isinstance(items, Sequence) or isinstance(items, (str, bytes)):
-        raise DataError(f"prompt: expected a string or a list of messages, got {reprlib.repr(items)}")
-    if not items:
-        raise DataError("prompt: an empty list of messages; give at least one turn before the answer")
-    messages = []
-    for index, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            raise DataError(f"message {index}: expected an object with role and content, got {reprlib.repr(item)}")
-        message = {key: value for key, value in item.items() if value is not None}
-        for key in ("role", "content"):
-            if key not in message:
-                raise DataError(f"message {index}: no {key!r}; it has {', '.join(map(repr, message)) or 'nothing'}")
-        for key, value in message.items():
-            check_text(f"message {index}, {key!r}", value)
-        messages.append(message)
-    return tuple(messages)
-
-
 def _only_content(turn: Message) -> str:
     """The text of a closing assistant turn, which as an answer can keep nothing else."""
     extra = sorted(turn.keys() - {"role", "content"})
     if extra:
         raise DataError(f"the closing assistant turn has {extra[0]!r} beside role and content; an answer is text only")
-    return turn["content"]
+    return str(turn["content"])
 
 
 def with_system(conversation: Conversation, system: str) -> Conversation:

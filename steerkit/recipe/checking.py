@@ -13,6 +13,7 @@ from steerkit.errors import RecipeError, SteerError, near_miss
 from steerkit.methods._registry import resolve
 from steerkit.model.placement import check_together
 from steerkit.network.sites import Site
+from steerkit.prompts.files.columns import Columns
 from steerkit.tokens.scope import Scope
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ def check_meaning(path: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{path}: {error}") from None
     if scope is not None and scope.kind not in known.scopes:
         raise RecipeError(f"{path}: [apply] scope '{scope}' is none of {method.name}'s: {', '.join(known.scopes)}")
+    try:
+        Columns(recipe.data.columns or {})
+    except SteerError as error:
+        raise RecipeError(f"{path}: [data] {error}") from None
     pair = recipe.data.pair
     if pair is not None and len(pair) != 2:
         raise RecipeError(f"{path}: [data] pair has {len(pair)} prompts; give a positive and a negative one")

@@ -30,8 +30,11 @@ class ModelPart:
 
 @dataclass(frozen=True)
 class DataPart:
-    """Which prompts, relative to the recipe's folder, and how much of them is held out.
+    r"""Which prompts, relative to the recipe's folder, and how much of them is held out.
 
+    The file has any format that `ContrastSet.from_file` reads; `columns` names columns that are not the usual ones.
+    `against` is a second file, whose prompts are the negative side. `raw` leaves prompts without the chat template, and
+    `escapes` reads a written ``\n`` in them as a line break. `marked` holds out what the file marks instead of a share.
     `pair` is one positive and one negative prompt, for methods fitted on one pair of raw prompts; the file's held-out
     items then only measure. `positive` makes it a file of labelled prompts: the label of the positive side, and where
     the file has more than two `negative`, the other. `held_out_sources` holds out whole sources instead of a share.
@@ -44,6 +47,11 @@ class DataPart:
     positive: str | None = None
     negative: str | None = None
     held_out_sources: tuple[str, ...] | None = None
+    against: str | None = None
+    columns: Mapping[str, str] | None = None
+    raw: bool | None = None
+    escapes: bool | None = None
+    marked: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from steerkit.methods._registry import resolve
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site, parse_layers
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.files.source import located
 from steerkit.recipe.checking import check_keys, check_meaning, check_title, part_of
 from steerkit.recipe.parts import PARTS, ApplyPart, DataPart, EvaluatePart, MethodPart, ModelPart
 from steerkit.vector.steering_vector import SteeringVector
@@ -43,7 +44,7 @@ class Recipe:
         behaviour: what the vector brings about.
         title: one line on the two sides.
         default: this recipe answers to its behaviour's plain name.
-        source: the file it was read from.
+        source: the file it was read from; empty where it stands in no file.
     """
 
     name: str
@@ -109,9 +110,7 @@ class Recipe:
             for name, value in plain["method"]["settings"].items()
         }
         # What most recipes say nothing about is left out.
-        for key in ("pair", "positive", "negative", "held_out_sources"):
-            if plain["data"][key] is None:
-                del plain["data"][key]
+        plain["data"] = {key: value for key, value in plain["data"].items() if value is not None}
         plain["model"] = {key: value for key, value in plain["model"].items() if value not in (None, False)}
         return {
             "format": FORMAT,
@@ -121,6 +120,23 @@ class Recipe:
             **plain,
         }
 
+    def items(self) -> ContrastSet:
+        """All items of the data.
+
+        Raises:
+            DataError: the file cannot be read, or is no contrast.
+        """
+        part, folder = self.data, self.source.parent
+        return ContrastSet.from_file(
+            located(folder, part.file),
+            against=None if part.against is None else located(folder, part.against),
+            columns=part.columns,
+            positive=part.positive,
+            negative=part.negative,
+            raw=bool(part.raw),
+            escapes=bool(part.escapes),
+        )
+
     def split(self, method: str | None = None) -> tuple[ContrastSet, ContrastSet]:
         """The items to fit on and the items held out.
 
@@ -129,18 +145,18 @@ class Recipe:
 
         Raises:
             RecipeError: the prompt file is missing or malformed.
+            DataError: the same, where the recipe stands in no file.
         """
+        part = self.data
         try:
-            path, part = self.source.parent / self.data.file, self.data
-            if part.positive is None:
-                data = ContrastSet.from_jsonl(path)
-            else:
-                data = ContrastSet.from_labelled(path, positive=part.positive, negative=part.negative)
+            data = self.items()
             if part.held_out_sources:
                 train, held_out = data.split(held_out_sources=part.held_out_sources)
             else:
-                train, held_out = data.split(held_out=part.held_out, seed=part.seed)
-        except (DataError, ValueError) as error:  # ValueError: a file name that no system allows
+                train, held_out = data.split(held_out=None if part.marked else part.held_out, seed=part.seed)
+        except DataError as error:
+            if self.source == Path():  # data that was given, and no file of a recipe
+                raise
             raise RecipeError(f"{self.source}: [data] {error}") from None
         if self.data.pair is None or not takes_pair(resolve(method or self.method.name)):
             return train, held_out

@@ -486,7 +486,7 @@ def broken_files() -> None:
     Path("one-sided.jsonl").write_text(jsonl([*PAIRS[:1], {"prompt": "x", "positive": "y"}]))
     Path("typo.jsonl").write_text(jsonl([{"prompt": "x", "positve": "y", "negative": "z"}]))
     Path("chats.jsonl").write_text(jsonl([[{"role": "user", "content": "Hi"}], [{"role": "user"}]]))
-    Path("nothing.jsonl").write_text(jsonl(["Hi", {"text": "Hi"}]))
+    Path("nothing.jsonl").write_text(jsonl(["Hi", {"body": "Hi"}]))
     Path("latin.txt").write_bytes(b"Hello\nd\xe9j\xe0 vu\n")
     recipe = Path("joy-caa.toml").read_text()
     Path("key.toml").write_text(recipe.replace("readout", "raedout"))

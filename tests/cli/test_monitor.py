@@ -17,7 +17,7 @@ import steerkit
 from steerkit.evaluate.intervals import correlation, separability
 from steerkit.monitor.monitor import Monitor
 from steerkit.vector.steering_vector import SteeringVector
-from tests.program import WIDTH, Cli, jsonl, last_line, plain, start, width
+from tests.program import WIDTH, Cli, jsonl, plain, start, width
 
 ITEMS = [
     {"id": "a", "prompt": "How are you?", "response": "Fine, thank you.", "score": 10, "label": True},
@@ -124,9 +124,13 @@ def test_a_stream_is_answered_line_by_line(monitor: Callable[..., Monitor], tiny
         assert row.pop("projection") == pytest.approx(value, abs=1e-4)
         assert row == item
     process.stdin.write("{\n")
-    out, err = process.communicate()
-    assert (process.returncode, out) == (1, "")
-    assert last_line(err) == "error: stdin, line 3: malformed JSON; write one object a line"
+    process.stdin.flush()
+    wrong = json.loads(process.stdout.readline())
+    assert (wrong["line"], wrong["error"].partition(":")[0]) == (3, "malformed JSON at column 2")
+    process.stdin.write('{"prompt": "Why?"}\n')
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert json.loads(out)["projection"] == pytest.approx(expected.tolist()[0], abs=1e-4)
 
 
 def test_heat(cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:
@@ -207,12 +211,52 @@ def test_a_stream_s_items_come_from_stdin_here_too(
     assert json.loads(ended.out)["projection"] == pytest.approx(float(monitor().score(["Why?"])), abs=1e-4)
 
 
-def test_a_stream_that_is_no_text_is_a_short_error(
-    cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_wrong_with_a_line_of_a_stream_is_its_answer(
+    cli: Cli, monitor: Callable[..., Monitor], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'"Why?"\n\xff\xfe\n'), encoding="utf-8"))
-    ended = cli("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny)
-    assert (ended.code, ended.err) == (1, "error: stdin: it is not UTF-8; give one JSON object a line\n")
+    lines = [
+        b'"Why?"',
+        b"\xff\xfe",
+        b'{"id": 7, "body": "Why?"}',
+        b'{"id": 8, "prompt": "Why?", "joy": 1}',
+        b'{"prompt": "Why?", "response": 5}',
+        b"7",
+        b'{"instruction": "Why?"}',
+    ]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8"))
+    words = ("--vector", "v.safetensors", "--model", tiny, "--column", "joy", "--raw")
+    ended = cli("monitor", "--data", "-", *words)
+    assert (ended.code, ended.err) == (0, "")
+    found = [json.loads(line) for line in ended.out.splitlines()]
+    assert [row.get("line") for row in found] == [None, 2, 3, 4, 5, 6, None]
+    assert [row.get("id") for row in found] == [None, None, 7, 8, None, None, None]
+    assert [row.get("error", "").partition(";")[0] for row in found] == [
+        "",
+        "byte 1 is not UTF-8",
+        "give 'prompt' or 'messages', or name its column (--columns prompt=NAME)",
+        "the item has a key 'joy'",
+        "answer: expected a string, got 5",
+        "prompt: expected a string or a list of messages, got 7",
+        "",
+    ]
+    assert found[0]["joy"] == found[6]["joy"] == pytest.approx(float(monitor().score(["Why?"], raw=True)), abs=1e-4)
+
+
+def test_items_of_other_formats(answer: Callable[..., Any], monitor: Callable[..., Monitor], tiny: Path) -> None:
+    Path("items.csv").write_text(
+        'ask,response,score,label\nHow are you?,"Fine, thank you.",10,true\nWhy?,Because.,35.5,false\n'
+    )
+    words = ("--vector", "v.safetensors", "--model", tiny, "--columns", "prompt=ask", "--read", "response_mean")
+    found = answer("monitor", "--data", "items.csv", *words)
+    scores = monitor(read="response_mean").score(ITEMS[:2])
+    torch.testing.assert_close(values(found["items"]), scores, rtol=1e-4, atol=1e-5)
+    assert found["items"][1]["ask"] == "Why?"
+    assert found["summary"]["auc_of_label"] is not None
+    turns: Any = ITEMS[2]["messages"]
+    exported = [turns[0], {**turns[1], "annotations": [], "refusal": None}]
+    Path("chats.json").write_text(json.dumps([{"messages": exported}], indent=1))
+    found = answer("monitor", "--data", "chats.json", "--vector", "v.safetensors", "--model", tiny)
+    torch.testing.assert_close(values(found["items"]), monitor().score([ITEMS[2]]), rtol=1e-4, atol=1e-5)
 
 
 def test_labels_may_be_numbers(answer: Callable[..., Any], monitor: Callable[..., Monitor], tiny: Path) -> None:
@@ -270,7 +314,7 @@ def test_what_could_not_be_read_is_told(answer: Callable[..., Any], cli: Cli, he
 def test_mistakes(cli: Cli, here: Path, tiny: Path, words: Any, code: int, message: str) -> None:
     Path("kept.jsonl").write_text('{"prompt": "Why?", "id": 1}\n')
     Path("empty.jsonl").write_text("\n")
-    Path("wrong.jsonl").write_text('{"prompt": "Why?"}\n{"text": "Why?"}\n')
+    Path("wrong.jsonl").write_text('{"prompt": "Why?"}\n{"body": "Why?"}\n')
     Path("number.jsonl").write_text("7\n")
     ended = cli("monitor", *words, "--model", tiny)
     assert (ended.code, ended.out) == (code, "")

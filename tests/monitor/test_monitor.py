@@ -165,8 +165,8 @@ def test_items_may_be_written_in_every_way() -> None:
         monitor.score("Why?")
     with pytest.raises(DataError, match="no prompts"):
         monitor.score([])
-    with pytest.raises(DataError, match="'text'"):
-        monitor.score([{"text": "Why?"}])
+    with pytest.raises(DataError, match="'body'"):
+        monitor.score([{"body": "Why?"}])
 
 
 def test_an_empty_answer_has_no_mean() -> None:

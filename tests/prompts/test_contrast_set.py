@@ -401,7 +401,7 @@ SYSTEM = {"role": "system", "content": "S"}
         (lambda: Conversation.of([USER, {"role": "user"}]), "message 1: no 'content'; it has 'role'"),
         (lambda: Conversation.of([{"role": "user", "content": None}]), "message 0: no 'content'"),
         (lambda: Conversation.of([{"role": "user", "content": ["Hi"]}]), "message 0, 'content': expected a string"),
-        (lambda: Conversation.of([{**USER, "calls": [1]}]), "message 0, 'calls': expected a string, got [1]"),
+        (lambda: Conversation.of([{**USER, "calls": [b"x"]}]), "message 0, 'calls': expected text, numbers, lists"),
         (lambda: Conversation.of([USER, REPLY], answer="Ha"), "ends with an answer already, and 'Ha' is given"),
         (lambda: Conversation.of([USER, {**REPLY, "thought": "x"}]), "has 'thought' beside role and content"),
         (lambda: Conversation.of([SYSTEM, USER], system="T"), "has a system prompt already, and 'T' is given"),

@@ -19,6 +19,7 @@ from steerkit.network.decoder import Decoder, execution_device, inner_model
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
 from steerkit.steering.steering import steer
@@ -27,6 +28,7 @@ from steerkit.vector.steering_vector import SteeringVector
 __all__ = ["NEW", "Case", "Given"]
 
 TEXTS = ("The weather today is very", "An old cat sat on the wooden chair by the door")
+_LOOKED_AT = 32
 SIZE = 0.5
 """Length of the direction, in typical activation norms."""
 NEW = 4
@@ -44,19 +46,26 @@ class Case:
         tokenizer: its tokenizer.
         compiled: compile for real, with the default backend.
         decoder: the text decoder inside.
+        data: items whose texts are read; None takes plain sentences.
     """
 
     model: Any
     tokenizer: Any
     compiled: bool
     decoder: Decoder
+    data: ContrastSet | None = None
     passes: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     """Plain passes that several checks compare with."""
 
     @cached_property
     def texts(self) -> list[Rendered]:
-        """The texts, of unequal length."""
-        return [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
+        """The texts, of unequal length: of the data a short item and the next longer one."""
+        items = [Conversation(text, raw=True) for text in TEXTS]
+        if self.data is not None:
+            items = [*self.data.positive[:_LOOKED_AT], *self.data.negative[:_LOOKED_AT]]
+        rendered = sorted((render(self.tokenizer, item) for item in items), key=lambda text: len(text.ids))
+        first, longest = rendered[0], rendered[-1]
+        return [first, next((text for text in rendered if len(text.ids) > len(first.ids)), longest)]
 
     @cached_property
     def prompts(self) -> list[int]:

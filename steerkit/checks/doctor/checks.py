@@ -23,6 +23,7 @@ from steerkit.checks.doctor.pass_checks import changes, neutral, removal, runs, 
 from steerkit.checks.fitted_method import Finding
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import find_decoder, inner_model
+from steerkit.prompts.contrast_set import ContrastSet
 
 __all__ = ["CHECKS", "doctor"]
 
@@ -31,6 +32,7 @@ def doctor(
     model: nn.Module,
     tokenizer: Any,
     *,
+    data: ContrastSet | None = None,
     compiled: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> list[Finding]:
@@ -39,6 +41,7 @@ def doctor(
     Args:
         model: any decoder-only transformers model, wrapped or not. It is checked in evaluation mode.
         tokenizer: its tokenizer.
+        data: items, of which a short and a longer one are the texts that the checks read; None takes plain sentences.
         compiled: let `compile` generate code with the default backend, which takes a minute or more.
         step: called after each check, for a progress bar.
 
@@ -51,7 +54,7 @@ def doctor(
     decoder = find_decoder(model)
     # Out of torch.compile and DistributedDataParallel, but not out of peft, which adds something of its own.
     plain = getattr(model, "_orig_mod", model)
-    case = Case(plain if hasattr(plain, "generate") else inner_model(model), tokenizer, compiled, decoder)
+    case = Case(plain if hasattr(plain, "generate") else inner_model(model), tokenizer, compiled, decoder, data)
     findings = []
     with evaluation_mode(decoder.model):
         for check in CHECKS:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from steerkit.cli._data import ColumnsOption, check_reading, columns_of
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import BatchSize, Json
@@ -36,7 +37,7 @@ class Kinds(StrEnum):
 
 DataOption = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="JSONL of prompts, prompts with responses, or messages; - reads stdin."),
+    typer.Option(metavar="FILE", help="Prompts, prompts with responses, or chats, any format; - streams stdin."),
 ]
 ReadOption = Annotated[
     Reads | None,
@@ -70,6 +71,7 @@ def run(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to read.")] = None,
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file, or a shipped vector's name.")] = "",
     data: DataOption = None,
+    columns: ColumnsOption = None,
     read: ReadOption = None,
     kind: Annotated[Kinds, typer.Option(help="Projection or cosine.")] = Kinds.proj,
     uncalibrated: UncalibratedOption = False,
@@ -90,6 +92,7 @@ def run(
 
     Numbers count in standard deviations of neutral texts, from their mean. Items of --data go out again with a new
     column; where they bring a `score` or a true-or-false `label` (or 1 and 0), its correlation or AUC is shown too.
+    Of a stream (--data -), a line that is no item is answered with an object that says what is wrong with it.
     """
     if not vector:
         raise typer.BadParameter("give --vector, a file or a shipped vector's name")
@@ -103,8 +106,11 @@ def run(
     for path in (out, heat):
         if path is not None:
             check_writable(path)
-    items = prompts_of(prompts or []) if data is None else items_of(data)
-    rows = [] if is_stream else list(items)
+    check_reading(data, columns, raw=raw, escapes=False)
+    named = columns_of(columns)
+    rows, is_table = prompts_of(prompts or []), False
+    if data is not None and not is_stream:
+        rows, is_table = items_of(data, named)
     check_column(column, rows)
 
     from steerkit._support.shipped import vector_path
@@ -116,13 +122,13 @@ def run(
     options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
     unit = "standard deviations" if not uncalibrated else "cosine" if kind == Kinds.cos else "activation units"
     tokens: Literal["prompt_last", "response_mean"] = "response_mean" if read is Reads.response_mean else "prompt_last"
-    asked = Asked(loaded, model, tokenizer, found, tokens, options, unit, column, out, as_json)
+    asked = Asked(loaded, model, tokenizer, found, tokens, options, unit, named, is_table, column, out, as_json)
     if difference:
         show_difference(asked, rows, cheap=cheap, max_new_tokens=max_new_tokens or 64)
     elif after is not None:
         show_shift(asked, rows, after)
     elif is_stream:
-        score_stream(asked, items, raw=raw)
+        score_stream(asked, raw=raw)
     else:
         score(asked, rows, raw=raw, heat=heat, is_data=data is not None)
 

@@ -26,7 +26,7 @@ def difference(asked: Asked, rows: list[Item], *, cheap: bool, max_new_tokens: i
         flagged = steerkit.projection_difference(
             asked.model,
             asked.tokenizer,
-            rows,
+            asked.texts(rows),
             asked.vector,
             **asked.options,
             cheap=cheap,

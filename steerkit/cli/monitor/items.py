@@ -1,16 +1,18 @@
-"""The items that `steerkit monitor` reads: prompts of the command line, a JSONL file, or stdin line by line."""
+"""The items that `steerkit monitor` reads: prompts of the command line, a file, or stdin line by line."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-__all__ = ["KEYS", "Item", "check_column", "items_of", "prompts_of"]
+if TYPE_CHECKING:
+    from steerkit.errors import SteerError
+    from steerkit.prompts.files.columns import Columns
+
+__all__ = ["KEYS", "Item", "check_column", "items_of", "prompts_of", "streamed"]
 
 Item = dict[str, Any]
 
@@ -32,63 +34,95 @@ def check_column(column: str | None, rows: Sequence[Item]) -> None:
         raise typer.BadParameter(f"--column {column}: items have a key of that name; give another one")
 
 
-def prompts_of(prompts: Sequence[str]) -> Iterator[Item]:
+def prompts_of(prompts: Sequence[str]) -> list[Item]:
     """Prompts of the command line as items.
 
     Args:
         prompts: plain texts.
-
-    Yields:
-        One item each.
     """
-    for prompt in prompts:
-        yield {"prompt": prompt}
+    return [{"prompt": prompt} for prompt in prompts]
 
 
-def items_of(data: str) -> Iterator[Item]:
-    """The items of a JSONL file or of stdin, one at a time.
+def items_of(data: str, columns: Columns) -> tuple[list[Item], bool]:
+    """The items of a file of any format.
 
     Args:
-        data: the file; - reads stdin.
+        data: the file.
+        columns: names of columns that are not the usual ones.
 
-    Yields:
-        One item a line.
+    Returns:
+        The items, and whether they are rows of a table.
 
     Raises:
-        DataError: the file is missing, empty or no UTF-8, or, with the line's number, a line is no item.
+        DataError: the file cannot be read or holds nothing, or, with its place, a row is no item.
     """
     from steerkit.errors import DataError
+    from steerkit.prompts.files.reading import read_rows
 
-    if data == "-":
-        try:
-            yield from _parsed("stdin", sys.stdin)
-        except UnicodeDecodeError as error:
-            raise DataError(f"stdin: it is not {error.encoding.upper()}; give one JSON object a line") from None
-        return
-    try:
-        content = Path(data).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"{data}: cannot read the file ({reason}); give a JSONL file") from None
-    rows = list(_parsed(data, content.split("\n")))
-    if not rows:
-        raise DataError(f"{data}: the file holds no item; write one JSON object a line")
-    yield from rows
+    rows = read_rows(data, columns, what="items")
+    found = rows.each(lambda value: _item(value, columns, is_table=rows.is_table))
+    if not found:
+        raise DataError(f"{rows.name}: the file holds no item; write one JSON object a line")
+    return found, rows.is_table
 
 
-def _parsed(name: str, lines: Iterable[str]) -> Iterator[Item]:
-    from steerkit.errors import DataError
-    from steerkit.monitor.items import conversation_of
+def streamed(columns: Columns) -> Iterator[tuple[int, Item | SteerError]]:
+    """The lines of stdin, one at a time, as soon as they are there.
 
-    for place, line in enumerate(lines, start=1):
+    Args:
+        columns: names of columns that are not the usual ones.
+
+    Yields:
+        The number of each line that is not blank, and its item, or what is wrong with it.
+    """
+    from steerkit.errors import SteerError
+
+    for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-            row = item if isinstance(item, dict) else {"prompt" if isinstance(item, str) else "messages": item}
-            conversation_of(row)
-        except DataError as error:
-            raise DataError(f"{name}, line {place}: {error}") from None
-        except (ValueError, RecursionError):
-            raise DataError(f"{name}, line {place}: malformed JSON; write one object a line") from None
-        yield row
+            yield number, _item(_parsed(line), columns)
+        except SteerError as error:
+            yield number, error
+
+
+def _parsed(line: bytes | str) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+        DataError: it is none.
+    """
+    from steerkit.errors import DataError
+    from steerkit.prompts.files.json_rows import json_value
+
+    try:
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start + 1} is not UTF-8") from None
+    return json_value(text.strip())
+
+
+def _item(value: Any, columns: Columns, *, is_table: bool = False) -> Item:
+    """A row as an item, with the names that items have; what it says else stays.
+
+    Raises:
+        DataError: it is no item.
+    """
+    from steerkit.monitor.items import conversation_of
+
+    item = value if isinstance(value, dict) else {"prompt" if isinstance(value, str) else "messages": value}
+    conversation_of(item, columns, is_table=is_table)
+    return {**item, **{key: _number(item[key]) for key in ("score", "label") if key in item}} if is_table else item
+
+
+def _number(text: Any) -> Any:
+    """A cell of text as the number or truth that it is; anything else as it is."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return {"true": True, "false": False, "": None}[text.strip().casefold()]
+    except KeyError:
+        try:
+            return float(text)
+        except ValueError:
+            return text

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerkit._support.progress import status
 from steerkit.cli._shared import stderr
 from steerkit.cli.monitor.asked import Asked
-from steerkit.cli.monitor.items import Item, check_column
+from steerkit.cli.monitor.items import Item, streamed
 from steerkit.cli.monitor.summary import check_read, finish, plain, print_item
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def score(asked: Asked, rows: list[Item], *, raw: bool, heat: Path | None, is_da
     """
     monitor = _monitor(asked)
     with status("reading"):
-        values = plain(monitor.score(rows, raw=raw))
+        values = plain(monitor.score(asked.texts(rows, raw=raw)))
     check_read(values)
     if heat is not None:
         _draw(asked, monitor, rows, heat, raw)
@@ -45,20 +44,33 @@ def score(asked: Asked, rows: list[Item], *, raw: bool, heat: Path | None, is_da
     finish(rows, name, asked.unit, out=asked.out, as_json=asked.as_json, is_data=is_data)
 
 
-def score_stream(asked: Asked, rows: Iterable[Item], *, raw: bool) -> None:
-    """Score items one by one as they come, and answer each with a line.
+def score_stream(asked: Asked, *, raw: bool) -> None:
+    """Score the items of stdin one by one as they come, and answer each with a line: itself, or what is wrong with it.
 
     Args:
         asked: the call.
-        rows: the items.
         raw: leave prompts as they are, without the chat template.
     """
     monitor = _monitor(asked)
-    for row in rows:
-        check_column(asked.column, [row])
-        (value,) = plain(monitor.score([row], raw=raw))
-        print_item({**row, asked.column or "projection": value})
+    for number, item in streamed(asked.columns):
+        print_item(_answered(asked, monitor, number, item, raw=raw))
         sys.stdout.flush()
+
+
+def _answered(asked: Asked, monitor: Monitor, number: int, item: Item | Exception, *, raw: bool) -> Item:
+    """A line's answer."""
+    from steerkit.errors import DataError, SteerError
+
+    name, row = asked.column or "projection", item if isinstance(item, dict) else {}
+    try:
+        if isinstance(item, Exception):
+            raise item
+        if asked.column in item:
+            raise DataError(f"the item has a key {asked.column!r}; give another --column")
+        (value,) = plain(monitor.score(asked.texts([item], raw=raw)))
+    except SteerError as error:
+        return {**{key: row[key] for key in ("id",) if key in row}, "line": number, "error": str(error)}
+    return {**row, name: value}
 
 
 def _monitor(asked: Asked) -> Monitor:
@@ -71,7 +83,7 @@ def _draw(asked: Asked, monitor: Monitor, rows: list[Item], path: Path, raw: boo
     """The heat map of the first items."""
     from steerkit.report.heat_page import write_heat
 
-    texts = [monitor.heat(row, raw=raw) for row in rows[:_HEATED]]
+    texts = [monitor.heat(one) for one in asked.texts(rows[:_HEATED], raw=raw)]
     write_heat(texts, path, title=f"{asked.vector.method} at {monitor.sites[0]}", middle=monitor.middle())
     left = f" (the first {_HEATED} of {len(rows)} items)" if len(rows) > _HEATED else ""
     stderr().print(f"wrote {path}{left}")

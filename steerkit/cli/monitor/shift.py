@@ -30,7 +30,7 @@ def shift(asked: Asked, rows: list[Item], after: str) -> None:
     before, other = _models(asked, after)
     with status("reading"):
         found = steerkit.finetuning_shift(
-            before, other, asked.tokenizer, rows, asked.vector, read=asked.read, **asked.options
+            before, other, asked.tokenizer, asked.texts(rows), asked.vector, read=asked.read, **asked.options
         )
     moves = plain(found.values)
     check_read(moves)

@@ -48,7 +48,7 @@ def plain(values: Any) -> list[float | None]:
 
 
 def _line(row: Item) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    return json.dumps(row, ensure_ascii=False, default=str)
 
 
 def print_item(row: Item) -> None:
@@ -58,7 +58,7 @@ def print_item(row: Item) -> None:
         row: the item.
     """
     is_unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
-    typer.echo(json.dumps(row, ensure_ascii=not is_unicode))
+    typer.echo(json.dumps(row, ensure_ascii=not is_unicode, default=str))
 
 
 def _summary(rows: Sequence[Item], name: str, unit: str) -> dict[str, Any]:

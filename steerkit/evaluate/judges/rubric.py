@@ -45,4 +45,4 @@ def last_question(conversation: Conversation) -> str:
     if isinstance(conversation.prompt, str):
         return conversation.prompt
     asked = [turn["content"] for turn in conversation.prompt if turn["role"] == "user"]
-    return asked[-1] if asked else conversation.prompt[-1]["content"]
+    return str(asked[-1] if asked else conversation.prompt[-1]["content"])
