@@ -84,7 +84,7 @@ def sites_table(described: Mapping[str, Any]) -> Table:
     columns = (
         "site",
         "direction\nnorm",
-        "activation\nspread",
+        "activation\nspread" if any(site["spread"] for site in described["sites"]) else "activation\nnorm",
         "strength\npaper",
         "strength\nnorm",
         "held-out\nAUC",

@@ -91,7 +91,7 @@ def run(
         question, name = QUESTION, method or "caa"
         fit = partial(steerkit.fit, data=train, method=name, readout=_readout(readout), held_out=rest)
     check_writable(target)
-    _tell_of_items(train, name)
+    _tell_of_items(train, name, is_read=readout is not None or recipe is not None)
     loaded, tokenizer = model.load()
     if recipe is None or recipe.endswith(".toml"):  # of what ships it is told where it is measured
         _tell_of_confounds(tokenizer, train, name, _readout(readout))
@@ -131,14 +131,17 @@ def _readout(text: str | None) -> str | int | None:
         return text
 
 
-def _tell_of_items(data: ContrastSet, method: str) -> None:
-    """Warn of repeated items, equal sides and a single pair, before a model is loaded."""
-    from steerkit.evaluate.data_notes import data_notes
+def _tell_of_items(data: ContrastSet, method: str, *, is_read: bool) -> None:
+    """Warn of repeated items, equal sides, a single pair and a readout nobody chose, before a model is loaded."""
+    from steerkit.evaluate.data_notes import data_notes, readout_note
     from steerkit.methods._base import takes_pair
     from steerkit.methods._registry import resolve
 
-    for note in data_notes(data, fewest=1 if takes_pair(resolve(method)) else 2):
-        warnings.warn(note, stacklevel=2)
+    kind = resolve(method)
+    notes = data_notes(data, fewest=1 if takes_pair(kind) else 2)
+    for note in [*notes, None if is_read else readout_note(data, kind.readout)]:
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
 
 
 def _tell_of_confounds(tokenizer: Any, data: ContrastSet, method: str, readout: str | int | None) -> None:

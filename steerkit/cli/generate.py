@@ -72,7 +72,9 @@ def run(
     Several vectors act together, each with its own strength. Answers are greedy unless --sample is given.
     """
     names, strengths = vector or [], strength or []
-    if bool(prompts) == (prompt_file is not None):
+    if prompts and prompt_file is not None:
+        raise typer.BadParameter(f"prompts and --prompts {prompt_file}: give one of both")
+    if not prompts and prompt_file is None:
         raise typer.BadParameter("give prompts, or a file of them with --prompts")
     if not names and (strengths or unit or scope or baseline):
         raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")

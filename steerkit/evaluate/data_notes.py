@@ -12,10 +12,11 @@ from steerkit.prompts.conversation import SIDES
 from steerkit.prompts.likeness import said_by
 from steerkit.prompts.rendering import spread
 
-__all__ = ["confound_notes", "data_notes"]
+__all__ = ["confound_notes", "data_notes", "readout_note"]
 
 _LOOKED_AT = 128  # items that are compared for confounds; a feature that needs more to be seen predicts little
 _NAMED = 5
+_SENTENCE = 4  # words: more than a letter or a name
 
 
 def data_notes(data: ContrastSet, *, fewest: int = 2) -> list[str]:
@@ -30,6 +31,25 @@ def data_notes(data: ContrastSet, *, fewest: int = 2) -> list[str]:
         there is nothing to say.
     """
     return [*_repeated(data), *_equal_sides(data), *_single(data, fewest)]
+
+
+def readout_note(data: ContrastSet, readout: str | int | None) -> str | None:
+    """What to know of a readout that nobody chose: of whole sentences the last token is the full stop.
+
+    Args:
+        data: what is fitted on.
+        readout: the method's own.
+
+    Returns:
+        One line; None where answers are short, such as letters, or more of them is read.
+    """
+    lengths = sorted(len(item.answer.split()) for side in data.sides for item in side if item.answer is not None)
+    if readout != "last" or not lengths or lengths[len(lengths) // 2] < _SENTENCE:
+        return None
+    return (
+        f"only the last token of each answer is read, which is its end (the median answer has "
+        f"{lengths[len(lengths) // 2]} words); --readout response_mean reads all of it"
+    )
 
 
 def confound_notes(

@@ -24,15 +24,15 @@ def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
 
     Returns:
         The site's width; by parameter its dtype and shape; the direction's norm, the activation norm, and, for edits
-        that add a direction, the strength in both units (the one set, else the suggested one, else 1).
+        that add a direction, the strength in both units (the one set, else the suggested one).
     """
     params = vector.params(site)
     length, norm = direction_length(params.get("direction")), vector.typical(site)
     given = vector.strength if vector.strength is not None else vector.suggested_strength
     adds = vector.edit.startswith("add")
     strengths: dict[str, Any] = {"paper": None, "norm": None}
-    strengths[vector.unit] = json_like(1.0 if given is None and adds else given)
-    if adds and length and norm:
+    strengths[vector.unit] = json_like(given)
+    if adds and length and norm and given is not None:
         factor = length / norm if vector.unit == "paper" else norm / length
         values = strengths[vector.unit]
         other = "norm" if vector.unit == "paper" else "paper"

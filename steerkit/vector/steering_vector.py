@@ -366,7 +366,7 @@ class SteeringVector:
         Returns:
             All that is stored except the numbers of the tensors; per site the tensors' shapes, the direction's norm
             and the activation norm; for edits that add a direction, the strength in both units (the one set, else the
-            suggested one, else 1).
+            suggested one).
         """
         apart = ("sites", "norms", "spreads", "massive", "widths", "fitted_at")
         facts = {name: json_like(getattr(self, name)) for name in CODECS if name not in apart}

@@ -116,3 +116,16 @@ def test_extract_tells_it_on_stderr_once_each(cli: Cli, here: Any, tiny: Any) ->
     assert len(told) == len(set(told))
     for words in ("1 of 17 positive items repeat", "pair 17 of 17: both sides are equal", "alone predicts the label"):
         assert sum(words in line for line in told) >= 1, (words, ended.err)
+
+
+def test_the_end_of_whole_answers_is_told_and_of_letters_is_not() -> None:
+    from steerkit.evaluate.data_notes import readout_note
+
+    told = "I would go there at once and stay."
+    long = ContrastSet.from_answers([("Shall I?", told, "I would never go there at all, no.")] * 3)
+    short = ContrastSet.from_answers([("Shall I? (A) yes (B) no", "(A)", "(B)")] * 3)
+    note = readout_note(long, "last")
+    assert note is not None
+    assert "--readout response_mean" in note
+    assert readout_note(long, "response_mean") is None
+    assert readout_note(short, "last") is None
