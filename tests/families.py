@@ -297,6 +297,17 @@ FURTHER_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma4",
         {**GROUPED, **WINDOWS, "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
     ),
+    "gemma4_kv_shared": (  # the last block reads the keys and values of one before it
+        "Gemma4",
+        {
+            **GROUPED,
+            **WINDOWS,
+            "head_dim": 8,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 1,
+        },
+    ),
     # State spaces, convolutions and linear attention, alone and between blocks of attention.
     "mamba2": ("Mamba2", {**SIZES, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 4}),
     "falcon_mamba": ("FalconMamba", {**SIZES, "state_size": 8}),
