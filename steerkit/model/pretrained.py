@@ -84,6 +84,8 @@ def load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     # False, not absent: absent asks the user on stdin.
     options = {"trust_remote_code": False, **options}
     places = {key: value for key, value in options.items() if key not in _OF_WEIGHTS}
+    if options.get("local_files_only"):  # asked for one by one: the search for adapters does not take it over
+        options["adapter_kwargs"] = {"local_files_only": True}
     with quiet():
         if "quantization_config" in options and "gguf_file" not in options:
             options = for_checkpoint(AutoConfig.from_pretrained(source, **places), source, options)
