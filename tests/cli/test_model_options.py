@@ -28,7 +28,7 @@ GIVEN = ModelChoice(
     attn="eager",
     trust_remote_code=True,
 )
-LOADS_NONE = {"inspect", "methods", "recipes"}
+LOADS_NONE = {"fetch", "inspect", "methods", "recipes"}
 
 
 def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
