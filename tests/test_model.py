@@ -469,7 +469,7 @@ def test_broken_gguf(tmp_path: Path, content: bytes | None) -> None:
         content = write_gguf(tmp_path / "whole.gguf").read_bytes()[:-5000]
     file.write_bytes(content)
     with pytest.raises(ModelError, match="cannot be read as GGUF") as caught:
-        steerkit.load_model(str(file))
+        steerkit.load_model(str(file), cache_dir=tmp_path / "cache")
     assert str(file) in one_line(caught)
 
 
@@ -606,6 +606,20 @@ def in_pieces(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     entry = aliases.Embedded("tiny_pieces", "pip install tiny-pieces", "org/x", parts, digest, "Terms: be kind.", 1)
     monkeypatch.setattr(loading, "ALIASES", {**loading.ALIASES, ALIAS: entry})
     return pieces
+
+
+def test_a_file_is_parsed_once(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, path: Any, *more: Any) -> None:
+            parsed.append(path)
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    steerkit.load_model(packaged)
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counting
 
 
 def test_pieces_of_a_file_are_joined_and_converted_once(
