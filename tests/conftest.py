@@ -34,6 +34,23 @@ def pytest_configure() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def _the_cpu_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared to the last bit is computed on the CPU, wherever the tests run."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr("steerkit.model.placement.devices", lambda: ["cpu"])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def what_is_loaded_is_out_of_the_collector_s_sight() -> None:
     """Modules and models that stay are looked through no more: with all tests collected that takes half a second.
@@ -49,7 +66,18 @@ def embedded() -> tuple[Any, Any]:
     """The embedded chat model and its tokenizer."""
     import steerkit
 
-    return steerkit.load_model()
+    return steerkit.load_model(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> tuple[Any, Any]:
+    """Gemma 3 270M and its tokenizer: massive activations, norms behind attention and MLP, no chat template."""
+    import steerkit
+    from steerkit.model import ALIASES, embedded_gguf
+
+    if not embedded_gguf(ALIASES["gemma3-270m"]):
+        pytest.skip("gemma3-270m is not installed; `steerkit fetch gemma3-270m` brings it")
+    return steerkit.load_model("gemma3-270m", device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ def _hear_interrupts() -> None:
 def start(*words: object, **options: Any) -> subprocess.Popen[str]:
     """Start the program as a process."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": str(WIDTH)}
+    env["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "steerkit", *map(str, words)]
     # A shell that runs the tests in the background makes its children ignore Ctrl-C.
     return subprocess.Popen(command, env=env, text=True, preexec_fn=_hear_interrupts, **options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -188,7 +191,7 @@ def test_conversion_is_announced(packaged: Path, caplog: pytest.LogCaptureFixtur
         steerkit.load_model(ALIAS)
         steerkit.load_model(ALIAS)
     assert [record.message for record in caplog.records] == [
-        "converting the embedded model once (about 20 s): Tiny.F32.gguf"
+        "converting Tiny.F32.gguf once, into a form that loads fast"
     ]
 
 
@@ -294,7 +297,7 @@ def test_wrong_options_do_not_count_as_damage(packaged: Path, conversions: list[
 def test_threads_convert_once(packaged: Path, conversions: list[Path]) -> None:
     folders: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: folders.append(conversion._converted(ALIAS, packaged, None))) for _ in range(4)
+        threading.Thread(target=lambda: folders.append(conversion.converted(ALIAS, (packaged,)))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -320,7 +323,7 @@ def test_killed_conversion_blocks_nobody(packaged: Path) -> None:
         "    folder.mkdir(parents=True); (folder / 'model.safetensors').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "conversion._convert = convert\n"
-        f"conversion._converted({ALIAS!r}, pathlib.Path({str(packaged)!r}), None)"
+        f"conversion.converted({ALIAS!r}, (pathlib.Path({str(packaged)!r}),))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(steerkit.__file__).parents[1], check=False)
     assert done.returncode == -9
@@ -466,7 +469,7 @@ def test_broken_gguf(tmp_path: Path, content: bytes | None) -> None:
         content = write_gguf(tmp_path / "whole.gguf").read_bytes()[:-5000]
     file.write_bytes(content)
     with pytest.raises(ModelError, match="cannot be read as GGUF") as caught:
-        steerkit.load_model(str(file))
+        steerkit.load_model(str(file), cache_dir=tmp_path / "cache")
     assert str(file) in one_line(caught)
 
 
@@ -515,7 +518,7 @@ def test_alias_without_its_package_takes_the_hub(packaged: Path, saved: Path, mo
     ("name", "kind", "message"),
     [
         ("smollm2-135", UnknownNameError, "did you mean 'smollm2-135m'"),
-        ("gpt", UnknownNameError, "org/name"),
+        ("gpt", UnknownNameError, "no alias, folder or file, nor found on the hub"),
         ("x.gguf", ModelError, "no such file"),
         ("/no/such/folder", ModelError, "no such folder"),
         ("./nothing", ModelError, "no such folder"),
@@ -528,6 +531,123 @@ def test_alias_without_its_package_takes_the_hub(packaged: Path, saved: Path, mo
 def test_mistaken_names(name: str, kind: type[SteerError], message: str) -> None:
     with pytest.raises(kind, match=message) as caught:
         steerkit.load_model(name)
+    one_line(caught)
+
+
+@pytest.fixture
+def downloaded(saved: Path, tmp_path: Path) -> Path:
+    """A hub cache that holds the models `gpt2` and `org/gpt2`."""
+    cache = tmp_path / "hub"
+    for name in ("gpt2", "org--gpt2"):
+        folder = cache / f"models--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(saved, folder / "snapshots" / ("0" * 40))
+    return cache
+
+
+def test_a_bare_hub_name_is_a_name(downloaded: Path) -> None:
+    for name in ("gpt2", "org/gpt2"):
+        assert steerkit.load_model(name, cache_dir=downloaded)[0].config.num_hidden_layers == 4
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(downloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(_seconds: float) -> None:
+        raise AssertionError("the client waits, to ask again")
+
+    asked: list[str] = []
+    ask = huggingface_hub.get_hf_file_metadata
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: asked.append(url) or ask(url))
+    nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    monkeypatch.setattr("time.sleep", waits)
+    assert steerkit.load_model("gpt2", cache_dir=downloaded)[0].config.num_hidden_layers == 4
+    with pytest.raises(UnknownNameError, match="unknown model 'smollm2-135'; did you mean 'smollm2-135m'") as caught:
+        steerkit.load_model("smollm2-135", cache_dir=downloaded)
+    one_line(caught)
+    assert asked == [f"http://127.0.0.1:9/{name}/resolve/main/config.json" for name in ("gpt2", "smollm2-135")]
+
+
+def test_a_gguf_file_is_converted_once_wherever_it_lies(
+    packaged: Path, conversions: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, tokenizer = steerkit.load_model(packaged)
+    (tmp_path / "elsewhere").mkdir()
+    again, _ = steerkit.load_model(shutil.copy(packaged, tmp_path / "elsewhere"))
+    assert len(conversions) == 1
+    assert Path(again.name_or_path).name == "Tiny.F32"
+    assert (first.dtype, tokenizer.chat_template) == (torch.float32, TEMPLATE)
+    assert torch.equal(first.lm_head.weight, again.lm_head.weight)
+    for dtype in ("float16", "bfloat16", "float32", "auto"):
+        assert str(steerkit.load_model(packaged, dtype=dtype)[0].dtype).endswith(dtype.replace("auto", "float32"))
+    write_gguf(tmp_path / "elsewhere" / packaged.name, seed=1)
+    other, _ = steerkit.load_model(tmp_path / "elsewhere" / packaged.name)
+    assert len(conversions) == 2
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+    assert len(cached(packaged)) == 2
+
+
+@pytest.fixture
+def in_pieces(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The same model in three pieces, each in a package of its own, and terms that have to be accepted."""
+    content, site = packaged.read_bytes(), packaged.parents[1]
+    third = len(content) // 3
+    pieces = []
+    for number in range(3):
+        folder = site / f"tiny_pieces_{number}" / "data"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").write_text("raise RuntimeError('the package was imported')")
+        piece = folder / f"Tiny.F32.gguf.part0{number}"
+        piece.write_bytes(content[number * third : None if number == 2 else (number + 1) * third])
+        pieces.append(piece)
+    digest = hashlib.sha256(content).hexdigest()
+    parts = tuple(f"tiny_pieces_{number}" for number in range(3))
+    entry = aliases.Embedded("tiny_pieces", "pip install tiny-pieces", "org/x", parts, digest, "Terms: be kind.", 1)
+    monkeypatch.setattr(loading, "ALIASES", {**loading.ALIASES, ALIAS: entry})
+    return pieces
+
+
+def test_a_file_is_parsed_once(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[str] = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, path: Any, *more: Any) -> None:
+            parsed.append(path)
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    steerkit.load_model(packaged)
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counting
+
+
+def test_pieces_of_a_file_are_joined_and_converted_once(
+    in_pieces: list[Path], packaged: Path, conversions: list[Path]
+) -> None:
+    joined, _ = steerkit.load_model(ALIAS)
+    steerkit.load_model(ALIAS)
+    assert len(conversions) == 1
+    whole, _ = steerkit.load_model(packaged)
+    assert torch.equal(joined.lm_head.weight, whole.lm_head.weight)
+    assert not list((packaged.parents[2] / "cache").rglob("*.gguf"))  # the joined file does not stay
+
+
+def test_pieces_of_another_file_are_refused(in_pieces: list[Path], packaged: Path) -> None:
+    in_pieces[1].write_bytes(in_pieces[1].read_bytes()[::-1])
+    with pytest.raises(ModelError, match="is not what it should be") as caught:
+        steerkit.load_model(ALIAS)
+    one_line(caught)
+    assert cached(packaged) == []
+
+
+def test_a_model_with_terms_is_fetched_by_nobody_unasked(
+    in_pieces: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pieces[2].unlink()
+    monkeypatch.setattr(loading, "_from_hub", lambda *_args, **_options: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelError, match=f"{ALIAS}: is not here yet; `steerkit fetch {ALIAS}`") as caught:
+        steerkit.load_model(ALIAS)
     one_line(caught)
 
 

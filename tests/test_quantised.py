@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,13 @@ from steerkit.checks.planning import plan
 from steerkit.errors import ModelError, SiteError, SteerError
 from steerkit.export import bake, write_adapter
 from steerkit.methods import _registry as registry
+from steerkit.model import describe
 from steerkit.monitor import Monitor
 from steerkit.network.decoder import inner_model
 from steerkit.network.plain_weights import hidden_weight
 from tests.families import FAMILIES, VOCAB, build
 from tests.methods.test_every_method import data_for
-from tests.quantised import KINDS, quantised
+from tests.quantised import BY_CONFIG, KINDS, llama, quantised
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 from tests.tolerances import gap, tolerance
 
@@ -32,6 +37,7 @@ TOKENIZER = byte_tokenizer(CHATML)
 METHODS = {"caa": {}, "ablation": {"writes": "every"}, "selective": {}, "austeer": {}, "steer2edit": {}}
 COVERING = [("bnb4", "steer2edit"), ("bnb8", "selective"), ("torchao", "steer2edit"), ("quanto", "austeer")]
 COVERING += [("quanto_unfrozen", "steer2edit"), ("dynamic", "ablation"), ("torchao_config", "ablation")]
+COVERING += [("bnb4_config", "ablation"), ("bnb8_config", "steer2edit"), ("quanto_config", "selective")]
 
 
 @torch.no_grad()
@@ -115,7 +121,7 @@ def test_weights_are_changed_exactly_or_not_at_all(kind: str, name: str, tmp_pat
     found = check_changes(kind, name, tmp_path)
     if found:
         assert found["edited"] == "ModelError", found
-    if kind in ("torchao", "quanto", "quanto_unfrozen"):
+    if kind in ("torchao", "quanto", "quanto_unfrozen", *(one for one in BY_CONFIG if one != "torchao_config")):
         assert found["adapter"] is True
 
 
@@ -151,3 +157,48 @@ def test_doctor_passes_or_says_why(kind: str, tmp_path: Path) -> None:
 def test_weights_of_ordinary_models_are_plain(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert hidden_weight(inner_model(build(family)).to(dtype)) is None
+
+
+# --- by load_model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ordinary model as a folder."""
+    folder = tmp_path_factory.mktemp("plain") / "llama"
+    llama().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("asked", "told"), [("4bit", "4 bit"), ("8bit", "8 bit")])
+def test_a_model_is_quantised_while_it_is_loaded(asked: Any, told: str, plain: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    model, _ = steerkit.load_model(plain, device="cpu", dtype="bfloat16", quantize=asked)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert type(layer).__name__ == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[asked]
+    assert getattr(layer, "compute_dtype", torch.bfloat16) is torch.bfloat16
+    assert describe(model) == f"on cpu, bfloat16, {told}"
+    assert hidden_weight(inner_model(model)) is not None
+    vector = fitted(model, "caa")
+    before = logits(model)
+    with steerkit.steer(model, vector, 2.0):
+        assert not torch.equal(logits(model), before)
+
+
+def test_what_is_quantised_already_is_refused(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "packed")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="packed: is quantised already; leave quantize out") as caught:
+        steerkit.load_model(tmp_path / "packed", device="cpu", quantize="4bit")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_quantiser_names_its_extra(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(ModelError, match=r"quantize '4bit' needs bitsandbytes; pip install 'steerkit-hf\[quantised\]'"):
+        steerkit.load_model(plain, quantize="4bit")

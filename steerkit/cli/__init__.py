@@ -21,6 +21,7 @@ from steerkit.cli import (
     explain,
     export,
     extract,
+    fetch,
     generate,
     inspect,
     interference,
@@ -65,6 +66,7 @@ for _command in (
     bake,
     export,
     lm_eval,
+    fetch,
     methods,
     recipes,
 ):

