@@ -16,7 +16,10 @@ from typing import Any, get_args, get_type_hints
 
 from typer.models import OptionInfo
 
-from steerkit.cli._model import PANEL, ModelChoice
+from steerkit.cli._data import PANEL as DATA
+from steerkit.cli._data import DataChoice
+from steerkit.cli._model import PANEL as MODEL
+from steerkit.cli._model import ModelChoice
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -36,9 +39,21 @@ Every command that loads a model has these, and the table `[model]` of a recipe 
 first. Which device was chosen is said on stderr: [devices](../how-to/devices.md).
 
 {model}
+
+## Data options
+
+Commands that fit or measure on pairs take them from a file of yours: [your own data](../how-to/your-own-data.md).
+
+{data}
 """
 
 _HEAD = ("| | what | default |", "| --- | --- | --- |")
+# Of a group of options the first is shown at a command; in the place of the others stands a link.
+_SHOWN = ("model", "data")
+_LINKED = {
+    "device": "| [model options](#model-options) | Revision, device, precision, quantisation, ... |  |",
+    "positive": "| [data options](#data-options) | Two files of prompts, columns, labels, what is held out, ... |  |",
+}
 _ANY = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 _SITES = """# Sites by family
@@ -95,9 +110,7 @@ def command_line() -> str:
     """The page of the command line, from the program itself."""
     from steerkit.cli import app
 
-    hints = get_type_hints(ModelChoice, include_extras=True)
-    rows = [_parameter(inspect.Parameter(name, _ANY, default=None), hint) for name, hint in hints.items()]
-    parts = [_COMMAND_LINE.format(model="\n".join([*_HEAD, *rows]))]
+    parts = [_COMMAND_LINE.format(model=_group(ModelChoice), data=_group(DataChoice))]
     parts += [_command(f"steerkit {_name(one)}", one.callback) for one in app.registered_commands]
     for group in app.registered_groups:
         assert group.typer_instance is not None
@@ -106,6 +119,13 @@ def command_line() -> str:
             for one in group.typer_instance.registered_commands
         ]
     return "\n".join(parts)
+
+
+def _group(kind: type) -> str:
+    """The table of a group of options."""
+    hints = get_type_hints(kind, include_extras=True)
+    rows = [_parameter(inspect.Parameter(name, _ANY, default=None), hint) for name, hint in hints.items()]
+    return "\n".join([*_HEAD, *rows])
 
 
 def _name(command: Any) -> str:
@@ -119,11 +139,11 @@ def _command(name: str, run: Any) -> str:
     hints = get_type_hints(run, include_extras=True)
     rows = []
     for name, one in inspect.signature(run).parameters.items():
-        is_shared = get_args(hints[name])[1].rich_help_panel == PANEL
-        if not is_shared or name == "model":
+        panel = get_args(hints[name])[1].rich_help_panel
+        if panel not in (MODEL, DATA) or name in _SHOWN:
             rows.append(_parameter(one, hints[name]))
-        elif name == "device":
-            rows.append("| [model options](#model-options) | Revision, device, precision, quantisation, ... |  |")
+        elif name in _LINKED:
+            rows.append(_LINKED[name])
     if rows:
         lines += [*_HEAD, *rows, ""]
     return "\n".join(lines)

@@ -31,6 +31,7 @@ from steerkit.cli import (
     monitor,
     persona,
     plan,
+    recipe,
     recipes,
     report,
     sweep,
@@ -72,6 +73,7 @@ for _command in (
 ):
     app.command(_command.__name__.rpartition(".")[2].replace("_", "-"), help=paragraphs(_command.run))(_command.run)
 app.add_typer(persona.app, name="persona")
+app.add_typer(recipe.app, name="recipe")
 
 
 def _show_version(wanted: bool) -> None:

@@ -29,6 +29,7 @@ GIVEN = ModelChoice(
     trust_remote_code=True,
 )
 LOADS_NONE = {"fetch", "inspect", "methods", "recipes"}
+NAMES_ONE = {"recipe new"}  # writes down what a later command loads
 
 
 COMMANDS = dict(commands())
@@ -119,7 +120,7 @@ class Stopped(SteerError):
 
 
 def test_there_are_words_for_every_command() -> None:
-    assert {name for name in COMMANDS if name not in LOADS_NONE} == set(WORDS)
+    assert {name for name in COMMANDS if name not in LOADS_NONE | NAMES_ONE} == set(WORDS)
 
 
 @pytest.mark.parametrize("name", WORDS)

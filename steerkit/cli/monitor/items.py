@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from steerkit.errors import SteerError
     from steerkit.prompts.files.columns import Columns
 
 __all__ = ["KEYS", "Item", "check_column", "items_of", "prompts_of", "streamed"]
@@ -66,24 +65,28 @@ def items_of(data: str, columns: Columns) -> tuple[list[Item], bool]:
     return found, rows.is_table
 
 
-def streamed(columns: Columns) -> Iterator[tuple[int, Item | SteerError]]:
-    """The lines of stdin, one at a time, as soon as they are there.
+def streamed(read: Callable[[Item], Item]) -> Iterator[Item]:
+    """Answer the lines of stdin, one at a time, as soon as they are there.
 
     Args:
-        columns: names of columns that are not the usual ones.
+        read: makes the answer to an item.
 
     Yields:
-        The number of each line that is not blank, and its item, or what is wrong with it.
+        The answer to each line that is not blank: what `read` makes of it, or its number (and `id`) with what is wrong.
     """
     from steerkit.errors import SteerError
 
     for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
         if not line.strip():
             continue
+        value: Any = None
         try:
-            yield number, _item(_parsed(line), columns)
+            value = _parsed(line)
+            answer = read(_as_item(value))
         except SteerError as error:
-            yield number, error
+            known = {"id": value["id"]} if isinstance(value, dict) and "id" in value else {}
+            answer = {**known, "line": number, "error": str(error)}
+        yield answer
 
 
 def _parsed(line: bytes | str) -> Any:
@@ -102,15 +105,24 @@ def _parsed(line: bytes | str) -> Any:
     return json_value(text.strip())
 
 
+def _as_item(value: Any) -> Item:
+    """A row as an object.
+
+    Args:
+        value: a prompt, a chat, or an object.
+    """
+    return value if isinstance(value, dict) else {"prompt" if isinstance(value, str) else "messages": value}
+
+
 def _item(value: Any, columns: Columns, *, is_table: bool = False) -> Item:
-    """A row as an item, with the names that items have; what it says else stays.
+    """A row as an item; what it says besides stays.
 
     Raises:
         DataError: it is no item.
     """
     from steerkit.monitor.items import conversation_of
 
-    item = value if isinstance(value, dict) else {"prompt" if isinstance(value, str) else "messages": value}
+    item = _as_item(value)
     conversation_of(item, columns, is_table=is_table)
     return {**item, **{key: _number(item[key]) for key in ("score", "label") if key in item}} if is_table else item
 

@@ -51,26 +51,19 @@ def score_stream(asked: Asked, *, raw: bool) -> None:
         asked: the call.
         raw: leave prompts as they are, without the chat template.
     """
+    from steerkit.errors import DataError
+
     monitor = _monitor(asked)
-    for number, item in streamed(asked.columns):
-        print_item(_answered(asked, monitor, number, item, raw=raw))
-        sys.stdout.flush()
 
-
-def _answered(asked: Asked, monitor: Monitor, number: int, item: Item | Exception, *, raw: bool) -> Item:
-    """A line's answer."""
-    from steerkit.errors import DataError, SteerError
-
-    name, row = asked.column or "projection", item if isinstance(item, dict) else {}
-    try:
-        if isinstance(item, Exception):
-            raise item
+    def read(item: Item) -> Item:
         if asked.column in item:
             raise DataError(f"the item has a key {asked.column!r}; give another --column")
         (value,) = plain(monitor.score(asked.texts([item], raw=raw)))
-    except SteerError as error:
-        return {**{key: row[key] for key in ("id",) if key in row}, "line": number, "error": str(error)}
-    return {**row, name: value}
+        return {**item, asked.column or "projection": value}
+
+    for answer in streamed(read):
+        print_item(answer)
+        sys.stdout.flush()
 
 
 def _monitor(asked: Asked) -> Monitor:
