@@ -25,6 +25,7 @@ from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.steering.strengths import Strength, strength_value, vectors_of
 from steerkit.tokens.scope import Scope
+from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["generate"]
@@ -92,7 +93,8 @@ def generate(
         Scope.parse(scope)
     roles = Roles(tokenizer)
     asked = [Conversation.of(prompt, raw=raw and isinstance(prompt, str)) for prompt in prompts]
-    rendered = [render(tokenizer, one, chat_template_kwargs=chat_template_kwargs) for one in asked]
+    spoken = as_fitted(vectors, tokenizer, chat_template_kwargs)
+    rendered = [render(tokenizer, one, chat_template_kwargs=spoken) for one in asked]
     decoder, pad = find_decoder(model), pad_token_id(tokenizer)
     device = execution_device(decoder)
     settings = _settings(pad, max_new_tokens, options, drawn_by_row=seeds is not None)

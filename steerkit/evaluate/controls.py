@@ -35,6 +35,7 @@ from steerkit.methods._subject import Subject
 from steerkit.network.decoder import find_decoder
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.likeness import Turns, turns_of
+from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["FEWEST", "refits", "refits_of"]
@@ -89,6 +90,7 @@ def refits(
     _check_items(len(data.positive), len(data.negative))
     vector.check(model, tokenizer)
     readout: Any = Readout.parse(vector.readout or method.readout)
+    chat_template_kwargs = as_fitted([vector], tokenizer, chat_template_kwargs)
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     items, longest = (method.contrast(data), method.longest_text) if isinstance(method, PreparesData) else (data, None)
     acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)

@@ -21,9 +21,10 @@ from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import SIDES, Conversation
-from steerkit.prompts.rendering import Rendered, render
+from steerkit.prompts.rendering import ANSWER_SEPARATOR, Rendered, answer_separator, render
 from steerkit.prompts.splitting import half_of
 from steerkit.steering.strengths import vectors_of
+from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Setup", "shared_system"]
@@ -60,6 +61,8 @@ class Setup:
     """Scores of the baseline model, by scorer: they do not change with the strength."""
     predicted: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False)
     """Logits of the baseline model for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
+    _otherwise: dict[str, Setup] = field(init=False, default_factory=dict, repr=False)
+    """The same setup with other separators between prompts and answers, for vectors that were fitted so."""
 
     def trial(
         self,
@@ -86,7 +89,18 @@ class Setup:
                     raise StrengthError(
                         f"strength {strength:g} beside a vector that carries its own ({one.strength}); give one of both"
                     )
-        return Trial(self, vector, strength, scope, unit)
+        return Trial(self._as_fitted(vector), vector, strength, scope, unit)
+
+    def _as_fitted(self, vector: SteeringVector | Sequence[SteeringVector] | None) -> Setup:
+        """The setup with prompts and answers joined as when a vector was fitted; itself where they are already."""
+        vectors = [] if vector is None else vectors_of(vector)
+        wanted = answer_separator(self.tokenizer, as_fitted(vectors, self.tokenizer, self.chat_template_kwargs))
+        if wanted is None or wanted == answer_separator(self.tokenizer, self.chat_template_kwargs):
+            return self
+        if wanted not in self._otherwise:
+            options = {**(self.chat_template_kwargs or {}), ANSWER_SEPARATOR: wanted}
+            self._otherwise[wanted] = replace(self, chat_template_kwargs=options)
+        return self._otherwise[wanted]
 
     @cached_property
     def baseline(self) -> Trial:

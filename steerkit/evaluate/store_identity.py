@@ -16,6 +16,7 @@ import steerkit
 from steerkit.evaluate.setup import Setup
 from steerkit.fitting.fitting import tokenizer_digest
 from steerkit.network.decoder import inner_model
+from steerkit.prompts.rendering import ANSWER_SEPARATOR, answer_separator
 from steerkit.vector.model_identity import model_facts
 
 __all__ = ["digest_of", "environment", "setup_identity", "weights_digest"]
@@ -43,6 +44,7 @@ def setup_identity(setup: Setup) -> dict[str, Any]:
         Plain data: weights, precision, revision, template, vocabulary, library versions, and every text.
     """
     model = inner_model(setup.model)
+    separator = answer_separator(setup.tokenizer, setup.chat_template_kwargs)
     config: Any = getattr(model, "config", None)
     generation: Any = getattr(model, "generation_config", None)
     return {
@@ -54,6 +56,7 @@ def setup_identity(setup: Setup) -> dict[str, Any]:
         "dtype": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "tokenizer_sha256": tokenizer_digest(setup.tokenizer),
         "chat_template_kwargs": dict(setup.chat_template_kwargs or {}),
+        **({} if separator is None else {ANSWER_SEPARATOR: separator}),
         "environment": environment(),
         "data": None if setup.data is None else setup.data.digest,
         "prompts": None if setup.prompts is None else [astuple(prompt) for prompt in setup.asked],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site, parse_layers
 from steerkit.network.tap import Tap, locate
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.rendering import answer_separator, warn_of_separator
 from steerkit.prompts.splitting import warn_of_known_items
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
@@ -74,7 +76,8 @@ def fit(
         FitError: the sides do not differ, or activations are not finite; the site is named.
 
     Warns:
-        UserWarning: a held-out item asks what an item of the data asks.
+        UserWarning: a held-out item asks what an item of the data asks, or the model has no chat template and items
+            have answers: it says what stands before them.
     """
     chosen = _method(method, settings)
     if not isinstance(data, ContrastSet):
@@ -95,6 +98,7 @@ def fit(
         readout=reading,
         progress=progress,
     )
+    warn_of_separator(tokenizer, (*data.positive, *data.negative), chat_template_kwargs)
     if acts is None:
         _refuse_unread(chosen, readout, held_out)
         if chosen.readout is not None:
@@ -102,6 +106,7 @@ def fit(
                 model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, progress
             )
     vector = _vector(chosen, subject, acts, model, taps, tokenizer)
+    vector = replace(vector, answer_separator=answer_separator(tokenizer, chat_template_kwargs))
     if held_out is None or acts is None:
         return vector
     from steerkit.fitting.held_out import separation

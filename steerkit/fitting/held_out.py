@@ -22,6 +22,7 @@ from steerkit.network.sites import Site
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import Rendered
+from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["apart", "record_steered", "separation"]
@@ -55,6 +56,7 @@ def separation(
         DataError: an item has no token to be read.
     """
     method = resolve(vector.method).from_settings(vector.settings)
+    chat_template_kwargs = as_fitted([vector], tokenizer, chat_template_kwargs)
     acts = record(
         model,
         tokenizer,

@@ -42,6 +42,7 @@ from steerkit.network.tap import locate
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
 from steerkit.tokens.clock import PassClock
+from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -98,7 +99,11 @@ class Monitor:
         self.model, self.tokenizer, self.vector = model, tokenizer, vector
         self.read, self.kind, self.calibrated = read, kind, calibrated
         self._setup = Setup(
-            model, tokenizer, neutral=neutral, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+            model,
+            tokenizer,
+            neutral=neutral,
+            batch_size=batch_size,
+            chat_template_kwargs=as_fitted([vector], tokenizer, chat_template_kwargs),
         )
         self._directions = directions_of(vector, sites)
         self.decoder: Decoder = find_decoder(model)

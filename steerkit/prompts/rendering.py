@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import reprlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -26,9 +26,21 @@ if TYPE_CHECKING:
 
     from steerkit.prompts.conversation import Message
 
-__all__ = ["Rendered", "has_chat_template", "opens_thought", "render", "spread"]
+__all__ = [
+    "ANSWER_SEPARATOR",
+    "Rendered",
+    "answer_separator",
+    "has_chat_template",
+    "opens_thought",
+    "render",
+    "spread",
+    "warn_of_separator",
+]
 
 Item = TypeVar("Item")
+# The option that says what stands between prompt and answer where there is no chat template, and its default.
+ANSWER_SEPARATOR = "answer_separator"
+_SEPARATOR = "\n"
 # Stands for the answer where the template is asked what it writes before one: nothing in it for a template to rewrite.
 _PROBE = "answer"
 # Stands for a message whose place in the text is looked for: a character of no script.
@@ -76,6 +88,52 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def answer_separator(
+    tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, object] | None = None
+) -> str | None:
+    """What stands between a prompt and its answer; None where a chat template says it.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        chat_template_kwargs: may hold `answer_separator`; a line break by default.
+
+    Raises:
+        DataError: it is no text.
+    """
+    if has_chat_template(tokenizer):
+        return None
+    given = (chat_template_kwargs or {}).get(ANSWER_SEPARATOR, _SEPARATOR)
+    if not isinstance(given, str):
+        raise DataError(f"{ANSWER_SEPARATOR}: give a text, such as a line break or '', got {reprlib.repr(given)}")
+    return given
+
+
+def warn_of_separator(
+    tokenizer: PreTrainedTokenizerBase,
+    items: Iterable[Conversation],
+    chat_template_kwargs: Mapping[str, object] | None = None,
+) -> None:
+    """Say what stands between prompts and answers where no chat template does.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        items: what will be rendered.
+        chat_template_kwargs: may hold `answer_separator`.
+
+    Warns:
+        UserWarning: some item has an answer, and is not raw.
+    """
+    separator = answer_separator(tokenizer, chat_template_kwargs)
+    if separator is None or not any(item.answer is not None and not item.raw for item in items):
+        return
+    behind = f"behind {separator!r}" if separator else "with nothing between"
+    warnings.warn(
+        f"{_name(tokenizer)} has no chat template: answers follow their prompts {behind}; raw prompts and answers are "
+        "joined as they stand",
+        stacklevel=1,  # the same place for all, so that it is said once
+    )
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
@@ -87,17 +145,18 @@ def render(
     With a chat template the prompt's text is what the template writes with a generation prompt, and the answer follows
     verbatim. Whitespace that the template puts before every answer ("[/INST] answer") is kept, and so is the header of
     the assistant's turn where the template has no generation prompt and writes it only together with the turn. The
-    template brings its own special tokens. Without a chat template, or for a raw prompt, prompt and answer are joined
-    as they stand and the tokenizer adds its special tokens: never a second BOS, never a closing EOS. The tokenizer is
-    not changed. Where the generation prompt opens a thought, an answer that does not close it follows the prompt as it
-    stands in a history, outside of any thought; and where the template writes in channels, an answer without any stands
-    behind the header of the final one.
+    template brings its own special tokens. Without a chat template a line break stands between prompt and answer, or
+    what `chat_template_kwargs` holds as ``answer_separator``, unless the prompt ends in white space or the answer
+    begins with it; a raw prompt and its answer are joined as they stand. There the tokenizer adds its special tokens:
+    never a second BOS, never a closing EOS. The tokenizer is not changed. Where the generation prompt opens a thought,
+    an answer that does not close it follows the prompt as it stands in a history, outside of any thought; and where the
+    template writes in channels, an answer without any stands behind the header of the final one.
 
     Args:
         tokenizer: the model's tokenizer.
         conversation: what to render.
-        chat_template_kwargs: what the template itself reads, such as ``{"enable_thinking": False}``; not used where no
-            template is.
+        chat_template_kwargs: what the template itself reads, such as ``{"enable_thinking": False}``; where no template
+            is, only ``answer_separator`` is used.
 
     Returns:
         The text, its ids and offsets, and the length of the prompt in tokens.
@@ -112,10 +171,15 @@ def render(
             text with blank lines between them.
     """
     is_chat = has_chat_template(tokenizer) and not conversation.raw
-    options = dict(chat_template_kwargs or {})
+    separator = answer_separator(tokenizer, chat_template_kwargs)
+    options = {name: value for name, value in (chat_template_kwargs or {}).items() if name != ANSWER_SEPARATOR}
     if not is_chat:
         _warn_of_plain_text(tokenizer, conversation)
     prompt = _prompt(tokenizer, conversation, options)
+    if separator and not conversation.raw and conversation.answer is not None:
+        touching = prompt[-1:] + conversation.answer[0]
+        if prompt and not any(map(str.isspace, touching)):
+            prompt += separator
     said = _assistant_spans(tokenizer, conversation, options, prompt)
     text = prompt + (conversation.answer or "")
     ids, offsets, added = _tokenise(tokenizer, text, is_chat=is_chat)

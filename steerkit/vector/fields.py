@@ -29,6 +29,12 @@ def _clean_text(value: Any) -> str:
     return value
 
 
+def _clean_verbatim(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"must be a text, got {value!r}")
+    return value
+
+
 def _clean_count(value: Any) -> int:
     if whole_number(value) < 1:
         raise ValueError(f"must be at least 1, got {value!r}")
@@ -73,6 +79,7 @@ def _site_keys(text: str) -> dict[Site, Any]:
 
 
 _TEXT = _Codec(_clean_text, str, str)
+_VERBATIM = _Codec(_clean_verbatim, json.dumps, lambda text: _clean_verbatim(json.loads(text)))
 _WHOLE = _Codec(whole_number, str, int)
 _COUNT = _Codec(_clean_count, str, int)
 _STRENGTH = _Codec(lambda value: checked_strength("suggested_strength", value), repr, float)
@@ -111,6 +118,7 @@ CODECS: Mapping[str, _Codec] = MappingProxyType(
         "model_revision": _TEXT,
         "chat_template_sha256": _TEXT,
         "tokenizer_sha256": _TEXT,
+        "answer_separator": _VERBATIM,
         "readout": _TEXT,
         "data_digest": _TEXT,
         "data_source": _TEXT,

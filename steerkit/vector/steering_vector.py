@@ -62,6 +62,8 @@ class SteeringVector:
         model_revision: commit of the hub repository.
         chat_template_sha256: digest of the chat template the prompts were rendered with.
         tokenizer_sha256: digest of the vocabulary.
+        answer_separator: what stood between prompt and answer where there was no chat template; None where there was
+            one, and in files from before it was recorded, whose answers followed at once.
         readout: which tokens were read.
         data_digest: digest of the contrast set.
         data_source: where the contrast set came from.
@@ -110,6 +112,7 @@ class SteeringVector:
     model_revision: str | None = None
     chat_template_sha256: str | None = None
     tokenizer_sha256: str | None = None
+    answer_separator: str | None = None
     readout: str | None = None
     data_digest: str | None = None
     data_source: str | None = None

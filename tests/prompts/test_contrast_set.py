@@ -310,7 +310,7 @@ def test_tokens_of_spaces_belong_to_the_answer_even_where_offsets_are_trimmed(tr
 
 def test_several_tokens_of_one_character_all_belong_to_the_side_the_character_is_on():
     tokenizer = byte_tokenizer(None, merges=False)
-    rendered = render(tokenizer, Conversation("é", answer="漢é"))
+    rendered = render(tokenizer, Conversation("é", answer="漢é", raw=True))
     assert rendered.prompt_length == 1 + 2
     assert rendered.offsets[3:] == ((1, 2), (1, 2), (1, 2), (2, 3), (2, 3))
 

@@ -243,6 +243,7 @@ CHANGED: dict[str, Any] = {
     "norms": {POST: 52.500001},
     "suggested_strength": 2.0,
     "model_id": "org/model2",
+    "answer_separator": " ",
     "model_revision": "abd",
     "chat_template_sha256": "5" * 64,
     "tokenizer_sha256": "6" * 64,
