@@ -59,7 +59,7 @@ def check_together(*, device: Any, device_map: Any, dtype: torch.dtype | str | N
             f"device {str(device)!r} with device_map {device_map!r}: one device or a map over several; give one of them"
         )
     if quantize is not None and quantize not in QUANTISED:
-        raise ModelError(f"quantize {quantize!r}: {near_miss(str(quantize), QUANTISED)}")
+        raise ModelError(f"quantize {quantize!r}: there are {' and '.join(QUANTISED)}")
     if isinstance(dtype, str) and dtype != "auto":
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:

@@ -45,7 +45,9 @@ def from_folder(folder: Path, options: Mapping[str, Any]) -> tuple[Any, Any]:
     except SteerError:
         raise
     except Exception as error:
-        raise ModelError(f"{folder}: cannot be loaded ({first_line(error)}); save the model there again") from error
+        asked = ", ".join(name for name in _OF_WEIGHTS if name in options)
+        ways = f"leave {asked} out, or save the model there again" if asked else "save the model there again"
+        raise ModelError(f"{folder}: cannot be loaded ({first_line(error)}); {ways}") from error
 
 
 def from_gguf(file: Path) -> tuple[Any, Any]:
