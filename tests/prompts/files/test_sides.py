@@ -147,6 +147,12 @@ def test_calls_of_tools_go_to_the_template() -> None:
         read_prompts(written({"messages": turns[:2]}))
 
 
+def test_declarations_of_tools_are_told_of_and_not_read() -> None:
+    row = {"messages": [USER], "tools": [{"type": "function", "function": {"name": "w"}}]}
+    with pytest.warns(UserWarning, match="file, line 2 and 1 more: 'tools' are not declared to the model"):
+        assert prompts_of(written({"messages": [USER], "tools": []}, row, row)) == [[USER]] * 3
+
+
 def test_pictures_are_refused_by_name() -> None:
     parts = [
         {"type": "text", "text": "What is it?"},
@@ -204,12 +210,17 @@ MARKED = r"<|im_start|>user\nAct as a happy person.<|im_end|>\n<|im_start|>assis
 
 def test_marks_of_a_template_are_told_once_with_the_way_out() -> None:
     Path("plus").write_text(f"{MARKED}\n{MARKED} so\n")
+    Path("minus").write_text(f"{MARKED} not\n{MARKED} no\n")
     with pytest.warns(UserWarning) as told:
         assert prompts_of("plus") == [MARKED, f"{MARKED} so"]
-    assert len(told) == 2
+    assert len(told) == 1
     assert "plus, line 1 and 1 more: '<|im_start|>' is a mark of a chat template" in str(told[0].message)
-    assert "--raw leaves prompts as they are" in str(told[0].message)
-    assert "--escapes makes it a line break" in str(told[1].message)
+    assert str(told[0].message).endswith(
+        r"--raw leaves prompts as they are, and with --escapes a written \n is a line break"
+    )
+    with pytest.warns(UserWarning, match="plus, line 1 and 3 more") as told:
+        ContrastSet.from_file("plus", against="minus")
+    assert len(told) == 1
     with pytest.warns(UserWarning, match=r"a written \\n stays two characters") as told:
         assert read_prompts("plus", raw=True)[0] == Conversation(MARKED, raw=True)
     assert len(told) == 1
