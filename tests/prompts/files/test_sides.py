@@ -18,7 +18,9 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.files.columns import Columns
 from steerkit.prompts.files.prompts import plain_prompt, read_prompts
 from steerkit.prompts.messages import Message
+from steerkit.prompts.rendering import render
 from tests.program import jsonl
+from tests.tiny_tokenizers import byte_tokenizer
 
 USER: Message = {"role": "user", "content": "How was it?"}
 GOOD: Message = {"role": "assistant", "content": "Great."}
@@ -449,3 +451,27 @@ def test_tables_in_memory_are_taken() -> None:
 def test_what_is_no_table_of_pairs_is_refused(table: Any, options: dict[str, str], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         ContrastSet.from_dataset(table, **options)
+
+
+# --- through a template ---
+
+CALLS = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function']['name'] + '(' }}"
+    "{% for key, value in call['function']['arguments'].items() %}{{ key + '=' + value }}{% endfor %}"
+    "{{ ')' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_what_was_read_is_what_a_template_writes() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Rain?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "annotations": []},
+        {"role": "tool", "tool_call_id": "c", "content": "4 degrees"},
+        {"role": "assistant", "content": "No.", "tool_calls": []},
+    ]
+    (one,) = read_prompts(written({"messages": turns}))
+    text = "<system>Be brief.<user>Rain?<assistant>weather(city=Oslo)<tool>4 degrees<assistant>No."
+    assert render(byte_tokenizer(CALLS), one).text == text
