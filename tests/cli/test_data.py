@@ -318,9 +318,8 @@ def test_generate_reads_prompts_of_any_format(
 def test_generate_tells_of_marks_and_of_chats_with_an_answer(cli: Cli, here: Path, tiny: Path) -> None:
     common = ("generate", "--model", tiny, "--max-new-tokens", 2)
     Path("marked.txt").write_text("<|im_start|>user\\nHello<|im_end|>\n<|im_start|>user\\nYou<|im_end|>\n")
-    told = cli(*common, "--prompts", "marked.txt").err.splitlines()
-    assert [line.partition(":")[0] for line in told] == ["warning", "warning"]
-    assert "--raw leaves prompts as they are" in told[0]
+    (told,) = cli(*common, "--prompts", "marked.txt").err.splitlines()
+    assert told.startswith("warning: marked.txt, line 1 and 1 more: '<|im_start|>' is a mark of a chat template")
     turns = [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": "No."}]
     Path("turns.jsonl").write_text(jsonl([{"conversations": turns}]))
     told = cli(*common, "--prompts", "turns.jsonl").err

@@ -57,11 +57,13 @@ def items_of(data: str, columns: Columns) -> tuple[list[Item], bool]:
     """
     from steerkit.errors import DataError
     from steerkit.prompts.files.reading import read_rows
+    from steerkit.prompts.files.telling import tell_of_tools
 
     rows = read_rows(data, columns, what="items")
     found = rows.each(lambda value: _item(value, columns, is_table=rows.is_table))
     if not found:
         raise DataError(f"{rows.name}: the file holds no item; write one JSON object a line")
+    tell_of_tools(rows)
     return found, rows.is_table
 
 

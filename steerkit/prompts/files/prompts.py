@@ -14,10 +14,10 @@ from steerkit.errors import DataError
 from steerkit.prompts.conversation import Conversation, check_text, with_system
 from steerkit.prompts.files.columns import CHATS, PROMPTS, SYSTEMS, Columns
 from steerkit.prompts.files.reading import read_rows
-from steerkit.prompts.files.telling import tell
+from steerkit.prompts.files.telling import tell, tell_of_tools
 from steerkit.prompts.messages import is_chat
 
-__all__ = ["as_raw", "chat_of", "flag", "plain_prompt", "prompt_of", "read_prompts", "unescaped"]
+__all__ = ["as_raw", "chat_of", "flag", "placed_prompts", "plain_prompt", "prompt_of", "read_prompts", "unescaped"]
 
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 
@@ -43,13 +43,27 @@ def read_prompts(
         UserWarning: prompts hold the marks of a chat template, or written line breaks, and `raw` or `escapes` is what
             they are in want of.
     """
-    columns = columns or Columns()
+    found = placed_prompts(source, columns or Columns())
+    tell(found, raw=raw, escapes=escapes)
+    return [as_raw(one, raw=raw and isinstance(one.prompt, str), escapes=escapes) for _, one in found]
+
+
+def placed_prompts(source: str | Path, columns: Columns) -> list[tuple[str, Conversation]]:
+    """Read prompts of any file as they stand there, each with its place.
+
+    Args:
+        source: a file, - for stdin, or ``hf:`` and the name of a data set.
+        columns: names of columns that are not the usual ones.
+
+    Raises:
+        DataError: the file cannot be read or holds no prompt, or, with its place, a row is none.
+    """
     rows = read_rows(source, columns)
     found = rows.each(lambda value: _chat_with_system(prompt_of(value, columns, is_table=rows.is_table)))
     if not found:
         raise DataError(f"{rows.name}: the file holds no prompt; write one a line")
-    tell(rows.name, zip((row.place for row in rows.rows), found, strict=True), raw=raw, escapes=escapes)
-    return [as_raw(one, raw=raw and isinstance(one.prompt, str), escapes=escapes) for one in found]
+    tell_of_tools(rows)
+    return list(zip(rows.places, found, strict=True))
 
 
 def _chat_with_system(one: Conversation) -> Conversation:

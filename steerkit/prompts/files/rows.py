@@ -62,6 +62,11 @@ class Rows:
         """Whether all rows have the same columns, so that a column may be of no use here."""
         return self.kind not in ("JSON", "JSONL", "text")
 
+    @property
+    def places(self) -> list[str]:
+        """Where each row stands, with the file."""
+        return [f"{self.name}, {row.place}" if self.name else row.place for row in self.rows]
+
     def each(self, read: Callable[[object], Read]) -> list[Read]:
         """What is made of every row; a mistake is told with the file and its place.
 
@@ -69,7 +74,7 @@ class Rows:
             read: makes something of a row's value.
         """
         found = []
-        for row in self.rows:
-            with item_at(f"{self.name}, {row.place}" if self.name else row.place):
+        for row, place in zip(self.rows, self.places, strict=True):
+            with item_at(place):
                 found.append(read(row.value))
         return found

@@ -14,12 +14,12 @@ from steerkit.prompts.files.columns import CHATS, LABELS, PROMPTS, Columns
 from steerkit.prompts.files.labelled import ANSWERS, Labelled, labelled_item, sides_of_labels
 from steerkit.prompts.files.labelled import KEYS as LABELLED_KEYS
 from steerkit.prompts.files.pairs import answered, is_ours, pair_of
-from steerkit.prompts.files.prompts import as_raw, read_prompts
+from steerkit.prompts.files.prompts import as_raw, placed_prompts
 from steerkit.prompts.files.reading import read_rows
 from steerkit.prompts.files.rows import Rows, item_at
 from steerkit.prompts.files.source import STDIN, name_of
 from steerkit.prompts.files.tables import memory_rows
-from steerkit.prompts.files.telling import tell
+from steerkit.prompts.files.telling import tell, tell_of_tools
 
 __all__ = ["Sides", "of_labelled", "of_pairs", "of_table", "read_sides", "sides_of"]
 
@@ -68,15 +68,17 @@ def read_sides(
     if against is not None:
         if str(source) == str(against) == STDIN:
             raise DataError("stdin: cannot be both sides; give a file for one of them")
-        first, second = (read_prompts(one, columns, raw=raw, escapes=escapes) for one in (source, against))
+        first, second = (placed_prompts(one, columns) for one in (source, against))
+        tell([*first, *second], raw=raw, escapes=escapes)
         name = f"{Path(name_of(source)).name}, {Path(name_of(against)).name}"
-        sides = [tuple(as_raw(one, raw=raw) for one in side) for side in (first, second)]  # a chat cannot be raw
+        sides = [tuple(as_raw(one, raw=raw, escapes=escapes) for _, one in side) for side in (first, second)]
         return Sides(sides[0], sides[1], len(first) == len(second), name)
     rows = read_rows(source, columns, what="pairs")
     found = sides_of(rows, columns, labels)
-    places = [row.place for row in rows.rows] if found.paired else itertools.repeat("")
+    tell_of_tools(rows)
+    places = rows.places if found.paired else itertools.repeat(rows.name)
     each = itertools.chain(zip(places, found.positive, strict=False), zip(places, found.negative, strict=False))
-    tell(rows.name, each, raw=raw, escapes=escapes)
+    tell(each, raw=raw, escapes=escapes)
     sides = [tuple(as_raw(one, raw=raw, escapes=escapes) for one in side) for side in (found.positive, found.negative)]
     return found._replace(positive=sides[0], negative=sides[1])
 

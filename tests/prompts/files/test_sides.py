@@ -18,7 +18,9 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.files.columns import Columns
 from steerkit.prompts.files.prompts import plain_prompt, read_prompts
 from steerkit.prompts.messages import Message
+from steerkit.prompts.rendering import render
 from tests.program import jsonl
+from tests.tiny_tokenizers import byte_tokenizer
 
 USER: Message = {"role": "user", "content": "How was it?"}
 GOOD: Message = {"role": "assistant", "content": "Great."}
@@ -147,6 +149,12 @@ def test_calls_of_tools_go_to_the_template() -> None:
         read_prompts(written({"messages": turns[:2]}))
 
 
+def test_declarations_of_tools_are_told_of_and_not_read() -> None:
+    row = {"messages": [USER], "tools": [{"type": "function", "function": {"name": "w"}}]}
+    with pytest.warns(UserWarning, match="file, line 2 and 1 more: 'tools' are not declared to the model"):
+        assert prompts_of(written({"messages": [USER], "tools": []}, row, row)) == [[USER]] * 3
+
+
 def test_pictures_are_refused_by_name() -> None:
     parts = [
         {"type": "text", "text": "What is it?"},
@@ -204,12 +212,17 @@ MARKED = r"<|im_start|>user\nAct as a happy person.<|im_end|>\n<|im_start|>assis
 
 def test_marks_of_a_template_are_told_once_with_the_way_out() -> None:
     Path("plus").write_text(f"{MARKED}\n{MARKED} so\n")
+    Path("minus").write_text(f"{MARKED} not\n{MARKED} no\n")
     with pytest.warns(UserWarning) as told:
         assert prompts_of("plus") == [MARKED, f"{MARKED} so"]
-    assert len(told) == 2
+    assert len(told) == 1
     assert "plus, line 1 and 1 more: '<|im_start|>' is a mark of a chat template" in str(told[0].message)
-    assert "--raw leaves prompts as they are" in str(told[0].message)
-    assert "--escapes makes it a line break" in str(told[1].message)
+    assert str(told[0].message).endswith(
+        r"--raw leaves prompts as they are, and with --escapes a written \n is a line break"
+    )
+    with pytest.warns(UserWarning, match="plus, line 1 and 3 more") as told:
+        ContrastSet.from_file("plus", against="minus")
+    assert len(told) == 1
     with pytest.warns(UserWarning, match=r"a written \\n stays two characters") as told:
         assert read_prompts("plus", raw=True)[0] == Conversation(MARKED, raw=True)
     assert len(told) == 1
@@ -438,3 +451,27 @@ def test_tables_in_memory_are_taken() -> None:
 def test_what_is_no_table_of_pairs_is_refused(table: Any, options: dict[str, str], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         ContrastSet.from_dataset(table, **options)
+
+
+# --- through a template ---
+
+CALLS = (
+    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
+    "{% for call in m['tool_calls'] or [] %}{{ call['function']['name'] + '(' }}"
+    "{% for key, value in call['function']['arguments'].items() %}{{ key + '=' + value }}{% endfor %}"
+    "{{ ')' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_what_was_read_is_what_a_template_writes() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Rain?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "annotations": []},
+        {"role": "tool", "tool_call_id": "c", "content": "4 degrees"},
+        {"role": "assistant", "content": "No.", "tool_calls": []},
+    ]
+    (one,) = read_prompts(written({"messages": turns}))
+    text = "<system>Be brief.<user>Rain?<assistant>weather(city=Oslo)<tool>4 degrees<assistant>No."
+    assert render(byte_tokenizer(CALLS), one).text == text
