@@ -42,8 +42,8 @@ def run(
     scope: Annotated[
         str | None,
         typer.Option(
-            help="Tokens written: all, prompt, response, generated, first(n), assistant, answer, after(n). "
-            "(default: the file's)"
+            help="Tokens written: all, prompt, response, response(n), generated, first(n), assistant, answer, "
+            "after(n). (default: the file's)"
         ),
     ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered answer too.")] = False,
