@@ -36,6 +36,9 @@ def columns_of(scope: str, first: Tensor, prompt: int, total: int) -> Tensor:
     real = columns >= first[:, None]
     if scope.startswith("first("):
         return real & (columns < first[:, None] + int(scope[6:-1]))
+    if scope.startswith(("response(", "generated(")):
+        start = prompt - scope.startswith("response")
+        return real & (columns >= start) & (columns < start + int(scope.partition("(")[2][:-1]))
     borders = {"prompt": (0, prompt), "response": (prompt - 1, total), "generated": (prompt, total), "all": (0, total)}
     low, high = borders[scope]
     return real & (columns >= low) & (columns < high)

@@ -63,8 +63,8 @@ class Activations:
         """Per site the median token norm, without pads and each row's first token."""
         return {site: scale.norm for site, scale in self.scales.items()}
 
-    def __getitem__(self, site: Site | str) -> Tensor:
-        key = Site.parse(site) if isinstance(site, str) else site
+    def __getitem__(self, site: Site | str | int) -> Tensor:
+        key = Site.of(site)
         if key not in self.positive:  # where no post-norm follows, a raw output is kept under its canonical name
             key = Site(key.layer, key.kind.replace("_raw", "_out"))
         if key not in self.positive:
@@ -76,7 +76,7 @@ def record(
     model: nn.Module,
     tokenizer: Any,
     data: ContrastSet | Sequence[Item],
-    sites: Iterable[Site | str],
+    sites: Iterable[Site | str | int],
     *,
     readout: str | int | tuple[int, int] = "last",
     batch_size: int = 16,
@@ -94,7 +94,7 @@ def record(
         model: any decoder-only transformers model (wrapped by PEFT or not).
         tokenizer: its tokenizer; never changed.
         data: a contrast set, or prompts (strings, lists of chat messages, `Conversation`s).
-        sites: where to read, such as ``Site(12, "resid_post")`` or ``"resid_post.12"``.
+        sites: where to read, such as ``Site(12, "resid_post")``, ``"resid_post.12"`` or 12, the same.
         readout: which tokens, see `Readout`.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
@@ -111,7 +111,7 @@ def record(
         FitError: an activation is not finite, with the site named.
     """
     decoder = find_decoder(model)
-    wanted = [Site.parse(site) if isinstance(site, str) else site for site in sites]
+    wanted = list(map(Site.of, sites))
     sides = data if isinstance(data, ContrastSet) else None
     items: Sequence[Item] = (*sides.positive, *sides.negative) if sides is not None else cast("Sequence[Item]", data)
     rendered = [cut_to(rendered_items(tokenizer, item, chat_template_kwargs), max_tokens) for item in items]

@@ -31,7 +31,7 @@ PromptsOption = Annotated[
 ScopeOption = Annotated[
     str | None,
     typer.Option(
-        help="Tokens written: all, prompt, response, generated, first(n), assistant, answer, after(n). "
+        help="Tokens written: all, prompt, response, response(n), generated, first(n), assistant, answer, after(n). "
         "(default: the file's)"
     ),
 ]

@@ -265,10 +265,10 @@ def _sites(
 ) -> list[Site]:
     if layers is not None and sites is not None:
         raise SiteError("fit: got both layers and sites; give one of them")
-    if isinstance(sites, str | Site):
+    if isinstance(sites, str | int | Site):
         sites = [sites]
     if sites is not None:
-        chosen = [Site.parse(site) if isinstance(site, str) else site for site in sites]
+        chosen = list(map(Site.of, sites))
     elif layers is not None:
         listed = [layers] if isinstance(layers, int) else layers
         chosen = method.sites_at(decoder, parse_layers(listed, decoder.num_layers))

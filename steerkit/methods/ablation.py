@@ -19,7 +19,7 @@ refused unless `untie` is set, and so are families with post-norms, for which no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,9 +34,10 @@ from steerkit.methods._addition import FittedOnMeans
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.expert_matrices import Matrix
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
-from steerkit.network.writers import every_write, other_uses, writing_matrices
+from steerkit.network.writers import every_write, matrices_at, other_uses, writing_matrices
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -158,36 +159,52 @@ class DirectionalAblation(FittedOnMeans):
         return edits.project_out(h, prepared["direction"], share=prepared["share"], is_unit=True)
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
-        """Take the direction out of every matrix and bias that writes to the stream.
+        """Take the direction out of the matrices and biases that write at the vector's sites.
 
-        As exact as the hooks for token ids; `inputs_embeds` do not pass through the embeddings.
+        At the outputs of linear layers any share can be taken out. Removal at every write edits the embeddings too, and
+        takes all: as exact as the hooks for token ids; `inputs_embeds` do not pass through the embeddings.
 
         Raises:
-            StrengthError: another strength than 1, which repeated removal at every block would not be.
-            SiteError: the vector is not removed at every write; or a norm follows a matrix, an adapter writes beside
-                it, or the head is tied to the embeddings.
+            StrengthError: removal at every write with another strength than 1, which repeated removal would not be.
+            SiteError: no linear layer writes at a site, a norm follows it, an adapter writes beside it, or its weights
+                are another part's too, as where the head is tied to the embeddings.
         """
         decoder = find_decoder(model)
-        if self.writes != "every" or set(vector.sites) != set(every_write(decoder)):
-            raise SiteError("ablation: only removal at every write has an exact weight form; fit with writes='every'")
-        if strength != 1.0:
-            raise StrengthError(f"ablation: strength {strength:g} has no exact weight form, only 1; steer with hooks")
+        is_every = self.writes == "every" and set(vector.sites) == set(every_write(decoder))
+        if is_every and strength != 1.0:
+            raise StrengthError(
+                f"ablation: strength {strength:g} at every write has no exact weight form, only 1; steer with hooks"
+            )
         try:
-            matrices = writing_matrices(decoder)
+            found = {vector.sites[0]: writing_matrices(decoder)} if is_every else matrices_at(decoder, vector.sites)
         except SiteError as error:
-            raise SiteError(f"ablation has no exact weight form here ({error}); steer with hooks instead") from None
+            raise SiteError(
+                f"ablation has no exact weight form here ({error}); write at every write (writes='every') or at "
+                "outputs of linear layers, such as attn_out and mlp_out, or steer with hooks"
+            ) from None
+        self._refuse_shared(decoder, [matrix for listed in found.values() for matrix in listed])
+        return [
+            WeightUpdate(matrix.name, _without(vector.params(site)["direction"], matrix.axis, strength))
+            for site, listed in found.items()
+            for matrix in listed
+        ]
+
+    def _refuse_shared(self, decoder: Decoder, matrices: Sequence[Matrix]) -> None:
+        """Refuse weights that another part of the model uses too.
+
+        Raises:
+            SiteError: with both names.
+        """
         for name, other in () if self.untie else other_uses(decoder, matrices).items():
             raise SiteError(
                 f"ablation: {type(decoder.model).__name__} uses `{name}` as `{other}` too (tied weights), which would "
                 "be edited with it; give it weights of its own (untie=True, bake --untie), or steer with hooks"
             )
-        direction = vector.tensors["shared/direction"]
-        return [WeightUpdate(matrix.name, _without(direction, matrix.axis)) for matrix in matrices]
 
 
-def _without(direction: Tensor, axis: int) -> Callable[[Tensor | None], Tensor]:
+def _without(direction: Tensor, axis: int, share: float) -> Callable[[Tensor | None], Tensor]:
     def update(old: Tensor | None) -> Tensor:
         assert old is not None
-        return edits.project_out(old.movedim(axis, -1), direction).movedim(-1, axis)
+        return edits.project_out(old.movedim(axis, -1), direction, share=share).movedim(-1, axis)
 
     return update

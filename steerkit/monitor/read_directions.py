@@ -22,7 +22,7 @@ def site_of(site: Site | str | None) -> Site | None:
     Args:
         site: such as ``resid_post.12``; None stays None.
     """
-    return Site.parse(site) if isinstance(site, str) else site
+    return None if site is None else Site.of(site)
 
 
 def directions_of(vector: SteeringVector, sites: Sequence[Site | str] | None) -> dict[Site, Tensor]:

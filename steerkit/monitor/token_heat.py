@@ -79,7 +79,7 @@ def token_projections(
         SiteError: the model lacks the site.
         FitError: the direction has no length, or an activation is not finite.
     """
-    place = Site.parse(site) if isinstance(site, str) else site
+    place = None if site is None else Site.of(site)
     if place is None or direction is None:
         home, direction = direction_of(vector, place)
         place = place or home
@@ -117,7 +117,7 @@ def direction_of(vector: SteeringVector, site: Site | str | None = None) -> tupl
     """
     method = method_of(vector)
     found = {own: method.direction(vector.params(own)) for own in vector.reads}
-    wanted = Site.parse(site) if isinstance(site, str) else site
+    wanted = None if site is None else Site.of(site)
     for own in (wanted, *vector.reads):
         if own in found and (direction := found[own]) is not None:
             return own, direction

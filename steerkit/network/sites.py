@@ -70,6 +70,24 @@ class Site:
             raise SiteError(f"{text!r} is not a site; write <kind>.<layer>, such as resid_post.12")
         return cls(int(layer), kind)
 
+    @classmethod
+    def of(cls, given: Site | str | int) -> Site:
+        """A site from what people write for one.
+
+        Args:
+            given: a site, its text form, or a layer's number, which stands for the output of that block.
+
+        Raises:
+            SiteError: it is none of these.
+        """
+        if isinstance(given, Site):
+            return given
+        if isinstance(given, str):
+            return cls.parse(given)
+        if isinstance(given, bool) or not isinstance(given, int):
+            raise SiteError(f"{given!r} is not a site; write a layer such as 12, or <kind>.<layer>, such as mlp_out.12")
+        return cls(given)
+
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}"
 

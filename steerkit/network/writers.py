@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import SiteError
+from steerkit.network.anatomy import Anatomy
 from steerkit.network.decoder import Decoder
 from steerkit.network.expert_matrices import ROUNDING, Matrix, expert_matrices, linear_matrices
+from steerkit.network.linears import Linear, writers_at
 from steerkit.network.sites import Site
 from steerkit.network.tap import anatomies
 
-__all__ = ["every_write", "other_uses", "writing_matrices"]
+__all__ = ["every_write", "matrices_at", "other_uses", "writing_matrices"]
 
 
 def every_write(decoder: Decoder) -> list[Site]:
@@ -79,6 +81,45 @@ def writing_matrices(decoder: Decoder) -> list[Matrix]:
                 call = anatomy.projection(half)
                 matrices += linear_matrices(decoder, f"{decoder.path}.{layer}.{call.name}", call.module)
     return matrices
+
+
+def matrices_at(decoder: Decoder, sites: Sequence[Site]) -> dict[Site, list[Matrix]]:
+    """The parameters that write at some sites, where what they give is the site's value, or that times a number.
+
+    Args:
+        decoder: the model's decoder.
+        sites: outputs of attention, of an MLP or of a state-space module.
+
+    Returns:
+        By site its weights and biases; of routed experts those of each one.
+
+    Raises:
+        SiteError: nothing linear writes at a site, a norm comes between, an adapter writes beside it, or one weight
+            writes at two of the sites.
+    """
+    found = anatomies(decoder, {site.layer for site in sites})
+    matrices = {site: _matrices_at(decoder, found, site) for site in sites}
+    parameters = dict(decoder.model.named_parameters(remove_duplicate=False))
+    owners: dict[int, Site] = {}
+    for site, listed in matrices.items():
+        for matrix in listed:
+            other = owners.setdefault(id(parameters[matrix.name]), site)
+            if other != site:
+                raise SiteError(f"{site}: {matrix.name} is a weight of {other} too (tied), so it would change twice")
+    return matrices
+
+
+def _matrices_at(decoder: Decoder, found: Mapping[int, Anatomy], site: Site) -> list[Matrix]:
+    anatomy = found[site.layer]
+    for half in anatomy.halves:
+        if anatomy.output_kind(half) == site.kind == "mixer_out":  # a state-space module has no heads to read at
+            call = anatomy.projection(half)
+            return linear_matrices(decoder, f"{decoder.path}.{site.layer}.{call.name}", call.module)
+    (writer,) = writers_at(decoder, [site], found=found).values()
+    if isinstance(writer, Linear):
+        return linear_matrices(decoder, writer.tap.name, writer.tap.module)
+    half = next(half for half in anatomy.halves if half.experts)
+    return expert_matrices(decoder, site.layer, anatomy, half)
 
 
 def other_uses(decoder: Decoder, matrices: Sequence[Matrix]) -> dict[str, str]:

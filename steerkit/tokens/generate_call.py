@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["GenerateCall"]
@@ -25,6 +26,7 @@ class GenerateCall:
         columns: how many columns are cached.
         store: what goes from pass to pass of this call's text.
         running: gives the ids [b, t] of the text so far, or None.
+        edge: [] `boundary` on the device, for compiled code, which would be made anew for each number; see `keep_edge`.
         text: [b, max_length] ids of a static cache's text, for compiled code; see `keep_text`.
     """
 
@@ -38,6 +40,7 @@ class GenerateCall:
         self.columns = 0
         self.store: dict[Any, Any] = {}
         self.running: Callable[[], Tensor | None] | None = None
+        self.edge: Tensor | None = None
         self.text: Tensor | None = None
 
     @property
@@ -59,6 +62,15 @@ class GenerateCall:
         width = max(getattr(self.settings, "max_length", None) or 0, ids.shape[1])
         self.text = ids.new_full((ids.shape[0], width), -1)
         self.text[:, : ids.shape[1]] = ids
+
+    def keep_edge(self, device: torch.device) -> None:
+        """Keep where the prompt ends where compiled code can go on with it.
+
+        Args:
+            device: of the model's passes.
+        """
+        if self.edge is None and self.boundary is not None:
+            self.edge = torch.tensor(self.boundary, dtype=torch.long, device=device)
 
     def belongs_to(self, settings: Any) -> bool:
         """Whether a pass with these settings is one of this call.

@@ -23,7 +23,9 @@ SCOPES = (
     "all",
     "prompt",
     "response",
+    "response(n)",
     "generated",
+    "generated(n)",
     "first(n)",
     "assistant",
     "answer",
@@ -35,7 +37,7 @@ SCOPES = (
 ROLES = ("assistant", "answer", "after")
 WINDOWS = ("front", "mid", "back")
 COUNTED = ("first", "after")
-_COUNTED = re.compile(r"(first|after)\((\d+)\)")
+_COUNTED = re.compile(r"(first|after|response|generated)\((\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class Scope:
     """Which tokens are written.
 
     `all`; `prompt` (up to and with the last prompt token); `response` (from the last prompt token on: every position
-    whose output is a generated token); `generated` (one later); `first(n)` (counted from each row's first real token);
-    `front`, `mid` and `back` (a window of the prompt as long as the vector, for methods that store one row per
-    position). Pads are never written.
+    whose output is a generated token); `generated` (one later); `response(n)` and `generated(n)` (the first n positions
+    of these: `response(5)` steers the choice of the first five generated tokens and of no later one); `first(n)`
+    (counted from each row's first real token); `front`, `mid` and `back` (a window of the prompt as long as the vector,
+    for methods that store one row per position). Pads are never written.
 
     By role, where the tokenizer's chat template tells: `assistant` (all assistant messages, in the history too),
     `answer` (the same without thinking), `after(n)` (all behind message n, counted from 0 as the template renders
@@ -54,7 +57,7 @@ class Scope:
 
     Attributes:
         kind: the name.
-        count: n of `first(n)` and `after(n)`.
+        count: n of `first(n)` and `after(n)`; of `response(n)` and `generated(n)`, where 0 stands for no end.
         marks: of scopes by role, the marks of the tokenizer's template; no part of the scope's text.
         others: the kinds that whoever writes could use as well, for advice; no part of the scope's text.
     """
@@ -72,22 +75,22 @@ class Scope:
             text: ``"all"``, ``"response"``, ``"first(4)"``, ...
 
         Raises:
-            ScopeError: the text names no scope, or `first` counts less than one token.
+            ScopeError: the text names no scope, or counts less than one token.
         """
         if isinstance(text, Scope):
             return text
         name = text.replace(" ", "")
         counted = _COUNTED.fullmatch(name)
         if counted:
-            if counted[1] == "first" and int(counted[2]) < 1:
-                raise ScopeError(f"scope {text!r}: first(n) needs n of at least 1")
+            if counted[1] != "after" and int(counted[2]) < 1:
+                raise ScopeError(f"scope {text!r}: {counted[1]}(n) needs n of at least 1")
             return cls(counted[1], int(counted[2]))
         if name not in SCOPES or name.endswith("(n)"):
             raise ScopeError(f"unknown scope {text!r}; {near_miss(name, SCOPES)}")
         return cls(name)
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.count})" if self.kind in COUNTED else self.kind
+        return f"{self.kind}({self.count})" if self.kind in COUNTED or self.count else self.kind
 
     @property
     def is_window(self) -> bool:

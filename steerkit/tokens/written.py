@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import ScopeError
+from steerkit.tokens.transformers_facts import is_static
 
 if TYPE_CHECKING:
     from steerkit.tokens.forward_pass import Pass
@@ -149,8 +150,10 @@ class Tokens:
             return self._choose_first(scope.count)
         if scope.is_by_role:
             return self._choose_role()
-        if facts.decode and self._lengths is None:
+        if facts.decode and self._lengths is None and not scope.count:
             return scope.kind in ("response", "generated")
+        if scope.count and facts.call is not None and not torch.compiler.is_compiling() and is_static(facts.cache):
+            facts.call.keep_edge(facts.device)
         end = self._end()
         if end is None and scope.needs_prompt_end:
             raise ScopeError(
@@ -182,19 +185,23 @@ class Tokens:
     def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
         facts = self._pass
         start = end - 1 if kind == "response" else end
+        stop = start + self.scope.count if self.scope.count else None
         if isinstance(start, int) and isinstance(facts.past, int):
-            before, after = facts.past + facts.width <= start, facts.past >= start
+            last = facts.past + facts.width
+            if isinstance(stop, int) and facts.past >= stop:
+                return False
+            before, after = last <= start, facts.past >= start and (not isinstance(stop, int) or last <= stop)
             if before or after:
                 return _mask_or_all(facts.real) if after == (kind != "prompt") else False
         late = facts.columns[None, :] >= start
-        side = ~late if kind == "prompt" else late
+        side = ~late if kind == "prompt" else late if stop is None else late & (facts.columns[None, :] < stop)
         return _both(side.expand(facts.batch, -1), facts.real)
 
     def _end(self) -> int | Tensor | None:
         """First column after the prompt: one number, [b, 1] of them, or None where nobody knows."""
         facts = self._pass
         if self._lengths is None:
-            return facts.boundary
+            return facts.call.edge if facts.boundary is None and facts.call is not None else facts.boundary
         ends = self._lengths.on(facts)[:, None]
         self._check_lengths(ends)
         return ends if facts.first is None else ends + facts.first[:, None]

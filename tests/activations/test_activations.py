@@ -589,3 +589,13 @@ def test_rows_of_ids_are_copies() -> None:
     alone = record_ids(model, [(1, 2, 3, 4)], [Site(0, "mlp_out")])
     together = record_ids(model, [(1, 2, 3, 4)], [Site(0, "mlp_out"), Site(3)])
     assert torch.equal(together[Site(0, "mlp_out")][0], alone[Site(0, "mlp_out")][0])
+
+
+def test_a_number_stands_for_the_output_of_that_block() -> None:
+    model = build("llama")
+    read = steerkit.record(model, byte_tokenizer(), ["hi"], [1])
+    assert torch.equal(read[1], read["resid_post.1"])
+    assert read.sites == (Site(1),)
+    for wrong in (True, 1.5, None):
+        with pytest.raises(SiteError, match="is not a site; write a layer such as 12"):
+            steerkit.record(model, byte_tokenizer(), ["hi"], [wrong])  # type: ignore[list-item]

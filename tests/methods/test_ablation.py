@@ -599,7 +599,7 @@ def test_half_precision_weights_are_edited_as_far_as_they_can_be_written(family:
 @pytest.mark.parametrize(
     ("settings", "change", "error", "match"),
     [
-        ({"writes": "fitted"}, {}, SiteError, "only removal at every write"),
+        ({"writes": "fitted"}, {}, SiteError, "write at every write"),
         ({"writes": "every"}, {"strength": 0.5}, StrengthError, "strength 0.5"),
         ({"writes": "every"}, {"scope": "response"}, ScopeError, "scope='all'"),
     ],
@@ -619,3 +619,60 @@ def test_a_vector_of_other_sites_than_its_settings_say_is_refused_as_weights() -
     some = replace(vector, sites=vector.sites[:3])
     with pytest.raises(SiteError, match="every write"), steerkit.edited(model, some):
         pass
+
+
+# Weights of some writes only
+
+
+SETS = {
+    "llama": (["attn_out.0", "mlp_out.2"], ["attn_out.0", "attn_out.1", "attn_out.2", "attn_out.3"]),
+    "gpt2": (["attn_out.1", "mlp_out.1"],),
+    "gpt_neox": (["mlp_out.0", "mlp_out.3"],),
+    "gemma2": (["attn_raw.1", "mlp_raw.2"],),
+    "mixtral": (["attn_out.0", "mlp_out.1"],),
+    "qwen3_next": (["mixer_out.0", "mlp_out.1"],),
+    "mamba": (["mixer_out.1"],),
+}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize(("family", "writes"), [(family, sites) for family, sets in SETS.items() for sites in sets])
+def test_weights_of_chosen_writes_equal_hooks_for_any_share(family: str, writes: list[str], share: float) -> None:
+    model: Any = build(family)
+    vector = vector_for(model, writes=tuple(writes))
+    before, baseline = state_of(model), logits(model)
+    with steerkit.steer(model, vector, share):
+        hooked = logits(model)
+    with steerkit.edited(model, vector, share):
+        folded, inside = logits(model), state_of(model)
+    assert gap(folded, hooked) < tolerances.of_family(family)
+    assert gap(folded, baseline) > 1e-4
+    changed = {name for name, value in inside.items() if not torch.equal(value, before[name])}
+    assert changed and not any("embed" in name or "wte" in name for name in changed)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_each_site_s_own_direction_goes_into_its_own_matrix() -> None:
+    model: Any = build("llama")
+    sites = (Site(0, "attn_out"), Site(2, "mlp_out"))
+    tensors = {f"{site}/direction": draw(32, seed=seed) for seed, site in enumerate(sites)}
+    vector = replace(
+        vector_for(model, writes="fitted", direction=draw(32)), tensors=tensors, sites=sites, fitted_at=None
+    )
+    with steerkit.steer(model, vector, 0.7):
+        hooked = logits(model)
+    with steerkit.edited(model, vector, 0.7):
+        assert gap(logits(model), hooked) < 1e-5
+
+
+def test_sites_that_no_linear_layer_writes_are_refused_as_weights() -> None:
+    for family, site, reason in (
+        ("gemma2", "attn_out.1", "norm"),
+        ("llama", "resid_pre.2", "resid_pre"),
+        ("llama_peft", "attn_out.1", "merge it first"),
+    ):
+        model = build(family)
+        vector = vector_for(model, writes=(site,))
+        expected = pytest.raises(SiteError, match=rf"no exact weight form here .*{reason}.*outputs of linear layers")
+        with expected, steerkit.edited(model, vector):
+            pass

@@ -820,7 +820,10 @@ def padded(side: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("scope", ["all", "response", "prompt", "generated", "first(2)", "front", "back", "mid"])
+@pytest.mark.parametrize(
+    "scope",
+    ["all", "response", "prompt", "generated", "first(2)", "front", "back", "mid", "response(2)", "generated(1)"],
+)
 @pytest.mark.parametrize("family", ["llama", "mamba"])
 def test_bug_02_exactly_the_real_tokens_of_the_scope_are_written(
     family: str, scope: str, side: str, explicit: bool
@@ -846,6 +849,8 @@ def test_bug_02_exactly_the_real_tokens_of_the_scope_are_written(
             "response": range(prompt - 1, real),
             "generated": range(prompt, real),
             "first(2)": range(2),
+            "response(2)": range(prompt - 1, min(prompt + 1, real)),
+            "generated(1)": range(prompt, min(prompt + 1, real)),
             "front": range(3),
             "back": range(prompt - 3, prompt),
             "mid": range(prompt // 2 - 3 // 2, prompt // 2 - 3 // 2 + 3),
@@ -960,7 +965,9 @@ def test_a_block_called_on_its_own_is_refused() -> None:
 
 
 @pytest.mark.parametrize("side", ["none", "left"])
-@pytest.mark.parametrize("scope", ["response", "prompt", "generated", "first(7)", "all", "back"])
+@pytest.mark.parametrize(
+    "scope", ["response", "prompt", "generated", "first(7)", "all", "back", "response(2)", "generated(2)"]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_a_cached_loop_written_by_hand(family: str, scope: str, side: str) -> None:
     model = model_of(family)
