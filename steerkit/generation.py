@@ -21,7 +21,7 @@ from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.marks import CHANNEL, FRAME, THINKING
-from steerkit.prompts.rendering import render
+from steerkit.prompts.rendering import Rendered, render
 from steerkit.steering.steering import steer
 from steerkit.steering.strengths import Strength, strength_value, vectors_of
 from steerkit.tokens.scope import Scope
@@ -93,12 +93,9 @@ def generate(
         Scope.parse(scope)
     roles = Roles(tokenizer)
     asked = [Conversation.of(prompt, raw=raw and isinstance(prompt, str)) for prompt in prompts]
-    spoken = as_fitted(vectors, tokenizer, chat_template_kwargs)
-    rendered = [render(tokenizer, one, chat_template_kwargs=spoken) for one in asked]
-    decoder, pad = find_decoder(model), pad_token_id(tokenizer)
-    device = execution_device(decoder)
+    rendered = _rendered(model, tokenizer, asked, as_fitted(vectors, tokenizer, chat_template_kwargs), max_new_tokens)
+    pad, device = pad_token_id(tokenizer), execution_device(find_decoder(model))
     settings = _settings(pad, max_new_tokens, options, drawn_by_row=seeds is not None)
-    check_lengths(decoder, rendered, named("prompt", rendered), new_tokens=max_new_tokens)
     texts: list[list[str]] = [[] for _ in prompts]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=isinstance(seed, int)):
         if isinstance(seed, int):
@@ -121,6 +118,15 @@ def generate(
             for place, row in enumerate(batch.rows):
                 texts[row] = answers[place * each : (place + 1) * each]
     return [text for answers in texts for text in answers]
+
+
+def _rendered(
+    model: nn.Module, tokenizer: Any, asked: Sequence[Conversation], spoken: Any, max_new_tokens: int
+) -> list[Rendered]:
+    """The prompts as the model reads them, which have room for their answers."""
+    rendered = [render(tokenizer, one, chat_template_kwargs=spoken) for one in asked]
+    check_lengths(find_decoder(model), rendered, named("prompt", rendered), new_tokens=max_new_tokens)
+    return rendered
 
 
 def _settings(pad: int, max_new_tokens: int, options: Mapping[str, Any], *, drawn_by_row: bool) -> dict[str, Any]:

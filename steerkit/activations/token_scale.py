@@ -17,7 +17,7 @@ Massive activations: Sun et al. (2024), "Massive Activations in Large Language M
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from steerkit.activations.moments import NormMedian
 
-__all__ = ["MASSIVE", "PassScale", "TokenScale", "TokenScales"]
+__all__ = ["MASSIVE", "PassScale", "TokenScale", "TokenScales", "scale_of"]
 
 MASSIVE = 100.0
 """A dimension is massive where its mean square is more than so many times the median dimension's."""
@@ -110,7 +110,12 @@ class TokenScales:
         self._mean = self._power = torch.empty(0)
 
     def update(self, h: Tensor, counted: Tensor) -> None:
-        """Count the tokens of a pass; see `PassScale.of`."""
+        """Count the tokens of a pass.
+
+        Args:
+            h: [b, t, d] activations.
+            counted: [b, t] float32, 1 where the token counts.
+        """
         self.add(PassScale.of(h, counted))
 
     def add(self, one: PassScale) -> None:
@@ -141,3 +146,17 @@ class TokenScales:
         told = (square > MASSIVE * square.median()) & (shares >= _SHARE)
         massive = {int(place): round(float(shares[place]), 4) for place in told.nonzero()[:, 0]}
         return TokenScale(self._norms.result(), variance.sqrt(), massive)
+
+
+def scale_of(rows: Sequence[Tensor]) -> TokenScale:
+    """The scale of texts that have been read, each one's first token left out.
+
+    Args:
+        rows: [t, d] of each text.
+    """
+    scales = TokenScales()
+    for tensor in rows:
+        counted = torch.ones(1, len(tensor), dtype=torch.float32)
+        counted[0, 0] = 0.0
+        scales.update(tensor[None], counted)
+    return scales.result()

@@ -28,6 +28,18 @@ __all__ = ["run"]
 PromptsOption = Annotated[
     str | None, typer.Option("--prompts", metavar="FILE", help="Prompts or chats, any format; - reads stdin.")
 ]
+TemperatureOption = Annotated[
+    float | None, typer.Option(min=0.0, help="Of --sample, which it implies; lower is more likely.")
+]
+TopPOption = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens that --sample draws from.")
+]
+VectorOption = Annotated[
+    list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+]
+StrengthOption = Annotated[
+    list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")
+]
 ScopeOption = Annotated[
     str | None,
     typer.Option(
@@ -42,24 +54,16 @@ def run(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to answer.")] = None,
     prompt_file: PromptsOption = None,
     columns: ColumnsOption = None,
-    vector: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
-    ] = None,
-    strength: Annotated[
-        list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")
-    ] = None,
+    vector: VectorOption = None,
+    strength: StrengthOption = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
     scope: ScopeOption = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered answer too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Fixes what --sample draws.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Of --sample, which it implies; lower is more likely.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens that --sample draws from.")
-    ] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     system: Annotated[str | None, typer.Option(help="A system prompt before every prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave prompts as they are, without the chat template.")] = False,
     escapes: EscapesOption = False,
@@ -80,14 +84,9 @@ def run(
         raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")
     if strengths and len(strengths) != len(names):
         raise typer.BadParameter(f"{len(strengths)} --strength for {len(names)} --vector; give as many, or none")
-    sample = sample or temperature is not None or top_p is not None
-    if seed is not None and not sample:
-        raise typer.BadParameter("--seed fixes what --sample draws; give both")
-    if 0.0 in (temperature, top_p):
-        raise typer.BadParameter("--temperature and --top-p are above 0; without --sample the likeliest token is taken")
     if system is not None and raw:
         raise typer.BadParameter("--system is part of a chat, which --raw leaves out; give one of both")
-
+    drawing = _drawing(sample, seed, temperature, top_p)
     check_reading(prompt_file, columns, raw=raw, escapes=escapes)
     asked: Sequence[Any] = prompts or read_prompts(str(prompt_file), columns_of(columns), raw=raw, escapes=escapes)
     if system is not None:
@@ -105,10 +104,7 @@ def run(
     import steerkit
 
     loaded, tokenizer = model.load()
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, "raw": raw}
-    if sample:
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        options |= {name: value for name, value in drawn.items() if value is not None}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "raw": raw, **drawing}
     with status("answering"):
         texts = steerkit.generate(loaded, tokenizer, asked, vector=vectors or None, **options)
         plain = steerkit.generate(loaded, tokenizer, asked, **options) if baseline else None
@@ -118,6 +114,21 @@ def run(
         _print_both(asked, texts, plain)
     else:
         _print(asked, texts)
+
+
+def _drawing(sample: bool, seed: int | None, temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """How tokens are drawn, as `generate` takes it.
+
+    Raises:
+        BadParameter: a seed without sampling, or a share or temperature of nothing.
+    """
+    drawn = {"temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if seed is not None and not (sample or given):
+        raise typer.BadParameter("--seed fixes what --sample draws; give both")
+    if 0.0 in given.values():
+        raise typer.BadParameter("--temperature and --top-p are above 0; without --sample the likeliest token is taken")
+    return {"seed": seed, **({"do_sample": True} if sample or given else {}), **given}
 
 
 def _under(system: str, prompt: Any) -> list[Any]:

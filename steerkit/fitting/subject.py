@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.activations.recording import Activations, record, record_ids
-from steerkit.activations.token_scale import TokenScale, TokenScales
+from steerkit.activations.token_scale import TokenScale, scale_of
 from steerkit.errors import DataError
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
@@ -317,7 +317,7 @@ class ModelSubject:
             SiteError: the model lacks a site.
         """
         found = record_ids(self._model, rows, sites)
-        self._scales.update({site: _scale(tensors) for site, tensors in found.items()})
+        self._scales.update({site: scale_of(tensors) for site, tensors in found.items()})
         return found
 
     def weight(self, site: Site) -> Tensor:
@@ -389,13 +389,3 @@ class ModelSubject:
     def scales(self, sites: Sequence[Site]) -> dict[Site, TokenScale]:
         """How long activations are at those of the sites that have been read, unsteered."""
         return {site: self._scales[site] for site in sites if site in self._scales}
-
-
-def _scale(rows: Sequence[Tensor]) -> TokenScale:
-    """The scale of the tokens [t, d] of each row, its first one left out."""
-    scales = TokenScales()
-    for tensor in rows:
-        counted = torch.ones(1, len(tensor), dtype=torch.float32)
-        counted[0, 0] = 0.0
-        scales.update(tensor[None], counted)
-    return scales.result()

@@ -25,16 +25,16 @@ Where this file departs. The released code reads from one token before the answe
 every step in bfloat16, three roundings on the weights included; both are at hand (readout `predicting_mean`,
 `precision="bfloat16"`), neither is the default: the answer's tokens are, as in the paper, and float32. It runs the
 negative answers of its safety set behind the questions of the positive ones; here every answer stands behind its own.
-It lets alpha = 1, empty answers and values that are not finite through to the weights; here they are refused. It draws
-the gates of neurons, whose sign is that of the mean input, as if it meant reinforcing or suppressing; here tables and
-pictures show the magnitude, whose sign means that. Scores leave a neuron's activity out by design: one that is nearly
-always silent scores like a busy one. Where a norm follows the layer (Gemma 2 and 3, OLMo 2), activations are read and
-weights changed before it. Heads are query heads, or value heads of linear attention. The released code knows no
-experts; here each neuron of each routed expert is a component, v is what all of them write together, and m is the mean
-over the tokens that were routed to that expert, on either side. Router weights enter none of it: a weight is a positive
-factor of what an expert writes, and g does not see it. An expert to which no token of one side was routed has no m
-and is left alone. A shared expert beside them is an ordinary MLP. As a hook, the experts run a second time to find what
-their gates say, since no module gives what they read; in the weights there is nothing of that.
+It lets alpha = 1, empty answers and values that are not finite through; here they are refused. It draws the gates of
+neurons, whose sign is that of the mean input, as if it meant reinforcing or suppressing; here tables and pictures show
+the magnitude, whose sign means that. Scores leave a neuron's activity out by design: one that is nearly always silent
+scores like a busy one. Where a norm follows the layer (Gemma 2 and 3, OLMo 2), activations are read and weights changed
+before it. Heads are query heads, or value heads of linear attention. Of routed experts, which the released code lacks,
+each neuron of each routed expert is a component, v is what all of them write together, and m is the mean over the
+tokens that were routed to that expert, on either side. Router weights enter none of it: a weight is a positive factor
+of what an expert writes, and g does not see it. An expert to which no token of one side was routed has no m and is left
+alone. A shared expert beside them is an ordinary MLP. As a hook, the experts run a second time to find what their gates
+say, since no module gives what they read; in the weights there is nothing of that.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ class Recipe:
         # What most recipes say nothing about is left out.
         plain["data"] = {key: value for key, value in plain["data"].items() if value is not None}
         plain["model"] = {key: value for key, value in plain["model"].items() if value not in (None, False)}
+        plain["model"].pop("num_layers", None)  # a vector file says it of the model it was fitted on
         return {
             "format": FORMAT,
             "name": self.name,
