@@ -37,6 +37,7 @@ __all__ = [
     "fits_width",
     "head_width_of",
     "matrix_edits",
+    "nothing_edited",
     "parts_of",
     "random_edit",
     "read_and_written",
@@ -289,3 +290,19 @@ def random_edit(vector: SteeringVector, generator: torch.Generator) -> SteeringV
                 gates[row] = random_direction(gates[row], generator)
             tensors[f"{site}/{part.prefix}gate"] = gates.reshape(part.gate.shape)
     return replace(vector, tensors=tensors)
+
+
+def nothing_edited(thresholds: Mapping[str, float], largest: Mapping[str, float]) -> str:
+    """Why nothing is edited.
+
+    Args:
+        thresholds: by kind of block what a |score| has to pass, rho * alpha.
+        largest: by kind of block the largest |score|.
+    """
+    if not largest:
+        return "steer2edit: at no site do the two sides differ, so there is no direction to edit along"
+    said = ", ".join(
+        f"the largest |score| is {score:.3g} where {block} * alpha = {thresholds[block]:.3g}"
+        for block, score in largest.items()
+    )
+    return f"steer2edit: no component passes its threshold ({said}); lower rho or alpha"

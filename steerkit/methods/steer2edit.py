@@ -64,6 +64,7 @@ from steerkit.methods._steer2edit_parts import (
     fits_width,
     head_width_of,
     matrix_edits,
+    nothing_edited,
     parts_of,
     random_edit,
     read_and_written,
@@ -241,7 +242,7 @@ class Steer2Edit(Method):
                 found["direction"] = direction / torch.linalg.vector_norm(direction)
                 tensors.update({f"{site}/{name}": value.float() for name, value in found.items()})
         if not tensors:
-            raise FitError(_nothing_edited(self, largest))
+            raise FitError(nothing_edited({block: getattr(self, block) * self.alpha for block in largest}, largest))
         return tensors
 
     def _direction(self, acts: Activations, site: Site) -> Tensor:
@@ -388,14 +389,3 @@ class Steer2Edit(Method):
             SiteError: neither one linear layer nor routed experts write at a site, or an adapter does more than add.
         """
         return matrix_edits(model, vector, strength, precision=self.precision)
-
-
-def _nothing_edited(method: Steer2Edit, largest: Mapping[str, float]) -> str:
-    """Why nothing is edited, by the largest |score| of each kind of block."""
-    if not largest:
-        return "steer2edit: at no site do the two sides differ, so there is no direction to edit along"
-    said = ", ".join(
-        f"the largest |score| is {score:.3g} where {block} * alpha = {getattr(method, block) * method.alpha:.3g}"
-        for block, score in largest.items()
-    )
-    return f"steer2edit: no component passes its threshold ({said}); lower rho or alpha"
