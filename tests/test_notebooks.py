@@ -59,9 +59,7 @@ def run(path: Path, before: str = "") -> None:
 
 
 # The persona notebook takes half a minute; what it calls is called by its tutorial's page too.
-OFTEN = [
-    pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem == "persona" else ()) for path in NOTEBOOKS
-]
+OFTEN = [pytest.param(path, id=path.stem, marks=pytest.mark.slow) for path in NOTEBOOKS]
 
 
 @pytest.mark.embedded

@@ -378,6 +378,7 @@ def test_calibrate_by_an_optimiser(cli: Cli, trait: Path) -> None:
     assert len(found["validation"]) == 3
 
 
+@pytest.mark.slow  # as a sweep does, below
 def test_a_killed_calibration_goes_on(cli: Cli, trait: Path) -> None:
     words = (*CALIBRATE[:-1], "0.2,0.4,0.6,0.8,1")
     assert cli(*words, "--out", "whole.safetensors").code == 0
@@ -414,6 +415,7 @@ def test_a_killed_calibration_goes_on(cli: Cli, trait: Path) -> None:
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # two processes each; Ctrl-C in `evaluate` is tried every time
 @pytest.mark.parametrize(
     ("words", "begun"),
     [

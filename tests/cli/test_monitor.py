@@ -133,6 +133,7 @@ def test_a_stream_is_answered_line_by_line(monitor: Callable[..., Monitor], tiny
     assert json.loads(out)["projection"] == pytest.approx(expected.tolist()[0], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_heat(cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:
     common = ("monitor", "<b>Why & how?", "So?", "--vector", "v.safetensors", "--model", tiny)
     for name in ("heat.html", "heat.png", "heat.svg"):

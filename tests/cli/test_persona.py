@@ -351,6 +351,7 @@ def stopped(words: tuple[object, ...], lines: int, sign: int) -> int:
     return int(process.returncode)
 
 
+@pytest.mark.slow  # six processes
 def test_a_run_that_is_stopped_again_and_again_goes_on(cli: Cli, trait: Path, tiny: Path) -> None:
     LONG.save("long.toml")
     words = (*ROLL, *FREE, "--margin", "-1000", "--model", tiny)

@@ -7,7 +7,7 @@ import copy
 import io
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,22 @@ RUN = [
     if any(one.language in ("python", "console", "bash") for one in blocks(page.read_text("utf-8")))
 ]
 SLOW = [page for page in RUN if any(one.is_slow for one in blocks(page.read_text("utf-8")))]
+LONG = {  # more than ten seconds each; README, the first tutorial, data and devices are run every time
+    "docs/how-to/choose-a-strength.md",
+    "docs/how-to/measure.md",
+    "docs/how-to/prevent-drift.md",
+    "docs/tutorials/persona.md",
+    "docs/tutorials/refusal-gate.md",
+}
 # peft asks the model in the way that transformers is about to drop.
 BY_TRANSFORMERS_ITSELF = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 KNOWN = {"python", "console", "bash", "text", "toml", "json", "jsonl", "markdown", "{eval-rst}", "{toctree}"}
 
 
-def ids(listed: list[Path]) -> list[Any]:
-    return [pytest.param(page, id=name_of(page)) for page in listed]
+def ids(listed: list[Path], slow: Collection[str] = ()) -> list[Any]:
+    return [
+        pytest.param(page, id=name_of(page), marks=pytest.mark.slow if name_of(page) in slow else ()) for page in listed
+    ]
 
 
 @pytest.fixture
@@ -102,7 +111,7 @@ def run_page(page: Path, folder: Path, cli: Cli, *, slow: bool) -> None:
 
 @BY_TRANSFORMERS_ITSELF
 @pytest.mark.embedded
-@pytest.mark.parametrize("page", ids(RUN))
+@pytest.mark.parametrize("page", ids(RUN, LONG))
 def test_a_page_runs(page: Path, site: Path, cli: Cli) -> None:
     run_page(page, site, cli, slow=False)
 

@@ -389,6 +389,7 @@ print(*sizes, 1024 * (peak - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what memory a process has")
 def test_memory_stays_about_one_block_above_the_model(tmp_path: Path) -> None:
     # Freed memory goes back to the system at once, so that what is counted is in use.
@@ -579,6 +580,7 @@ baking.bake(build("gpt2"), None, added(build("gpt2")), Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_leaves_the_next_one_clears(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
     with subprocess.Popen([*command, "hang"], stdout=subprocess.PIPE, cwd=ROOT) as dying:
