@@ -1,7 +1,7 @@
 """What steering did and cost, with intervals and controls.
 
-`setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `curve`, `sweeps` and
-`calibration` look for a strength, `controls` and `confounding` doubt what was found, `compare` sets methods side by
+`setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `blocks` compares places;
+`suggesting`, `curve`, `sweeps` and `calibration` look for a strength, `controls` and `confounding` doubt what was found, `compare` sets methods side by
 side, `together` tells whether several vectors disturb each other, `lm_eval` runs tasks of the LM Evaluation Harness.
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from steerkit._support.lazy import lazily
 
 if TYPE_CHECKING:
+    from steerkit.evaluate.blocks import best_layer, effect_by_block, find_layer
     from steerkit.evaluate.by_prompt_kind import by_kind
     from steerkit.evaluate.compare import compared
     from steerkit.evaluate.confounding import confounds
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.intervals import Estimate, interval
     from steerkit.evaluate.scoring import Measured, measure, scorer_of
     from steerkit.evaluate.setup import Setup
+    from steerkit.evaluate.suggesting import suggest_strength
     from steerkit.evaluate.sweeps import sweep
     from steerkit.evaluate.together import interference
     from steerkit.evaluate.trial import Trial
@@ -29,15 +31,19 @@ __all__ = [
     "Measured",
     "Setup",
     "Trial",
+    "best_layer",
     "by_kind",
     "compared",
     "confounds",
+    "effect_by_block",
+    "find_layer",
     "interference",
     "interval",
     "measure",
     "refits",
     "scorer_of",
     "strength_response",
+    "suggest_strength",
     "sweep",
 ]
 
@@ -48,15 +54,19 @@ __getattr__ = lazily(
         "Measured": "scoring",
         "Setup": "setup",
         "Trial": "trial",
+        "best_layer": "blocks",
         "by_kind": "by_prompt_kind",
         "compared": "compare",
         "confounds": "confounding",
+        "effect_by_block": "blocks",
+        "find_layer": "blocks",
         "interference": "together",
         "interval": "intervals",
         "measure": "scoring",
         "refits": "controls",
         "scorer_of": "scoring",
         "strength_response": "curve",
+        "suggest_strength": "suggesting",
         "sweep": "sweeps",
     },
 )
