@@ -1,9 +1,9 @@
 """What steering did and cost, with intervals and controls.
 
 `setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `blocks` compares places;
-`suggesting`, `curve`, `sweeps` and `calibration` look for a strength, `controls` and `confounding` doubt what was found,
-`compare` sets methods side by side, `together` tells whether several vectors disturb each other, `lm_eval` runs tasks of
-the LM Evaluation Harness.
+`suggesting`, `curve`, `sweeps` and `calibration` look for a strength, `controls` and `confounding` doubt the result,
+`compare` sets methods side by side, `together` tells whether several vectors disturb each other, `lm_eval` runs
+tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations
