@@ -8,7 +8,7 @@ noise: that draws a token exactly with its probability), which moves little wher
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -96,7 +96,6 @@ def generate(
     rendered = _rendered(model, tokenizer, asked, as_fitted(vectors, tokenizer, chat_template_kwargs), max_new_tokens)
     pad, device = pad_token_id(tokenizer), execution_device(find_decoder(model))
     settings = _settings(pad, max_new_tokens, options, drawn_by_row=seeds is not None)
-    texts: list[list[str]] = [[] for _ in prompts]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=isinstance(seed, int)):
         if isinstance(seed, int):
             torch.manual_seed(seed)
@@ -104,19 +103,22 @@ def generate(
         def run(batch: Batch) -> list[str]:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             own = [rows[row] for row in batch.rows] if rows is not None else strength
-            drawn: dict[str, Any] = {}
-            if seeds is not None:
-                noise = _RowNoise([seeds[row] for row in batch.rows], options.get("temperature", 1.0))
-                drawn = {"logits_processor": [*options.get("logits_processor", ()), noise]}
+            drawn = {} if seeds is None else _drawn([seeds[row] for row in batch.rows], options)
             with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles):
                 out = model.generate(input_ids=ids, attention_mask=mask, **{**settings, **drawn})  # type: ignore[operator]
             out = getattr(out, "sequences", out)
             return _decoded(tokenizer, out[:, ids.shape[1] :])
 
-        for batch, answers in run_batches(batches(rendered, batch_size, pad_id=pad, side="left"), run):
-            each = len(answers) // len(batch.rows)
-            for place, row in enumerate(batch.rows):
-                texts[row] = answers[place * each : (place + 1) * each]
+        return _in_order(run_batches(batches(rendered, batch_size, pad_id=pad, side="left"), run), len(prompts))
+
+
+def _in_order(runs: Iterable[tuple[Batch, list[str]]], prompts: int) -> list[str]:
+    """The answers of all batches, one or several to a prompt, in the order of the prompts."""
+    texts: list[list[str]] = [[] for _ in range(prompts)]
+    for batch, answers in runs:
+        each = len(answers) // len(batch.rows)
+        for place, row in enumerate(batch.rows):
+            texts[row] = answers[place * each : (place + 1) * each]
     return [text for answers in texts for text in answers]
 
 
@@ -200,6 +202,12 @@ def _seeds(seeds: Sequence[int], prompts: int, options: Mapping[str, Any]) -> li
     if not isinstance(temperature, int | float) or not temperature > 0:
         raise DataError(f"temperature is a number above 0, got {temperature!r}")
     return [int(one) for one in seeds]
+
+
+def _drawn(seeds: Sequence[int], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes `generate` draw each row from a seed of its own."""
+    noise = _RowNoise(seeds, options.get("temperature", 1.0))
+    return {"logits_processor": [*options.get("logits_processor", ()), noise]}
 
 
 class _RowNoise:

@@ -93,7 +93,9 @@ def fitted(method: str, family: str, size: int) -> Any:
 
 
 def setup(size: int) -> Setup:
-    return Setup(model(), TOKENIZER, steerkit.ContrastSet.from_answers(PAIRS), batch_size=size, max_new_tokens=4)
+    return Setup(
+        model(), TOKENIZER, steerkit.ContrastSet.from_answers(PAIRS), batch_size=size, max_new_tokens=4
+    ).with_neutral(4)
 
 
 def measured(size: int) -> Any:
@@ -218,6 +220,8 @@ def test_nothing_of_the_failed_pass_is_kept_in_memory() -> None:
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9.0 GB)"), True),
         (torch.OutOfMemoryError("XPU out of memory"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("CUDA out of memory."), False),
     ],

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 __all__ = ["is_out_of_memory", "unless_too_large"]
 
 T = TypeVar("T")
+_SAID_BY_CUDA = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,8 +28,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # The allocators without an error class of their own, by what they say.
-    return isinstance(error, RuntimeError) and should_reduce_batch_size(error)
+    # Those without an error class of their own, by what they say; accelerate leaves out what CUDA's own calls say.
+    told = str(error)
+    return isinstance(error, RuntimeError) and (
+        should_reduce_batch_size(error) or any(one in told for one in _SAID_BY_CUDA)
+    )
 
 
 def unless_too_large(run: Callable[[], T]) -> tuple[T] | None:

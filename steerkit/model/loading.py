@@ -27,7 +27,7 @@ def load_model(
     device: torch.device | str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     dtype: torch.dtype | str | None = None,
-    quantize: Literal["4bit", "8bit"] | str | None = None,
+    quantize: Literal["4bit", "8bit"] | None = None,
     attn: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
