@@ -22,6 +22,7 @@ from steerkit.cli import (
     export,
     extract,
     generate,
+    import_,
     inspect,
     interference,
     lm_eval,
@@ -62,11 +63,13 @@ for _command in (
     report,
     bake,
     export,
+    import_,
     lm_eval,
     methods,
     recipes,
 ):
-    app.command(_command.__name__.rpartition(".")[2].replace("_", "-"), help=paragraphs(_command.run))(_command.run)
+    _name = _command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
+    app.command(_name, help=paragraphs(_command.run))(_command.run)
 app.add_typer(persona.app, name="persona")
 
 
