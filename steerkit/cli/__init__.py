@@ -23,6 +23,7 @@ from steerkit.cli import (
     extract,
     fetch,
     generate,
+    import_,
     inspect,
     interference,
     layers,
@@ -66,12 +67,14 @@ for _command in (
     report,
     bake,
     export,
+    import_,
     lm_eval,
     fetch,
     methods,
     recipes,
 ):
-    app.command(_command.__name__.rpartition(".")[2].replace("_", "-"), help=paragraphs(_command.run))(_command.run)
+    _name = _command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
+    app.command(_name, help=paragraphs(_command.run))(_command.run)
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")
 

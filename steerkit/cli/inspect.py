@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit.cli._foreign import is_foreign, show_foreign
 from steerkit.cli._shared import Json, number, print_json, sites_table, stderr, stdout, table
 
 if TYPE_CHECKING:
@@ -51,11 +52,17 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a vector file holds: where it acts, norms, its strength in both units, where it came from."""
+    """Show what a vector file holds: where it acts, norms, its strength in both units, where it came from.
+
+    Files of other programs (GGUF control vectors, .svec, .npy, tensors) are shown too, with how to import them.
+    """
     from steerkit._support.shipped import vector_path
     from steerkit.vector.steering_vector import SteeringVector
 
     path = vector_path(vector)
+    if is_foreign(path):
+        show_foreign(path, as_json=as_json)
+        return
     loaded = SteeringVector.load(path)
     facts, parts = loaded.describe(), _parts(loaded)
     if plot is not None:

@@ -22,6 +22,7 @@ from steerkit.vector.container import (
     REQUIRED,
     digest_entry,
 )
+from steerkit.vector.foreign.kinds import Kind, kind_of
 
 __all__ = ["check_digest", "check_readable", "metadata_of"]
 
@@ -80,9 +81,12 @@ def _header(data: bytes) -> dict[str, Any]:
     """
     if not data:
         raise VectorFileError("empty file; give a .safetensors file that steerkit saved")
-    # A header of 640 bytes begins with 0x80 too; what follows tells it from a pickle.
-    if data[8:9] != b"{" and (data[:2] == b"PK" or (data[0] == 0x80 and data[1:2] in (b"\2", b"\3", b"\4", b"\5"))):
+    kind = kind_of(data)
+    if kind in (Kind.PICKLE, Kind.ZIP):
         raise VectorFileError("looks like a pickle or a zip of one; pickles are never read, they can run code")
+    if kind not in (None, Kind.SAFETENSORS):
+        way = "; `steerkit import FILE --out v.safetensors` makes a vector of it" if kind.can_be_imported else ""
+        raise VectorFileError(f"{kind.value}, no vector file of steerkit's{way}")
     size = int.from_bytes(data[:8], "little")
     if len(data) < 10 or size > len(data) - 8:
         raise VectorFileError(f"truncated, or no safetensors file: {len(data)} bytes, a header of {size} announced")
@@ -132,7 +136,10 @@ def check_readable(metadata: Mapping[str, str]) -> None:
     """
     missing = [name for name in ("format", *REQUIRED, "layer_counting", "digest") if name not in metadata]
     if "layer_counting" in missing and "method" in missing:
-        raise VectorFileError("a safetensors file without steerkit's metadata; give one that steerkit saved")
+        raise VectorFileError(
+            "a safetensors file without steerkit's metadata; give one that steerkit saved, or make a vector of its "
+            "tensors with `steerkit import FILE --out v.safetensors`"
+        )
     if "format" in missing:
         raise VectorFileError(f"metadata is missing: {', '.join(missing)}; fit again and save")
     if re.fullmatch("[1-9][0-9]{0,5}", metadata["format"]) is None:

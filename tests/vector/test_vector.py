@@ -389,9 +389,9 @@ def test_no_source_file_reads_pickles() -> None:
     ("data", "message"),
     [
         (b"", "empty"),
-        (b"GGUF\x03\0\0\0" + b"x" * 100, "no safetensors file"),
+        (b"GGUF\x03\0\0\0" + b"x" * 100, "a GGUF file, no vector file of steerkit's; `steerkit import"),
         (b"just text, longer than a header", "no safetensors file"),
-        (b"{}", "no safetensors file"),
+        (b"{}", "JSON text, no vector file of steerkit's"),
         ((2**62).to_bytes(8, "little") + b"{}", "header of 4611686018427387904"),
         ((100).to_bytes(8, "little") + b"{}", "header of 100 announced"),
         (packed(b"{" + b" " * 17 * 2**20), "is too long"),

@@ -1,0 +1,52 @@
+"""`steerkit import`: a vector file of what another program wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerkit.cli._files import check_writable
+from steerkit.cli._shared import DEFAULT_MODEL, Json, Model, print_json, sites_table, stdout, usage_line
+
+__all__ = ["run"]
+
+_NEUTRAL = 8  # texts on which activation norms are measured
+
+
+def run(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A GGUF control vector, .svec, .npy or safetensors file.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the vector file.")],
+    model: Model = DEFAULT_MODEL,
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks counted from 0 of an array's rows; of other files, which to take.")
+    ] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Of a safetensors file, which tensor.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a vector file of a direction that another program wrote, told by its content; pickles are never read.
+
+    A plain addition at the output of each block, at strength 1 what the file holds. Activation norms are measured on a
+    few neutral texts.
+    """
+    import steerkit
+    from steerkit.evaluate.neutral import neutral_texts
+    from steerkit.vector.foreign.importing import import_vector, read_foreign
+
+    if out == file:
+        raise typer.BadParameter(f"--out {out} would overwrite what is read")
+    read_foreign(file, tensor=tensor)  # what is wrong with the file is told before a model is loaded
+    check_writable(out)
+    loaded, tokenizer = steerkit.load_model(model)
+    neutral = list(neutral_texts())[:_NEUTRAL]
+    vector = import_vector(file, loaded, tokenizer, layers=layers, tensor=tensor, neutral=neutral)
+    vector.save(out)
+    if as_json:
+        print_json({"file": str(out), **vector.describe()})
+        return
+    typer.echo(f"wrote {out}\n{vector.extra['imported_from']}: {len(vector.sites)} directions, scope {vector.scope}")
+    stdout().print(sites_table(vector.describe()))
+    typer.echo(f"use it:\n  {usage_line('How was your day?', str(out), strength=1.0, model=model)}")

@@ -1,0 +1,246 @@
+"""Files of other programs: recognised by content, imported exactly, or refused by name without being opened."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import safetensors.torch
+import torch
+
+import steerkit
+from steerkit.errors import VectorFileError, VectorMismatchError
+from steerkit.export.gguf import write_control_vector
+from steerkit.network.sites import Site
+from steerkit.prompts.conversation import Conversation
+from steerkit.vector.foreign.importing import import_vector, read_foreign
+from steerkit.vector.foreign.kinds import Kind, kind_of
+from steerkit.vector.steering_vector import SteeringVector
+from tests.families import BLOCKS, HIDDEN, build
+from tests.program import Cli
+from tests.tiny_tokenizers import byte_tokenizer
+
+IDS = torch.tensor([[5, 17, 44, 9, 101, 63]])
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def as_gguf(path: Path, directions: dict[str, Any], architecture: str = "controlvector", hint: str = "llama") -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string("controlvector.model_hint", hint)
+    writer.add_uint32("controlvector.layer_count", len(directions))
+    for name, value in directions.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+def own(*layers: int) -> SteeringVector:
+    sites = tuple(map(Site, layers))
+    return SteeringVector(
+        method="caa",
+        tensors={f"{site}/direction": draw(4, HIDDEN)[site.layer] for site in sites},
+        sites=sites,
+        edit="add",
+        scope="all",
+        unit="paper",
+        model_type="llama",
+        hidden_size=HIDDEN,
+        num_layers=BLOCKS,
+        suggested_strength=1.0,
+    )
+
+
+def test_our_own_export_comes_back_exactly_and_goes_out_the_same(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    vector = own(1, 3)
+    first = write_control_vector(vector, tmp_path / "a.gguf")
+    imported = import_vector(first, model, tokenizer, neutral=[Conversation("Hello there, you")])
+    assert imported.sites == vector.sites
+    for name, tensor in vector.tensors.items():
+        assert torch.equal(imported.tensors[name], tensor)
+    assert (imported.edit, imported.scope, imported.data_source) == ("add", "all", "a.gguf")
+    assert all(imported.norms[site] > 0 for site in imported.sites)
+    assert imported.suggested_strength is None
+    second = write_control_vector(imported, tmp_path / "b.gguf", strength=1.0)
+    assert second.read_bytes() == first.read_bytes()
+    assert SteeringVector.load(imported.save(tmp_path / "v.safetensors")) == imported
+    with torch.no_grad():
+        with steerkit.steer(model, vector, 1.0):
+            expected = model(IDS).logits
+        with steerkit.steer(model, imported, 1.0):
+            assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_control_vector_of_another_program_acts_where_it_says(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    rows = draw(BLOCKS, HIDDEN).numpy()
+    path = as_gguf(tmp_path / "x.bin", {f"direction.{n}": rows[n] for n in range(1, BLOCKS)})
+    imported = import_vector(path, model, tokenizer)
+    assert imported.sites == tuple(map(Site, range(1, BLOCKS)))
+    assert torch.equal(imported.tensors["resid_post.2/direction"], torch.from_numpy(rows[2]))
+    assert import_vector(path, model, tokenizer, layers="2").sites == (Site(2),)
+    with pytest.raises(VectorFileError, match=r"no direction of block 0; there are 1 to 3"):
+        import_vector(path, model, tokenizer, layers=[0])
+    other = as_gguf(tmp_path / "y.gguf", {"direction.1": rows[1]}, hint="qwen2")
+    with pytest.warns(UserWarning, match="made for 'qwen2', this is 'llama'"):
+        import_vector(other, model, tokenizer)
+
+
+def test_a_svec_file_is_read_where_its_numbers_say(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    rows = draw(BLOCKS, HIDDEN)
+    content = {"model_type": "llama", "directions": {"2": rows[2].tolist()}, "explained_variances": {"2": 0.5}}
+    (tmp_path / "v.svec").write_text(json.dumps(content))
+    imported = import_vector(tmp_path / "v.svec", model, tokenizer)
+    assert imported.sites == (Site(2),)
+    assert torch.equal(imported.tensors["resid_post.2/direction"], rows[2])
+    for wrong, message in (({"x": [1.0]}, "'x' is no layer"), ({"1": ["a"]}, "directions, 1: holds no numbers")):
+        (tmp_path / "w.svec").write_text(json.dumps({"directions": wrong}))
+        with pytest.raises(VectorFileError, match=message):
+            read_foreign(tmp_path / "w.svec")
+
+
+def test_arrays_and_tensors(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    rows = draw(BLOCKS, HIDDEN)
+    numpy.save(tmp_path / "one.npy", rows[2].numpy().astype(numpy.float64))
+    one = import_vector(tmp_path / "one.npy", model, tokenizer, layers="2")
+    assert torch.equal(one.tensors["resid_post.2/direction"], rows[2])
+    with pytest.raises(VectorFileError, match=r"1 directions, and layers none given; .*--layers 12"):
+        import_vector(tmp_path / "one.npy", model, tokenizer)
+    numpy.save(tmp_path / "all.npy", rows.numpy())
+    assert len(import_vector(tmp_path / "all.npy", model, tokenizer).sites) == BLOCKS
+    assert import_vector(tmp_path / "all.npy", model, tokenizer, layers="3,2,1,0").sites == tuple(map(Site, range(4)))
+    safetensors.torch.save_file({"a.1.w": rows[1], "a.3.w": rows[3][None]}, tmp_path / "named.safetensors")
+    named = import_vector(tmp_path / "named.safetensors", model, tokenizer)
+    assert named.sites == (Site(1), Site(3))
+    assert torch.equal(named.tensors["resid_post.3/direction"], rows[3])
+    safetensors.torch.save_file({"mean": rows[1], "pca": rows[0]}, tmp_path / "two.safetensors")
+    with pytest.raises(VectorFileError, match=r"2 tensors \(mean, pca\); name the one that is meant"):
+        import_vector(tmp_path / "two.safetensors", model, tokenizer, layers="1")
+    chosen = import_vector(tmp_path / "two.safetensors", model, tokenizer, layers="1", tensor="mean")
+    assert torch.equal(chosen.tensors["resid_post.1/direction"], rows[1])
+    with pytest.raises(VectorMismatchError, match=r"block 1 has shape \[5\], this model blocks 0 to 3 of width 32"):
+        numpy.save(tmp_path / "short.npy", numpy.ones(5, dtype=numpy.float32))
+        import_vector(tmp_path / "short.npy", model, tokenizer, layers="1")
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was opened",))
+
+
+def zipped() -> bytes:
+    stream = io.BytesIO()
+    torch.save({"x": torch.ones(3)}, stream)
+    return stream.getvalue()
+
+
+def npz() -> bytes:
+    stream = io.BytesIO()
+    numpy.savez(stream, a=numpy.ones(3))
+    return stream.getvalue()
+
+
+def objects() -> bytes:
+    stream = io.BytesIO()
+    numpy.save(stream, numpy.array([Trap()], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: pickle.dumps(Trap()), Kind.PICKLE, "pickles are never read"),
+        (zipped, Kind.PICKLE, "pickles are never read"),
+        (lambda: zipped()[:40], Kind.PICKLE, "pickles are never read"),
+        (npz, Kind.NPZ, r"several NumPy arrays \(.npz\)"),
+        (objects, Kind.NPY, "an array of Python objects, which is a pickle"),
+        (lambda: b'{"a": 1}', Kind.JSON, "JSON text; give a GGUF control vector"),
+        (lambda: b"hello", None, "of no kind that is known"),
+        (lambda: b"GGUF\3\0\0\0" + b"\xff" * 40, Kind.GGUF, "damaged GGUF file"),
+        (lambda: b"\x93NUMPY\1\0", Kind.NPY, "damaged NumPy array"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused_by_name(
+    tmp_path: Path, make: Callable[[], bytes], kind: Kind | None, message: str
+) -> None:
+    data = make()
+    assert kind_of(data) is kind
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(VectorFileError, match=message):
+            read_foreign(path)
+    with pytest.raises(VectorFileError):
+        SteeringVector.load(path)
+
+
+def test_a_model_in_gguf_is_no_control_vector(tmp_path: Path) -> None:
+    path = as_gguf(tmp_path / "m.gguf", {"direction.1": draw(4).numpy()}, architecture="llama")
+    with pytest.raises(
+        VectorFileError, match="a GGUF file of 'llama', no control vector; a model is given with --model"
+    ):
+        read_foreign(path)
+
+
+def test_the_strict_reader_names_what_a_file_is_and_how_to_import_it(tmp_path: Path) -> None:
+    files = {
+        "a.gguf": "a GGUF file, no vector file of steerkit's; `steerkit import",
+        "b.svec": "a .svec file of activation-steering, no vector file",
+        "c.npy": r"a NumPy array \(.npy\), no vector file",
+        "d.safetensors": "without steerkit's metadata; .*`steerkit import",
+    }
+    as_gguf(tmp_path / "a.gguf", {"direction.1": draw(4).numpy()})
+    (tmp_path / "b.svec").write_text(json.dumps({"directions": {"1": [1.0]}}))
+    numpy.save(tmp_path / "c.npy", numpy.ones(4))
+    safetensors.torch.save_file({"x": draw(4)}, tmp_path / "d.safetensors")
+    for name, message in files.items():
+        with pytest.raises(VectorFileError, match=message):
+            SteeringVector.load(tmp_path / name)
+
+
+def test_the_commands_show_and_import(cli: Cli, here: Path, tiny: Path) -> None:
+    write_control_vector(own(1, 3), here / "x.gguf")
+    ended = cli("inspect", "x.gguf")
+    assert (ended.code, ended.err) == (0, "")
+    assert "x.gguf: a GGUF file, made for llama" in ended.out and "resid_post.3" in ended.out
+    assert "steerkit import x.gguf --model MODEL --out v.safetensors" in ended.out
+    found = json.loads(cli("inspect", "x.gguf", "--json").out)
+    assert [one["name"] for one in found["directions"]] == ["resid_post.1", "resid_post.3"]
+    ended = cli("import", "x.gguf", "--model", tiny, "--out", "made.safetensors")
+    assert ended.code == 0, ended.err
+    assert "wrote made.safetensors" in ended.out
+    made = SteeringVector.load("made.safetensors")
+    assert torch.equal(made.tensors["resid_post.3/direction"], own(3).tensors["resid_post.3/direction"])
+    numpy.save("y.npy", numpy.ones(HIDDEN, dtype=numpy.float32))
+    assert "--layers N" in cli("inspect", "y.npy").out
+    assert cli("import", "y.npy", "--model", tiny, "--layers", "2", "--out", "y.safetensors").code == 0
+    (here / "z.pt").write_bytes(zipped())
+    for words in (("inspect", "z.pt"), ("import", "z.pt", "--out", "z.safetensors")):
+        ended = cli(*words)
+        assert ended.code == 1 and "pickle" in ended.err, ended
+    assert not (here / "z.safetensors").exists()
+    ended = cli("inspect", "v.safetensors")
+    assert ended.code == 0 and "import" not in ended.out
