@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.program import ROOT
@@ -11,13 +12,15 @@ from tests.program import ROOT
 
 @pytest.fixture
 def furnished(here: Path, tiny: Path) -> Path:
-    """The current folder, with a gated vector and a trait's specification beside the rest."""
+    """The current folder, with a gated vector, a trait's specification and an array beside the rest."""
     from transformers import AutoModelForCausalLM
 
+    from tests.families import HIDDEN
     from tests.gated import gated_vector
     from tests.persona.test_persona import TRAIT
 
     gated_vector(AutoModelForCausalLM.from_pretrained(tiny)).save("gated.safetensors")
     TRAIT.save("glad.toml")
+    np.save("row.npy", np.ones((1, HIDDEN), dtype=np.float32))
     Path("tests").symlink_to(ROOT / "tests")  # where the tasks look for their items
     return here

@@ -99,6 +99,7 @@ def import_vector(
     if found.model_type not in (None, facts["model_type"]):
         warnings.warn(f"{path}: made for {found.model_type!r}, this is {facts['model_type']!r}", stacklevel=2)
     sites = tuple(map(Site, sorted(directions)))
+    scales = record(model, tokenizer, list(neutral), sites, readout="mean").scales if neutral else {}
     return SteeringVector(
         method="caa",
         tensors={f"{site}/direction": directions[site.layer] for site in sites},
@@ -107,7 +108,9 @@ def import_vector(
         scope=found.scope or "response",
         unit="paper",
         data_source=Path(path).name,
-        norms=record(model, tokenizer, list(neutral), sites, readout="mean").norms if neutral else {},
+        norms={site: scale.norm for site, scale in scales.items()},
+        spreads={site: scale.spread(directions[site.layer]) for site, scale in scales.items()},
+        massive={site: scale.massive for site, scale in scales.items() if scale.massive},
         extra={"imported_from": found.kind.value},
         **facts,
     )
