@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from steerkit.errors import unknown_name
 
 __all__ = ["recipe_path", "recipes", "shipped_vectors", "trait_path", "traits", "vector_path", "vectors"]
+
+
+_NAME = re.compile(r"[\w-]+(/[\w-]+)?")  # with a dot it is a file
 
 
 def _folder(name: str) -> Path:
@@ -91,7 +95,7 @@ def vector_path(name: str, model: str = "") -> Path:
         UnknownNameError: neither a file nor a shipped vector.
     """
     path = Path(name)
-    if path.suffix == ".safetensors" or path.exists() or len(path.parts) > 2:
+    if path.suffix == ".safetensors" or not _NAME.fullmatch(name) or path.exists():
         return path
     shipped = vectors()
     fitting = [key for key in shipped if name in (key, key.partition("/")[2])]

@@ -97,10 +97,6 @@ def run(
         for one, dose in itertools.zip_longest(vectors, strengths)
     ]
 
-    if not strengths and not as_json:
-        for name, one in zip(names, vectors, strict=True):
-            _say_strength(name, one)
-
     import steerkit
 
     loaded, tokenizer = model.load()
@@ -108,6 +104,9 @@ def run(
     with status("answering"):
         texts = steerkit.generate(loaded, tokenizer, asked, vector=vectors or None, **options)
         plain = steerkit.generate(loaded, tokenizer, asked, **options) if baseline else None
+    if not strengths and not as_json:
+        for name, one in zip(names, vectors, strict=True):
+            _say_strength(name, one)
     if as_json:
         print_json(_rows(asked, texts, plain, names, vectors))
     elif plain is not None:

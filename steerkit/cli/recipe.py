@@ -74,7 +74,11 @@ def new(
 def _model_part(model: ModelChoice) -> ModelPart:
     from steerkit.recipe import ModelPart
 
-    said: dict[str, Any] = {one.name: getattr(model, one.name) for one in fields(ModelPart) if one.name != "name"}
+    said: dict[str, Any] = {
+        one.name: getattr(model, one.name)
+        for one in fields(ModelPart)
+        if hasattr(model, one.name) and one.name != "name"
+    }
     plain: dict[str, Any] = {key: value.value if isinstance(value, StrEnum) else value for key, value in said.items()}
     return ModelPart(name=model.name, **plain)
 

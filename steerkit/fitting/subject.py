@@ -156,7 +156,7 @@ class ModelSubject:
     def vector(
         self, method: Method, tensors: Mapping[str, Tensor], sites: Sequence[Site], *, scope: str | None = None
     ) -> SteeringVector:
-        """Make a vector to try on this model, for `under=` of `record` and `logits`.
+        """Make a vector to try on this model at strength 1, for `under=` of `record` and `logits`.
 
         Args:
             method: that applies it.
@@ -177,6 +177,7 @@ class ModelSubject:
             edit=method.edit_name,
             scope=method.default_scope if scope is None else scope,
             unit="paper",
+            suggested_strength=1.0,
             settings=method.settings,
             widths={site: wide[site] for site in wide if wide[site] != width},
             **{name: facts[name] for name in ("model_type", "hidden_size", "num_layers")},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from steerkit._support.files import write_whole
 from steerkit.errors import DataError
 from steerkit.generation import generate
-from steerkit.methods._registry import default_strength
+from steerkit.methods._registry import example_strength
 from steerkit.persona.choice_text import tried_text, way_text
 from steerkit.persona.filtering import Filtered
 from steerkit.persona.scores import Scores
@@ -61,7 +61,7 @@ def write_card(
 
 def _answers(pipeline: Pipeline, vector: SteeringVector) -> list[Answer]:
     """A few held-out questions, answered against, without and with the trait."""
-    own = default_strength(vector)
+    own = example_strength(vector)
     asked = [(question, by * own) for question in pipeline.spec.held_out_questions[-QUESTIONS:] for by in (-1, 0, 1)]
     texts = generate(
         pipeline.model,

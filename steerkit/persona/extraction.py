@@ -25,7 +25,7 @@ class Extraction:
     """What an extraction gave.
 
     Attributes:
-        vector: the persona vector, with a suggested strength where one was confirmed.
+        vector: the persona vector, with a suggested strength; `works` tells whether it is confirmed.
         file: where it is.
         monitor: the vector to watch the trait with, before any answer; see `steerkit.persona.watchpoint`.
         monitor_file: where that is.

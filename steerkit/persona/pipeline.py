@@ -149,7 +149,7 @@ class Pipeline:
             filtered=kept,
             pairs=(len(train), len(choosing or ()), len(confirming or ())),
             verdict=verdict,
-            works=vector.suggested_strength is not None,
+            works=vector.calibration.get("confirmed") is True,
             judge=scores.judge,
             seconds=self.seconds,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steerkit.errors import VectorFileError
 from steerkit.evaluate.calibration.budget import Search
@@ -16,6 +16,7 @@ from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import scorer_of
 from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, weights_digest
+from steerkit.evaluate.suggesting import with_suggestion
 from steerkit.fitting.fitting import fit
 from steerkit.network.decoder import inner_model
 from steerkit.persona.choice import most_answers
@@ -138,14 +139,10 @@ def _unconfirmed(
     """The vector at a layer that nothing confirms: that given, the middle of those allowed, the method's own."""
     if layers is None and pipeline.choice.layers is not None:
         layers = [pipeline.choice.layers[len(pipeline.choice.layers) // 2]]
-    return fit(
-        pipeline.model,
-        pipeline.tokenizer,
-        train,
-        method=METHOD,
-        layers=layers,
-        readout=pipeline.choice.readout,
-        held_out=held_out,
-        batch_size=pipeline.batch_size,
-        chat_template_kwargs=pipeline.plan.chat_template_kwargs,
-    )
+    common: dict[str, Any] = {
+        "batch_size": pipeline.batch_size,
+        "chat_template_kwargs": pipeline.plan.chat_template_kwargs,
+    }
+    model, tokenizer, readout = pipeline.model, pipeline.tokenizer, pipeline.choice.readout
+    vector = fit(model, tokenizer, train, method=METHOD, layers=layers, readout=readout, held_out=held_out, **common)
+    return with_suggestion(model, tokenizer, vector, **common)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from steerkit.errors import DataError
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.suggesting import with_suggestion
 from steerkit.methods._base import Method
-from steerkit.methods._registry import default_strength, method_of
+from steerkit.methods._registry import example_strength, method_of
 from steerkit.monitor.token_heat import direction_of
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
@@ -81,8 +82,11 @@ class Workbench:
 
     @cached_property
     def strength(self) -> float:
-        """The suggested strength, else 1."""
-        return default_strength(self.vector)
+        """The suggested strength, else one that a budget of costs allows, else a weak one of the method's."""
+        vector = self.vector
+        if vector.suggested_strength is None and vector.unit == "paper":
+            vector = with_suggestion(self.model, self.tokenizer, vector, batch_size=self.plan.batch_size)
+        return example_strength(vector)
 
     @cached_property
     def own(self) -> tuple[Site, Tensor] | None:

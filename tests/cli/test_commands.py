@@ -164,11 +164,12 @@ def test_actadd_takes_one_raw_pair(answer: Callable[..., Any], here: Path, tiny:
 def test_extract_measures_a_strength_and_can_find_the_block(
     cli: Cli, answer: Callable[..., Any], here: Path, tiny: Path
 ) -> None:
-    common = ("extract", "--data", "joy.jsonl", "--out", "x.safetensors", "--model", tiny)
+    mean = ("--readout", "response_mean")
+    common = ("extract", "--data", "joy.jsonl", "--out", "x.safetensors", "--model", tiny, *mean)
     found = answer(*common, "--layers", "2")
     assert found["calibration"]["by"] == "suggest_strength"
     assert found["suggested_strength"] > 0
-    ended = cli(*common, "--layers", "auto", "--readout", "response_mean")
+    ended = cli(*common, "--layers", "auto")
     (site,) = SteeringVector.load("x.safetensors").sites
     assert site.layer in (1, 2), "between a fifth and four fifths of four blocks"
     assert f"block {site.layer} of 4: separates best" in ended.err
@@ -557,6 +558,7 @@ def test_an_error_is_one_line(
 ) -> None:
     broken_files()
     narrow = SteeringVector(
+        suggested_strength=1.0,
         method="caa", tensors={"resid_post.1/direction": torch.ones(8)}, sites=(Site(1),), edit="add", scope="all",
         unit="paper", model_type="llama", hidden_size=8, num_layers=BLOCKS,
     )  # fmt: skip
@@ -646,7 +648,8 @@ def test_debug_shows_the_traceback(cli: Cli, here: Path, monkeypatch: pytest.Mon
 @pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(cli: Cli, here: Path, tiny: Path) -> None:
     shutil.copytree(tiny, "other")
-    ended = cli("generate", "Hello", "--vector", "v.safetensors", "--model", "./other", "--max-new-tokens", 2)
+    words = ("generate", "Hello", "--vector", "v.safetensors", "--strength", 1, "--model", "./other")
+    ended = cli(*words, "--max-new-tokens", 2)
     assert ended.code == 0
     assert re.fullmatch(r"warning: the vector was fitted on model 'tiny', this is [^\n]+\n", ended.err), ended.err
 

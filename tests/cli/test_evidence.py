@@ -491,7 +491,7 @@ def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     assert found["command"] == (
         "steerkit compare trait-caa.toml --method=caa --method=repe --method=actadd --max-kl=1e+09 "
         "--max-ppl-ratio=1e+09 --max-repetition=0.1 --controls=1 --texts=2 --neutral=2 --seed=0 --batch-size=16 "
-        f"--model={looping}"
+        f"--model {looping}"
     )
     assert Path("made/trait.md").read_text().count("\n") == 4
     assert re.search(r"(src|href)=.?https?:", Path("made/trait.html").read_text()) is None
@@ -572,11 +572,12 @@ def broken(vector: SteeringVector) -> None:
     Path("gone.toml").write_text(recipe.replace("joy.jsonl", "gone.jsonl"))
     Path("nomodel.toml").write_text(re.sub(r"name = .*", 'name = "./gone"', recipe))
     narrow = SteeringVector(
+        suggested_strength=1.0,
         method="caa", tensors={"resid_post.1/direction": torch.ones(8)}, sites=(Site(1),), edit="add", scope="all",
         unit="paper", model_type="llama", hidden_size=8, num_layers=BLOCKS,
     )  # fmt: skip
     narrow.save("narrow.safetensors")
-    replace(vector, norms={}, suggested_strength=None).save("normless.safetensors")
+    replace(vector, norms={}).save("normless.safetensors")
 
 
 CHEAP = [

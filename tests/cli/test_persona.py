@@ -86,7 +86,7 @@ def test_help(cli: Cli, command: str) -> None:
     assert "\u2026" not in ended.out, "no option's name is cut off"
     assert width(ended.out.split("\n")) <= WIDTH
     assert "persona" in cli("--help").out
-    assert [group.name for group in app.registered_groups] == ["persona"]
+    assert "persona" in [group.name for group in app.registered_groups]
 
 
 def test_help_loads_no_model_library() -> None:

@@ -54,7 +54,6 @@ def setup(tokenizer: Any) -> Setup:
 def with_sites(sites: dict[Site, Tensor], **fields: Any) -> SteeringVector:
     decoder = find_decoder(build("llama"))
     return SteeringVector(
-        suggested_strength=1.0,
         method="caa",
         tensors={f"{site}/direction": direction for site, direction in sites.items()},
         sites=tuple(sites),

@@ -375,7 +375,10 @@ def test_advice_is_possible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     model = build("llama")
     for name, data in (("late_only", contrast()), ("window", pair())):
         vector = fit(name, data)
-        with pytest.raises(ScopeError, match=r"pass prompt_lengths= .* to steer\(\)$"), steerkit.steer(model, vector):
+        with (
+            pytest.raises(ScopeError, match=r"pass prompt_lengths= .* to steer\(\)$"),
+            steerkit.steer(model, vector, 1.0),
+        ):
             model(torch.arange(1, 9)[None])
     vector = fit("late_only")
     with pytest.raises(ScopeError, match=r"only at 'generated'; steer with hooks$"):
@@ -384,5 +387,5 @@ def test_advice_is_possible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         exact_strength(vector)
     with pytest.raises(ScopeError, match=r"accept that with vector.at"):
         control_vector(fit("caa"))
-    with pytest.raises(ScopeError, match=r"or use scope='all' or 'first\(n\)'"), steerkit.steer(model, fit("caa")):
+    with pytest.raises(ScopeError, match=r"or use scope='all' or 'first\(n\)'"), steerkit.steer(model, fit("caa"), 1.0):
         model(torch.arange(1, 9)[None])

@@ -226,11 +226,11 @@ def test_a_rule_over_two_conditions_steers_the_rows_that_meet_it() -> None:
         vector = combine({"one": one, "other": other}, rule)
         loaded = SteeringVector.from_bytes(vector.to_bytes())
         assert loaded.reads == (Site(3), Site(2))
-        with steerkit.steer(model, loaded):
+        with steerkit.steer(model, loaded, 1.0):
             ran = generate(model, prompts).logits[0]
         assert [not torch.equal(ran[row], baseline[row]) for row in range(3)] == flags, str(rule)
         once = combine({"one": one, "other": other}, rule | rule)
-        with steerkit.steer(model, once):
+        with steerkit.steer(model, once, 1.0):
             assert torch.equal(generate(model, prompts).logits[0], ran), "asked for twice, added once"
 
 
@@ -351,12 +351,12 @@ def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> N
     assert loaded == vector
     logits = []
     for one in (vector, loaded):
-        with torch.no_grad(), steerkit.steer(model, one, prompt_lengths=[6]):
+        with torch.no_grad(), steerkit.steer(model, one, 1.0, prompt_lengths=[6]):
             logits.append(model(torch.tensor([SHORT])).logits)
     assert torch.equal(logits[0], logits[1])
     with pytest.raises(VectorMismatchError, match="other weights"):
-        steerkit.steer(build("llama", seed=1), loaded)
-    steerkit.steer(build("llama").to(torch.bfloat16), loaded)
+        steerkit.steer(build("llama", seed=1), loaded, 1.0)
+    steerkit.steer(build("llama").to(torch.bfloat16), loaded, 1.0)
 
 
 class _Packed(nn.Linear):
@@ -415,7 +415,7 @@ SAME: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", SAME)
 def test_a_gate_knows_the_weights_it_was_fitted_on(name: str) -> None:
     _, _, vector = fitted()
-    steerkit.steer(SAME[name](build("llama")), vector)
+    steerkit.steer(SAME[name](build("llama")), vector, 1.0)
     with pytest.raises(VectorMismatchError, match="other weights"):
         steerkit.steer(_moved(build("llama"), 1.0, dims=1 if name == "packed" else 2), vector)
 

@@ -411,7 +411,7 @@ def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> N
             ran.append(generate(model, [SHORT, LONG]).logits)
     assert all(torch.equal(one, other) for one, other in zip(*ran, strict=True))
     with pytest.raises(VectorMismatchError, match="other weights"):
-        steerkit.steer(build("llama", seed=5), loaded)
+        steerkit.steer(build("llama", seed=5), loaded, 1.0)
     with pytest.raises(VectorMismatchError, match="other weights"):
         steerkit.explain(build("llama", seed=5), byte_tokenizer(CHATML), "hello", loaded)
     redrawn = build("llama")
@@ -420,7 +420,7 @@ def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> N
             if parameter.dim() == 2:
                 parameter.copy_(parameter.flip(0))
     with pytest.raises(VectorMismatchError, match="other weights"):
-        steerkit.steer(redrawn, loaded)
+        steerkit.steer(redrawn, loaded, 1.0)
     broken = {name: tensor for name, tensor in vector.tensors.items() if name != "shared/spread"}
     with pytest.raises(VectorMismatchError, match="shared/spread"):
         steerkit.steer(model, SteeringVector(**{**_fields(vector), "tensors": broken}))

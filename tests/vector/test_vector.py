@@ -241,7 +241,10 @@ CHANGED: dict[str, Any] = {
     "num_layers": 4,
     "settings": {"layers": [1, 3]},
     "norms": {POST: 52.500001},
+    "spreads": {POST: 31.25},
+    "massive": {POST: {3: 0.875}},
     "suggested_strength": 2.0,
+    "calibration": {"by": "calibrate", "confirmed": True},
     "model_id": "org/model2",
     "answer_separator": " ",
     "model_revision": "abd",
@@ -899,7 +902,7 @@ def test_describe() -> None:
 
 def test_describe_strength_in_both_units() -> None:
     vector = small(norms={POST: 10.0})  # the direction is 5 long
-    assert vector.describe()["sites"][0]["strength"] == {"paper": 1.0, "norm": 0.5}
+    assert vector.describe()["sites"][0]["strength"] == {"paper": None, "norm": None}, "none is given or suggested"
     assert vector.at(strength=4).describe()["sites"][0]["strength"] == {"paper": 4.0, "norm": 2.0}
     assert vector.at(strength=4, unit="norm").describe()["sites"][0]["strength"] == {"norm": 4.0, "paper": 8.0}
     assert vector.at(strength=[1, 2]).describe()["sites"][0]["strength"] == {"paper": [1.0, 2.0], "norm": [0.5, 1.0]}
