@@ -91,6 +91,11 @@ class Method(Configured):
         return self.name
 
     @property
+    def natural_strength(self) -> float | None:
+        """The strength where neither the user nor the file names one: `default_strength`, unless settings decide."""
+        return self.default_strength
+
+    @property
     def default_scope(self) -> str:
         """Tokens written where nobody says otherwise."""
         return self.scope

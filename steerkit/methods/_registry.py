@@ -137,16 +137,18 @@ def default_strength(vector: SteeringVector) -> float:
     Raises:
         StrengthError: neither names one.
         UnknownNameError: the method is not installed.
+        VectorFileError: the method's edit is not the one the vector names.
     """
     if vector.suggested_strength is not None:
         return vector.suggested_strength
-    kind = resolve(vector.method)
-    if kind.default_strength is None:
+    kind = method_of(vector)
+    natural = kind.natural_strength
+    if natural is None:
         raise StrengthError(
             f"{kind.name}: the file suggests no strength and there is none by default; give one in "
             f"{kind.strength_unit}, such as {kind.ladder[len(kind.ladder) // 3]:g}"
         )
-    return kind.default_strength
+    return natural
 
 
 def example_strength(vector: SteeringVector) -> float:
@@ -157,6 +159,7 @@ def example_strength(vector: SteeringVector) -> float:
 
     Raises:
         UnknownNameError: the method is not installed.
+        VectorFileError: the method's edit is not the one the vector names.
     """
     try:
         return default_strength(vector)

@@ -104,6 +104,11 @@ class RefusalDirection(AddDirection):
             raise FitError(f"refusal: validation = {self.validation}; give a number of prompts of at least 1")
 
     @property
+    def natural_strength(self) -> float | None:
+        """Removal at strength 1 is whole; an addition's strength depends on model and data."""
+        return 1.0 if self.apply == "ablate" else None
+
+    @property
     def edit_name(self) -> str:
         """The operation that vector files of this method name."""
         return "add" if self.apply == "add" else "project_out"

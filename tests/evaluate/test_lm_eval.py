@@ -98,7 +98,9 @@ def keep_norm_vector(model: Any) -> SteeringVector:
     plain = vector_for(model, scope="all")
     facts = {name: getattr(plain, name) for name in ("tensors", "sites", "scope", "unit", "model_type")}
     facts |= {"hidden_size": plain.hidden_size, "num_layers": plain.num_layers}
-    return SteeringVector(method="repe", edit="add_keep_norm", settings={"restore_norm": True}, **facts)
+    return SteeringVector(
+        method="repe", edit="add_keep_norm", settings={"restore_norm": True}, suggested_strength=1.0, **facts
+    )
 
 
 @pytest.mark.parametrize(("family", "batch_size"), pairwise(among=RUNS, strength=1))

@@ -53,6 +53,7 @@ def setup(tokenizer: Any) -> Setup:
 
 def with_sites(sites: dict[Site, Tensor], **fields: Any) -> SteeringVector:
     decoder = find_decoder(build("llama"))
+    fields.setdefault("suggested_strength", 1.0)
     return SteeringVector(
         method="caa",
         tensors={f"{site}/direction": direction for site, direction in sites.items()},

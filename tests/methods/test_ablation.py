@@ -340,6 +340,7 @@ def test_bug_25_one_site_leaves_a_projection_at_the_last_block_and_every_write_n
 # fitted at one place, written at others
 
 
+@pytest.mark.filterwarnings("ignore:4 of 4 held-out items")
 def test_a_direction_fitted_at_one_site_is_written_at_others() -> None:
     model, tokenizer = build("gpt2"), byte_tokenizer(CHATML)
     settings = {"writes": ["resid_pre.2", "attn_raw.3"]}

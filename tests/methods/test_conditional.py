@@ -417,15 +417,15 @@ def test_a_gate_knows_the_weights_it_was_fitted_on(name: str) -> None:
     _, _, vector = fitted()
     steerkit.steer(SAME[name](build("llama")), vector, 1.0)
     with pytest.raises(VectorMismatchError, match="other weights"):
-        steerkit.steer(_moved(build("llama"), 1.0, dims=1 if name == "packed" else 2), vector)
+        steerkit.steer(_moved(build("llama"), 1.0, dims=1 if name == "packed" else 2), vector, 1.0)
 
 
 def test_a_gate_fitted_on_packed_weights_knows_them_unpacked() -> None:
     model = _moved(_pack(build("llama")), 0.3, dims=1)
     vector = steerkit.fit(model, byte_tokenizer(CHATML), data(), method="conditional")
-    steerkit.steer(_moved(build("llama"), 0.3, dims=1), vector)
+    steerkit.steer(_moved(build("llama"), 0.3, dims=1), vector, 1.0)
     with pytest.raises(VectorMismatchError, match="other weights"):
-        steerkit.steer(_moved(build("llama"), 0.3, dims=1, seed=1), vector)
+        steerkit.steer(_moved(build("llama"), 0.3, dims=1, seed=1), vector, 1.0)
 
 
 def test_conditions_of_different_weights_are_not_combined() -> None:

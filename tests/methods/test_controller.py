@@ -423,7 +423,7 @@ def test_acceptance_14_round_trip_and_another_model_refused(tmp_path: Path) -> N
         steerkit.steer(redrawn, loaded, 1.0)
     broken = {name: tensor for name, tensor in vector.tensors.items() if name != "shared/spread"}
     with pytest.raises(VectorMismatchError, match="shared/spread"):
-        steerkit.steer(model, SteeringVector(**{**_fields(vector), "tensors": broken}))
+        steerkit.steer(model, SteeringVector(**{**_fields(vector), "tensors": broken}), 1.0)
 
 
 def test_a_gate_over_the_prompt_needs_all_of_it() -> None:

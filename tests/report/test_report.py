@@ -22,6 +22,7 @@ from steerkit.errors import DataError, SteerError
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.suggesting import suggest_strength
 from steerkit.fitting.fitting import fit
 from steerkit.fitting.held_out import separation
 from steerkit.monitor.token_heat import readable, token_projections
@@ -366,13 +367,15 @@ def test_what_is_not_known_is_left_out_with_the_reason(fitted: Fitted) -> None:
     plan = replace(PLAN, strengths=None, questions=(), controls=0)
     found = gather(fitted.model, fitted.tokenizer, vector, name="days", held_out=fitted.held_out, plan=plan)
     assert set(found.missing) == {"layers", "refits"}
-    assert found.curve.strengths == (-1.0, -0.5, 0.0, 0.5, 1.0)
+    shown = found.strength
+    assert found.curve.strengths == (-shown, -shown / 2, 0.0, shown / 2, shown)
+    assert shown == suggest_strength(fitted.model, fitted.tokenizer, vector).suggested_strength
     page = stands_alone(report_html(found))
     assert tuple(page.ids) == SECTIONS
     for words in (
         "Left out: the items the vector was fitted on are not known here.",
         "Fits on rearranged items are left out",
-        "none in the file; 1 (paper unit) is shown",
+        f"none in the file; {shown:g} (paper unit) is shown",
         "no question was given",
         "holds no recipe",
     ):
