@@ -489,7 +489,7 @@ def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     assert found["command"] == (
         "steerkit compare trait-caa.toml --method=caa --method=repe --method=actadd --max-kl=1e+09 "
         "--max-ppl-ratio=1e+09 --max-repetition=0.1 --controls=1 --texts=2 --neutral=2 --seed=0 --batch-size=16 "
-        f"--model={looping}"
+        f"--model {looping}"
     )
     assert Path("made/trait.md").read_text().count("\n") == 4
     assert re.search(r"(src|href)=.?https?:", Path("made/trait.html").read_text()) is None
