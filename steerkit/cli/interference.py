@@ -40,7 +40,7 @@ StrengthOption = Annotated[
 ]
 DataOption = Annotated[
     list[Path] | None,
-    typer.Option(metavar="FILE", help="JSONL of held-out pairs, one for each vector. (default: its recipe's)"),
+    typer.Option(metavar="FILE", help="Held-out pairs, any format, one for each vector. (default: its recipe's)"),
 ]
 OrthogonaliseOption = Annotated[
     Path | None,
