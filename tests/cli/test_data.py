@@ -139,6 +139,7 @@ def made(answer: Callable[..., Any], tiny: Path, *words: object) -> SteeringVect
     return SteeringVector.load("x.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:format alone predicts", "ignore:only the last token")
 def test_extract_reads_any_format(answer: Callable[..., Any], mine: str, tiny: Path) -> None:
     Path("mine.json").write_text(json.dumps({"data": ROWS}, indent=2))
     found = [made(answer, tiny, "--data", name, "--held-out", 0.25) for name in ("joy.jsonl", mine, "mine.json")]
@@ -162,6 +163,7 @@ def test_extract_from_prompts_of_any_format(
     assert made(answer, tiny, "--data", "labels.csv", "--label", "0").data_digest != data.digest
 
 
+@pytest.mark.filterwarnings("ignore:format alone predicts", "ignore:only the last token")
 def test_evaluate_knows_the_items_again(answer: Callable[..., Any], mine: str, tiny: Path) -> None:
     own = ("--data", mine, "--held-out", 0.25, "--model", tiny)
     answer("extract", *own, "--layers", 1, "--readout", "response_mean", "--out", "x.safetensors")

@@ -289,10 +289,10 @@ def test_extract(cli: Cli, trait: Path, tiny: Path) -> None:
     assert "was begun with samples 1, now it is 2; give the same again, or choose another folder" in other.err
 
 
-def test_the_pairs_go_into_other_commands(cli: Cli, answer: Callable[..., Any], trait: Path, tiny: Path) -> None:
+def test_the_pairs_go_into_other_commands(cli: Cli, trait: Path, tiny: Path) -> None:
     assert cli(*EXTRACT, *FREE, "--model", tiny, "--out", "made").code == 0
     words = ("extract", "--data", "made/pairs.jsonl", "--method", "persona", "--layers", "1", "--out", "x.safetensors")
-    found = answer(*words, "--model", tiny)
+    found = strict_json(cli(*words, "--model", tiny, "--json").out)  # positions tell the sides apart, which is said
     data = ContrastSet.from_jsonl("made/pairs.jsonl")
     assert found["held_out"]["items"] == sum(data.marks)
     ended = cli("evaluate", "--vector", "x.safetensors", "--data", "made/pairs.jsonl", "--controls", 1, "--model", tiny,

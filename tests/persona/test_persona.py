@@ -447,7 +447,8 @@ def test_too_few_held_out_pairs_to_choose_on(model: Any, tokenizer: Any, tmp_pat
     found = run(model, tokenizer, tmp_path, spec=few)
     assert found.verdict.startswith("layer not chosen: ")
     assert not found.works
-    assert found.vector.suggested_strength is None
+    assert found.vector.calibration["by"] == "suggest_strength"
+    assert not found.works
     assert found.verdict in found.card.read_text(encoding="utf-8")
 
 
