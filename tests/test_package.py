@@ -7,6 +7,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def test_exported_names() -> None:
     assert set(dir(steerkit)) == {*steerkit.__all__, "__version__"}
     with pytest.raises(AttributeError, match="nonsense"):
         steerkit.nonsense  # noqa: B018
+
+
+def test_every_room_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    rooms = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
+    assert set(listed) == rooms | {"steerkit.recipes", "steerkit.vectors"}
 
 
 def test_no_submodule_bears_the_name_of_an_exported_function() -> None:

@@ -31,7 +31,8 @@ def command_line(
     words = ["steerkit", "compare", *asked, *(f"--method={one}" for one in methods)]
     words += [f"--{key.replace('_', '-')}={value:g}" for key, value in asdict(budget).items()]
     words += [f"--{key}={value}" for key, value in options.items()]
-    return shlex.join([*words, *model.words(every=True)])
+    words += [flag if value is None else f"{flag}={value}" for flag, value in model.options().items()]
+    return shlex.join(words)
 
 
 def write(rows: list[Row], content: dict[str, Any], target: Path) -> None:

@@ -111,20 +111,23 @@ class ModelChoice:
         kept = {name: value for name, value in said.items() if getattr(self, name) is None and value is not None}
         return replace(self, **kept)
 
+    def options(self) -> dict[str, str | None]:
+        """The options that say the same on another command line, with their values; None for one that takes none."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)} | {"model": self.name}
+        return {
+            f"--{name.replace('_', '-')}": None if value is True else str(value)
+            for name, value in given.items()
+            if value not in (None, False)
+        }
+
     def words(self, *, every: bool = False) -> list[str]:
-        """The options that say the same on another command line.
+        """The same as words, the default model left out.
 
         Args:
             every: name the default model too.
         """
-        found = ["--model", self.name] if every or self.name != DEFAULT_MODEL else []
-        for field in fields(self)[1:]:
-            value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
-            if value is True:
-                found.append(flag)
-            elif value not in (None, False):
-                found += [flag, str(value)]
-        return found
+        kept = {flag: value for flag, value in self.options().items() if every or value != DEFAULT_MODEL}
+        return [word for flag, value in kept.items() for word in (flag, value) if word is not None]
 
     def load(self) -> tuple[Any, Any]:
         """Load the model, and say on stderr what was loaded.
