@@ -53,7 +53,8 @@ def run(
     if as_json:
         print_json({"file": str(out), **vector.describe()})
         return
-    typer.echo(f"wrote {out}\n{vector.extra['imported_from']}: {len(vector.sites)} directions, scope {vector.scope}")
+    count = f"{len(vector.sites)} direction" + "s" * (len(vector.sites) > 1)
+    typer.echo(f"wrote {out}\n{vector.extra['imported_from']}: {count}, scope {vector.scope}")
     stdout().print(sites_table(vector.describe()))
     typer.echo(
         f"use it:\n  {usage_line('How was your day?', str(out), strength=example_strength(vector), model=model)}"

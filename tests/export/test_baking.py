@@ -108,6 +108,17 @@ def left_in(folder: Path) -> list[str]:
 # what is written is what the hooks do
 
 
+@pytest.mark.parametrize(("family", "writes"), [("gpt2", ("attn_out.0", "mlp_out.2")), ("gemma2", ("attn_raw.1",))])
+def test_an_ablation_of_chosen_writes_leaves_tied_embeddings_alone(
+    family: str, writes: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = build(family)
+    vector = test_ablation.vector_for(model, writes=writes)
+    baked = bake(model, None, vector, tmp_path / "out", strength=0.6)
+    assert not any("wte" in name or "embed" in name for name in baked.changed)
+    assert gap(logits(loaded(tmp_path / "out")), hooked(model, vector, 0.6)) < tolerances.of_family(family)
+
+
 @pytest.mark.parametrize("family", ADDED)
 def test_an_addition_is_a_bias(family: str, tmp_path: Path) -> None:
     model = build(family)

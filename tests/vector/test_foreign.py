@@ -115,6 +115,10 @@ def test_a_svec_file_is_read_where_its_numbers_say(tmp_path: Path, model: Any, t
     imported = import_vector(tmp_path / "v.svec", model, tokenizer)
     assert imported.sites == (Site(2),)
     assert torch.equal(imported.tensors["resid_post.2/direction"], rows[2])
+    content["directions"] = {"1": [0.0] * HIDDEN}
+    (tmp_path / "zero.svec").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="the direction of block 1 has length 0 and adds nothing"):
+        import_vector(tmp_path / "zero.svec", model, tokenizer)
     for wrong, message in (({"x": [1.0]}, "'x' is no layer"), ({"1": ["a"]}, "directions, 1: holds no numbers")):
         (tmp_path / "w.svec").write_text(json.dumps({"directions": wrong}))
         with pytest.raises(VectorFileError, match=message):

@@ -81,7 +81,7 @@ def import_vector(
         VectorMismatchError: a direction is not as wide as the model, or of a block that the model has not.
 
     Warns:
-        UserWarning: the file names another family of models.
+        UserWarning: the file names another family of models, or a direction adds nothing.
     """
     found, facts = read_foreign(path, tensor=tensor), model_facts(model, tokenizer)
     depth, width = int(facts["num_layers"]), int(facts["hidden_size"])
@@ -98,6 +98,9 @@ def import_vector(
             )
     if found.model_type not in (None, facts["model_type"]):
         warnings.warn(f"{path}: made for {found.model_type!r}, this is {facts['model_type']!r}", stacklevel=2)
+    empty = [layer for layer, direction in sorted(directions.items()) if not bool(direction.any())]
+    if empty:
+        warnings.warn(f"{path}: the direction of block {empty[0]} has length 0 and adds nothing", stacklevel=2)
     sites = tuple(map(Site, sorted(directions)))
     scales = record(model, tokenizer, list(neutral), sites, readout="mean").scales if neutral else {}
     return SteeringVector(
