@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from steerkit.cli import app
+from steerkit.persona import writers
 from tests.cli.words import WORDS
 from tests.program import LOADED
 
@@ -30,7 +32,9 @@ def test_every_command_works_there(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("steerkit.persona.drafting.TRIES", 1)  # a random model never writes what is asked for
+    # A random model never writes what is asked for, and always as much as it may.
+    monkeypatch.setattr("steerkit.persona.drafting.TRIES", 1)
+    monkeypatch.setattr(writers, "model_writer", functools.partial(writers.model_writer, max_new_tokens=8))
     words = [*name.split(), *map(str, WORDS[name]), "--model", str(tiny), "--device", device, "--dtype", "bfloat16"]
     with warnings.catch_warnings(), pytest.raises(SystemExit) as left:
         warnings.simplefilter("ignore")
