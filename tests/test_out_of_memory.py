@@ -82,7 +82,9 @@ def recorded(size: int) -> Any:
 
 def recorded_under(size: int) -> Any:
     rendered = [render(TOKENIZER, Conversation(prompt)) for prompt in PROMPTS]
-    return Passes(model(), TOKENIZER, find_decoder(model()), size).record(rendered, ["resid_post.3"], "last", vector())
+    return Passes(model(), TOKENIZER, find_decoder(model()), size).record(
+        rendered, ["resid_post.3"], "last", vector().at(2.0)
+    )
 
 
 def fitted(method: str, family: str, size: int) -> Any:
@@ -105,7 +107,7 @@ def measured(size: int) -> Any:
 
 def gate(size: int) -> Any:
     rendered = [render(TOKENIZER, Conversation(prompt)) for prompt in PROMPTS]
-    return Passes(model(), TOKENIZER, find_decoder(model()), size).logits(rendered, vector())
+    return Passes(model(), TOKENIZER, find_decoder(model()), size).logits(rendered, vector().at(2.0))
 
 
 WORK: dict[str, tuple[Callable[[int], Any], str]] = {

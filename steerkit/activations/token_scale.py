@@ -107,7 +107,7 @@ class TokenScales:
     def __init__(self) -> None:
         self._norms = NormMedian()
         self._count: Tensor | None = None
-        self._mean = self._power = torch.empty(0)
+        self._mean = self._power = torch.empty(0, dtype=torch.float32)
 
     def update(self, h: Tensor, counted: Tensor) -> None:
         """Count the tokens of a pass.
@@ -139,7 +139,7 @@ class TokenScales:
     def result(self) -> TokenScale:
         """The scale of all tokens counted."""
         if self._count is None or float(self._count) == 0:
-            return TokenScale(self._norms.result(), torch.full((1,), math.nan), {})
+            return TokenScale(self._norms.result(), torch.full((1,), math.nan, dtype=torch.float32), {})
         variance = self._power.cpu() / float(self._count)
         square = variance + self._mean.cpu().square()
         shares = square / square.sum()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from steerkit._support.files import write_whole
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
-from steerkit.methods._registry import can_write_all
+from steerkit.methods._registry import can_write_all, default_strength
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -116,9 +116,11 @@ def _strengths(vector: SteeringVector, strength: float | None) -> dict[Site, flo
     """The strength at each site in the paper unit.
 
     Raises:
-        StrengthError: several strengths, one not finite, or no activation norm to convert with.
+        StrengthError: several strengths, one not finite, none at all, or no activation norm to convert with.
     """
     used = vector.at(strength=strength)
+    if used.strength is None:
+        used = used.at(strength=default_strength(vector))
     if isinstance(used.strength, tuple):
         raise StrengthError(f"got {len(used.strength)} strengths, one per row; a control vector file holds one")
     strengths: dict[Site, float] = {}

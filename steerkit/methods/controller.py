@@ -198,7 +198,7 @@ class WeightedController(GatedAddition):
     def _train_gates(self, subject: Subject, net: dict[str, Tensor], x: Tensor, labels: Tensor, positives: int) -> None:
         """Train the network's gain, and the probe, to tell the sides apart; its weights of blocks get no gradient."""
         data = subject.data
-        place = torch.cat([torch.tensor(side) for side in turns_of(data.sides, paired=data.paired)])
+        place = torch.cat([torch.tensor(side, dtype=torch.long) for side in turns_of(data.sides, paired=data.paired)])
         kept = place % _VALIDATION == _VALIDATION - 1
         has_both = bool(kept[:positives].any()) and bool(kept[positives:].any())
         training = (~kept if has_both else torch.ones_like(kept)).nonzero()[:, 0]

@@ -180,7 +180,7 @@ def test_a_vector_that_matches_nothing() -> None:
     [
         ({"scope": "front"}, "scope 'front' is not one of its own"),
         ({"scope": "nonsense"}, "unknown scope 'nonsense'"),
-        ({"unit": "norm"}, "holds no activation norm"),
+        ({"unit": "norm", "strength": 1.0}, "holds no activation norm"),
         ({"unit": "metres"}, "unknown unit 'metres'"),
         ({"strength": float("nan")}, "give a finite number"),
     ],

@@ -161,6 +161,7 @@ def test_actadd_takes_one_raw_pair(answer: Callable[..., Any], here: Path, tiny:
     assert site["params"]["direction"][1] == [tokens, HIDDEN]
 
 
+@pytest.mark.filterwarnings("ignore:format alone predicts")
 def test_extract_measures_a_strength_and_can_find_the_block(
     cli: Cli, answer: Callable[..., Any], here: Path, tiny: Path
 ) -> None:

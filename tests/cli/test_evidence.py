@@ -491,7 +491,7 @@ def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     assert found["command"] == (
         "steerkit compare trait-caa.toml --method=caa --method=repe --method=actadd --max-kl=1e+09 "
         "--max-ppl-ratio=1e+09 --max-repetition=0.1 --controls=1 --texts=2 --neutral=2 --seed=0 --batch-size=16 "
-        f"--model {looping}"
+        f"--model={looping}"
     )
     assert Path("made/trait.md").read_text().count("\n") == 4
     assert re.search(r"(src|href)=.?https?:", Path("made/trait.html").read_text()) is None
@@ -577,7 +577,7 @@ def broken(vector: SteeringVector) -> None:
         unit="paper", model_type="llama", hidden_size=8, num_layers=BLOCKS,
     )  # fmt: skip
     narrow.save("narrow.safetensors")
-    replace(vector, norms={}).save("normless.safetensors")
+    replace(vector, norms={}, suggested_strength=None).save("normless.safetensors")
 
 
 CHEAP = [
@@ -591,7 +591,10 @@ CHEAP = [
     ((*EVALUATE, "--scope", "reponse"), "unknown scope 'reponse'; did you mean 'response'"),
     ((*EVALUATE, "--scope", "front"), "caa: scope 'front' is not one of its own: all, prompt"),
     ((*EVALUATE, "--unit", "norm"), "give a strength too"),
-    (("evaluate", "--vector", "normless.safetensors", "--data", "joy.jsonl", "--unit", "norm"), "use --unit paper"),
+    (
+        ("evaluate", "--vector", "normless.safetensors", "--data", "joy.jsonl", "--unit", "norm", "--strength", 1),
+        "use --unit paper",
+    ),
     ((*EVALUATE, "--judge", "nonsense", "--behaviour", "joy"), "unknown model 'nonsense'"),
     ((*EVALUATE, "--judge", "http://x/v1", "--behaviour", "joy"), "no model is named"),
     ((*EVALUATE, "--judge", "ftp:/x#y", "--behaviour", "joy"), "ftp:/x#y"),

@@ -298,7 +298,7 @@ def test_the_pairs_go_into_other_commands(cli: Cli, trait: Path, tiny: Path) -> 
     ended = cli("evaluate", "--vector", "x.safetensors", "--data", "made/pairs.jsonl", "--controls", 1, "--model", tiny,
                 "--max-new-tokens", 4, "--texts", 2, "--neutral", 2, "--strength", 1, "--json")  # fmt: skip
     assert ended.code == 0, ended.err
-    assert strict_json(ended.out)["strengths"][0]["scores"]["preference_margin"]["items"] == len(data)
+    assert strict_json(ended.out)["strengths"][0]["scores"]["preference_margin"]["items"] == sum(data.marks)
 
 
 def test_a_judge_behind_an_endpoint(cli: Cli, trait: Path, tiny: Path, serve: Callable[[Any], Server]) -> None:

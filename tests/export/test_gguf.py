@@ -86,7 +86,8 @@ def test_which_strength_is_baked_in(tmp_path: Path) -> None:
     def first(vector: SteeringVector, **options: Any) -> float:
         return float(read_as_repeng(write_control_vector(vector, tmp_path / "v.gguf", **options))[2][1][0])
 
-    assert first(vector_at(1, suggested_strength=None)) == 1.0
+    with pytest.raises(StrengthError, match="suggests no strength"):
+        first(vector_at(1, suggested_strength=None))
     assert first(vector_at(1)) == 1.5
     assert first(vector_at(1).at(strength=2.5)) == 2.5
     assert first(vector_at(1).at(strength=2.5), strength=-3.0) == -3.0

@@ -99,6 +99,7 @@ def test_caa_of_unpaired_sides_is_the_difference_of_means() -> None:
     torch.testing.assert_close(vector.params(Site(1))["direction"].double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no chat template")
 def test_caa_reads_the_answers_letter() -> None:
     """The paper's readout: the letter between the brackets, two tokens before the end, and the same by its span."""
     model, tokenizer = model_of(), byte_tokenizer(None)
@@ -544,7 +545,7 @@ def test_bug_13_what_is_fitted_at_a_site_is_what_the_edit_receives(
         return original(self, h, prepared, tokens)
 
     monkeypatch.setattr(owner, "edit", spy)
-    with steerkit.steer(model, vector, scope="all"), torch.no_grad():
+    with steerkit.steer(model, vector, 1.0, scope="all"), torch.no_grad():
         model(**tokenizer(text, return_tensors="pt"))
     assert torch.equal(received[0][0, -1], recorded)
 

@@ -126,6 +126,7 @@ def test_what_just_fits_runs_and_one_token_more_is_refused_by_name(gpt2: Any, to
         steerkit.generate(gpt2, tokenizer, [text(LIMIT + 3)], max_new_tokens=1)
 
 
+@pytest.mark.filterwarnings("ignore:.* has no chat template")
 def test_every_road_to_the_model_checks_first(gpt2: Any, tokenizer: Any) -> None:
     long = text(LIMIT + 2)
     data = ContrastSet.from_answers([("q", "yes", "no"), ("q2", "y", long), ("q3", "oh", "ah")])

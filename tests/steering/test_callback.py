@@ -181,7 +181,7 @@ def test_directions_of_another_method_are_added() -> None:
     assert (added.method, added.scope) == ("caa", "all")
     unit = direction_at(caa) / direction_at(caa).norm()
     torch.testing.assert_close(direction_at(added), unit)
-    with steerkit.steer(model, added):
+    with steerkit.steer(model, added, 1.0):
         steered = logits_of(model)
     with steerkit.steer(model, caa, strength=1 / float(direction_at(caa).norm()), scope="all"):
         torch.testing.assert_close(steered, logits_of(model))

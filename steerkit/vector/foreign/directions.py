@@ -45,7 +45,7 @@ def as_direction(name: str, value: Any) -> Tensor:
         VectorFileError: they are no numbers, or there are none, or not all are finite.
     """
     try:
-        found = torch.as_tensor(value).to(torch.float32, copy=True)
+        found = torch.as_tensor(value, dtype=torch.float32).clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise VectorFileError(f"{name}: holds no numbers ({error})") from None
     if not found.numel() or not bool(torch.isfinite(found).all()):
