@@ -55,7 +55,7 @@ def generate(
         prompts: strings (user turns where there is a chat template), chats, or conversations. A chat that ends with an
             assistant turn is continued.
         vector: one vector or several.
-        strength: one number, or one per prompt; None takes each file's suggested strength, else 1.
+        strength: one number, or one per prompt; None takes each file's suggested strength.
         scope: which tokens are written; None takes each vector's own.
         unit: `paper` or `norm`; None takes each vector's own.
         max_new_tokens: the longest answer, in tokens.

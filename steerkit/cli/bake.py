@@ -20,7 +20,7 @@ VectorOption = Annotated[
 ]
 StrengthOption = Annotated[
     list[float] | None,
-    typer.Option(help="One for each vector, in unit paper. (default: the file's suggested strength, else 1)"),
+    typer.Option(help="One for each vector, in unit paper. (default: the file's suggested strength)"),
 ]
 UntieOption = Annotated[
     bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")

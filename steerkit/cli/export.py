@@ -57,7 +57,7 @@ def run(
     ] = None,
     strength: Annotated[
         list[float] | None,
-        typer.Option(help="In the file's unit, one for each vector. (default: the file's suggested strength, else 1)"),
+        typer.Option(help="In the file's unit, one for each vector. (default: the file's suggested strength)"),
     ] = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
     model: Annotated[

@@ -57,7 +57,7 @@ def evaluate_tasks(
         tokenizer: its tokenizer; never changed.
         tasks: names of tasks, groups or tags.
         vector: one vector or several; None runs the baseline model.
-        strength: one number; None takes each vector's own, else its suggested one, else 1.
+        strength: one number; None takes each vector's own, else its suggested one.
         unit: what the strength counts in; None takes each vector's own.
         scope: has to be `all`, here or in each vector.
         baseline: run the unsteered model too, and give the differences.

@@ -76,7 +76,7 @@ class Setup:
 
         Args:
             vector: what to steer with; None is the baseline model.
-            strength: one number; None takes each vector's own, else its suggested one, else 1.
+            strength: one number; None takes each vector's own, else its suggested one.
             scope: which tokens are written; None takes the vector's own.
             unit: what the strength counts in; None takes the vector's own.
 

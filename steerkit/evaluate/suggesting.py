@@ -98,8 +98,10 @@ def suggest_strength(
         .with_neutral(texts)
     )
     plain = replace(vector, unit="paper", suggested_strength=None, strength=None, own_unit=False)
-    ladder = method_of(vector).ladder
-    costs = _Costs(setup, plain, max(ladder) * _FURTHEST)
+    method = method_of(vector)
+    # A factor may be any; an angle or a share ends where the method's ladder does.
+    furthest = max(method.ladder) * (_FURTHEST if method.strength_unit == "factor" else 1.0)
+    costs = _Costs(setup, plain, furthest)
     found = costs.reaching(max_kl, _first_strength(plain))
     limit = costs.reaching(max(LIMIT_KL, max_kl), found.strength)
     return replace(

@@ -80,7 +80,7 @@ def interference(
     Args:
         setup: model and tokenizer, and the items where `data` gives none.
         vectors: two or more, by name; in a list they are called by their recipes.
-        strengths: one for each; None takes each vector's own, else its suggested one, else 1.
+        strengths: one for each; None takes each vector's own, else its suggested one.
         scorers: what is measured.
         data: held-out items by name, such as one set for each vector's behaviour; None takes the setup's own, and
             without any only directions are compared.

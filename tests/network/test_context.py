@@ -137,7 +137,7 @@ def test_every_road_to_the_model_checks_first(gpt2: Any, tokenizer: Any) -> None
     body = find_decoder(gpt2).body.register_forward_pre_hook(lambda *_: ran.append("a pass"))
     try:
         for method in ("caa", "repe"):  # streamed, and kept
-            with pytest.raises(DataError, match=r"negative item 2 of 3 \('q2a"):
+            with pytest.raises(DataError, match=r"negative item 2 of 3 \('q2 a"):
                 steerkit.fit(gpt2, tokenizer, data, method=method, layers=[1])
         with pytest.raises(DataError, match=f"text 1 of 2: {LIMIT + 3} tokens"):
             steerkit.fit(

@@ -1461,8 +1461,8 @@ def test_bug_35_blocks_that_give_tuples(wrap: Any) -> None:
 def test_bug_36_every_option_of_steer_changes_what_comes_out() -> None:
     model = model_of()
     vector = replace(vector_for(model, scope="all"), norms={Site(1): 7.0})
-    runs = [{}, {"strength": 2.0}, {"scope": "first(2)"}, {"strength": 1.0, "unit": "norm"}, {"scope": "response", "prompt_lengths": 3},
-            {"scope": "response", "prompt_lengths": 5}]  # fmt: skip
+    runs: list[dict[str, Any]] = [{}, {"strength": 2.0}, {"scope": "first(2)"}, {"strength": 1.0, "unit": "norm"}]
+    runs += [{"scope": "response", "prompt_lengths": length} for length in (3, 5)]
     results = []
     for options in runs:
         with steerkit.steer(model, vector, **options):
