@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchSize",
     "Json",
+    "ReadoutOption",
     "Unit",
     "comparison",
     "number",
     "print_json",
+    "readout_of",
     "sites_table",
     "stderr",
     "stdout",
@@ -33,6 +35,10 @@ __all__ = [
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ReadoutOption = Annotated[
+    str | None,
+    typer.Option(help="Tokens read: last, mean, response_mean, answer_mean, an index. (default: the method's)"),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per pass.")]
 
 
@@ -55,6 +61,14 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def readout_of(text: str | None) -> str | int | None:
+    """A readout as the command line names it; an index is a number."""
+    try:
+        return int(text or "")
+    except ValueError:
+        return text
 
 
 def print_json(data: Any) -> None:

@@ -30,8 +30,10 @@ from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
     Json,
+    ReadoutOption,
     number,
     print_json,
+    readout_of,
     stdout,
     table,
     usage_line,
@@ -69,6 +71,7 @@ def run(
     layers: LayersOption = None,
     strengths: Annotated[list[str] | None, typer.Option(help="Such as 0.5,1,2. (default: the method's ladder)")] = None,
     method: Annotated[str | None, typer.Option(help="Another method than the recipe's.")] = None,
+    readout: ReadoutOption = None,
     effect: EffectOption = "preference_margin",
     scorer: ScorerOption = None,
     markers: Markers = None,
@@ -99,6 +102,7 @@ def run(
 
     chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
+    part = replace(part, readout=readout_of(readout)) if readout is not None else part
     shown, *beside = scorers_of([effect, *(scorer or [])], markers, behaviour, judge)
     ladder = _ladder(strengths, part.name)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)

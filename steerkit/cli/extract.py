@@ -17,7 +17,9 @@ from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
     Json,
+    ReadoutOption,
     print_json,
+    readout_of,
     sites_table,
     stdout,
     usage_line,
@@ -37,10 +39,6 @@ MethodOption = Annotated[str | None, typer.Option(help="See `steerkit methods`. 
 LayersOption = Annotated[
     str | None,
     typer.Option(help="Blocks from 0, such as 11,13 or 10-14 (both ends included); auto finds the best one."),
-]
-ReadoutOption = Annotated[
-    str | None,
-    typer.Option(help="Tokens read: last, mean, response_mean, answer_mean, an index. (default: the method's)"),
 ]
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
 
@@ -84,20 +82,20 @@ def run(
         question = next(iter(chosen.evaluate.questions), QUESTION)
         train, name = chosen.split(method)[0], method or chosen.method.name
         settings = chosen.method_part(method).settings
-        fit = partial(chosen.extract, method=method, readout=_readout(readout))
+        fit = partial(chosen.extract, method=method, readout=readout_of(readout))
     else:
         train, rest = given.parts()
         target = out or Path()
         question, name = QUESTION, method or "caa"
-        fit = partial(steerkit.fit, data=train, method=name, readout=_readout(readout), held_out=rest)
+        fit = partial(steerkit.fit, data=train, method=name, readout=readout_of(readout), held_out=rest)
     check_writable(target)
     _tell_of_items(train, name, is_read=readout is not None or recipe is not None)
     loaded, tokenizer = model.load()
     if recipe is None or recipe.endswith(".toml"):  # of what ships it is told where it is measured
-        _tell_of_confounds(tokenizer, train, name, _readout(readout))
+        _tell_of_confounds(tokenizer, train, name, readout_of(readout))
     if layers == "auto":
         setup = Setup(loaded, tokenizer, batch_size=batch_size)
-        layers = _found_layer(setup, train, name, settings=settings, readout=_readout(readout))
+        layers = _found_layer(setup, train, name, settings=settings, readout=readout_of(readout))
     vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=True)
     with status("finding a strength"):
         vector = with_suggestion(loaded, tokenizer, vector, batch_size=batch_size)
@@ -122,13 +120,6 @@ def _found_layer(setup: Setup, train: ContrastSet, method: str, **options: Any) 
         err=True,
     )
     return str(best)
-
-
-def _readout(text: str | None) -> str | int | None:
-    try:
-        return int(text or "")
-    except ValueError:
-        return text
 
 
 def _tell_of_items(data: ContrastSet, method: str, *, is_read: bool) -> None:

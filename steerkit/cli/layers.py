@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,10 @@ from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
     Json,
+    ReadoutOption,
     number,
     print_json,
+    readout_of,
     stderr,
     stdout,
     table,
@@ -37,6 +40,7 @@ def run(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, behaviour or file.")] = None,
     given: DataChoice = NO_DATA,
     method: Annotated[str | None, typer.Option(help="See `steerkit methods`. (default: the recipe's or caa)")] = None,
+    readout: ReadoutOption = None,
     layers: Annotated[
         str | None, typer.Option(help="Blocks from 0, such as 4-12. (default: a fifth to four fifths of the depth)")
     ] = None,
@@ -64,6 +68,7 @@ def run(
         ready()
         check_writable(plot)
     part = chosen_recipe.method_part(method)
+    part = replace(part, readout=readout_of(readout)) if readout is not None else part
     train, kept = chosen_recipe.split(part.name)
     loaded, tokenizer = model.of(chosen_recipe.model).load()
     setup = Setup(loaded, tokenizer, kept, batch_size=batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,8 +27,10 @@ from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import (
     BatchSize,
     Json,
+    ReadoutOption,
     number,
     print_json,
+    readout_of,
     stdout,
     table,
 )
@@ -83,6 +86,7 @@ def run(
     layers: LayersOption = None,
     strengths: StrengthsOption = None,
     method: Annotated[str | None, typer.Option(help="Another method than the recipe's.")] = None,
+    readout: ReadoutOption = None,
     scorer: ScorerOption = None,
     on: OnOption = Items.validation,
     out: OutOption = None,
@@ -113,6 +117,7 @@ def run(
 
     chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
+    part = replace(part, readout=readout_of(readout)) if readout is not None else part
     doses = numbers(strengths, "--strengths") or _both_signs(resolve(part.name))
     scorers = scorers_of(scorer, markers, behaviour, judge)
     folder = out or Path("out") / f"sweep-{chosen.name}"

@@ -327,3 +327,23 @@ def test_generate_tells_of_marks_and_of_chats_with_an_answer(cli: Cli, here: Pat
     Path("turns.jsonl").write_text(jsonl([{"conversations": turns}]))
     told = cli(*common, "--prompts", "turns.jsonl").err
     assert "turns.jsonl: 1 of 1 chats end with the assistant's turn, which is continued" in told
+
+
+@pytest.mark.filterwarnings("ignore:format alone predicts")
+def test_the_readout_of_extract_is_that_of_the_commands_that_choose(
+    answer: Callable[..., Any], cli: Cli, mine: str, tiny: Path
+) -> None:
+    own = ("--data", mine, "--held-out", 0.25, "--model", tiny)
+    last, mean = (
+        answer("layers", *own, *more, "--layers", "1-2", "--no-effect")["layers"]
+        for more in ((), ("--readout", "response_mean"))
+    )
+    assert last != mean
+    few = ("--layers", 1, "--strengths", "0.5", "--controls", 1, "--texts", 1, "--neutral", 4)
+    loose = ("--max-kl", "1e9", "--max-ppl-ratio", "1e9", "--max-repetition", "1")
+    ended = cli("calibrate", *own, *few, *loose, "--readout", "response_mean", "--out", "c.safetensors")
+    if Path("c.safetensors").exists():  # random weights may show no effect
+        chosen = SteeringVector.load("c.safetensors")
+        assert (chosen.readout, chosen.suggested_strength) == ("response_mean", 0.5)
+        assert chosen.calibration["by"] == "calibrate"
+    assert ended.code in (0, 1)
