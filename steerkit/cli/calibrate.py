@@ -203,7 +203,7 @@ def _show(found: Calibration, target: Path) -> None:
         console.print(columns_table(found.confirmed))
     console.print(found.verdict)
     if found.vector is not None:
-        typer.echo(f"wrote {target}" + ("" if found.works else " without a suggested strength"))
+        typer.echo(f"wrote {target}" + ("" if found.works else ", whose strength is not confirmed"))
 
 
 def _budget(found: Calibration) -> str:
