@@ -9,7 +9,7 @@ squared norm and hardly differs between tokens. So `unit="norm"` counts in a spr
     spread = sqrt(common * own)
 
 `common` is too much for a direction in quiet dimensions, `own` too little for one in loud ones; the mean of both moves
-the predictions most alike over blocks, directions and models (`python -m benchmarks.norms`, docs/results/norms.md).
+the predictions most alike over blocks, directions and models (docs/results/strengths.md).
 
 Massive activations: Sun et al. (2024), "Massive Activations in Large Language Models", arXiv 2402.17762.
 """

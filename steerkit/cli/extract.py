@@ -75,19 +75,20 @@ def run(
     resolve(method or "caa")
     fit: Callable[..., SteeringVector]
     settings: Mapping[str, Any] = {}
+    reading = readout_of(readout)
     if recipe is not None:
         chosen = recipe_of(recipe, given)
-        chosen.split()  # mistakes in the data are told before a model is loaded
         target, model = out or Path(f"{chosen.name}.safetensors"), model.of(chosen.model)
         question = next(iter(chosen.evaluate.questions), QUESTION)
-        train, name = chosen.split(method)[0], method or chosen.method.name
-        settings = chosen.method_part(method).settings
+        part = chosen.method_part(method)
+        train, name = chosen.split(part.name)[0], part.name  # mistakes in the data are told before a model is loaded
+        settings, reading = part.settings, part.readout if reading is None else reading
         fit = partial(chosen.extract, method=method, readout=readout_of(readout))
     else:
         train, rest = given.parts()
         target = out or Path()
         question, name = QUESTION, method or "caa"
-        fit = partial(steerkit.fit, data=train, method=name, readout=readout_of(readout), held_out=rest)
+        fit = partial(steerkit.fit, data=train, method=name, readout=reading, held_out=rest)
     check_writable(target)
     _tell_of_items(train, name, is_read=readout is not None or recipe is not None)
     loaded, tokenizer = model.load()
@@ -95,7 +96,7 @@ def run(
         _tell_of_confounds(tokenizer, train, name, readout_of(readout))
     if layers == "auto":
         setup = Setup(loaded, tokenizer, batch_size=batch_size)
-        layers = _found_layer(setup, train, name, settings=settings, readout=readout_of(readout))
+        layers = _found_layer(setup, train, name, settings=settings, readout=reading)
     vector = fit(loaded, tokenizer, layers=layers, batch_size=batch_size, progress=True)
     with status("finding a strength"):
         vector = with_suggestion(loaded, tokenizer, vector, batch_size=batch_size)

@@ -73,7 +73,7 @@ def warn_beyond(vector: SteeringVector, value: float | tuple[float, ...], unit: 
         return
     _WARNED.add(known)
     warnings.warn(
-        f"strength {largest:g} is beyond {limit:g}, where this vector leaves its budget (KL "
-        f"{vector.calibration.get('max_kl', 0):g} at {vector.suggested_strength:g}); texts may loop",
+        f"strength {largest:g} is beyond {limit:g}, from where on this vector is known to cost too much (suggested is "
+        f"{vector.suggested_strength:g}); texts may loop",
         stacklevel=4,
     )

@@ -127,7 +127,7 @@ def test_a_strength_beyond_the_budget_is_warned_of_once(model: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steerkit.steer(model, vector, 2.0)
-        steerkit.steer(model, vector, 50.0, unit="norm") if vector.spreads else None
+        steerkit.steer(model, replace(vector, norms={Site(1): 5.0}), 50.0, unit="norm")  # counts in another unit
     with pytest.warns(UserWarning, match=r"strength 3 is beyond 2\.125"):
         steerkit.steer(model, vector, -3.0)
     with warnings.catch_warnings():
