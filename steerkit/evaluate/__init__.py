@@ -1,9 +1,9 @@
 """What steering did and cost, with intervals and controls.
 
 `setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `blocks` compares places;
-`suggesting`, `curve`, `sweeps` and `calibration` look for a strength, `controls` and `confounding` doubt the result,
-`compare` sets methods side by side, `together` tells whether several vectors disturb each other, `lm_eval` runs
-tasks of the LM Evaluation Harness.
+`suggesting`, `curve`, `sweeps` and `calibration` look for a strength; `controls`, `confounding`, `refit_intervals`,
+`removal` and `answer_likeness` doubt the result; `compare` sets methods side by side, `together` tells whether several
+vectors disturb each other, `lm_eval` runs tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from steerkit._support.lazy import lazily
 
 if TYPE_CHECKING:
+    from steerkit.evaluate.answer_likeness import answer_likeness
     from steerkit.evaluate.blocks import best_layer, effect_by_block, find_layer
     from steerkit.evaluate.by_prompt_kind import by_kind
     from steerkit.evaluate.compare import compared
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from steerkit.evaluate.controls import refits
     from steerkit.evaluate.curve import strength_response
     from steerkit.evaluate.intervals import Estimate, interval
+    from steerkit.evaluate.refit_intervals import refit_interval
+    from steerkit.evaluate.removal import probe_after_removal
     from steerkit.evaluate.scoring import Measured, measure, scorer_of
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.suggesting import suggest_strength
@@ -32,6 +35,7 @@ __all__ = [
     "Measured",
     "Setup",
     "Trial",
+    "answer_likeness",
     "best_layer",
     "by_kind",
     "compared",
@@ -41,6 +45,8 @@ __all__ = [
     "interference",
     "interval",
     "measure",
+    "probe_after_removal",
+    "refit_interval",
     "refits",
     "scorer_of",
     "strength_response",
@@ -55,6 +61,7 @@ __getattr__ = lazily(
         "Measured": "scoring",
         "Setup": "setup",
         "Trial": "trial",
+        "answer_likeness": "answer_likeness",
         "best_layer": "blocks",
         "by_kind": "by_prompt_kind",
         "compared": "compare",
@@ -64,6 +71,8 @@ __getattr__ = lazily(
         "interference": "together",
         "interval": "intervals",
         "measure": "scoring",
+        "probe_after_removal": "removal",
+        "refit_interval": "refit_intervals",
         "refits": "controls",
         "scorer_of": "scoring",
         "strength_response": "curve",
