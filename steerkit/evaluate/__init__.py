@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from steerkit.evaluate.answer_likeness import answer_likeness
     from steerkit.evaluate.blocks import best_layer, effect_by_block, find_layer
     from steerkit.evaluate.by_prompt_kind import by_kind
+    from steerkit.evaluate.calibration import Budget, Calibration, Search, calibrate
     from steerkit.evaluate.compare import compared
     from steerkit.evaluate.confounding import confounds
     from steerkit.evaluate.controls import refits
     from steerkit.evaluate.curve import strength_response
-    from steerkit.evaluate.intervals import Estimate, interval
+    from steerkit.evaluate.intervals import Estimate, interval, separability
     from steerkit.evaluate.refit_intervals import refit_interval
     from steerkit.evaluate.removal import probe_after_removal
     from steerkit.evaluate.scoring import Measured, measure, scorer_of
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
     from steerkit.evaluate.trial import Trial
 
 __all__ = [
+    "Budget",
+    "Calibration",
     "Estimate",
     "Measured",
+    "Search",
     "Setup",
     "Trial",
     "answer_likeness",
     "best_layer",
     "by_kind",
+    "calibrate",
     "compared",
     "confounds",
     "effect_by_block",
@@ -49,6 +54,7 @@ __all__ = [
     "refit_interval",
     "refits",
     "scorer_of",
+    "separability",
     "strength_response",
     "suggest_strength",
     "sweep",
@@ -57,13 +63,17 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "Budget": "calibration",
+        "Calibration": "calibration",
         "Estimate": "intervals",
         "Measured": "scoring",
+        "Search": "calibration",
         "Setup": "setup",
         "Trial": "trial",
         "answer_likeness": "answer_likeness",
         "best_layer": "blocks",
         "by_kind": "by_prompt_kind",
+        "calibrate": "calibration",
         "compared": "compare",
         "confounds": "confounding",
         "effect_by_block": "blocks",
@@ -75,6 +85,7 @@ __getattr__ = lazily(
         "refit_interval": "refit_intervals",
         "refits": "controls",
         "scorer_of": "scoring",
+        "separability": "intervals",
         "strength_response": "curve",
         "suggest_strength": "suggesting",
         "sweep": "sweeps",

@@ -4,11 +4,17 @@
                answer's without its last), T of them
     CHES     = <a+, a-> - |a+|^2                              0 for two equal answers
     per token  <a+, a-> / (T+ T-)  -  |a+|^2 / T+^2           the same without the answers' lengths
-    likeness = 1 + (per token) / (|a+|^2 / T+^2)              1 for two equal answers, 0 at right angles
 
-Pairs of high likeness teach little: their difference is small beside what each holds in common with everything, and
-preference training on them pushes both answers down. Last hidden states are those the output matrix reads, behind the
-final norm.
+The higher it is, the less the pair teaches: preference training on it pushes both answers down. It orders the pairs of
+one set. Where it is 0 two answers need not be equal (the negative one may be longer in the positive one's direction),
+and all answers share most of what they are, so no number of it says "nearly one thing". The score of a pair read both
+ways round does: per token, its sum is minus the squared distance |m+ - m-|^2 of the mean states m = a / T. So
+
+    apart = |m+ - m-|^2 / median over answers of different pairs of |m+_i - m-_j|^2
+
+is 0 for equal answers and about 1 for answers that have nothing to do with each other; of two answers of one token each
+it says nothing, for both are predicted from the same state. Last hidden states are those the
+output matrix reads, behind the final norm.
 
 Razin et al. (2024), "Unintentional Unalignment: Likelihood Displacement in Direct Preference Optimization", arXiv
 2410.08847. Where this file departs: the released length-normalised score divides by the padded length of the batch;
@@ -17,6 +23,7 @@ here each row's own length counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,7 +39,10 @@ from steerkit.network.decoder import execution_device
 from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.rendering import Rendered
 
-__all__ = ["AnswerLikeness", "Ches", "answer_likeness", "ches"]
+__all__ = ["ALIKE", "AnswerLikeness", "Ches", "answer_likeness", "ches"]
+
+ALIKE = 0.1
+"""How far apart two answers lie at the most that are called nearly one thing."""
 
 
 class Ches(NamedTuple):
@@ -41,12 +51,10 @@ class Ches(NamedTuple):
     Attributes:
         total: with the answers' lengths.
         per_token: without.
-        likeness: the latter in units of the positive answer's own square.
     """
 
     total: float
     per_token: float
-    likeness: float
 
 
 @dataclass(frozen=True)
@@ -55,22 +63,26 @@ class AnswerLikeness:
 
     Attributes:
         scores: one for each pair, in their order.
+        apart: how far the two answers of each lie apart, in units of answers of different pairs; nan where both are one
+            token long.
     """
 
     scores: tuple[Ches, ...]
+    apart: tuple[float, ...]
 
-    def alike(self, limit: float) -> tuple[int, ...]:
-        """Places of the pairs whose likeness is at least so much, the most alike first.
+    def alike(self, limit: float = ALIKE) -> tuple[int, ...]:
+        """Places of the pairs whose answers lie no further apart than that, the most alike first.
 
         Args:
-            limit: 1 names equal answers only.
+            limit: 0 names equal answers only.
         """
-        found = [place for place, score in enumerate(self.scores) if score.likeness >= limit]
-        return tuple(sorted(found, key=lambda place: -self.scores[place].likeness))
+        found = [place for place, apart in enumerate(self.apart) if apart <= limit]
+        return tuple(sorted(found, key=lambda place: self.apart[place]))
 
     def as_json(self) -> list[dict[str, Any]]:
         """Plain data, one row a pair."""
-        return [{"pair": place, **score._asdict()} for place, score in enumerate(self.scores)]
+        rows = zip(self.scores, self.apart, strict=True)
+        return [{"pair": place, **score._asdict(), "apart": apart} for place, (score, apart) in enumerate(rows)]
 
 
 def ches(positive: Tensor, negative: Tensor) -> Ches:
@@ -107,13 +119,26 @@ def answer_likeness(setup: Setup) -> AnswerLikeness:
     sums = _sums(setup, texts)
     lengths = [len(text.ids) - text.prompt_length for text in texts]
     scores = [_score(sums[at], sums[at + 1], lengths[at], lengths[at + 1]) for at in range(0, len(texts), 2)]
-    return AnswerLikeness(tuple(scores))
+    means = sums / torch.tensor(lengths, dtype=torch.double)[:, None]
+    apart = _apart(means[0::2], means[1::2]).tolist()
+    for place in range(len(apart)):
+        if lengths[2 * place] == lengths[2 * place + 1] == 1:
+            apart[place] = math.nan
+    return AnswerLikeness(tuple(scores), tuple(apart))
 
 
 def _score(a: Tensor, b: Tensor, own: int, other: int) -> Ches:
     square, product = float(a @ a), float(a @ b)
-    per_token = product / (own * other) - square / own**2
-    return Ches(product - square, per_token, 1.0 + per_token * own**2 / square if square > 0 else 1.0)
+    return Ches(product - square, product / (own * other) - square / own**2)
+
+
+def _apart(positive: Tensor, negative: Tensor) -> Tensor:
+    """[n] squared distances of the pairs' means [n, d], over the median one between answers of different pairs."""
+    distances = torch.cdist(positive, negative).square()
+    own = distances.diagonal()
+    others = distances[~torch.eye(len(own), dtype=torch.bool)]
+    typical = float(others.median()) if len(others) else 0.0
+    return own / typical if typical > 0 else torch.where(own > 0, 1.0, 0.0)
 
 
 def _sums(setup: Setup, texts: Sequence[Rendered]) -> Tensor:

@@ -97,8 +97,10 @@ def test_ches_is_its_definition() -> None:
     assert ches(torch.tensor([[3.0, 0.0]]), torch.tensor([[2.0, 0.0]])).total == -3.0
     same = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     assert ches(same, same).total == pytest.approx(0.0, abs=1e-12)
-    assert ches(same, same).likeness == pytest.approx(1.0)
-    assert ches(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])).likeness == 0.0
+    # Read both ways round, per token, it is minus the squared distance of the means.
+    other = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    both = ches(same, other).per_token + ches(other, same).per_token
+    assert both == pytest.approx(-float((same.mean(0) - other.mean(0)).square().sum()), rel=1e-5)
     # Each row's own length: the same token said again changes the sum and not the mean.
     once, twice = torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 0.0], [3.0, 0.0]])
     assert ches(once, twice).per_token == 0.0
@@ -125,7 +127,27 @@ def test_answers_are_read_behind_the_final_norm_whatever_the_batch(setup: Setup,
 def test_equal_answers_are_the_most_alike(setup: Setup) -> None:
     data = ContrastSet.from_answers([("Well?", "No way.", "Yes!"), ("Well?", "Yes.", "Yes."), ("And?", "One", "Two")])
     found = answer_likeness(replace(setup, data=data))
-    assert found.alike(0.999) == (1,)
+    assert found.alike() == (1,)
+    assert found.apart[1] == pytest.approx(0.0, abs=1e-9)
+    assert found.alike(1e9)[0] == 1
+    means = [
+        setup.model.model(torch.tensor([list(text.ids)]))
+        .last_hidden_state[0, text.prompt_length - 1 : -1]
+        .mean(0)
+        .detach()
+        for pair in replace(setup, data=data).pairs
+        for text in pair
+    ]
+    others = sorted(
+        float((means[2 * i] - means[2 * j + 1]).square().sum()) for i in range(3) for j in range(3) if i != j
+    )
+    expected = float((means[0] - means[1]).square().sum()) / others[2]
+    assert found.apart[0] == pytest.approx(expected, rel=1e-4)
+    letters = ContrastSet.from_answers([("Well?", "Y", "N"), ("And?", "Yes", "No")])
+    found = answer_likeness(replace(setup, data=letters))
+    assert found.scores[0].total == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(found.apart[0])
+    assert found.alike() == ()
     with pytest.raises(DataError, match="pairs of answers are needed"):
         answer_likeness(replace(setup, data=None))
 

@@ -8,14 +8,12 @@ from steerkit.checks.doctor.attention_sink import SINK, sink_weights
 from steerkit.checks.doctor.case import Case
 from steerkit.checks.doctor.judging import hold
 from steerkit.errors import DataError, ModelError
-from steerkit.evaluate.answer_likeness import answer_likeness
+from steerkit.evaluate.answer_likeness import ALIKE, answer_likeness
 from steerkit.evaluate.setup import Setup
 from steerkit.prompts.rendering import spread
 
 __all__ = ["pairs", "sink"]
 
-ALIKE = 0.95
-"""Likeness from which two answers are called nearly one thing."""
 _LOOKED_AT, _NAMED = 128, 5
 
 
@@ -44,9 +42,9 @@ def pairs(case: Case) -> str:
         found = answer_likeness(Setup(case.model, case.tokenizer, some))
     except DataError as error:
         return f"not looked at: {error}"
-    alike = [places[place] + 1 for place in found.alike(ALIKE)]
+    alike = [places[place] + 1 for place in found.alike()]
     if not alike:
-        return f"the answers of all {len(places)} pairs looked at differ (likeness below {ALIKE:g})"
+        return f"the answers of all {len(places)} pairs looked at lie apart (over {ALIKE:g} of what others do)"
     more = "" if len(alike) <= _NAMED else f" and {len(alike) - _NAMED} more"
     listed = ", ".join(map(str, alike[:_NAMED])) + more
     return f"pairs {listed} of {len(places)} looked at: both answers are nearly one thing to the model"
