@@ -35,6 +35,8 @@ class Measured:
             ratio); nothing but the neutral value for that model itself. None where the scorer compares by itself.
         items: scored items.
         failures: items that could not be scored.
+        lost: those of them that could be scored without steering, and that no number stands for: what is said of the
+            others is no measure of health.
     """
 
     column: Column
@@ -42,6 +44,7 @@ class Measured:
     change: Estimate | None
     items: int
     failures: int = 0
+    lost: int = 0
 
     @property
     def effect(self) -> Estimate:
@@ -81,6 +84,8 @@ class Measured:
             "items": self.items,
             "failures": self.failures,
         }
+        if self.lost:
+            row["lost"] = self.lost
         if self.change is not None:
             low, high = ends(self.change)
             row |= {"change": self.change.mean, "change_low": low, "change_high": high}
@@ -95,7 +100,9 @@ class Measured:
             row: plain data.
         """
         change = _estimate(row, "change", "change_low", "change_high") if "change" in row else None
-        return cls(column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"])
+        return cls(
+            column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"], row.get("lost", 0)
+        )
 
 
 def _log(value: float) -> float:
@@ -159,13 +166,12 @@ def measure(
     found: dict[str, Measured] = {}
     for scorer in map(scorer_of, scorers):
         scores = _scores(trial, scorer)
-        beside = (
-            None if scorer.against_baseline else scores if trial.baseline is trial else _scores(trial.baseline, scorer)
-        )
+        unsteered = scores if trial.baseline is trial else _scores(trial.baseline, scorer)
         for name, column in scorer.columns.items():
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
-            found[name] = _measured(column, scores[name], None if beside is None else beside[name], seed)
+            column = column._replace(worst=scorer.worst(name))
+            found[name] = _measured(column, scores[name], unsteered[name], seed, against=scorer.against_baseline)
     return found
 
 
@@ -215,19 +221,45 @@ def identity_of(scorer: Scorer) -> str:
     return digest_of([kind.__module__, kind.__qualname__, code, settings])
 
 
-def _measured(column: Column, scores: Tensor | Weighted, beside: Tensor | Weighted | None, seed: int) -> Measured:
+def _measured(
+    column: Column, scores: Tensor | Weighted, unsteered: Tensor | Weighted, seed: int, *, against: bool
+) -> Measured:
+    """One column as a figure.
+
+    Args:
+        column: what it is.
+        scores: under steering.
+        unsteered: of the same items without it; the same object for the unsteered model itself.
+        seed: fixes the intervals.
+        against: the numbers compare with the unsteered model by themselves.
+    """
     values, weights = scores if isinstance(scores, Weighted) else (scores, None)
+    before = unsteered.values if isinstance(unsteered, Weighted) else unsteered
+    missing = torch.isnan(values)
+    lost = missing & ~torch.isnan(before)
+    if column.worst is not None and bool(lost.any()):
+        values = torch.where(lost, column.worst, values)
+        missing, lost = torch.isnan(values), torch.zeros_like(lost)
     estimate = interval(values, weights=weights, shares=column.share, seed=seed)
     change = None
-    if beside is not None:
-        before = beside.values if isinstance(beside, Weighted) else beside
-        same = beside is scores  # the unsteered model itself
+    if not against:
         change = (
             Estimate(0.0, 0.0, 0.0)
-            if same
+            if unsteered is scores
             else interval(values, before=before, weights=weights, shares=column.share, seed=seed)
         )
+    if bool(lost.any()):
+        estimate, change = _open(estimate, column), None if change is None else _open(change, column)
     if column.scale == "log":
         estimate, change = estimate.exp(), None if change is None else change.exp()
-    missing = int(torch.isnan(values).sum())
-    return Measured(column, estimate, change, len(values) - missing, missing)
+    failures = int(missing.sum())
+    return Measured(column, estimate, change, len(values) - failures, failures, int(lost.sum()))
+
+
+def _open(found: Estimate, column: Column) -> Estimate:
+    """An interval without an end where it is worse: of items that came to nothing, nobody knows how bad they were."""
+    return Estimate(
+        found.mean,
+        found.low if column.better == "lower" else -math.inf,
+        found.high if column.better == "higher" else math.inf,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from steerkit.export.weights_card import number
 from steerkit.persona.filtering import Rules
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -47,7 +48,7 @@ def tried_text(vector: SteeringVector) -> list[str]:
         effect, kl, ratio = (scores.get(name, {}) for name in (found["effect"], "kl", "perplexity_ratio"))
         lines.append(
             f"| {'+'.join(map(str, row['layers']))} | {row['strength']:g} | {_span(effect)} "
-            f"| {kl.get('mean', 0):.2f} | {ratio.get('mean', 0):.2f} |"
+            f"| {number(kl.get('mean'), 2)} | {number(ratio.get('mean'), 2)} |"
         )
     if not found["curve"]:
         return lines
@@ -62,5 +63,7 @@ def tried_text(vector: SteeringVector) -> list[str]:
 
 def _span(row: Mapping[str, Any]) -> str:
     """A change with its interval."""
+    if "change" not in row:
+        return "-"
     ends = ("-" if row.get(end) is None else f"{row[end]:+.2f}" for end in ("change_low", "change_high"))
-    return f"{row.get('change', 0):+.2f} ({' to '.join(ends)})"
+    return f"{row['change']:+.2f} ({' to '.join(ends)})"

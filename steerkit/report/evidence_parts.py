@@ -27,6 +27,7 @@ class EvidencePlan:
         texts: prompts answered for repetition and length.
         neutral: neutral texts for KL divergence and perplexity.
         new_tokens: the longest answer.
+        refitted: whether the method is fitted again, at every block and on rearranged items.
         seed: fixes controls and intervals.
         batch_size: rows per pass.
     """
@@ -39,6 +40,7 @@ class EvidencePlan:
     texts: int = 6
     neutral: int = 12
     new_tokens: int = 40
+    refitted: bool = True
     seed: int = 0
     batch_size: int = 16
 
