@@ -19,7 +19,7 @@ from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.store_identity import digest_of
 from steerkit.evaluate.trial import Trial
 
-__all__ = ["Measured", "column_of", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
+__all__ = ["Measured", "column_of", "counted", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
 
 _SCORERS: Plugins[Scorer] = Plugins("steerkit.evaluate.scorers", "scorer", Scorer)
 
@@ -167,11 +167,10 @@ def measure(
     for scorer in map(scorer_of, scorers):
         scores = _scores(trial, scorer)
         unsteered = scores if trial.baseline is trial else _scores(trial.baseline, scorer)
-        for name, column in scorer.columns.items():
+        for name in scorer.columns:
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
-            column = column._replace(worst=scorer.worst(name))
-            found[name] = _measured(column, scores[name], unsteered[name], seed, against=scorer.against_baseline)
+            found[name] = _measured(scorer, name, scores[name], unsteered[name], seed)
     return found
 
 
@@ -221,38 +220,53 @@ def identity_of(scorer: Scorer) -> str:
     return digest_of([kind.__module__, kind.__qualname__, code, settings])
 
 
-def _measured(
-    column: Column, scores: Tensor | Weighted, unsteered: Tensor | Weighted, seed: int, *, against: bool
-) -> Measured:
-    """One column as a figure.
+def counted(
+    scorer: Scorer, name: str, scores: Tensor | Weighted, unsteered: Tensor | Weighted
+) -> tuple[Tensor, Tensor]:
+    """One column's values, with the worst one where an item could be scored without steering and not with it.
 
     Args:
-        column: what it is.
+        scorer: whose column it is.
+        name: of the column.
         scores: under steering.
-        unsteered: of the same items without it; the same object for the unsteered model itself.
-        seed: fixes the intervals.
-        against: the numbers compare with the unsteered model by themselves.
+        unsteered: of the same items without it.
+
+    Returns:
+        Values [n] double, and [n] whether an item is lost: it could be scored without steering, and no number stands
+        for it.
+
+    Raises:
+        DataError: the scorer gave other items the second time.
     """
-    values, weights = scores if isinstance(scores, Weighted) else (scores, None)
-    before = unsteered.values if isinstance(unsteered, Weighted) else unsteered
-    missing = torch.isnan(values)
-    lost = missing & ~torch.isnan(before)
-    if column.worst is not None and bool(lost.any()):
-        values = torch.where(lost, column.worst, values)
-        missing, lost = torch.isnan(values), torch.zeros_like(lost)
-    estimate = interval(values, weights=weights, shares=column.share, seed=seed)
-    change = None
-    if not against:
-        change = (
-            Estimate(0.0, 0.0, 0.0)
-            if unsteered is scores
-            else interval(values, before=before, weights=weights, shares=column.share, seed=seed)
-        )
-    if bool(lost.any()):
-        estimate, change = _open(estimate, column), None if change is None else _open(change, column)
+    values, before = (
+        (one.values if isinstance(one, Weighted) else one).detach().cpu().double() for one in (scores, unsteered)
+    )
+    if values.shape != before.shape:
+        raise DataError(f"{scorer.name}: {len(values)} items under steering and {len(before)} without; give the same")
+    lost, worst = torch.isnan(values) & ~torch.isnan(before), scorer.worst(name)
+    if worst is None:
+        return values, lost
+    return torch.where(lost, worst, values), torch.zeros_like(lost)
+
+
+def _measured(
+    scorer: Scorer, name: str, scores: Tensor | Weighted, unsteered: Tensor | Weighted, seed: int
+) -> Measured:
+    """One column as a figure; `unsteered` is the same object for the unsteered model itself."""
+    column, weights = scorer.columns[name], scores.weights if isinstance(scores, Weighted) else None
+    values, lost = counted(scorer, name, scores, unsteered)
+    common: dict[str, Any] = {"weights": weights, "shares": column.share, "seed": seed}
+    estimate, change = interval(values, **common), None
+    if unsteered is scores and not scorer.against_baseline:
+        change = Estimate(0.0, 0.0, 0.0)
+    elif not scorer.against_baseline:
+        before = unsteered.values if isinstance(unsteered, Weighted) else unsteered
+        change = interval(values, before=before, **common)
     if column.scale == "log":
         estimate, change = estimate.exp(), None if change is None else change.exp()
-    failures = int(missing.sum())
+    if bool(lost.any()):
+        estimate, change = _open(estimate, column), None if change is None else _open(change, column)
+    failures = int(torch.isnan(values).sum())
     return Measured(column, estimate, change, len(values) - failures, failures, int(lost.sum()))
 
 
@@ -260,6 +274,6 @@ def _open(found: Estimate, column: Column) -> Estimate:
     """An interval without an end where it is worse: of items that came to nothing, nobody knows how bad they were."""
     return Estimate(
         found.mean,
-        found.low if column.better == "lower" else -math.inf,
+        found.low if column.better == "lower" else 0.0 if column.scale == "log" else -math.inf,
         found.high if column.better == "higher" else math.inf,
     )

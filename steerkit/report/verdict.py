@@ -89,8 +89,8 @@ def spots_of(evidence: Evidence) -> list[Spot]:
     spots = []
     for strength, point in zip(evidence.curve.strengths, evidence.curve.points, strict=True):
         measured = point[evidence.curve.effect]
-        change = 0.0 if measured.change is None else measured.change.mean
-        spots.append(Spot(f"{strength:+g}", point["kl"].estimate.mean, change, 0, chosen=strength == evidence.strength))
+        effect, cost = measured.effect.mean, point["kl"].estimate.mean
+        spots.append(Spot(f"{strength:+g}", cost, effect, 0, chosen=strength == evidence.strength))
     for row in (evidence.calibration or {}).get("validation", ()):
         effect, kl = row["scores"].get(evidence.curve.effect), row["scores"].get("kl")
         if row["strength"] is None or effect is None or kl is None or "change" not in effect:
