@@ -33,41 +33,49 @@ KEPT = ROOT / "out" / "vectors"
 NEUTRAL, TEXTS, CONTROLS = 40, 8, 3
 
 
-def calibrated(recipe: Recipe, vector: SteeringVector, model: Any, tokenizer: Any) -> Calibration:
+def calibrated(recipe: Recipe, model: Any, tokenizer: Any) -> Calibration:
     """The strength of a recipe's vector at its own sites."""
     train, held_out = recipe.split()
     part, setup = recipe.method, Setup(model, tokenizer, held_out, texts=TEXTS).with_neutral(NEUTRAL)
-    own = part.layers or ((vector.sites[0].layer,) if part.sites else tuple(range(setup.decoder.num_layers)))
-    found = calibrate(
+    return calibrate(
         setup,
         train,
         method=part.name,
         settings=dict(part.settings),
         readout=part.readout,
-        search=Search(candidates=[own], strengths=resolve(part.name).ladder[1:], controls=CONTROLS),
+        search=Search(
+            candidates=[part.layers or tuple(range(setup.decoder.num_layers))],
+            strengths=resolve(part.name).ladder[1:],
+            controls=CONTROLS,
+        ),
         store=Store(KEPT / f"{recipe.name}.rows.jsonl"),
         scope=recipe.apply.scope,
         validation=recipe.validation(),
         kinds=recipe.kinds(part),
         step=lambda words: print(f"{recipe.name}: {words}", file=sys.stderr, flush=True),
     )
-    if found.vector is not None:
-        same = found.vector.sites == vector.sites
-        assert same and all(torch.equal(found.vector.tensors[name], one) for name, one in vector.tensors.items())
-    return found
 
 
-def shipped(recipe: Recipe, vector: SteeringVector, found: Calibration) -> SteeringVector:
+def shipped(recipe: Recipe, found: Calibration, model: Any, tokenizer: Any) -> SteeringVector:
     """The vector as it ships: what the recipe extracts, with what its calibration found."""
-    chosen = found.vector if found.vector is not None and found.has_effect else None
-    strength = None if chosen is None else chosen.suggested_strength
-    apply = replace(recipe.apply, strength=strength, no_effect=strength is None)
+    strength = found.strength if found.has_effect else None
+    signed = replace(recipe, apply=replace(recipe.apply, strength=strength, no_effect=strength is None))
+    if found.vector is not None:
+        return signed.signed(found.vector, recipe.method)
+    vector = signed.extract(model, tokenizer)
     facts: dict[str, Any] = {"by": "calibrate", "confirmed": False, "verdict": found.verdict}
-    return replace(
-        replace(recipe, apply=apply).signed(vector, recipe.method),
-        calibration=facts if found.vector is None else found.vector.calibration,
-        held_out={**vector.held_out, "calibration": found.as_json()},
+    return replace(vector, calibration=facts, held_out={**vector.held_out, "calibration": found.as_json()})
+
+
+def is_same(vector: SteeringVector, file: Path) -> str:
+    """Whether the tensors are those of the file that is there."""
+    if not file.exists():
+        return "new"
+    old = SteeringVector.load(file)
+    same = old.sites == vector.sites and all(
+        torch.equal(vector.tensors[name], one) for name, one in old.tensors.items()
     )
+    return "same tensors" if same else "OTHER TENSORS"
 
 
 def written(recipe: Recipe, vector: SteeringVector) -> None:
@@ -94,10 +102,13 @@ def main() -> None:
             print(f"{recipe.name}: two kinds of prompts, see benchmarks.gates")
             continue
         started = time.monotonic()
-        vector = recipe.extract(model, tokenizer)
-        found = calibrated(recipe, vector, model, tokenizer)
-        written(recipe, shipped(recipe, vector, found))
-        print(f"{recipe.name} ({time.monotonic() - started:.0f} s): {found.strength}: {found.verdict}", flush=True)
+        found = calibrated(recipe, model, tokenizer)
+        vector = shipped(recipe, found, model, tokenizer)
+        same = is_same(vector, FOLDER / f"{recipe.name}.safetensors")
+        written(recipe, vector)
+        print(
+            f"{recipe.name} ({time.monotonic() - started:.0f} s): {same}, {found.strength}: {found.verdict}", flush=True
+        )
 
 
 if __name__ == "__main__":

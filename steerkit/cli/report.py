@@ -37,27 +37,34 @@ StrengthOption = Annotated[
 ]
 
 
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="About two minutes: fits nothing again, and measures on less.")
+]
+ControlsOption = Annotated[
+    int | None, typer.Option(min=0, help="Random directions, and fits on shuffled labels. (default: 5, quick 2)")
+]
+TextsOption = Annotated[
+    int | None, typer.Option(min=1, help="Prompts answered for repetition and length. (default: 6, quick 4)")
+]
+NeutralOption = Annotated[
+    int | None, typer.Option(min=2, help="Neutral texts read for KL and perplexity. (default: 12, quick 6)")
+]
+LongestOption = Annotated[
+    int | None, typer.Option(min=1, help="The longest answer, in tokens. (default: 40, quick 24)")
+]
+
+
 @loads_model
 @takes_data
 def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
     given: DataChoice = NO_DATA,
     strength: StrengthOption = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="About two minutes: fits nothing again, and measures on less.")
-    ] = False,
-    controls: Annotated[
-        int | None, typer.Option(min=0, help="Random directions, and fits on shuffled labels. (default: 5, quick 2)")
-    ] = None,
-    texts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts answered for repetition and length. (default: 6, quick 4)")
-    ] = None,
-    neutral: Annotated[
-        int | None, typer.Option(min=2, help="Neutral texts read for KL and perplexity. (default: 12, quick 6)")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="The longest answer, in tokens. (default: 40, quick 24)")
-    ] = None,
+    quick: QuickOption = False,
+    controls: ControlsOption = None,
+    texts: TextsOption = None,
+    neutral: NeutralOption = None,
+    max_new_tokens: LongestOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes controls and intervals.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to be.")] = Path("report.html"),
     model: ModelChoice = DEFAULT,

@@ -123,9 +123,7 @@ def _costs(confirmed: Mapping[str, Any], entry: Mapping[str, Any] | None) -> str
         said.append(f"repeated 4-grams {_figure(own, '+.3g')} against the unsteered model")
     else:
         share = (entry or {}).get("repetition")
-        said.append(
-            "repetition not measured" if share is None else f"share of repeated 4-grams {_figure(share, '.3g')}"
-        )
+        said.append("repetition not measured" if share is None else f"repeated 4-grams {_figure(share, '.3g')}")
     return "; ".join(said)
 
 
@@ -136,11 +134,9 @@ def _range(found: Mapping[str, Any]) -> str:
         return ""
     inside = [row["strength"] for row in rows if not _broken(row, found["budget"])]
     outside = [row for row in rows if _broken(row, found["budget"])]
-    said = (
-        f"{min(inside, key=abs):g} to {max(inside, key=abs):g} inside the budget"
-        if inside
-        else "none inside the budget"
-    )
+    said = "no strength is inside the budget"
+    if inside:
+        said = f"up to {max(inside, key=abs):g}, the strongest tried inside the budget"
     if outside:
         first = min(outside, key=lambda row: abs(row["strength"]))
         said += f"; {first['strength']:g} is outside ({', '.join(_broken(first, found['budget']))})"

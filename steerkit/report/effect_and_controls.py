@@ -31,7 +31,8 @@ class EffectAndControls:
     def curve(self) -> Curve:
         """Effect and costs over strengths."""
         reach, centre, given = self._bench.strength - self._bench.centre, self._bench.centre, self._bench.plan.strengths
-        listed = [centre - reach, centre - reach / 2, centre + reach / 2] if given is None else list(given)
+        halves = [centre - reach / 2, centre + reach / 2] if self._bench.plan.refitted else []
+        listed = [centre - reach, *halves] if given is None else list(given)
         listed += [self._bench.strength] + ([] if self._bench.neutral is None else [self._bench.neutral])
         strengths = sorted(set(map(float, listed)))
         scorers = list(SCORERS)

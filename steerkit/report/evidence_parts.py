@@ -18,7 +18,7 @@ class EvidencePlan:
 
     Attributes:
         strengths: at which effect and costs are measured; the suggested and the neutral one are added. None takes them
-            from both sides of neutral, as far as the suggested strength and half of it.
+            from both sides of neutral, as far as the suggested strength and, unless nothing is refitted, half of it.
         questions: answered before and after.
         controls: random directions, and draws of fits on shuffled labels.
         control_strengths: where random directions are measured; None takes the suggested strength and the far end on
