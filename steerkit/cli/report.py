@@ -49,9 +49,7 @@ TextsOption = Annotated[
 NeutralOption = Annotated[
     int | None, typer.Option(min=2, help="Neutral texts read for KL and perplexity. (default: 12, quick 6)")
 ]
-LongestOption = Annotated[
-    int | None, typer.Option(min=1, help="The longest answer, in tokens. (default: 40, quick 24)")
-]
+LongestOption = Annotated[int | None, typer.Option(min=1, help="The longest answer. (default: 40 tokens, quick 24)")]
 
 
 @loads_model
