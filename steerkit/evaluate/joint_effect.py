@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.scoring import counted
+from steerkit.evaluate.scoring import counted, has_gaps
 from steerkit.evaluate.setup import Setup
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -86,10 +86,12 @@ def effects_of(
     seed: int,
 ) -> list[Effect]:
     """Measure one scorer's figures on one set of items: each vector alone, and all of them together."""
-    baseline = scorer.score(setup.baseline)
     alone = {name: scorer.score(setup.trial(vector)) for name, vector in vectors.items()}
     joint = scorer.score(setup.trial(list(vectors.values())))
     orthogonal = None if bent is None else scorer.score(setup.trial(list(bent)))
+    every = [*alone.values(), joint, *([] if orthogonal is None else [orthogonal])]
+    needed = not scorer.against_baseline or any(map(has_gaps, every))
+    baseline = scorer.score(setup.baseline) if needed else joint
     found = []
     for name, column in scorer.columns.items():
 

@@ -19,7 +19,17 @@ from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.store_identity import digest_of
 from steerkit.evaluate.trial import Trial
 
-__all__ = ["Measured", "column_of", "counted", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
+__all__ = [
+    "Measured",
+    "column_of",
+    "counted",
+    "ends",
+    "has_gaps",
+    "identity_of",
+    "measure",
+    "scorer_names",
+    "scorer_of",
+]
 
 _SCORERS: Plugins[Scorer] = Plugins("steerkit.evaluate.scorers", "scorer", Scorer)
 
@@ -166,7 +176,9 @@ def measure(
     found: dict[str, Measured] = {}
     for scorer in map(scorer_of, scorers):
         scores = _scores(trial, scorer)
-        unsteered = scores if trial.baseline is trial else _scores(trial.baseline, scorer)
+        unsteered = scores
+        if trial.baseline is not trial and (not scorer.against_baseline or has_gaps(scores)):
+            unsteered = _scores(trial.baseline, scorer)
         for name in scorer.columns:
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
@@ -218,6 +230,16 @@ def identity_of(scorer: Scorer) -> str:
         if not isinstance(getattr(kind, name, None), functools.cached_property)
     }
     return digest_of([kind.__module__, kind.__qualname__, code, settings])
+
+
+def has_gaps(scores: Mapping[str, Tensor | Weighted]) -> bool:
+    """Whether an item could not be scored.
+
+    Args:
+        scores: what a scorer gave.
+    """
+    listed = (one.values if isinstance(one, Weighted) else one for one in scores.values())
+    return any(bool(torch.isnan(one).any()) for one in listed)
 
 
 def counted(

@@ -11,8 +11,8 @@ is 1 - L / (T - n + 1): with 40 words and n = 4, 0.97 for a loop of one word, 0.
 twenty. Ordinary text of that length has about 0; a text that falls into a loop at its middle has about half. The
 entropy is 1 where all n-grams differ, and 0 for a loop of one word.
 
-A text of fewer than n words counts as 0: see `length` beside it. An empty one cannot be scored, and where the unsteered
-model had something to say it counts as 1, the worst there is: a model that falls silent does not repeat itself less.
+An empty text, and any of fewer than n words, counts as 0: see `length` beside it. But where the unsteered model had
+something to say, an empty text counts as 1, the worst there is: a model that falls silent does not repeat itself less.
 
 Yao et al. (2025), "Understanding the Repeat Curse in Large Language Models from a Feature Perspective", arXiv
 2504.14218, has both measures. Where this file departs: the published code counts single words; here n-grams are of four
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,18 +65,26 @@ class Repetition(Scorer):
 
         Returns:
             ``{"repetition": [n], "ngram_entropy": [n]}``; 0 and 1 for texts of fewer than n words, nan
-            for empty ones.
+            for those that steering made empty.
 
         Raises:
             DataError: `n` is below 1.
         """
         if self.n < 1:
             raise DataError(f"repetition: n = {self.n}; give a number of words of at least 1")
-        counts = [_ngrams(text, self.n) if text.strip() else None for text in trial.texts]
+        counts = [_ngrams(text, self.n) for text in trial.texts]
+        silent = [not text.strip() and bool(before.strip()) for text, before in self._beside(trial)]
         return {
-            name: torch.tensor([math.nan if one is None else of(one) for one in counts], dtype=torch.float32)
+            name: torch.tensor(
+                [math.nan if fell else of(one) for one, fell in zip(counts, silent, strict=True)], dtype=torch.float32
+            )
             for name, of in (("repetition", _repeated), ("ngram_entropy", _evenness))
         }
+
+    @staticmethod
+    def _beside(trial: Trial) -> Iterable[tuple[str, str]]:
+        """Every text with that of the unsteered model."""
+        return zip(trial.texts, trial.texts if trial.vector is None else trial.baseline.texts, strict=True)
 
 
 def repeated_share(text: str, n: int = 4) -> float:
