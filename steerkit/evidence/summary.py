@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -175,7 +176,8 @@ def weights_facts(model: nn.Module, alias: str, command: str) -> dict[str, Any]:
     """
     name = alias or model_facts(model)["model_id"]
     weights = weights_of(inner_model(model)).as_dict()
-    return {"commit": commit(), "command": command, "model": {"name": name, "hub_id": hub_id(name or ""), **weights}}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"date": today, "commit": commit(), "command": command, "model": {"name": name, "hub_id": hub_id(name or ""), **weights}}
 
 
 def write_summary(folder: Folder, content: Mapping[str, Any]) -> None:
