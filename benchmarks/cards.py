@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ import steerkit
 from steerkit._support.shipped import traits
 from steerkit.evaluate.by_prompt_kind import Kind, by_kind
 from steerkit.evaluate.setup import Setup
-from steerkit.evaluate.store_identity import weights_digest
 from steerkit.methods._registry import example_strength, is_gated
+from steerkit.model import weights_of
+from steerkit.network.decoder import inner_model
 from steerkit.persona.card_text import trait_text
 from steerkit.persona.traits import TraitSpec
 from steerkit.recipe import find_recipe
@@ -88,11 +88,6 @@ def measured(model: Any, tokenizer: Any, name: str, vector: SteeringVector) -> F
     return found
 
 
-def weights_text(found: Mapping[str, Any]) -> str:
-    """Which weights, in words."""
-    return f"{found['quantisation']}, weights `{found['digest'][:16]}`"
-
-
 def card(name: str, vector: SteeringVector, kept: Facts, evidence: Facts, folder: Path) -> str:
     """The text of one card."""
     own = kept["vectors"].get(name, {})
@@ -102,7 +97,7 @@ def card(name: str, vector: SteeringVector, kept: Facts, evidence: Facts, folder
         kinds=[Kind.from_json(one) for one in own.get("kinds", ())],
         answers=[Answer(*one) for one in own.get("answers", ())],
         new_tokens=NEW_TOKENS,
-        weights=weights_text(kept["weights"]),
+        weights=kept["weights"],
         entry=evidence.get("vectors", {}).get(name),
     )
     if "persona" in vector.extra:
@@ -126,12 +121,12 @@ def stale(folder: Path) -> list[str]:
 
 def write(folder: Path) -> None:
     """Measure what is missing, and write every card."""
-    kept = {"weights": {}, "vectors": {}, **read(folder / "cards.json")}
+    kept = {"vectors": {}, **read(folder / "cards.json")}
     known = vectors(folder)
     missing = [name for name, one in known.items() if kept["vectors"].get(name, {}).get("digest") != one.digest]
     if missing:
         model, tokenizer = steerkit.load_model(MODEL)
-        kept["weights"] = {"quantisation": "4-bit GGUF file", "digest": weights_digest(model)}
+        kept["weights"] = str(weights_of(inner_model(model)))
         for name in missing:
             print(f"answering with {name}", file=sys.stderr, flush=True)
             kept["vectors"][name] = measured(model, tokenizer, name, known[name])

@@ -24,7 +24,7 @@ from torch import Tensor
 from steerkit.errors import DataError
 from steerkit.maths.probes import auc
 
-__all__ = ["Estimate", "NotScored", "correlation", "interval", "separability", "too_few"]
+__all__ = ["Estimate", "NotScored", "correlation", "interval", "separability", "too_few", "wilson"]
 
 DRAWS = 2000
 LEAST_ERROR = 0.2
@@ -103,7 +103,7 @@ def interval(
         raise NotScored(f"interval: got {len(values)} items, of which at least one has to be scored, all finite")
     even = bool((weights == weights[0]).all())
     if even and is_share:
-        return _wilson(float(values.mean()), len(values), level) if before is None else _paired(values, level)
+        return wilson(float(values.mean()), len(values), level) if before is None else _paired(values, level)
     # A weighted mean is a ratio of two means; its error is that of the mean of these residuals.
     mean = float((values * weights).sum() / weights.sum())
     if len(values) == 1:
@@ -244,8 +244,14 @@ def _paired(differences: Tensor, level: float) -> Estimate:
     return Estimate(mean, max(-1.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)))
 
 
-def _wilson(share: float, n: int, level: float) -> Estimate:
-    """Wilson's score interval of a share (Wilson 1927)."""
+def wilson(share: float, n: int, level: float = 0.95) -> Estimate:
+    """Wilson's score interval of a share (Wilson 1927).
+
+    Args:
+        share: from 0 to 1.
+        n: of how many trials.
+        level: share of the interval.
+    """
     z = _normal(level)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
