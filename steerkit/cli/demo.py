@@ -66,6 +66,8 @@ def run(
     Of a recipe of two kinds of prompts, answers of either kind are counted: how many refuse, how many stay as they
     were. Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and, of a curve, <out>/<recipe>.png.
     """
+    from steerkit.model import weights_of
+    from steerkit.network.decoder import inner_model
     from steerkit.recipe import find_recipe
 
     chosen = find_recipe(recipe)
@@ -85,7 +87,8 @@ def run(
     if not as_json:
         tables.show_answers(chosen, name, vector, answers, is_shipped=shipped is not None)
     curve, kinds = _measure(loaded, tokenizer, held_out, chosen, vector, used, FULL if full else BRIEF, batch_size)
-    card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, chosen.evaluate.questions)
+    weights = str(weights_of(inner_model(loaded)))
+    card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, chosen.evaluate.questions, weights)
     picture = None if curve is None else _draw(curve, target.with_suffix(".png"), chosen, vector)
     if as_json:
         found = _Findings(chosen, name, target, vector, shipped is not None, answers, curve, kinds, card, picture)
@@ -226,6 +229,7 @@ def _write_card(
     kinds: Sequence[Kind],
     answers: Mapping[float, Sequence[str]],
     questions: Sequence[str],
+    weights: str,
 ) -> Path:
     from steerkit.report.card import Answer, vector_card
 
@@ -234,7 +238,9 @@ def _write_card(
         for number, question in enumerate(questions)
         for dose, texts in answers.items()
     ]
-    card = vector_card(path.stem, vector, curve=curve, kinds=kinds, answers=listed, new_tokens=MAX_NEW_TOKENS)
+    card = vector_card(
+        path.stem, vector, curve=curve, kinds=kinds, answers=listed, new_tokens=MAX_NEW_TOKENS, weights=weights
+    )
     path.write_text(card, encoding="utf-8")
     return path
 

@@ -236,7 +236,7 @@ def has_gaps(scores: Mapping[str, Tensor | Weighted]) -> bool:
     """Whether an item could not be scored.
 
     Args:
-        scores: what a scorer gave.
+        scores: what a scorer gave, [n] for each column.
     """
     listed = (one.values if isinstance(one, Weighted) else one for one in scores.values())
     return any(bool(torch.isnan(one).any()) for one in listed)

@@ -9,6 +9,8 @@ from steerkit._support.files import write_whole
 from steerkit.errors import DataError
 from steerkit.generation import generate
 from steerkit.methods._registry import example_strength
+from steerkit.model import weights_of
+from steerkit.network.decoder import inner_model
 from steerkit.persona.choice_text import way_text
 from steerkit.persona.filtering import Rules, counts_text
 from steerkit.persona.traits import TraitSpec
@@ -43,7 +45,11 @@ def write_card(pipeline: Pipeline, vector: SteeringVector, monitor: SteeringVect
     if path.exists() and all(mark in path.read_text(encoding="utf-8") for mark in marks):
         return path
     text = vector_card(
-        pipeline.file.stem, vector, answers=_answers(pipeline, vector), new_tokens=pipeline.choice.max_new_tokens
+        pipeline.file.stem,
+        vector,
+        answers=_answers(pipeline, vector),
+        new_tokens=pipeline.choice.max_new_tokens,
+        weights=str(weights_of(inner_model(pipeline.model))),
     )
     try:
         write_whole(path, (text + trait_text(pipeline.spec, vector, pipeline.monitor_file.name, monitor)).encode())
