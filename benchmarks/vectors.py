@@ -23,7 +23,6 @@ from steerkit._support.shipped import recipes
 from steerkit.evaluate.calibration import Calibration, Search, calibrate
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
-from steerkit.methods._registry import resolve
 from steerkit.recipe import Recipe
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -43,11 +42,7 @@ def calibrated(recipe: Recipe, model: Any, tokenizer: Any) -> Calibration:
         method=part.name,
         settings=dict(part.settings),
         readout=part.readout,
-        search=Search(
-            candidates=[part.layers or tuple(range(setup.decoder.num_layers))],
-            strengths=resolve(part.name).ladder[1:],
-            controls=CONTROLS,
-        ),
+        search=Search(candidates=[part.layers or tuple(range(setup.decoder.num_layers))], controls=CONTROLS),
         store=Store(KEPT / f"{recipe.name}.rows.jsonl"),
         scope=recipe.apply.scope,
         validation=recipe.validation(),
