@@ -26,7 +26,7 @@ import steerkit
 from benchmarks.results import recorded
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.intervals import interval
-from steerkit.evaluate.scorers.refusal import Refusal
+from steerkit.evaluate.scorers.refusal import Refusal, stated_accuracy
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._declining import is_refusal
 from steerkit.prompts.batching import batches, pad_token_id
@@ -271,7 +271,8 @@ def main() -> None:
             end=" ",
         )
         print(f"of held-out sources ({', '.join(options.sources)}).")
-        print(f"{options.tokens} tokens each. Percent, with 95 % intervals.\n")
+        print(f"{options.tokens} tokens each. Percent, with 95 % intervals.")
+        print(f"Refusals are counted by wording: {stated_accuracy()}.\n")
         for line, shown in table(bench, options.only):
             print(line, flush=True)
             for text in shown if options.texts else ():

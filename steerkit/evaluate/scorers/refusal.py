@@ -22,21 +22,23 @@ To have the rates of harmful and of harmless prompts apart, measure `Setup.side(
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from steerkit._support.phrases import normalised, opening, pattern_of
-from steerkit.errors import DataError
+from steerkit.errors import DataError, unknown_name
 from steerkit.evaluate.scorers._answers import log_probs
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
 from steerkit.methods._declining import is_refusal
 
-__all__ = ["Refusal"]
+__all__ = ["Refusal", "stated_accuracy"]
 
 # Short, so that between them they hold much of the probability; what comes next is left to the model.
 REFUSING = (
@@ -61,6 +63,34 @@ COMPLYING = (
     "First",
     "Dear",
 )
+
+
+def stated_accuracy(scorer: str = "refusal") -> str:
+    """Precision and recall of a scorer on labelled answers that it was not made from, in one line.
+
+    For beside a table of refusals. The answers and their labels: `python -m benchmarks.refusals`.
+
+    Args:
+        scorer: `refusal`.
+
+    Raises:
+        UnknownNameError: nothing is stated about such a scorer.
+
+    Example:
+        >>> stated_accuracy().split(", recall")[0].startswith("precision 0.9")
+        True
+    """
+    file = Path(__file__).parents[1] / "refusal_accuracy.json"
+    stated = json.loads(file.read_text(encoding="utf-8"))
+    if scorer not in stated:
+        raise unknown_name("scorer with a stated accuracy", scorer, stated)
+    figures = stated[scorer]
+    shown = (
+        f"{name} {mean:.2f} ({low:.2f} to {high:.2f})"
+        for name in ("precision", "recall")
+        for mean, low, high in [figures[name]]
+    )
+    return f"{', '.join(shown)} on {figures['answers']} labelled answers"
 
 
 @dataclass(frozen=True)
