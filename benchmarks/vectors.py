@@ -89,11 +89,11 @@ def written(recipe: Recipe, vector: SteeringVector) -> None:
 
 
 WORDS = """Every shipped vector of pairs at its own sites, as its file says (`python -m benchmarks.vectors` makes them
-anew, some minutes each): the strength with the largest effect inside the budget (KL 0.3 nats per token, perplexity ratio
-1.3, repetition +0.1), chosen on a part of the training items, then measured once on the held-out ones. Effect: change
-of the preference margin in nats per token; costs on texts that nothing was chosen on; an effect is confirmed where its
-interval is clear of random directions and of fits on shuffled labels, and the costs are inside the budget. Where nothing
-is, the file suggests no strength."""
+anew, some minutes each): the strength with the largest effect inside the budget (KL 0.3 nats per token, perplexity
+ratio 1.3, repetition +0.1), chosen on a part of the training items, then measured once on the held-out ones. Effect:
+change of the preference margin in nats per token; costs on texts that nothing was chosen on; an effect is confirmed
+where its interval is clear of random directions and of fits on shuffled labels, and the costs are inside the budget.
+Where nothing is, the file suggests no strength."""
 
 
 def page(model: Any) -> None:
