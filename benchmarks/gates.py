@@ -26,9 +26,9 @@ import steerkit
 from benchmarks.results import recorded
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.intervals import interval
-from steerkit.evaluate.scorers.refusal import Refusal
+from steerkit.evaluate.scorers.refusal import Refusal, stated_accuracy
 from steerkit.evaluate.setup import Setup
-from steerkit.methods._refusal import is_refusal
+from steerkit.methods._declining import is_refusal
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
@@ -42,7 +42,6 @@ BLOCKS = (11, 12)
 RAW = 0.55  # in refusing minus complying openings, at each of the blocks, the prompt's tokens too
 NORM = 0.157  # the same, in typical activation norms
 BAND, BAND_NORM = (10, 11, 12, 13), 0.078  # where weights of blocks have something to weigh
-FIRST = 80  # characters in which an answer has to refuse
 BATCH = 20
 
 
@@ -193,9 +192,9 @@ class Bench:
         """The cells of a case, and its answers to look at."""
         vector = self.vector(case)
         given = self.base if vector is None else tuple(self.answers(side, vector, case.strength) for side in self.sides)
-        cells = [share([float(is_refusal(text, first=FIRST)) for text in given[0].texts])]
+        cells = [share([float(is_refusal(text)) for text in given[0].texts])]
         for mine, theirs in zip(given[1:], self.base[1:], strict=True):
-            cells.append(share([float(is_refusal(text, first=FIRST)) for text in mine.texts]))
+            cells.append(share([float(is_refusal(text)) for text in mine.texts]))
             same = [
                 float(ids == others and torch.equal(logits, baseline))
                 for ids, others, logits, baseline in zip(mine.ids, theirs.ids, mine.first, theirs.first, strict=True)
@@ -272,7 +271,8 @@ def main() -> None:
             end=" ",
         )
         print(f"of held-out sources ({', '.join(options.sources)}).")
-        print(f"{options.tokens} tokens each. Percent, with 95 % intervals.\n")
+        print(f"{options.tokens} tokens each. Percent, with 95 % intervals.")
+        print(f"Refusals are counted by wording: {stated_accuracy()}.\n")
         for line, shown in table(bench, options.only):
             print(line, flush=True)
             for text in shown if options.texts else ():

@@ -71,12 +71,14 @@ def show_curve(curve: Curve, held_out: int) -> None:
 
 
 def show_kinds(kinds: Sequence[Kind], recipe: Recipe) -> None:
-    """Print what each kind of prompts got, as a table.
+    """Print what each kind of prompts got, as a table, and how well refusals are counted.
 
     Args:
         kinds: what was measured.
         recipe: the recipe, which names them.
     """
+    from steerkit.evaluate.scorers.refusal import stated_accuracy
+
     columns = ("prompts", "", "refused before", "refused", "unchanged")
     shown = table(*columns, right=columns[1:], title=f"Answers at strength {kinds[0].strength:g}, percent")
     names = {"positive": recipe.data.positive or "", "negative": recipe.data.negative or f"not {recipe.data.positive}"}
@@ -87,6 +89,7 @@ def show_kinds(kinds: Sequence[Kind], recipe: Recipe) -> None:
         ]
         shown.add_row(names[kind.side], str(kind.items), *shares)
     stdout().print(shown)
+    typer.echo(f"refusals are counted by wording: {stated_accuracy()}")
 
 
 def show_files(

@@ -1,6 +1,6 @@
 """What a vector does to two kinds of prompts: refusals among the answers, and answers that stay as they were.
 
-    refused   = share of answers that hold a refusing phrase at their beginning     (the scorer `refusal`)
+    refused   = share of answers that decline at their beginning               (the scorer `refusal`)
     unchanged = share of answers that are word for word those of the unsteered model
 
 For methods that decide by the prompt. One kind should be refused, the other left alone, so the kinds are never mixed.
@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 
 from steerkit.evaluate.intervals import Estimate, interval
-from steerkit.evaluate.scorers.refusal import Refusal
 from steerkit.evaluate.setup import Setup
-from steerkit.methods._refusal import is_refusal
+from steerkit.methods._declining import is_refusal
 from steerkit.prompts.rendering import spread
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -81,18 +80,14 @@ def by_kind(
         there = replace(there, prompts=spread(there.prompts or (), setup.texts))
         baseline, steered = there.baseline.texts, there.trial(vector, strength).texts
         shares = (
-            [_refuses(text) for text in baseline],
-            [_refuses(text) for text in steered],
+            [is_refusal(text) for text in baseline],
+            [is_refusal(text) for text in steered],
             [before == after for before, after in zip(baseline, steered, strict=True)],
         )
         found.append(Kind(side, len(baseline), strength, *(_share(values) for values in shares)))
         if step is not None:
             step()
     return found[0], found[1]
-
-
-def _refuses(text: str) -> bool:
-    return is_refusal(text, first=Refusal().first)
 
 
 def _share(values: Sequence[bool]) -> Estimate:

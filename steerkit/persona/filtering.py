@@ -28,34 +28,14 @@ from typing import NamedTuple
 
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers.repetition import repeated_share
-from steerkit.methods._refusal import MARKERS, is_refusal
+from steerkit.methods._declining import is_refusal
 from steerkit.persona.rollout_plan import SIDES
 from steerkit.persona.rollouts import Rollout
 from steerkit.persona.scores import Scores
 
 __all__ = ["UNENDED", "Filtered", "Rules", "filtered"]
 
-REFUSAL_CHARACTERS = 80
 UNENDED = "thought without an end"
-# What a kind or a gloomy answer begins with too ("I'm sorry to hear that", "I can't wait to tell you"). What is left
-# are phrases that refuse whatever comes next.
-_AMBIGUOUS = (
-    "I'm sorry",
-    "I am sorry",
-    "I apologize",
-    "I apologise",
-    "I can't",
-    "I cannot",
-    "I can not",
-    "I won't",
-    "I will not",
-    "I'm not going to",
-    "I'm afraid",
-    "against my",
-    "can't help",
-    "cannot help",
-)
-_REFUSALS = tuple(marker for marker in MARKERS if marker not in _AMBIGUOUS)
 
 
 @dataclass(frozen=True)
@@ -149,7 +129,7 @@ def _by_margin(row: Rollout, scores: Scores, place: int, rules: Rules) -> list[s
     reasons = []
     if not all(margin is not None and margin > rules.margin for margin in scores.margin[place]):
         reasons.append("fits the other system prompt as well")
-    if any(is_refusal(answer, first=REFUSAL_CHARACTERS, markers=_REFUSALS) for answer in answers):
+    if any(is_refusal(answer) for answer in answers):
         reasons.append("refusal")
     if any(repeated_share(answer) > rules.repetition for answer in answers):
         reasons.append("repeats itself")

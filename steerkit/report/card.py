@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from steerkit.evaluate.by_prompt_kind import Kind
 from steerkit.evaluate.curve import Curve
+from steerkit.evaluate.scorers.refusal import stated_accuracy
 from steerkit.export.weights_card import number
 from steerkit.methods._registry import example_strength, is_gated
 from steerkit.model import hub_id
@@ -186,4 +187,4 @@ def _kind_lines(kinds: Sequence[Kind]) -> list[str]:
             for share in (kind.before, kind.refused, kind.unchanged)
         )
         lines.append(f"| {kind.side} side | {kind.items} | {shares} |")
-    return lines
+    return [*lines, "", f"Refusals are counted by wording: {stated_accuracy()}."]
