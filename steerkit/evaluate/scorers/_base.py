@@ -24,6 +24,8 @@ class Column(NamedTuple):
         scale: on the `log` scale values are logarithms: means are shown as exp(mean), changes as ratios.
         share: whether items are yes-or-no scores (0 or 1); None takes them for such where all of them are 0 or 1.
         neutral: the value that says that steering changed nothing, where the scorer compares with the unsteered model.
+        steered: whether steering means to move it: up at strengths above the neutral one, down at those below. Then the
+            share of items that move the other way is told.
     """
 
     title: str
@@ -32,6 +34,7 @@ class Column(NamedTuple):
     scale: Literal["linear", "log"] = "linear"
     share: bool | None = None
     neutral: float = 0.0
+    steered: bool = False
 
 
 class Weighted(NamedTuple):
