@@ -157,7 +157,8 @@ class Trial:
             }
             baseline: Tensor | None = None
             with torch.no_grad(), evaluation_mode(decoder.model):
-                with self.steering(batch.prompt_lengths):
+                texts = tuple(rendered[row] for row in batch.rows)
+                with self.steering(batch.prompt_lengths) as steering, setup.kept.around(decoder, steering, texts):
                     logits = setup.model(**inputs).logits[:, -keep:-1]
                 if beside and any(setup.predicted.get(rendered[row]) is None for row in batch.rows):
                     baseline = setup.model(**inputs).logits[:, -keep:-1]
