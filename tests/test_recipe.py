@@ -14,6 +14,7 @@ from steerkit._support import shipped
 from steerkit.errors import RecipeError, UnknownNameError, VectorFileError
 from steerkit.methods import MeanDifference
 from steerkit.methods import _registry as registry
+from steerkit.prompts import SystemPrompts
 from steerkit.recipe import Recipe, find_recipe
 from tests.families import build
 from tests.plugged import register
@@ -104,6 +105,13 @@ def test_a_recipe_is_read_and_run(folder: Path) -> None:
     ('behaviour = "joy"', 'behaviour = "joy"\ndefault = "no"', "true or false is wanted"),
     ("[data]", "data = 3\n[dat]", "unknown key 'dat'"),
     ("[data]", "[data", "not a TOML file"),
+    ("[apply]", '[prompting]\npositive = ["Be glad."]\n[apply]', "[prompting] negative has no system prompt"),
+    ("[apply]", "[prompting]\npositive = 3\n[apply]", "[prompting] positive = 3: a list is wanted"),
+    ("[apply]", "[prompting]\npositve = []\n[apply]", "unknown key 'positve'; did you mean 'positive'"),
+    ("[apply]", '[prompting]\npositive = ["Be glad."]\nnegative = [" "]\n[apply]', "negative 1 is ' '"),
+    ("[apply]", '[prompting]\npositive = ["a", "a"]\nnegative = ["b", "c"]\n[apply]', "positive 2 stands there twice"),
+    ("[apply]", '[prompting]\npositive = ["a", "d"]\nnegative = ["b"]\n[apply]', "2 positive and 1 negative"),
+    ("[apply]", '[prompting]\npositive = ["a"]\nfile = "joy-system.toml"\n[apply]', "wordings beside file"),
 ])  # fmt: skip
 def test_mistakes_are_named(folder: Path, old: str, new: str, message: str) -> None:
     path = write(folder, GOOD.replace(old, new))
@@ -112,6 +120,37 @@ def test_mistakes_are_named(folder: Path, old: str, new: str, message: str) -> N
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_system_prompts_stand_in_the_recipe_or_in_a_file_that_recipes_share(folder: Path) -> None:
+    texts = 'positive = ["Be glad.", "Sound happy."]\nnegative = ["Be sad.", "Sound gloomy."]\n'
+    inside = Recipe.load(write(folder, f"{GOOD}[prompting]\n{texts}"))
+    (folder / "joy-system.toml").write_text(texts, encoding="utf-8")
+    beside = Recipe.load(write(folder, f'{GOOD}[prompting]\nfile = "joy-system.toml"\n'))
+    assert (
+        inside.prompting
+        == beside.prompting
+        == SystemPrompts(("Be glad.", "Sound happy."), ("Be sad.", "Sound gloomy."))
+    )
+    plain = Recipe.load(write(folder, GOOD))
+    assert plain.prompting is None
+    assert plain.resolved() == inside.resolved(), "vectors stay as they are"
+    with pytest.raises(RecipeError, match=r"none\.toml: cannot be read"):
+        Recipe.load(write(folder, f'{GOOD}[prompting]\nfile = "none.toml"\n'))
+    for text, message in (("positive = [", "not a TOML file"), (texts + 'file = "x.toml"', "no further file")):
+        (folder / "joy-system.toml").write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError, match=message):
+            Recipe.load(write(folder, f'{GOOD}[prompting]\nfile = "joy-system.toml"\n'))
+
+
+@pytest.mark.parametrize("name", shipped.recipes())
+def test_every_shipped_recipe_has_three_system_prompts_on_each_side(name: str) -> None:
+    prompting = find_recipe(name).prompting
+    assert prompting is not None
+    assert len(prompting.positive) == len(prompting.negative) == 3
+    for one, other in zip(prompting.positive, prompting.negative, strict=True):
+        assert one != other
+        assert len(one.split()) == len(other.split()), "alike in length"
 
 
 def test_a_missing_recipe_or_prompt_file(folder: Path) -> None:
@@ -196,6 +235,7 @@ def test_the_shipped_files_travel_inside_the_wheel(tmp_path: Path) -> None:
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "steerkit/recipes/optimism-caa.toml" in names
     assert "steerkit/recipes/prompts/optimism.jsonl" in names
+    assert "steerkit/recipes/prompts/optimism-system.toml" in names
     assert "steerkit/recipes/traits/optimistic.toml" in names
     assert "steerkit/recipes/finetune/finetune-pirate.jsonl" in names
     assert "steerkit/vectors/smollm2-135m/optimism-caa.safetensors" in names

@@ -24,6 +24,7 @@ from steerkit.errors import DataError
 from steerkit.persona.instruction import SIDES, Instruction, is_open
 from steerkit.persona.trait_checks import check_once, check_strings, check_text, same_text
 from steerkit.persona.trait_files import as_toml, read_json, read_toml
+from steerkit.prompts.system_prompts import SystemPrompts
 
 __all__ = ["TraitSpec", "slug"]
 
@@ -201,6 +202,12 @@ class TraitSpec:
             side: positive or negative.
         """
         return self.assistants[SIDES.index(side)] or (self.trait if side == "positive" else "helpful")
+
+    @property
+    def prompting(self) -> SystemPrompts:
+        """The system prompts of all instructions, which ask for the trait and for its opposite."""
+        every = range(len(self.instructions))
+        return SystemPrompts(*(tuple(self.system_prompt(number, side) for number in every) for side in SIDES))
 
     def system_prompt(self, instruction: int, side: str) -> str:
         """The system prompt of a side: who the assistant is, and an instruction.

@@ -11,6 +11,7 @@ from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation, Message, Prompt
 from steerkit.prompts.rendering import Rendered, has_chat_template, render
+from steerkit.prompts.system_prompts import SystemPrompts
 
 __all__ = [
     "Batch",
@@ -20,6 +21,7 @@ __all__ = [
     "Prompt",
     "Rendered",
     "Roles",
+    "SystemPrompts",
     "batches",
     "has_chat_template",
     "pad_token_id",

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerkit.activations.readout import Readout
-from steerkit.errors import RecipeError, SteerError, near_miss
+from steerkit.errors import DataError, RecipeError, SteerError, near_miss
 from steerkit.methods._registry import resolve
 from steerkit.model.placement import check_together
 from steerkit.network.sites import Site
 from steerkit.prompts.files.columns import Columns
+from steerkit.prompts.system_prompts import SystemPrompts
+from steerkit.recipe.parts import PromptingPart
 from steerkit.tokens.scope import Scope
 
 if TYPE_CHECKING:
     from steerkit.recipe.recipe import Recipe
 
-__all__ = ["check_keys", "check_meaning", "check_title", "part_of"]
+__all__ = ["check_keys", "check_meaning", "check_title", "part_of", "prompting_of", "read_toml"]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        RecipeError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file ({error})") from None
 
 
 def check_title(path: Path, text: Mapping[str, Any]) -> None:
@@ -121,6 +141,38 @@ def part_of(path: Path, name: str, kind: type, given: Any) -> Any:
     except TypeError:
         missing = [key for key, entry in known.items() if key not in values and _required(entry)]
         raise RecipeError(f"{path}: [{name}] lacks {', '.join(missing)}") from None
+
+
+def prompting_of(path: Path, given: Any) -> SystemPrompts | None:
+    """The system prompts of a recipe, from its table or from the file that the table names.
+
+    Args:
+        path: of the recipe.
+        given: what TOML gave; None where there is no such table.
+
+    Returns:
+        The wordings of both sides, or None.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type, a side without wordings, a file beside wordings, or one that cannot
+            be read.
+    """
+    if given is None:
+        return None
+    part = part_of(path, "prompting", PromptingPart, given)
+    place = f"{path}: [prompting]"
+    if part.file is not None:
+        if part.positive is not None or part.negative is not None:
+            raise RecipeError(f"{place} has wordings beside file = {part.file!r}; give one of both")
+        path = path.parent / part.file
+        part = part_of(path, "prompting", PromptingPart, read_toml(path))
+        place = f"{path}:"
+        if part.file is not None:
+            raise RecipeError(f"{place} file = {part.file!r}: wordings are wanted here, and no further file")
+    try:
+        return SystemPrompts(part.positive or (), part.negative or ())
+    except DataError as error:
+        raise RecipeError(f"{place} {error}") from None
 
 
 def _required(entry: Any) -> bool:

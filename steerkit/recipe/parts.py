@@ -1,4 +1,4 @@
-"""The tables of a recipe file: model, data, method, apply, evaluate."""
+"""The tables of a recipe file: model, data, method, apply, evaluate, prompting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["PARTS", "ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart"]
+__all__ = ["PARTS", "ApplyPart", "DataPart", "EvaluatePart", "MethodPart", "ModelPart", "PromptingPart"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,18 @@ class EvaluatePart:
 
     strengths: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0)
     questions: tuple[str, ...] = ("How was your day?",)
+
+
+@dataclass(frozen=True)
+class PromptingPart:
+    """System prompts that ask for the behaviour and for its opposite: wordings, or a TOML file with the two lists.
+
+    The file is relative to the recipe's folder, so that recipes of one behaviour share it.
+    """
+
+    positive: tuple[str, ...] | None = None
+    negative: tuple[str, ...] | None = None
+    file: str | None = None
 
 
 PARTS: dict[str, type] = {

@@ -7,7 +7,6 @@ filled in; it travels in the vector file.
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site, parse_layers
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.files.source import located
-from steerkit.recipe.checking import check_keys, check_meaning, check_title, part_of
+from steerkit.prompts.system_prompts import SystemPrompts
+from steerkit.recipe.checking import check_keys, check_meaning, check_title, part_of, prompting_of, read_toml
 from steerkit.recipe.parts import PARTS, ApplyPart, DataPart, EvaluatePart, MethodPart, ModelPart
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -45,6 +45,7 @@ class Recipe:
         title: one line on the two sides.
         default: this recipe answers to its behaviour's plain name.
         source: the file it was read from; empty where it stands in no file.
+        prompting: system prompts that ask for the behaviour and for its opposite; None where it names none.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Recipe:
     apply: ApplyPart = field(default_factory=ApplyPart)
     evaluate: EvaluatePart = field(default_factory=EvaluatePart)
     source: Path = Path()
+    prompting: SystemPrompts | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -69,18 +71,13 @@ class Recipe:
             RecipeError: missing or malformed file, unknown key (with near misses), wrong type, newer format.
         """
         path = Path(path)
-        try:
-            text = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not a TOML file ({error})") from None
+        text = read_toml(path)
         number = text.pop("format", None)
         if number != FORMAT:
             raise RecipeError(
                 f"{path}: format {number!r} is not {FORMAT}, the one this version reads; upgrade steerkit-hf"
             )
-        check_keys(path, "", text, {"behaviour", "title", "default", *PARTS})
+        check_keys(path, "", text, {"behaviour", "title", "default", "prompting", *PARTS})
         if not isinstance(text.get("behaviour"), str) or not text["behaviour"]:
             raise RecipeError(f"{path}: behaviour is missing; name what the vector brings about")
         parts = {name: part_of(path, name, kind, text.get(name)) for name, kind in PARTS.items()}
@@ -90,6 +87,7 @@ class Recipe:
             title=str(text.get("title", "")),
             default=bool(text.get("default", False)),
             source=path,
+            prompting=prompting_of(path, text.get("prompting")),
             **parts,
         )
         check_title(path, text)
@@ -102,7 +100,7 @@ class Recipe:
         return recipe
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default filled in, as plain data."""
+        """The recipe with every default filled in, as plain data: what a vector is made by, so no system prompts."""
         plain = {name: asdict(getattr(self, name)) for name in PARTS}
         # As a vector file gives them back.
         plain["method"]["settings"] = {

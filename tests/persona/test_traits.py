@@ -177,6 +177,8 @@ def test_there_are_six_shipped_traits() -> None:
 def test_shipped_traits(name: str) -> None:
     spec = TraitSpec.load(name)
     assert spec.to_toml() == shipped.traits()[name].read_text(encoding="utf-8")
+    assert spec.prompting.negative[2] == spec.system_prompt(2, "negative")
+    assert len(spec.prompting) == len(spec.instructions)
     assert spec.trait == name
     assert (len(spec.instructions), len(spec.questions)) == (5, 40)
     assert not spec.open_places
