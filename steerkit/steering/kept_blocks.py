@@ -157,9 +157,9 @@ def _copied(output: Any) -> Any:
 
 def _size(output: Any) -> int:
     """Bytes of the tensors in an output."""
-    sizes: list[int] = []
-    _mapped(output, lambda tensor: sizes.append(tensor.nbytes) or tensor)
-    return sum(sizes)
+    if isinstance(output, Tensor):
+        return output.nbytes
+    return sum(_size(part) for part in output) if isinstance(output, (tuple, list)) else 0
 
 
 def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -17,6 +17,7 @@ from steerkit.evaluate.setup import Setup
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.rendering import Rendered
 from steerkit.steering.kept_blocks import KeptBlocks
 from tests.families import FAMILIES, FURTHER, build
 from tests.modes import vector_for
@@ -111,10 +112,51 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
     vector = vector_for(model, scope="response", site=Site(2))
     kept, decoder = KeptBlocks(), find_decoder(model)
     logits(model, vector, 1.0, kept)
-    with pytest.raises(RuntimeError, match="on purpose"), steerkit.steer(model, vector, 1.0) as steering:
-        with kept.around(decoder, steering, "these texts"):
-            raise RuntimeError("on purpose")
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        steerkit.steer(model, vector, 1.0) as steering,
+        kept.around(decoder, steering, "these texts"),
+    ):
+        raise RuntimeError("on purpose")
     assert not any("forward" in vars(block) for block in decoder.blocks)
+
+
+TEXTS = [
+    Rendered("", tuple(ids), length, ())
+    for ids, length in (([7, 9, 11, 4, 30, 8], 3), ([5, 6, 7, 9, 12, 4, 31, 8], 5), ([3, 4, 5, 6], 2))
+]
+
+
+def predicted(model: Any, vector: Any, strength: float, setup: Setup) -> list[Tensor]:
+    """By text the logits [t, v] of its answer."""
+    found = {one.row: one.logits for one in setup.trial(vector, strength).answers(TEXTS)}
+    return [found[row] for row in range(len(TEXTS))]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
+def test_answers_behind_kept_prompts_get_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family(name).eval()
+    if find_decoder(model).model_type == "rwkv":
+        return  # several rows with a state are refused
+    vector = vector_for(model, scope="response", site=Site(2))
+    kept = Setup(model, byte_tokenizer(), DATA)
+    mine = [predicted(model, vector, strength, kept) for strength in (1.0, -0.5, 1.0)]
+    monkeypatch.setattr("steerkit.evaluate.answer_passes.AnswerPasses._behind_prompts", lambda *_: None)
+    monkeypatch.setattr("steerkit.steering.kept_blocks._can_spare", lambda *_: False)
+    for one, strength in zip(mine, (1.0, -0.5, 1.0), strict=True):
+        plain = predicted(model, vector, strength, Setup(model, byte_tokenizer(), DATA))
+        for here, there in zip(one, plain, strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scope", "is_kept"), [("response", True), ("generated", True), ("all", False), ("first(1)", False)]
+)
+def test_prompts_are_kept_where_the_scope_leaves_them_alone(scope: str, is_kept: bool) -> None:
+    model = family("llama").eval()
+    setup = Setup(model, byte_tokenizer(), DATA)
+    predicted(model, vector_for(model, scope=scope, site=Site(2)), 1.0, setup)
+    assert bool(setup.read._kept) == is_kept
 
 
 def test_scores_are_those_of_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
