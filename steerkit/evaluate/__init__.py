@@ -2,8 +2,8 @@
 
 `setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `blocks` compares places;
 `suggesting`, `curve`, `sweeps` and `calibration` look for a strength, `controls` and `confounding` doubt the result,
-`compare` sets methods side by side, `together` tells whether several vectors disturb each other, `lm_eval` runs
-tasks of the LM Evaluation Harness.
+`prompting` measures system prompts, `compare` sets methods side by side, `together` tells whether several vectors
+disturb each other, `lm_eval` runs tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.controls import refits
     from steerkit.evaluate.curve import strength_response
     from steerkit.evaluate.intervals import Estimate, interval
+    from steerkit.evaluate.prompting import Prompting, measure_prompting
     from steerkit.evaluate.scoring import Measured, measure, scorer_of
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.suggesting import suggest_strength
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Estimate",
     "Measured",
+    "Prompting",
     "Setup",
     "Trial",
     "best_layer",
@@ -41,6 +43,7 @@ __all__ = [
     "interference",
     "interval",
     "measure",
+    "measure_prompting",
     "refits",
     "scorer_of",
     "strength_response",
@@ -53,6 +56,7 @@ __getattr__ = lazily(
     {
         "Estimate": "intervals",
         "Measured": "scoring",
+        "Prompting": "prompting",
         "Setup": "setup",
         "Trial": "trial",
         "best_layer": "blocks",
@@ -64,6 +68,7 @@ __getattr__ = lazily(
         "interference": "together",
         "interval": "intervals",
         "measure": "scoring",
+        "measure_prompting": "prompting",
         "refits": "controls",
         "scorer_of": "scoring",
         "strength_response": "curve",

@@ -187,7 +187,7 @@ def column_of(name: str, columns: Mapping[str, Any]) -> str:
 def _scores(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
     """The scores of a trial; those of the baseline model are kept."""
     kept = trial.setup.scored
-    if trial.vector is not None:
+    if not trial.is_baseline:
         return scorer.score(trial)
     key = identity_of(scorer)
     if key not in kept:

@@ -71,8 +71,13 @@ class Trial:
 
     @property
     def baseline(self) -> Trial:
-        """The same items without steering."""
-        return self if self.vector is None else self.setup.baseline
+        """The same items without steering and without a system prompt of the setup."""
+        return self if self.is_baseline else self.setup.baseline
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is what others are compared with: nothing steers, and no system prompt is set."""
+        return self.vector is None and self.setup.system is None
 
     @property
     def vectors(self) -> tuple[SteeringVector, ...]:
@@ -118,24 +123,25 @@ class Trial:
         return generate(
             setup.model,
             setup.tokenizer,
-            prompts,
+            [setup.instructed(Conversation.of(prompt)) for prompt in prompts],
             batch_size=setup.batch_size,
             chat_template_kwargs=setup.chat_template_kwargs,
             **{"max_new_tokens": setup.max_new_tokens, **steering, **options},
         )
 
-    def answers(self, rendered: Sequence[Rendered], *, beside: bool = False) -> Iterator[Answer]:
+    def answers(self, rendered: Sequence[Rendered], *, beside: Sequence[Rendered] | None = None) -> Iterator[Answer]:
         """Run the model over texts with answers, and give its logits for every answer token.
 
         Args:
             rendered: texts with answers; what is called an answer here is all from `prompt_length` on.
-            beside: run the unsteered model on the same batches too.
+            beside: the same answers as the unsteered model reads them (`baseline.setup.render`), in the same order:
+                run it on the same batches too.
 
         Yields:
             One `Answer` per text, in the order of the batches.
 
         Raises:
-            DataError: a text has no answer, or nothing comes before it.
+            DataError: a text has no answer, nothing comes before it, or its tokens are others in `beside`.
         """
         setup, decoder = self.setup, self.setup.decoder
         device = execution_device(decoder)
@@ -144,10 +150,10 @@ class Trial:
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
         check_lengths(decoder, rendered, named("text", rendered), warns=False)
         lengths = {row: len(text.ids) - text.prompt_length for row, text in enumerate(rendered)}
+        plain, unsteered = _same_answers(rendered, beside), setup.plain
 
-        def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        def forward(batch: Batch, keep: int) -> tuple[Tensor, Tensor]:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-            keep = 1 + max(lengths[row] for row in batch.rows)
             inputs = {
                 "input_ids": ids,
                 "attention_mask": mask,
@@ -155,28 +161,31 @@ class Trial:
                 "logits_to_keep": keep,
                 **position_inputs(decoder.model, mask),
             }
+            logits = setup.model(**inputs).logits[:, -keep:-1]
+            return ids[:, 1 - keep :].to(logits.device), logits
+
+        def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+            keep = 1 + max(lengths[row] for row in batch.rows)
             baseline: Tensor | None = None
             with torch.no_grad(), evaluation_mode(decoder.model):
                 with self.steering(batch.prompt_lengths):
-                    logits = setup.model(**inputs).logits[:, -keep:-1]
-                if beside and any(setup.predicted.get(rendered[row]) is None for row in batch.rows):
-                    baseline = setup.model(**inputs).logits[:, -keep:-1]
-            return ids[:, 1 - keep :].to(logits.device), logits, baseline
+                    targets, logits = forward(batch, keep)
+                texts = [plain[row] for row in batch.rows if plain]
+                if any(unsteered.predicted.get(text) is None for text in texts):
+                    same = texts == [rendered[row] for row in batch.rows]
+                    baseline = forward(batch if same else _in_order(texts, pad), keep)[1]
+            return targets, logits, baseline
 
         # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
-        work = batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left")
+        pad = pad_token_id(setup.tokenizer)
+        work = batches(rendered, setup.batch_size, pad_id=pad, side="left")
         for batch, (targets, logits, baseline) in run_batches(work, run):
-            known = [setup.predicted.get(rendered[row]) for row in batch.rows]
+            known = [unsteered.predicted.get(plain[row]) if plain else None for row in batch.rows]
             for place, row in enumerate(batch.rows):
                 own = slice(logits.shape[1] - lengths[row], None)
                 if baseline is not None:
-                    known[place] = setup.keep(rendered[row], baseline[place, own].float())
-                yield Answer(
-                    row=row,
-                    targets=targets[place, own],
-                    logits=logits[place, own].float(),
-                    baseline=known[place] if beside else None,
-                )
+                    known[place] = unsteered.keep(plain[row], baseline[place, own].float())
+                yield Answer(row, targets[place, own], logits[place, own].float(), known[place])
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:
         """Log-probability of every answer token, teacher-forced.
@@ -214,3 +223,19 @@ class Trial:
             batch_size=setup.batch_size,
             steering=self.steering,
         )
+
+
+def _same_answers(rendered: Sequence[Rendered], beside: Sequence[Rendered] | None) -> Sequence[Rendered]:
+    """The texts of the unsteered model, none where it is not asked; their answers are the same tokens."""
+    for text, plain in zip(rendered, beside or (), strict=beside is not None):
+        if text.ids[text.prompt_length :] != plain.ids[plain.prompt_length :]:
+            raise DataError(
+                f"{plain.text[plain.answer_start :][:40]!r} is other tokens behind the system prompt, so predictions "
+                "cannot be compared token by token; give a system prompt or an answer that ends or begins with a word"
+            )
+    return beside or ()
+
+
+def _in_order(texts: Sequence[Rendered], pad: int) -> Batch:
+    """One batch of texts, in their order."""
+    return batches(texts, len(texts), pad_id=pad, side="left", groups=len(texts))[0]
