@@ -810,17 +810,18 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measure(steered(setup), [*ALL, along])
     # Pairs, choices, forks, neutral texts (for two scorers), positive answers, neutral texts read (for two) and beside
     # the steered ones, openings of refusals (four batches), its own answers beside the steered ones, three generated
-    # tokens (for four scorers).
-    assert count.baseline == 12 + 3
+    # tokens (for four scorers). And the prompts of ten batches of answers, whose caches all strengths go on from.
+    assert len(setup.read._kept) == 10
+    assert count.baseline == 12 + 3 + 10
     assert count.steered == 14 + 3
     measure(steered(setup, -1.0), [*ALL, along])
-    assert count.baseline == 12 + 3, "nothing of the baseline model is run again"
+    assert count.baseline == 12 + 3 + 10, "nothing of the baseline model is run again"
     monkeypatch.setattr("steerkit.evaluate.setup.KEPT_BYTES", 0)
     setup.predicted.clear()
     measure(steered(setup, 1.0), ["divergence"])
-    assert count.baseline == 12 + 3 + 1, "but for what is too large to keep"
+    assert count.baseline == 12 + 3 + 10 + 1, "but for what is too large to keep"
     measure(setup.baseline, [*ALL, along])
-    assert count.baseline == 12 + 3 + 1
+    assert count.baseline == 12 + 3 + 10 + 1
 
 
 @dataclass(frozen=True)
