@@ -219,7 +219,7 @@ def _evenly(data: ContrastSet, pairs: int | None) -> ContrastSet:
         return data
     kept = spread(list(zip(data.positive, data.negative, strict=True)), pairs)
     positive, negative = zip(*kept, strict=True)
-    return replace(data, positive=positive, negative=negative, marks=(), origins=((), ()))
+    return replace(data, positive=positive, negative=negative, marks=(), origins=((), ()), topics=((), ()))
 
 
 def _write_card(

@@ -19,7 +19,7 @@ from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
 from steerkit.fitting.subject import ModelSubject
 from steerkit.methods._authoring import check_fitted, class_problem, fitted_tensors
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import AddsFacts, PreparesData
+from steerkit.methods._protocols import AddsFacts, PreparesData, SetsOperatingPoint
 from steerkit.methods._registry import method_names, registration_problem, resolve
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site, parse_layers
@@ -107,6 +107,8 @@ def fit(
                 model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, progress
             )
     vector = _vector(chosen, subject, acts, model, taps, tokenizer)
+    if isinstance(chosen, SetsOperatingPoint) and acts is not None:
+        vector = chosen.settled(vector, data, acts)
     vector = replace(vector, answer_separator=answer_separator(tokenizer, chat_template_kwargs))
     if held_out is None or acts is None:
         return vector

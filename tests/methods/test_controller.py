@@ -15,9 +15,9 @@ from torch import Tensor
 import steerkit
 from steerkit.errors import FitError, ScopeError, VectorMismatchError
 from steerkit.fitting.training import minimise
-from steerkit.maths.probes import auc
+from steerkit.maths.probes import auc, fpr_at_tpr
 from steerkit.methods import _controller_gate as network
-from steerkit.methods.controller import WeightedController, fpr_at_tpr, permuted_weights
+from steerkit.methods.controller import WeightedController, permuted_weights
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.report.card import vector_card
@@ -355,7 +355,7 @@ def test_held_out_figures_name_the_better_gate() -> None:
         model_of("llama"), byte_tokenizer(CHATML), data(), method="controller", settings={"epochs": 2}, held_out=data()
     )
     gate = vector.held_out["gate"]
-    assert set(gate) == {"mlp", "probe", "better", "tpr", "fpr"}
+    assert set(gate) == {"mlp", "probe", "better", "tpr", "fpr", "opened"}
     for name in ("mlp", "probe"):
         assert 0 <= gate[name]["auroc"] <= 1
         assert 0 <= gate[name]["fpr_at_95_tpr"] <= 1

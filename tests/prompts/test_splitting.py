@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from steerkit.errors import DataError
 from steerkit.evaluate.setup import Setup
-from steerkit.methods._gate import folds_of
+from steerkit.methods._gated_addition import folds_of
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.likeness import groups_of, turns_of
