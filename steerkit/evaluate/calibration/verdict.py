@@ -69,7 +69,13 @@ def unfound(problem: Problem, points: Sequence[Point]) -> str:
         where = f"layer {layers_name(best.layers)} at strength {strength_of(best):g}"
         reached = _reached(problem.effect, best.scores[problem.effect], "validation items")
         return f"{_TOO_FEW}: at {where} {reached}, anything from zero to an effect that would count; give more items"
-    return f"{_NOTHING}: no layer and strength tried has a positive effect inside the budget"
+    clear = [point for point in points if point not in inside and problem.gain(point).low > 0]
+    said = f"{_NOTHING}: no layer and strength tried has a positive effect inside the budget"
+    if not clear:
+        return said
+    least = min(clear, key=lambda point: problem.reach(strength_of(point)))
+    broken = " and ".join(problem.budget.breaks(dict(least.scores)))
+    return f"{said}; there is one at strength {strength_of(least):g}, but {broken}"
 
 
 def _reached(effect: str, measured: Measured, where: str) -> str:
