@@ -2,8 +2,8 @@
 
 `setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `blocks` compares places;
 `suggesting`, `curve`, `sweeps` and `calibration` look for a strength; `controls`, `confounding`, `refit_intervals`,
-`removal` and `answer_likeness` doubt the result; `compare` sets methods side by side, `together` tells whether several
-vectors disturb each other, `lm_eval` runs tasks of the LM Evaluation Harness.
+`removal` and `answer_likeness` doubt the result; `prompting` measures system prompts, `compare` sets methods side by
+side, `together` tells whether several vectors disturb each other, `lm_eval` runs tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.controls import refits
     from steerkit.evaluate.curve import strength_response
     from steerkit.evaluate.intervals import Estimate, interval, separability
+    from steerkit.evaluate.prompting import Prompting, measure_prompting
     from steerkit.evaluate.refit_intervals import refit_interval
     from steerkit.evaluate.removal import probe_after_removal
     from steerkit.evaluate.scoring import Measured, measure, scorer_of
@@ -36,6 +37,7 @@ __all__ = [
     "Calibration",
     "Estimate",
     "Measured",
+    "Prompting",
     "Search",
     "Setup",
     "Trial",
@@ -50,6 +52,7 @@ __all__ = [
     "interference",
     "interval",
     "measure",
+    "measure_prompting",
     "probe_after_removal",
     "refit_interval",
     "refits",
@@ -67,6 +70,7 @@ __getattr__ = lazily(
         "Calibration": "calibration",
         "Estimate": "intervals",
         "Measured": "scoring",
+        "Prompting": "prompting",
         "Search": "calibration",
         "Setup": "setup",
         "Trial": "trial",
@@ -81,6 +85,7 @@ __getattr__ = lazily(
         "interference": "together",
         "interval": "intervals",
         "measure": "scoring",
+        "measure_prompting": "prompting",
         "probe_after_removal": "removal",
         "refit_interval": "refit_intervals",
         "refits": "controls",

@@ -248,7 +248,7 @@ def scores_of(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
         DataError: the data lacks what the scorer needs.
     """
     kept = trial.setup.scored
-    if trial.vector is not None:
+    if not trial.is_baseline:
         return scorer.score(trial)
     key = identity_of(scorer)
     if key not in kept:

@@ -41,6 +41,7 @@ __all__ = [
     "eager_attention",
     "first_of_real",
     "forget_past",
+    "is_attention_cache",
     "is_packed",
     "is_static",
     "is_used_cache_without_length",
@@ -249,6 +250,21 @@ def can_be_cut(cache: Any) -> bool:
     if not cache.layers:
         return getattr(cache, "layer_class_to_replicate", None) in growing
     return all(type(layer) in growing for layer in cache.layers)
+
+
+def is_attention_cache(cache: Any) -> bool:
+    """Whether a cache is keys and values of every layer and nothing else, so that a copy of it can be gone on from.
+
+    Args:
+        cache: what a pass gave back; None is none.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(
+        type(layer) in plain and isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor)
+        for layer in cache.layers
+    )
 
 
 def is_static(cache: Any) -> bool:
