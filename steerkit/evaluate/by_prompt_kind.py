@@ -8,7 +8,7 @@ For methods that decide by the prompt. One kind should be refused, the other lef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -53,6 +53,16 @@ class Kind:
             "items": self.items,
             **{name: [share.mean, share.low, share.high] for name, share in shares.items()},
         }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Kind:
+        """Read what `as_json` gave.
+
+        Args:
+            plain: plain data.
+        """
+        shares = {name: Estimate(*plain[name]) for name in ("before", "refused", "unchanged")}
+        return cls(plain["side"], plain["items"], plain["strength"], **shares)
 
 
 def by_kind(

@@ -24,10 +24,11 @@ from torch import Tensor
 from steerkit.errors import DataError
 from steerkit.maths.probes import auc
 
-__all__ = ["Estimate", "NotScored", "correlation", "interval", "separability", "wilson"]
+__all__ = ["Estimate", "NotScored", "correlation", "interval", "separability", "too_few", "wilson"]
 
 DRAWS = 2000
 LEAST_ERROR = 0.2
+_MEDIUM = 0.5
 
 
 class NotScored(DataError):
@@ -50,6 +51,10 @@ class Estimate(NamedTuple):
     def exp(self) -> Estimate:
         """The exponentials of mean and interval: of log-ratios, the ratio."""
         return Estimate(*(math.exp(min(end, 700.0)) for end in self))
+
+    def mirrored(self) -> Estimate:
+        """The same counted the other way."""
+        return Estimate(-self.mean, -self.high, -self.low)
 
 
 def interval(
@@ -150,6 +155,23 @@ def correlation(first: Tensor, second: Tensor, *, level: float = 0.95) -> Estima
     middle = math.atanh(max(-1 + 1e-15, min(1 - 1e-15, found)))
     half = _normal(level) / math.sqrt(len(x) - 3)
     return Estimate(found, min(math.tanh(middle - half), found), max(math.tanh(middle + half), found))
+
+
+def too_few(gain: Estimate, items: int, *, over: float = 0.0) -> bool:
+    """Whether items are too few to tell whether there is a gain: the interval reaches from none to a medium one.
+
+    Medium is half a standard deviation of the items (Cohen 1988). An interval that ends below it says that there is no
+    such gain; one that reaches further leaves it open.
+
+    Args:
+        gain: a mean over items with its 95 % interval, more being better.
+        items: how many.
+        over: what the gain has to exceed, such as the largest of some controls.
+    """
+    if gain.low > over:
+        return False
+    deviation = (gain.high - gain.low) / (2 * _normal(0.95)) * math.sqrt(items)
+    return not math.isfinite(deviation) or gain.high - over > _MEDIUM * deviation
 
 
 def separability(positive: Tensor, negative: Tensor, *, level: float = 0.95) -> Estimate:

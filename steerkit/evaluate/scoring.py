@@ -19,7 +19,7 @@ from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.store_identity import digest_of
 from steerkit.evaluate.trial import Trial
 
-__all__ = ["Measured", "column_of", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
+__all__ = ["Measured", "column_of", "counted", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
 
 _SCORERS: Plugins[Scorer] = Plugins("steerkit.evaluate.scorers", "scorer", Scorer)
 
@@ -35,6 +35,8 @@ class Measured:
             ratio); nothing but the neutral value for that model itself. None where the scorer compares by itself.
         items: scored items.
         failures: items that could not be scored.
+        lost: those of them that could be scored without steering, and that no number stands for: what is said of the
+            others is no measure of health.
     """
 
     column: Column
@@ -42,6 +44,7 @@ class Measured:
     change: Estimate | None
     items: int
     failures: int = 0
+    lost: int = 0
 
     @property
     def effect(self) -> Estimate:
@@ -81,6 +84,8 @@ class Measured:
             "items": self.items,
             "failures": self.failures,
         }
+        if self.lost:
+            row["lost"] = self.lost
         if self.change is not None:
             low, high = ends(self.change)
             row |= {"change": self.change.mean, "change_low": low, "change_high": high}
@@ -95,7 +100,9 @@ class Measured:
             row: plain data.
         """
         change = _estimate(row, "change", "change_low", "change_high") if "change" in row else None
-        return cls(column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"])
+        return cls(
+            column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"], row.get("lost", 0)
+        )
 
 
 def _log(value: float) -> float:
@@ -159,13 +166,11 @@ def measure(
     found: dict[str, Measured] = {}
     for scorer in map(scorer_of, scorers):
         scores = _scores(trial, scorer)
-        beside = (
-            None if scorer.against_baseline else scores if trial.baseline is trial else _scores(trial.baseline, scorer)
-        )
-        for name, column in scorer.columns.items():
+        unsteered = scores if trial.baseline is trial else _scores(trial.baseline, scorer)
+        for name in scorer.columns:
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
-            found[name] = _measured(column, scores[name], None if beside is None else beside[name], seed)
+            found[name] = _measured(scorer, name, scores[name], unsteered[name], seed)
     return found
 
 
@@ -215,19 +220,60 @@ def identity_of(scorer: Scorer) -> str:
     return digest_of([kind.__module__, kind.__qualname__, code, settings])
 
 
-def _measured(column: Column, scores: Tensor | Weighted, beside: Tensor | Weighted | None, seed: int) -> Measured:
-    values, weights = scores if isinstance(scores, Weighted) else (scores, None)
-    estimate = interval(values, weights=weights, shares=column.share, seed=seed)
-    change = None
-    if beside is not None:
-        before = beside.values if isinstance(beside, Weighted) else beside
-        same = beside is scores  # the unsteered model itself
-        change = (
-            Estimate(0.0, 0.0, 0.0)
-            if same
-            else interval(values, before=before, weights=weights, shares=column.share, seed=seed)
-        )
+def counted(
+    scorer: Scorer, name: str, scores: Tensor | Weighted, unsteered: Tensor | Weighted
+) -> tuple[Tensor, Tensor]:
+    """One column's values, with the worst one where an item could be scored without steering and not with it.
+
+    Args:
+        scorer: whose column it is.
+        name: of the column.
+        scores: under steering.
+        unsteered: of the same items without it.
+
+    Returns:
+        Values [n] double, and [n] whether an item is lost: it could be scored without steering, and no number stands
+        for it.
+
+    Raises:
+        DataError: the scorer gave other items the second time.
+    """
+    values, before = (
+        (one.values if isinstance(one, Weighted) else one).detach().cpu().double() for one in (scores, unsteered)
+    )
+    if values.shape != before.shape:
+        raise DataError(f"{scorer.name}: {len(values)} items under steering and {len(before)} without; give the same")
+    lost, worst = torch.isnan(values) & ~torch.isnan(before), scorer.worst(name)
+    if worst is None:
+        return values, lost
+    return torch.where(lost, worst, values), torch.zeros_like(lost)
+
+
+def _measured(
+    scorer: Scorer, name: str, scores: Tensor | Weighted, unsteered: Tensor | Weighted, seed: int
+) -> Measured:
+    """One column as a figure; `unsteered` is the same object for the unsteered model itself."""
+    column, weights = scorer.columns[name], scores.weights if isinstance(scores, Weighted) else None
+    values, lost = counted(scorer, name, scores, unsteered)
+    common: dict[str, Any] = {"weights": weights, "shares": column.share, "seed": seed}
+    estimate, change = interval(values, **common), None
+    if unsteered is scores and not scorer.against_baseline:
+        change = Estimate(0.0, 0.0, 0.0)
+    elif not scorer.against_baseline:
+        before = unsteered.values if isinstance(unsteered, Weighted) else unsteered
+        change = interval(values, before=before, **common)
     if column.scale == "log":
         estimate, change = estimate.exp(), None if change is None else change.exp()
-    missing = int(torch.isnan(values).sum())
-    return Measured(column, estimate, change, len(values) - missing, missing)
+    if bool(lost.any()):
+        estimate, change = _open(estimate, column), None if change is None else _open(change, column)
+    failures = int(torch.isnan(values).sum())
+    return Measured(column, estimate, change, len(values) - failures, failures, int(lost.sum()))
+
+
+def _open(found: Estimate, column: Column) -> Estimate:
+    """An interval without an end where it is worse: of items that came to nothing, nobody knows how bad they were."""
+    return Estimate(
+        found.mean,
+        found.low if column.better == "lower" else 0.0 if column.scale == "log" else -math.inf,
+        found.high if column.better == "higher" else math.inf,
+    )

@@ -33,7 +33,7 @@ from steerkit.persona.rollout_plan import SIDES
 from steerkit.persona.rollouts import Rollout
 from steerkit.persona.scores import Scores
 
-__all__ = ["UNENDED", "Filtered", "Rules", "filtered"]
+__all__ = ["UNENDED", "Filtered", "Rules", "counts_text", "filtered"]
 
 REFUSAL_CHARACTERS = 80
 UNENDED = "thought without an end"
@@ -95,8 +95,20 @@ class Filtered(NamedTuple):
 
     def sentence(self) -> str:
         """The counts in words."""
-        listed = ", ".join(f"{reason} {count}" for reason, count in self.reasons.items())
-        return f"{len(self.kept)} of {self.rows} pairs kept" + (f"; dropped for: {listed}" if listed else "")
+        return counts_text(len(self.kept), self.rows, self.reasons)
+
+
+def counts_text(kept: int, rows: int, reasons: Mapping[str, int]) -> str:
+    """How many pairs were kept, and why the others were dropped, in words.
+
+    Args:
+        kept: pairs that are kept.
+        rows: how many there were.
+        reasons: reason to number of pairs.
+    """
+    ordered = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))
+    listed = ", ".join(f"{reason} {count}" for reason, count in ordered)
+    return f"{kept} of {rows} pairs kept" + (f"; dropped for: {listed}" if listed else "")
 
 
 def filtered(rollouts: Sequence[Rollout], scores: Scores, rules: Rules | None = None) -> Filtered:

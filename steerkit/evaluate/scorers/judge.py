@@ -85,6 +85,14 @@ class Judged(Scorer):
         """The judge, loaded once."""
         return judge_of(self.judge)
 
+    def worst(self, column: str) -> float:
+        """What an answer counts that the judge could not rate, where it could rate the unsteered one: the lower end.
+
+        Args:
+            column: `judged`.
+        """
+        return float(self.low)
+
     def score(self, trial: Trial) -> dict[str, Tensor]:
         """Rate every generated text.
 

@@ -11,7 +11,8 @@ is 1 - L / (T - n + 1): with 40 words and n = 4, 0.97 for a loop of one word, 0.
 twenty. Ordinary text of that length has about 0; a text that falls into a loop at its middle has about half. The
 entropy is 1 where all n-grams differ, and 0 for a loop of one word.
 
-An empty text, and any of fewer than n words, counts as 0: see `length` beside it.
+A text of fewer than n words counts as 0: see `length` beside it. An empty one cannot be scored, and where the unsteered
+model had something to say it counts as 1, the worst there is: a model that falls silent does not repeat itself less.
 
 Yao et al. (2025), "Understanding the Repeat Curse in Large Language Models from a Feature Perspective", arXiv
 2504.14218, has both measures. Where this file departs: the published code counts single words; here n-grams are of four
@@ -52,8 +53,8 @@ class Repetition(Scorer):
     title: ClassVar[str] = "how much generated texts repeat themselves"
     source: ClassVar[str] = "Yao et al. 2025, arXiv 2504.14218"
     columns: ClassVar[Mapping[str, Column]] = {
-        "repetition": Column("repeated n-grams", "share", "lower", share=False),
-        "ngram_entropy": Column("entropy of n-grams", "share of the most possible", "higher", share=False),
+        "repetition": Column("repeated n-grams", "share", "lower", share=False, worst=1.0),
+        "ngram_entropy": Column("entropy of n-grams", "share of the most possible", "higher", share=False, worst=0.0),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:
@@ -63,17 +64,18 @@ class Repetition(Scorer):
             trial: whose texts are read.
 
         Returns:
-            ``{"repetition": [n], "ngram_entropy": [n]}``; 0 and 1 for texts of fewer than n words.
+            ``{"repetition": [n], "ngram_entropy": [n]}``; 0 and 1 for texts of fewer than n words, nan
+            for empty ones.
 
         Raises:
             DataError: `n` is below 1.
         """
         if self.n < 1:
             raise DataError(f"repetition: n = {self.n}; give a number of words of at least 1")
-        counts = [_ngrams(text, self.n) for text in trial.texts]
+        counts = [_ngrams(text, self.n) if text.strip() else None for text in trial.texts]
         return {
-            "repetition": torch.tensor([_repeated(one) for one in counts], dtype=torch.float32),
-            "ngram_entropy": torch.tensor([_evenness(one) for one in counts], dtype=torch.float32),
+            name: torch.tensor([math.nan if one is None else of(one) for one in counts], dtype=torch.float32)
+            for name, of in (("repetition", _repeated), ("ngram_entropy", _evenness))
         }
 
 
