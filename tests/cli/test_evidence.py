@@ -777,3 +777,23 @@ def test_wrong_usage(cli: Cli, here: Path, words: tuple[str, ...]) -> None:
     assert ended.out == ""
     assert "Usage: steerkit" in plain(ended.err)
     assert sorted(here.rglob("*")) == before
+
+
+# What a reader sees.
+
+
+def test_evidence_says_its_time_and_leaves(here: Path, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit.evidence import measuring, questions
+
+    short = [questions.Question("How?"), questions.Question("Why?")]
+    monkeypatch.setattr(measuring, "asked_of", lambda *_: short)
+    ended = cli("evidence", "--model", tiny, "--only", "optimism-caa", "--estimate", "--out", "seen")
+    assert ended.code == 0, ended.err
+    assert re.search(r"1 vectors?, 3 parts to measure: at most about \d+ minutes? here", ended.err)
+    assert not Path("seen/evidence").exists()
+
+
+def test_evidence_refuses_a_vector_that_is_none(here: Path, cli: Cli) -> None:
+    ended = cli("evidence", "--only", "optimism-ca", "--out", "seen")
+    assert ended.code == 1
+    assert "did you mean 'optimism-caa'" in ended.err
