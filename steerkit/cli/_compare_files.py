@@ -84,12 +84,11 @@ def together(rows: list[Row], before: list[Row]) -> list[Row]:
         before: of the table.
 
     Returns:
-        All of them, but for a row on top of asking that is not the best method's.
+        All of them, but for rows that set another method than the best beside asking.
     """
-    from steerkit.evaluate.compare_prompting import ON_TOP, best_method
+    from steerkit.evaluate.compare_prompting import best_method, is_of
 
     own = {row.method for row in rows}
     every = [*rows, *(row for row in before if row.method not in own)]
     best = best_method(every)
-    shown = [row for row in every if not row.method.endswith(ON_TOP) or (best and row.method == best.method + ON_TOP)]
-    return sorted(shown, key=lambda row: (row.own_costs, row.method))
+    return sorted((row for row in every if is_of(row, best)), key=lambda row: (row.own_costs, row.method))

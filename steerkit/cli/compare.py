@@ -34,7 +34,7 @@ from steerkit.cli._shared import (
 if TYPE_CHECKING:
     from steerkit.evaluate.compare import Row
     from steerkit.evaluate.compare_prompting import Asking
-    from steerkit.recipe import Recipe
+    from steerkit.recipe import MethodPart, Recipe
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
@@ -48,7 +48,8 @@ BehaviourArgument = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
+    list[str] | None,
+    typer.Option(help="Repeatable; prompting is that row alone. (default: all that pairs of answers measure)"),
 ]
 PromptingOption = Annotated[
     bool, typer.Option(help="Rows of system prompts that ask for the behaviour, and of the best method on top of one.")
@@ -100,9 +101,9 @@ def run(
     behaviour = behaviour or (None if given.is_given else USUAL)
     default = recipe_of(behaviour, given)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
-    names = list(dict.fromkeys(method or _every()))
-    sources = _sources(names, default)
     systems = systems_of(default.prompting, system) if prompting or system else ()
+    names = [name for name in dict.fromkeys(method or _every()) if name != "prompting" or not systems]
+    sources = _sources(names, default) if names else {}
     target, kept = out / f"{default.behaviour}.json", out / f"{default.behaviour}.rows.jsonl"
     check_writable(target)
     train, held_out = default.split("caa")  # items, and no recipe's own pair
@@ -129,7 +130,7 @@ def run(
         if systems:
             questions = default.evaluate.questions
             asking = Asking(setup, train, systems, default.name, questions, **common, seed=seed, step=step)
-            rows += _asked(asking, found, before)
+            rows += _asked(asking, found, before, default)
     rows = together(rows, before) if keep else rows
     content["rows"] = [jsonable(row.as_json()) for row in rows]
     write(rows, content, target)
@@ -188,16 +189,16 @@ def _row(
     from steerkit.evaluate.compare import Row, compared
     from steerkit.methods._registry import resolve
 
-    part, kind = recipe.method_part(name), resolve(name)
+    (part, readout, scope), kind = _way(name, recipe), resolve(name)
     try:
         found = calibrate(
             setup,
             recipe.split(name)[0],
             method=name,
             settings=dict(part.settings),
-            readout=part.readout or (None if kind.readout is None else recipe.method.readout),
+            readout=readout,
             search=Search(candidates=recipe.candidates(setup.decoder.num_layers, name), **search),
-            scope=recipe.apply.scope if part == recipe.method else None,
+            scope=scope,
             validation=recipe.validation(name),
             kinds=recipe.kinds(part),
             step=lambda note: step(f"{name}: {note}"),
@@ -210,17 +211,41 @@ def _row(
     return compared(setup, kind, recipe.name, found, default.evaluate.questions), found.vector
 
 
-def _asked(asking: Asking, found: Sequence[tuple[Row, SteeringVector | None]], before: Sequence[Row]) -> list[Row]:
-    """The rows of system prompts: alone, and under the best method where that was measured now."""
+def _asked(
+    asking: Asking, found: Sequence[tuple[Row, SteeringVector | None]], before: Sequence[Row], default: Recipe
+) -> list[Row]:
+    """The rows of system prompts: alone, and the best method of the table at their KL and on top."""
     from steerkit.evaluate.compare_prompting import best_method
 
     alone = asking.alone()
     vectors = {row.method: vector for row, vector in found}
     best = best_method([*(row for row in before if row.method not in vectors), *(row for row, _ in found)])
-    vector = None if best is None else vectors.get(best.method)
-    if best is None or vector is None or alone.effect is None:
+    if best is None or alone.effect is None:
         return [alone]
-    return [alone, asking.under(alone, best, vector)]
+    vector = vectors.get(best.method) or _again(best, default, asking.setup)
+    beside = asking.beside(alone, best, vector)
+    return [alone, *([] if beside is None else [beside]), asking.under(alone, best, vector)]
+
+
+def _again(row: Row, default: Recipe, setup: Any) -> SteeringVector:
+    """The vector of a row that was kept, fitted again."""
+    from steerkit.fitting.fitting import fit
+
+    recipe = _sources([row.method], default)[row.method]
+    part, readout, scope = _way(row.method, recipe)
+    items, sites = recipe.split(row.method)[0], row.sites
+    common: dict[str, Any] = {"settings": dict(part.settings), "readout": readout, "batch_size": setup.batch_size}
+    vector = fit(setup.model, setup.tokenizer, items, method=row.method, sites=sites, **common)
+    return vector if scope is None else replace(vector, scope=scope)
+
+
+def _way(name: str, recipe: Recipe) -> tuple[MethodPart, str | int | None, str | None]:
+    """How a recipe fits a method: its part, the tokens that are read, the scope."""
+    from steerkit.methods._registry import resolve
+
+    part = recipe.method_part(name)
+    readout = part.readout or (None if resolve(name).readout is None else recipe.method.readout)
+    return part, readout, recipe.apply.scope if part == recipe.method else None
 
 
 def _content(default: Recipe, model: str, setup: Any, budget: Any, command: str) -> dict[str, Any]:

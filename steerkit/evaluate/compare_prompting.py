@@ -1,8 +1,9 @@
-"""System prompts as rows of a comparison: asking alone, and one method on top of it, each at its own costs.
+"""System prompts as rows of a comparison, at their own costs: asking alone, and one method beside it and on top of it.
 
 No budget holds for a system prompt: there is nothing to turn down. Its row says what it costs, and the wording is
 chosen on the training items as a method's layers and strength are. Controls of asking are system prompts that ask for
-nothing; those of a method on top of it are what either does alone.
+nothing; those of a method on top of it are what either does alone. So that nobody has to compare a cheap request with
+dear steering, the method is also turned to about the KL divergence of asking: KL grows with the strength's square.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from steerkit.evaluate.compare import COSTS, Row, answered
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.overhead import decoding_overhead
 from steerkit.evaluate.prompting import NEUTRAL, Prompting, Wording, measure_prompting, training_gains
-from steerkit.evaluate.scoring import Measured
+from steerkit.evaluate.scoring import Measured, measure
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
+from steerkit.evaluate.trial import Trial
+from steerkit.methods._registry import resolve
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["ON_TOP", "PROMPTING", "Asking", "best_method"]
+__all__ = ["AT_KL", "ON_TOP", "PROMPTING", "Asking", "best_method", "is_of"]
 
 PROMPTING = "prompting"
 ON_TOP = f" + {PROMPTING}"
+AT_KL = f", {PROMPTING}'s KL"
 EFFECT = "preference_margin"
 
 
@@ -39,6 +43,17 @@ def best_method(rows: Sequence[Row]) -> Row | None:
     """
     found = [row for row in rows if not row.own_costs and row.effect is not None]
     return max(found, key=lambda row: (row.works, row.effect.mean if row.effect else -math.inf), default=None)
+
+
+def is_of(row: Row, method: Row | None) -> bool:
+    """Whether a row that sets a method beside asking is this method's; true of all other rows.
+
+    Args:
+        row: of the comparison.
+        method: the row of the method.
+    """
+    names = [row.method.removesuffix(end) for end in (ON_TOP, AT_KL) if row.method.endswith(end)]
+    return not names or (method is not None and names == [method.method])
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,8 @@ class Asking:
             chosen = found.wordings[best]
             controls = [one.scores[EFFECT].gain.mean for one in nothing.wordings]
             reached = f"{len(NEUTRAL)} system prompts that ask for nothing"
-            row = self._row(PROMPTING, "System prompt", chosen, controls, reached)
+            trial = self.setup.prompted(chosen.system).trial(None)
+            row = self._row(PROMPTING, "System prompt", chosen, controls, reached, trial)
         except SteerError as error:
             return self._failed(PROMPTING, "System prompt", error)
         wordings = [
@@ -105,10 +121,33 @@ class Asking:
         alone = [row.effect.mean for row in (prompting, method) if row.effect is not None]
         try:
             (chosen,) = self._measured([self._chosen(prompting)], vector, method.strength).wordings
-            row = self._row(name, title, chosen, alone, "either alone", vector, method.strength)
+            trial = self.setup.prompted(chosen.system).trial(vector, method.strength)
+            row = self._row(name, title, chosen, alone, "either alone", trial)
         except SteerError as error:
             return self._failed(name, title, error)
         return replace(row, sites=method.sites, strength=method.strength, recipe=method.recipe)
+
+    def beside(self, prompting: Row, method: Row, vector: SteeringVector) -> Row | None:
+        """The row of a method at about the KL divergence of asking; None where no strength leads there.
+
+        Args:
+            prompting: the row of asking.
+            method: the method's row.
+            vector: as calibrated.
+        """
+        name, title = f"{method.method}{AT_KL}", f"{method.title} at about the KL divergence of a system prompt"
+        strength = _turned(prompting, method, resolve(vector.method).neutral)
+        if strength is None or prompting.effect is None:
+            return None
+        self.step(f"{PROMPTING}: {name}")
+        try:
+            trial = self.setup.half(1).trial(vector, strength)
+            scores = measure(trial, [EFFECT, "divergence", "repetition"], seed=self.seed)
+            asked = [prompting.effect.mean]
+            row = self._row(name, title, Wording("", scores), asked, "asking", trial)
+        except SteerError as error:
+            return self._failed(name, title, error)
+        return replace(row, sites=method.sites, strength=strength, recipe=method.recipe)
 
     def _chosen(self, prompting: Row) -> str:
         """The wording that was best on the training items."""
@@ -135,12 +174,10 @@ class Asking:
         chosen: Wording,
         controls: Sequence[float],
         reached: str,
-        vector: SteeringVector | None = None,
-        strength: float | None = None,
+        trial: Trial,
     ) -> Row:
         measured = chosen.scores[EFFECT]
         works = measured.gain.low > max(0.0, *controls)
-        trial = self.setup.prompted(chosen.system).trial(vector, strength)
         self.step(f"{name}: time and texts")
         return Row(
             name,
@@ -161,6 +198,15 @@ class Asking:
     def _failed(self, name: str, title: str, error: SteerError) -> Row:
         reason = f"could not be measured: {error}"
         return Row(name, title, self.recipe, sites=(), strength=None, works=False, verdict=reason, own_costs=True)
+
+
+def _turned(prompting: Row, method: Row, neutral: float | None) -> float | None:
+    """The strength at which a method costs about what asking does; None where it cannot be told."""
+    costs = [(row.costs or {}).get("kl") for row in (prompting, method)]
+    means = [cost.mean for cost in costs if cost is not None and cost.mean > 1e-6]  # below is rounding
+    if len(means) < 2 or neutral is None or method.strength is None:
+        return None
+    return float(f"{neutral + (method.strength - neutral) * math.sqrt(means[0] / means[1]):.2g}")
 
 
 def _verdict(measured: Measured, highest: float, reached: str, broken: Sequence[str]) -> str:

@@ -512,9 +512,13 @@ def test_compare_sets_system_prompts_beside_the_methods(cli: Cli, trait: Path) -
     assert fits(ended.out), ended.out
     assert "* at its own costs" in ended.out
     found = strict_json(Path("made/trait.json").read_text())
-    caa, alone, on_top = found["rows"]
+    caa, alone, on_top = found["rows"]  # at no KL the method cannot be set beside it
     assert [row["method"] for row in found["rows"]] == ["caa", "prompting", "caa + prompting"]
     assert [row["own_costs"] for row in found["rows"]] == [False, True, True]
+    again = strict_json(cli(*COMPARE, "--method", "prompting", "--keep", "--json").out)
+    assert [row["method"] for row in again["rows"]] == ["caa", "caa + prompting", "prompting"]
+    untimed = [{**row, "overhead": None} for row in again["rows"]]
+    assert untimed == [{**row, "overhead": None} for row in (caa, on_top, alone)], "the kept method is fitted again"
     assert [one["system"] for one in alone["wordings"]] == ["Say A.", "Be A."]
     assert alone["effect"]["mean"] == pytest.approx(0, abs=1e-6)
     assert not alone["works"]
@@ -547,6 +551,9 @@ def test_one_row_of_a_table_is_on_top_of_asking() -> None:
     assert names(row("repe", 0.4), before=before) == ["caa", "repe", "caa + prompting", "prompting"]
     assert names(row("repe", 0.6, works=False), before=before)[2:] == ["caa + prompting", "prompting"]
     assert names(row("repe", 0.6), before=before) == ["caa", "repe", "prompting"]
+    beside = row("caa, prompting's KL", 0.2, own_costs=True)
+    assert names(*before, beside) == ["caa", "caa + prompting", "caa, prompting's KL", "prompting"]
+    assert names(row("repe", 0.6), before=(*before, beside)) == ["caa", "repe", "prompting"]
     other = row("repe + prompting", 1.1, own_costs=True)
     assert names(row("repe", 0.6), other, before=before) == ["caa", "repe", "prompting", "repe + prompting"]
     assert best_method([alone, on_top]) is None
