@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,7 +22,11 @@ import pytest
 import torch
 
 import steerkit
+from steerkit.cli._compare_files import together
 from steerkit.errors import FitError
+from steerkit.evaluate.compare import Row
+from steerkit.evaluate.compare_prompting import best_method
+from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.setup import Setup
 from steerkit.network.sites import Site
@@ -540,6 +545,66 @@ def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     assert re.search(r"(src|href)=.?https?:", Path("made/trait.html").read_text()) is None
 
 
+def test_compare_sets_system_prompts_beside_the_methods(cli: Cli, trait: Path) -> None:
+    """The looping model does not attend, so that asking does nothing, and steering on top of it what it does alone."""
+    pytest.importorskip("matplotlib")
+    asked = '[prompting]\npositive = ["Say A.", "Be A."]\nnegative = ["Say Z.", "Be Z."]\n'
+    Path("trait-caa.toml").write_text(f"{Path('trait-caa.toml').read_text()}{asked}")
+    ended = cli(*COMPARE, "--method", "caa")
+    assert (ended.code, ended.err) == (0, "")
+    assert fits(ended.out), ended.out
+    assert "* at its own costs" in ended.out
+    found = strict_json(Path("made/trait.json").read_text())
+    caa, alone, on_top = found["rows"]  # at no KL the method cannot be set beside it
+    assert [row["method"] for row in found["rows"]] == ["caa", "prompting", "caa + prompting"]
+    assert [row["own_costs"] for row in found["rows"]] == [False, True, True]
+    again = strict_json(cli(*COMPARE, "--method", "prompting", "--keep", "--json").out)
+    assert [row["method"] for row in again["rows"]] == ["caa", "caa + prompting", "prompting"]
+    untimed = [{**row, "overhead": None} for row in again["rows"]]
+    assert untimed == [{**row, "overhead": None} for row in (caa, on_top, alone)], "the kept method is fitted again"
+    assert [one["system"] for one in alone["wordings"]] == ["Say A.", "Be A."]
+    assert alone["effect"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert not alone["works"]
+    assert "which may be nothing" in alone["verdict"]
+    assert "All 2 wordings: effect" in alone["verdict"]
+    assert on_top["effect"]["mean"] == pytest.approx(caa["effect"]["mean"], abs=1e-5)
+    assert on_top["kl"]["mean"] == pytest.approx(caa["kl"]["mean"], abs=1e-5)
+    assert (on_top["strength"], on_top["sites"]) == (caa["strength"], caa["sites"])
+    assert not on_top["works"], "no more than steering alone"
+    table = Path("made/trait.md").read_text()
+    assert "| `prompting` | best of 2 |" in table
+    assert table.count("| no, own costs |") == 2
+    page = Path("made/trait.html").read_text()
+    assert "1 of 1 methods has an effect" in page
+    assert "Say A." in page
+
+
+def test_one_row_of_a_table_is_on_top_of_asking() -> None:
+    """That of the best method, whenever it was measured."""
+
+    def row(method: str, effect: float, *, works: bool = True, **more: Any) -> Row:
+        return Row(method, "", "", (), 1.0, works, "", Estimate(effect, effect, effect), **more)
+
+    def names(*rows: Row, before: tuple[Row, ...] = ()) -> list[str]:
+        return [one.method for one in together(list(rows), list(before))]
+
+    caa, alone = row("caa", 0.5), row("prompting", 0.9, own_costs=True)
+    on_top = row("caa + prompting", 1.0, own_costs=True)
+    before = (caa, alone, on_top)
+    assert names(row("repe", 0.4), before=before) == ["caa", "repe", "caa + prompting", "prompting"]
+    assert names(row("repe", 0.6, works=False), before=before)[2:] == ["caa + prompting", "prompting"]
+    assert names(row("repe", 0.6), before=before) == ["caa", "repe", "prompting"]
+    beside = row("caa, prompting's KL", 0.2, own_costs=True)
+    assert names(*before, beside) == ["caa", "caa + prompting", "caa, prompting's KL", "prompting"]
+    assert names(row("repe", 0.6), before=(*before, beside)) == ["caa", "repe", "prompting"]
+    other = row("repe + prompting", 1.1, own_costs=True)
+    assert names(row("repe", 0.6), other, before=before) == ["caa", "repe", "prompting", "repe + prompting"]
+    assert best_method([alone, on_top]) is None
+    assert best_method([row("a", 0.2), row("b", 0.9, works=False)]).method == "a"  # type: ignore[union-attr]
+    told = replace(alone, wordings=({"system": "Be.", "training_effect": 0.1},))
+    assert Row.from_json(json.loads(json.dumps(told.as_json()))) == told
+
+
 def test_compare_goes_on_when_one_method_fails_and_keeps_the_others_rows(
     cli: Cli, trait: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -660,6 +725,7 @@ CHEAP = [
         "few3: 2 training and 1 held-out items are too few to calibrate caa on; give at least 8",
     ),
     (("compare", "few3.toml", "--method", "caa"), "2 training and 1 held-out items are too few to calibrate caa on"),
+    (("compare", "joy-caa.toml", "--method", "caa", "--system", " "), "--system: got an empty system prompt"),
     (("compare", "optimsim"), "unknown recipe 'optimsim'; did you mean 'optimism"),
     (("compare", "joy-caa.toml", "--method", "caa", "--method", "cca"), "unknown method 'cca'; did you mean 'caa'?"),
     (("compare", "joy-caa.toml", "--method", "actadd"), "nothing to fit actadd on; choose another --method"),
