@@ -121,7 +121,11 @@ def also(vectors: Mapping[str, Any]) -> list[str]:
         for name, one in vectors.items()
         if one["also_moves"]
     ]
-    return ["Named, since they are clear of 0 and at least half of the vector's own change: " + "; ".join(named) + "."] if named else []
+    return (
+        ["Named, since they are clear of 0 and at least half of the vector's own change: " + "; ".join(named) + "."]
+        if named
+        else []
+    )
 
 
 def model_parts(name: str, found: Mapping[str, Any], folder: Path) -> list[Any]:

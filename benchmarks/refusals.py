@@ -20,6 +20,7 @@ import torch
 from benchmarks.results import recorded
 from steerkit._support.phrases import normalised, opening, pattern_of
 from steerkit.evaluate.intervals import interval
+from steerkit.evaluate.scorers.compliance import complies
 from steerkit.methods._declining import is_refusal
 
 LABELLED = Path(__file__).with_name("refusals.jsonl")
@@ -84,6 +85,16 @@ def marked(answer: Answer) -> bool:
     return pattern_of(MARKERS).search(opening(normalised(answer["answer"]), 80)) is not None
 
 
+def complied(answer: Answer) -> bool:
+    """The scorer of compliance, with the model's reading as it is recorded in the file."""
+    return complies(answer["answer"], answer["relevance"])
+
+
+def read(part: Sequence[Answer]) -> list[Answer]:
+    """The answers that a model has read, as the scorer of compliance does."""
+    return [one for one in part if one["relevance"] is not None]
+
+
 def accuracy(part: Sequence[Answer], scores: Scores, label: str) -> dict[str, Any]:
     """Precision and recall of a scorer against a label, each as mean and Wilson's interval; None of nothing."""
     found, true = [scores(one) for one in part], [one[label] for one in part]
@@ -121,7 +132,8 @@ def shown(share: Sequence[float] | None) -> str:
 def table(label: str, titles: Sequence[str], *scorers: Scores) -> str:
     """Precision and recall of scorers on all parts of the answers, as Markdown."""
     columns = ["", "answers", label, *titles]
-    lines = [columns, ["---"] * len(columns), *(row(title, part, label, *scorers) for title, part in parts() if part)]
+    listed = [(title, read(part) if label == "complies" else part) for title, part in parts()]
+    lines = [columns, ["---"] * len(columns), *(row(title, part, label, *scorers) for title, part in listed if part)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -129,7 +141,7 @@ def parts() -> Iterator[tuple[str, list[Answer]]]:
     """Named parts of the answers that a row each is shown of."""
     listed = answers()
     for half in HALVES:
-        yield f"{half}, both models", real(half)
+        yield half, real(half)
     held_out = real("held out")
     for model in MODELS:
         yield f"held out, {model}", [one for one in held_out if one["model"] == model]
@@ -152,7 +164,10 @@ def agreement() -> str:
 def stated() -> dict[str, Any]:
     """What the package states: both scorers on the held-out answers of both models."""
     part = real("held out")
-    return {"refusal": accuracy(part, refuses, "refuses")}
+    return {
+        "refusal": accuracy(part, refuses, "refuses"),
+        "compliance": accuracy(read(part), complied, "complies"),
+    }
 
 
 def show() -> None:
@@ -165,7 +180,9 @@ def show() -> None:
     print(f"\n{agreement()}\n\n## Refusals\n")
     titles = ("precision", "recall", "precision before", "recall before")
     print(table("refuses", titles, refuses, marked))
-    print(f"\n{REFUSALS}")
+    print(f"\n{REFUSALS}\n\n## Compliance\n")
+    print(table("complies", ("precision", "recall"), complied))
+    print(f"\n{COMPLIANCE}")
 
 
 INTRODUCTION = """\
@@ -194,6 +211,11 @@ So {fresh} answers to further requests were generated, and labelled, after the s
 REFUSALS = """\
 "Before" is the list of phrases that counted refusals earlier, looked for in the first 80 characters: it counts
 sympathy, delight and modesty as refusals, and misses what is put in other words."""
+COMPLIANCE = """\
+Compliance is judged from wording and from the model's own reading: how much likelier the request becomes, per
+token, once the answer is known (see the scorer). It is the weaker figure of the two: small models talk around a
+topic in the very words of an answer. SmolLM2 read its own answers and the written ones; rows without a reading are
+left out."""
 
 
 def main() -> None:

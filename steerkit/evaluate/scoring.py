@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.store_identity import digest_of
 from steerkit.evaluate.trial import Trial
+from steerkit.methods._registry import resolve
 
 __all__ = [
     "Measured",
@@ -29,6 +30,7 @@ __all__ = [
     "measure",
     "scorer_names",
     "scorer_of",
+    "scores_of",
 ]
 
 _SCORERS: Plugins[Scorer] = Plugins("steerkit.evaluate.scorers", "scorer", Scorer)
@@ -47,6 +49,9 @@ class Measured:
         failures: items that could not be scored.
         lost: those of them that could be scored without steering, and that no number stands for: what is said of the
             others is no measure of health.
+        wrong_way: share of all items that moved against what the strength's sign asks for, of figures that steering
+            means to move; an item that could not be scored counts as such a one. None of other figures, and where
+            no sign says what is asked for (a direction that is taken out, angles).
     """
 
     column: Column
@@ -55,6 +60,7 @@ class Measured:
     items: int
     failures: int = 0
     lost: int = 0
+    wrong_way: float | None = None
 
     @property
     def effect(self) -> Estimate:
@@ -99,6 +105,8 @@ class Measured:
         if self.change is not None:
             low, high = ends(self.change)
             row |= {"change": self.change.mean, "change_low": low, "change_high": high}
+        if self.wrong_way is not None:
+            row["wrong_way"] = self.wrong_way
         return row
 
     @classmethod
@@ -110,9 +118,8 @@ class Measured:
             row: plain data.
         """
         change = _estimate(row, "change", "change_low", "change_high") if "change" in row else None
-        return cls(
-            column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"], row.get("lost", 0)
-        )
+        estimate, gaps = _estimate(row, "mean", "low", "high"), (row["failures"], row.get("lost", 0))
+        return cls(column, estimate, change, row["items"], *gaps, row.get("wrong_way"))
 
 
 def _log(value: float) -> float:
@@ -174,16 +181,42 @@ def measure(
         DataError: the data lacks what a scorer needs, or two scorers have a column of the same name.
     """
     found: dict[str, Measured] = {}
+    wish = _wish(trial)
     for scorer in map(scorer_of, scorers):
-        scores = _scores(trial, scorer)
+        scores = scores_of(trial, scorer)
         unsteered = scores
         if trial.baseline is not trial and (not scorer.against_baseline or has_gaps(scores)):
-            unsteered = _scores(trial.baseline, scorer)
-        for name in scorer.columns:
+            unsteered = scores_of(trial.baseline, scorer)
+        for name, column in scorer.columns.items():
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
-            found[name] = _measured(scorer, name, scores[name], unsteered[name], seed)
+            measured = _measured(scorer, name, scores[name], unsteered[name], seed)
+            if column.steered and wish:
+                before = None if scorer.against_baseline else unsteered[name]
+                measured = replace(measured, wrong_way=_wrong_way(scores[name], before, wish))
+            found[name] = measured
     return found
+
+
+def _wish(trial: Trial) -> int:
+    """1 where the strength asks for more of what is steered, -1 for less, 0 where it asks for nothing."""
+    if not trial.vectors:
+        return 0
+    first = trial.vectors[0]
+    given = first.strength if trial.strength is None else trial.strength
+    strength = first.suggested_strength if given is None else given
+    neutral = resolve(first.method).neutral
+    if neutral is None or first.edit == "project_out" or not isinstance(strength, int | float):
+        return 0
+    return (strength > neutral) - (strength < neutral)
+
+
+def _wrong_way(scores: Tensor | Weighted, beside: Tensor | Weighted | None, wish: int) -> float:
+    """Share of the items that did not stay, nor moved as wished: those that could not be scored are among them."""
+    change = (scores.values if isinstance(scores, Weighted) else scores).double()
+    if beside is not None:
+        change = change - (beside.values if isinstance(beside, Weighted) else beside).double()
+    return float((~(wish * change >= 0)).double().mean())
 
 
 def column_of(name: str, columns: Mapping[str, Any]) -> str:
@@ -201,10 +234,21 @@ def column_of(name: str, columns: Mapping[str, Any]) -> str:
     return name
 
 
-def _scores(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
-    """The scores of a trial; those of the baseline model are kept."""
+def scores_of(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
+    """The scores of a trial, item by item; those of the baseline model are kept.
+
+    Args:
+        trial: the model under steering, or the baseline.
+        scorer: with its settings.
+
+    Returns:
+        For each of the scorer's columns [n] numbers.
+
+    Raises:
+        DataError: the data lacks what the scorer needs.
+    """
     kept = trial.setup.scored
-    if trial.vector is not None:
+    if not trial.is_baseline:
         return scorer.score(trial)
     key = identity_of(scorer)
     if key not in kept:

@@ -23,6 +23,9 @@ from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import SIDES, Conversation
 from steerkit.prompts.rendering import ANSWER_SEPARATOR, Rendered, answer_separator, render
 from steerkit.prompts.splitting import half_of
+from steerkit.prompts.system_prompts import instructed, takes_system
+from steerkit.steering.kept_blocks import KeptBlocks
+from steerkit.steering.kept_prompts import KeptPrompts
 from steerkit.steering.strengths import vectors_of
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
@@ -46,6 +49,8 @@ class Setup:
         texts: at most so many prompts are answered.
         max_new_tokens: length of the generated texts, in tokens.
         chat_template_kwargs: passed on to the chat template.
+        system: a system prompt before every prompt and text; all that is measured is still compared with the unsteered
+            model without it. Where the model has no system turn it is plain text in front.
     """
 
     model: nn.Module
@@ -57,10 +62,15 @@ class Setup:
     texts: int = 16
     max_new_tokens: int = 40
     chat_template_kwargs: Mapping[str, Any] | None = None
+    system: str | None = None
     scored: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
     """Scores of the baseline model, by scorer: they do not change with the strength."""
     predicted: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False)
     """Logits of the baseline model for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
+    kept: KeptBlocks = field(init=False, default_factory=KeptBlocks, repr=False)
+    """What leaves the blocks that no strength changes."""
+    read: KeptPrompts = field(init=False, default_factory=KeptPrompts, repr=False)
+    """What prompts leave in a cache where no strength changes it."""
     _otherwise: dict[str, Setup] = field(init=False, default_factory=dict, repr=False)
     """The same setup with other separators between prompts and answers, for vectors that were fitted so."""
 
@@ -99,13 +109,32 @@ class Setup:
             return self
         if wanted not in self._otherwise:
             options = {**(self.chat_template_kwargs or {}), ANSWER_SEPARATOR: wanted}
-            self._otherwise[wanted] = replace(self, chat_template_kwargs=options)
+            joined = replace(self, chat_template_kwargs=options)
+            self._otherwise[wanted] = joined if self.system is None else joined._before(self.plain._as_fitted(vector))
         return self._otherwise[wanted]
+
+    def prompted(self, system: str) -> Setup:
+        """The same with a system prompt, which is compared with this setup's unsteered model without one.
+
+        Args:
+            system: the system prompt.
+        """
+        return replace(self, system=system)._before(self.plain)
+
+    def _before(self, plain: Setup) -> Setup:
+        """Share what the unsteered model says without the system prompt, so that it is asked once."""
+        vars(self)["plain"] = plain
+        return self
+
+    @cached_property
+    def plain(self) -> Setup:
+        """The same without its system prompt."""
+        return self if self.system is None else replace(self, system=None)
 
     @cached_property
     def baseline(self) -> Trial:
-        """The setup without steering; its texts are generated once."""
-        return Trial(self, None, None, None, None)
+        """The setup without steering and without its system prompt; its texts are generated once."""
+        return Trial(self, None, None, None, None) if self.system is None else self.plain.baseline
 
     def side(self, name: Literal["positive", "negative"]) -> Setup:
         """The same, with texts generated from the prompts of one side of the data only.
@@ -222,12 +251,24 @@ class Setup:
         return logits
 
     def render(self, item: Conversation) -> Rendered:
-        """A conversation as the model reads it.
+        """A conversation as the model reads it, behind the system prompt.
 
         Args:
             item: the conversation.
         """
-        return render(self.tokenizer, item, chat_template_kwargs=self.chat_template_kwargs)
+        return render(self.tokenizer, self.instructed(item), chat_template_kwargs=self.chat_template_kwargs)
+
+    def instructed(self, item: Conversation) -> Conversation:
+        """A conversation with the system prompt before it; as it is where there is none.
+
+        Args:
+            item: the conversation.
+        """
+        return item if self.system is None else instructed(item, self.system, has_turn=self._has_turn)
+
+    @cached_property
+    def _has_turn(self) -> bool:
+        return takes_system(self.tokenizer)
 
 
 def shared_system(side: Conversation, other: Conversation) -> str | None:

@@ -54,6 +54,7 @@ def setup_identity(setup: Setup) -> dict[str, Any]:
         "dtype": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "tokenizer_sha256": tokenizer_digest(setup.tokenizer),
         "chat_template_kwargs": dict(setup.chat_template_kwargs or {}),
+        **({} if setup.system is None else {"system": setup.system}),
         **({} if separator is None else {ANSWER_SEPARATOR: separator}),
         "environment": environment(),
         "data": None if setup.data is None else setup.data.digest,

@@ -19,7 +19,7 @@ from torch import nn
 
 from steerkit.errors import StrengthError
 from steerkit.evaluate.calibration.budget import Budget
-from steerkit.evaluate.scorers._answers import calm_texts, token_kl
+from steerkit.evaluate.scorers._answers import calm_pairs, token_kl
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import is_gated, method_of
 from steerkit.vector.steering_vector import SteeringVector
@@ -213,7 +213,8 @@ class _Costs:
     def _kl(self, strength: float) -> float:
         """The KL divergence at a strength, nats per answer token; infinite where the logits are not finite."""
         total, tokens = 0.0, 0
-        for answer in self._setup.trial(self._vector, strength).answers(calm_texts(self._setup), beside=True):
+        texts, plain = calm_pairs(self._setup)
+        for answer in self._setup.trial(self._vector, strength).answers(texts, beside=plain):
             assert answer.baseline is not None
             kl = token_kl(answer.logits.log_softmax(dim=-1), answer.baseline.log_softmax(dim=-1))
             total, tokens = total + float(kl.sum()), tokens + len(kl)

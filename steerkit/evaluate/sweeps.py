@@ -55,7 +55,7 @@ def measure_point(
 
     Args:
         setup: model, tokenizer and items.
-        vector: what steers; None measures the unsteered model.
+        vector: what steers; None measures the unsteered model, behind the setup's system prompt where there is one.
         strength: in the vector's unit.
         scorers: what is measured.
         identity: digest of `setup_identity(setup)`.
@@ -68,7 +68,7 @@ def measure_point(
     if kept is not None:
         columns = {name: column for scorer in scorers for name, column in scorer.columns.items()}
         return {name: Measured.from_row(columns[name], row) for name, row in kept.items()}
-    trial = setup.baseline if vector is None else setup.trial(vector, strength)
+    trial = setup.baseline if vector is None and setup.system is None else setup.trial(vector, strength)
     found = measure(trial, scorers, seed=seed)
     layers = [] if vector is None else [site.layer for site in vector.sites]
     store.put(key, {name: one.as_row() for name, one in found.items()}, layers=layers, strength=strength)

@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steerkit.activations.reading import position_inputs
 from steerkit.activations.recording import Activations
 from steerkit.errors import DataError
+from steerkit.evaluate.answer_passes import AnswerPasses
 from steerkit.fitting.held_out import record_steered
 from steerkit.generation import generate
-from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.context import check_lengths, named
-from steerkit.network.decoder import execution_device
 from steerkit.network.sites import Site
-from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
+from steerkit.prompts.batching import batches, pad_token_id, run_batches
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.steering import steer
@@ -71,8 +69,13 @@ class Trial:
 
     @property
     def baseline(self) -> Trial:
-        """The same items without steering."""
-        return self if self.vector is None else self.setup.baseline
+        """The same items without steering and without a system prompt of the setup."""
+        return self if self.is_baseline else self.setup.baseline
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is what others are compared with: nothing steers, and no system prompt is set."""
+        return self.vector is None and self.setup.system is None
 
     @property
     def vectors(self) -> tuple[SteeringVector, ...]:
@@ -118,65 +121,37 @@ class Trial:
         return generate(
             setup.model,
             setup.tokenizer,
-            prompts,
+            [setup.instructed(Conversation.of(prompt)) for prompt in prompts],
             batch_size=setup.batch_size,
             chat_template_kwargs=setup.chat_template_kwargs,
             **{"max_new_tokens": setup.max_new_tokens, **steering, **options},
         )
 
-    def answers(self, rendered: Sequence[Rendered], *, beside: bool = False) -> Iterator[Answer]:
+    def answers(self, rendered: Sequence[Rendered], *, beside: Sequence[Rendered] | None = None) -> Iterator[Answer]:
         """Run the model over texts with answers, and give its logits for every answer token.
 
         Args:
             rendered: texts with answers; what is called an answer here is all from `prompt_length` on.
-            beside: run the unsteered model on the same batches too.
+            beside: the same answers as the unsteered model reads them (`baseline.setup.render`), in the same order:
+                run it on the same batches too.
 
         Yields:
             One `Answer` per text, in the order of the batches.
 
         Raises:
-            DataError: a text has no answer, or nothing comes before it.
+            DataError: a text has no answer, nothing comes before it, or its tokens are others in `beside`.
         """
         setup, decoder = self.setup, self.setup.decoder
-        device = execution_device(decoder)
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
         check_lengths(decoder, rendered, named("text", rendered), warns=False)
-        lengths = {row: len(text.ids) - text.prompt_length for row, text in enumerate(rendered)}
-
-        def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-            ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-            keep = 1 + max(lengths[row] for row in batch.rows)
-            inputs = {
-                "input_ids": ids,
-                "attention_mask": mask,
-                "use_cache": False,
-                "logits_to_keep": keep,
-                **position_inputs(decoder.model, mask),
-            }
-            baseline: Tensor | None = None
-            with torch.no_grad(), evaluation_mode(decoder.model):
-                with self.steering(batch.prompt_lengths):
-                    logits = setup.model(**inputs).logits[:, -keep:-1]
-                if beside and any(setup.predicted.get(rendered[row]) is None for row in batch.rows):
-                    baseline = setup.model(**inputs).logits[:, -keep:-1]
-            return ids[:, 1 - keep :].to(logits.device), logits, baseline
-
+        passes = AnswerPasses(self, rendered, beside)
         # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
         work = batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left")
-        for batch, (targets, logits, baseline) in run_batches(work, run):
-            known = [setup.predicted.get(rendered[row]) for row in batch.rows]
+        for batch, seen in run_batches(work, passes):
             for place, row in enumerate(batch.rows):
-                own = slice(logits.shape[1] - lengths[row], None)
-                if baseline is not None:
-                    known[place] = setup.keep(rendered[row], baseline[place, own].float())
-                yield Answer(
-                    row=row,
-                    targets=targets[place, own],
-                    logits=logits[place, own].float(),
-                    baseline=known[place] if beside else None,
-                )
+                yield Answer(row, seen.targets[place], seen.logits[place].float(), passes.baseline(row, place, seen))
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:
         """Log-probability of every answer token, teacher-forced.

@@ -177,7 +177,12 @@ def weights_facts(model: nn.Module, alias: str, command: str) -> dict[str, Any]:
     name = alias or model_facts(model)["model_id"]
     weights = weights_of(inner_model(model)).as_dict()
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"date": today, "commit": commit(), "command": command, "model": {"name": name, "hub_id": hub_id(name or ""), **weights}}
+    return {
+        "date": today,
+        "commit": commit(),
+        "command": command,
+        "model": {"name": name, "hub_id": hub_id(name or ""), **weights},
+    }
 
 
 def write_summary(folder: Folder, content: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import steerkit
+from steerkit.activations.readout import NO_MASSIVE
 from steerkit.activations.recording import Activations, record
 from steerkit.activations.streaming import stream
 from steerkit.activations.token_scale import TokenScale
@@ -157,6 +158,10 @@ def _vector(
         written = list(taps)
     reads = method.read_at(places, tensors)
     scales = {site: acts.scales[site] for site in places if site in reads} if acts is not None else {}
+    facts = method.extra(subject, written) if isinstance(method, AddsFacts) else {}
+    if acts is not None and acts.readout.endswith(NO_MASSIVE):
+        left_out = {str(site): scale.left_out for site, scale in scales.items()}
+        facts = {**facts, "massive_tokens_left_out": left_out}
     scales = {**subject.scales([*reads, *written]), **scales}
     return SteeringVector(
         method=method.name,
@@ -176,7 +181,7 @@ def _vector(
         data_digest=data.digest,
         data_source=data.source or None,
         paper=method.paper,
-        extra=method.extra(subject, written) if isinstance(method, AddsFacts) else {},
+        extra=facts,
         steerkit_version=steerkit.__version__,
         **model_facts(decoder.model, tokenizer),
     )

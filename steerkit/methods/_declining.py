@@ -20,7 +20,7 @@ import re
 from steerkit._support.phrases import normalised
 from steerkit.prompts.marks import spoken
 
-__all__ = ["is_refusal"]
+__all__ = ["is_refusal", "said"]
 
 _SENTENCES = 2  # that are the beginning of an answer; those that only apologise or greet do not count
 _FURTHEST = 4  # sentences, however many apologise
@@ -189,15 +189,24 @@ def is_refusal(text: str, *, anywhere: bool = False) -> bool:
     return False
 
 
+def said(text: str) -> str:
+    """What an answer says: without thinking, and without the next question that a base model goes on to invent.
+
+    Args:
+        text: what the model wrote.
+    """
+    return _NEXT_TURN.sub("", spoken(text)).strip()
+
+
 def _sentences(text: str) -> list[str]:
-    """The sentences that are said, in small letters and in full forms."""
-    said = _MARKUP.sub(" ", _NEXT_TURN.sub("", spoken(text))).strip()
-    unquoted = _QUOTED.sub(" ... ", said)
+    """The sentences that are said, in small letters and in full forms; none of a letter."""
+    whole = _MARKUP.sub(" ", said(text)).strip()
+    unquoted = _QUOTED.sub(" ... ", whole)
     if any(map(str.isalpha, unquoted)):  # else all of the answer is one quotation
-        said = unquoted
-    parts = (_in_full(normalised(part)) for part in _END.split(said))
-    spoken_parts = [part for part in parts if any(map(str.isalpha, part))]
-    return [] if spoken_parts and _LETTER.match(spoken_parts[0].lstrip("[( ")) else spoken_parts
+        whole = unquoted
+    parts = (_in_full(normalised(part)) for part in _END.split(whole))
+    sentences = [part for part in parts if any(map(str.isalpha, part))]
+    return [] if sentences and _LETTER.match(sentences[0].lstrip("[( ")) else sentences
 
 
 def _in_full(sentence: str) -> str:

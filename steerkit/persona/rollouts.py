@@ -23,21 +23,19 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from steerkit._support.journal import Journal
-from steerkit.errors import DataError
 from steerkit.evaluate.store_identity import weights_digest
 from steerkit.generation import generate
 from steerkit.network.decoder import inner_model
 from steerkit.persona.rollout_plan import SIDES, Asked, RolloutPlan, Side
 from steerkit.persona.traits import TraitSpec
-from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.marks import spoken
-from steerkit.prompts.rendering import has_chat_template, opens_thought, render
+from steerkit.prompts.rendering import opens_thought
+from steerkit.prompts.system_prompts import takes_system
 from steerkit.vector.model_identity import model_facts
 
 __all__ = ["Rollout", "roll_out", "takes_system"]
 
 FORMAT = 1
-_PROBE = "steerkit-system-probe"
 
 
 class Rollout(NamedTuple):
@@ -62,20 +60,6 @@ class Rollout(NamedTuple):
             side: which assistant.
         """
         return spoken(getattr(self, side), in_thought=self.in_thought)
-
-
-def takes_system(tokenizer: Any) -> bool:
-    """Whether the chat template writes system prompts; some templates refuse them or drop them silently.
-
-    Args:
-        tokenizer: the model's tokenizer.
-    """
-    if not has_chat_template(tokenizer):
-        return False
-    try:
-        return _PROBE in render(tokenizer, Conversation("Hello", system=_PROBE)).text
-    except DataError:
-        return False
 
 
 def roll_out(

@@ -1,13 +1,23 @@
-"""System prompts that ask for a behaviour, and for its opposite: what steering is compared with."""
+"""System prompts that ask for a behaviour, and for its opposite: what steering is compared with.
+
+Where a model has no place for them they stand in front of the first question, as plain text.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from steerkit.errors import DataError
-from steerkit.prompts.conversation import SIDES, check_text
+from steerkit.prompts.conversation import SIDES, Conversation, check_text, with_system
+from steerkit.prompts.rendering import has_chat_template, render
 
-__all__ = ["SystemPrompts"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["SystemPrompts", "instructed", "takes_system"]
+
+_PROBE = "steerkit-system-probe"
 
 
 @dataclass(frozen=True)
@@ -48,3 +58,41 @@ class SystemPrompts:
 
     def __len__(self) -> int:
         return len(self.positive)
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes system prompts; some templates refuse them or drop them silently.
+
+    Args:
+        tokenizer: the model's tokenizer.
+    """
+    if not has_chat_template(tokenizer):
+        return False
+    try:
+        return _PROBE in render(tokenizer, Conversation("Hello", system=_PROBE)).text
+    except DataError:
+        return False
+
+
+def instructed(conversation: Conversation, instruction: str, *, has_turn: bool) -> Conversation:
+    """Put an instruction before a conversation, in front of the system prompt where it has one.
+
+    Args:
+        conversation: the conversation; its answer stays.
+        instruction: what is asked of the model.
+        has_turn: whether the model has system turns (see `takes_system`); without, and before a raw prompt, the
+            instruction is plain text in front of the first question.
+    """
+    prompt = conversation.prompt
+    if conversation.system is not None:
+        return replace(conversation, system=f"{instruction}\n\n{conversation.system}")
+    if isinstance(prompt, str):
+        if has_turn and not conversation.raw:
+            return with_system(conversation, instruction)
+        return replace(conversation, prompt=f"{instruction}\n\n{prompt}")
+    roles = [turn["role"] for turn in prompt]
+    if has_turn and roles[0] != "system":
+        return with_system(conversation, instruction)
+    place = 0 if roles[0] == "system" or "user" not in roles else roles.index("user")
+    turn = {**prompt[place], "content": f"{instruction}\n\n{prompt[place]['content']}"}
+    return replace(conversation, prompt=(*prompt[:place], turn, *prompt[place + 1 :]))

@@ -17,7 +17,7 @@ from steerkit.evaluate.trial import Trial
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 
-__all__ = ["activations", "calm_texts", "log_probs", "on_topic_texts", "token_counts", "token_kl"]
+__all__ = ["activations", "calm_pairs", "calm_texts", "log_probs", "on_topic_texts", "token_counts", "token_kl"]
 
 
 def calm_texts(setup: Setup) -> list[Rendered]:
@@ -30,6 +30,19 @@ def calm_texts(setup: Setup) -> list[Rendered]:
         DataError: there is none, or one has no answer.
     """
     return _answered(setup, setup.calm, "neutral text")
+
+
+def calm_pairs(setup: Setup) -> tuple[list[Rendered], list[Rendered]]:
+    """The neutral texts as the model reads them under the setup's system prompt, and as the unsteered model does.
+
+    Args:
+        setup: where they stand.
+
+    Raises:
+        DataError: there is none, or one has no answer.
+    """
+    texts = calm_texts(setup)
+    return texts, texts if setup.system is None else calm_texts(setup.plain)
 
 
 def on_topic_texts(setup: Setup) -> list[Rendered]:
@@ -82,7 +95,7 @@ def log_probs(trial: Trial, rendered: Sequence[Rendered]) -> list[Tensor]:
     Returns:
         per text [t] float32, nats.
     """
-    if trial.vector is not None:
+    if not trial.is_baseline:
         return trial.log_probs(rendered)
     kept, key = trial.setup.scored, ("log_probs", tuple(rendered))
     if key not in kept:
@@ -102,7 +115,7 @@ def activations(trial: Trial, rendered: Sequence[Rendered], site: str) -> Tensor
     Returns:
         [n, d] float32.
     """
-    if trial.vector is not None:
+    if not trial.is_baseline:
         return trial.record(rendered, [site], readout="response_mean")[site]
     kept, key = trial.setup.scored, ("activations", site, tuple(rendered))
     if key not in kept:

@@ -26,6 +26,8 @@ class Column(NamedTuple):
         neutral: the value that says that steering changed nothing, where the scorer compares with the unsteered model.
         worst: what an item counts that could be scored without steering and not with it, such as an empty answer; None
             where no number is bad enough: the interval then has no end at the bad side.
+        steered: whether steering means to move it: up at strengths above the neutral one, down at those below. Then the
+            share of items that move the other way is told.
     """
 
     title: str
@@ -35,6 +37,7 @@ class Column(NamedTuple):
     share: bool | None = None
     neutral: float = 0.0
     worst: float | None = None
+    steered: bool = False
 
 
 class Weighted(NamedTuple):

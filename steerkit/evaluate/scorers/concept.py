@@ -79,7 +79,7 @@ class Concept(Scorer):
     source: ClassVar[str] = "Wu et al. 2025, arXiv 2501.17148"
     columns: ClassVar[Mapping[str, Column]] = {
         "overall": Column("overall", "0 to 2", "higher", share=False, worst=0.0),
-        "concept": Column("concept", "0 to 2", "higher", share=False, worst=0.0),
+        "concept": Column("concept", "0 to 2", "higher", share=False, worst=0.0, steered=True),
         "instruction": Column("instruction", "0 to 2", "higher", share=False, worst=0.0),
         "fluency": Column("fluency", "0 to 2", "higher", share=False, worst=0.0),
     }

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.evaluate.scorers._answers import calm_texts, token_counts, token_kl
+from steerkit.evaluate.scorers._answers import calm_pairs, token_counts, token_kl
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.trial import Answer, Trial
 
@@ -50,8 +50,8 @@ class Divergence(Scorer):
         """Score every neutral text.
 
         Args:
-            trial: whose neutral texts are read. The unsteered model runs on the same batches every time: what it
-                predicts is too large to be kept.
+            trial: whose neutral texts are read. Behind a system prompt of the setup the same answers are predicted; the
+                unsteered model reads them without it.
 
         Returns:
             Means over each text's answer tokens, weighted by their number: ``{"kl": [n], "entropy_change": [n],
@@ -60,11 +60,11 @@ class Divergence(Scorer):
         Raises:
             DataError: a neutral text has no answer.
         """
-        texts = calm_texts(trial.setup)
+        texts, plain = calm_pairs(trial.setup)
         # The unsteered model is at no distance from itself; no pass is needed to say so.
         found = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float32).repeat(len(texts), 1)
-        if trial.vector is not None:
-            for answer in trial.answers(texts, beside=True):
+        if not trial.is_baseline:
+            for answer in trial.answers(texts, beside=plain):
                 found[answer.row] = _compared(answer)
         counts = token_counts(texts)
         return {name: Weighted(found[:, place], counts) for place, name in enumerate(self.columns)}

@@ -64,7 +64,9 @@ class Judged(Scorer):
     name: ClassVar[str] = "judge"
     title: ClassVar[str] = "a judge's rating of the generated texts"
     source: ClassVar[str] = "Chen et al. 2025, arXiv 2507.21509"
-    columns: ClassVar[Mapping[str, Column]] = {"judged": Column("judged", "points", "higher", share=False)}
+    columns: ClassVar[Mapping[str, Column]] = {
+        "judged": Column("judged", "points", "higher", share=False, steered=True)
+    }
 
     judge: Judge | str = ""
     behaviour: str = ""

@@ -21,6 +21,7 @@ from steerkit.errors import DataError
 from steerkit.evaluate.scorers._answers import token_kl
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
+from steerkit.prompts.rendering import Rendered
 
 __all__ = ["FirstDivergence"]
 
@@ -58,14 +59,17 @@ class FirstDivergence(Scorer):
             raise DataError(f"kl_first: first = {self.first}; give a number of tokens of at least 1")
         setup = trial.setup
         answered = [(place, text) for place, text in enumerate(trial.baseline.texts) if text]
-        texts = [setup.render(replace(setup.asked[place], answer=text)) for place, text in answered]
-        cut = [replace(text, ids=text.ids[: text.prompt_length + self.first]) for text in texts]
         scores = torch.full((len(setup.asked),), math.nan, dtype=torch.float32)
-        if trial.vector is None:  # at no distance from itself; no pass is needed to say so
+        if trial.is_baseline:  # at no distance from itself; no pass is needed to say so
             scores[[place for place, _ in answered]] = 0.0
             return {"kl_first": scores}
-        for answer in trial.answers(cut, beside=True):
+        said = [replace(setup.asked[place], answer=text) for place, text in answered]
+        own, plain = ([self._cut(one.render(item)) for item in said] for one in (setup, trial.baseline.setup))
+        for answer in trial.answers(own, beside=plain):
             assert answer.baseline is not None
             kl = token_kl(torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.baseline, dim=-1))
             scores[answered[answer.row][0]] = kl.mean().cpu()
         return {"kl_first": scores}
+
+    def _cut(self, text: Rendered) -> Rendered:
+        return replace(text, ids=text.ids[: text.prompt_length + self.first])

@@ -78,7 +78,7 @@ class Projection(Scorer):
             DataError: the vector has no single direction, or one of another width than the site's.
             SiteError: the model lacks the site.
         """
-        if trial.vector is None:
+        if trial.is_baseline:
             return {"projection_change": torch.zeros(len(calm_texts(trial.setup)), dtype=torch.float32)}
         direction = _direction(trial.vectors)
         after, before = (_projections(each, direction, self.site) for each in (trial, trial.baseline))

@@ -71,7 +71,7 @@ def stated_accuracy(scorer: str = "refusal") -> str:
     For beside a table of refusals. The answers and their labels: `python -m benchmarks.refusals`.
 
     Args:
-        scorer: `refusal`.
+        scorer: `refusal` or `compliance`.
 
     Raises:
         UnknownNameError: nothing is stated about such a scorer.
