@@ -173,7 +173,7 @@ def test_system_prompts_of_a_shipped_vector(vector: SteeringVector) -> None:
     persona = SteeringVector.load("smollm2-135m/pirate-persona")
     assert systems_for(persona, None, 1.0) == TraitSpec.load("pirate").prompting.positive
     with pytest.raises(typer.BadParameter, match="names no system prompts; give --system TEXT"):
-        systems_for(replace(vector, recipe=""), None, 1.0)
+        systems_for(replace(vector, recipe=None), None, 1.0)
 
 
 def test_evaluate_on_prompts_alone(measured: Any, cli: Cli, tiny: Path) -> None:
