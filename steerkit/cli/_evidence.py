@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
     from steerkit.prompts.contrast_set import ContrastSet
-    from steerkit.prompts.system_prompts import SystemPrompts
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "layers_text",
     "numbers",
     "scorers_of",
-    "systems_of",
 ]
 
 DEFAULT_SCORERS = ("preference_margin", "divergence", "repetition")
@@ -110,31 +108,6 @@ def scorers_of(
             raise typer.BadParameter("a judge rates a behaviour; give both --judge and --behaviour, in a few words")
         settings["judge"] = settings["concept"] = {"judge": judge_of(judge), "behaviour": behaviour}
     return [scorer_of(name, settings.get(name)) for name in listed]
-
-
-def systems_of(
-    prompting: SystemPrompts | None, given: Sequence[str] | None, side: Literal["positive", "negative"] = "positive"
-) -> tuple[str, ...]:
-    """The system prompts that are set beside steering.
-
-    Args:
-        prompting: the recipe's.
-        given: on the command line, which come first.
-        side: of the recipe's.
-
-    Returns:
-        The wordings; none where the recipe has none and none was given.
-
-    Raises:
-        BadParameter: one that was given has no words in it.
-    """
-    if not all(one.strip() for one in given or ()):
-        raise typer.BadParameter("--system: got an empty system prompt; give its text")
-    if given:
-        return tuple(dict.fromkeys(given))
-    if prompting is None:
-        return ()
-    return prompting.positive if side == "positive" else prompting.negative
 
 
 def check_items(name: str, method: str, train: ContrastSet, held_out: ContrastSet) -> None:

@@ -19,10 +19,10 @@ from steerkit.cli._evidence import (
     Neutral,
     check_items,
     jsonable,
-    systems_of,
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._prompting import systems_of
 from steerkit.cli._shared import (
     BatchSize,
     Json,

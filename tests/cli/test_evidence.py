@@ -20,9 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import steerkit
 from steerkit.cli._compare_files import together
+from steerkit.cli._prompting import systems_for
 from steerkit.errors import FitError
 from steerkit.evaluate.compare import Row
 from steerkit.evaluate.compare_prompting import best_method
@@ -30,7 +32,9 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.setup import Setup
 from steerkit.network.sites import Site
+from steerkit.persona import TraitSpec
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS
 from tests.looping import looping_model, trait_data
@@ -133,6 +137,43 @@ def test_a_scope_holds_for_vector_and_controls(measured: Any) -> None:
     everywhere, response = measured(*few, "--scope", "all")["control"], measured(*few)["control"]
     assert everywhere["effect"] != response["effect"]
     assert everywhere["random"] != response["random"]
+
+
+def test_evaluate_sets_system_prompts_beside_the_vector(cli: Cli, measured: Any, tiny: Path, vector: Any) -> None:
+    words = ("--data", "joy.jsonl", "--controls", 0, "--system", "Be glad.", "--system", "Be sad, please.")
+    found = measured(*words, "--strength", "0.5,-1")["prompting"]
+    data = ContrastSet.from_jsonl("joy.jsonl")
+    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).with_neutral(2)
+    for place, system in enumerate(("Be glad.", "Be sad, please.")):
+        for key, one, dose in (("alone", None, None), ("with_vector", vector, -1)):
+            row = found[key]["wordings"][place]
+            assert row["system"] == system
+            expected = measure(setup.prompted(system).trial(one, dose), ["preference_margin", "divergence"])
+            change = expected["preference_margin"].change
+            assert row["scores"]["preference_margin"]["change"] == pytest.approx(change.mean, abs=1e-6)  # type: ignore[union-attr]
+            assert row["scores"]["kl"]["mean"] == pytest.approx(expected["kl"].estimate.mean, abs=1e-6)
+    kls = [row["scores"]["kl"]["mean"] for row in found["alone"]["wordings"]]
+    assert found["alone"]["over_wordings"]["kl"] == pytest.approx(
+        {"mean": sum(kls) / 2, "lowest": min(kls), "highest": max(kls)}
+    )
+    ended = cli("evaluate", "--vector", "v.safetensors", "--model", tiny, *SHORT, *words)
+    assert fits(ended.out), ended.out
+    assert "system prompts: change against the unsteered model" in ended.out
+    assert "the same under v.safetensors at strength 1.5" in ended.out
+    assert "2: Be sad, please." in ended.out
+
+
+def test_system_prompts_of_a_shipped_vector(vector: SteeringVector) -> None:
+    prompting = find_recipe("warmth-caa").prompting
+    known = replace(vector, recipe="warmth-caa")
+    assert prompting is not None
+    assert systems_for(known, None, 1.0) == prompting.positive
+    assert systems_for(known, None, -1.0) == prompting.negative
+    assert systems_for(known, ["Be.", "Be."], 1.0) == ("Be.",)
+    persona = SteeringVector.load("smollm2-135m/pirate-persona")
+    assert systems_for(persona, None, 1.0) == TraitSpec.load("pirate").prompting.positive
+    with pytest.raises(typer.BadParameter, match="names no system prompts; give --system TEXT"):
+        systems_for(replace(vector, recipe=None), None, 1.0)
 
 
 def test_evaluate_on_prompts_alone(measured: Any, cli: Cli, tiny: Path) -> None:
@@ -725,7 +766,6 @@ CHEAP = [
         "few3: 2 training and 1 held-out items are too few to calibrate caa on; give at least 8",
     ),
     (("compare", "few3.toml", "--method", "caa"), "2 training and 1 held-out items are too few to calibrate caa on"),
-    (("compare", "joy-caa.toml", "--method", "caa", "--system", " "), "--system: got an empty system prompt"),
     (("compare", "optimsim"), "unknown recipe 'optimsim'; did you mean 'optimism"),
     (("compare", "joy-caa.toml", "--method", "caa", "--method", "cca"), "unknown method 'cca'; did you mean 'caa'?"),
     (("compare", "joy-caa.toml", "--method", "actadd"), "nothing to fit actadd on; choose another --method"),
