@@ -129,23 +129,17 @@ def run(
     with status("measuring") as step:
         evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
         found = evaluation.run(step)
-<<<<<<< HEAD
         found |= doubted(evaluation, found["control"]["strength"], refit_intervals, step)
-=======
         beside = evaluation.asked(systems, strongest, step)
     if beside:
         found["prompting"] = {name: one.as_json() for name, one in beside.items()}
->>>>>>> prompting
     if as_json:
         print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
         return
     _show(vector, evaluation.measured, found)
-<<<<<<< HEAD
     show_doubts(found)
-=======
     if beside:
         show_prompting(vector, strongest, beside)
->>>>>>> prompting
 
 
 class _Evaluation:
