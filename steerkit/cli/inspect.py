@@ -98,20 +98,26 @@ def run(
     left_out = loaded.extra.get("massive_tokens_left_out")
     if isinstance(left_out, Mapping):
         shown.add_row("massive tokens left out", _text("", dict(left_out)))
-    if facts["held_out"]:
-        shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
-        for name, value in facts["held_out"].get("gate", {}).items():
-            if "opened" not in facts["held_out"]["gate"] or name not in ("opened", "tpr", "fpr"):  # told below, by kind
-                shown.add_row(f"gate, {name}", _text(name, value))
-    if _is_gated(loaded):
-        from steerkit.evaluate.by_prompt_kind import opened_rows
-
-        for name, text in opened_rows(loaded):
-            shown.add_row(f"gate, {name}", text)
+    for row in _held_out_rows(loaded, facts["held_out"]):
+        shown.add_row(*row)
     console.print(shown)
     console.print(sites_table(facts))
     if parts is not None:
         _print_parts(console, parts)
+
+
+def _held_out_rows(vector: SteeringVector, held_out: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was measured on items that the vector was not fitted on."""
+    gate = held_out.get("gate", {})
+    rows = [("held out", f"{held_out.get('items', '?')} items")] if held_out else []
+    # By kind of prompts it is told below.
+    once = [name for name in gate if "opened" not in gate or name not in ("opened", "tpr", "fpr")]
+    rows += [(f"gate, {name}", _text(name, gate[name])) for name in once]
+    if _is_gated(vector):
+        from steerkit.evaluate.by_prompt_kind import opened_rows
+
+        rows += [(f"gate, {name}", text) for name, text in opened_rows(vector)]
+    return rows
 
 
 def _is_gated(vector: SteeringVector) -> bool:

@@ -51,7 +51,7 @@ def behaviours() -> dict[str, Behaviour]:
     found: dict[str, Behaviour] = {}
     for path in recipes().values():
         recipe = Recipe.load(path)
-        if recipe.default and recipe.prompting is not None:
+        if recipe.prompting is not None and (recipe.default or recipe.behaviour not in found):
             found[recipe.behaviour] = _of_recipe(recipe)
     for name, path in traits().items():
         spec = TraitSpec.load(path)
