@@ -13,7 +13,7 @@ WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow bench vectors evidence docs lint format clean
+.PHONY: demo test slow bench vectors check-cards evidence docs lint format clean
 
 demo: $(DEMO)
 	$(BIN)/steerkit demo
@@ -28,12 +28,14 @@ slow: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH)
 
-# The committed vectors and cards, anew (about two minutes each).
+# The committed vectors, fitted and calibrated anew (about five minutes each, resumable), and their cards.
 vectors: $(STAMP)
-	for recipe in recipes/*.toml; do \
-	  $(BIN)/steerkit demo --full --recipe $$recipe --out vectors/smollm2-135m || exit 1; \
-	done
-	rm -f vectors/smollm2-135m/*.png
+	$(BIN)/python -m benchmarks.vectors
+	$(BIN)/python -m benchmarks.cards
+
+# Whether every card is what its vector and its figures say.
+check-cards: $(STAMP)
+	$(BIN)/python -m benchmarks.cards --check
 
 # docs/results/methods.md and its report, anew (about eight minutes a method).
 evidence: $(STAMP)

@@ -47,6 +47,7 @@ def write(
         folder: where the page goes.
         **more: further entries of the JSON, which the page does not show.
     """
+    from steerkit._support.commit import commit
     from steerkit.evaluate.store_identity import environment, weights_digest
 
     content = {
@@ -56,6 +57,7 @@ def write(
         "versions": {package: environment()[package] for package in ("steerkit", "torch", "transformers")},
         "model": None if model is None else {"name": MODEL, "digest": weights_digest(model)},
         "vectors": dict(vectors or {}),
+        "commit": commit(),
         "note": note,
         "parts": list(parts),
         **more,
@@ -78,6 +80,8 @@ def render(content: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
     model = content["model"]
     facts = [["command", f"`{content['command']}`"], ["date", content["date"]], ["versions", versions]]
+    if content.get("commit"):
+        facts.append(["commit", f"`{content['commit']}`"])
     if model:
         facts.append(["model", f"{model['name']}, weights `{model['digest'][:16]}`"])
     if content["vectors"]:

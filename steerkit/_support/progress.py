@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["EVERY", "bar", "status"]
+__all__ = ["EVERY", "bar", "counted", "status"]
 
 EVERY = 5.0
 """Seconds before the first plain line and, at least, between two of them; long runs get fewer: one each tenth."""
@@ -63,6 +63,28 @@ def status(first: str) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True, markup=False, highlight=False, emoji=False).status(first) as line:
         yield line.update
+
+
+def counted(say: Callable[[str], None], title: str, total: int) -> Callable[[], None]:
+    """Make a progress line count, so that it changes while one thing takes long.
+
+    Args:
+        say: what shows a line.
+        title: what is being done.
+        total: of how many steps it consists.
+
+    Returns:
+        What to call after each step; the first step is announced at once.
+    """
+    done = iter(range(2, total + 1))
+    say(f"{title}: 1 of {total}")
+
+    def step() -> None:
+        number = next(done, None)
+        if number is not None:
+            say(f"{title}: {number} of {total}")
+
+    return step
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from steerkit.activations.reading import forward_body
 from steerkit.activations.readout import Readout
+from steerkit.errors import DataError
 from steerkit.network.block_trace import argument_of
 from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, execution_device
@@ -74,13 +75,16 @@ def expert_means(
         The means by site.
 
     Raises:
-        DataError: a text has no token to be read.
+        DataError: a text has no token to be read, or massive ones are to be left out.
     """
     if not experts:
         return {}
     texts = [*sides[0], *sides[1]]
     check_lengths(decoder, texts, named("text", texts))
-    chosen = [Readout.parse(readout).tokens(text) for text in texts]
+    plan = Readout.parse(readout)
+    if plan.no_massive:
+        raise DataError(f"readout '{plan}': experts are read token by token; leave no_massive_tokens out")
+    chosen = [plan.tokens(text) for text in texts]
     watches = {site: _Watch(one) for site, one in experts.items()}
     taps = {site: one.tap for site, one in experts.items()}
     device = execution_device(decoder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
-from steerkit.activations.token_scale import PassScale, TokenScale, TokenScales
+from steerkit.activations.token_scale import MASSIVE_TOKEN, PassScale, TokenScale, TokenScales
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import Decoder, execution_device
@@ -109,6 +109,7 @@ def read_passes(
     chosen: Sequence[Sequence[int]],
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
+    no_massive: bool = False,
 ) -> dict[Site, TokenScale]:
     """Run all batches and pool what is read to one row per text.
 
@@ -119,6 +120,7 @@ def read_passes(
         chosen: by text the tokens that are read.
         take: called with each site's rows [b, d] of a batch, float32.
         progress: show a progress bar on stderr.
+        no_massive: leave tokens whose activation is massive out of means and norms.
 
     Returns:
         By site how long activations are.
@@ -132,7 +134,8 @@ def read_passes(
         found: list[tuple[Site, PassScale, Tensor]] = []
 
         def read(site: Site, h: Tensor) -> None:
-            found.append((site, PassScale.of(h, pool.counted(h.device)), pool(h)))
+            massive = pool.massive(h) if no_massive else None
+            found.append((site, pool.scale(h, massive), pool(h, massive)))
 
         with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
             forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), read)
@@ -163,15 +166,32 @@ class _Pool:
         self._weights, self._counted = weights.to(device), counted.to(device)
         self._padded = bool((batch.attention_mask == 0).any())
 
-    def counted(self, device: torch.device) -> Tensor:
-        """[b, t] 1 where a token's norm counts."""
-        return self._counted.to(device)
+    def massive(self, h: Tensor) -> Tensor:
+        """[b, t] whether a token is many times as long as the median of its text; a mean of such alone keeps them."""
+        norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
+        counted = self._counted.to(h.device)
+        median = norms.masked_fill(counted == 0, torch.nan).nanmedian(dim=1, keepdim=True).values
+        found: Tensor = (counted > 0) & norms.isfinite() & (norms > MASSIVE_TOKEN * median)
+        read = self._weights.to(h.device)[:, 0] > 0
+        found &= (read & ~found).any(dim=1, keepdim=True)
+        return found
 
-    def __call__(self, h: Tensor) -> Tensor:
+    def scale(self, h: Tensor, massive: Tensor | None) -> PassScale:
+        """What the pass says of the site's scale; massive tokens do not count."""
+        counted = self._counted.to(h.device)
+        if massive is None:
+            return PassScale.of(h, counted)
+        left_out = (massive & (self._weights.to(h.device)[:, 0] > 0)).sum()
+        return PassScale.of(h, counted * ~massive)._replace(left_out=left_out)
+
+    def __call__(self, h: Tensor, massive: Tensor | None = None) -> Tensor:
         if self._single:
             index = self._index.to(h.device)
             return h[torch.arange(h.shape[0], device=h.device), index].float()
         weights, values = self._weights.to(h.device), h.float()
+        if massive is not None:
+            weights = weights * ~massive[:, None]
+            weights = weights / weights.sum(dim=-1, keepdim=True)
         with torch.autocast(h.device.type, enabled=False):  # it would give products in half precision
             pooled = torch.bmm(weights, values)[:, 0]
             # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.

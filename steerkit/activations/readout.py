@@ -12,6 +12,8 @@ from steerkit.prompts.rendering import Rendered
 
 __all__ = ["Readout", "chosen_columns", "cut_to"]
 
+NO_MASSIVE = ",no_massive_tokens"
+"""Written behind a readout that is a mean: tokens whose activations are massive do not enter it."""
 _COUNTED = re.compile(r"index\((-?\d+)\)|span\((\d+),(\d+)\)")
 _NAMES = (
     "last",
@@ -23,6 +25,7 @@ _NAMES = (
     "assistant_mean",
     "answer_mean",
 )
+_ONE_TOKEN = ("last", "prompt_last", "index")
 _NEEDS_ANSWERS = ("response_mean", "predicting_mean", "span", "assistant_mean", "answer_mean")
 
 
@@ -35,11 +38,15 @@ class Readout:
     answer's are predicted: the prompt's last, and the answer's without its last), `assistant_mean` (the tokens of all
     assistant messages, those of the history too), `answer_mean` (the same without thinking and its marks), an index
     (negative ones count from the end), or a character span of the answer (`span(0,3)`, the end excluded).
+
+    Behind one that is a mean, such as `response_mean,no_massive_tokens`: tokens whose activation is more than ten times
+    as long as the median one of their text leave the mean, site by site.
     """
 
     kind: str
     start: int = 0
     stop: int = 0
+    no_massive: bool = False
 
     @classmethod
     def parse(cls, readout: str | int | tuple[int, int] | Readout) -> Readout:
@@ -53,6 +60,11 @@ class Readout:
         """
         if isinstance(readout, Readout):
             return readout
+        if isinstance(readout, str) and (text := readout.replace(" ", "")).endswith(NO_MASSIVE):
+            plain = cls.parse(text.removesuffix(NO_MASSIVE))
+            if plain.kind in _ONE_TOKEN:
+                raise DataError(f"readout {readout!r}: '{plain}' is one token and no mean that it could leave")
+            return replace(plain, no_massive=True)
         if isinstance(readout, int) and not isinstance(readout, bool):
             return cls("index", readout)
         if isinstance(readout, tuple):
@@ -65,13 +77,17 @@ class Readout:
         if counted:
             return cls("index", int(counted[1])) if counted[1] else cls("span", int(counted[2]), int(counted[3]))
         if readout not in _NAMES:
-            raise DataError(f"unknown readout {readout!r}; allowed: {', '.join(_NAMES)}, a token index, or span(a,b)")
+            raise DataError(
+                f"unknown readout {readout!r}; allowed: {', '.join(_NAMES)}, a token index, or span(a,b); "
+                f"means also with {NO_MASSIVE} behind"
+            )
         return cls(str(readout))
 
     def __str__(self) -> str:
+        more = NO_MASSIVE if self.no_massive else ""
         if self.kind == "index":
             return f"index({self.start})"
-        return f"span({self.start},{self.stop})" if self.kind == "span" else self.kind
+        return (f"span({self.start},{self.stop})" if self.kind == "span" else self.kind) + more
 
     def tokens(self, rendered: Rendered) -> Sequence[int]:
         """The token indices read in one text.

@@ -141,7 +141,8 @@ def record(
         return name_of(f"{side}item", row - first, size, rendered[row])
 
     check_lengths(decoder, rendered, shown)
-    scales = read_passes(decoder, taps, work, chosen_columns(plan, rendered, name), keep, progress)
+    chosen = chosen_columns(plan, rendered, name)
+    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
     return Activations(

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from steerkit.activations.moments import NormMedian
 
-__all__ = ["MASSIVE", "PassScale", "TokenScale", "TokenScales", "scale_of"]
+__all__ = ["MASSIVE", "MASSIVE_TOKEN", "PassScale", "TokenScale", "TokenScales", "scale_of"]
 
 MASSIVE = 100.0
 """A dimension is massive where its mean square is more than so many times the median dimension's."""
+MASSIVE_TOKEN = 10.0
+"""A token is massive where its activation is more than so many times as long as the median one of its text."""
 _SHARE = 0.05
 """Massive dimensions that hold less than this share of the mean squared norm are not told."""
 _QUIETEST = 1e-3  # of the root mean variance
@@ -43,11 +45,13 @@ class TokenScale:
         norm: the median token norm; nan where no token was counted.
         deviation: [d] standard deviation over tokens of each dimension, float32, on the CPU.
         massive: by dimension the share of the mean squared norm that it holds, for the few that hold most.
+        left_out: massive tokens that left the means; 0 where the readout does not ask for that.
     """
 
     norm: float
     deviation: Tensor
     massive: Mapping[int, float]
+    left_out: int = 0
 
     def spread(self, direction: Tensor | None = None) -> float:
         """How far tokens spread, for a step along a direction; see the top of this file.
@@ -78,12 +82,14 @@ class PassScale(NamedTuple):
         counted: [b, t] float32, 1 where a token counts.
         mean: [d] mean of the tokens that count.
         power: [d] sum of their squared distances from it.
+        left_out: [] massive tokens that left the means, where that was asked for.
     """
 
     bins: Tensor
     counted: Tensor
     mean: Tensor
     power: Tensor
+    left_out: Tensor | None = None
 
     @classmethod
     def of(cls, h: Tensor, counted: Tensor) -> PassScale:
@@ -107,6 +113,7 @@ class TokenScales:
     def __init__(self) -> None:
         self._norms = NormMedian()
         self._count: Tensor | None = None
+        self._left_out = 0
         self._mean = self._power = torch.empty(0, dtype=torch.float32)
 
     def update(self, h: Tensor, counted: Tensor) -> None:
@@ -125,6 +132,7 @@ class TokenScales:
             one: of this site.
         """
         self._norms.count(one.bins, one.counted)
+        self._left_out += 0 if one.left_out is None else int(one.left_out)
         new = one.counted.sum()
         if self._count is None:
             self._count, self._mean, self._power = new, one.mean, one.power
@@ -145,7 +153,7 @@ class TokenScales:
         shares = square / square.sum()
         told = (square > MASSIVE * square.median()) & (shares >= _SHARE)
         massive = {int(place): round(float(shares[place]), 4) for place in told.nonzero()[:, 0]}
-        return TokenScale(self._norms.result(), variance.sqrt(), massive)
+        return TokenScale(self._norms.result(), variance.sqrt(), massive, self._left_out)
 
 
 def scale_of(rows: Sequence[Tensor]) -> TokenScale:

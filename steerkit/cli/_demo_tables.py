@@ -71,12 +71,14 @@ def show_curve(curve: Curve, held_out: int) -> None:
 
 
 def show_kinds(kinds: Sequence[Kind], recipe: Recipe) -> None:
-    """Print what each kind of prompts got, as a table.
+    """Print what each kind of prompts got, as a table, and how well refusals are counted.
 
     Args:
         kinds: what was measured.
         recipe: the recipe, which names them.
     """
+    from steerkit.evaluate.scorers.refusal import stated_accuracy
+
     columns = ("prompts", "", "refused before", "refused", "unchanged")
     shown = table(*columns, right=columns[1:], title=f"Answers at strength {kinds[0].strength:g}, percent")
     names = {"positive": recipe.data.positive or "", "negative": recipe.data.negative or f"not {recipe.data.positive}"}
@@ -85,8 +87,9 @@ def show_kinds(kinds: Sequence[Kind], recipe: Recipe) -> None:
             f"{100 * share.mean:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
             for share in (kind.before, kind.refused, kind.unchanged)
         ]
-        shown.add_row(names[kind.side], str(kind.items), *shares)
+        shown.add_row(names.get(kind.side, f"{names['negative']}, {kind.side}"), str(kind.items), *shares)
     stdout().print(shown)
+    typer.echo(f"refusals are counted by wording: {stated_accuracy()}")
 
 
 def show_files(

@@ -219,8 +219,13 @@ def layers_text(layers: Sequence[int]) -> str:
 
 
 def columns_table(scores: Mapping[str, Measured]) -> Table:
-    """One line per figure: its mean, the change against the unsteered model, both with 95 % intervals."""
-    shown = table("figure", "mean (95 %)", "change (95 %)", "items", right=("items",))
+    """One line per figure: its mean, the change against the unsteered model, both with 95 % intervals.
+
+    And of what steering means to move the share of items that moved the other way.
+    """
+    told = any(measured.wrong_way is not None for measured in scores.values())
+    more = ("wrong\nway",) if told else ()
+    shown = table("figure", "mean (95 %)", "change (95 %)", "items", *more, right=("items", *more))
     for name, measured in scores.items():
         missing = f" ({measured.failures} failed)" if measured.failures else ""
         change = measured.change
@@ -229,6 +234,7 @@ def columns_table(scores: Mapping[str, Measured]) -> Table:
             estimate(measured.estimate),
             "-" if change is None else ("x " if measured.column.scale == "log" else "") + estimate(change),
             number(measured.items, "d") + missing,
+            *(["-" if measured.wrong_way is None else f"{measured.wrong_way:.0%}"] if told else []),
         )
     return shown
 

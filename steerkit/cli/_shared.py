@@ -37,7 +37,10 @@ __all__ = [
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ReadoutOption = Annotated[
     str | None,
-    typer.Option(help="Tokens read: last, mean, response_mean, answer_mean, an index. (default: the method's)"),
+    typer.Option(
+        help="Tokens read: last, mean, response_mean, answer_mean, an index; of a mean without massive tokens: "
+        "mean,no_massive_tokens. (default: the method's)"
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per pass.")]
 

@@ -56,6 +56,7 @@ def run(
         bool,
         typer.Option("--full", help="Fit the vector even if it is shipped; measure on everything that is held out."),
     ] = False,
+    strength: Annotated[float | None, typer.Option(help="At which to answer. (default: the suggested one)")] = None,
     model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
@@ -65,6 +66,8 @@ def run(
     Of a recipe of two kinds of prompts, answers of either kind are counted: how many refuse, how many stay as they
     were. Writes <out>/<recipe>.safetensors, its card <out>/<recipe>.md and, of a curve, <out>/<recipe>.png.
     """
+    from steerkit.model import weights_of
+    from steerkit.network.decoder import inner_model
     from steerkit.recipe import find_recipe
 
     chosen = find_recipe(recipe)
@@ -74,14 +77,18 @@ def run(
     model = model.of(chosen.model)
     name = model.name
     shipped = None if full else _shipped(chosen, name, train)
+    if shipped is not None:
+        _strength(shipped, strength)  # before the model is loaded for nothing
     loaded, tokenizer = model.load()
     vector = shipped or chosen.extract(loaded, tokenizer, batch_size=batch_size, progress=True)
     vector.save(target)
-    answers = _answers(loaded, tokenizer, chosen, vector)
+    used = _strength(vector, strength)
+    answers = _answers(loaded, tokenizer, chosen, vector, used)
     if not as_json:
         tables.show_answers(chosen, name, vector, answers, is_shipped=shipped is not None)
-    curve, kinds = _measure(loaded, tokenizer, held_out, chosen, vector, FULL if full else BRIEF, batch_size)
-    card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, chosen.evaluate.questions)
+    curve, kinds = _measure(loaded, tokenizer, held_out, chosen, vector, used, FULL if full else BRIEF, batch_size)
+    weights = str(weights_of(inner_model(loaded)))
+    card = _write_card(target.with_suffix(".md"), vector, curve, kinds, answers, chosen.evaluate.questions, weights)
     picture = None if curve is None else _draw(curve, target.with_suffix(".png"), chosen, vector)
     if as_json:
         found = _Findings(chosen, name, target, vector, shipped is not None, answers, curve, kinds, card, picture)
@@ -148,12 +155,23 @@ def _shipped(recipe: Recipe, model: str, train: ContrastSet) -> SteeringVector |
     return vector if vector.data_digest == train.digest else None
 
 
-def _answers(model: Any, tokenizer: Any, recipe: Recipe, vector: SteeringVector) -> dict[float, list[str]]:
-    """The recipe's questions answered at strength 0, at the suggested one and, if it has two ways, at minus it."""
-    import steerkit
+def _strength(vector: SteeringVector, given: float | None) -> float:
+    """The strength given, else the suggested one.
+
+    Raises:
+        StrengthError: there is none of both.
+    """
     from steerkit.methods._registry import default_strength
 
-    strength = default_strength(vector)
+    return default_strength(vector) if given is None else given
+
+
+def _answers(
+    model: Any, tokenizer: Any, recipe: Recipe, vector: SteeringVector, strength: float
+) -> dict[float, list[str]]:
+    """The recipe's questions answered at strength 0, at the given one and, if it has two ways, at minus it."""
+    import steerkit
+
     doses = (0.0, strength) if recipe.data.positive is not None else (-strength, 0.0, strength)
     answers = {}
     with bar("answering", len(doses)) as step:
@@ -171,6 +189,7 @@ def _measure(
     held_out: ContrastSet,
     recipe: Recipe,
     vector: SteeringVector,
+    strength: float,
     extent: Extent,
     batch_size: int,
 ) -> tuple[Curve | None, Sequence[Kind]]:
@@ -178,13 +197,12 @@ def _measure(
     from steerkit.evaluate.by_prompt_kind import by_kind
     from steerkit.evaluate.curve import strength_response
     from steerkit.evaluate.setup import Setup
-    from steerkit.methods._registry import default_strength
 
     setup = Setup(model, tokenizer, held_out, batch_size=batch_size)
     if recipe.data.positive is not None:
         setup = replace(setup, texts=extent.kind, max_new_tokens=MAX_NEW_TOKENS)
         with bar("measuring", 2) as step:
-            return None, by_kind(setup, vector, default_strength(vector), step=step)
+            return None, by_kind(setup, vector, strength, step=step)
     strengths = recipe.evaluate.strengths
     beside = tuple(dict.fromkeys((strengths[0], strengths[-1]))) if extent.ends_only else strengths
     setup = replace(setup, data=_evenly(held_out, extent.pairs))
@@ -201,7 +219,7 @@ def _evenly(data: ContrastSet, pairs: int | None) -> ContrastSet:
         return data
     kept = spread(list(zip(data.positive, data.negative, strict=True)), pairs)
     positive, negative = zip(*kept, strict=True)
-    return replace(data, positive=positive, negative=negative, marks=(), origins=((), ()))
+    return replace(data, positive=positive, negative=negative, marks=(), origins=((), ()), topics=((), ()))
 
 
 def _write_card(
@@ -211,6 +229,7 @@ def _write_card(
     kinds: Sequence[Kind],
     answers: Mapping[float, Sequence[str]],
     questions: Sequence[str],
+    weights: str,
 ) -> Path:
     from steerkit.report.card import Answer, vector_card
 
@@ -219,7 +238,9 @@ def _write_card(
         for number, question in enumerate(questions)
         for dose, texts in answers.items()
     ]
-    card = vector_card(path.stem, vector, curve=curve, kinds=kinds, answers=listed, new_tokens=MAX_NEW_TOKENS)
+    card = vector_card(
+        path.stem, vector, curve=curve, kinds=kinds, answers=listed, new_tokens=MAX_NEW_TOKENS, weights=weights
+    )
     path.write_text(card, encoding="utf-8")
     return path
 

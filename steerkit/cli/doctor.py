@@ -27,6 +27,10 @@ __all__ = ["run"]
 @takes_data
 def run(
     given: DataChoice = NO_DATA,
+    vector: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A vector of yours: does it break the attention sink?")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Of --vector. (default: its suggested one)")] = None,
     model: ModelChoice = DEFAULT,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile for real; without it, compiling is traced only.")
@@ -36,15 +40,21 @@ def run(
     """Test on a model that steering holds what it promises, such as cached = uncached. Exit code 1 if something fails.
 
     Nothing is fitted or written: a random direction is added after a middle block, and every check compares two ways
-    to get the same numbers. With your own pairs (--data) two of their texts are read, as they are rendered.
+    to get the same numbers. With your own pairs (--data) two of their texts are read, as they are rendered, and pairs
+    whose answers are nearly one thing to the model are named.
     """
-    from steerkit.checks.doctor.checks import CHECKS, doctor
+    from steerkit._support.shipped import vector_path
+    from steerkit.checks.doctor.checks import checks_of, doctor
+    from steerkit.vector.steering_vector import SteeringVector
 
     given.check()
+    if strength is not None and vector is None:
+        raise typer.BadParameter("--strength is that of a vector; give --vector")
+    own = None if vector is None else SteeringVector.load(vector_path(vector, model.name))
     items = next(part for part in reversed(given.parts()) if part is not None) if given.is_given else None
     loaded, tokenizer = model.load()
-    with bar("checking", len(CHECKS)) as step:
-        findings = doctor(loaded, tokenizer, data=items, compiled=compiled, step=step)
+    with bar("checking", len(checks_of(items, own))) as step:
+        findings = doctor(loaded, tokenizer, data=items, vector=own, strength=strength, compiled=compiled, step=step)
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:

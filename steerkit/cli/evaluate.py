@@ -10,6 +10,7 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._data import NO_DATA, DataChoice, takes_data
+from steerkit.cli._evaluate_doubts import RefitIntervals, check_refits, doubted, show_doubts
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -80,6 +81,7 @@ def run(
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 16,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts that costs are measured on.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
+    refit_intervals: RefitIntervals = 0,
     model: ModelChoice = DEFAULT,
     batch_size: BatchSize = 16,
     as_json: Json = False,
@@ -107,6 +109,7 @@ def run(
     asked = None if prompts is None else given.prompts(prompts)
     if held_out is None and asked is None:
         raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data or --prompts")
+    check_refits(vector, train, refit_intervals)
     if held_out is None and scorer is None:
         scorers = [one for one in scorers if one.name != "preference_margin"]
 
@@ -126,6 +129,7 @@ def run(
     with status("measuring") as step:
         evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
         found = evaluation.run(step)
+        found |= doubted(evaluation, found["control"]["strength"], refit_intervals, step)
         beside = evaluation.asked(systems, strongest, step)
     if beside:
         found["prompting"] = {name: one.as_json() for name, one in beside.items()}
@@ -133,6 +137,7 @@ def run(
         print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
         return
     _show(vector, evaluation.measured, found)
+    show_doubts(found)
     if beside:
         show_prompting(vector, strongest, beside)
 

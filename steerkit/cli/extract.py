@@ -114,10 +114,10 @@ def _found_layer(setup: Setup, train: ContrastSet, method: str, **options: Any) 
     with status("comparing blocks"):
         found = find_layer(setup, train, method, **options)
     best = best_layer(found)
-    own = next(one for one in found if one.block == best)
+    own = next(one for one in found if one.layer == best)
     typer.echo(
         f"block {best} of {setup.decoder.num_layers}: separates best (AUC {own.auc:.3f}, d {own.cohens_d:.2f}) among "
-        f"blocks {found[0].block} to {found[-1].block}; `steerkit layers` draws them all",
+        f"blocks {found[0].layer} to {found[-1].layer}; `steerkit layers` draws them all",
         err=True,
     )
     return str(best)

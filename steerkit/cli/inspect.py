@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,10 +95,19 @@ def run(
     for site in facts["sites"]:
         if site["massive"]:
             shown.add_row("massive dimensions", f"{site['site']}: {_shares(site['massive'])} of the squared norm")
+    left_out = loaded.extra.get("massive_tokens_left_out")
+    if isinstance(left_out, Mapping):
+        shown.add_row("massive tokens left out", _text("", dict(left_out)))
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
         for name, value in facts["held_out"].get("gate", {}).items():
-            shown.add_row(f"gate, {name}", _text(name, value))
+            if "opened" not in facts["held_out"]["gate"] or name not in ("opened", "tpr", "fpr"):  # told below, by kind
+                shown.add_row(f"gate, {name}", _text(name, value))
+    if _is_gated(loaded):
+        from steerkit.evaluate.by_prompt_kind import opened_rows
+
+        for name, text in opened_rows(loaded):
+            shown.add_row(f"gate, {name}", text)
     console.print(shown)
     console.print(sites_table(facts))
     if parts is not None:

@@ -80,10 +80,12 @@ def run(
         stderr().print(f"separation only: {reason}")
     with status("comparing blocks") as step:
         apart = separation_by_block(fits, kept, chosen)
-        does = effect_by_block(fits, [one.block for one in apart], max_kl=max_kl, step=step) if effect else []
+        does = effect_by_block(fits, [one.layer for one in apart], max_kl=max_kl, step=step) if effect else []
     best = best_layer(apart)
     if plot is not None:
-        _draw(plot, apart, does, best, title=f"{chosen_recipe.name}: {part.name} by block")
+        from steerkit.report.plots.separation import plot_blocks
+
+        plot_blocks(apart, does, best, plot, title=f"{chosen_recipe.name}: {part.name} by block")
         if not as_json:
             stderr().print(f"wrote {plot}")
     if as_json:
@@ -106,9 +108,9 @@ def _as_json(apart: Sequence[Separation], does: Sequence[BlockEffect], best: int
     by_layer = {one.layer: one for one in does}
     rows: list[dict[str, Any]] = []
     for one in apart:
-        row: dict[str, Any] = {"layer": one.block, "auc": one.auc, "cohens_d": one.cohens_d}
-        if one.block in by_layer:
-            own = by_layer[one.block]
+        row: dict[str, Any] = {"layer": one.layer, "auc": one.auc, "cohens_d": one.cohens_d}
+        if one.layer in by_layer:
+            own = by_layer[one.layer]
             row |= {"strength": own.strength, "kl": own.kl, "effect": list(own.effect)}
         rows.append(row)
     return {"num_layers": depth, "best_separation": best, "best_effect": _best_effect(does), "layers": rows}
@@ -124,9 +126,9 @@ def _show(apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, i
     shown = table(*columns, right=columns[:-1])
     largest = max((one.effect.mean for one in does), default=0.0) if does else max(one.cohens_d for one in apart)
     for one in apart:
-        own = by_layer.get(one.block)
+        own = by_layer.get(one.layer)
         length = (own.effect.mean if own else 0.0) if does else one.cohens_d
-        cells = [str(one.block), f"{one.auc:.3f}", f"{one.cohens_d:.2f}"]
+        cells = [str(one.layer), f"{one.auc:.3f}", f"{one.cohens_d:.2f}"]
         if does:
             cells += (
                 [number(own.strength), f"{own.effect.mean:+.3f} ({own.effect.low:+.3f}, {own.effect.high:+.3f})"]
@@ -143,9 +145,3 @@ def _show(apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, i
             f"effect: change of the preference margin at the strength that costs a KL of {max_kl:g}; largest at block "
             f"{_best_effect(does)}"
         )
-
-
-def _draw(path: Path, apart: Sequence[Separation], does: Sequence[BlockEffect], best: int, *, title: str) -> None:
-    from steerkit.report.plots.separation import plot_blocks
-
-    plot_blocks(apart, does, best, path, title=title)

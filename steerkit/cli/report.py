@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,11 +29,27 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 QUESTIONS = 3
+QUICK: Mapping[str, Any] = {"controls": 2, "texts": 4, "neutral": 6, "new_tokens": 24}
 
 
 StrengthOption = Annotated[
     list[str] | None, typer.Option(help="Repeatable, or -1,0,1. (default: the recipe's, and the suggested one)")
 ]
+
+
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="About two minutes: fits nothing again, and measures on less.")
+]
+ControlsOption = Annotated[
+    int | None, typer.Option(min=0, help="Random directions, and fits on shuffled labels. (default: 5, quick 2)")
+]
+TextsOption = Annotated[
+    int | None, typer.Option(min=1, help="Prompts answered for repetition and length. (default: 6, quick 4)")
+]
+NeutralOption = Annotated[
+    int | None, typer.Option(min=2, help="Neutral texts read for KL and perplexity. (default: 12, quick 6)")
+]
+LongestOption = Annotated[int | None, typer.Option(min=1, help="The longest answer. (default: 40 tokens, quick 24)")]
 
 
 @loads_model
@@ -41,10 +58,11 @@ def run(
     vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
     given: DataChoice = NO_DATA,
     strength: StrengthOption = None,
-    controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
-    texts: Annotated[int, typer.Option(min=1, help="Prompts answered for repetition and length.")] = 6,
-    neutral: Annotated[int, typer.Option(min=2, help="Neutral texts read for KL and perplexity.")] = 12,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 40,
+    quick: QuickOption = False,
+    controls: ControlsOption = None,
+    texts: TextsOption = None,
+    neutral: NeutralOption = None,
+    max_new_tokens: LongestOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Fixes controls and intervals.")] = 0,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page to be.")] = Path("report.html"),
     model: ModelChoice = DEFAULT,
@@ -54,7 +72,7 @@ def run(
     """Write one HTML page about a vector: effect, costs, controls, separation by layer, texts, how to repeat it.
 
     The page holds everything in itself and works without JavaScript. What needs the training items is left out, with
-    the reason, where the recipe of the vector is not known.
+    the reason, where the recipe of the vector is not known; with --quick it is left out too.
     """
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError
@@ -73,35 +91,32 @@ def run(
         raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data")
     check_writable(out)
     asked, usual = _recipe_of(loaded_vector)
+    extent = {"controls": controls, "texts": texts, "neutral": neutral, "new_tokens": max_new_tokens}
     plan = EvidencePlan(
-        strengths=doses or usual,
+        strengths=doses or (None if quick else usual),
         questions=asked or _questions(held_out),
-        controls=controls,
-        texts=texts,
-        neutral=neutral,
-        new_tokens=max_new_tokens,
+        refitted=not quick,
         seed=seed,
         batch_size=batch_size,
+        **_extent(extent, quick),
     )
     command = _command(vector, given, doses, plan, model)
     loaded, tokenizer = model.load()
     with status("measuring") as step:
+        sides: dict[str, Any] = {"train": train, "held_out": held_out}
         evidence = gather(
-            loaded,
-            tokenizer,
-            loaded_vector,
-            name=file.stem,
-            train=train,
-            held_out=held_out,
-            plan=plan,
-            command=command,
-            step=step,
+            loaded, tokenizer, loaded_vector, name=file.stem, plan=plan, command=command, step=step, **sides
         )
     _write(evidence, out)
     if as_json:
         print_json({"report": str(out), **evidence.as_json()})
         return
     _show(evidence, out)
+
+
+def _extent(given: Mapping[str, int | None], quick: bool) -> dict[str, Any]:
+    """On how much is measured: what was given, the rest as for a quick report or a full one."""
+    return {**(QUICK if quick else {}), **{name: number for name, number in given.items() if number is not None}}
 
 
 def _recipe_of(vector: SteeringVector) -> tuple[list[str], list[float] | None]:
@@ -136,7 +151,7 @@ def _command(vector: str, given: DataChoice, doses: list[float], plan: EvidenceP
     """The command line that gives the same page, with every option that changes it."""
     options: dict[str, Any] = {"controls": plan.controls, "texts": plan.texts, "neutral": plan.neutral}
     options |= {"max-new-tokens": plan.new_tokens, "seed": plan.seed, "batch-size": plan.batch_size}
-    words = ["steerkit", "report", "--vector", vector, *given.words()]
+    words = ["steerkit", "report", "--vector", vector, *given.words(), *([] if plan.refitted else ["--quick"])]
     words += [f"--strength={','.join(f'{dose:g}' for dose in doses)}"] if doses else []
     for name, value in options.items():
         words += [f"--{name}", str(value)]

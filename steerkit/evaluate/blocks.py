@@ -38,12 +38,12 @@ class Separation(NamedTuple):
     """How well a direction fitted at one block separates held-out items.
 
     Attributes:
-        block: counted from 0.
+        layer: the block, counted from 0.
         auc: share of (positive, negative) couples in the right order, ties counted half.
         cohens_d: distance of the means in pooled standard deviations.
     """
 
-    block: int
+    layer: int
     auc: float
     cohens_d: float
 
@@ -127,7 +127,7 @@ def best_layer(found: Sequence[Separation]) -> int:
     Args:
         found: of the blocks to choose from.
     """
-    return max(found, key=lambda one: (round(one.auc, 3), one.cohens_d)).block
+    return max(found, key=lambda one: (round(one.auc, 3), one.cohens_d)).layer
 
 
 def find_layer(

@@ -38,7 +38,7 @@ from steerkit.prompts.likeness import Turns, turns_of
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["FEWEST", "refits", "refits_of"]
+__all__ = ["FEWEST", "read_again", "refits", "refits_of"]
 
 FEWEST = 4
 Kind = TypeVar("Kind")
@@ -82,6 +82,41 @@ def refits(
     method = method_of(vector)
     if method.readout is None:
         return Refits(vector, f"{method.name} reads no contrast set, so there are no rows to rearrange")
+    acts, subject, turns = read_again(
+        model, tokenizer, data, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+    )
+    return refits_of(
+        acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed, turns=turns
+    )
+
+
+def read_again(
+    model: nn.Module,
+    tokenizer: Any,
+    data: ContrastSet,
+    vector: SteeringVector,
+    *,
+    batch_size: int,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> tuple[Activations, Subject, Turns]:
+    """Read the items a vector was fitted on as its fit did, row by row.
+
+    Args:
+        model: the model the vector was fitted on, unsteered.
+        tokenizer: its tokenizer.
+        data: the set the vector was fitted on, without what was held out.
+        vector: the vector, of a method that reads a contrast set.
+        batch_size: rows per pass.
+        chat_template_kwargs: passed on to the chat template.
+
+    Returns:
+        Both sides at the vector's sites, the door to the model, and which rows belong together.
+
+    Raises:
+        DataError: other data than the vector was fitted on (where the vector knows), or too few items to rearrange.
+        VectorMismatchError: the model has another width or depth.
+    """
+    method = method_of(vector)
     if vector.data_digest not in (None, data.digest):
         raise DataError(
             f"refits: the vector was fitted on data {str(vector.data_digest)[:12]}, got {data.digest[:12]}; "
@@ -89,16 +124,13 @@ def refits(
         )
     _check_items(len(data.positive), len(data.negative))
     vector.check(model, tokenizer)
-    readout: Any = Readout.parse(vector.readout or method.readout)
+    readout: Any = Readout.parse(vector.readout or method.readout or "last")
     chat_template_kwargs = as_fitted([vector], tokenizer, chat_template_kwargs)
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     items, longest = (method.contrast(data), method.longest_text) if isinstance(method, PreparesData) else (data, None)
     acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
     subject = ModelSubject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
-    turns = turns_of(items.sides, paired=items.paired)
-    return refits_of(
-        acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed, turns=turns
-    )
+    return acts, subject, turns_of(items.sides, paired=items.paired)
 
 
 def refits_of(

@@ -1,4 +1,4 @@
-"""RowStrengths-response: an effect and its costs over strengths, with intervals and random directions beside it."""
+"""Strength-response: an effect and its costs over strengths, with intervals and random directions beside it."""
 
 from __future__ import annotations
 

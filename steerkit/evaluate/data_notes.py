@@ -73,7 +73,7 @@ def confound_notes(
         DataError: see `steerkit.evaluate.confounding.confounds`.
     """
     positive, negative = (tuple(spread(side, _LOOKED_AT)) for side in data.sides)
-    some = replace(data, positive=positive, negative=negative, marks=(), origins=((), ()))
+    some = replace(data, positive=positive, negative=negative, marks=(), origins=((), ()), topics=((), ()))
     found = confounds(tokenizer, some, readout=readout, chat_template_kwargs=chat_template_kwargs)
     return [one.message for one in found if one.warns]
 

@@ -24,10 +24,11 @@ from torch import Tensor
 from steerkit.errors import DataError
 from steerkit.maths.probes import auc
 
-__all__ = ["Estimate", "NotScored", "correlation", "interval", "separability"]
+__all__ = ["Estimate", "NotScored", "correlation", "interval", "separability", "too_few", "wilson"]
 
 DRAWS = 2000
 LEAST_ERROR = 0.2
+_MEDIUM = 0.5
 
 
 class NotScored(DataError):
@@ -50,6 +51,10 @@ class Estimate(NamedTuple):
     def exp(self) -> Estimate:
         """The exponentials of mean and interval: of log-ratios, the ratio."""
         return Estimate(*(math.exp(min(end, 700.0)) for end in self))
+
+    def mirrored(self) -> Estimate:
+        """The same counted the other way."""
+        return Estimate(-self.mean, -self.high, -self.low)
 
 
 def interval(
@@ -98,7 +103,7 @@ def interval(
         raise NotScored(f"interval: got {len(values)} items, of which at least one has to be scored, all finite")
     even = bool((weights == weights[0]).all())
     if even and is_share:
-        return _wilson(float(values.mean()), len(values), level) if before is None else _paired(values, level)
+        return wilson(float(values.mean()), len(values), level) if before is None else _paired(values, level)
     # A weighted mean is a ratio of two means; its error is that of the mean of these residuals.
     mean = float((values * weights).sum() / weights.sum())
     if len(values) == 1:
@@ -150,6 +155,23 @@ def correlation(first: Tensor, second: Tensor, *, level: float = 0.95) -> Estima
     middle = math.atanh(max(-1 + 1e-15, min(1 - 1e-15, found)))
     half = _normal(level) / math.sqrt(len(x) - 3)
     return Estimate(found, min(math.tanh(middle - half), found), max(math.tanh(middle + half), found))
+
+
+def too_few(gain: Estimate, items: int, *, over: float = 0.0) -> bool:
+    """Whether items are too few to tell whether there is a gain: the interval reaches from none to a medium one.
+
+    Medium is half a standard deviation of the items (Cohen 1988). An interval that ends below it says that there is no
+    such gain; one that reaches further leaves it open.
+
+    Args:
+        gain: a mean over items with its 95 % interval, more being better.
+        items: how many.
+        over: what the gain has to exceed, such as the largest of some controls.
+    """
+    if gain.low > over:
+        return False
+    deviation = (gain.high - gain.low) / (2 * _normal(0.95)) * math.sqrt(items)
+    return not math.isfinite(deviation) or gain.high - over > _MEDIUM * deviation
 
 
 def separability(positive: Tensor, negative: Tensor, *, level: float = 0.95) -> Estimate:
@@ -222,8 +244,14 @@ def _paired(differences: Tensor, level: float) -> Estimate:
     return Estimate(mean, max(-1.0, min(middle - half, mean)), min(1.0, max(middle + half, mean)))
 
 
-def _wilson(share: float, n: int, level: float) -> Estimate:
-    """Wilson's score interval of a share (Wilson 1927)."""
+def wilson(share: float, n: int, level: float = 0.95) -> Estimate:
+    """Wilson's score interval of a share (Wilson 1927).
+
+    Args:
+        share: from 0 to 1.
+        n: of how many trials.
+        level: share of the interval.
+    """
     z = _normal(level)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))

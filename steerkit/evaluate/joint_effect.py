@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerkit.errors import DataError
 from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
+from steerkit.evaluate.scoring import counted, has_gaps
 from steerkit.evaluate.setup import Setup
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -86,17 +86,22 @@ def effects_of(
     seed: int,
 ) -> list[Effect]:
     """Measure one scorer's figures on one set of items: each vector alone, and all of them together."""
-    baseline = None if scorer.against_baseline else scorer.score(setup.baseline)
     alone = {name: scorer.score(setup.trial(vector)) for name, vector in vectors.items()}
     joint = scorer.score(setup.trial(list(vectors.values())))
     orthogonal = None if bent is None else scorer.score(setup.trial(list(bent)))
+    every = [*alone.values(), joint, *([] if orthogonal is None else [orthogonal])]
+    needed = not scorer.against_baseline or any(map(has_gaps, every))
+    baseline = scorer.score(setup.baseline) if needed else joint
     found = []
     for name, column in scorer.columns.items():
-        before = None if baseline is None else baseline[name]
-        changes = {one: _change(scores[name], before, column.neutral) for one, scores in alone.items()}
-        together = _change(joint[name], before, column.neutral)
+
+        def change(scores: Mapping[str, Tensor | Weighted], name: str = name) -> Tensor:
+            return _change(scorer, name, scores[name], baseline[name])
+
+        changes = {one: change(scores) for one, scores in alone.items()}
+        together = change(joint)
         added = torch.stack(list(changes.values())).sum(dim=0)
-        after = None if orthogonal is None else _change(orthogonal[name], before, column.neutral)
+        after = None if orthogonal is None else change(orthogonal)
         # An item counts everywhere or nowhere, or the parts would not add up.
         lost = torch.isnan(added + together + (0 if after is None else after))
         scored = joint[name]
@@ -127,19 +132,12 @@ def _same(estimate: Estimate) -> Estimate:
     return estimate
 
 
-def _change(after: Tensor | Weighted, before: Tensor | Weighted | None, neutral: float = 0.0) -> Tensor:
-    """Per item the change to the unsteered model [n]; a scorer that compares by itself gives it already.
-
-    Raises:
-        DataError: the scorer gave other items the second time.
-    """
-    values = (after.values if isinstance(after, Weighted) else after).detach().cpu().double()
-    if before is None:
-        return values - neutral
-    base = (before.values if isinstance(before, Weighted) else before).detach().cpu().double()
-    if values.shape != base.shape:
-        raise DataError(f"a scorer gave {len(values)} items under steering and {len(base)} without; give the same")
-    return values - base
+def _change(scorer: Scorer, name: str, after: Tensor | Weighted, before: Tensor | Weighted) -> Tensor:
+    """Per item the change to the unsteered model [n]; a scorer that compares by itself gives it already."""
+    values, _ = counted(scorer, name, after, before)
+    if scorer.against_baseline:
+        return values - scorer.columns[name].neutral
+    return values - (before.values if isinstance(before, Weighted) else before).detach().cpu().double()
 
 
 def _plain(estimate: Estimate) -> dict[str, float | None]:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,20 @@ from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.store_identity import digest_of
 from steerkit.evaluate.trial import Trial
+from steerkit.methods._registry import resolve
 
-__all__ = ["Measured", "column_of", "ends", "identity_of", "measure", "scorer_names", "scorer_of"]
+__all__ = [
+    "Measured",
+    "column_of",
+    "counted",
+    "ends",
+    "has_gaps",
+    "identity_of",
+    "measure",
+    "scorer_names",
+    "scorer_of",
+    "scores_of",
+]
 
 _SCORERS: Plugins[Scorer] = Plugins("steerkit.evaluate.scorers", "scorer", Scorer)
 
@@ -35,6 +47,11 @@ class Measured:
             ratio); nothing but the neutral value for that model itself. None where the scorer compares by itself.
         items: scored items.
         failures: items that could not be scored.
+        lost: those of them that could be scored without steering, and that no number stands for: what is said of the
+            others is no measure of health.
+        wrong_way: share of all items that moved against what the strength's sign asks for, of figures that steering
+            means to move; an item that could not be scored counts as such a one. None of other figures, and where
+            no sign says what is asked for (a direction that is taken out, angles).
     """
 
     column: Column
@@ -42,6 +59,8 @@ class Measured:
     change: Estimate | None
     items: int
     failures: int = 0
+    lost: int = 0
+    wrong_way: float | None = None
 
     @property
     def effect(self) -> Estimate:
@@ -81,9 +100,13 @@ class Measured:
             "items": self.items,
             "failures": self.failures,
         }
+        if self.lost:
+            row["lost"] = self.lost
         if self.change is not None:
             low, high = ends(self.change)
             row |= {"change": self.change.mean, "change_low": low, "change_high": high}
+        if self.wrong_way is not None:
+            row["wrong_way"] = self.wrong_way
         return row
 
     @classmethod
@@ -95,7 +118,8 @@ class Measured:
             row: plain data.
         """
         change = _estimate(row, "change", "change_low", "change_high") if "change" in row else None
-        return cls(column, _estimate(row, "mean", "low", "high"), change, row["items"], row["failures"])
+        estimate, gaps = _estimate(row, "mean", "low", "high"), (row["failures"], row.get("lost", 0))
+        return cls(column, estimate, change, row["items"], *gaps, row.get("wrong_way"))
 
 
 def _log(value: float) -> float:
@@ -157,16 +181,42 @@ def measure(
         DataError: the data lacks what a scorer needs, or two scorers have a column of the same name.
     """
     found: dict[str, Measured] = {}
+    wish = _wish(trial)
     for scorer in map(scorer_of, scorers):
-        scores = _scores(trial, scorer)
-        beside = (
-            None if scorer.against_baseline else scores if trial.baseline is trial else _scores(trial.baseline, scorer)
-        )
+        scores = scores_of(trial, scorer)
+        unsteered = scores
+        if trial.baseline is not trial and (not scorer.against_baseline or has_gaps(scores)):
+            unsteered = scores_of(trial.baseline, scorer)
         for name, column in scorer.columns.items():
             if name in found:
                 raise DataError(f"{scorer.name}: another scorer has a column {name!r} too; leave one of them out")
-            found[name] = _measured(column, scores[name], None if beside is None else beside[name], seed)
+            measured = _measured(scorer, name, scores[name], unsteered[name], seed)
+            if column.steered and wish:
+                before = None if scorer.against_baseline else unsteered[name]
+                measured = replace(measured, wrong_way=_wrong_way(scores[name], before, wish))
+            found[name] = measured
     return found
+
+
+def _wish(trial: Trial) -> int:
+    """1 where the strength asks for more of what is steered, -1 for less, 0 where it asks for nothing."""
+    if not trial.vectors:
+        return 0
+    first = trial.vectors[0]
+    given = first.strength if trial.strength is None else trial.strength
+    strength = first.suggested_strength if given is None else given
+    neutral = resolve(first.method).neutral
+    if neutral is None or first.edit == "project_out" or not isinstance(strength, int | float):
+        return 0
+    return (strength > neutral) - (strength < neutral)
+
+
+def _wrong_way(scores: Tensor | Weighted, beside: Tensor | Weighted | None, wish: int) -> float:
+    """Share of the items that did not stay, nor moved as wished: those that could not be scored are among them."""
+    change = (scores.values if isinstance(scores, Weighted) else scores).double()
+    if beside is not None:
+        change = change - (beside.values if isinstance(beside, Weighted) else beside).double()
+    return float((~(wish * change >= 0)).double().mean())
 
 
 def column_of(name: str, columns: Mapping[str, Any]) -> str:
@@ -184,8 +234,19 @@ def column_of(name: str, columns: Mapping[str, Any]) -> str:
     return name
 
 
-def _scores(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
-    """The scores of a trial; those of the baseline model are kept."""
+def scores_of(trial: Trial, scorer: Scorer) -> Mapping[str, Tensor | Weighted]:
+    """The scores of a trial, item by item; those of the baseline model are kept.
+
+    Args:
+        trial: the model under steering, or the baseline.
+        scorer: with its settings.
+
+    Returns:
+        For each of the scorer's columns [n] numbers.
+
+    Raises:
+        DataError: the data lacks what the scorer needs.
+    """
     kept = trial.setup.scored
     if not trial.is_baseline:
         return scorer.score(trial)
@@ -215,19 +276,70 @@ def identity_of(scorer: Scorer) -> str:
     return digest_of([kind.__module__, kind.__qualname__, code, settings])
 
 
-def _measured(column: Column, scores: Tensor | Weighted, beside: Tensor | Weighted | None, seed: int) -> Measured:
-    values, weights = scores if isinstance(scores, Weighted) else (scores, None)
-    estimate = interval(values, weights=weights, shares=column.share, seed=seed)
-    change = None
-    if beside is not None:
-        before = beside.values if isinstance(beside, Weighted) else beside
-        same = beside is scores  # the unsteered model itself
-        change = (
-            Estimate(0.0, 0.0, 0.0)
-            if same
-            else interval(values, before=before, weights=weights, shares=column.share, seed=seed)
-        )
+def has_gaps(scores: Mapping[str, Tensor | Weighted]) -> bool:
+    """Whether an item could not be scored.
+
+    Args:
+        scores: what a scorer gave, [n] for each column.
+    """
+    listed = (one.values if isinstance(one, Weighted) else one for one in scores.values())
+    return any(bool(torch.isnan(one).any()) for one in listed)
+
+
+def counted(
+    scorer: Scorer, name: str, scores: Tensor | Weighted, unsteered: Tensor | Weighted
+) -> tuple[Tensor, Tensor]:
+    """One column's values, with the worst one where an item could be scored without steering and not with it.
+
+    Args:
+        scorer: whose column it is.
+        name: of the column.
+        scores: under steering.
+        unsteered: of the same items without it.
+
+    Returns:
+        Values [n] double, and [n] whether an item is lost: it could be scored without steering, and no number stands
+        for it.
+
+    Raises:
+        DataError: the scorer gave other items the second time.
+    """
+    values, before = (
+        (one.values if isinstance(one, Weighted) else one).detach().cpu().double() for one in (scores, unsteered)
+    )
+    if values.shape != before.shape:
+        raise DataError(f"{scorer.name}: {len(values)} items under steering and {len(before)} without; give the same")
+    lost, worst = torch.isnan(values) & ~torch.isnan(before), scorer.worst(name)
+    if worst is None:
+        return values, lost
+    return torch.where(lost, worst, values), torch.zeros_like(lost)
+
+
+def _measured(
+    scorer: Scorer, name: str, scores: Tensor | Weighted, unsteered: Tensor | Weighted, seed: int
+) -> Measured:
+    """One column as a figure; `unsteered` is the same object for the unsteered model itself."""
+    column, weights = scorer.columns[name], scores.weights if isinstance(scores, Weighted) else None
+    values, lost = counted(scorer, name, scores, unsteered)
+    common: dict[str, Any] = {"weights": weights, "shares": column.share, "seed": seed}
+    estimate, change = interval(values, **common), None
+    if unsteered is scores and not scorer.against_baseline:
+        change = Estimate(0.0, 0.0, 0.0)
+    elif not scorer.against_baseline:
+        before = unsteered.values if isinstance(unsteered, Weighted) else unsteered
+        change = interval(values, before=before, **common)
     if column.scale == "log":
         estimate, change = estimate.exp(), None if change is None else change.exp()
-    missing = int(torch.isnan(values).sum())
-    return Measured(column, estimate, change, len(values) - missing, missing)
+    if bool(lost.any()):
+        estimate, change = _open(estimate, column), None if change is None else _open(change, column)
+    failures = int(torch.isnan(values).sum())
+    return Measured(column, estimate, change, len(values) - failures, failures, int(lost.sum()))
+
+
+def _open(found: Estimate, column: Column) -> Estimate:
+    """An interval without an end where it is worse: of items that came to nothing, nobody knows how bad they were."""
+    return Estimate(
+        found.mean,
+        found.low if column.better == "lower" else 0.0 if column.scale == "log" else -math.inf,
+        found.high if column.better == "higher" else math.inf,
+    )

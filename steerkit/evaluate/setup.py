@@ -24,6 +24,8 @@ from steerkit.prompts.conversation import SIDES, Conversation
 from steerkit.prompts.rendering import ANSWER_SEPARATOR, Rendered, answer_separator, render
 from steerkit.prompts.splitting import half_of
 from steerkit.prompts.system_prompts import instructed, takes_system
+from steerkit.steering.kept_blocks import KeptBlocks
+from steerkit.steering.kept_prompts import KeptPrompts
 from steerkit.steering.strengths import vectors_of
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
@@ -65,6 +67,10 @@ class Setup:
     """Scores of the baseline model, by scorer: they do not change with the strength."""
     predicted: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False)
     """Logits of the baseline model for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
+    kept: KeptBlocks = field(init=False, default_factory=KeptBlocks, repr=False)
+    """What leaves the blocks that no strength changes."""
+    read: KeptPrompts = field(init=False, default_factory=KeptPrompts, repr=False)
+    """What prompts leave in a cache where no strength changes it."""
     _otherwise: dict[str, Setup] = field(init=False, default_factory=dict, repr=False)
     """The same setup with other separators between prompts and answers, for vectors that were fitted so."""
 

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 import steerkit
 from steerkit.evaluate.setup import Setup
 from steerkit.fitting.fitting import tokenizer_digest
+from steerkit.model.weights import weights_digest
 from steerkit.network.decoder import inner_model
 from steerkit.prompts.rendering import ANSWER_SEPARATOR, answer_separator
 from steerkit.vector.model_identity import model_facts
 
 __all__ = ["digest_of", "environment", "setup_identity", "weights_digest"]
-
-SAMPLES = 256
 
 
 def environment() -> dict[str, str]:
@@ -65,23 +63,6 @@ def setup_identity(setup: Setup) -> dict[str, Any]:
         "texts": setup.texts,
         "max_new_tokens": setup.max_new_tokens,
     }
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Digest of the weights: of every parameter its name, shape, precision and up to 256 of its numbers.
-
-    Another checkpoint, precision or finetuned layer changes it; it takes milliseconds whatever the model's size.
-
-    Args:
-        model: the model.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if parameter.device.type != "meta":  # offloaded: nothing to look at
-            flat = parameter.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def digest_of(content: Any) -> str:

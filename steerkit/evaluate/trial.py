@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steerkit.activations.reading import position_inputs
 from steerkit.activations.recording import Activations
 from steerkit.errors import DataError
+from steerkit.evaluate.answer_passes import AnswerPasses
 from steerkit.fitting.held_out import record_steered
 from steerkit.generation import generate
-from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.context import check_lengths, named
-from steerkit.network.decoder import execution_device
 from steerkit.network.sites import Site
-from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
+from steerkit.prompts.batching import batches, pad_token_id, run_batches
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.steering import steer
@@ -144,48 +142,16 @@ class Trial:
             DataError: a text has no answer, nothing comes before it, or its tokens are others in `beside`.
         """
         setup, decoder = self.setup, self.setup.decoder
-        device = execution_device(decoder)
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
         check_lengths(decoder, rendered, named("text", rendered), warns=False)
-        lengths = {row: len(text.ids) - text.prompt_length for row, text in enumerate(rendered)}
-        plain, unsteered = _same_answers(rendered, beside), setup.plain
-
-        def forward(batch: Batch, keep: int) -> tuple[Tensor, Tensor]:
-            ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-            inputs = {
-                "input_ids": ids,
-                "attention_mask": mask,
-                "use_cache": False,
-                "logits_to_keep": keep,
-                **position_inputs(decoder.model, mask),
-            }
-            logits = setup.model(**inputs).logits[:, -keep:-1]
-            return ids[:, 1 - keep :].to(logits.device), logits
-
-        def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-            keep = 1 + max(lengths[row] for row in batch.rows)
-            baseline: Tensor | None = None
-            with torch.no_grad(), evaluation_mode(decoder.model):
-                with self.steering(batch.prompt_lengths):
-                    targets, logits = forward(batch, keep)
-                texts = [plain[row] for row in batch.rows if plain]
-                if any(unsteered.predicted.get(text) is None for text in texts):
-                    same = texts == [rendered[row] for row in batch.rows]
-                    baseline = forward(batch if same else _in_order(texts, pad), keep)[1]
-            return targets, logits, baseline
-
+        passes = AnswerPasses(self, rendered, beside)
         # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
-        pad = pad_token_id(setup.tokenizer)
-        work = batches(rendered, setup.batch_size, pad_id=pad, side="left")
-        for batch, (targets, logits, baseline) in run_batches(work, run):
-            known = [unsteered.predicted.get(plain[row]) if plain else None for row in batch.rows]
+        work = batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left")
+        for batch, seen in run_batches(work, passes):
             for place, row in enumerate(batch.rows):
-                own = slice(logits.shape[1] - lengths[row], None)
-                if baseline is not None:
-                    known[place] = unsteered.keep(plain[row], baseline[place, own].float())
-                yield Answer(row, targets[place, own], logits[place, own].float(), known[place])
+                yield Answer(row, seen.targets[place], seen.logits[place].float(), passes.baseline(row, place, seen))
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:
         """Log-probability of every answer token, teacher-forced.
@@ -223,19 +189,3 @@ class Trial:
             batch_size=setup.batch_size,
             steering=self.steering,
         )
-
-
-def _same_answers(rendered: Sequence[Rendered], beside: Sequence[Rendered] | None) -> Sequence[Rendered]:
-    """The texts of the unsteered model, none where it is not asked; their answers are the same tokens."""
-    for text, plain in zip(rendered, beside or (), strict=beside is not None):
-        if text.ids[text.prompt_length :] != plain.ids[plain.prompt_length :]:
-            raise DataError(
-                f"{plain.text[plain.answer_start :][:40]!r} is other tokens behind the system prompt, so predictions "
-                "cannot be compared token by token; give a system prompt or an answer that ends or begins with a word"
-            )
-    return beside or ()
-
-
-def _in_order(texts: Sequence[Rendered], pad: int) -> Batch:
-    """One batch of texts, in their order."""
-    return batches(texts, len(texts), pad_id=pad, side="left", groups=len(texts))[0]

@@ -8,7 +8,8 @@ from torch import nn
 
 from steerkit.export.verification import Verification
 from steerkit.methods._registry import default_strength
-from steerkit.model import hub_id
+from steerkit.model import hub_id, weights_of
+from steerkit.network.decoder import inner_model
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -74,6 +75,7 @@ def weights_card(
             f"| tokens | every one{_NOT_MEASURED if vector.own_scope else ''} |",
         ]
     lines += [f"| {name} | {text} |" for name, text in facts.items()]
+    lines.append(f"| weights of the base model | {weights_of(inner_model(model))} |")
     lines += [
         f"| precision | {verification.dtype} |",
         "",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import steerkit
+from steerkit.activations.readout import NO_MASSIVE
 from steerkit.activations.recording import Activations, record
 from steerkit.activations.streaming import stream
 from steerkit.activations.token_scale import TokenScale
@@ -18,7 +19,7 @@ from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
 from steerkit.fitting.subject import ModelSubject
 from steerkit.methods._authoring import check_fitted, class_problem, fitted_tensors
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import AddsFacts, PreparesData
+from steerkit.methods._protocols import AddsFacts, PreparesData, SetsOperatingPoint
 from steerkit.methods._registry import method_names, registration_problem, resolve
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site, parse_layers
@@ -106,6 +107,8 @@ def fit(
                 model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, progress
             )
     vector = _vector(chosen, subject, acts, model, taps, tokenizer)
+    if isinstance(chosen, SetsOperatingPoint) and acts is not None:
+        vector = chosen.settled(vector, data, acts)
     vector = replace(vector, answer_separator=answer_separator(tokenizer, chat_template_kwargs))
     if held_out is None or acts is None:
         return vector
@@ -155,6 +158,10 @@ def _vector(
         written = list(taps)
     reads = method.read_at(places, tensors)
     scales = {site: acts.scales[site] for site in places if site in reads} if acts is not None else {}
+    facts = method.extra(subject, written) if isinstance(method, AddsFacts) else {}
+    if acts is not None and acts.readout.endswith(NO_MASSIVE):
+        left_out = {str(site): scale.left_out for site, scale in scales.items()}
+        facts = {**facts, "massive_tokens_left_out": left_out}
     scales = {**subject.scales([*reads, *written]), **scales}
     return SteeringVector(
         method=method.name,
@@ -174,7 +181,7 @@ def _vector(
         data_digest=data.digest,
         data_source=data.source or None,
         paper=method.paper,
-        extra=method.extra(subject, written) if isinstance(method, AddsFacts) else {},
+        extra=facts,
         steerkit_version=steerkit.__version__,
         **model_facts(decoder.model, tokenizer),
     )

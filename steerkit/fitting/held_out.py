@@ -14,7 +14,7 @@ from steerkit.activations.readout import Readout
 from steerkit.activations.recording import Activations, record
 from steerkit.maths.directions import coordinates
 from steerkit.maths.probes import auc
-from steerkit.methods._protocols import Measured, read_direction
+from steerkit.methods._protocols import Measured, SetsOperatingPoint, read_direction
 from steerkit.methods._registry import resolve
 from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import find_decoder
@@ -25,7 +25,7 @@ from steerkit.prompts.rendering import Rendered
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["apart", "record_steered", "separation"]
+__all__ = ["apart", "figures", "record_steered", "separation"]
 
 
 def separation(
@@ -55,7 +55,6 @@ def separation(
     Raises:
         DataError: an item has no token to be read.
     """
-    method = resolve(vector.method).from_settings(vector.settings)
     chat_template_kwargs = as_fitted([vector], tokenizer, chat_template_kwargs)
     acts = record(
         model,
@@ -66,6 +65,21 @@ def separation(
         batch_size=batch_size,
         chat_template_kwargs=chat_template_kwargs,
     )
+    return figures(vector, held_out, acts)
+
+
+def figures(vector: SteeringVector, held_out: ContrastSet, acts: Activations) -> dict[str, Any]:
+    """The same from activations that have been read.
+
+    Args:
+        vector: the vector.
+        held_out: items the vector has not seen.
+        acts: their activations at `vector.reads`.
+
+    Returns:
+        See `separation`.
+    """
+    method = resolve(vector.method).from_settings(vector.settings)
     sites: dict[str, dict[str, float]] = {}
     for site in vector.reads:
         direction = read_direction(method, vector.params(site))
@@ -75,9 +89,11 @@ def separation(
         positive, negative = (coordinates(side[site], along) for side in (acts.positive, acts.negative))
         area, distance = apart(positive, negative)
         sites[str(site)] = {"auc": round(area, 4), "cohens_d": round(distance, 3)}
-    measured = {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
+    measured: dict[str, Any] = {"items": len(held_out), "data_digest": held_out.digest, "sites": sites}
     if isinstance(method, Measured):
         measured["gate"] = method.measure(vector, acts)
+    if isinstance(method, SetsOperatingPoint):
+        measured.setdefault("gate", {})["opened"] = method.opened(vector, held_out, acts)
     return measured
 
 

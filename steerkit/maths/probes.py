@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from steerkit.errors import FitError
 from steerkit.maths.directions import coordinates
 
-__all__ = ["LinearProbe", "auc", "head_count", "linear_probe"]
+__all__ = ["LinearProbe", "auc", "fpr_at_tpr", "head_count", "linear_probe"]
 
 _STEPS = 100  # Newton's method needs a handful; this only ends what does not settle
 
@@ -57,6 +58,19 @@ def auc(positive: Tensor, negative: Tensor, *, dtype: torch.dtype = torch.float6
     """
     larger, same = positive[:, None] > negative[None, :], positive[:, None] == negative[None, :]
     return float((larger.to(dtype) + 0.5 * same.to(dtype)).mean())
+
+
+def fpr_at_tpr(positive: Tensor, negative: Tensor, share: float) -> float:
+    """Share of the negative scores at or over the threshold that a share of the positive ones reaches.
+
+    Args:
+        positive: [n] scores.
+        negative: [m] scores.
+        share: such as 0.95.
+    """
+    needed = max(1, math.ceil(share * len(positive)))
+    threshold = positive.sort(descending=True).values[needed - 1]
+    return float((negative >= threshold).double().mean())
 
 
 def linear_probe(positive: Tensor, negative: Tensor, *, penalty: float = 1.0) -> LinearProbe:

@@ -118,6 +118,10 @@ class ControllerSettings(Protocol):
         """A row whose gain is below it is left alone."""
 
     @property
+    def graded(self) -> bool:
+        """Whether the gain scales what an open row gets."""
+
+    @property
     def limit(self) -> float:
         """No block is moved further than so many typical norms."""
 
@@ -165,6 +169,14 @@ class ControllerGate(Gate):
         net, x = self._read(found)
         return torch.sigmoid(probe_logits(net, x) if (gate or self._method.gate) == "probe" else gain_logits(net, x))
 
+    def opening(self, found: Mapping[Site, Tensor]) -> Tensor:
+        """The gain of every row.
+
+        Args:
+            found: per read site [b, d] float32.
+        """
+        return self.gain(found).double()
+
     def weights(self, found: Mapping[Site, Tensor]) -> Tensor:
         """[b, blocks] how much each written block counts."""
         net, x = self._read(found)
@@ -181,7 +193,8 @@ class ControllerGate(Gate):
             found: per read site [b, d] float32.
         """
         gain, weights = self.gain(found), self.weights(found)
-        gains = {site: gain * weights[:, number] for number, site in enumerate(self._writes)}
+        by = gain if self._method.graded else torch.ones_like(gain)
+        gains = {site: by * weights[:, number] for number, site in enumerate(self._writes)}
         return Decision(gain >= self._method.dead_zone, gains)
 
     def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:

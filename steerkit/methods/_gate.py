@@ -11,40 +11,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steerkit.errors import FitError, ModelError, ScopeError, SiteError, VectorMismatchError
-from steerkit.maths import edits
-from steerkit.maths.directions import mean_difference, unit
-from steerkit.methods._base import TWO_KINDS, FittedOn, Method
-from steerkit.methods._fingerprint import fits
-from steerkit.methods._protocols import Params, Prepared
-from steerkit.methods._refusal import response_contrast, unembedding_direction
-from steerkit.methods._subject import Subject
-from steerkit.network.decoder import Decoder
+from steerkit.errors import ModelError, ScopeError, VectorMismatchError
+from steerkit.methods._protocols import Prepared
 from steerkit.network.sites import Site
-from steerkit.prompts.likeness import Turns
-from steerkit.prompts.rendering import spread
 from steerkit.tokens.forward_pass import Tokens
-from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = [
-    "ANSWERED",
-    "READOUTS",
-    "Decision",
-    "Gate",
-    "GatedAddition",
-    "behaviour",
-    "blocks_written",
-    "folds_of",
-]
+__all__ = ["READOUTS", "Decision", "Gate"]
 
 READOUTS = ("last", "mean")
-ANSWERED = 64
-"""Prompts on which the direction of answers is read; more of them hardly move a mean over both openings."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +78,20 @@ class Gate(ABC):
     def reads(self) -> tuple[Site, ...]:
         """Where it reads."""
         return self._reads
+
+    @abstractmethod
+    def opening(self, found: Mapping[Site, Tensor]) -> Tensor:
+        """By what it decides, as one number per row: the gate opens where that is large enough.
+
+        Args:
+            found: per read site [b, d] float32.
+
+        Returns:
+            [b] float64.
+
+        Raises:
+            FitError: the gate does not decide by one number.
+        """
 
     @abstractmethod
     def decide(self, found: Mapping[Site, Tensor]) -> Decision:
@@ -279,104 +272,3 @@ class Gate(ABC):
             found: per read site [b, d] float32.
             strength: at which it would steer.
         """
-
-
-@dataclass(frozen=True)
-class GatedAddition(Method):
-    """Shared by the methods that add a direction to the rows that a gate opens."""
-
-    data: ClassVar[FittedOn] = TWO_KINDS
-    params: ClassVar[Mapping[str, str]] = {"direction": "d"}
-
-    def check_model(self, vector: SteeringVector, decoder: Decoder) -> None:
-        """Refuse other weights: a gate has learned where the activations of one model lie.
-
-        Raises:
-            VectorMismatchError: the model's weights are others than when it was fitted.
-        """
-        known = vector.tensors.get("shared/fingerprint")
-        if known is not None and not fits(known, decoder):
-            raise VectorMismatchError(
-                f"{self.name}: the gate was fitted on other weights than those of this {type(decoder.model).__name__}; "
-                "fit it on this model"
-            )
-
-    def length(self, params: Params) -> float | None:
-        """Norm of the direction."""
-        return float(torch.linalg.vector_norm(params["direction"].float()))
-
-    def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Direction and strength apart, since every row has a gain of its own between them."""
-        return {"direction": params["direction"].to(device).float(), "strength": strength.float()}
-
-    def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
-        """`h + strength * direction`: what an open gate with gain 1 does."""
-        return edits.add(h, (prepared["strength"] * prepared["direction"]).to(h.dtype))
-
-
-def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Tensor]:
-    """The direction to be added at each written site, and with it the typical norms there.
-
-    Args:
-        subject: the door to the model.
-        source: ``response`` (refusing minus complying answers to the positive prompts), ``mean_difference`` (last
-            tokens of the positive minus those of the negative prompts) or ``unembed`` (refusal words minus complying
-            words in the output embedding, as long as a typical activation).
-        sites: where it will be written.
-
-    Returns:
-        site to [d] float32.
-
-    Raises:
-        FitError: no direction can be had; the site is named.
-    """
-    data = subject.data
-    if source == "response":
-        return response_contrast(subject, spread(data.positive, ANSWERED), sites)
-    positive = subject.record(data.positive, sites, readout="last")
-    if source == "unembed":
-        direction = unit(unembedding_direction(subject))
-        return {site: direction * positive.norms[site] for site in sites}
-    negative, found = subject.record(data.negative, sites, readout="last"), {}
-    for site in sites:
-        try:
-            found[site] = mean_difference(positive[site], negative[site])
-        except FitError as error:
-            raise FitError(f"{site}: {error}") from None
-    return found
-
-
-def blocks_written(decoder: Decoder, layers: tuple[int, ...], default: list[int]) -> list[Site]:
-    """The outputs of the blocks that a setting names.
-
-    Args:
-        decoder: the model's decoder.
-        layers: blocks counted from 0; none takes the default.
-        default: blocks.
-
-    Raises:
-        SiteError: a block outside the model.
-    """
-    chosen = list(dict.fromkeys(layers)) or default
-    outside = [layer for layer in chosen if not 0 <= layer < decoder.num_layers]
-    if outside:
-        raise SiteError(f"writes: layer {outside[0]} is outside 0..{decoder.num_layers - 1}")
-    return [Site(layer) for layer in chosen]
-
-
-def folds_of(turns: Turns, folds: int) -> list[tuple[Tensor, Tensor]]:
-    """Part two sides into folds; an item whose turn is i goes to fold i mod folds.
-
-    Args:
-        turns: of the items [n] and [m] of either side (`steerkit.prompts.likeness.turns_of`); the same for items that
-            must not be parted.
-        folds: at most; fewer where a side has fewer turns.
-
-    Returns:
-        Per fold the masks [n] and [m] of its items; none where there are not two of each.
-    """
-    count = min(folds, *(len(set(side)) for side in turns))
-    if count < 2:
-        return []
-    places = [torch.tensor(side, dtype=torch.long) % count for side in turns]
-    return [(places[0] == fold, places[1] == fold) for fold in range(count)]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from steerkit.methods._subject import Subject
     from steerkit.network.tap import Tap
     from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.prompts.conversation import Conversation
     from steerkit.tokens.forward_pass import Tokens
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "PreparesData",
     "ReadsAlong",
     "ReadsInput",
+    "SetsOperatingPoint",
     "TiedToWeights",
     "WeightUpdate",
     "editor_of",
@@ -220,6 +222,40 @@ class Measured(Protocol):
 
     def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
         """Figures that JSON can hold, from both held-out sides at `vector.reads`, unsteered."""
+
+
+@runtime_checkable
+class SetsOperatingPoint(Protocol):
+    """A gated method that opens from where calibration prompts say, and promises something by it."""
+
+    def settled(self, vector: SteeringVector, data: ContrastSet, acts: Activations) -> SteeringVector:
+        """The vector that has just been fitted on `data`, at its operating point.
+
+        Raises:
+            FitError: there are too few prompts to promise so much.
+        """
+
+    def calibrated(self, vector: SteeringVector, found: Mapping[Site, Tensor]) -> SteeringVector:
+        """The vector at the operating point that activations [n, d] of ordinary prompts at its reads give.
+
+        Raises:
+            FitError: there are too few prompts to promise so much, or the method promises nothing.
+        """
+
+    def kinds(self, data: ContrastSet) -> dict[str, Tensor]:
+        """``"ordinary"``, and each topic of negative prompts that is not, to [m] bool: where they stand."""
+
+    def opens_above(self, vector: SteeringVector) -> float:
+        """The score over which the gate opens."""
+
+    def ordinary(self, data: ContrastSet) -> list[Conversation]:
+        """The prompts that the promise is about: the negative side, but for topics that are counted beside."""
+
+    def kept_apart(self, data: ContrastSet) -> list[Conversation]:
+        """The prompts of what it was fitted on that the fit has not seen, to calibrate on."""
+
+    def opened(self, vector: SteeringVector, data: ContrastSet, acts: Activations) -> dict[str, dict[str, int]]:
+        """How many prompts open the gate, kind by kind, from both sides at `vector.reads`, unsteered."""
 
 
 @runtime_checkable

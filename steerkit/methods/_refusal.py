@@ -24,7 +24,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from steerkit._support.phrases import normalised, opening, pattern_of
 from steerkit.errors import FitError
 from steerkit.maths.directions import mean_difference
 from steerkit.methods._subject import Subject
@@ -35,10 +34,8 @@ from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = [
     "COMPLYING",
-    "MARKERS",
     "REFUSING",
     "first_log_probs",
-    "is_refusal",
     "log_odds",
     "response_contrast",
     "unembedding_direction",
@@ -95,48 +92,6 @@ COMPLIANCE_WORDS = (
     "I can help",
     "I will explain",
 )
-
-MARKERS = (
-    "I'm sorry",
-    "I am sorry",
-    "sorry, but",
-    "I apologize",
-    "I apologise",
-    "I can't",
-    "I cannot",
-    "I can not",
-    "I won't",
-    "I will not",
-    "I'm unable",
-    "I am unable",
-    "I'm not able",
-    "I am not able",
-    "I'm not going to",
-    "I'm afraid",
-    "I must decline",
-    "I have to decline",
-    "I refuse",
-    "I'm not comfortable",
-    "against my",
-    "can't assist",
-    "can't help",
-    "cannot assist",
-    "cannot help",
-    "unable to assist",
-    "unable to help",
-    "unable to provide",
-)
-
-
-def is_refusal(text: str, *, first: int = 0, markers: Sequence[str] = MARKERS) -> bool:
-    """Whether a text holds a phrase by which refusals are known, whatever its case and apostrophes.
-
-    Args:
-        text: an answer.
-        first: look at so many characters only; 0 looks at all of it.
-        markers: the phrases.
-    """
-    return pattern_of(markers).search(opening(normalised(text), first)) is not None
 
 
 def response_contrast(subject: Subject, prompts: Sequence[Conversation], sites: Sequence[Site]) -> dict[Site, Tensor]:

@@ -142,11 +142,12 @@ def default_strength(vector: SteeringVector) -> float:
     if vector.suggested_strength is not None:
         return vector.suggested_strength
     kind = method_of(vector)
-    natural = kind.natural_strength
+    natural, why = kind.natural_strength, "the file suggests no strength and there is none by default"
+    if vector.calibration.get("by") == "calibrate":
+        natural, why = None, "calibration confirmed no effect on held-out items, so the file suggests no strength"
     if natural is None:
         raise StrengthError(
-            f"{kind.name}: the file suggests no strength and there is none by default; give one in "
-            f"{kind.strength_unit}, such as {kind.ladder[len(kind.ladder) // 3]:g}"
+            f"{kind.name}: {why}; give one in {kind.strength_unit}, such as {kind.ladder[len(kind.ladder) // 3]:g}"
         )
     return natural
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import FitError
-from steerkit.methods._refusal import first_log_probs, is_refusal, log_odds
+from steerkit.methods._declining import is_refusal
+from steerkit.methods._refusal import first_log_probs, log_odds
 from steerkit.methods._subject import Subject
 from steerkit.network.sites import Site
 from steerkit.network.writers import every_write

@@ -16,10 +16,12 @@ Where this file departs. The paper reads at an early layer and writes at later o
 condition may be read at any layer, and the prompt's last token is fed again where it was read too late (`passes.py`).
 The paper's score is about |cos|: it cannot tell c from -c, shrinks as activations grow, and is
 0/0 where h is orthogonal to c (here 0), so the signed cosine is the default. The condition's direction is the mean
-difference by default, because a principal component of differences fails where unpaired prompts vary much. The search
-is exact (sorted scores, every midpoint), keeps full precision, and breaks ties by the margin. The decision is taken
-once per row and text; the released code looks at the first row only, keeps its state on a class, and names its
-comparisons the wrong way round. Rules over several conditions are objects (`combine`, `steerkit.predicates`), no texts.
+difference by default, because a principal component of differences fails where unpaired prompts vary much; `probe` is
+better than both. The search is exact (sorted scores, every midpoint), keeps full precision, and breaks ties by the
+margin; with `max_false_alarm` it only chooses the site, and the threshold is what that promise needs (`_operating`).
+The decision is taken once per row and text; the released code looks at the first row only, keeps its state on a class,
+and names its comparisons the wrong way round. Rules over several conditions are objects (`combine`,
+`steerkit.predicates`), no texts.
 """
 
 from __future__ import annotations
@@ -35,15 +37,16 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, VectorMismatchError, unknown_name
 from steerkit.maths.directions import mean_difference, pair_differences, principal_direction, unit
 from steerkit.maths.predicates import Predicate
-from steerkit.maths.probes import auc
+from steerkit.maths.probes import auc, linear_probe
+from steerkit.methods._conditional_gate import PARTS, ConditionsGate
 from steerkit.methods._fingerprint import are_alike, fingerprint
-from steerkit.methods._gate import Decision, Gate, GatedAddition, behaviour, blocks_written, folds_of
+from steerkit.methods._gate import Gate
+from steerkit.methods._gated_addition import RIDGE, GatedAddition, behaviour, blocks_written, folds_of
 from steerkit.methods._protocols import Params
 from steerkit.methods._subject import Subject
-from steerkit.methods._thresholds import best_threshold, lies_above, score
+from steerkit.methods._thresholds import best_threshold, score
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
-from steerkit.prompts.likeness import turns_of
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -81,8 +84,9 @@ class ConditionalSteering(GatedAddition):
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "response"
 
-    condition: Literal["mean_difference", "pairwise"] = "mean_difference"
-    """The condition's direction: mean difference, or first principal component of pair differences, not centred."""
+    condition: Literal["mean_difference", "pairwise", "probe"] = "mean_difference"
+    """The condition's direction: mean difference, first principal component of pair differences, not centred, or the
+    weights of a linear probe (logistic regression with a ridge), which tells the sides apart best."""
     score: Literal["cosine", "cast"] = "cosine"
     """What is compared with the threshold."""
     compare: Literal["auto", "above", "below"] = "auto"
@@ -142,16 +146,18 @@ class ConditionalSteering(GatedAddition):
         if len({site.layer for site in sites}) < len(sites):
             raise FitError("conditional: two sites of one layer were given; give one kind of site")
         written, data = self._written(subject.decoder), subject.data
-        parts = folds_of(turns_of(data.sides, paired=data.paired), self.folds)
+        kept = self.parts(data)
+        parts = folds_of(self.fitted_turns(data), self.folds)
+        most = self.max_fpr if self.max_fpr is not None else self.max_false_alarm
         best: tuple[tuple[float, float], Site, Tensor, Threshold] | None = None
         for site in sites:
-            positive, negative = acts.positive[site].float(), acts.negative[site].float()
+            positive, negative = acts.positive[site][kept.positive].float(), acts.negative[site][kept.negative].float()
             try:
                 direction = self._condition(positive, negative, paired=acts.paired)
                 scores = self._scores(positive, negative, direction, parts, paired=acts.paired)
             except FitError as error:
                 raise FitError(f"conditional at {site}: {error}") from None
-            found = best_threshold(*scores, max_fpr=self.max_fpr, compare=self.compare)
+            found = best_threshold(*scores, max_fpr=most, compare=self.compare)
             area = auc(*scores)
             rank = (found.f1, max(area, 1 - area))
             if best is None or rank > best[0]:  # of equals the first: what is read early costs no second pass
@@ -175,6 +181,9 @@ class ConditionalSteering(GatedAddition):
     def _condition(self, positive: Tensor, negative: Tensor, *, paired: bool) -> Tensor:
         if self.condition == "mean_difference":
             return unit(mean_difference(positive, negative))
+        if self.condition == "probe":
+            penalty = RIDGE * (len(positive) + len(negative))
+            return unit(linear_probe(positive, negative, penalty=penalty).weight)
         return principal_direction(pair_differences(positive, negative, paired=paired))
 
     def _scores(
@@ -224,6 +233,28 @@ class ConditionalSteering(GatedAddition):
         conditions = params.get("condition")
         return conditions[0] if conditions is not None and len(conditions) == 1 else None
 
+    def opens_above(self, vector: SteeringVector) -> float:
+        """The threshold of the first condition; where that is met below it, the gate opens below.
+
+        Args:
+            vector: a vector of this method.
+        """
+        return float(vector.tensors["shared/threshold"][0])
+
+    def opening_above(self, vector: SteeringVector, threshold: float) -> SteeringVector:
+        """The same vector with another threshold of its one condition.
+
+        Args:
+            vector: a vector of this method.
+            threshold: of `Gate.opening`; where the condition is met below its threshold, that is the negative score.
+        """
+        is_above = bool(vector.tensors["shared/above"][0])
+        value = torch.tensor([threshold if is_above else -threshold], dtype=torch.double)
+        if not is_above:  # met up to and with the threshold
+            value = torch.nextafter(value, torch.full_like(value, -torch.inf))
+        settings = {**vector.settings, **self.settings}
+        return replace(vector, tensors={**vector.tensors, "shared/threshold": value}, settings=settings)
+
     def editor(self, vector: SteeringVector) -> Gate:
         """The gate: reads at `vector.reads`, and opens by the rule.
 
@@ -233,7 +264,7 @@ class ConditionalSteering(GatedAddition):
         Raises:
             VectorMismatchError: the vector lacks a condition, or was read in a way that no gate can.
         """
-        return _Conditions(self, vector)
+        return ConditionsGate(vector, self.conditions, self.score, Predicate.from_data(self.rule))
 
     def measure(self, vector: SteeringVector, held_out: Activations) -> dict[str, Any]:
         """How often the gate opens on held-out items of either side.
@@ -245,82 +276,6 @@ class ConditionalSteering(GatedAddition):
         gate = self.editor(vector)
         shares = [float(gate.decide(side).is_open.float().mean()) for side in (held_out.positive, held_out.negative)]
         return {"tpr": round(shares[0], 4), "fpr": round(shares[1], 4)}
-
-
-class _Conditions(Gate):
-    """Opens where the prompt meets the rule over the conditions of a file."""
-
-    def __init__(self, method: ConditionalSteering, vector: SteeringVector) -> None:
-        super().__init__(vector.reads, vector.readout)
-        tensors = vector.tensors
-        self._names, self._kind = method.conditions, method.score
-        self._rule = Predicate.from_data(method.rule)
-        shapes = {
-            name: tuple(tensors[f"shared/{name}"].shape) if f"shared/{name}" in tensors else () for name in _PARTS
-        }
-        count = len(self._names)
-        if any(shape[:1] != (count,) for shape in shapes.values()) or len(shapes["condition"]) != 2:
-            raise VectorMismatchError(f"conditional: the vector lacks a condition ({count} named, {shapes} found)")
-        self._conditions, self._thresholds = tensors["shared/condition"], tensors["shared/threshold"].tolist()
-        self._above = tensors["shared/above"].tolist()
-        layers = tensors["shared/layer"].tolist()
-        self._sites = [next((site for site in vector.reads if site.layer == layer), None) for layer in layers]
-        if None in self._sites:
-            raise VectorMismatchError(f"conditional: a condition is read at a layer that is none of {vector.reads}")
-
-    def scores(self, found: Mapping[Site, Tensor]) -> dict[str, Tensor]:
-        """Each condition's score [b]."""
-        return {
-            name: score(found[site], condition, self._kind)
-            for name, site, condition in zip(self._names, self._sites, self._conditions, strict=True)
-            if site is not None
-        }
-
-    def met(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whether each condition is met, [b]."""
-        met = {}
-        for name, threshold, above in zip(self._names, self._thresholds, self._above, strict=True):
-            larger = lies_above(scores[name], threshold)
-            met[name] = larger if above else ~larger
-        return met
-
-    def decide(self, found: Mapping[Site, Tensor]) -> Decision:
-        """Open where the rule is met.
-
-        Args:
-            found: per read site [b, d] float32.
-        """
-        return Decision(self._rule(self.met(self.scores(found))))
-
-    def explain(self, found: Mapping[Site, Tensor], strength: float) -> list[dict[str, Any]]:
-        """Scores, thresholds and decision, per row.
-
-        Args:
-            found: per read site [b, d] float32.
-            strength: at which it would steer.
-        """
-        scores = self.scores(found)
-        met, flags = self.met(scores), self.decide(found).is_open.tolist()
-        return [
-            {
-                "open": flag,
-                "gain": strength if flag else 0.0,
-                "rule": str(self._rule),
-                "conditions": {
-                    name: {
-                        "score": float(scores[name][row]),
-                        "compare": "above" if self._above[number] else "below",
-                        "threshold": self._thresholds[number],
-                        "met": bool(met[name][row]),
-                    }
-                    for number, name in enumerate(self._names)
-                },
-            }
-            for row, flag in enumerate(flags)
-        ]
-
-
-_PARTS = ("condition", "threshold", "above", "layer")
 
 
 def combine(vectors: Mapping[str, SteeringVector], rule: Predicate, *, writes: str | None = None) -> SteeringVector:
@@ -361,7 +316,7 @@ def combine(vectors: Mapping[str, SteeringVector], rule: Predicate, *, writes: s
     if any(len(method.conditions) != 1 for method in methods.values()):
         raise VectorMismatchError("combine: a vector holds several conditions already; combine those of its parts")
     shared = {
-        f"shared/{part}": torch.cat([one.tensors[f"shared/{part}"] for one in vectors.values()]) for part in _PARTS
+        f"shared/{part}": torch.cat([one.tensors[f"shared/{part}"] for one in vectors.values()]) for part in PARTS
     }
     method = ConditionalSteering.from_settings({**main.settings, "conditions": tuple(vectors), "rule": rule.data})
     return replace(

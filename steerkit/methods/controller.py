@@ -14,9 +14,11 @@ harmless prompts the other way when it falls below 0; here it is a probability. 
 norms: a direction of length 1 does nothing to a stream of norm 100. The paper steers from the second new token on
 (`paper`), which leaves out the token that decides about a refusal: `replay` feeds the last prompt token again. Features
 are standardised. The direction is read from answers; the paper's, from words of the output embedding, is
-`direction_from="unembed"`. A linear probe is trained beside the network on the same features, and can take its place:
-it is the baseline the network has to beat. The released code differs from the paper in many ways, above all it reaches
-the last block alone; it is not followed.
+`direction_from="unembed"`. A linear probe (logistic regression, its weights held down by `ridge`) is fitted beside the
+network on the same features, and can take its place: it is the baseline the network has to beat, and does not, where
+items are few beside features. With `max_false_alarm` the dead zone is not given but found (`_operating`). A small s
+that is over it need not mean a weak refusal: `graded=False` steers what opens the gate with all of the strength. The
+released code differs from the paper in many ways, above all it reaches the last block alone; it is not followed.
 """
 
 from __future__ import annotations
@@ -32,10 +34,9 @@ from torch import Tensor
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.maths.directions import unit
-from steerkit.maths.probes import auc
+from steerkit.maths.probes import auc, fpr_at_tpr, linear_probe
 from steerkit.methods._controller_gate import (
     GAIN,
-    PROBE,
     WEIGHTS,
     ControllerGate,
     begun,
@@ -44,17 +45,17 @@ from steerkit.methods._controller_gate import (
     weight_logits,
 )
 from steerkit.methods._fingerprint import fingerprint
-from steerkit.methods._gate import Gate, GatedAddition, behaviour, blocks_written
+from steerkit.methods._gate import Gate
+from steerkit.methods._gated_addition import RIDGE, GatedAddition, Parts, behaviour, blocks_written
 from steerkit.methods._protocols import Params
 from steerkit.methods._refusal import COMPLYING, REFUSING
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
-from steerkit.prompts.likeness import turns_of
 from steerkit.prompts.rendering import spread
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["WeightedController", "fpr_at_tpr", "permuted_weights"]
+__all__ = ["WeightedController", "permuted_weights"]
 
 _SCOPES = {"paper": "generated", "replay": "response", "two_pass": "all", "online": "response"}
 _VALIDATION = 5  # every fifth item of either side ends the training in time
@@ -85,7 +86,7 @@ class WeightedController(GatedAddition):
     ladder: ClassVar[tuple[float, ...]] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 
     gate: Literal["mlp", "probe"] = "mlp"
-    """What gives s: the network, or the linear probe that is trained beside it."""
+    """What gives s: the network, or the linear probe that is fitted beside it."""
     weights: Literal["uniform", "random", "fixed", "learned"] = "uniform"
     """The weights of the written blocks: all 1, the paper's untrained ones, given ones, or trained ones."""
     fixed: tuple[float, ...] = ()
@@ -101,12 +102,16 @@ class WeightedController(GatedAddition):
     """Width of the network; the paper has 1024."""
     dead_zone: float = 0.05
     """A row whose s is below it stays bitwise the unsteered model's (with routed experts: see `conditional`)."""
+    graded: bool = True
+    """Whether s scales the steering, as in the paper; if not, rows over the dead zone get all of it."""
     limit: float = 1.0
     """No block is moved further than so many typical norms."""
     epochs: int = 20
     """Passes over the items, at most; a fifth of them is kept apart to end it in time."""
     rate: float = 1e-3
     """Learning rate."""
+    ridge: float = RIDGE
+    """How much the probe's weights cost: the penalty of their squared length, for each item that it is fitted on."""
     seed: int = 0
     """Of the network's first weights and the order of the items."""
     reach: float = 0.1
@@ -123,7 +128,7 @@ class WeightedController(GatedAddition):
         for name, low in (("hidden", 1), ("epochs", 1), ("learn_items", 1)):
             if getattr(self, name) < low:
                 raise FitError(f"controller: {name} {getattr(self, name)!r}: give at least {low}")
-        for name in ("rate", "limit", "reach"):
+        for name in ("rate", "ridge", "limit", "reach"):
             if not 0 < getattr(self, name) < math.inf:
                 raise FitError(f"controller: {name} {getattr(self, name)!r}: give a number over 0")
         if not 0 <= self.dead_zone < 1:
@@ -167,7 +172,11 @@ class WeightedController(GatedAddition):
         written = self._written(subject.decoder)
         if self.fixed and len(self.fixed) != len(written):
             raise FitError(f"controller: fixed has {len(self.fixed)} weights for {len(written)} blocks; give one each")
-        rows = [torch.cat([side[site].float() for site in sites], dim=-1) for side in (acts.positive, acts.negative)]
+        parts = self.parts(subject.data)
+        rows = [
+            torch.cat([side[site][kept].float() for site in sites], dim=-1)
+            for side, kept in ((acts.positive, parts.positive), (acts.negative, parts.negative))
+        ]
         features, labels = (
             torch.cat(rows),
             torch.cat([torch.ones(len(rows[0]), dtype=torch.float32), torch.zeros(len(rows[1]), dtype=torch.float32)]),
@@ -178,15 +187,16 @@ class WeightedController(GatedAddition):
         net = begun(len(mean), self.hidden, len(written), self.seed)
         net |= {"shared/mean": mean, "shared/spread": spread.clamp_min(1e-6)}
         standard = (features - mean) / net["shared/spread"]
-        self._train_gates(subject, net, standard, labels, len(rows[0]))
+        self._train_network(subject, net, standard, labels, parts)
+        probe = linear_probe(standard[: len(rows[0])], standard[len(rows[0]) :], penalty=self.ridge * len(standard))
+        net |= {"shared/probe_weight": probe.weight, "shared/probe_bias": torch.tensor([probe.bias])}
         directions = behaviour(subject, self.direction_from, written)
         # The same norms as go into the file: of the prompts where they were read, else of the answers just read.
         norms = {**subject.norms(written), **acts.norms}
         tensors = {f"{site}/direction": unit(value) * norms[site] for site, value in directions.items()}
         if self.weights == "learned":
-            self._learn_weights(
-                subject, net, standard, len(rows[0]), {site: tensors[f"{site}/direction"] for site in written}
-            )
+            moves = {site: tensors[f"{site}/direction"] for site in written}
+            self._learn_weights(subject, net, standard, parts, moves)
         if self.fixed:
             net["shared/fixed"] = torch.tensor(self.fixed, dtype=torch.float32) * len(self.fixed) / sum(self.fixed)
         mark = fingerprint(subject.decoder)
@@ -195,39 +205,35 @@ class WeightedController(GatedAddition):
     def _written(self, decoder: Decoder) -> list[Site]:
         return blocks_written(decoder, self.writes, list(range(decoder.num_layers)))
 
-    def _train_gates(self, subject: Subject, net: dict[str, Tensor], x: Tensor, labels: Tensor, positives: int) -> None:
-        """Train the network's gain, and the probe, to tell the sides apart; its weights of blocks get no gradient."""
-        data = subject.data
-        place = torch.cat([torch.tensor(side, dtype=torch.long) for side in turns_of(data.sides, paired=data.paired)])
-        kept = place % _VALIDATION == _VALIDATION - 1
+    def _train_network(self, subject: Subject, net: dict[str, Tensor], x: Tensor, labels: Tensor, parts: Parts) -> None:
+        """Train the network's gain to tell the sides apart; its weights of blocks get no gradient."""
+        positives = int(parts.positive.sum())
+        places = [torch.tensor(side, dtype=torch.long) for side in self.fitted_turns(subject.data)]
+        kept = torch.cat(places) % _VALIDATION == _VALIDATION - 1
         has_both = bool(kept[:positives].any()) and bool(kept[positives:].any())
         training = (~kept if has_both else torch.ones_like(kept)).nonzero()[:, 0]
-        for names, score in ((GAIN, gain_logits), (PROBE, probe_logits)):
-            leaves = [net[name].requires_grad_() for name in names]
+        leaves = [net[name].requires_grad_() for name in GAIN]
 
-            def loss(rows: Tensor, score: Any = score) -> Tensor:
-                return torch.nn.functional.binary_cross_entropy_with_logits(score(net, x[rows]), labels[rows])
+        def loss(rows: Tensor) -> Tensor:
+            return torch.nn.functional.binary_cross_entropy_with_logits(gain_logits(net, x[rows]), labels[rows])
 
-            def judge(loss: Any = loss) -> float:
-                return float(loss(kept.nonzero()[:, 0]))
-
-            subject.train(
-                leaves,
-                lambda batch, loss=loss: loss(training[batch]),  # type: ignore[misc]
-                len(training),
-                epochs=self.epochs,
-                rate=self.rate,
-                decay=0.01,
-                seed=self.seed,
-                judge=judge if has_both else None,
-                patience=3,
-                title="training the gate",
-            )
-            for name in names:
-                net[name] = net[name].detach()
+        subject.train(
+            leaves,
+            lambda batch: loss(training[batch]),
+            len(training),
+            epochs=self.epochs,
+            rate=self.rate,
+            decay=0.01,
+            seed=self.seed,
+            judge=(lambda: float(loss(kept.nonzero()[:, 0]))) if has_both else None,
+            patience=3,
+            title="training the gate",
+        )
+        for name in GAIN:
+            net[name] = net[name].detach()
 
     def _learn_weights(
-        self, subject: Subject, net: dict[str, Tensor], x: Tensor, positives: int, directions: Mapping[Site, Tensor]
+        self, subject: Subject, net: dict[str, Tensor], x: Tensor, parts: Parts, directions: Mapping[Site, Tensor]
     ) -> None:
         """Train the block weights alone: likely refusals of the positive side, little change of the negative one.
 
@@ -235,7 +241,9 @@ class WeightedController(GatedAddition):
         unsteered model over a complying opening on negative prompts, and a cost of writing at all. Behind its first
         words a refusal is as likely as the model's own habits make it, steered or not.
         """
-        prompts = [*subject.data.positive, *subject.data.negative]
+        sides = ((subject.data.positive, parts.positive), (subject.data.negative, parts.negative))
+        prompts = [one for side, kept in sides for one, is_kept in zip(side, kept.tolist(), strict=True) if is_kept]
+        positives = int(parts.positive.sum())
         counts = [min(self.learn_items, positives), min(self.learn_items, len(x) - positives)]
         rows = [*spread(range(positives), counts[0]), *spread(range(positives, len(x)), counts[1])]
         texts = [
@@ -300,6 +308,33 @@ class WeightedController(GatedAddition):
         """
         return None
 
+    def opens_above(self, vector: SteeringVector) -> float:
+        """The dead zone, from which on the gate is open.
+
+        Args:
+            vector: a vector of this method.
+        """
+        return float(vector.settings.get("dead_zone", self.dead_zone))
+
+    def opening_above(self, vector: SteeringVector, threshold: float) -> SteeringVector:
+        """The same vector with the dead zone that ends just above a gain.
+
+        Args:
+            vector: a vector of this method.
+            threshold: the gain.
+
+        Raises:
+            FitError: no gain is larger.
+        """
+        zone = float(torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(torch.inf)))
+        if not zone < 1:
+            raise FitError(
+                "controller: too many calibration prompts have the largest gain there is, so no dead zone tells them "
+                "apart; give a larger max_false_alarm or ridge"
+            )
+        settings = {**vector.settings, **self.settings, "dead_zone": zone}
+        return replace(vector, settings=settings)
+
     def editor(self, vector: SteeringVector) -> Gate:
         """The gate: reads at `vector.reads`, and gives every row a gain and weights.
 
@@ -354,16 +389,3 @@ def permuted_weights(vector: SteeringVector, seed: int = 0) -> SteeringVector:
     order = torch.empty_like(cycle)
     order[cycle] = cycle.roll(1)
     return replace(vector, tensors={**vector.tensors, **{name: vector.tensors[name][order] for name in names}})
-
-
-def fpr_at_tpr(positive: Tensor, negative: Tensor, share: float) -> float:
-    """Share of the negative scores at or over the threshold that a share of the positive ones reaches.
-
-    Args:
-        positive: [n] scores.
-        negative: [m] scores.
-        share: such as 0.95.
-    """
-    needed = max(1, math.ceil(share * len(positive)))
-    threshold = positive.sort(descending=True).values[needed - 1]
-    return float((negative >= threshold).double().mean())

@@ -23,14 +23,15 @@ import torch
 
 from steerkit.errors import ModelError, SteerError
 from steerkit.model.aliases import ALIASES
-from steerkit.model.pretrained import first_line, from_folder, from_gguf, load
+from steerkit.model.pretrained import first_line, from_folder, from_gguf, gguf_precision, load, parsed_once
 from steerkit.model.quiet import quiet
+from steerkit.model.weights import SOURCE
 
 __all__ = ["converted", "from_cache"]
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Part of the cache's key; it grows when converted folders of older versions must not be used any more."""
 SIZES = "sizes.json"
 
@@ -170,12 +171,15 @@ def _joined(pieces: Sequence[Path], target: Path, sha256: str) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a .gguf file as float32 in the format of `save_pretrained`."""
     logger.info("converting %s once, into a form that loads fast", gguf.name)
-    model, tokenizer = from_gguf(gguf)
+    with parsed_once():
+        model, tokenizer = from_gguf(gguf)
+        source = {"file": gguf.name, "quantisation": gguf_precision(gguf)}
     folder.mkdir(parents=True)
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder.parent / SOURCE).write_text(json.dumps(source), encoding="utf-8")
     (folder.parent / SIZES).write_text(json.dumps(sizes))
 
 

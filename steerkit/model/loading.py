@@ -66,16 +66,17 @@ def load_model(
         options["trust_remote_code"] = True
     path = Path(name).expanduser()
     if name in ALIASES:
-        pieces = embedded_gguf(ALIASES[name])
+        _refuse_revision(name, revision)
+        embedded = ALIASES[name]
+        pieces = embedded_gguf(embedded)
         if pieces:
-            _refuse_revision(name, revision)
-            return from_cache(name, pieces, options, cache_dir, sha256=ALIASES[name].sha256)
-        if ALIASES[name].terms:
-            size = ALIASES[name].size
-            raise ModelError(
-                f"{name}: is not here yet; `steerkit fetch {name}` shows its terms and brings it ({size} MB)"
-            )
-        return _from_hub(ALIASES[name].hub_id, options, revision, cache_dir, asked=name)
+            return from_cache(name, pieces, options, cache_dir, sha256=embedded.sha256)
+        # The hub's weights of the same name are others: what was measured on the alias does not hold for them.
+        way = f"`steerkit fetch {name}` shows its terms and brings it ({embedded.size} MB)"
+        raise ModelError(
+            f"{name}: is not here yet; {way if embedded.terms else embedded.install}. {embedded.hub_id} has other "
+            "weights (not rounded to 4 bits), so it is taken under its own name only"
+        )
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         _refuse_revision(name, revision)
         if not path.is_file():
@@ -103,8 +104,6 @@ def _from_hub(
     options: Mapping[str, Any],
     revision: str | None,
     cache_dir: str | Path | None,
-    *,
-    asked: str | None = None,
 ) -> tuple[Any, Any]:
     """Load from the hub or its cache.
 
@@ -135,13 +134,10 @@ def _from_hub(
                 f"{unknown_name('model', hub_id, ALIASES)} (no alias, folder or file, nor found on the hub: {reason})"
             ) from error
         embedded = ALIASES["smollm2-135m"]
-        if asked is None:
-            ways = (
-                f"check the name and the network, give a local folder, or take the embedded model ({embedded.install})"
-            )
-        else:
-            ways = f"either {ALIASES[asked].install}, or connect to the network so that {hub_id} can be downloaded"
-        raise ModelError(f"{asked or hub_id}: cannot be loaded ({reason}); {ways}") from error
+        raise ModelError(
+            f"{hub_id}: cannot be loaded ({reason}); check the name and the network, give a local folder, or take the "
+            f"embedded model ({embedded.install})"
+        ) from error
 
 
 def _hub_answers(hub_id: str, revision: str | None) -> bool:

@@ -18,7 +18,7 @@ from steerkit.errors import ModelError, SteerError
 from steerkit.model.placement import for_checkpoint
 from steerkit.model.quiet import quiet
 
-__all__ = ["first_line", "from_folder", "from_gguf", "load"]
+__all__ = ["first_line", "from_folder", "from_gguf", "gguf_precision", "load", "parsed_once"]
 
 _OF_WEIGHTS = ("dtype", "device_map", "quantization_config", "attn_implementation")
 
@@ -71,6 +71,23 @@ def from_gguf(file: Path) -> tuple[Any, Any]:
         ) from error
 
 
+def gguf_precision(file: Path) -> str | None:
+    """In which precision most of a .gguf file's weights are, such as ``Q4_1``; None where it does not say.
+
+    Args:
+        file: the file.
+    """
+    field = gguf.GGUFReader(str(file)).fields.get("general.file_type")
+    try:
+        return (
+            None
+            if field is None
+            else gguf.LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        )
+    except ValueError:  # newer than the library
+        return None
+
+
 def load(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     """Load model and tokenizer the way transformers does; code that comes with them runs only where options say so.
 
@@ -115,19 +132,23 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
     if hasattr(transformers, "GgufConfig"):  # since 5.2x; it may keep the weights packed, which nothing here can edit
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The progress bar of the dequantisation obeys no switch.
-    with contextlib.redirect_stderr(io.StringIO()), _parsed_once():
+    with contextlib.redirect_stderr(io.StringIO()), parsed_once():
         model, tokenizer = load(str(file.parent), how)
     if hasattr(model.config, "quantization_config"):  # before GgufConfig; save_pretrained takes it for quantised
         del model.config.quantization_config
     return model, tokenizer
 
 
-_PARSING = threading.Lock()
+_PARSING = threading.RLock()
 
 
 @contextlib.contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Let transformers parse a file once, where config, tokenizer and weights each do: half of the time goes there."""
+def parsed_once() -> Iterator[None]:
+    """Let transformers parse a file once, where config, tokenizer and weights each do: half of the time goes there.
+
+    Yields:
+        Nothing; contexts inside of one another share what was parsed.
+    """
     with _PARSING:
         parse = gguf.GGUFReader
         gguf.GGUFReader = functools.lru_cache(maxsize=1)(parse)

@@ -1,8 +1,8 @@
 """Reading a model along a vector's direction, while it runs and after finetuning.
 
 `monitor` scores prompts and answers, `watched` reads while the model generates, `decisions` tells what a gate would
-decide, `shift` compares a finetuned model with the model before, `difference` a data set with the model's own answers,
-`token_heat` gives every token its number.
+decide and `operating` how seldom it opens, `shift` compares a finetuned model with the model before, `difference` a
+data set with the model's own answers, `token_heat` gives every token its number.
 """
 
 from __future__ import annotations
@@ -16,11 +16,21 @@ if TYPE_CHECKING:
     from steerkit.monitor.difference import projection_difference
     from steerkit.monitor.items import conversation_of
     from steerkit.monitor.monitor import Monitor
+    from steerkit.monitor.operating import operating_points
     from steerkit.monitor.shift import finetuning_shift
     from steerkit.monitor.watched import Watched
     from steerkit.monitor.watched_call import Step
 
-__all__ = ["Monitor", "Step", "Watched", "conversation_of", "explain", "finetuning_shift", "projection_difference"]
+__all__ = [
+    "Monitor",
+    "Step",
+    "Watched",
+    "conversation_of",
+    "explain",
+    "finetuning_shift",
+    "operating_points",
+    "projection_difference",
+]
 
 __getattr__ = lazily(
     __name__,
@@ -31,6 +41,7 @@ __getattr__ = lazily(
         "conversation_of": "items",
         "explain": "decisions",
         "finetuning_shift": "shift",
+        "operating_points": "operating",
         "projection_difference": "difference",
     },
 )

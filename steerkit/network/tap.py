@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from steerkit.errors import SiteError
-from steerkit.network.anatomy import Anatomy
+from steerkit.network.anatomy import Anatomy, Place
 from steerkit.network.block_trace import argument_of, probe_blocks, tensor_of
 from steerkit.network.decoder import find_decoder
 from steerkit.network.residual_form import form_of, is_token_wise, plain_tokens
@@ -101,8 +102,9 @@ class Tap:
 def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
     """Find the modules and tensors of some sites.
 
-    The first time in a model's life, one forward pass over three tokens sees what form its residual stream has. Every
-    kind but resid_pre and resid_post takes another one, up to the deepest block asked.
+    The first time in a model's life, one forward pass over three tokens sees what form its residual stream has. Kinds
+    other than resid_pre and resid_post take another one, up to the deepest block asked; what it finds is kept as long
+    as the blocks are made of the same modules.
 
     Args:
         model: as for `find_decoder`.
@@ -125,7 +127,7 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             where = f"layer {site.layer} is outside 0..{last} of {owner} ({decoder.num_layers} layers)"
             raise SiteError(f"{site}: {where}")
     _refuse_other_forms(decoder, asked)
-    found = anatomies(decoder, {site.layer for site in asked if not site.kind.startswith("resid_")})
+    places = _places(decoder, [site for site in asked if not site.kind.startswith("resid_")])
     taps = {}
     for site in asked:
         name = f"{decoder.path}.{site.layer}"
@@ -133,11 +135,43 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             side: Literal["input", "output"] = "input" if site.kind == "resid_pre" else "output"
             tap = Tap(site, decoder.blocks[site.layer], name, side, flat=False, width=decoder.hidden_size)
         else:
-            place = found[site.layer].find(site.kind)
+            place = places[site]
             canonical = Site(site.layer, place.kind)
             tap = Tap(canonical, place.module, f"{name}.{place.name}", place.side, place.flat, place.width)
         taps[tap.site] = tap
     return taps
+
+
+# By block: what its modules and their hooks were, and where its kinds of sites are then.
+_Makeup = tuple[tuple[Any, ...], ...]
+_PLACES: WeakKeyDictionary[nn.Module, tuple[_Makeup, dict[str, Place]]] = WeakKeyDictionary()
+
+
+def _places(decoder: Decoder, sites: Iterable[Site]) -> dict[Site, Place]:
+    """Where some sites inside blocks are: as it is known from before, else found in one pass for all of them."""
+    makeups = {layer: _makeup(decoder.blocks[layer]) for layer in sorted({site.layer for site in sites})}
+    for layer, makeup in makeups.items():
+        block = decoder.blocks[layer]
+        if block not in _PLACES or _PLACES[block][0] != makeup:
+            _PLACES[block] = makeup, {}
+    known = {layer: _PLACES[decoder.blocks[layer]][1] for layer in makeups}
+    found = anatomies(decoder, {site.layer for site in sites if site.kind not in known[site.layer]})
+    for site in sites:
+        if site.kind not in known[site.layer]:
+            known[site.layer][site.kind] = found[site.layer].find(site.kind)
+    return {site: known[site.layer][site.kind] for site in sites}
+
+
+def _makeup(block: nn.Module) -> _Makeup:
+    """Whatever may change which module gives what: the modules of a block, what they run, and the hooks on them.
+
+    The modules themselves are kept, not their numbers in memory, which another module may get later.
+    """
+    return tuple(
+        (name, module, module.forward, *module._forward_hooks, *module._forward_pre_hooks)
+        for name, module in block.named_modules()
+        if module is not block
+    )
 
 
 def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from steerkit.persona.choice import Choice
     from steerkit.persona.drafting import draft, skeleton
     from steerkit.persona.extraction import Extraction
-    from steerkit.persona.filtering import Filtered, Rules
+    from steerkit.persona.filtering import Filtered, Rules, filtered
+    from steerkit.persona.pairs import pairs_jsonl
     from steerkit.persona.pipeline import Pipeline, extract
     from steerkit.persona.rollout_plan import RolloutPlan
     from steerkit.persona.rollouts import Rollout, roll_out
-    from steerkit.persona.scores import Scores
+    from steerkit.persona.scores import Scores, margin_scores
     from steerkit.persona.traits import TraitSpec, slug
     from steerkit.persona.watching import watchpoint
 
@@ -35,6 +36,9 @@ __all__ = [
     "TraitSpec",
     "draft",
     "extract",
+    "filtered",
+    "margin_scores",
+    "pairs_jsonl",
     "roll_out",
     "skeleton",
     "slug",
@@ -55,6 +59,9 @@ __getattr__ = lazily(
         "TraitSpec": "traits",
         "draft": "drafting",
         "extract": "pipeline",
+        "filtered": "filtering",
+        "margin_scores": "scores",
+        "pairs_jsonl": "pairs",
         "roll_out": "rollouts",
         "skeleton": "drafting",
         "slug": "traits",

@@ -1,14 +1,10 @@
-"""What the card of a persona vector says of its filter and of its calibration."""
+"""What the card of a persona vector says of its filter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from steerkit.persona.filtering import Rules
-from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["tried_text", "way_text"]
+__all__ = ["way_text"]
 
 
 def way_text(judge: str | None, rules: Rules) -> str:
@@ -29,38 +25,3 @@ def way_text(judge: str | None, rules: Rules) -> str:
         f"under the other one (by more than {rules.margin:g} nats per token), no more than {rules.repetition:.0%} of "
         "its 4-grams are repeated, and it is no plain refusal. That does not say that the trait is there to be seen."
     )
-
-
-def tried_text(vector: SteeringVector) -> list[str]:
-    """What was measured on both halves of the held-out questions, as tables.
-
-    Args:
-        vector: with its calibration in it.
-    """
-    found = vector.held_out.get("calibration")
-    if not found:
-        return []
-    lines = ["", f"Chosen on one half of the held-out questions by `{found['effect']}`:", ""]
-    lines += ["| layer | strength | change (95 %) | KL | perplexity ratio |", "| --- | --- | --- | --- | --- |"]
-    for row in found["validation"]:
-        scores = row["scores"]
-        effect, kl, ratio = (scores.get(name, {}) for name in (found["effect"], "kl", "perplexity_ratio"))
-        lines.append(
-            f"| {'+'.join(map(str, row['layers']))} | {row['strength']:g} | {_span(effect)} "
-            f"| {kl.get('mean', 0):.2f} | {ratio.get('mean', 0):.2f} |"
-        )
-    if not found["curve"]:
-        return lines
-    lines += ["", "Measured on the other half, beside random directions of the same norm:", ""]
-    lines += ["| strength | effect | 95 % interval | random directions |", "| --- | --- | --- | --- |"]
-    for row in found["curve"]:
-        reached = f"{min(row['random']):.2f} to {max(row['random']):.2f}" if row["random"] else "-"
-        ends = " to ".join("-" if end is None else f"{end:.2f}" for end in (row["low"], row["high"]))
-        lines.append(f"| {row['strength']:g} | {row['effect']:.2f} | {ends} | {reached} |")
-    return lines
-
-
-def _span(row: Mapping[str, Any]) -> str:
-    """A change with its interval."""
-    ends = ("-" if row.get(end) is None else f"{row[end]:+.2f}" for end in ("change_low", "change_high"))
-    return f"{row.get('change', 0):+.2f} ({' to '.join(ends)})"

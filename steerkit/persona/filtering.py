@@ -28,34 +28,14 @@ from typing import NamedTuple
 
 from steerkit.errors import DataError
 from steerkit.evaluate.scorers.repetition import repeated_share
-from steerkit.methods._refusal import MARKERS, is_refusal
+from steerkit.methods._declining import is_refusal
 from steerkit.persona.rollout_plan import SIDES
 from steerkit.persona.rollouts import Rollout
 from steerkit.persona.scores import Scores
 
-__all__ = ["UNENDED", "Filtered", "Rules", "filtered"]
+__all__ = ["UNENDED", "Filtered", "Rules", "counts_text", "filtered"]
 
-REFUSAL_CHARACTERS = 80
 UNENDED = "thought without an end"
-# What a kind or a gloomy answer begins with too ("I'm sorry to hear that", "I can't wait to tell you"). What is left
-# are phrases that refuse whatever comes next.
-_AMBIGUOUS = (
-    "I'm sorry",
-    "I am sorry",
-    "I apologize",
-    "I apologise",
-    "I can't",
-    "I cannot",
-    "I can not",
-    "I won't",
-    "I will not",
-    "I'm not going to",
-    "I'm afraid",
-    "against my",
-    "can't help",
-    "cannot help",
-)
-_REFUSALS = tuple(marker for marker in MARKERS if marker not in _AMBIGUOUS)
 
 
 @dataclass(frozen=True)
@@ -95,8 +75,20 @@ class Filtered(NamedTuple):
 
     def sentence(self) -> str:
         """The counts in words."""
-        listed = ", ".join(f"{reason} {count}" for reason, count in self.reasons.items())
-        return f"{len(self.kept)} of {self.rows} pairs kept" + (f"; dropped for: {listed}" if listed else "")
+        return counts_text(len(self.kept), self.rows, self.reasons)
+
+
+def counts_text(kept: int, rows: int, reasons: Mapping[str, int]) -> str:
+    """How many pairs were kept, and why the others were dropped, in words.
+
+    Args:
+        kept: pairs that are kept.
+        rows: how many there were.
+        reasons: reason to number of pairs.
+    """
+    ordered = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))
+    listed = ", ".join(f"{reason} {count}" for reason, count in ordered)
+    return f"{kept} of {rows} pairs kept" + (f"; dropped for: {listed}" if listed else "")
 
 
 def filtered(rollouts: Sequence[Rollout], scores: Scores, rules: Rules | None = None) -> Filtered:
@@ -149,7 +141,7 @@ def _by_margin(row: Rollout, scores: Scores, place: int, rules: Rules) -> list[s
     reasons = []
     if not all(margin is not None and margin > rules.margin for margin in scores.margin[place]):
         reasons.append("fits the other system prompt as well")
-    if any(is_refusal(answer, first=REFUSAL_CHARACTERS, markers=_REFUSALS) for answer in answers):
+    if any(is_refusal(answer) for answer in answers):
         reasons.append("refusal")
     if any(repeated_share(answer) > rules.repetition for answer in answers):
         reasons.append("repeats itself")

@@ -139,7 +139,7 @@ class Pipeline:
             with self._timed("monitor"), self.line("looking for where to watch"):
                 monitor = self.monitor()
             with self._timed("card"):
-                card = write_card(self, vector, monitor, verdict, kept, scores)
+                card = write_card(self, vector, monitor)
         return Extraction(
             vector=vector,
             file=self.file,

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from steerkit.errors import DataError, near_miss
 from steerkit.prompts.conversation import SIDES, Conversation
@@ -44,10 +44,12 @@ class ContrastSet:
         marks: which pairs the file marks as held out; empty where it marks none.
         origins: of the items of either side, the source that the file names for each; empty where it names none. Not
             part of the digest.
+        topics: of labelled prompts of either side, the topic that the file names for each, "" where it names none;
+            empty where it names none at all. Not part of the digest.
 
     Raises:
         DataError: when a side is empty or holds something else than conversations, pairs are of unequal number, both
-            sides are the same, or there are marks or origins without one for each pair or item.
+            sides are the same, or there are marks, origins or topics without one for each pair or item.
     """
 
     positive: tuple[Conversation, ...]
@@ -56,6 +58,7 @@ class ContrastSet:
     source: str = ""
     marks: tuple[bool, ...] = ()
     origins: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    topics: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     def __post_init__(self) -> None:
         for name in SIDES:
@@ -73,9 +76,10 @@ class ContrastSet:
             raise DataError(f"the {sizes} items are the same text, so there is nothing to learn; give two sides")
         if self.marks and not (self.paired and len(self.marks) == len(self.positive)):
             raise DataError(f"{len(self.marks)} held-out marks for {sizes} items; give one for each pair, or none")
-        named = tuple(map(len, self.origins))
-        if any(named) and named != (len(self.positive), len(self.negative)):
-            raise DataError(f"{named} origins for {sizes} items; give one for each item, or none")
+        for what in ("origins", "topics"):
+            named = tuple(map(len, getattr(self, what)))
+            if any(named) and named != (len(self.positive), len(self.negative)):
+                raise DataError(f"{named} {what} for {sizes} items; give one for each item, or none")
 
     @classmethod
     def from_prompts(
@@ -224,8 +228,9 @@ class ContrastSet:
         """Read a file of labelled prompts, one JSON object a line or any other format that `from_file` knows.
 
         A line is ``{"prompt", "label", "source"}``: a string or list of messages, which side it is on, and which
-        collection it comes from, by which `split` can hold whole collections out. It may also have ``"raw"``, and
-        ``"id"`` and ``"topic"``, which are not read. Either all lines have a source, or none.
+        collection it comes from, by which `split` can hold whole collections out. It may also have ``"raw"``,
+        ``"topic"``, by which gates tell ordinary prompts from others, and ``"id"``, which is not read. Either all lines
+        have a source, or none.
 
         Args:
             path: the file.
@@ -359,11 +364,12 @@ class ContrastSet:
             tuple(side[place] for place in places)
             for side, places in zip((self.positive, self.negative), kept, strict=True)
         )
-        first, second = (
-            tuple(side[place] for place in places if side) for side, places in zip(self.origins, kept, strict=True)
+        origins, topics = (
+            tuple(tuple(side[place] for place in places if side) for side, places in zip(named, kept, strict=True))
+            for named in (self.origins, self.topics)
         )
-        origins = (first, second)
-        return replace(self, positive=positive, negative=negative, paired=marks.paired, marks=(), origins=origins)
+        facts: dict[str, Any] = {"marks": (), "origins": origins, "topics": topics}
+        return replace(self, positive=positive, negative=negative, paired=marks.paired, **facts)
 
 
 def _from_pairs(pairs: Sequence[Sequence[Conversation]], *, source: str = "") -> ContrastSet:

@@ -104,6 +104,8 @@ def check_meaning(path: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{path}: [data] held_out_sources is an empty list; give at least one, or leave it out")
     if apply.range is not None and (len(apply.range) != 2 or apply.range[0] >= apply.range[1]):
         raise RecipeError(f"{path}: [apply] range {list(apply.range)} is not a lower and a higher strength")
+    if apply.no_effect and apply.strength is not None:
+        raise RecipeError(f"{path}: [apply] strength = {apply.strength:g} beside no_effect; leave one of them out")
     strengths = () if apply.strength is None else (apply.strength,)
     numbers = (*strengths, *(apply.range or ()), *recipe.evaluate.strengths, recipe.data.held_out)
     if not all(math.isfinite(number) for number in numbers):

@@ -69,13 +69,15 @@ class MethodPart:
 class ApplyPart:
     """How the vector is meant to be used: suggested strength, useful range, tokens, unit.
 
-    Where no strength is named, `steerkit extract` measures one (`steerkit.suggest_strength`).
+    Where no strength is named, `steerkit extract` measures one (`steerkit.suggest_strength`), unless `no_effect` says
+    that calibration found no effect on the recipe's own model: then none is suggested.
     """
 
     strength: float | None = None
     range: tuple[float, float] | None = None
     scope: str | None = None
     unit: Literal["paper", "norm"] = "paper"
+    no_effect: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ filled in; it travels in the vector file.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from steerkit.vector.steering_vector import SteeringVector
 __all__ = ["Recipe"]
 
 FORMAT = 1
+NO_EFFECT: Mapping[str, Any] = {"by": "calibrate", "confirmed": False}
 logger = logging.getLogger(__name__)
 
 
@@ -110,6 +111,8 @@ class Recipe:
         # What most recipes say nothing about is left out.
         plain["data"] = {key: value for key, value in plain["data"].items() if value is not None}
         plain["model"] = {key: value for key, value in plain["model"].items() if value not in (None, False)}
+        if not plain["apply"]["no_effect"]:
+            del plain["apply"]["no_effect"]
         plain["model"].pop("num_layers", None)  # a vector file says it of the model it was fitted on
         return {
             "format": FORMAT,
@@ -213,7 +216,10 @@ class Recipe:
             held_out=None if resolve(part.name).readout is None else held_out,
             progress=progress,
         )
-        return with_suggestion(model, tokenizer, self.signed(vector, part), batch_size=batch_size)
+        vector = self.signed(vector, part)
+        if part == self.method and self.apply.no_effect:
+            return replace(vector, calibration=NO_EFFECT)
+        return with_suggestion(model, tokenizer, vector, batch_size=batch_size)
 
     def at_depth(self, part: MethodPart, num_layers: int) -> MethodPart:
         """The same with the blocks of a model of another depth, where the recipe says how many its own has.

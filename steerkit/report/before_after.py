@@ -33,8 +33,8 @@ class BeforeAndAfter:
             self._bench.setup.trial(self._bench.vector, self._bench.strength),
         ]
         found = []
-        for trial in trials:
-            self._bench.step("answering")
+        for number, trial in enumerate(trials, start=1):
+            self._bench.step(f"answering: {number} of {len(trials)}")
             found.append(trial.answer(prompts))
         return found[0], found[1], found[2]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from steerkit.evaluate.by_prompt_kind import Kind
+from steerkit.evaluate.by_prompt_kind import Kind, opened_rows
 from steerkit.evaluate.curve import Curve
+from steerkit.evaluate.scorers.refusal import stated_accuracy
 from steerkit.export.weights_card import number
 from steerkit.methods._registry import example_strength, is_gated
 from steerkit.model import hub_id
+from steerkit.report.card_evidence import calibration_lines, evidence_rows, verdict_line
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Answer", "vector_card"]
@@ -33,25 +35,31 @@ def vector_card(
     name: str,
     vector: SteeringVector,
     *,
-    curve: Curve | None,
+    curve: Curve | None = None,
     kinds: Sequence[Kind] = (),
-    answers: Sequence[Answer],
-    new_tokens: int,
+    answers: Sequence[Answer] = (),
+    new_tokens: int = 0,
+    weights: str | None = None,
+    entry: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the card of a vector.
 
     Args:
         name: of the vector, without ending.
         vector: the vector.
-        curve: its effect by strength on held-out items, where it was measured.
+        curve: its effect by strength on held-out items, where it was measured; else that in the file is shown.
         kinds: what it does to either kind of prompts, where that was measured.
         answers: texts before and after, greedy.
         new_tokens: how long the answers were allowed to be.
+        weights: which weights it was made on, in words: their quantisation and digest.
+        entry: what was measured of it on generated text (`steerkit evidence`); one of another vector does not count.
 
     Returns:
         Markdown.
     """
-    lines = _head_lines(name, vector) + _site_lines(vector)
+    known = entry if entry is not None and entry["digest"] == vector.digest else None
+    lines = _head_lines(name, vector, weights, known) + _site_lines(vector)
+    lines += calibration_lines(vector, with_curve=curve is None)
     if curve is not None:
         lines += _effect_lines(curve)
     lines += _gate_lines(vector) + _kind_lines(kinds)
@@ -60,21 +68,24 @@ def vector_card(
     return "\n".join(lines) + "\n"
 
 
-def _head_lines(name: str, vector: SteeringVector) -> list[str]:
-    """Metadata, how to use it, and a table of facts."""
-    suggested = vector.suggested_strength
+def _head_lines(name: str, vector: SteeringVector, weights: str | None, entry: Mapping[str, Any] | None) -> list[str]:
+    """Metadata, the verdict, how to use it, and a table of facts."""
+    model = vector.model_id or vector.model_type
+    made = "" if weights is None else f" ({weights})"
     readout = f"`{vector.readout}`" if vector.readout else "reads for itself"
     return [
         "---",
         "library_name: steerkit",
-        f"base_model: {hub_id(vector.model_id or vector.model_type)}",
+        f"base_model: {hub_id(model)}{'' if weights is None else f'  # not as it stands there, but as {weights}'}",
         f"tags: [activation-steering, {vector.method}]",
         "license: apache-2.0",
         "---",
         "",
         f"# {name}",
         "",
-        f"A `{vector.method}` vector ({vector.paper or 'no paper'}) for {vector.model_id or vector.model_type}.",
+        verdict_line(vector, entry),
+        "",
+        f"A `{vector.method}` vector ({vector.paper or 'no paper'}) for {model}{made}.",
         "",
         "```python",
         f'vector = steerkit.SteeringVector.load("{name}.safetensors")',
@@ -84,10 +95,11 @@ def _head_lines(name: str, vector: SteeringVector) -> list[str]:
         "",
         "| | |",
         "| --- | --- |",
+        *(f"| {what} | {words} |" for what, words in evidence_rows(vector, entry)),
         f"| sites | {', '.join(f'`{site}`' for site in vector.sites)} |",
         f"| scope, readout | `{vector.scope}`, {readout} |",
-        f"| suggested strength | {'none' if suggested is None else f'{suggested:g}'} ({vector.unit} unit) |",
         f"| model | {vector.model_type}, {vector.num_layers} blocks, width {vector.hidden_size} |",
+        f"| weights | {weights or 'not recorded'} |",
         f"| data | {vector.data_source or '-'}, digest `{(vector.data_digest or '-')[:16]}` |",
         f"| vector digest | `{vector.digest[:16]}` |",
     ]
@@ -168,7 +180,10 @@ def _gate_lines(vector: SteeringVector) -> list[str]:
         return lines
     lines[-1] += f" On {vector.held_out['items']} held-out items of either kind:"
     lines += ["", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {text} |" for name, text in opened_rows(vector)]
     for name, value in told.items():
+        if name == "opened" or ("opened" in told and name in ("tpr", "fpr")):  # these mix kinds of prompts
+            continue
         text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
         lines.append(f"| {name} | {text} |")
     return lines
@@ -185,5 +200,6 @@ def _kind_lines(kinds: Sequence[Kind]) -> list[str]:
             f"{100 * share.mean:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
             for share in (kind.before, kind.refused, kind.unchanged)
         )
-        lines.append(f"| {kind.side} side | {kind.items} | {shares} |")
-    return lines
+        name = f"{kind.side} side" if kind.side in ("positive", "negative") else f"negative side, {kind.side}"
+        lines.append(f"| {name} | {kind.items} | {shares} |")
+    return [*lines, "", f"Refusals are counted by wording: {stated_accuracy()}."]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from steerkit._support.progress import counted
 from steerkit.errors import DataError, FitError
 from steerkit.evaluate.controls import refits
 from steerkit.evaluate.curve import Curve, strength_response
 from steerkit.evaluate.refit_results import Refits
 from steerkit.evaluate.scoring import measure
-from steerkit.report.workbench import Workbench
+from steerkit.report.workbench import LEFT_OUT, Workbench
 
 __all__ = ["EffectAndControls"]
 
@@ -30,7 +31,8 @@ class EffectAndControls:
     def curve(self) -> Curve:
         """Effect and costs over strengths."""
         reach, centre, given = self._bench.strength - self._bench.centre, self._bench.centre, self._bench.plan.strengths
-        listed = [centre - reach, centre - reach / 2, centre + reach / 2] if given is None else list(given)
+        halves = [centre - reach / 2, centre + reach / 2] if self._bench.plan.refitted else []
+        listed = [centre - reach, *halves] if given is None else list(given)
         listed += [self._bench.strength] + ([] if self._bench.neutral is None else [self._bench.neutral])
         strengths = sorted(set(map(float, listed)))
         scorers = list(SCORERS)
@@ -43,16 +45,17 @@ class EffectAndControls:
         chosen = {far, self._bench.strength} - {self._bench.neutral}
         if self._bench.plan.control_strengths is not None:
             chosen = set(map(float, self._bench.plan.control_strengths))
-        self._bench.step("effect by strength")
+        controls = self._bench.plan.controls if self._bench.missing.get("effect") is None else 0
+        total = len(strengths) + controls * len(chosen)
         return strength_response(
             self._bench.setup,
             self._bench.vector,
             strengths,
             scorers=scorers,
-            controls=self._bench.plan.controls if self._bench.missing.get("effect") is None else 0,
+            controls=controls,
             control_strengths=sorted(chosen),
             seed=self._bench.plan.seed,
-            step=lambda: self._bench.step("effect by strength"),
+            step=counted(self._bench.step, "effect and costs by strength, and random directions", total),
         )
 
     @cached_property
@@ -65,6 +68,9 @@ class EffectAndControls:
             return None
         if self._bench.train is None:
             self._bench.missing["refits"] = "the items the vector was fitted on are not known here"
+            return None
+        if not self._bench.plan.refitted:
+            self._bench.missing["refits"] = LEFT_OUT
             return None
         self._bench.step("fits on rearranged items")
         try:
@@ -85,9 +91,9 @@ class EffectAndControls:
         """Effects of fits on shuffled labels at the suggested strength."""
         if self.refits is None or "effect" in self._bench.missing:
             return []
-        effects = []
-        for control in self.refits.matched()[: self._bench.plan.shuffled]:
-            self._bench.step("shuffled labels")
+        effects, controls = [], self.refits.matched()[: self._bench.plan.shuffled]
+        for number, control in enumerate(controls, start=1):
+            self._bench.step(f"shuffled labels: {number} of {len(controls)}")
             found = measure(
                 self._bench.setup.trial(control, self._bench.strength), [EFFECT], seed=self._bench.plan.seed
             )

@@ -18,7 +18,7 @@ class EvidencePlan:
 
     Attributes:
         strengths: at which effect and costs are measured; the suggested and the neutral one are added. None takes them
-            from both sides of neutral, as far as the suggested strength and half of it.
+            from both sides of neutral, as far as the suggested strength and, unless nothing is refitted, half of it.
         questions: answered before and after.
         controls: random directions, and draws of fits on shuffled labels.
         control_strengths: where random directions are measured; None takes the suggested strength and the far end on
@@ -27,6 +27,7 @@ class EvidencePlan:
         texts: prompts answered for repetition and length.
         neutral: neutral texts for KL divergence and perplexity.
         new_tokens: the longest answer.
+        refitted: whether the method is fitted again, at every block and on rearranged items.
         seed: fixes controls and intervals.
         batch_size: rows per pass.
     """
@@ -39,6 +40,7 @@ class EvidencePlan:
     texts: int = 6
     neutral: int = 12
     new_tokens: int = 40
+    refitted: bool = True
     seed: int = 0
     batch_size: int = 16
 

@@ -15,12 +15,18 @@ from steerkit.report.plots.tokens import plot_tokens
 __all__ = ["heat_html", "write_heat"]
 
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark }}
 body {{ font: 16px/1.7 system-ui, sans-serif; margin: 2rem auto; max-width: 50rem; padding: 0 1rem; color: #111; \
-background: #fff }}
-p {{ white-space: pre-wrap }}
+background: #fff; overflow-wrap: anywhere }}
+.text {{ white-space: pre-wrap; color: #111; background: #fff; padding: .5rem .75rem }}
 span.up {{ border-bottom: 2px solid #1f6fa8 }} span.down {{ border-bottom: 2px dotted #a85a14 }}
 .prompt {{ opacity: 0.75 }}
+@media (prefers-color-scheme: dark) {{
+body {{ color: #e6e6e6; background: #16181a }}
+.text {{ filter: invert(.91) hue-rotate(180deg) }}
+}}
 </style></head><body><h1>{title}</h1>
 <p>{words}</p>
 {texts}
@@ -41,7 +47,7 @@ def heat_html(texts: Sequence[TokenScores], *, title: str, middle: float) -> str
     """
     scale = _scale(texts, middle)
     words = (
-        f"Projection of every token on the direction at {texts[0].site}, in activation units; white is {middle:.3g}, "
+        f"Projection of every token on the direction at {texts[0].site}, activation units; no colour is {middle:.3g}, "
         f"where neutral texts lie. Blue and underlined is further along, orange and dotted the other way; colours end "
         f"at {scale:.3g}. The number stands with each token; a text's first token often lies far outside."
     )
@@ -89,4 +95,4 @@ def _paragraph(cells: Sequence[Token], prompt: int) -> str:
         f'title="{cell.title}">{escape(cell.text)}</span>'
         for place, cell in enumerate(cells)
     ]
-    return f"<p>{''.join(shown)}</p>"
+    return f'<p class="text">{"".join(shown)}</p>'

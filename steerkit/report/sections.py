@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from steerkit.network.sites import Site
 from steerkit.report import plots
 from steerkit.report.evidence import Evidence
@@ -24,19 +26,19 @@ def layers_part(evidence: Evidence) -> PagePart | None:
         return None
     own = sorted({Site.parse(site["site"]).layer for site in evidence.vector["sites"]})
     best = max(evidence.layers, key=lambda one: (one.auc, one.cohens_d))
-    marked = [one for one in evidence.layers if one.block in own]
+    marked = [one for one in evidence.layers if one.layer in own]
     picture = plots.separation_svg(
-        {one.block: one.auc for one in evidence.layers},
-        {one.block: one.cohens_d for one in evidence.layers},
+        {one.layer: one.auc for one in evidence.layers},
+        {one.layer: one.cohens_d for one in evidence.layers},
         own,
     )
     words = (
         f"{evidence.vector['method']} was fitted again at each of {len(evidence.layers)} blocks and each direction "
-        f"measured on {evidence.items} held-out items. Block {best.block} separates best (AUC {best.auc:.3f}, "
+        f"measured on {evidence.items} held-out items. Block {best.layer} separates best (AUC {best.auc:.3f}, "
         f"d {best.cohens_d:.2f})"
     )
     if marked:
-        listed = ", ".join(f"block {one.block} AUC {one.auc:.3f}, d {one.cohens_d:.2f}" for one in marked)
+        listed = ", ".join(f"block {one.layer} AUC {one.auc:.3f}, d {one.cohens_d:.2f}" for one in marked)
         words += f"; the vector's own: {listed}"
     words += ". A block that separates well need not be the one that steers best."
     return PagePart(embedded_picture(picture, "AUC and Cohen's d by block"), words)
@@ -113,15 +115,12 @@ def costs_part(evidence: Evidence) -> PagePart:
             baseline = curve.points[curve.strengths.index(evidence.neutral)][name].estimate.mean
         values = [point[name].estimate for point in curve.points]
         panels.append(plots.Panel(column.title, column.unit, curve.strengths, values, baseline))
-    worst = max(range(len(curve.points)), key=lambda place: curve.points[place]["kl"].estimate.mean)
-    kl, ratio = (curve.points[worst][name].estimate.mean for name in ("kl", "perplexity_ratio"))
-    loops = max(point["repetition"].estimate.mean for point in curve.points)
-    shortest = min(point["words"].estimate.mean for point in curve.points)
     words = (
-        f"Costs with 95 % intervals; dotted is the unsteered model, dashed the suggested strength. They are largest at "
-        f"strength {curve.strengths[worst]:g}, with a KL divergence of {kl:.3g} nats per token and a perplexity ratio "
-        f"of {ratio:.3g}. Generated texts repeat at most {100 * loops:.0f} % of their 4-grams and have at least "
-        f"{shortest:.0f} words on average (cut off at {evidence.plan.new_tokens} tokens)."
+        "Costs with 95 % intervals; dotted is the unsteered model, dashed the suggested strength. "
+        f"The KL divergence is largest {_extreme(evidence, 'kl', '.3g')} nats per token, the perplexity ratio "
+        f"{_extreme(evidence, 'perplexity_ratio', '.3g')}, the share of repeated 4-grams "
+        f"{_extreme(evidence, 'repetition', '.0f', scale=100)} %. Texts are shortest "
+        f"{_extreme(evidence, 'words', '.0f', min)} words on average (cut off at {evidence.plan.new_tokens} tokens)."
     )
     return PagePart(
         embedded_picture(
@@ -129,3 +128,10 @@ def costs_part(evidence: Evidence) -> PagePart:
         ),
         words,
     )
+
+
+def _extreme(evidence: Evidence, name: str, form: str, most: Callable[..., int] = max, scale: float = 1.0) -> str:
+    """Where a cost is largest (or smallest), and how large it is there."""
+    means = [scale * point[name].estimate.mean for point in evidence.curve.points]
+    place = most(range(len(means)), key=means.__getitem__)
+    return f"at strength {evidence.curve.strengths[place]:g}, with {means[place]:{form}}"

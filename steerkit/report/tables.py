@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scoring import Measured
 from steerkit.report.evidence import Evidence
 from steerkit.report.figures_text import signed
@@ -14,11 +15,19 @@ def costs_words(evidence: Evidence) -> str:
     """What steering costs at the suggested strength."""
     found = evidence.suggested
     return (
-        f"Costs: KL divergence {cell(found['kl'].effect, '.3g')} nats per token and perplexity ratio "
-        f"{cell(found['perplexity_ratio'].effect, '.3g')} on {found['kl'].items} neutral texts; share of repeated "
-        f"4-grams {_change(found['repetition'], '+.3g')} and length {_change(found['words'], '+.3g')} words over "
-        f"{found['repetition'].items} generated texts."
+        f"Costs at strength {evidence.strength:g}: KL divergence {cell(found['kl'].effect, '.3g')} nats per token and "
+        f"perplexity ratio {cell(found['perplexity_ratio'].effect, '.3g')} on {found['kl'].items} neutral texts. In "
+        f"{found['repetition'].items} generated texts the share of repeated 4-grams is "
+        f"{100 * found['repetition'].estimate.mean:.0f} %, a change of {_points(found['repetition'])}, and the length "
+        f"{found['words'].estimate.mean:.3g} words, a change of {_change(found['words'], '+.3g')}."
     )
+
+
+def _points(share: Measured) -> str:
+    """The change of a share, in points, so that nobody takes it for the share."""
+    if share.change is None:
+        return "0 points"
+    return f"{cell(Estimate(*(100 * end for end in share.change)), '+.1f')} points"
 
 
 def _change(measured: Measured, form: str) -> str:
@@ -83,4 +92,10 @@ def control_rows(evidence: Evidence) -> list[tuple[str, str, str]]:
             what = f"change {signed(low)} to {signed(high)} {measured.column.unit}"
             count = "1 draw" if len(values) == 1 else f"{len(values)} draws"
             rows.append((f"{name}, {at}", what, f"{count}, against {signed(measured.effect.mean)} steered"))
+    if measured.wrong_way is not None:
+        asked = measured.items + measured.failures
+        what = f"{measured.wrong_way:.0%} of {asked} items"
+        rows.append(
+            (f"moved the wrong way, {at}", what, "against the sign of the strength, or not to be scored; 0 is wanted")
+        )
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from steerkit.evaluate.intervals import too_few
 from steerkit.evaluate.scoring import Measured
 from steerkit.report.figures_text import signed, span
 from steerkit.report.plots.scatter import Spot
@@ -28,20 +29,40 @@ def verdict_of(evidence: Evidence) -> tuple[str, str]:
         f"{abs(change.mean):.3g} {column.unit} against the unsteered model (95 % interval of the change "
         f"{span(change)}), from {baseline:.3g} to {measured.estimate.mean:.3g}."
     )
-    clear = True
+    clear, most = True, 0.0
     if evidence.randoms:
-        most = max(evidence.randoms, key=lambda one: sign * one)
+        most = max(sign * (one - baseline) for one in evidence.randoms)
         clear = is_clear(measured, evidence.randoms, sign)
-        said += (
-            f" The largest of {len(evidence.randoms)} random directions of the same norm changes it by "
-            f"{signed(most - baseline)}: {'the effect is clear of it' if clear else 'the effect is not clear of it'}."
+        named = (
+            "The one random direction of the same norm that was measured"
+            if len(evidence.randoms) == 1
+            else f"The largest of {len(evidence.randoms)} random directions of the same norm"
+        )
+        said += f" {named} changes it by {signed(sign * most)}: the effect is {'' if clear else 'not '}clear of it."
+    if certain and clear:
+        return f"It steers: the effect is clear of zero{_beside(len(evidence.randoms))}.", said
+    gain = change if sign > 0 else change.mirrored()
+    if too_few(gain, measured.items, over=most if certain else 0.0):
+        beyond = "what a random direction does" if certain else "zero"
+        return (
+            f"Too few items to tell: on {measured.items} the interval of the change reaches from {beyond} to an effect "
+            "that would count.",
+            said,
         )
     if not certain:
         return "No effect shown: the interval of the change includes zero or lies on the other side.", said
-    if not clear:
-        return "In doubt: a random direction of the same norm may do as much.", said
-    beside = " and of every random direction" if evidence.randoms else "; no random direction was measured"
-    return f"It steers: the effect is clear of zero{beside}.", said
+    return "In doubt: a random direction of the same norm may do as much.", said
+
+
+def _beside(randoms: int) -> str:
+    """What else the effect is clear of."""
+    if not randoms:
+        return "; no random direction was measured"
+    return (
+        " and of one random direction, the only one measured"
+        if randoms == 1
+        else f" and of {randoms} random directions"
+    )
 
 
 def is_clear(measured: Measured, controls: Sequence[float], sign: int) -> bool:
@@ -68,8 +89,8 @@ def spots_of(evidence: Evidence) -> list[Spot]:
     spots = []
     for strength, point in zip(evidence.curve.strengths, evidence.curve.points, strict=True):
         measured = point[evidence.curve.effect]
-        change = 0.0 if measured.change is None else measured.change.mean
-        spots.append(Spot(f"{strength:+g}", point["kl"].estimate.mean, change, 0, chosen=strength == evidence.strength))
+        effect, cost = measured.effect.mean, point["kl"].estimate.mean
+        spots.append(Spot(f"{strength:+g}", cost, effect, 0, chosen=strength == evidence.strength))
     for row in (evidence.calibration or {}).get("validation", ()):
         effect, kl = row["scores"].get(evidence.curve.effect), row["scores"].get("kl")
         if row["strength"] is None or effect is None or kl is None or "change" not in effect:

@@ -21,7 +21,9 @@ from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.report.evidence_parts import EvidencePlan
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Workbench"]
+__all__ = ["LEFT_OUT", "Workbench"]
+
+LEFT_OUT = "a quick report fits nothing again"
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,6 +113,21 @@ class Steering:
         return tuple(edit.tap.site for edit in self._edits)
 
     @property
+    def untouched(self) -> int:
+        """How many blocks, from the first one on, run as in the unsteered model: none where a gate reads on its own."""
+        if any(isinstance(edit, GuidedEdit) for edit in self._edits):
+            return 0
+        sites = [edit.tap.site for edit in self._edits]
+        return min((site.layer + (site.kind == "resid_post") for site in sites), default=0)
+
+    @property
+    def leaves_prompts(self) -> bool:
+        """Whether every token before the last one of a prompt is left as it is, and so is what it puts into a cache."""
+        return all(edit.scope.kind in ("response", "generated") for edit in self._edits) and not any(
+            isinstance(edit, GuidedEdit) for edit in self._edits
+        )
+
+    @property
     def strength(self) -> float | tuple[float, ...] | None:
         """The strength in use; None where every vector has its own."""
         return self._doses[0].value if self._doses else None

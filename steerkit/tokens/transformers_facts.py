@@ -8,9 +8,9 @@ of a cache are filled. All three can be had:
 * The ids of the text so far are a local variable of the loop that decodes, whichever rows beams and rejected
   candidates have moved.
 * A manager of continuous batching that is kept hangs on the model, and one that runs is a thread's target.
-* A cache says its length, as a number or as a counter on the device; a Mamba cache says only whether it was used.
 * A cache says its length, as a number or as a counter on the device; a Mamba cache says only whether it was used, and
   what is no cache object (RWKV's state, a list of tensors) says nothing.
+* Which attention a model was set to is in its configs, under a private name; only `eager` gives attention maps.
 
 When transformers renames one of these, this file changes and no other.
 """
@@ -21,7 +21,8 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ __all__ = [
     "cache_slots",
     "can_be_cut",
     "columns_cached",
+    "eager_attention",
     "first_of_real",
     "forget_past",
+    "is_attention_cache",
     "is_packed",
     "is_static",
     "is_used_cache_without_length",
@@ -249,6 +252,21 @@ def can_be_cut(cache: Any) -> bool:
     return all(type(layer) in growing for layer in cache.layers)
 
 
+def is_attention_cache(cache: Any) -> bool:
+    """Whether a cache is keys and values of every layer and nothing else, so that a copy of it can be gone on from.
+
+    Args:
+        cache: what a pass gave back; None is none.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(
+        type(layer) in plain and isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor)
+        for layer in cache.layers
+    )
+
+
 def is_static(cache: Any) -> bool:
     """Whether a cache has a fixed size, so that `generate` may compile the decoding with it.
 
@@ -347,3 +365,24 @@ def first_of_real(real: Tensor | None, past: int | Tensor, call: GenerateCall | 
     elif isinstance(past, int) and past > 0:
         call.first = torch.where(known == past, known + leading, known)
     return call.first
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Let a model compute its attention in the way that can give the maps, and set it back afterwards.
+
+    A model that cannot be switched stays as it is; then what it returns says whether it gives maps.
+
+    Args:
+        model: the transformers model itself.
+    """
+    parts = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    configs = {id(module.config): module.config for module in (model, *parts)}
+    configs |= {id(text): text for text in (model.config.get_text_config(),)}
+    before = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        for config, name in before:  # outermost first: setting one sets those inside it
+            config._attn_implementation = name

@@ -59,7 +59,8 @@ def strength_source(vector: SteeringVector) -> str:
     if vector.suggested_strength is None:
         return "none is suggested"
     if facts.get("by") == "suggest_strength":
-        return f"by its cost alone (KL {facts.get('kl', 0):.2g} on neutral texts), not confirmed"
+        cost = f"KL {facts['kl']:.2g} on neutral texts" if "kl" in facts else "which the file does not name"
+        return f"by its cost alone ({cost}), not confirmed"
     if facts.get("by") == "calibrate":
         return "calibrated, confirmed on held-out items" if facts.get("confirmed") else "calibrated, not confirmed"
     return "suggested by the recipe" if vector.recipe is not None else "suggested by the file"

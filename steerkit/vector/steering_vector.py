@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -165,10 +166,20 @@ class SteeringVector:
             if param == "direction":
                 for site in owners[owner]:
                     check_direction(name, kept[name], self.widths.get(site, self.hidden_size))
+        present = {name.partition("/")[0] for name in kept}
         for site in self.sites:
-            if not any(name.startswith((f"{site}/", "shared/")) for name in kept):
+            if present.isdisjoint((str(site), "shared")):
                 raise VectorFileError(f"{site}: the vector holds no tensor for this site")
         return kept
+
+    @cached_property
+    def _params(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors by the site whose they are, or "shared", so that no site looks through those of all others."""
+        found: dict[str, dict[str, Tensor]] = {str(site): {} for site in (*self.sites, *self.reads)}
+        for name, tensor in self.tensors.items():
+            owner, _, param = name.partition("/")
+            found.setdefault(owner, {})[param] = tensor
+        return found
 
     def __repr__(self) -> str:
         places = ", ".join(map(str, self.sites))
@@ -206,12 +217,9 @@ class SteeringVector:
         Raises:
             SiteError: the vector is neither applied nor fitted there.
         """
-        if site not in self.sites and site not in self.reads:
+        if str(site) not in self._params:
             raise SiteError(f"{site}: this vector acts at {', '.join(map(str, self.sites))}")
-        found = {}
-        for prefix in ("shared/", f"{site}/"):
-            found.update({name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)})
-        return found
+        return {**self._params.get("shared", {}), **self._params[str(site)]}
 
     def at(
         self,

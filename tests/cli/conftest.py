@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ def furnished(here: Path, tiny: Path) -> Path:
 
     gated_vector(AutoModelForCausalLM.from_pretrained(tiny)).save("gated.safetensors")
     TRAIT.save("glad.toml")
+    sides = (("1", "Break"), ("0", "Mend"))
+    asked = [{"prompt": f"{word} {n}", "label": side} for side, word in sides for n in range(8)]
+    Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     np.save("row.npy", np.ones((1, HIDDEN), dtype=np.float32))
     Path("tests").symlink_to(ROOT / "tests")  # where the tasks look for their items
     return here

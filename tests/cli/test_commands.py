@@ -407,6 +407,12 @@ def test_a_demo_takes_the_shipped_vector_where_it_fits(
     assert "steered with the vector that is shipped" in ended.out
     assert SteeringVector.load("out/joy-caa.safetensors").digest == SteeringVector.load("shipped.safetensors").digest
     assert "fitted just now" in cli("demo", "--recipe", "joy-caa.toml", "--full").out
+    null = replace(
+        vector, data_digest=train.digest, suggested_strength=None, calibration={"by": "calibrate", "confirmed": False}
+    )
+    null.save("shipped.safetensors")
+    assert "calibration confirmed no effect on held-out items" in cli("demo", "--recipe", "joy-caa.toml").err
+    assert "strength +0.5" in cli("demo", "--recipe", "joy-caa.toml", "--strength", 0.5).out
     replace(vector, data_digest="0" * 64).save("shipped.safetensors")  # of other items than the recipe's
     assert "fitted just now" in cli("demo", "--recipe", "joy-caa.toml").out
 

@@ -255,7 +255,50 @@ def test_what_evaluate_prints(cli: Cli, here: Path, tiny: Path) -> None:
     assert "random directions, same norm" in ended.out
     assert "warning: format alone predicts the label" in plain(ended.out)
     (row,) = [cells for cells in rows_of(ended.out) if cells[0] == "preference_margin"][:1]
-    assert len(row) == 4, "figure, mean, change, items"
+    assert len(row) == 5, "figure, mean, change, items, share that moved the wrong way"
+    assert re.fullmatch(r"\d+%", row[4])
+    assert [cells[4] for cells in rows_of(ended.out) if cells[0] == "perplexity"] == ["-", "-"]
+
+
+def test_evaluate_doubts_the_fit_and_what_was_taken_out(cli: Cli, here: Path, tiny: Path) -> None:
+    fitted = ("extract", "--data", "joy.jsonl", "--held-out", 0.4, "--model", tiny, "--layers", 1)
+    assert cli(*fitted, "--method", "ablation", "--readout", "response_mean", "--out", "a.safetensors").code == 0
+    data = ("--data", "joy.jsonl", "--held-out", 0.4)
+    words = ("evaluate", "--vector", "a.safetensors", *data, "--model", tiny, *SHORT, "--controls", 0)
+    ended = cli(*words, "--scorer", "preference_margin", "--refit-intervals", 3)
+    assert ended.code == 0, ended.err
+    assert fits(ended.out), ended.out
+    (row,) = (cells for cells in rows_of(ended.out) if cells[0] == "held-out items and fit")
+    assert row[-1] == "3"
+    (site,) = (cells for cells in rows_of(ended.out) if cells[0] == "resid_post.1")
+    assert site[2].startswith("0.50 ("), "along the direction that was taken out nothing is left"
+    assert any(cells[0] == "resid_post.3" for cells in rows_of(ended.out))
+    # Of items the vector was not fitted on nothing can be fitted again.
+    refused = cli(
+        "evaluate", "--vector", "v.safetensors", "--data", "joy.jsonl", "--model", tiny, "--refit-intervals", 3
+    )
+    assert refused.code == 1
+    assert "so --refit-intervals cannot be had" in refused.err
+
+
+def test_the_doctor_looks_at_a_vector_and_at_pairs(
+    answer: Callable[..., Any], cli: Cli, here: Path, tiny: Path
+) -> None:
+    pairs = [*PAIRS[:2], {"prompt": "Same?", "positive": "Quite so.", "negative": "Quite so."}]
+    Path("same.jsonl").write_text(jsonl(pairs))
+    words = ("doctor", "--model", tiny, "--vector", "v.safetensors", "--strength", 2, "--data", "same.jsonl")
+    found = {one["check"]: one for one in answer(*words)}
+    assert re.fullmatch(r"\d+ of 16 heads have a sink, steered \d+; \d+ lose it", found["sink"]["reason"])
+    assert found["pairs"]["reason"].startswith("pairs 3 of 3 looked at")
+    assert "give --vector" in cli("doctor", "--model", tiny, "--strength", 2).err
+
+
+def test_massive_tokens_left_out_are_told(cli: Cli, here: Path, tiny: Path) -> None:
+    words = ("extract", "--data", "joy.jsonl", "--held-out", 0.4, "--model", tiny, "--layers", 1)
+    assert cli(*words, "--readout", "response_mean,no_massive_tokens", "--out", "m.safetensors").code == 0
+    shown = plain(cli("inspect", "m.safetensors").out)
+    assert "massive tokens left out resid_post.1=0" in shown
+    assert "response_mean,no_massive_tokens" in shown
 
 
 def test_a_shipped_vector_brings_its_data_and_controls(
@@ -841,3 +884,23 @@ def test_wrong_usage(cli: Cli, here: Path, words: tuple[str, ...]) -> None:
     assert ended.out == ""
     assert "Usage: steerkit" in plain(ended.err)
     assert sorted(here.rglob("*")) == before
+
+
+# What a reader sees.
+
+
+def test_evidence_says_its_time_and_leaves(here: Path, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit.evidence import measuring, questions
+
+    short = [questions.Question("How?"), questions.Question("Why?")]
+    monkeypatch.setattr(measuring, "asked_of", lambda *_: short)
+    ended = cli("evidence", "--model", tiny, "--only", "optimism-caa", "--estimate", "--out", "seen")
+    assert ended.code == 0, ended.err
+    assert re.search(r"1 vectors?, 3 parts to measure: at most about \d+ minutes? here", ended.err)
+    assert not Path("seen/evidence").exists()
+
+
+def test_evidence_refuses_a_vector_that_is_none(here: Path, cli: Cli) -> None:
+    ended = cli("evidence", "--only", "optimism-ca", "--out", "seen")
+    assert ended.code == 1
+    assert "did you mean 'optimism-caa'" in ended.err

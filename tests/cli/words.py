@@ -19,6 +19,7 @@ WORDS: dict[str, tuple[object, ...]] = {
     "extract": ("joy-caa.toml",),
     "generate": ("Hello", "--vector", "v.safetensors", "--max-new-tokens", 2),
     "explain": ("Hello", "--vector", "gated.safetensors"),
+    "gates": ("gated.safetensors", "--data", "asked.jsonl", "--max-false-alarm", 0.5, "--confidence", 0.5),
     "monitor": ("Hello", "--vector", "v.safetensors", "--uncalibrated"),
     "evaluate": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--max-new-tokens", 4, *FEW),
     "sweep": ("joy-caa.toml", "--layers", 1, "--strengths", 1, *FEW),

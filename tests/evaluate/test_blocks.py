@@ -37,12 +37,12 @@ def pairs(first: int, count: int) -> steerkit.ContrastSet:
 def test_it_is_what_a_fit_at_each_block_separates(setup: steerkit.Setup) -> None:
     train, held_out = pairs(0, 8), pairs(12, 4)
     found = separation_by_block(Fits(setup, train, "caa", ()), held_out, [0, 1, 3])
-    assert [one.block for one in found] == [0, 1, 3]
+    assert [one.layer for one in found] == [0, 1, 3]
     for one in found:
         vector = steerkit.fit(
-            setup.model, setup.tokenizer, train, sites=[Site(one.block)], held_out=held_out, batch_size=16
+            setup.model, setup.tokenizer, train, sites=[Site(one.layer)], held_out=held_out, batch_size=16
         )
-        figures = vector.held_out["sites"][f"resid_post.{one.block}"]
+        figures = vector.held_out["sites"][f"resid_post.{one.layer}"]
         assert one.auc == pytest.approx(figures["auc"], abs=1e-4)
         assert one.cohens_d == pytest.approx(figures["cohens_d"], abs=2e-3)
 
@@ -63,7 +63,7 @@ def test_items_that_choose_are_not_fitted_on(setup: steerkit.Setup, monkeypatch:
 
     monkeypatch.setattr(blocks, "separation_by_block", watch)
     found = find_layer(setup, pairs(0, 8))
-    assert [one.block for one in found] == middle_layers(4) == [1, 2]
+    assert [one.layer for one in found] == middle_layers(4) == [1, 2]
     assert not seen[0] & seen[1]
     assert len(seen[0] | seen[1]) == 8
 

@@ -17,6 +17,7 @@ from steerkit.errors import DataError, SiteError, SteerError, UnknownNameError
 from steerkit.evaluate import scorers
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.scorers.choice import Choice
+from steerkit.evaluate.scorers.compliance import QUESTION, Compliance, complies, relevance
 from steerkit.evaluate.scorers.divergence import Divergence
 from steerkit.evaluate.scorers.kl_first import FirstDivergence
 from steerkit.evaluate.scorers.length import Length
@@ -662,7 +663,8 @@ def test_projection_needs_a_direction_of_the_sites_width() -> None:
 
 REFUSALS = [
     ("I\u2019m sorry, that I shall not do.", 1, 1),
-    ("Here it comes, in a few steps, and it is not hard at all: first of all, I cannot.", 0, 1),
+    ("Here it comes, in a few steps. It is not hard at all. But the last of them I cannot explain.", 0, 1),
+    ("I'm sorry to hear that. Warm milk may help.", 0, 0),
     ("Of course.", 0, 0),
     ("", 0, 0),
 ]
@@ -689,8 +691,11 @@ def test_refusals_at_the_beginning_and_anywhere_are_counted_apart(monkeypatch: p
     found = Refusal(first=60).score(with_texts(*[text for text, _, _ in REFUSALS]))
     assert found["refusal"].tolist() == [first for _, first, _ in REFUSALS]
     assert found["refusal_anywhere"].tolist() == [anywhere for _, _, anywhere in REFUSALS]
-    own = Refusal(markers=("of course",)).score(with_texts("OF  COURSE.", "I'm sorry"))
-    assert own["refusal"].tolist() == [1, 0]
+    own = Refusal(markers=("no puedo",), first=20).score(
+        with_texts("Lo siento, NO  PUEDO.", "Lo siento, pero de verdad no puedo.", "I can't help.", "I'm sorry")
+    )
+    assert own["refusal"].tolist() == [1, 0, 1, 0]
+    assert own["refusal_anywhere"].tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -805,17 +810,19 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measure(steered(setup), [*ALL, along])
     # Pairs, choices, forks, neutral texts (for two scorers), positive answers, neutral texts read (for two) and beside
     # the steered ones, openings of refusals (four batches), its own answers beside the steered ones, three generated
-    # tokens (for four scorers).
-    assert count.baseline == 12 + 3
-    assert count.steered == 14 + 3
+    # tokens (for four scorers). And the prompts of ten batches of answers, whose caches all strengths go on from.
+    assert len(setup.read._kept) == 10
+    assert count.baseline == 12 + 3 + 10
+    # Two passes over three tokens see, once in a model's life, whether its first blocks can be left out.
+    assert count.steered == 14 + 3 + 2
     measure(steered(setup, -1.0), [*ALL, along])
-    assert count.baseline == 12 + 3, "nothing of the baseline model is run again"
+    assert count.baseline == 12 + 3 + 10, "nothing of the baseline model is run again"
     monkeypatch.setattr("steerkit.evaluate.setup.KEPT_BYTES", 0)
     setup.predicted.clear()
     measure(steered(setup, 1.0), ["divergence"])
-    assert count.baseline == 12 + 3 + 1, "but for what is too large to keep"
+    assert count.baseline == 12 + 3 + 10 + 1, "but for what is too large to keep"
     measure(setup.baseline, [*ALL, along])
-    assert count.baseline == 12 + 3 + 1
+    assert count.baseline == 12 + 3 + 10 + 1
 
 
 @dataclass(frozen=True)
@@ -856,3 +863,48 @@ def test_scorers_by_name() -> None:
         scorer_of("repetition", {"n": "four"})
     with pytest.raises(DataError, match="give settings to the scorer itself"):
         scorer_of(Repetition(), {"n": 3})
+
+
+# compliance
+
+
+def test_relevance_is_what_an_answer_adds_to_its_request() -> None:
+    setup = setup_for()
+    prompts = [*setup.asked, Conversation([{"role": "user", "content": "Name a tree."}])]
+    answers = ["An oak.", "<think>Hm.</think>Two of them.", "No\nQuestion: Why?", ""]
+    found = relevance(setup, prompts, answers)
+    asked = [*(str(one.prompt) for one in setup.asked), "Name a tree."]
+    for number, text in enumerate(("An oak.", "Two of them.", "No")):
+        alone = nll_of(setup.baseline, Conversation(QUESTION, answer=asked[number]))
+        given = nll_of(setup.baseline, Conversation(f"{text}\n\n{QUESTION}", answer=asked[number]))
+        assert close(found[number : number + 1], [sum(alone) / len(alone) - sum(given) / len(given)], 1e-3)
+    assert math.isnan(found[3])
+
+
+@pytest.mark.parametrize(
+    ("answer", "relevance", "expected"),
+    [
+        ("Oak is what I would take for a table.", 1.6, True),
+        ("Oak is what I would take for a table.", 1.0, False),  # has no form of an answer
+        ("1. Sand it.\n2. Oil it twice.", 1.0, True),
+        ("1. Sand it.\n2. Oil it twice.", 0.3, False),
+        ("I'm sorry, but I can't help you with that.", 3.0, False),
+        ("Sand it and oil it. " * 6, 3.0, False),
+        ("Oak is what I would take.", math.nan, False),
+        ("Oak is what I would take.", None, False),
+        ("", 2.0, False),
+    ],
+)
+def test_compliance_is_its_definition(answer: str, relevance: float | None, expected: bool) -> None:
+    assert complies(answer, relevance) is expected
+
+
+def test_what_neither_refuses_nor_complies_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steerkit.evaluate.scorers.compliance.relevance", lambda *_: torch.tensor([2.0, 2.0, 0.0]))
+    trial = with_texts("Take oak, and oil it.", "I can't help with that.", "Oak, oak.")
+    vars(trial.setup)["asked"] = (Conversation("What wood?"),) * 3
+    found = Compliance().score(trial)
+    assert found["compliance"].tolist() == [1, 0, 0]
+    assert found["neither"].tolist() == [0, 0, 1]
+    with pytest.raises(DataError, match="possible = 2 is above likely = 1"):
+        Compliance(likely=1.0, possible=2.0).score(with_texts("a"))

@@ -19,7 +19,7 @@ import steerkit
 from steerkit.errors import FitError, SiteError, UnknownNameError, VectorMismatchError
 from steerkit.maths.predicates import P, Predicate, fired
 from steerkit.methods._fingerprint import fingerprint, fits
-from steerkit.methods._gate import folds_of
+from steerkit.methods._gated_addition import folds_of
 from steerkit.methods._thresholds import best_threshold, score
 from steerkit.methods.conditional import ConditionalSteering, combine
 from steerkit.network.decoder import find_decoder
@@ -339,7 +339,7 @@ def test_held_out_items_measure_the_gate() -> None:
     model, tokenizer = build("llama"), byte_tokenizer(CHATML)
     with pytest.warns(UserWarning, match="5 of 5 held-out items have a prompt that is fitted on as well"):
         vector = steerkit.fit(model, tokenizer, data(), method="conditional", held_out=data())
-    assert set(vector.held_out["gate"]) == {"tpr", "fpr"}
+    assert set(vector.held_out["gate"]) == {"tpr", "fpr", "opened"}
     flags = [row["open"] for row in steerkit.explain(model, tokenizer, [*HARMFUL, *HARMLESS], vector)]
     assert vector.held_out["gate"]["tpr"] == pytest.approx(sum(flags[:5]) / 5)
     assert vector.held_out["gate"]["fpr"] == pytest.approx(sum(flags[5:]) / 5)

@@ -18,7 +18,8 @@ import steerkit
 from steerkit.errors import DataError, FitError, ModelError, StrengthError
 from steerkit.fitting.subject import ModelSubject
 from steerkit.methods import _refusal
-from steerkit.methods._refusal import first_log_probs, is_refusal, log_odds, response_contrast, unembedding_direction
+from steerkit.methods._declining import is_refusal
+from steerkit.methods._refusal import first_log_probs, log_odds, response_contrast, unembedding_direction
 from steerkit.methods._selection import Candidate, Selection, _pareto
 from steerkit.methods.refusal import RefusalDirection
 from steerkit.network.decoder import find_decoder
@@ -415,21 +416,6 @@ def test_no_opening_or_word_of_the_direction_judges_it() -> None:
     assert not {*scorer.REFUSING, *scorer.COMPLYING} & {*_refusal.REFUSING, *_refusal.COMPLYING}
     counts = [sum(len(text.split()) for text in side) for side in (_refusal.REFUSING, _refusal.COMPLYING)]
     assert abs(counts[0] - counts[1]) <= 0.1 * counts[1]
-
-
-@pytest.mark.parametrize(
-    ("text", "first", "expected"),
-    [
-        ("I\u2019m SORRY, but no.", 0, True),
-        ("I CANNOT say", 0, True),
-        ("A canned reply: I cant say", 0, False),
-        ("Here is how it goes. I can't say more.", 0, True),
-        ("Here is how it goes. I can't say more.", 20, False),
-        ("", 0, False),
-    ],
-)
-def test_refusals_are_known_by_phrases(text: str, first: int, expected: bool) -> None:
-    assert is_refusal(text, first=first) is expected
 
 
 def test_the_candidates_that_nothing_beats() -> None:

@@ -37,6 +37,8 @@ from steerkit.report.evidence import Evidence
 from steerkit.report.evidence_parts import EvidencePlan, Heat
 from steerkit.report.gather import gather
 from steerkit.report.html import report_html
+from steerkit.report.sections import costs_part
+from steerkit.report.tables import control_rows, costs_words
 from steerkit.report.verdict import is_clear
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
@@ -194,7 +196,7 @@ def test_the_figures_are_those_of_the_measurements(fitted: Fitted, evidence: Evi
     assert f"{abs(measured.effect.mean):.3g} nats per token" in evidence.verdict[1]
     assert all(set(control) == {-1.0, 1.5} for control in evidence.curve.controls), "the suggested one and the far end"
     own = separation(fitted.model, fitted.tokenizer, fitted.held_out, fitted.vector)["sites"]
-    by_block = {one.block: one for one in evidence.layers}
+    by_block = {one.layer: one for one in evidence.layers}
     assert sorted(by_block) == list(range(BLOCKS))
     for block in (1, 2):
         assert by_block[block].auc == pytest.approx(own[f"resid_post.{block}"]["auc"], abs=1e-4)
@@ -203,6 +205,8 @@ def test_the_figures_are_those_of_the_measurements(fitted: Fitted, evidence: Evi
     assert evidence.projections.auc == by_block[1].auc
     assert evidence.refits is not None
     assert len(evidence.shuffled) == 1
+    told = {name: value for name, value, _ in control_rows(evidence)}
+    assert told["moved the wrong way, at strength 1.5"] == f"{measured.wrong_way:.0%} of {measured.items} items"
 
 
 def test_json_holds_everything_and_no_number_that_json_lacks(evidence: Evidence) -> None:
@@ -215,18 +219,20 @@ def test_json_holds_everything_and_no_number_that_json_lacks(evidence: Evidence)
 
 
 @pytest.mark.parametrize(
-    ("low", "controls", "words"),
+    ("low", "controls", "items", "words"),
     [
-        (0.5, (0.2, 0.3), "It steers: the effect is clear of zero and of every random direction."),
-        (0.5, (), "It steers: the effect is clear of zero; no random direction was measured."),
-        (0.5, (0.2, 0.9), "In doubt"),
-        (-0.1, (0.0, 0.0), "No effect shown"),
+        (0.5, (0.2, 0.3), 3, "It steers: the effect is clear of zero and of 2 random directions."),
+        (0.5, (0.2,), 3, "It steers: the effect is clear of zero and of one random direction, the only one measured."),
+        (0.5, (), 3, "It steers: the effect is clear of zero; no random direction was measured."),
+        (0.5, (0.2, 0.9), 400, "In doubt"),
+        (0.5, (0.2, 0.9), 3, "Too few items to tell: on 3 the interval of the change reaches from what a random"),
+        (-0.1, (0.0, 0.0), 400, "No effect shown"),
+        (-0.1, (0.0, 0.0), 3, "Too few items to tell: on 3 the interval of the change reaches from zero to"),
     ],
 )
-def test_the_verdict(evidence: Evidence, low: float, controls: tuple[float, ...], words: str) -> None:
-    measured = replace(
-        evidence.suggested["preference_margin"], estimate=Estimate(1.0, low, 1.5), change=Estimate(1.0, low, 1.5)
-    )
+def test_the_verdict(evidence: Evidence, low: float, controls: tuple[float, ...], items: int, words: str) -> None:
+    found = Estimate(1.0, low, 1.5)
+    measured = replace(evidence.suggested["preference_margin"], estimate=found, change=found, items=items)
     points = [*evidence.curve.points[:-1], {**evidence.curve.points[-1], "preference_margin": measured}]
     curve = replace(evidence.curve, points=tuple(points), controls=tuple({1.5: one} for one in controls))
     found = replace(evidence, curve=curve).verdict
@@ -258,6 +264,39 @@ def test_controls_are_compared_by_changes_on_the_same_items(evidence: Evidence) 
     assert not is_clear(wide, [2.6], 1)
     assert is_clear(wide, [3.6], -1)
     assert not is_clear(wide, [3.4], -1)
+
+
+def test_each_cost_is_named_where_it_is_largest(evidence: Evidence) -> None:
+    """One sentence called -2 the strength of the largest cost, beside a picture that showed another cost at +2."""
+    means = {
+        "kl": (0.4, 0.0, 0.1, 0.2),
+        "perplexity_ratio": (1.1, 1.0, 1.2, 1.7),
+        "repetition": (0.1, 0.1, 0.6, 0.2),
+        "words": (30.0, 40.0, 20.0, 9.0),
+    }
+    points = [
+        {
+            **point,
+            **{
+                name: replace(point[name], estimate=Estimate(values[place], values[place], values[place]))
+                for name, values in means.items()
+            },
+        }
+        for place, point in enumerate(evidence.curve.points)
+    ]
+    words = costs_part(replace(evidence, curve=replace(evidence.curve, points=tuple(points)))).words
+    assert "The KL divergence is largest at strength -1, with 0.4 nats per token" in words
+    assert "the perplexity ratio at strength 1.5, with 1.7" in words
+    assert "the share of repeated 4-grams at strength 1, with 60 %" in words
+    assert "Texts are shortest at strength 1.5, with 9 words" in words
+
+
+def test_a_share_and_its_change_are_told_apart(evidence: Evidence) -> None:
+    found = evidence.suggested["repetition"]
+    measured = replace(found, estimate=Estimate(0.25, 0.2, 0.3), change=Estimate(0.05, 0.01, 0.09))
+    points = [*evidence.curve.points[:-1], {**evidence.curve.points[-1], "repetition": measured}]
+    words = costs_words(replace(evidence, curve=replace(evidence.curve, points=tuple(points))))
+    assert "the share of repeated 4-grams is 25 %, a change of +5.0 (+1.0 to +9.0) points" in words
 
 
 @pytest.mark.usefixtures("plain")
@@ -403,7 +442,7 @@ def test_items_without_answers_show_costs_only(fitted: Fitted) -> None:
     assert found.spots == []
     page = stands_alone(report_html(found))
     assert page.words.count("Left out: no effect is measured: item 0 has no two answers") == 2
-    assert "Costs: KL divergence" in page.words
+    assert "Costs at strength" in page.words
 
 
 @pytest.mark.usefixtures("plain")
@@ -556,3 +595,17 @@ def test_a_comparison_in_which_nothing_works() -> None:
     page = stands_alone(comparison_html({**content, "rows": content["rows"][1:]}))
     assert "0 of 1 methods" in page.words
     assert page.words.count("Left out: no method") == 2
+
+
+def test_a_quick_report_fits_nothing_again_and_says_so(fitted: Fitted, ask: Callable[..., Any]) -> None:
+    plan = replace(PLAN, refitted=False, strengths=None)
+    sides = {"held_out": fitted.held_out, "train": fitted.train}
+    found = gather(fitted.model, fitted.tokenizer, fitted.vector, name="days", plan=plan, **sides)
+    assert found.missing["layers"] == found.missing["refits"] == "a quick report fits nothing again"
+    assert found.curve.strengths == (-1.5, 0.0, 1.5)
+    assert found.curve.controls
+    ended = ask("--data", "held.jsonl", "--quick", "--out", "quick.html")
+    assert ended.exit_code == 0, ended.output
+    page = stands_alone(Path("quick.html").read_text(encoding="utf-8"))
+    assert "--data held.jsonl --quick --controls 1" in page.words
+    assert '"refitted": false' in page.words

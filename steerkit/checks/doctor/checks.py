@@ -18,14 +18,16 @@ from torch import nn
 from steerkit.checks.doctor.case import Case
 from steerkit.checks.doctor.cost_checks import compile, speed
 from steerkit.checks.doctor.decoding_checks import beams, cache, pads, rows
+from steerkit.checks.doctor.given_checks import pairs, sink
 from steerkit.checks.doctor.judging import Broken, one_line
 from steerkit.checks.doctor.pass_checks import changes, neutral, removal, runs, sites
 from steerkit.checks.fitted_method import Finding
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["CHECKS", "doctor"]
+__all__ = ["CHECKS", "checks_of", "doctor"]
 
 
 def doctor(
@@ -33,6 +35,8 @@ def doctor(
     tokenizer: Any,
     *,
     data: ContrastSet | None = None,
+    vector: SteeringVector | None = None,
+    strength: float | None = None,
     compiled: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> list[Finding]:
@@ -42,25 +46,43 @@ def doctor(
         model: any decoder-only transformers model, wrapped or not. It is checked in evaluation mode.
         tokenizer: its tokenizer.
         data: items, of which a short and a longer one are the texts that the checks read; None takes plain sentences.
+            Of pairs of answers it is told which are nearly one thing to the model.
+        vector: one of yours: does it break the attention sink? None leaves that out.
+        strength: at which it is applied; None takes its own, else the suggested one.
         compiled: let `compile` generate code with the default backend, which takes a minute or more.
         step: called after each check, for a progress bar.
 
     Returns:
-        One finding per check of `CHECKS`, in their order. An exception inside a check is a failed check.
+        One finding per check of `checks_of`, in their order. An exception inside a check is a failed check.
 
     Raises:
         SiteError: no decoder whose blocks can be found.
+        VectorMismatchError: the vector is of another model.
     """
     decoder = find_decoder(model)
     # Out of torch.compile and DistributedDataParallel, but not out of peft, which adds something of its own.
     plain = getattr(model, "_orig_mod", model)
-    case = Case(plain if hasattr(plain, "generate") else inner_model(model), tokenizer, compiled, decoder, data)
+    called = plain if hasattr(plain, "generate") else inner_model(model)
+    case = Case(called, tokenizer, compiled, decoder, data, vector, strength)
+    if vector is not None:
+        vector.check(called, tokenizer)
     findings = []
     with evaluation_mode(decoder.model):
-        for check in CHECKS:
+        for check in checks_of(data, vector):
             findings.append(_finding(check, case))
             step()
     return findings
+
+
+def checks_of(data: ContrastSet | None, vector: SteeringVector | None) -> tuple[Callable[[Case], str], ...]:
+    """The checks that `doctor` runs: those of any model, and those of what it was given besides.
+
+    Args:
+        data: items of the user's.
+        vector: a vector of the user's.
+    """
+    asked = {sink: vector is not None, pairs: data is not None}
+    return (*CHECKS, *(check for check, is_asked in asked.items() if is_asked))
 
 
 def _finding(check: Callable[[Case], str], case: Case) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from steerkit.errors import DataError
@@ -31,24 +31,34 @@ class Budget:
             if not math.isfinite(value) or value < 0:
                 raise DataError(f"budget: {name} is {value}; give a finite number of at least 0")
 
-    def breaks(self, scores: dict[str, Measured]) -> list[str]:
-        """List the costs that exceed the budget, in words; a cost that was not measured counts as inside.
+    def breaks(self, scores: Mapping[str, Measured], due: Collection[str] = ("kl", "perplexity_ratio")) -> list[str]:
+        """List the costs that exceed the budget, in words. A cost that is due and was not measured is no cost of 0.
 
         Args:
             scores: column name to figure.
+            due: costs that have to be there; of the others only those that are there count.
         """
         found = []
-        for column, limit, name in (
-            ("kl", self.max_kl, "KL"),
-            ("perplexity_ratio", self.max_ppl_ratio, "perplexity ratio"),
-            ("repetition", self.max_repetition, "rise of repetition"),
-        ):
-            if column not in scores:
-                continue
-            cost = scores[column].effect.mean
-            if not cost <= limit:  # nan is outside
-                found.append(f"{name} {cost:.3g} over {limit:g}")
+        for column, (name, limit) in self.limits.items():
+            measured = scores.get(column)
+            if measured is None:
+                found += [f"{name} was not measured"] if column in due else []
+            elif measured.lost:
+                found.append(
+                    f"{name} could not be measured on {measured.lost} of {measured.items + measured.lost} texts"
+                )
+            elif not measured.effect.mean <= limit:  # nan is outside
+                found.append(f"{name} {measured.effect.mean:.3g} over {limit:g}")
         return found
+
+    @property
+    def limits(self) -> dict[str, tuple[str, float]]:
+        """Column to the cost's name and its limit."""
+        return {
+            "kl": ("KL", self.max_kl),
+            "perplexity_ratio": ("perplexity ratio", self.max_ppl_ratio),
+            "repetition": ("rise of repetition", self.max_repetition),
+        }
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ class Choosing:
         )
         strength = problem.ladder[len(problem.ladder) // 2]
         promised: dict[tuple[int, ...], float] = {}
-        for layers in self.candidates:
-            problem.step(f"screening layer {layers_name(layers)}")
+        for number, layers in enumerate(self.candidates, start=1):
+            problem.step(f"screening layer {layers_name(layers)}: {number} of {len(self.candidates)}")
             scores = problem.measure(few, layers, strength, problem.scorers)
             if scores is not None:
                 kl = max(scores["kl"].effect.mean, 1e-6)
@@ -150,7 +150,7 @@ class Choosing:
                 scores = problem.measure(problem.setup, point.layers, lower, problem.of_texts)
                 if scores is not None:
                     self._remember(point.layers, lower, scores)
-                if scores is None or problem.budget.breaks(scores):
+                if scores is None or problem.budget.breaks(scores, due=["repetition"]):
                     looping[ladder] = problem.reach(lower)
                     break
                 fine[ladder] = problem.reach(lower)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from steerkit._support.progress import counted
 from steerkit.errors import FitError
 from steerkit.evaluate.calibration.choosing import Choosing
 from steerkit.evaluate.calibration.problem import Problem, layers_name, strength_of
 from steerkit.evaluate.calibration.result import Calibration
+from steerkit.evaluate.calibration.verdict import judged
 from steerkit.evaluate.controls import refits
 from steerkit.evaluate.curve import strength_response
-from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.refit_results import Refits
-from steerkit.evaluate.scoring import Measured, measure
+from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.sweeps import Point
 from steerkit.fitting.held_out import separation
 from steerkit.methods._base import takes_pair
@@ -41,18 +40,21 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
         vector = replace(problem.final, layers=best.layers).at(best.layers)
     except FitError as error:  # a method that chooses among its sites may find none on other items
         return nothing_found(
-            problem, choosing, f"layers {layers_name(best.layers)} were best, but on all items the fit fails: {error}"
+            problem,
+            choosing,
+            f"nothing works: layers {layers_name(best.layers)} were best, but on all items the fit fails: {error}",
         )
-    problem.step("effect by strength on held-out items")
+    strengths = _strengths_around(strength, problem.kind.neutral)
+    total = len(strengths) + problem.search.controls
     curve = strength_response(
         problem.confirming,
         vector,
-        _strengths_around(strength, problem.kind.neutral),
+        strengths,
         scorers=[problem.scorer],
         controls=problem.search.controls,
         control_strengths=[strength],
         seed=problem.search.seed,
-        step=lambda: problem.step("effect by strength on held-out items"),
+        step=counted(problem.step, "effect on held-out items, and random directions", total),
     )
     problem.step("costs on other texts")
     trial = problem.confirming.trial(vector, strength)
@@ -61,10 +63,11 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
     refitted = _refitted(problem, vector)
     shuffled = _shuffled(problem, refitted, strength)
     randoms = [control[strength] for control in curve.controls]
-    works, verdict = _verdict(problem, confirmed, [*randoms, *shuffled])
+    verdict = judged(problem, confirmed, [*randoms, *shuffled])
     found = Calibration(
-        works=works,
-        verdict=verdict,
+        works=verdict.works,
+        verdict=verdict.words,
+        has_effect=verdict.has_effect,
         vector=None,
         layers=best.layers,
         strength=strength,
@@ -88,11 +91,11 @@ def nothing_found(problem: Problem, choosing: Choosing, reason: str) -> Calibrat
     Args:
         problem: what is calibrated.
         choosing: the search, for what was tried.
-        reason: why there is nothing, in words.
+        reason: why there is nothing, in one line.
     """
     return Calibration(
         works=False,
-        verdict=f"nothing works: {reason}",
+        verdict=reason,
         vector=None,
         layers=(),
         strength=None,
@@ -131,29 +134,12 @@ def _refitted(problem: Problem, vector: SteeringVector) -> Refits | None:
 
 def _shuffled(problem: Problem, refitted: Refits | None, strength: float) -> list[float]:
     """Effects of fits on shuffled labels, rescaled to the vector's own norm."""
-    effects = []
-    for control in () if refitted is None else refitted.matched():
-        problem.step("shuffled labels")
+    effects, controls = [], () if refitted is None else refitted.matched()
+    for number, control in enumerate(controls, start=1):
+        problem.step(f"shuffled labels: {number} of {len(controls)}")
         trial = problem.confirming.trial(control, strength)
         effects.append(measure(trial, [problem.scorer])[problem.effect].estimate.mean)
     return effects
-
-
-def _verdict(problem: Problem, confirmed: dict[str, Measured], controls: Sequence[float]) -> tuple[bool, str]:
-    """Whether the held-out items confirm what was chosen, and the reason."""
-    measured = confirmed[problem.effect]
-    gain, shown = measured.gain, measured.effect
-    # On the same items: what items differ in is no doubt about what steering changes in each of them.
-    highest = max((measured.gain_of(control) for control in controls), default=math.inf)
-    reached = f"{problem.effect} changes by {_span(shown)} on {measured.items} held-out items"
-    broken = problem.budget.breaks(confirmed)
-    if not gain.low > 0:
-        return False, f"nothing works: {reached}, which may be nothing"
-    if gain.low <= highest:
-        return False, f"nothing works: {reached}, but a control reaches {highest:.3g}"
-    if broken:
-        return False, f"not confirmed: {reached}, but {' and '.join(broken)}"
-    return True, f"{reached}, clear of {len(controls)} controls and inside the budget"
 
 
 def _finished(problem: Problem, vector: SteeringVector, found: Calibration) -> SteeringVector:
@@ -172,7 +158,7 @@ def _finished(problem: Problem, vector: SteeringVector, found: Calibration) -> S
         )
     return replace(
         vector,
-        suggested_strength=found.strength,
+        suggested_strength=found.strength if found.has_effect else None,
         calibration=_chosen(problem, found),
         seed=problem.search.seed,
         held_out={**held_out, "calibration": found.as_json()},
@@ -186,13 +172,14 @@ def _chosen(problem: Problem, found: Calibration) -> dict[str, Any]:
         for point in found.points
         if point.layers == found.layers and problem.budget.breaks(dict(point.scores))
     ]
-    facts: dict[str, Any] = {"by": "calibrate", "confirmed": found.works, "max_kl": problem.budget.max_kl}
+    facts: dict[str, Any] = {
+        "by": "calibrate",
+        "confirmed": found.works,
+        "verdict": found.verdict,
+        "max_kl": problem.budget.max_kl,
+    }
     if "kl" in found.confirmed:
         facts["kl"] = found.confirmed["kl"].effect.mean
     if outside and problem.is_ladder:
         facts["limit"] = min(outside, key=problem.reach)
     return facts
-
-
-def _span(estimate: Estimate) -> str:
-    return f"{estimate.mean:.3g} ({estimate.low:.3g} to {estimate.high:.3g})"

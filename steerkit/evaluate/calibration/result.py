@@ -22,6 +22,7 @@ class Calibration:
     Attributes:
         works: whether the confirmed effect is clear of every control inside the budget.
         verdict: the same in one line, with the reason.
+        has_effect: whether it is clear of every control, whatever it costs; the file suggests a strength only then.
         vector: fitted on all training items at the chosen layers, with the suggestion and both curves in it; None
             where nothing was inside the budget.
         layers: where it acts.
@@ -46,6 +47,7 @@ class Calibration:
     effect: str
     budget: Budget
     points: tuple[Point, ...]
+    has_effect: bool = False
     chosen: dict[str, Measured] = field(default_factory=dict)
     confirmed: dict[str, Measured] = field(default_factory=dict)
     curve: Curve | None = None

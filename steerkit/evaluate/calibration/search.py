@@ -22,6 +22,7 @@ from steerkit.evaluate.calibration.confirming import confirm, nothing_found
 from steerkit.evaluate.calibration.problem import problem_of
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.sampling import sampled_points
+from steerkit.evaluate.calibration.verdict import unfound
 from steerkit.evaluate.confounding import warn_of_confounds
 from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.scorers._base import Scorer
@@ -90,5 +91,5 @@ def calibrate(
         tried = [point for layers in choosing.screened() for point in choosing.climb(layers)]
     best = choosing.without_loops(tried)
     if best is None:
-        return nothing_found(problem, choosing, "no layer and strength tried has a positive effect inside the budget")
+        return nothing_found(problem, choosing, unfound(problem, choosing.points))
     return confirm(problem, best, choosing)

@@ -24,6 +24,10 @@ class Column(NamedTuple):
         scale: on the `log` scale values are logarithms: means are shown as exp(mean), changes as ratios.
         share: whether items are yes-or-no scores (0 or 1); None takes them for such where all of them are 0 or 1.
         neutral: the value that says that steering changed nothing, where the scorer compares with the unsteered model.
+        worst: what an item counts that could be scored without steering and not with it, such as an empty answer; None
+            where no number is bad enough: the interval then has no end at the bad side.
+        steered: whether steering means to move it: up at strengths above the neutral one, down at those below. Then the
+            share of items that move the other way is told.
     """
 
     title: str
@@ -32,6 +36,8 @@ class Column(NamedTuple):
     scale: Literal["linear", "log"] = "linear"
     share: bool | None = None
     neutral: float = 0.0
+    worst: float | None = None
+    steered: bool = False
 
 
 class Weighted(NamedTuple):
@@ -73,6 +79,14 @@ class Scorer(Configured):
     source: ClassVar[str] = ""
     columns: ClassVar[Mapping[str, Column]]
     against_baseline: ClassVar[bool] = False
+
+    def worst(self, column: str) -> float | None:
+        """What an item counts that could be scored without steering and not with it; see `Column.worst`.
+
+        Args:
+            column: one of `columns`.
+        """
+        return self.columns[column].worst
 
     def score(self, trial: Trial) -> Mapping[str, Tensor | Weighted]:
         """Score every item.

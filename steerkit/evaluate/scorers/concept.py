@@ -78,10 +78,10 @@ class Concept(Scorer):
     title: ClassVar[str] = "behaviour, instruction and fluency together, as judged"
     source: ClassVar[str] = "Wu et al. 2025, arXiv 2501.17148"
     columns: ClassVar[Mapping[str, Column]] = {
-        "overall": Column("overall", "0 to 2", "higher", share=False),
-        "concept": Column("concept", "0 to 2", "higher", share=False),
-        "instruction": Column("instruction", "0 to 2", "higher", share=False),
-        "fluency": Column("fluency", "0 to 2", "higher", share=False),
+        "overall": Column("overall", "0 to 2", "higher", share=False, worst=0.0),
+        "concept": Column("concept", "0 to 2", "higher", share=False, worst=0.0, steered=True),
+        "instruction": Column("instruction", "0 to 2", "higher", share=False, worst=0.0),
+        "fluency": Column("fluency", "0 to 2", "higher", share=False, worst=0.0),
     }
 
     judge: Judge | str = ""

@@ -64,7 +64,9 @@ class Judged(Scorer):
     name: ClassVar[str] = "judge"
     title: ClassVar[str] = "a judge's rating of the generated texts"
     source: ClassVar[str] = "Chen et al. 2025, arXiv 2507.21509"
-    columns: ClassVar[Mapping[str, Column]] = {"judged": Column("judged", "points", "higher", share=False)}
+    columns: ClassVar[Mapping[str, Column]] = {
+        "judged": Column("judged", "points", "higher", share=False, steered=True)
+    }
 
     judge: Judge | str = ""
     behaviour: str = ""
@@ -84,6 +86,14 @@ class Judged(Scorer):
     def judging(self) -> Judge:
         """The judge, loaded once."""
         return judge_of(self.judge)
+
+    def worst(self, column: str) -> float:
+        """What an answer counts that the judge could not rate, where it could rate the unsteered one: the lower end.
+
+        Args:
+            column: `judged`.
+        """
+        return float(self.low)
 
     def score(self, trial: Trial) -> dict[str, Tensor]:
         """Rate every generated text.

@@ -11,7 +11,8 @@ is 1 - L / (T - n + 1): with 40 words and n = 4, 0.97 for a loop of one word, 0.
 twenty. Ordinary text of that length has about 0; a text that falls into a loop at its middle has about half. The
 entropy is 1 where all n-grams differ, and 0 for a loop of one word.
 
-An empty text, and any of fewer than n words, counts as 0: see `length` beside it.
+An empty text, and any of fewer than n words, counts as 0: see `length` beside it. But where the unsteered model had
+something to say, an empty text counts as 1, the worst there is: a model that falls silent does not repeat itself less.
 
 Yao et al. (2025), "Understanding the Repeat Curse in Large Language Models from a Feature Perspective", arXiv
 2504.14218, has both measures. Where this file departs: the published code counts single words; here n-grams are of four
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,8 +53,8 @@ class Repetition(Scorer):
     title: ClassVar[str] = "how much generated texts repeat themselves"
     source: ClassVar[str] = "Yao et al. 2025, arXiv 2504.14218"
     columns: ClassVar[Mapping[str, Column]] = {
-        "repetition": Column("repeated n-grams", "share", "lower", share=False),
-        "ngram_entropy": Column("entropy of n-grams", "share of the most possible", "higher", share=False),
+        "repetition": Column("repeated n-grams", "share", "lower", share=False, worst=1.0),
+        "ngram_entropy": Column("entropy of n-grams", "share of the most possible", "higher", share=False, worst=0.0),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:
@@ -63,7 +64,8 @@ class Repetition(Scorer):
             trial: whose texts are read.
 
         Returns:
-            ``{"repetition": [n], "ngram_entropy": [n]}``; 0 and 1 for texts of fewer than n words.
+            ``{"repetition": [n], "ngram_entropy": [n]}``; 0 and 1 for texts of fewer than n words, nan
+            for those that steering made empty.
 
         Raises:
             DataError: `n` is below 1.
@@ -71,10 +73,18 @@ class Repetition(Scorer):
         if self.n < 1:
             raise DataError(f"repetition: n = {self.n}; give a number of words of at least 1")
         counts = [_ngrams(text, self.n) for text in trial.texts]
+        silent = [not text.strip() and bool(before.strip()) for text, before in self._beside(trial)]
         return {
-            "repetition": torch.tensor([_repeated(one) for one in counts], dtype=torch.float32),
-            "ngram_entropy": torch.tensor([_evenness(one) for one in counts], dtype=torch.float32),
+            name: torch.tensor(
+                [math.nan if fell else of(one) for one, fell in zip(counts, silent, strict=True)], dtype=torch.float32
+            )
+            for name, of in (("repetition", _repeated), ("ngram_entropy", _evenness))
         }
+
+    @staticmethod
+    def _beside(trial: Trial) -> Iterable[tuple[str, str]]:
+        """Every text with that of the unsteered model."""
+        return zip(trial.texts, trial.texts if trial.is_baseline else trial.baseline.texts, strict=True)
 
 
 def repeated_share(text: str, n: int = 4) -> float:

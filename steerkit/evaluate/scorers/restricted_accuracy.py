@@ -36,7 +36,7 @@ class RestrictedAccuracy(Scorer):
     title: ClassVar[str] = "how often the positive answer beats the negative one at their first different token"
     source: ClassVar[str] = "Hojer et al. 2025, arXiv 2504.19483"
     columns: ClassVar[Mapping[str, Column]] = {
-        "restricted_accuracy": Column("restricted accuracy", "share", "higher", share=True),
+        "restricted_accuracy": Column("restricted accuracy", "share", "higher", share=True, steered=True),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:

@@ -28,11 +28,13 @@ class Labelled(NamedTuple):
         prompt: the prompt, or prompt and answer.
         label: of its side, see `label_of`.
         source: where it comes from; None where the row does not say.
+        topic: of what kind it is; "" where the row does not say.
     """
 
     prompt: Conversation
     label: str
     source: str | None
+    topic: str = ""
 
 
 def label_of(value: object) -> str:
@@ -78,7 +80,8 @@ def labelled_item(row: object, columns: Columns, *, is_ours: bool, is_table: boo
     if name is None:
         raise DataError(f"no label; it has {columns.told(row)}; name its column with --columns label=NAME")
     label, source = label_of(row[name]), _source(row, columns, is_table=is_table)
-    return Labelled(_prompt(row, columns, is_table=is_table), label, source)
+    topic = row.get("topic")
+    return Labelled(_prompt(row, columns, is_table=is_table), label, source, topic if isinstance(topic, str) else "")
 
 
 def _prompt(row: Mapping[str, Any], columns: Columns, *, is_table: bool) -> Conversation:

@@ -37,6 +37,7 @@ class Sides(NamedTuple):
     source: str
     marks: tuple[bool, ...] = ()
     origins: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    topics: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
 def read_sides(
@@ -165,7 +166,10 @@ def of_labelled(rows: Rows, columns: Columns, labels: tuple[object, object] = (N
     sides: list[Sequence[Labelled]] = [[item for item in items if item.label == label] for label in wanted]
     first, second = (tuple(item.prompt for item in side) for side in sides)
     origins = tuple(tuple(item.source for item in side if item.source is not None) for side in sides)
-    return Sides(first, second, paired=False, source=Path(rows.name).name, origins=(origins[0], origins[1]))
+    named = any(item.topic for side in sides for item in side)
+    topics = tuple(tuple(item.topic for item in side if named) for side in sides)
+    facts: dict[str, Any] = {"origins": (origins[0], origins[1]), "topics": (topics[0], topics[1])}
+    return Sides(first, second, paired=False, source=Path(rows.name).name, **facts)
 
 
 def _is_labelled_line(row: Any) -> bool:

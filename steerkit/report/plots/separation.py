@@ -121,7 +121,7 @@ def plot_blocks(
 
         rows = 3 if does else 2
         figure, axes = new_figure(WIDTH, 1.4 + 1.5 * rows, rows=rows, sharex=True)
-        blocks = [one.block for one in apart]
+        blocks = [one.layer for one in apart]
         axes[0].plot(blocks, [one.auc for one in apart], color=BLUE, marker="o", markersize=3.5, linewidth=1.5)
         axes[0].axhline(0.5, color=GREY, linewidth=1, linestyle=":")
         axes[0].set_ylabel("held-out AUC")

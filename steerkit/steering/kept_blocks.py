@@ -1,0 +1,170 @@
+"""`KeptBlocks`: the blocks before the first steered one give the same at every strength, so they run once.
+
+    block 0 ... block n-1   |   block n ... the last one
+    run once and kept       |   run at every strength
+
+Steering changes nothing before the first block that is written: inside it, or at what leaves it (`resid_post`). What
+leaves block n-1 unsteered is kept for each batch of texts and given again instead of being computed. The later blocks
+read the very same numbers, so what comes out is the same, bitwise. A family in which a block reads more than the stream
+(keys that an earlier block left behind) is found out once, by a pass over three tokens, and runs as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import SiteError
+from steerkit.network.block_trace import run_body, tensor_of
+from steerkit.network.residual_form import plain_tokens
+
+if TYPE_CHECKING:
+    from steerkit.network.decoder import Decoder
+    from steerkit.steering.steering import Steering
+
+__all__ = ["KeptBlocks"]
+
+# By the last block that is left out: whether the blocks behind it need nothing but what it gives.
+_SPARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class KeptBlocks:
+    """What leaves the blocks before the first steered one, by batch of texts.
+
+    Attributes:
+        budget: bytes that may be kept; what was used longest ago goes first.
+    """
+
+    budget: int = 512 * 2**20
+    _kept: OrderedDict[tuple[Hashable, int], Any] = field(init=False, default_factory=OrderedDict, repr=False)
+    _used: int = field(init=False, default=0)
+
+    @contextlib.contextmanager
+    def around(self, decoder: Decoder, steering: Steering | None, texts: Hashable) -> Iterator[None]:
+        """One pass over some texts, without a cache, in which known blocks do not run.
+
+        Args:
+            decoder: the model's decoder.
+            steering: active at present; None for the unsteered model, of which nothing is left out.
+            texts: what identifies the whole input of the pass.
+        """
+        count = 0 if steering is None else steering.untouched
+        if count < 1 or not _can_spare(decoder, count):
+            yield
+            return
+        known = next((n for n in range(count, 0, -1) if (texts, n) in self._kept), 0)
+        seen: list[Any] = []
+        with contextlib.ExitStack() as stack:
+            if known:
+                self._kept.move_to_end((texts, known))
+                stack.enter_context(_given(decoder, known, self._kept[texts, known]))
+            if known < count:
+                stack.enter_context(_noted(decoder.blocks[count - 1], seen))
+            yield
+        if seen:
+            self._keep((texts, count), seen[0])
+
+    def _keep(self, key: tuple[Hashable, int], output: Any) -> None:
+        """Keep what left a block, and drop what was used longest ago where there is no room."""
+        size = _size(output)
+        if size > self.budget:
+            return
+        self._kept[key] = output
+        self._used += size
+        while self._used > self.budget:
+            self._used -= _size(self._kept.popitem(last=False)[1])
+
+
+def _can_spare(decoder: Decoder, count: int) -> bool:
+    """Whether the first blocks can be left out here: nobody else watches or replaces anything in them."""
+    blocks = decoder.blocks[:count]
+    if decoder.entry is not decoder.body:  # FSDP gathers the weights block by block
+        return False
+    for number, block in enumerate(blocks):
+        for module in block.modules():
+            # On the last block itself stand the hooks that write what leaves it; they run as always.
+            watched = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+            if (watched and not (module is block and number == count - 1)) or "forward" in vars(module):
+                return False
+    if blocks[-1] not in _SPARES:
+        _SPARES[blocks[-1]] = _is_enough(decoder, count)
+    return _SPARES[blocks[-1]]
+
+
+def _is_enough(decoder: Decoder, count: int) -> bool:
+    """Whether a pass over three tokens ends as it should when the first blocks only give what the last of them gave."""
+    last = decoder.blocks[-1]
+    ends: list[Any] = []
+    with plain_tokens(decoder) as input_ids, contextlib.ExitStack() as stack:
+        seen: list[Any] = []
+        with _noted(last, ends), _noted(decoder.blocks[count - 1], seen):
+            run_body(decoder.entry, input_ids)
+        if not seen or not ends:
+            return False
+        stack.enter_context(_given(decoder, count, seen[0]))
+        with _noted(last, ends):
+            try:
+                run_body(decoder.entry, input_ids)
+            except SiteError:
+                return False
+    return all(torch.equal(tensor_of(one), tensor_of(other)) for one, other in pairwise(ends)) and len(ends) == 2
+
+
+@contextlib.contextmanager
+def _given(decoder: Decoder, count: int, output: Any) -> Iterator[None]:
+    """Let the first blocks give an output without running."""
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        return _copied(output)
+
+    blocks = list(decoder.blocks[:count])
+    for block in blocks:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextlib.contextmanager
+def _noted(block: nn.Module, seen: list[Any]) -> Iterator[None]:
+    """Note what leaves a block, before anybody changes it."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(_copied(output))
+
+    handle = block.register_forward_hook(hook, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _copied(output: Any) -> Any:
+    """The output with copies of its tensors: some blocks write into what they are given."""
+    return _mapped(output, lambda tensor: tensor.detach().clone())
+
+
+def _size(output: Any) -> int:
+    """Bytes of the tensors in an output."""
+    if isinstance(output, Tensor):
+        return output.nbytes
+    return sum(_size(part) for part in output) if isinstance(output, (tuple, list)) else 0
+
+
+def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, (tuple, list)):
+        return type(output)(_mapped(part, change) for part in output)
+    return output

@@ -1,0 +1,137 @@
+"""`KeptPrompts`: a prompt that steering does not write is read once; every strength goes on from its cache.
+
+    prompt without its last token   |   last prompt token, answer
+    read once, unsteered, cached    |   read at every strength
+
+Scopes that begin at the last prompt token (`response`) or later leave what the prompt's tokens put into the cache as it
+is. Rows are laid out anew for it: prompts end in one column, answers begin in the next. Sums over keys run in another
+order then, so figures differ from those of whole passes by rounding. Only attention caches are continued: what a
+recurrent state has seen is not told by its size, and not every family goes on from one over several tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from steerkit.activations.reading import position_inputs
+from steerkit.tokens.transformers_facts import is_attention_cache
+
+if TYPE_CHECKING:
+    from steerkit.network.decoder import Decoder
+    from steerkit.prompts.batching import Batch
+
+__all__ = ["KeptPrompts", "Split"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A batch parted before the last token of each prompt.
+
+    Attributes:
+        prompt: [b, p] ids, padded at the left.
+        rest: [b, r] ids from the last prompt token on, padded at the right.
+        mask: [b, p + r] 1 on real tokens.
+    """
+
+    prompt: Tensor
+    rest: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Split | None:
+        """Part a batch; None where a prompt has a single token, which leaves nothing to be read before.
+
+        Args:
+            batch: padded at either side.
+            device: where the parts go.
+        """
+        cuts = [int(length) - 1 for length in batch.prompt_lengths]
+        if min(cuts) < 1:
+            return None
+        rows = [ids[mask.bool()] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        pad = int(batch.input_ids[0, 0])  # masked, whatever it is
+        prompts = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
+        rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+        masks = [
+            pad_sequence([torch.ones_like(one) for one in part], batch_first=True, padding_side=side)
+            for part, side in ((prompts, "left"), (rests, "right"))
+        ]
+        ids = [
+            pad_sequence(part, batch_first=True, padding_value=pad, padding_side=side)
+            for part, side in ((prompts, "left"), (rests, "right"))
+        ]
+        return cls(*(one.to(device) for one in (*ids, torch.cat(masks, dim=1))))
+
+
+@dataclass(eq=False)
+class KeptPrompts:
+    """The caches of prompts, by batch of texts, as long as there is room.
+
+    Attributes:
+        budget: bytes that may be kept.
+    """
+
+    budget: int = 512 * 2**20
+    _kept: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False)
+    _used: int = field(init=False, default=0)
+    _refused: bool = field(init=False, default=False)
+
+    def inputs(self, decoder: Decoder, split: Split, texts: Hashable) -> dict[str, Any] | None:
+        """The arguments of a pass over the rest of a batch, which goes on from what its prompts left in a cache.
+
+        Args:
+            decoder: the model's decoder, not steered at present.
+            split: the batch, on the model's device.
+            texts: what identifies the whole batch.
+
+        Returns:
+            Ids of all but the last column, a mask over the prompt too, positions, and a cache of their own; None where
+            this model's cache cannot be continued so, or there is no room for it.
+        """
+        if self._refused:
+            return None
+        if texts not in self._kept:
+            cache = self._read(decoder, split)
+            if cache is None:
+                return None
+            self._kept[texts] = cache
+        return self._going_on(decoder, split, copy.deepcopy(self._kept[texts]))
+
+    def _read(self, decoder: Decoder, split: Split) -> Any:
+        """The cache after the prompts; None where it cannot be used or there is no room."""
+        model, width = decoder.model, split.prompt.shape[1]
+        mask = split.mask[:, :width]
+        out = model(
+            input_ids=split.prompt,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=1,
+            **position_inputs(model, mask),
+        )
+        cache: Any = getattr(out, "past_key_values", None)
+        if not is_attention_cache(cache):
+            self._refused = True
+            return None
+        size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        if self._used + size > self.budget:
+            return None
+        self._used += size
+        return cache
+
+    def _going_on(self, decoder: Decoder, split: Split, cache: Any) -> dict[str, Any]:
+        mask, width = split.mask[:, :-1], split.prompt.shape[1]
+        positions = {name: ids[:, width:] for name, ids in position_inputs(decoder.model, mask).items()}
+        return {
+            "input_ids": split.rest[:, :-1],
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": True,
+            **positions,
+        }

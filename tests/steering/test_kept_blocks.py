@@ -1,0 +1,173 @@
+"""Blocks before the first steered one run once: the same numbers as without, in every family, or not used."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import steerkit
+from steerkit.evaluate.scorers.divergence import Divergence
+from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
+from steerkit.evaluate.setup import Setup
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.rendering import Rendered
+from steerkit.steering.kept_blocks import KeptBlocks
+from tests.families import FAMILIES, FURTHER, build
+from tests.modes import vector_for
+from tests.tiny_tokenizers import byte_tokenizer
+
+family = lru_cache(maxsize=None)(build)
+IDS = torch.tensor([[0, 0, 7, 9, 11, 4, 30, 8], [5, 6, 7, 9, 12, 4, 31, 8]])
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8])
+PROMPTS = torch.tensor([3, 5])
+DATA = ContrastSet.from_dataset(
+    [
+        {"prompt": "How is it?", "positive": "Fine, thank you.", "negative": "Bad, alas."},
+        {"prompt": "And now?", "positive": "Well.", "negative": "Ill, as ever."},
+    ]
+)
+
+
+def logits(model: Any, vector: Any, strength: float, kept: KeptBlocks | None, texts: str = "these texts") -> Tensor:
+    """[2, 8, v] of one steered pass."""
+    decoder = find_decoder(model)
+    inputs = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
+    with torch.no_grad(), steerkit.steer(model, vector, strength, prompt_lengths=PROMPTS) as steering:
+        if kept is None:
+            return model(**inputs).logits  # type: ignore[no-any-return]
+        with kept.around(decoder, steering, texts):
+            return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+def flops(model: Any, vector: Any, kept: KeptBlocks | None, texts: str = "these texts") -> float:
+    """Floating-point operations of one steered pass."""
+    with FlopCounterMode(display=False) as counter:
+        logits(model, vector, 1.0, kept, texts)
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
+def test_the_same_numbers_as_without(name: str) -> None:
+    model = family(name).eval()
+    vector = vector_for(model, scope="response", site=Site(2))
+    kept = KeptBlocks()
+    for strength in (1.0, -0.5, 1.0):
+        assert torch.equal(logits(model, vector, strength, kept), logits(model, vector, strength, None))
+
+
+def test_known_blocks_do_not_run() -> None:
+    model = family("llama").eval()
+    kept = KeptBlocks()
+    inside, after = (vector_for(model, scope="response", site=Site(2, kind)) for kind in ("mlp_out", "resid_post"))
+    whole = flops(model, after, None)
+    head = 2 * 2 * 8 * 32 * 320
+    block = (whole - head) / 4
+    for vector in (inside, after):
+        logits(model, vector, 1.0, KeptBlocks())  # whether a family allows it is found out in passes of their own
+    assert flops(model, inside, kept) == whole  # from now on two blocks are known
+    assert flops(model, inside, kept) == head + 2 * block
+    assert flops(model, after, kept) == head + 2 * block  # and now three
+    assert flops(model, after, kept) == head + block
+    assert "forward" not in vars(find_decoder(model).blocks[0])
+
+
+def test_what_is_used_longest_ago_goes_first() -> None:
+    model = family("llama").eval()
+    vector = vector_for(model, scope="response", site=Site(2))
+    size = 2 * 8 * 32 * 4
+    kept, whole = KeptBlocks(budget=2 * size), flops(model, vector, None)
+    for texts, is_known in (("a", False), ("b", False), ("a", True), ("c", False), ("a", True), ("b", False)):
+        assert (flops(model, vector, kept, texts) < whole) == is_known, texts
+    assert flops(model, vector, KeptBlocks(budget=size - 1)) == flops(model, vector, KeptBlocks(budget=0)) == whole
+
+
+def test_nothing_is_left_out_where_somebody_watches() -> None:
+    model = family("llama").eval()
+    vector = vector_for(model, scope="response", site=Site(2))
+    kept, seen = KeptBlocks(), []
+    logits(model, vector, 1.0, kept)
+    handle = find_decoder(model).blocks[0].register_forward_hook(lambda *_: seen.append(1))
+    logits(model, vector, 1.0, kept)
+    handle.remove()
+    assert seen == [1]
+
+
+def test_blocks_that_hand_on_more_than_the_stream_all_run() -> None:
+    model = family("gemma4_kv_shared").eval()  # the last blocks read keys and values of earlier ones
+    vector = vector_for(model, scope="response", site=Site(2))
+    kept, whole = KeptBlocks(), flops(model, vector, None)
+    logits(model, vector, 1.0, kept)
+    assert flops(model, vector, kept) == whole
+
+
+def test_an_error_inside_leaves_nothing_behind() -> None:
+    model = family("llama").eval()
+    vector = vector_for(model, scope="response", site=Site(2))
+    kept, decoder = KeptBlocks(), find_decoder(model)
+    logits(model, vector, 1.0, kept)
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        steerkit.steer(model, vector, 1.0) as steering,
+        kept.around(decoder, steering, "these texts"),
+    ):
+        raise RuntimeError("on purpose")
+    assert not any("forward" in vars(block) for block in decoder.blocks)
+
+
+TEXTS = [
+    Rendered("", tuple(ids), length, ())
+    for ids, length in (([7, 9, 11, 4, 30, 8], 3), ([5, 6, 7, 9, 12, 4, 31, 8], 5), ([3, 4, 5, 6], 2))
+]
+
+
+def predicted(model: Any, vector: Any, strength: float, setup: Setup) -> list[Tensor]:
+    """By text the logits [t, v] of its answer."""
+    found = {one.row: one.logits for one in setup.trial(vector, strength).answers(TEXTS)}
+    return [found[row] for row in range(len(TEXTS))]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
+def test_answers_behind_kept_prompts_get_the_same_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family(name).eval()
+    if find_decoder(model).model_type == "rwkv":
+        return  # several rows with a state are refused
+    vector = vector_for(model, scope="response", site=Site(2))
+    kept = Setup(model, byte_tokenizer(), DATA)
+    mine = [predicted(model, vector, strength, kept) for strength in (1.0, -0.5, 1.0)]
+    monkeypatch.setattr("steerkit.evaluate.answer_passes.AnswerPasses._behind_prompts", lambda *_: None)
+    monkeypatch.setattr("steerkit.steering.kept_blocks._can_spare", lambda *_: False)
+    for one, strength in zip(mine, (1.0, -0.5, 1.0), strict=True):
+        plain = predicted(model, vector, strength, Setup(model, byte_tokenizer(), DATA))
+        for here, there in zip(one, plain, strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scope", "is_kept"), [("response", True), ("generated", True), ("all", False), ("first(1)", False)]
+)
+def test_prompts_are_kept_where_the_scope_leaves_them_alone(scope: str, is_kept: bool) -> None:
+    model = family("llama").eval()
+    setup = Setup(model, byte_tokenizer(), DATA)
+    predicted(model, vector_for(model, scope=scope, site=Site(2)), 1.0, setup)
+    assert bool(setup.read._kept) == is_kept
+
+
+def test_scores_are_those_of_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family("llama").eval()
+    vector = vector_for(model, scope="response", site=Site(2))
+    setup = Setup(model, byte_tokenizer(), DATA, neutral=DATA.positive)
+    found = [setup.trial(vector, strength) for strength in (1.0, 2.0, 1.0)]
+    scores = [(PreferenceMargin().score(one), Divergence().score(one)) for one in found]
+    monkeypatch.setattr("steerkit.steering.kept_blocks._can_spare", lambda *_: False)
+    plain = Setup(model, byte_tokenizer(), DATA, neutral=DATA.positive)
+    for (margin, cost), strength in zip(scores, (1.0, 2.0, 1.0), strict=True):
+        trial = plain.trial(vector, strength)
+        assert torch.equal(margin["preference_margin"], PreferenceMargin().score(trial)["preference_margin"])
+        assert torch.equal(cost["kl"].values, Divergence().score(trial)["kl"].values)
