@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from steerkit.prompts.system_prompts import SystemPrompts
     from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["show_prompting", "systems_for", "systems_of"]
+__all__ = ["prompting_json", "show_prompting", "systems_for", "systems_of"]
 
 
 def systems_of(
@@ -69,14 +69,25 @@ def systems_for(vector: SteeringVector, given: Sequence[str] | None, strength: f
     return found
 
 
+def prompting_json(found: Mapping[str, Prompting]) -> dict[str, Any]:
+    """What asking does, as plain data; nothing where it was not measured.
+
+    Args:
+        found: `alone` and `with_vector`.
+    """
+    return {"prompting": {name: one.as_json() for name, one in found.items()}} if found else {}
+
+
 def show_prompting(name: str, strength: float, found: Mapping[str, Prompting]) -> None:
     """Print what asking does: every wording, and their mean with the range, alone and under the vector.
 
     Args:
         name: of the vector.
         strength: of the vector.
-        found: `alone` and `with_vector`.
+        found: `alone` and `with_vector`; nothing is printed where it was not measured.
     """
+    if not found:
+        return
     columns = list(found["alone"].wordings[0].scores)
     shown = [columns[0], *(one for one in ("kl", "perplexity_ratio", "repetition") if one in columns[1:])]
     console = stdout()

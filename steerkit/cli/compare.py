@@ -34,6 +34,7 @@ from steerkit.cli._shared import (
 if TYPE_CHECKING:
     from steerkit.evaluate.compare import Row
     from steerkit.evaluate.compare_prompting import Asking
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import MethodPart, Recipe
     from steerkit.vector.steering_vector import SteeringVector
 
@@ -92,7 +93,6 @@ def run(
     <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
     """
     from steerkit.evaluate.calibration.budget import Budget
-    from steerkit.evaluate.compare_prompting import Asking
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
     from steerkit.report.plots.drawing import ready
@@ -109,37 +109,30 @@ def run(
     train, held_out = default.split("caa")  # items, and no recipe's own pair
     for one, recipe in sources.items():
         check_items(recipe.name, one, recipe.split(one)[0], held_out)
-    for one in sorted(set(names) - set(sources)):
-        typer.echo(f"note: {one} is left out: no recipe of {default.behaviour} says what it is fitted on", err=True)
     model = model.of(default.model)
     loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
-    asked = [*([] if behaviour is None else [behaviour]), *given.words(), *(f"--system={one}" for one in system or ())]
-    asked += [] if prompting else ["--no-prompting"]
+    asked = [*([] if behaviour is None else [behaviour]), *given.words(), *_words(prompting, system)]
     words = command_line(asked, method or [], budget, numbered, model)
     content = _content(default, model.name, setup, budget, words)
     before = kept_rows(target, content) if keep else []
+    search = {"controls": controls, "seed": seed}
     common: dict[str, Any] = {"budget": budget, "store": Store(kept)}
-    with status("comparing") as step:
-        found = [
-            _row(one, recipe, default, setup, {"controls": controls, "seed": seed}, common, step)
-            for one, recipe in sources.items()
-        ]
-        rows = [row for row, _ in found]
-        if systems:
-            questions = default.evaluate.questions
-            asking = Asking(setup, train, systems, default.name, questions, **common, seed=seed, step=step)
-            rows += _asked(asking, found, before, default)
+    rows = _rows(sources, default, setup, search, common, before, train, systems)
     rows = together(rows, before) if keep else rows
     content["rows"] = [jsonable(row.as_json()) for row in rows]
     write(rows, content, target)
     kept.unlink(missing_ok=True)
     if as_json:
         print_json(content)
-        return
-    _show(rows, default.behaviour)
-    typer.echo(f"wrote {target}, .md and .html")
+    else:
+        _show(rows, default.behaviour, target)
+
+
+def _words(prompting: bool, system: list[str] | None) -> list[str]:
+    """What was said of system prompts, as on the command line."""
+    return [*(f"--system={one}" for one in system or ()), *([] if prompting else ["--no-prompting"])]
 
 
 def _every() -> list[str]:
@@ -174,9 +167,34 @@ def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
             found[name] = replace(own[0], data=replace(default.data, pair=own[0].data.pair), source=default.source)
         elif not takes_pair(kind):
             found[name] = default
+    for one in sorted(set(names) - set(found)) if found else ():
+        typer.echo(f"note: {one} is left out: no recipe of {default.behaviour} says what it is fitted on", err=True)
     if not found:
         raise RecipeError(f"{default.name}: there is nothing to fit {', '.join(names)} on; choose another --method")
     return found
+
+
+def _rows(
+    sources: dict[str, Recipe],
+    default: Recipe,
+    setup: Any,
+    search: dict[str, Any],
+    common: dict[str, Any],
+    before: Sequence[Row],
+    train: ContrastSet,
+    systems: Sequence[str],
+) -> list[Row]:
+    """All rows that are measured now: of the methods, then of system prompts."""
+    from steerkit.evaluate.compare_prompting import Asking
+
+    with status("comparing") as step:
+        found = [_row(one, recipe, default, setup, search, common, step) for one, recipe in sources.items()]
+        rows = [row for row, _ in found]
+        if systems:
+            told: dict[str, Any] = {**common, "seed": search["seed"], "step": step}
+            asking = Asking(setup, train, systems, default.name, default.evaluate.questions, **told)
+            rows += _asked(asking, found, before, default)
+    return rows
 
 
 def _row(
@@ -269,7 +287,7 @@ def _content(default: Recipe, model: str, setup: Any, budget: Any, command: str)
     return plain
 
 
-def _show(rows: list[Row], behaviour: str) -> None:
+def _show(rows: list[Row], behaviour: str, target: Path) -> None:
     columns = ("method", "at", "effect (95 %)", "control", "KL", "ppl x", "rep.", "time", "ok")
     shown = table(*columns, right=columns[1:-1])
     shown.collapse_padding = True
@@ -292,3 +310,4 @@ def _show(rows: list[Row], behaviour: str) -> None:
         typer.echo("* at its own costs, outside of the budget of the methods or not")
     for row in rows:
         stdout().print(f"{row.method}: {row.verdict}")
+    typer.echo(f"wrote {target}, .md and .html")

@@ -23,7 +23,7 @@ from steerkit.cli._evidence import (
     scorers_of,
 )
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._prompting import show_prompting, systems_for
+from steerkit.cli._prompting import prompting_json, show_prompting, systems_for
 from steerkit.cli._shared import (
     BatchSize,
     Json,
@@ -90,8 +90,8 @@ def run(
 
     Measured on held-out items of its recipe, or on your own pairs with both answers (--data). Controls: random
     directions of the same norm, fits on shuffled labels, how stable the direction is, and whether length, position or
-    format alone predicts the label. With --prompting the recipe's (or the trait's) system prompts are measured on the
-    same items, every wording alone and with the vector at its largest strength on top: one more measurement each.
+    format alone predicts the label. With --prompting the recipe's (or trait's) system prompts are measured on the same
+    items, every wording alone and under the vector at its largest strength: one more measurement each.
     """
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError
@@ -112,34 +112,25 @@ def run(
     check_refits(vector, train, refit_intervals)
     if held_out is None and scorer is None:
         scorers = [one for one in scorers if one.name != "preference_margin"]
-
     strongest = max(doses, key=abs)
     systems = systems_for(loaded_vector, system, strongest) if prompting or system else ()
     loaded, tokenizer = model.load()
     loaded_vector.check(loaded, tokenizer)
     setup = Setup(
-        loaded,
-        tokenizer,
-        held_out,
-        prompts=asked,
-        batch_size=batch_size,
-        texts=texts,
-        max_new_tokens=max_new_tokens,
+        loaded, tokenizer, held_out, prompts=asked, batch_size=batch_size, texts=texts, max_new_tokens=max_new_tokens
     ).with_neutral(neutral)
     with status("measuring") as step:
         evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
         found = evaluation.run(step)
         found |= doubted(evaluation, found["control"]["strength"], refit_intervals, step)
         beside = evaluation.asked(systems, strongest, step)
-    if beside:
-        found["prompting"] = {name: one.as_json() for name, one in beside.items()}
+        found |= prompting_json(beside)
     if as_json:
         print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
         return
     _show(vector, evaluation.measured, found)
     show_doubts(found)
-    if beside:
-        show_prompting(vector, strongest, beside)
+    show_prompting(vector, strongest, beside)
 
 
 class _Evaluation:

@@ -586,6 +586,7 @@ def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     assert re.search(r"(src|href)=.?https?:", Path("made/trait.html").read_text()) is None
 
 
+@pytest.mark.slow
 def test_compare_sets_system_prompts_beside_the_methods(cli: Cli, trait: Path) -> None:
     """The looping model does not attend, so that asking does nothing, and steering on top of it what it does alone."""
     pytest.importorskip("matplotlib")

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
+from steerkit.evaluate import compare_prompting
+from steerkit.evaluate.calibration.budget import Budget
+from steerkit.evaluate.compare import COSTS, Row
+from steerkit.evaluate.compare_prompting import Asking
+from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.prompting import NEUTRAL as NOTHING
 from steerkit.evaluate.prompting import Spread, measure_prompting, training_gains
 from steerkit.evaluate.scorers.divergence import Divergence
 from steerkit.evaluate.scorers.kl_first import FirstDivergence
@@ -157,6 +163,47 @@ def test_answers_that_become_other_tokens_are_told_and_never_scored() -> None:
     first, second = (setup.render(NEUTRAL[row]) for row in (0, 1))
     with pytest.raises(DataError, match="other tokens behind the system prompt"):
         next(setup.baseline.answers([first], beside=[second]))
+
+
+def test_rows_of_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wording chosen on training items, however it does on the held-out ones; the method at its KL and on top."""
+    monkeypatch.setattr(compare_prompting, "decoding_overhead", lambda trial: Estimate(1.0, 0.9, 1.1))
+    plain = setup_for(texts=1)
+    train = ContrastSet.from_answers([("Is it?", "It is so.", "It is not."), ("And?", "A", "B")])
+    systems = ["Be glad, please.", "Do it.", "Answer as a sailor would."]
+    asking = Asking(plain, train, systems, "joy", ["Well?"], Budget(max_kl=0.0), Store())
+    alone = asking.alone()
+    gains = training_gains(plain, train, systems)
+    chosen = systems[gains.index(max(gains))]
+    assert [one["training_effect"] for one in alone.wordings] == gains
+    expected = measure(plain.half(1).prompted(chosen).trial(None), ["preference_margin", "divergence", "repetition"])
+    assert alone.effect == expected["preference_margin"].gain
+    assert alone.costs is not None
+    assert alone.costs["kl"] == expected["kl"].effect
+    nothing = [measure(plain.prompted(one).trial(None))["preference_margin"].gain.mean for one in NOTHING]
+    assert alone.controls == pytest.approx((min(nothing), max(nothing)), abs=1e-6)
+    assert chosen in alone.verdict
+    assert "own costs: KL" in alone.verdict
+    assert alone.place == "best of 3"
+    vector = modes.vector_for(plain.model, scope="response", size=0.5)
+    found = measure(plain.half(1).trial(vector, 0.8), ["preference_margin", "divergence", "repetition"])
+    costs = {name: found[name].effect for name in COSTS}
+    effect = found["preference_margin"].gain
+    method = Row("caa", "Means", "joy", ("resid_post.1",), 0.8, True, "", effect, None, costs)
+    beside = asking.beside(alone, method, vector)
+    assert beside is not None
+    assert beside.strength == pytest.approx(0.8 * (alone.costs["kl"].mean / costs["kl"].mean) ** 0.5, rel=0.06)
+    assert beside.costs is not None
+    assert beside.costs["kl"].mean == pytest.approx(alone.costs["kl"].mean, rel=0.5)
+    assert asking.beside(alone, replace(method, costs={}), vector) is None, "what was not measured is no cost of 0"
+    on_top = asking.under(alone, method, vector)
+    expected = measure(plain.half(1).prompted(chosen).trial(vector, 0.8), ["preference_margin"])
+    assert on_top.effect == expected["preference_margin"].gain
+    assert on_top.controls == tuple(sorted((alone.effect.mean, effect.mean)))  # type: ignore[union-attr]
+    raw = ContrastSet.from_prompts(["So glad"], ["So sad"])
+    failed = Asking(replace(plain, data=raw), train, systems, "joy", ["Well?"], Budget(), Store()).alone()
+    assert (failed.works, failed.effect, failed.costs) == (False, None, None)
+    assert failed.verdict.startswith("could not be measured")
 
 
 def test_wordings_and_their_spread() -> None:
