@@ -51,7 +51,7 @@ def _why(row: dict[str, Any]) -> str:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in row["scores"].items())
         blocks = [value for value in row["blocks"].values() if value]
         moved = f"; blocks {min(blocks):.3g} to {max(blocks):.3g} norms" if blocks else ""
-        return f"{scores}; dead zone {row['dead_zone']:g}{moved}"
+        return f"{scores}; dead zone {row['dead_zone']:.3g}{moved}"
     return "; ".join(
         f"{name} {facts['score']:.4f}, met {facts['compare']} {facts['threshold']:.4f}"
         for name, facts in row.get("conditions", {}).items()
