@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.prompting import Prompting, measure_prompting
     from steerkit.evaluate.refit_intervals import refit_interval
     from steerkit.evaluate.removal import probe_after_removal
+    from steerkit.evaluate.scorers.refusal import stated_accuracy
     from steerkit.evaluate.scoring import Measured, measure, scorer_of
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.suggesting import suggest_strength
@@ -58,6 +59,7 @@ __all__ = [
     "refits",
     "scorer_of",
     "separability",
+    "stated_accuracy",
     "strength_response",
     "suggest_strength",
     "sweep",
@@ -91,6 +93,7 @@ __getattr__ = lazily(
         "refits": "controls",
         "scorer_of": "scoring",
         "separability": "intervals",
+        "stated_accuracy": "scorers.refusal",
         "strength_response": "curve",
         "suggest_strength": "suggesting",
         "sweep": "sweeps",

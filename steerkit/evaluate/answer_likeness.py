@@ -41,8 +41,12 @@ from steerkit.prompts.rendering import Rendered
 
 __all__ = ["ALIKE", "AnswerLikeness", "Ches", "answer_likeness", "ches"]
 
-ALIKE = 0.1
-"""How far apart two answers lie at the most that are called nearly one thing."""
+ALIKE = 0.03
+"""How far apart two answers lie at the most that are called nearly one thing.
+
+On SmolLM2-135M answers that differ in a comma have 0.02, "thank you" and "thanks" 0.05; shipped pairs have medians of
+0.1 (optimism, where a word or two differ) to 0.4 (refusal).
+"""
 
 
 class Ches(NamedTuple):
