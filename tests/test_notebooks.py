@@ -1,17 +1,24 @@
-"""The notebooks of examples/ run from top to bottom, and are committed with what they printed and drew."""
+"""The notebooks of examples/ import what is public, are committed as they ran, and (slow) run from top to bottom."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
-import torch
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+named = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_of(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
 def shown(cell: nbformat.NotebookNode) -> list[str]:
@@ -19,59 +26,76 @@ def shown(cell: nbformat.NotebookNode) -> list[str]:
     return sorted({output["output_type"] for output in cell.get("outputs", [])})
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_are_committed_with_their_outputs(path: Path) -> None:
-    notebook = nbformat.read(path, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+def tree_of(cell: nbformat.NotebookNode) -> ast.Module:
+    """A cell as Python, without the lines that are IPython's."""
+    kept = [line for line in cell.source.splitlines() if not re.match(r"\s*([%!]|\w+ = !)", line)]
+    return ast.parse("\n".join(kept))
+
+
+def names_used(path: Path) -> Iterator[tuple[str, str]]:
+    """Modules of steerkit that a notebook imports, with the names it takes from each, by import or by a dot."""
+    rooms: dict[str, str] = {}
+    trees = [tree_of(cell) for cell in code_of(path)]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "steerkit":
+                    rooms[alias.asname or alias.name] = alias.name
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "steerkit":
+            for alias in node.names:
+                if node.module == "steerkit" and alias.name in ROOMS:
+                    rooms[alias.asname or alias.name] = f"steerkit.{alias.name}"
+                else:
+                    yield node.module or "", alias.name
+    for room in rooms.values():
+        yield room, ""
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in rooms:
+            yield rooms[node.value.id], node.attr
+
+
+ROOMS = {path.parent.name for path in (ROOT / "steerkit").glob("[!_]*/__init__.py")}
+
+
+def test_there_are_three() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["persona", "quickstart", "refusal"]
+
+
+@named
+def test_notebooks_import_what_is_public(path: Path) -> None:
+    used = set(names_used(path))
+    assert ("steerkit", "load_model") in used
+    for module, name in sorted(used):
+        deep = module.split(".")[1:]
+        assert len(deep) <= 1, f"{module} is inside a room"
+        assert set(deep) <= ROOMS, f"{module} is no room"
+        home = importlib.import_module(module)
+        assert not name or name in home.__all__, f"{module}.{name} is not public"
+        assert not name or hasattr(home, name)
+
+
+@named
+def test_notebooks_are_committed_as_they_ran(path: Path) -> None:
+    cells = code_of(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run from top to bottom, once"
-    assert all(cell.outputs for cell in cells)
+    assert "error" not in {kind for cell in cells for kind in shown(cell)}
+    assert sum(bool(cell.outputs) for cell in cells) >= len(cells) - 1, "what is computed is shown"
     text = path.read_text(encoding="utf-8")
-    assert not any(word in text for word in ("Traceback", "/home/", "/tmp/", "/work/", '"name": "stderr"'))
-    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
-
-
-@pytest.fixture(scope="module")
-def small(embedded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many blocks as the embedded model, its tokenizer and template, but narrow and random, as a folder."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    model, tokenizer = embedded
-    wide = model.config.to_dict()
-    narrow = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_key_value_heads": 1}
-    # Large weights and a head of its own: a random model whose head is its embedding says one token for ever.
-    own = {"head_dim": 16, "initializer_range": 0.3, "tie_word_embeddings": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        type(model)(type(model.config)(**{**wide, **narrow, **own})).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def run(path: Path, before: str = "") -> None:
-    """Run a notebook, with a line of code before it, and compare what kinds of output its cells leave."""
-    committed = nbformat.read(path, as_version=4)
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(before))
-    where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources=where).execute()
-    for now, then in zip(notebook.cells[1:], committed.cells, strict=True):
-        if now.cell_type == "code":
-            assert shown(now) == shown(then), now.source
-
-
-# The persona notebook takes half a minute; what it calls is called by its tutorial's page too.
-OFTEN = [pytest.param(path, id=path.stem, marks=pytest.mark.slow) for path in NOTEBOOKS]
-
-
-@pytest.mark.embedded
-@pytest.mark.parametrize("path", OFTEN)
-def test_notebooks_run_on_a_small_model(path: Path, small: Path) -> None:
-    """Every cell as it is; only the model that they load is narrower."""
-    loader = f"steerkit.load_model = functools.partial(steerkit.load_model, {str(small)!r})"
-    run(path, f"import functools, torch, steerkit; torch.set_num_threads(1); {loader}")
+    assert not any(word in text for word in ("Traceback", "/home/", "/tmp/", "/work/", "/root/", '"name": "stderr"'))
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) >= 2
+    assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
 
 
 @pytest.mark.slow
 @pytest.mark.embedded
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@named
 def test_notebooks_run(path: Path) -> None:
-    run(path)
+    """Every cell as it is, on the embedded model, leaves the kinds of output that it was committed with."""
+    committed = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=where).execute()
+    for now, then in zip(notebook.cells, committed.cells, strict=True):
+        if now.cell_type == "code":
+            assert shown(now) == shown(then), now.source

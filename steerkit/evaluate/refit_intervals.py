@@ -31,7 +31,7 @@ from steerkit.evaluate.intervals import Estimate, NotScored
 from steerkit.evaluate.rearranged import RearrangedRows
 from steerkit.evaluate.refit_results import estimate_of
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
-from steerkit.evaluate.scoring import ends, measure, scorer_of, scores_of
+from steerkit.evaluate.scoring import counted, ends, measure, scorer_of, scores_of
 from steerkit.evaluate.trial import Trial
 from steerkit.methods._registry import method_of
 from steerkit.prompts.contrast_set import ContrastSet
@@ -147,12 +147,15 @@ def refit_interval(
 def _changes(trial: Trial, scorer: Scorer, name: str) -> tuple[Tensor, Tensor]:
     """[n] what steering changes in each item, nan where it could not be scored, and [n] how much the item counts."""
     after = scores_of(trial, scorer)[name]
-    values, weights = after if isinstance(after, Weighted) else (after, torch.ones_like(after))
-    if scorer.against_baseline:
-        return values.double(), weights.double()
     before = scores_of(trial.baseline, scorer)[name]
+    values, lost = counted(scorer, name, after, before)
+    if bool(lost.any()):
+        raise NotScored(f"{int(lost.sum())} items could be scored without steering and not with it")
+    weights = (after.weights if isinstance(after, Weighted) else torch.ones_like(values)).detach().cpu().double()
+    if scorer.against_baseline:
+        return values, weights
     beside = before.values if isinstance(before, Weighted) else before
-    return values.double() - beside.double(), weights.double()
+    return values - beside.detach().cpu().double(), weights
 
 
 def _means(changes: tuple[Tensor, Tensor], resamples: int, generator: torch.Generator) -> list[float]:

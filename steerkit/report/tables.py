@@ -92,4 +92,10 @@ def control_rows(evidence: Evidence) -> list[tuple[str, str, str]]:
             what = f"change {signed(low)} to {signed(high)} {measured.column.unit}"
             count = "1 draw" if len(values) == 1 else f"{len(values)} draws"
             rows.append((f"{name}, {at}", what, f"{count}, against {signed(measured.effect.mean)} steered"))
+    if measured.wrong_way is not None:
+        asked = measured.items + measured.failures
+        what = f"{measured.wrong_way:.0%} of {asked} items"
+        rows.append(
+            (f"moved the wrong way, {at}", what, "against the sign of the strength, or not to be scored; 0 is wanted")
+        )
     return rows

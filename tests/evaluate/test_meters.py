@@ -83,11 +83,12 @@ def test_collapse_reads_the_tokens_of_each_text_alone(family: str) -> None:
             assert value == pytest.approx(slow_mean_cosine(states[0][shown.prompt_length :]), abs=1e-5)
 
 
-def test_a_text_without_a_pair_of_tokens_is_a_failure(setup: Setup) -> None:
+def test_a_text_that_steering_left_without_a_pair_of_tokens_is_collapsed(setup: Setup) -> None:
     trial = replace(setup.trial(vector_for(setup.model, scope="response"), 1.0))
     vars(trial)["texts"] = ("", "  ", "abcdef")
     found = measure(trial, ["collapse"])["collapse"]
-    assert (found.items, found.failures) == (1, 2)
+    assert (found.items, found.failures) == (3, 0)
+    assert found.estimate.mean > 2 / 3
 
 
 # pairs whose answers are nearly one thing

@@ -38,7 +38,7 @@ from steerkit.report.evidence_parts import EvidencePlan, Heat
 from steerkit.report.gather import gather
 from steerkit.report.html import report_html
 from steerkit.report.sections import costs_part
-from steerkit.report.tables import costs_words
+from steerkit.report.tables import control_rows, costs_words
 from steerkit.report.verdict import is_clear
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
@@ -205,6 +205,8 @@ def test_the_figures_are_those_of_the_measurements(fitted: Fitted, evidence: Evi
     assert evidence.projections.auc == by_block[1].auc
     assert evidence.refits is not None
     assert len(evidence.shuffled) == 1
+    told = {name: value for name, value, _ in control_rows(evidence)}
+    assert told["moved the wrong way, at strength 1.5"] == f"{measured.wrong_way:.0%} of {measured.items} items"
 
 
 def test_json_holds_everything_and_no_number_that_json_lacks(evidence: Evidence) -> None:

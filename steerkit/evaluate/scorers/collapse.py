@@ -10,7 +10,7 @@ common of s standard deviations s^2 / (1 + s^2).
 Models differ in how alike tokens are by themselves, so the change against the unsteered model's own texts is what
 counts. Steered texts are read under the same steering, as the model had them when it wrote.
 
-A text of fewer than two tokens has no pair: it could not be scored, and counts as a failure.
+A text of fewer than two tokens has no pair. Where steering made it so it counts as collapsed, 1.
 
 Gopalani and Hu (2025), "What Happens During the Loss Plateau? Understanding Abrupt Learning in Transformers", arXiv
 2506.13688, where hidden states of different positions become parallel while a model in training only repeats.
@@ -42,7 +42,7 @@ class Collapse(Scorer):
     title: ClassVar[str] = "how alike the activations of a generated text's tokens are"
     source: ClassVar[str] = "Gopalani and Hu 2025, arXiv 2506.13688"
     columns: ClassVar[Mapping[str, Column]] = {
-        "collapse": Column("likeness of tokens", "mean cosine", "lower", share=False),
+        "collapse": Column("likeness of tokens", "mean cosine", "lower", share=False, worst=1.0),
     }
 
     def score(self, trial: Trial) -> dict[str, Tensor]:
