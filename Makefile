@@ -13,7 +13,7 @@ WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow bench vectors check-cards evidence docs lint format clean
+.PHONY: demo test slow bench vectors check-cards evidence notebooks docs lint format clean
 
 demo: $(DEMO)
 	$(BIN)/steerkit demo
@@ -41,6 +41,10 @@ check-cards: $(STAMP)
 evidence: $(STAMP)
 	$(BIN)/steerkit compare optimism --out out/evidence
 	$(BIN)/python -m benchmarks.methods out/evidence
+
+# The notebooks of examples/, run anew with their outputs in them (about ten minutes).
+notebooks: $(STAMP)
+	$(BIN)/python -m benchmarks.notebooks
 
 # The pages under docs/_build; warnings are errors. Reads the command line and the sites off the program first.
 docs: $(STAMP)

@@ -22,12 +22,14 @@ def code_of(path: Path) -> list[nbformat.NotebookNode]:
 
 
 def shown(cell: nbformat.NotebookNode) -> list[str]:
-    """What kinds of output a cell left."""
-    return sorted({output["output_type"] for output in cell.get("outputs", [])})
+    """What kinds of output a cell left; what libraries say on stderr is none."""
+    return sorted({one["output_type"] for one in cell.get("outputs", []) if one.get("name") != "stderr"})
 
 
 def tree_of(cell: nbformat.NotebookNode) -> ast.Module:
     """A cell as Python, without the lines that are IPython's."""
+    if cell.source.startswith("%%"):
+        return ast.parse("")
     kept = [line for line in cell.source.splitlines() if not re.match(r"\s*([%!]|\w+ = !)", line)]
     return ast.parse("\n".join(kept))
 
