@@ -30,7 +30,7 @@ from steerkit.vector.steering_vector import SteeringVector
 
 FOLDER = Path(__file__).resolve().parents[1] / "vectors" / "smollm2-135m"
 MODEL = "smollm2-135m"
-NEW_TOKENS, KIND, QUESTIONS = 40, 60, 2
+NEW_TOKENS, KIND, QUESTIONS = 40, 30, 2
 Facts = dict[str, Any]
 
 
