@@ -83,7 +83,7 @@ def classifiers(found: Mapping[str, Any]) -> dict[str, Any]:
             [
                 f"`{name}`",
                 one["trained_on"],
-                span(one["accuracy"]),
+                span(one["accuracy_prompted"]),
                 "-" if written is None else span(written),
                 "yes" if one["accuracy"]["low"] > 0.5 else "cannot be told",
             ]
@@ -167,8 +167,9 @@ ordinary ones, and there the concept of an ordinary one is that it is *not* refu
 
 - *Concept*: a classifier's probability that the answer shows the behaviour. It is trained on the unsteered model's
   answers to 40 other questions under opposite system prompts, and on the recipe's own written answers where it has
-  some. Where its accuracy on those answers of the model (by folds over questions) may be one half, the concept cannot
-  be told.
+  some. Its accuracy is stated on those answers of the model (by folds over questions) and on held-out written ones; a
+  model that hardly follows the system prompts leaves only the latter. Where both may be one half, the concept cannot be
+  told.
 - *Fluency*: 1 where the unsteered model finds the answer as predictable as its own, 0 where as unpredictable as its own
   with the words shuffled; less the share of repeated 4-grams.
 - *Instruction*: the probability that question and answer belong together, from how much likelier the answer makes the

@@ -143,14 +143,16 @@ def _judged_by(scorer: Scorer, behaviour: str) -> dict[str, Any]:
     return {
         "classifier": "word and character n-grams, logistic regression",
         "trained_on": accuracy.trained_on,
-        "accuracy": figures(accuracy.prompted),
+        "accuracy": figures(accuracy.stated),
+        "measured_on": accuracy.measured_on,
+        "accuracy_prompted": figures(accuracy.prompted),
         "accuracy_written": None if accuracy.written is None else figures(accuracy.written),
     }
 
 
 def _why(said: str, told: bool, concept: Estimate, whole: Estimate) -> str:
     if not told:
-        return "cannot be told: the classifier does not tell answers under opposite system prompts apart"
+        return "cannot be told: the classifier tells neither prompted nor written answers of both sides apart"
     moved = f"concept {concept.mean:+.2f} ({concept.low:+.2f} to {concept.high:+.2f})"
     if said == "weak" and whole.high < 0:
         return f"{moved}, and the overall score falls, {whole.mean:+.2f}"

@@ -60,7 +60,11 @@ def test_written_answers_are_learned_from_and_held_out_ones_measured() -> None:
     assert found.accuracy.trained_on == "prompted and written answers"
     assert found.accuracy.written is not None
     assert found.accuracy.written.mean > 0.9
-    assert not found.accuracy.is_told, "the model's own answers decide"
+    assert not found.accuracy.prompted.low > 0.5, "the model does not follow the prompts"
+    assert (found.accuracy.measured_on, found.accuracy.stated) == ("written answers", found.accuracy.written)
+    assert found.accuracy.is_told
+    neither = trained(prompted, prompted[:40], prompted[40:]).accuracy
+    assert (neither.measured_on, neither.is_told) == ("prompted answers", False)
 
 
 def test_markers_are_whole_words() -> None:

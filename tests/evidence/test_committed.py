@@ -34,7 +34,7 @@ def test_a_row_of_the_table_is_that_of_the_answers(folder: Path) -> None:
         sum(repeated(row.text) for row in texts["+"]) / len(texts["+"]), abs=1e-4
     )
     classifier = classifier_of(behaviours()[behaviour], kept.read(part_of_behaviour(behaviour)))
-    assert told["judged_by"]["accuracy"]["mean"] == pytest.approx(classifier.accuracy.prompted.mean, abs=1e-3)
+    assert told["judged_by"]["accuracy_prompted"]["mean"] == pytest.approx(classifier.accuracy.prompted.mean, abs=1e-3)
     for condition, rows in texts.items():
         found = [
             score if row.text.strip() else 0.0
