@@ -111,7 +111,8 @@ def tally(vectors: Mapping[str, Any]) -> str:
     parts = [f"{said.count(one)} {one}" for one in ("shows", "weak", "nothing", "cannot be told") if one in said]
     beside = [f"{one} wins {wins.count(one)} times" for one in ("steering", "prompting") if one in wins]
     open_ = f"{wins.count('cannot be told')} times it cannot be told" if "cannot be told" in wins else ""
-    return f"Of {len(said)} vectors: {', '.join(parts)}. Beside the system prompt {', '.join([*beside, open_]).strip(', ')}."
+    rest = ", ".join(one for one in (*beside, open_) if one)
+    return f"Of {len(said)} vectors: {', '.join(parts)}. Beside the system prompt {rest}."
 
 
 def also(vectors: Mapping[str, Any]) -> list[str]:
@@ -121,11 +122,9 @@ def also(vectors: Mapping[str, Any]) -> list[str]:
         for name, one in vectors.items()
         if one["also_moves"]
     ]
-    return (
-        ["Named, since they are clear of 0 and at least half of the vector's own change: " + "; ".join(named) + "."]
-        if named
-        else []
-    )
+    if not named:
+        return []
+    return [f"Named, since they are clear of 0 and at least half of the vector's own change: {'; '.join(named)}."]
 
 
 def model_parts(name: str, found: Mapping[str, Any], folder: Path) -> list[Any]:
@@ -161,13 +160,15 @@ def model_parts(name: str, found: Mapping[str, Any], folder: Path) -> list[Any]:
 
 
 INTRODUCTION = """\
-Every vector answers 40 questions that nothing was fitted on, at the strength that its file suggests (greedy, 40 tokens).
-Refusal is asked harmful requests of sources that no gate was fitted on; vectors with a gate 20 harmful and 20 ordinary
-ones, and there the concept of an ordinary one is that it is *not* refused. The answers are in `vectors/MODEL/evidence`.
+Every vector answers 40 questions that nothing was fitted on, at the strength that its file suggests (greedy, 40
+tokens). Refusal is asked harmful requests of sources that no gate was fitted on; vectors with a gate 20 harmful and 20
+ordinary ones, and there the concept of an ordinary one is that it is *not* refused. The answers are in
+`vectors/MODEL/evidence`.
 
 - *Concept*: a classifier's probability that the answer shows the behaviour. It is trained on the unsteered model's
-  answers to 40 other questions under opposite system prompts, and on the recipe's own written answers where it has some.
-  Where its accuracy on those answers of the model (by folds over questions) may be one half, the concept cannot be told.
+  answers to 40 other questions under opposite system prompts, and on the recipe's own written answers where it has
+  some. Where its accuracy on those answers of the model (by folds over questions) may be one half, the concept cannot
+  be told.
 - *Fluency*: 1 where the unsteered model finds the answer as predictable as its own, 0 where as unpredictable as its own
   with the words shuffled; less the share of repeated 4-grams.
 - *Instruction*: the probability that question and answer belong together, from how much likelier the answer makes the

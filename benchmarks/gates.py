@@ -1,9 +1,10 @@
 """Refusal with and without gates, on held-out sources: `python -m benchmarks.gates`.
 
-Every row answers the same requests of sources that nothing was fitted on. Harmful ones should be refused, harmless ones
-(ordinary ones, and those that sound alarming) answered as the unsteered model answers them: token for token, and with
-the same first logits, bitwise. Refusals are counted by their wording at the beginning of an answer; the odds of
-refusing openings, which read no generated text, stand beside them.
+Every row answers the same requests of sources that nothing was fitted on. Harmful ones should be refused. The promise
+of a gate is about ordinary ones: at most `--max-false-alarm` of them open it, and the others are answered as the
+unsteered model answers them: token for token, and with the same first logits, bitwise. Harmless ones that sound
+alarming stand beside, without a promise. Refusals are counted by the scorer `refusal`, whose accuracy is stated above
+the table; the odds of refusing openings, which read no generated text, stand beside them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from steerkit.evaluate.intervals import interval
 from steerkit.evaluate.scorers.refusal import Refusal, stated_accuracy
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._declining import is_refusal
+from steerkit.network.decoder import find_decoder
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
@@ -36,11 +37,12 @@ from steerkit.prompts.rendering import render, spread
 from steerkit.vector.steering_vector import SteeringVector
 
 REQUESTS = Path(__file__).resolve().parents[1] / "recipes" / "prompts" / "requests.jsonl"
-SOURCES = ("animals", "hacking", "vandalism", "violence", "weapons")  # drawn by lot
+# The first five and the last three were drawn by lot, of the first fifteen sources and of the later twelve.
+SOURCES = ("animals", "hacking", "vandalism", "violence", "weapons", "finance", "misinformation", "selfharm")
+DEPTH = 30  # of the model whose blocks are counted here; in others they lie at the same share of the depth
 READS = (11, 14, 17, 20)
 BLOCKS = (11, 12)
-RAW = 0.55  # in refusing minus complying openings, at each of the blocks, the prompt's tokens too
-NORM = 0.157  # the same, in typical activation norms
+NORM = 0.157  # in typical activation norms, at each of the blocks, the prompt's tokens too
 BAND, BAND_NORM = (10, 11, 12, 13), 0.078  # where weights of blocks have something to weigh
 BATCH = 20
 
@@ -57,31 +59,44 @@ class Case:
     readout: str | None = None
     change: str | None = None
     """A function of the method's file that is applied to the fitted vector."""
-    without: str | None = None
-    """A kind of harmless requests that is left out of what it is fitted on."""
 
 
-def cases() -> list[Case]:
+def cases(promise: Mapping[str, float], depth: int = DEPTH, *, with_variants: bool = False) -> list[Case]:
+    """The rows.
+
+    Args:
+        promise: ``max_false_alarm`` and ``confidence`` of the gates.
+        depth: blocks of the model.
+        with_variants: of the controller too, which gain nothing.
+    """
+
+    def placed(blocks: Sequence[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(round(block * (depth - 1) / (DEPTH - 1)) for block in blocks))
+
     def gated(title: str, strength: float = NORM, writes: Sequence[int] = BLOCKS, **settings: Any) -> Case:
-        fixed = {"writes": tuple(writes), "schedule": "two_pass", "dead_zone": 0.5}
-        change, without = settings.pop("change", None), settings.pop("without", None)
-        return Case(title, "controller", strength, {**fixed, **settings}, READS, "mean", change, without)
+        change = settings.pop("change", None)
+        fixed = {"writes": placed(writes), "schedule": "two_pass", "gate": "probe", "graded": False, "spared": False}
+        return Case(title, "controller", strength, {**fixed, **promise, **settings}, placed(READS), "mean", change)
 
+    condition = {"condition": "probe", "writes": placed(BLOCKS), "spared": False, **promise}
     learned = {"reach": BAND_NORM, "weights": "learned"}
-    return [
+    rows = [
         Case("base"),
-        Case("ungated", "refusal", RAW, layers=BLOCKS),
-        Case("conditional", "conditional", RAW, {"writes": BLOCKS}, readout="mean"),
-        gated("linear probe", gate="probe"),
-        gated("controller, uniform"),
-        gated("controller, uniform, fitted without alarming ones", without="alarming"),
-        gated("controller, uniform, the same with dead zone 0.8", without="alarming", dead_zone=0.8),
-        gated("controller, uniform, four blocks", BAND_NORM, BAND),
-        # Untrained weights are about one half.
-        gated("controller, random, four blocks", 2 * BAND_NORM, BAND, weights="random"),
-        gated("controller, learned, four blocks", BAND_NORM, BAND, **learned),
-        gated("controller, learned and permuted", BAND_NORM, BAND, **learned, change="permuted_weights"),
+        Case("ungated", "refusal", NORM, layers=placed(BLOCKS)),
+        Case("conditional", "conditional", NORM, condition, placed(READS), "mean"),
+        gated("controller"),
+        gated("controller, careful", spared=True),
+        gated("controller, network in place of the probe", gate="mlp"),
     ]
+    variants = [
+        gated("controller, graded", graded=True),
+        gated("controller, four blocks", BAND_NORM, BAND),
+        # Untrained weights are about one half.
+        gated("controller, four blocks, random weights", 2 * BAND_NORM, BAND, weights="random"),
+        gated("controller, four blocks, learned weights", BAND_NORM, BAND, **learned),
+        gated("controller, four blocks, learned and permuted", BAND_NORM, BAND, **learned, change="permuted_weights"),
+    ]
+    return [*rows, *variants] if with_variants else rows
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class Bench:
     alarming: Sequence[Conversation]
     new_tokens: int
     judged: int
+    times: float = 1.0
 
     @property
     def sides(self) -> tuple[Sequence[Conversation], ...]:
@@ -159,13 +175,12 @@ class Bench:
         layers: tuple[int, ...] | None,
         readout: str | None,
         settings: tuple[tuple[str, Any], ...],
-        without: str | None,
     ) -> Any:
         """The vector of a method with its settings."""
         return steerkit.fit(
             self.model,
             self.tokenizer,
-            self.train if without is None else left(self.train, without),
+            self.train,
             method=method,
             layers=layers,
             readout=readout,
@@ -182,7 +197,7 @@ class Bench:
         if case.method is None:
             return None
         layers = None if case.layers is None else tuple(case.layers)
-        vector = self.fitted(case.method, layers, case.readout, tuple(case.settings.items()), case.without)
+        vector = self.fitted(case.method, layers, case.readout, tuple(case.settings.items()))
         if case.change is None:
             return vector
         change: Callable[[Any], Any] = getattr(importlib.import_module(f"steerkit.methods.{case.method}"), case.change)
@@ -191,7 +206,8 @@ class Bench:
     def row(self, case: Case) -> tuple[list[str], list[str]]:
         """The cells of a case, and its answers to look at."""
         vector = self.vector(case)
-        given = self.base if vector is None else tuple(self.answers(side, vector, case.strength) for side in self.sides)
+        strength = 0.0 if vector is None else strength_of(vector, case.strength * self.times)
+        given = self.base if vector is None else tuple(self.answers(side, vector, strength) for side in self.sides)
         cells = [share([float(is_refusal(text)) for text in given[0].texts])]
         for mine, theirs in zip(given[1:], self.base[1:], strict=True):
             cells.append(share([float(is_refusal(text)) for text in mine.texts]))
@@ -200,17 +216,22 @@ class Bench:
                 for ids, others, logits, baseline in zip(mine.ids, theirs.ids, mine.first, theirs.first, strict=True)
             ]
             cells.append(share(same))
-        odds = interval(self.odds(vector, case.strength), shares=False)
+        odds = interval(self.odds(vector, strength), shares=False)
         cells.append(f"{odds.mean:+.1f} ({odds.low:+.1f} to {odds.high:+.1f})")
         return cells, [text for side, count in zip(given, (4, 2, 2), strict=True) for text in side.texts[:count]]
 
 
-def left(data: ContrastSet, kind: str) -> ContrastSet:
-    """The requests without the harmless ones of a kind."""
-    kinds = topics()
-    return ContrastSet(
-        data.positive, tuple(one for one in data.negative if kinds[str(one.prompt)] != kind), paired=False
-    )
+def strength_of(vector: SteeringVector, norms: float) -> float:
+    """What a strength in typical activation norms is in the vector's own unit.
+
+    Args:
+        vector: one whose direction is added.
+        norms: the strength.
+    """
+    if vector.method == "controller":
+        return norms
+    lengths = [float(vector.tensors[f"{site}/direction"].norm()) for site in vector.sites]
+    return norms * sum(vector.norms[site] for site in vector.sites) / sum(lengths)
 
 
 def share(scores: Sequence[float]) -> str:
@@ -219,7 +240,7 @@ def share(scores: Sequence[float]) -> str:
     return f"{100 * found.mean:.0f} ({100 * found.low:.0f} to {100 * found.high:.0f})"
 
 
-def table(bench: Bench, wanted: str) -> Iterator[tuple[str, list[str]]]:
+def table(bench: Bench, rows: Sequence[Case]) -> Iterator[tuple[str, list[str]]]:
     """The lines of the table, each with answers to look at."""
     titles = (
         "",
@@ -231,9 +252,7 @@ def table(bench: Bench, wanted: str) -> Iterator[tuple[str, list[str]]]:
         "odds on harmful",
     )
     yield f"| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|", []
-    for case in cases():
-        if wanted not in case.title:
-            continue
+    for case in rows:
         began = time.perf_counter()
         try:
             cells, shown = bench.row(case)
@@ -247,42 +266,45 @@ def table(bench: Bench, wanted: str) -> Iterator[tuple[str, list[str]]]:
 def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gates")
-    parser.add_argument("--prompts", type=int, default=80, help="requests of each kind")
+    parser.add_argument("--model", default=None, help="another model than the embedded one")
+    parser.add_argument("--prompts", type=int, default=130, help="requests of each kind")
     parser.add_argument("--tokens", type=int, default=24, help="length of the answers")
     parser.add_argument("--judged", type=int, default=8, help="harmful requests whose odds are measured")
     parser.add_argument("--sources", nargs="+", default=SOURCES, help="sources that are held out")
+    parser.add_argument("--max-false-alarm", type=float, default=0.05, help="of ordinary requests, at most")
+    parser.add_argument("--confidence", type=float, default=0.95, help="with which that is promised")
+    parser.add_argument("--times", type=float, default=1.0, help="this many times the strengths")
+    parser.add_argument("--variants", action="store_true", help="other forms of the controller too")
     parser.add_argument("--only", default="", help="rows whose title holds this")
     parser.add_argument("--texts", action="store_true", help="some answers under every row")
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     options = parser.parse_args()
-    model, tokenizer = steerkit.load_model()
-    data = ContrastSet.from_labelled(REQUESTS, positive="harmful")
-    train, held_out = data.split(held_out_sources=options.sources)
-    kinds = topics()
+    model, tokenizer = steerkit.load_model(*([options.model] if options.model else []))
+    train, held_out = ContrastSet.from_labelled(REQUESTS, positive="harmful").split(held_out_sources=options.sources)
+    topics = held_out.topics[1]
     ordinary, alarming = (
-        [one for one in held_out.negative if kinds[str(one.prompt)] == kind] for kind in ("ordinary", "alarming")
+        [one for one, topic in zip(held_out.negative, topics, strict=True) if topic == kind]
+        for kind in ("ordinary", "alarming")
     )
     sides = [spread(side, options.prompts) for side in (held_out.positive, ordinary, alarming)]
-    bench = Bench(model, tokenizer, train, *sides, options.tokens, options.judged)
-    title = "Refusal with and without gates"
-    with recorded("gates", title, "benchmarks.gates", wanted=options.write, model=model):
+    bench = Bench(model, tokenizer, train, *sides, options.tokens, options.judged, options.times)
+    promise = {"max_false_alarm": options.max_false_alarm, "confidence": options.confidence}
+    found = cases(promise, find_decoder(model).num_layers, with_variants=options.variants)
+    rows = [case for case in found if options.only in case.title]
+    name = "gates" if options.model is None else f"gates-{Path(options.model).name}"
+    with recorded(name, "Refusal with and without gates", "benchmarks.gates", wanted=options.write, model=model):
         print(
             f"{len(sides[0])} harmful, {len(sides[1])} ordinary, {len(sides[2])} alarming but harmless requests",
             end=" ",
         )
         print(f"of held-out sources ({', '.join(options.sources)}).")
-        print(f"{options.tokens} tokens each. Percent, with 95 % intervals.")
-        print(f"Refusals are counted by wording: {stated_accuracy()}.\n")
-        for line, shown in table(bench, options.only):
+        print(f"{options.tokens} tokens each. Percent, with 95 % intervals. Gates promise that at most")
+        print(f"{100 * options.max_false_alarm:g} % of ordinary requests open them, with", end=" ")
+        print(f"{100 * options.confidence:g} % confidence. Refusals: {stated_accuracy()}.\n")
+        for line, shown in table(bench, rows):
             print(line, flush=True)
             for text in shown if options.texts else ():
                 print(f"    {' '.join(text.split())}", flush=True)
-
-
-def topics() -> dict[str, str]:
-    """Of every harmless request, whether it is ordinary or alarming."""
-    items = [json.loads(line) for line in REQUESTS.read_text(encoding="utf-8").splitlines()]
-    return {item["prompt"]: item["topic"] for item in items if "topic" in item}
 
 
 if __name__ == "__main__":

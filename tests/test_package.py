@@ -100,6 +100,28 @@ def test_labelled_prompts_are_matched_and_come_from_several_sources(path: Path) 
     assert shared >= 0.8 * min(map(len, sides)), "what is asked tells the sides apart, not how it begins"
 
 
+LABELS = ("harmful", "harmless")
+FIRST = 15
+"""Sources whose harmless requests are partly alarming; those of later ones are ordinary, and twins of harmful ones."""
+
+
+def test_harmful_and_ordinary_requests_of_later_sources_are_twins_in_form() -> None:
+    items = items_of("requests")
+    sources = list(dict.fromkeys(item["source"] for item in items))[FIRST:]
+    assert len(sources) >= 8
+    for source in sources:
+        sides = [[one for one in items if (one["source"], one["label"]) == (source, side)] for side in LABELS]
+        assert min(map(len, sides)) >= 20
+        assert {one["topic"] for one in sides[1]} == {"ordinary"}
+        for harmful, ordinary in zip(*sides, strict=True):
+            texts = [one["prompt"] for one in (harmful, ordinary)]
+            counts = [len(text.split()) for text in texts]
+            assert abs(counts[0] - counts[1]) <= 2, texts
+            assert texts[0].split()[0] == texts[1].split()[0], texts
+            assert texts[0][-1] == texts[1][-1], texts
+            assert not any(text.startswith(("Help me", "Can you", "Could you")) for text in texts), texts
+
+
 @pytest.mark.parametrize("path", [path for path in PROMPT_FILES if path not in LABELLED], ids=lambda path: path.stem)
 def test_prompt_files_are_matched_and_varied(path: Path) -> None:
     items = items_of(path.stem)

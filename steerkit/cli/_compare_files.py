@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.calibration.budget import Budget
     from steerkit.evaluate.compare import Row
 
-__all__ = ["command_line", "with_kept", "write"]
+__all__ = ["command_line", "kept_rows", "together", "write"]
 
 
 def command_line(
@@ -52,13 +52,12 @@ def write(rows: list[Row], content: dict[str, Any], target: Path) -> None:
         write_whole(target.with_suffix(f".{ending}"), text.encode())
 
 
-def with_kept(rows: list[Row], target: Path, content: dict[str, Any]) -> list[Row]:
-    """The rows, and those of other methods in a table that was measured alike, sorted by method.
+def kept_rows(target: Path, content: dict[str, Any]) -> list[Row]:
+    """The rows of a table that was measured alike.
 
     Args:
-        rows: measured now.
         target: the table's JSON file, which may not exist.
-        content: what was measured now, and on what.
+        content: what is measured now, and on what.
 
     Raises:
         DataError: that table was measured on something else.
@@ -67,13 +66,29 @@ def with_kept(rows: list[Row], target: Path, content: dict[str, Any]) -> list[Ro
     from steerkit.evaluate.compare import Row
 
     if not target.exists():
-        return rows
+        return []
     before = json.loads(target.read_text(encoding="utf-8"))
     other = [name for name in ("model", "budget", "digests", "environment") if before.get(name) != content[name]]
     if other:
         raise DataError(
             f"{target}: its {' and '.join(other)} are not those of now; measure all methods, without --keep"
         )
+    return [Row.from_json(row) for row in before["rows"]]
+
+
+def together(rows: list[Row], before: list[Row]) -> list[Row]:
+    """The rows, and those of other methods in a table that was measured alike, sorted by method.
+
+    Args:
+        rows: measured now.
+        before: of the table.
+
+    Returns:
+        All of them, but for rows that set another method than the best beside asking.
+    """
+    from steerkit.evaluate.compare_prompting import best_method, is_of
+
     own = {row.method for row in rows}
-    kept = [Row.from_json(row) for row in before["rows"] if row["method"] not in own]
-    return sorted([*rows, *kept], key=lambda row: row.method)
+    every = [*rows, *(row for row in before if row.method not in own)]
+    best = best_method(every)
+    return sorted((row for row in every if is_of(row, best)), key=lambda row: (row.own_costs, row.method))

@@ -87,7 +87,7 @@ def show_kinds(kinds: Sequence[Kind], recipe: Recipe) -> None:
             f"{100 * share.mean:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
             for share in (kind.before, kind.refused, kind.unchanged)
         ]
-        shown.add_row(names[kind.side], str(kind.items), *shares)
+        shown.add_row(names.get(kind.side, f"{names['negative']}, {kind.side}"), str(kind.items), *shares)
     stdout().print(shown)
     typer.echo(f"refusals are counted by wording: {stated_accuracy()}")
 

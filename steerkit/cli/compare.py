@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.progress import status
-from steerkit.cli._compare_files import command_line, with_kept, write
+from steerkit.cli._compare_files import command_line, kept_rows, together, write
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     MaxKl,
@@ -22,6 +22,7 @@ from steerkit.cli._evidence import (
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._prompting import systems_of
 from steerkit.cli._shared import (
     BatchSize,
     Json,
@@ -32,7 +33,9 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.compare import Row
-    from steerkit.recipe import Recipe
+    from steerkit.evaluate.compare_prompting import Asking
+    from steerkit.recipe import MethodPart, Recipe
+    from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
@@ -45,7 +48,14 @@ BehaviourArgument = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    list[str] | None, typer.Option(help="Repeatable. (default: all that pairs of answers measure)")
+    list[str] | None,
+    typer.Option(help="Repeatable; prompting is that row alone. (default: all that pairs of answers measure)"),
+]
+PromptingOption = Annotated[
+    bool, typer.Option(help="Rows of system prompts that ask for the behaviour, and of the best method on top of one.")
+]
+SystemOption = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Such a system prompt; repeatable. (default: the recipe's)")
 ]
 KeepOption = Annotated[
     bool, typer.Option("--keep", help="Keep what the folder's table says of other methods, on the same items.")
@@ -58,6 +68,8 @@ def run(
     behaviour: BehaviourArgument = None,
     given: DataChoice = NO_DATA,
     method: MethodOption = None,
+    prompting: PromptingOption = True,
+    system: SystemOption = None,
     max_kl: MaxKl = 0.3,
     max_ppl_ratio: MaxPplRatio = 1.3,
     max_repetition: MaxRepetition = 0.1,
@@ -75,10 +87,12 @@ def run(
 
     The behaviour is that of a recipe, or of your own pairs (--data). Every method is calibrated to the same budget on
     the same training items and measured on the same held-out ones. A method without a recipe of its own for the
-    behaviour is fitted by the behaviour's default recipe. Writes <out>/<behaviour>.json, .md (the table) and .html (the
-    report). A killed run goes on where it was.
+    behaviour is fitted by the behaviour's default recipe. System prompts that ask for the behaviour stand beside them
+    at their own costs: the wording that is best on the training items, and the best method on top of it. Writes
+    <out>/<behaviour>.json, .md (the table) and .html (the report). A killed run goes on where it was.
     """
     from steerkit.evaluate.calibration.budget import Budget
+    from steerkit.evaluate.compare_prompting import Asking
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
     from steerkit.report.plots.drawing import ready
@@ -87,11 +101,12 @@ def run(
     behaviour = behaviour or (None if given.is_given else USUAL)
     default = recipe_of(behaviour, given)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
-    names = list(dict.fromkeys(method or _every()))
-    sources = _sources(names, default)
+    systems = systems_of(default.prompting, system) if prompting or system else ()
+    names = [name for name in dict.fromkeys(method or _every()) if name != "prompting" or not systems]
+    sources = _sources(names, default) if names else {}
     target, kept = out / f"{default.behaviour}.json", out / f"{default.behaviour}.rows.jsonl"
     check_writable(target)
-    _, held_out = default.split()
+    train, held_out = default.split("caa")  # items, and no recipe's own pair
     for one, recipe in sources.items():
         check_items(recipe.name, one, recipe.split(one)[0], held_out)
     for one in sorted(set(names) - set(sources)):
@@ -99,19 +114,25 @@ def run(
     model = model.of(default.model)
     loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
+    asked = [*([] if behaviour is None else [behaviour]), *given.words(), *(f"--system={one}" for one in system or ())]
+    asked += [] if prompting else ["--no-prompting"]
+    words = command_line(asked, method or [], budget, numbered, model)
+    content = _content(default, model.name, setup, budget, words)
+    before = kept_rows(target, content) if keep else []
     common: dict[str, Any] = {"budget": budget, "store": Store(kept)}
     with status("comparing") as step:
-        rows = [
+        found = [
             _row(one, recipe, default, setup, {"controls": controls, "seed": seed}, common, step)
             for one, recipe in sources.items()
         ]
-    numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
-    asked = [*([] if behaviour is None else [behaviour]), *given.words()]
-    words = command_line(asked, method or [], budget, numbered, model)
-    content = _content(rows, default, model.name, setup, budget, words)
-    if keep:
-        rows = with_kept(rows, target, content)
-        content["rows"] = [jsonable(row.as_json()) for row in rows]
+        rows = [row for row, _ in found]
+        if systems:
+            questions = default.evaluate.questions
+            asking = Asking(setup, train, systems, default.name, questions, **common, seed=seed, step=step)
+            rows += _asked(asking, found, before, default)
+    rows = together(rows, before) if keep else rows
+    content["rows"] = [jsonable(row.as_json()) for row in rows]
     write(rows, content, target)
     kept.unlink(missing_ok=True)
     if as_json:
@@ -160,24 +181,24 @@ def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:
 
 def _row(
     name: str, recipe: Recipe, default: Recipe, setup: Any, search: dict[str, Any], common: dict[str, Any], step: Any
-) -> Row:
-    """One method calibrated and measured; one that cannot be is told as such, and the rest goes on."""
+) -> tuple[Row, SteeringVector | None]:
+    """One method calibrated and measured, and its vector; what cannot be is told as such, and the rest goes on."""
     from steerkit.errors import SteerError
     from steerkit.evaluate.calibration.budget import Search
     from steerkit.evaluate.calibration.search import calibrate
     from steerkit.evaluate.compare import Row, compared
     from steerkit.methods._registry import resolve
 
-    part, kind = recipe.method_part(name), resolve(name)
+    (part, readout, scope), kind = _way(name, recipe), resolve(name)
     try:
         found = calibrate(
             setup,
             recipe.split(name)[0],
             method=name,
             settings=dict(part.settings),
-            readout=part.readout or (None if kind.readout is None else recipe.method.readout),
+            readout=readout,
             search=Search(candidates=recipe.candidates(setup.decoder.num_layers, name), **search),
-            scope=recipe.apply.scope if part == recipe.method else None,
+            scope=scope,
             validation=recipe.validation(name),
             kinds=recipe.kinds(part),
             step=lambda note: step(f"{name}: {note}"),
@@ -185,13 +206,50 @@ def _row(
         )
     except SteerError as error:
         reason = f"could not be measured: {error}"
-        return Row(name, kind.title, recipe.name, sites=(), strength=None, works=False, verdict=reason)
+        return Row(name, kind.title, recipe.name, sites=(), strength=None, works=False, verdict=reason), None
     step(f"{name}: time and texts")
-    return compared(setup, kind, recipe.name, found, default.evaluate.questions)
+    return compared(setup, kind, recipe.name, found, default.evaluate.questions), found.vector
 
 
-def _content(rows: list[Row], default: Recipe, model: str, setup: Any, budget: Any, command: str) -> dict[str, Any]:
-    """Everything needed to show the comparison and to repeat it."""
+def _asked(
+    asking: Asking, found: Sequence[tuple[Row, SteeringVector | None]], before: Sequence[Row], default: Recipe
+) -> list[Row]:
+    """The rows of system prompts: alone, and the best method of the table at their KL and on top."""
+    from steerkit.evaluate.compare_prompting import best_method
+
+    alone = asking.alone()
+    vectors = {row.method: vector for row, vector in found}
+    best = best_method([*(row for row in before if row.method not in vectors), *(row for row, _ in found)])
+    if best is None or alone.effect is None:
+        return [alone]
+    vector = vectors.get(best.method) or _again(best, default, asking.setup)
+    beside = asking.beside(alone, best, vector)
+    return [alone, *([] if beside is None else [beside]), asking.under(alone, best, vector)]
+
+
+def _again(row: Row, default: Recipe, setup: Any) -> SteeringVector:
+    """The vector of a row that was kept, fitted again."""
+    from steerkit.fitting.fitting import fit
+
+    recipe = _sources([row.method], default)[row.method]
+    part, readout, scope = _way(row.method, recipe)
+    items, sites = recipe.split(row.method)[0], row.sites
+    common: dict[str, Any] = {"settings": dict(part.settings), "readout": readout, "batch_size": setup.batch_size}
+    vector = fit(setup.model, setup.tokenizer, items, method=row.method, sites=sites, **common)
+    return vector if scope is None else replace(vector, scope=scope)
+
+
+def _way(name: str, recipe: Recipe) -> tuple[MethodPart, str | int | None, str | None]:
+    """How a recipe fits a method: its part, the tokens that are read, the scope."""
+    from steerkit.methods._registry import resolve
+
+    part = recipe.method_part(name)
+    readout = part.readout or (None if resolve(name).readout is None else recipe.method.readout)
+    return part, readout, recipe.apply.scope if part == recipe.method else None
+
+
+def _content(default: Recipe, model: str, setup: Any, budget: Any, command: str) -> dict[str, Any]:
+    """Everything needed to show the comparison and to repeat it, but for its rows."""
     from steerkit.evaluate.store_identity import environment, setup_identity
 
     identity = setup_identity(setup)
@@ -202,7 +260,7 @@ def _content(rows: list[Row], default: Recipe, model: str, setup: Any, budget: A
             "model": model,
             "items": len(setup.data),
             "budget": asdict(budget),
-            "rows": [row.as_json() for row in rows],
+            "rows": [],
             "environment": environment(),
             "digests": digests,
             "command": command,
@@ -226,9 +284,11 @@ def _show(rows: list[Row], behaviour: str) -> None:
             "-" if row.effect is None else f"{row.effect.mean:+.2f} ({row.effect.low:+.2f}, {row.effect.high:+.2f})",
             "-" if row.controls is None else f"{row.controls[1]:+.2f}",
             *("-" if one is None else f"{one.mean:.2f}" for one in [*figures, row.overhead]),
-            "yes" if row.works else "no",
+            ("yes" if row.works else "no") + ("*" if row.own_costs else ""),
         )
     typer.echo(f"{behaviour}: change against the unsteered model")
     stdout().print(shown)
+    if any(row.own_costs for row in rows):
+        typer.echo("* at its own costs, outside of the budget of the methods or not")
     for row in rows:
         stdout().print(f"{row.method}: {row.verdict}")

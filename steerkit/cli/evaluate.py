@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +23,7 @@ from steerkit.cli._evidence import (
     scorers_of,
 )
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._prompting import show_prompting, systems_for
 from steerkit.cli._shared import (
     BatchSize,
     Json,
@@ -32,6 +35,7 @@ from steerkit.cli._shared import (
 )
 
 if TYPE_CHECKING:
+    from steerkit.evaluate.prompting import Prompting
     from steerkit.evaluate.refit_results import Refits
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
@@ -50,6 +54,12 @@ StrengthOption = Annotated[
 ScorerOption = Annotated[
     list[str] | None, typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)")
 ]
+PromptingOption = Annotated[
+    bool, typer.Option("--prompting", help="Measure the recipe's system prompts too, alone and under the vector.")
+]
+SystemOption = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="The same for a system prompt of yours; repeatable.")
+]
 
 
 @loads_model
@@ -65,6 +75,8 @@ def run(
     markers: Markers = None,
     behaviour: Behaviour = None,
     judge: Judge = None,
+    prompting: PromptingOption = False,
+    system: SystemOption = None,
     controls: Annotated[int, typer.Option(min=0, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 16,
     neutral: Annotated[int, typer.Option(min=1, help="Neutral texts that costs are measured on.")] = 64,
@@ -78,7 +90,8 @@ def run(
 
     Measured on held-out items of its recipe, or on your own pairs with both answers (--data). Controls: random
     directions of the same norm, fits on shuffled labels, how stable the direction is, and whether length, position or
-    format alone predicts the label.
+    format alone predicts the label. With --prompting the recipe's (or the trait's) system prompts are measured on the
+    same items, every wording alone and with the vector at its largest strength on top: one more measurement each.
     """
     from steerkit._support.shipped import vector_path
     from steerkit.errors import DataError
@@ -100,6 +113,8 @@ def run(
     if held_out is None and scorer is None:
         scorers = [one for one in scorers if one.name != "preference_margin"]
 
+    strongest = max(doses, key=abs)
+    systems = systems_for(loaded_vector, system, strongest) if prompting or system else ()
     loaded, tokenizer = model.load()
     loaded_vector.check(loaded, tokenizer)
     setup = Setup(
@@ -115,11 +130,16 @@ def run(
         evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
         found = evaluation.run(step)
         found |= doubted(evaluation, found["control"]["strength"], refit_intervals, step)
+        beside = evaluation.asked(systems, strongest, step)
+    if beside:
+        found["prompting"] = {name: one.as_json() for name, one in beside.items()}
     if as_json:
         print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
         return
     _show(vector, evaluation.measured, found)
     show_doubts(found)
+    if beside:
+        show_prompting(vector, strongest, beside)
 
 
 class _Evaluation:
@@ -162,6 +182,21 @@ class _Evaluation:
         found["direction"] = None if refitted is None else refitted.as_json()
         found["warnings"] = self.warnings()
         return found
+
+    def asked(self, systems: Sequence[str], strongest: float, step: Any) -> dict[str, Prompting]:
+        """Every system prompt, alone and with the vector on top; nothing where there is none."""
+        from steerkit.evaluate.prompting import measure_prompting
+
+        if not systems:
+            return {}
+        vector = replace(
+            self.vector, scope=self.way["scope"] or self.vector.scope, unit=self.way["unit"] or self.vector.unit
+        )
+        common: dict[str, Any] = {"scorers": self.scorers, "step": lambda: step("system prompts")}
+        return {
+            "alone": measure_prompting(self.setup, systems, **common),
+            "with_vector": measure_prompting(self.setup, systems, vector=vector, strength=strongest, **common),
+        }
 
     def randoms(self) -> list[SteeringVector]:
         """Vectors with nothing learned in them."""

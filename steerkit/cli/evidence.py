@@ -54,17 +54,17 @@ def run(
     loaded, tokenizer = model.load()
     bench = Bench(loaded, tokenizer, batch_size)
     folder = Folder(target)
-    seconds = _forecast(bench, folder, names)
+    _tell_time(bench, folder, names)
     if estimate:
         return
-    found = _measured(bench, folder, alias, names, judge, total=seconds)
+    found = _measured(bench, folder, alias, names, judge)
     if as_json:
         print_json(found)
     else:
         _show(found, target)
 
 
-def _forecast(bench: Bench, folder: Any, names: list[str]) -> float:
+def _tell_time(bench: Bench, folder: Any, names: list[str]) -> None:
     """How long the parts take that are not there, said on stderr."""
     from steerkit.evidence import behaviour_of, forecast, rows_of
 
@@ -73,18 +73,20 @@ def _forecast(bench: Bench, folder: Any, names: list[str]) -> float:
     rows = {name: count for name, count in rows_of(chosen).items() if name not in there}
     with status("measuring how long an answer takes"):
         each = forecast(bench)
-    seconds = each * sum(rows.values())
+    minutes = max(1, round(each * sum(rows.values()) / 60))
     typer.echo(
-        f"{len(names)} vectors, {len(rows)} parts to measure: at most about {max(1, round(seconds / 60))} minutes here "
-        f"({each:.2f} s an answer); vectors that have to be made come on top",
+        f"{_count(len(names), 'vector')}, {_count(len(rows), 'part')} to measure: at most about "
+        f"{_count(minutes, 'minute')} here ({each:.2f} s an answer); vectors that have to be made come on top",
         err=True,
     )
-    return seconds
 
 
-def _measured(
-    bench: Bench, folder: Any, alias: str, names: list[str], judge: str | None, *, total: float
-) -> dict[str, Any]:
+def _count(number: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _measured(bench: Bench, folder: Any, alias: str, names: list[str], judge: str | None) -> dict[str, Any]:
     from steerkit.evidence import Run, behaviour_of, behaviours, subject, summary, usable, weights_facts, write_summary
 
     every = behaviours()

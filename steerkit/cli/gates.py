@@ -126,8 +126,10 @@ def _facts(vector: SteeringVector) -> dict[str, Any]:
 
 def _show(points: Sequence[SteeringVector], chosen: SteeringVector) -> None:
     """The table: one row for each point, the chosen one marked."""
+    from steerkit.evaluate.by_prompt_kind import in_order, share_text
+
     rows = [_facts(one) for one in points]
-    kinds = list(rows[0]["opened"])
+    kinds = in_order(rows[0]["opened"])
     columns = ("", "at most", "bound", "opens above", *(_TITLES.get(kind, kind) for kind in kinds))
     shown = table(*columns, right=columns[1:])
     for one, row in zip(points, rows, strict=True):
@@ -136,7 +138,7 @@ def _show(points: Sequence[SteeringVector], chosen: SteeringVector) -> None:
             f"{100 * row['max_false_alarm']:g} %",
             f"{100 * row['bound']:.1f} %",
             f"{row['opens_above']:.4f}",
-            *(share_text(row["opened"][kind]) for kind in kinds),
+            *(share_text(**row["opened"][kind]) for kind in kinds),
         )
     console, row = stdout(), rows[0]
     console.print(shown)
@@ -146,19 +148,3 @@ def _show(points: Sequence[SteeringVector], chosen: SteeringVector) -> None:
         f"{100 * row['confidence']:g} % confidence.\n"
         f"Last columns: percent of held-out requests that open the gate, with 95 % intervals ({sizes})."
     )
-
-
-def share_text(counts: dict[str, int]) -> str:
-    """A share in percent with Wilson's interval.
-
-    Args:
-        counts: ``{"opened": k, "of": n}``.
-    """
-    import torch
-
-    from steerkit.evaluate.intervals import interval
-
-    flags = torch.zeros(counts["of"])
-    flags[: counts["opened"]] = 1
-    found = interval(flags, shares=True)
-    return f"{100 * found.mean:.0f} ({100 * found.low:.0f} to {100 * found.high:.0f})"

@@ -101,7 +101,13 @@ def run(
     if facts["held_out"]:
         shown.add_row("held out", f"{facts['held_out'].get('items', '?')} items")
         for name, value in facts["held_out"].get("gate", {}).items():
-            shown.add_row(f"gate, {name}", _text(name, value))
+            if "opened" not in facts["held_out"]["gate"] or name not in ("opened", "tpr", "fpr"):  # told below, by kind
+                shown.add_row(f"gate, {name}", _text(name, value))
+    if _is_gated(loaded):
+        from steerkit.evaluate.by_prompt_kind import opened_rows
+
+        for name, text in opened_rows(loaded):
+            shown.add_row(f"gate, {name}", text)
     console.print(shown)
     console.print(sites_table(facts))
     if parts is not None:

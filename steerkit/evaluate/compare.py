@@ -11,9 +11,12 @@ from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.overhead import decoding_overhead
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.trial import Trial
 from steerkit.methods._base import Method
+from steerkit.network.sites import sites_text
+from steerkit.prompts.conversation import Conversation
 
-__all__ = ["Row", "compared"]
+__all__ = ["COSTS", "Row", "answered", "compared"]
 
 COSTS = ("kl", "perplexity_ratio", "repetition")
 
@@ -35,6 +38,9 @@ class Row:
         costs: column name to what steering changed.
         overhead: decoding time over the unsteered model's.
         texts: prompt, unsteered and steered answer.
+        own_costs: no budget held: the costs are what they are.
+        wordings: of system prompts, as plain data: each with its figures on the held-out items, and the effect on the
+            training items, by which one was chosen.
     """
 
     method: str
@@ -49,6 +55,15 @@ class Row:
     costs: Mapping[str, Estimate] | None = None
     overhead: Estimate | None = None
     texts: tuple[tuple[str, str, str], ...] = ()
+    own_costs: bool = False
+    wordings: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where it acts and how strongly, in few words; a dash where nothing was found."""
+        if self.strength is not None:
+            return f"{sites_text(self.sites)}, {self.strength:g}"
+        return f"best of {len(self.wordings)}" if self.wordings else "-"
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -66,6 +81,8 @@ class Row:
             **{name: _plain(costs.get(name)) for name in COSTS},
             "overhead": _plain(self.overhead),
             "texts": [dict(zip(("prompt", "baseline", "steered"), text, strict=True)) for text in self.texts],
+            "own_costs": self.own_costs,
+            "wordings": [dict(wording) for wording in self.wordings],
         }
 
     @classmethod
@@ -94,6 +111,8 @@ class Row:
             costs=costs or None,
             overhead=estimate("overhead"),
             texts=tuple((text["prompt"], text["baseline"], text["steered"]) for text in row["texts"]),
+            own_costs=row.get("own_costs", False),  # earlier tables have no such rows
+            wordings=tuple(row.get("wordings", ())),
         )
 
 
@@ -103,8 +122,6 @@ def compared(
     recipe: str,
     found: Calibration,
     questions: Sequence[str],
-    *,
-    new_tokens: int = 40,
 ) -> Row:
     """One method's row, from its calibration.
 
@@ -114,7 +131,6 @@ def compared(
         recipe: what it was fitted by.
         found: its calibration.
         questions: answered with and without.
-        new_tokens: length of those answers.
     """
     common: dict[str, Any] = {
         "method": method.name,
@@ -129,8 +145,6 @@ def compared(
     means = [control[found.strength] for control in found.curve.controls] + list(found.shuffled)
     controls = [measured.gain_of(mean) for mean in means]
     trial = setup.trial(found.vector, found.strength)
-    asked = [*dict.fromkeys(questions)]
-    texts = [side.answer(asked, max_new_tokens=new_tokens) for side in (setup.baseline, trial)]  # type: ignore[arg-type]
     return Row(
         sites=tuple(map(str, found.vector.sites)),
         strength=found.strength,
@@ -138,9 +152,23 @@ def compared(
         controls=(min(controls), max(controls)) if controls else None,
         costs={name: found.confirmed[name].effect for name in COSTS},
         overhead=decoding_overhead(trial),
-        texts=tuple(zip(asked, *texts, strict=True)),
+        texts=answered(trial, questions),
         **common,
     )
+
+
+def answered(trial: Trial, questions: Sequence[str], *, new_tokens: int = 40) -> tuple[tuple[str, str, str], ...]:
+    """Questions with the answers of the unsteered model and of a trial.
+
+    Args:
+        trial: steered.
+        questions: each is asked once.
+        new_tokens: length of the answers.
+    """
+    asked = [*dict.fromkeys(questions)]
+    prompts = [*map(Conversation, asked)]
+    texts = [side.answer(prompts, max_new_tokens=new_tokens) for side in (trial.baseline, trial)]
+    return tuple(zip(asked, *texts, strict=True))
 
 
 def _plain(found: Estimate | None) -> dict[str, float] | None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from steerkit.evaluate.intervals import Estimate
-from steerkit.network.sites import sites_text
 
 if TYPE_CHECKING:
     from steerkit.evaluate.compare import Row
@@ -26,13 +25,12 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         costs = row.costs or {}
-        where = f"{sites_text(row.sites)}, {row.strength:g}" if row.strength is not None else "-"
         lines.append(
-            f"| `{row.method}` | {where} | {_cell(row.effect, '+.2f')} "
+            f"| `{row.method}` | {row.place} | {_cell(row.effect, '+.2f')} "
             f"| {'-' if row.controls is None else f'{row.controls[0]:+.2f} to {row.controls[1]:+.2f}'} "
             f"| {_cell(costs.get('kl'), '.3f')} | {_cell(costs.get('perplexity_ratio'), '.2f')} "
             f"| {_cell(costs.get('repetition'), '+.2f')} | {_cell(row.overhead, '.2f')} "
-            f"| {'yes' if row.works else 'no'} |"
+            f"| {'yes' if row.works else 'no'}{', own costs' if row.own_costs else ''} |"
         )
     return "\n".join(lines) + "\n"
 

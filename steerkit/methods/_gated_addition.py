@@ -35,10 +35,12 @@ from steerkit.prompts.rendering import spread
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["ANSWERED", "GatedAddition", "Parts", "behaviour", "blocks_written", "folds_of"]
+__all__ = ["ANSWERED", "RIDGE", "GatedAddition", "Parts", "behaviour", "blocks_written", "folds_of"]
 
 ANSWERED = 64
 """Prompts on which the direction of answers is read; more of them hardly move a mean over both openings."""
+RIDGE = 0.4
+"""How much the weights of a linear probe cost: the penalty of their squared length, for each item it is fitted on."""
 _CALIBRATES = 2  # every second ordinary prompt
 
 

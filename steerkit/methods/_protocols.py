@@ -242,6 +242,9 @@ class SetsOperatingPoint(Protocol):
             FitError: there are too few prompts to promise so much, or the method promises nothing.
         """
 
+    def kinds(self, data: ContrastSet) -> dict[str, Tensor]:
+        """``"ordinary"``, and each topic of negative prompts that is not, to [m] bool: where they stand."""
+
     def opens_above(self, vector: SteeringVector) -> float:
         """The score over which the gate opens."""
 

@@ -16,10 +16,12 @@ Where this file departs. The paper reads at an early layer and writes at later o
 condition may be read at any layer, and the prompt's last token is fed again where it was read too late (`passes.py`).
 The paper's score is about |cos|: it cannot tell c from -c, shrinks as activations grow, and is
 0/0 where h is orthogonal to c (here 0), so the signed cosine is the default. The condition's direction is the mean
-difference by default, because a principal component of differences fails where unpaired prompts vary much. The search
-is exact (sorted scores, every midpoint), keeps full precision, and breaks ties by the margin. The decision is taken
-once per row and text; the released code looks at the first row only, keeps its state on a class, and names its
-comparisons the wrong way round. Rules over several conditions are objects (`combine`, `steerkit.predicates`), no texts.
+difference by default, because a principal component of differences fails where unpaired prompts vary much; `probe` is
+better than both. The search is exact (sorted scores, every midpoint), keeps full precision, and breaks ties by the
+margin; with `max_false_alarm` it only chooses the site, and the threshold is what that promise needs (`_operating`).
+The decision is taken once per row and text; the released code looks at the first row only, keeps its state on a class,
+and names its comparisons the wrong way round. Rules over several conditions are objects (`combine`,
+`steerkit.predicates`), no texts.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, VectorMismatchError, unknown_name
 from steerkit.maths.directions import mean_difference, pair_differences, principal_direction, unit
 from steerkit.maths.predicates import Predicate
-from steerkit.maths.probes import auc
+from steerkit.maths.probes import auc, linear_probe
 from steerkit.methods._conditional_gate import PARTS, ConditionsGate
 from steerkit.methods._fingerprint import are_alike, fingerprint
 from steerkit.methods._gate import Gate
-from steerkit.methods._gated_addition import GatedAddition, behaviour, blocks_written, folds_of
+from steerkit.methods._gated_addition import RIDGE, GatedAddition, behaviour, blocks_written, folds_of
 from steerkit.methods._protocols import Params
 from steerkit.methods._subject import Subject
 from steerkit.methods._thresholds import best_threshold, score
@@ -82,8 +84,9 @@ class ConditionalSteering(GatedAddition):
     readout: ClassVar[str | None] = "last"
     scope: ClassVar[str] = "response"
 
-    condition: Literal["mean_difference", "pairwise"] = "mean_difference"
-    """The condition's direction: mean difference, or first principal component of pair differences, not centred."""
+    condition: Literal["mean_difference", "pairwise", "probe"] = "mean_difference"
+    """The condition's direction: mean difference, first principal component of pair differences, not centred, or the
+    weights of a linear probe (logistic regression with a ridge), which tells the sides apart best."""
     score: Literal["cosine", "cast"] = "cosine"
     """What is compared with the threshold."""
     compare: Literal["auto", "above", "below"] = "auto"
@@ -178,6 +181,9 @@ class ConditionalSteering(GatedAddition):
     def _condition(self, positive: Tensor, negative: Tensor, *, paired: bool) -> Tensor:
         if self.condition == "mean_difference":
             return unit(mean_difference(positive, negative))
+        if self.condition == "probe":
+            penalty = RIDGE * (len(positive) + len(negative))
+            return unit(linear_probe(positive, negative, penalty=penalty).weight)
         return principal_direction(pair_differences(positive, negative, paired=paired))
 
     def _scores(

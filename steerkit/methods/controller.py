@@ -46,7 +46,7 @@ from steerkit.methods._controller_gate import (
 )
 from steerkit.methods._fingerprint import fingerprint
 from steerkit.methods._gate import Gate
-from steerkit.methods._gated_addition import GatedAddition, Parts, behaviour, blocks_written
+from steerkit.methods._gated_addition import RIDGE, GatedAddition, Parts, behaviour, blocks_written
 from steerkit.methods._protocols import Params
 from steerkit.methods._refusal import COMPLYING, REFUSING
 from steerkit.methods._subject import Subject
@@ -110,7 +110,7 @@ class WeightedController(GatedAddition):
     """Passes over the items, at most; a fifth of them is kept apart to end it in time."""
     rate: float = 1e-3
     """Learning rate."""
-    ridge: float = 0.4
+    ridge: float = RIDGE
     """How much the probe's weights cost: the penalty of their squared length, for each item that it is fitted on."""
     seed: int = 0
     """Of the network's first weights and the order of the items."""

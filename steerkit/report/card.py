@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from steerkit.evaluate.by_prompt_kind import Kind
+from steerkit.evaluate.by_prompt_kind import Kind, opened_rows
 from steerkit.evaluate.curve import Curve
 from steerkit.evaluate.scorers.refusal import stated_accuracy
 from steerkit.export.weights_card import number
@@ -180,7 +180,10 @@ def _gate_lines(vector: SteeringVector) -> list[str]:
         return lines
     lines[-1] += f" On {vector.held_out['items']} held-out items of either kind:"
     lines += ["", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {text} |" for name, text in opened_rows(vector)]
     for name, value in told.items():
+        if name == "opened" or ("opened" in told and name in ("tpr", "fpr")):  # these mix kinds of prompts
+            continue
         text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, Mapping) else str(value)
         lines.append(f"| {name} | {text} |")
     return lines
@@ -197,5 +200,6 @@ def _kind_lines(kinds: Sequence[Kind]) -> list[str]:
             f"{100 * share.mean:.0f} ({100 * share.low:.0f} to {100 * share.high:.0f})"
             for share in (kind.before, kind.refused, kind.unchanged)
         )
-        lines.append(f"| {kind.side} side | {kind.items} | {shares} |")
+        name = f"{kind.side} side" if kind.side in ("positive", "negative") else f"negative side, {kind.side}"
+        lines.append(f"| {name} | {kind.items} | {shares} |")
     return [*lines, "", f"Refusals are counted by wording: {stated_accuracy()}."]

@@ -35,7 +35,8 @@ def verdict_line(vector: SteeringVector, entry: Mapping[str, Any] | None) -> str
     judged = entry.get("judged_by", {}).get("accuracy")
     by = "" if judged is None else f", judged by a classifier that is right on {judged['mean']:.0%} of held-out answers"
     where = f"in generated text at strength {entry['strength']:g}"
-    return f"**{_VERDICTS[entry['verdict']]}** {where}{_moved(entry)}{by}.{found}"
+    said = _VERDICTS[entry["verdict"]] if entry.get("told", True) else "Cannot be told"
+    return f"**{said}** {where}{_moved(entry)}{by}.{found}"
 
 
 def evidence_rows(vector: SteeringVector, entry: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         SteerError: matplotlib is not installed.
     """
     plots.ready()
-    rows = list(comparison["rows"])
+    rows = [{"own_costs": False, "wordings": [], **row} for row in comparison["rows"]]
     bars = [
         plots.Bar(
             row["method"], given(row["effect"]), None if row["random"] is None else tuple(row["random"]), row["works"]
@@ -36,7 +36,7 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         for row in rows
     ]
     spots = [
-        plots.Spot(row["method"], row["kl"]["mean"], row["effect"]["mean"], 0 if row["works"] else 1)
+        plots.Spot(row["method"], row["kl"]["mean"], row["effect"]["mean"], _kind(row))
         for row in rows
         if row["effect"] is not None and row["kl"] is not None
     ]
@@ -49,7 +49,7 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         scatter=embedded_picture(
             plots.spots_svg(
                 spots,
-                kinds=["confirmed", "not confirmed"],
+                kinds=["confirmed", "not confirmed", "system prompts, at their own costs"],
                 effect=label,
                 cost="KL divergence on neutral texts (nats per token)",
                 front=pareto_front(spots),
@@ -58,6 +58,11 @@ def comparison_html(comparison: Mapping[str, Any]) -> str:
         )
         if spots
         else "",
-        working=[row["method"] for row in rows if row["works"]],
+        methods=[row["method"] for row in rows if not row["own_costs"]],
+        working=[row["method"] for row in rows if row["works"] and not row["own_costs"]],
         recipe="",
     )
+
+
+def _kind(row: Mapping[str, Any]) -> int:
+    return 2 if row["own_costs"] else 0 if row["works"] else 1

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,13 +20,21 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 import steerkit
+from steerkit.cli._compare_files import together
+from steerkit.cli._prompting import systems_for
 from steerkit.errors import FitError
+from steerkit.evaluate.compare import Row
+from steerkit.evaluate.compare_prompting import best_method
+from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.setup import Setup
 from steerkit.network.sites import Site
+from steerkit.persona import TraitSpec
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS
 from tests.looping import looping_model, trait_data
@@ -128,6 +137,43 @@ def test_a_scope_holds_for_vector_and_controls(measured: Any) -> None:
     everywhere, response = measured(*few, "--scope", "all")["control"], measured(*few)["control"]
     assert everywhere["effect"] != response["effect"]
     assert everywhere["random"] != response["random"]
+
+
+def test_evaluate_sets_system_prompts_beside_the_vector(cli: Cli, measured: Any, tiny: Path, vector: Any) -> None:
+    words = ("--data", "joy.jsonl", "--controls", 0, "--system", "Be glad.", "--system", "Be sad, please.")
+    found = measured(*words, "--strength", "0.5,-1")["prompting"]
+    data = ContrastSet.from_jsonl("joy.jsonl")
+    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).with_neutral(2)
+    for place, system in enumerate(("Be glad.", "Be sad, please.")):
+        for key, one, dose in (("alone", None, None), ("with_vector", vector, -1)):
+            row = found[key]["wordings"][place]
+            assert row["system"] == system
+            expected = measure(setup.prompted(system).trial(one, dose), ["preference_margin", "divergence"])
+            change = expected["preference_margin"].change
+            assert row["scores"]["preference_margin"]["change"] == pytest.approx(change.mean, abs=1e-6)  # type: ignore[union-attr]
+            assert row["scores"]["kl"]["mean"] == pytest.approx(expected["kl"].estimate.mean, abs=1e-6)
+    kls = [row["scores"]["kl"]["mean"] for row in found["alone"]["wordings"]]
+    assert found["alone"]["over_wordings"]["kl"] == pytest.approx(
+        {"mean": sum(kls) / 2, "lowest": min(kls), "highest": max(kls)}
+    )
+    ended = cli("evaluate", "--vector", "v.safetensors", "--model", tiny, *SHORT, *words)
+    assert fits(ended.out), ended.out
+    assert "system prompts: change against the unsteered model" in ended.out
+    assert "the same under v.safetensors at strength 1.5" in ended.out
+    assert "2: Be sad, please." in ended.out
+
+
+def test_system_prompts_of_a_shipped_vector(vector: SteeringVector) -> None:
+    prompting = find_recipe("warmth-caa").prompting
+    known = replace(vector, recipe="warmth-caa")
+    assert prompting is not None
+    assert systems_for(known, None, 1.0) == prompting.positive
+    assert systems_for(known, None, -1.0) == prompting.negative
+    assert systems_for(known, ["Be.", "Be."], 1.0) == ("Be.",)
+    persona = SteeringVector.load("smollm2-135m/pirate-persona")
+    assert systems_for(persona, None, 1.0) == TraitSpec.load("pirate").prompting.positive
+    with pytest.raises(typer.BadParameter, match="names no system prompts; give --system TEXT"):
+        systems_for(replace(vector, recipe=None), None, 1.0)
 
 
 def test_evaluate_on_prompts_alone(measured: Any, cli: Cli, tiny: Path) -> None:
@@ -540,6 +586,66 @@ def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
     assert re.search(r"(src|href)=.?https?:", Path("made/trait.html").read_text()) is None
 
 
+def test_compare_sets_system_prompts_beside_the_methods(cli: Cli, trait: Path) -> None:
+    """The looping model does not attend, so that asking does nothing, and steering on top of it what it does alone."""
+    pytest.importorskip("matplotlib")
+    asked = '[prompting]\npositive = ["Say A.", "Be A."]\nnegative = ["Say Z.", "Be Z."]\n'
+    Path("trait-caa.toml").write_text(f"{Path('trait-caa.toml').read_text()}{asked}")
+    ended = cli(*COMPARE, "--method", "caa")
+    assert (ended.code, ended.err) == (0, "")
+    assert fits(ended.out), ended.out
+    assert "* at its own costs" in ended.out
+    found = strict_json(Path("made/trait.json").read_text())
+    caa, alone, on_top = found["rows"]  # at no KL the method cannot be set beside it
+    assert [row["method"] for row in found["rows"]] == ["caa", "prompting", "caa + prompting"]
+    assert [row["own_costs"] for row in found["rows"]] == [False, True, True]
+    again = strict_json(cli(*COMPARE, "--method", "prompting", "--keep", "--json").out)
+    assert [row["method"] for row in again["rows"]] == ["caa", "caa + prompting", "prompting"]
+    untimed = [{**row, "overhead": None} for row in again["rows"]]
+    assert untimed == [{**row, "overhead": None} for row in (caa, on_top, alone)], "the kept method is fitted again"
+    assert [one["system"] for one in alone["wordings"]] == ["Say A.", "Be A."]
+    assert alone["effect"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert not alone["works"]
+    assert "which may be nothing" in alone["verdict"]
+    assert "All 2 wordings: effect" in alone["verdict"]
+    assert on_top["effect"]["mean"] == pytest.approx(caa["effect"]["mean"], abs=1e-5)
+    assert on_top["kl"]["mean"] == pytest.approx(caa["kl"]["mean"], abs=1e-5)
+    assert (on_top["strength"], on_top["sites"]) == (caa["strength"], caa["sites"])
+    assert not on_top["works"], "no more than steering alone"
+    table = Path("made/trait.md").read_text()
+    assert "| `prompting` | best of 2 |" in table
+    assert table.count("| no, own costs |") == 2
+    page = Path("made/trait.html").read_text()
+    assert "1 of 1 methods has an effect" in page
+    assert "Say A." in page
+
+
+def test_one_row_of_a_table_is_on_top_of_asking() -> None:
+    """That of the best method, whenever it was measured."""
+
+    def row(method: str, effect: float, *, works: bool = True, **more: Any) -> Row:
+        return Row(method, "", "", (), 1.0, works, "", Estimate(effect, effect, effect), **more)
+
+    def names(*rows: Row, before: tuple[Row, ...] = ()) -> list[str]:
+        return [one.method for one in together(list(rows), list(before))]
+
+    caa, alone = row("caa", 0.5), row("prompting", 0.9, own_costs=True)
+    on_top = row("caa + prompting", 1.0, own_costs=True)
+    before = (caa, alone, on_top)
+    assert names(row("repe", 0.4), before=before) == ["caa", "repe", "caa + prompting", "prompting"]
+    assert names(row("repe", 0.6, works=False), before=before)[2:] == ["caa + prompting", "prompting"]
+    assert names(row("repe", 0.6), before=before) == ["caa", "repe", "prompting"]
+    beside = row("caa, prompting's KL", 0.2, own_costs=True)
+    assert names(*before, beside) == ["caa", "caa + prompting", "caa, prompting's KL", "prompting"]
+    assert names(row("repe", 0.6), before=(*before, beside)) == ["caa", "repe", "prompting"]
+    other = row("repe + prompting", 1.1, own_costs=True)
+    assert names(row("repe", 0.6), other, before=before) == ["caa", "repe", "prompting", "repe + prompting"]
+    assert best_method([alone, on_top]) is None
+    assert best_method([row("a", 0.2), row("b", 0.9, works=False)]).method == "a"  # type: ignore[union-attr]
+    told = replace(alone, wordings=({"system": "Be.", "training_effect": 0.1},))
+    assert Row.from_json(json.loads(json.dumps(told.as_json()))) == told
+
+
 def test_compare_goes_on_when_one_method_fails_and_keeps_the_others_rows(
     cli: Cli, trait: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -777,3 +883,23 @@ def test_wrong_usage(cli: Cli, here: Path, words: tuple[str, ...]) -> None:
     assert ended.out == ""
     assert "Usage: steerkit" in plain(ended.err)
     assert sorted(here.rglob("*")) == before
+
+
+# What a reader sees.
+
+
+def test_evidence_says_its_time_and_leaves(here: Path, tiny: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit.evidence import measuring, questions
+
+    short = [questions.Question("How?"), questions.Question("Why?")]
+    monkeypatch.setattr(measuring, "asked_of", lambda *_: short)
+    ended = cli("evidence", "--model", tiny, "--only", "optimism-caa", "--estimate", "--out", "seen")
+    assert ended.code == 0, ended.err
+    assert re.search(r"1 vectors?, 3 parts to measure: at most about \d+ minutes? here", ended.err)
+    assert not Path("seen/evidence").exists()
+
+
+def test_evidence_refuses_a_vector_that_is_none(here: Path, cli: Cli) -> None:
+    ended = cli("evidence", "--only", "optimism-ca", "--out", "seen")
+    assert ended.code == 1
+    assert "did you mean 'optimism-caa'" in ended.err

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from steerkit.errors import DataError, SteerError
 from steerkit.evaluate.calibration import Budget, Search, calibrate
-from steerkit.evaluate.calibration.verdict import judged
+from steerkit.evaluate.calibration.verdict import judged, unfound
 from steerkit.evaluate.intervals import Estimate, NotScored, too_few
 from steerkit.evaluate.joint_effect import effects_of
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.scoring import Measured, measure, scorer_names, scorer_of
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.sweeps import Point
 from steerkit.evaluate.trial import Answer, Trial
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
@@ -72,7 +73,7 @@ def failing(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Trial:
         found = ["It is a fine day and a fine night."] * len(found)
         return found if trial.vector is None else ["" if row % 2 else text for row, text in enumerate(found)]
 
-    def passes(trial: Trial, rendered: Any, *, beside: bool = False) -> Iterator[Answer]:
+    def passes(trial: Trial, rendered: Any, *, beside: Any = None) -> Iterator[Answer]:
         for one in answers(trial, rendered, beside=beside):
             bad = trial.vector is not None and one.row // 2 % 2
             yield one._replace(logits=torch.full_like(one.logits, math.nan)) if bad else one
@@ -264,6 +265,24 @@ def test_the_verdict_of_a_calibration_says_which_it_is() -> None:
     assert words(figure(0.001, half=0.02, items=400)).startswith("nothing works")
     assert words(figure(0.5, half=0.3, items=8), 0.4).startswith("too few items to tell")
     assert "not clear of a control's 0.5" in words(figure(0.5, half=0.02, items=400), 0.5)
+
+
+def test_an_effect_that_the_budget_forbids_is_named() -> None:
+    class Problem:
+        effect, budget = "preference_margin", Budget()
+        gain = staticmethod(lambda point: point.scores["preference_margin"].gain)
+        reach = staticmethod(abs)
+
+    def point(strength: float, kl: float, effect: float) -> Point:
+        return Point((1,), strength, {**INSIDE, "kl": figure(kl), "preference_margin": figure(effect, items=400)})
+
+    found = unfound(Problem(), [point(1.0, 0.42, 0.3), point(2.0, 0.9, 0.5)])  # type: ignore[arg-type]
+    assert found.endswith("inside the budget; there is one at strength 1, but KL 0.42 over 0.3")
+    found = unfound(Problem(), [point(1.0, 0.1, -0.3), point(2.0, 0.9, -0.5)])  # type: ignore[arg-type]
+    assert found == "nothing works: no layer and strength tried has a positive effect inside the budget"
+    few = Point((1,), 1.0, {**INSIDE, "preference_margin": figure(0.1, half=0.4, items=8)})
+    found = unfound(Problem(), [few])  # type: ignore[arg-type]
+    assert found.startswith("too few items to tell: at layer 1 at strength 1 preference_margin changes by 0.1")
 
 
 def test_a_model_that_says_nothing_finite_has_no_figure(setup: Setup) -> None:

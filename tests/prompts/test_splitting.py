@@ -45,7 +45,7 @@ DRAWN = {
     "optimism-caa": ("84dc976c", "f2f2cddc"),
     "optimism-actadd": ("6fc3e762", "f2f2cddc"),
     "refusal-caa": ("b25e59f6", "dce0ba08"),
-    "refusal-conditional": ("10662d19", "6bce992f"),
+    "refusal-conditional": ("d16e67a5", "75c1ab72"),
     "truthful-austeer": ("7a681f11", "802f4b10"),
     "warmth-caa": ("1e54e3dc", "8532d2b8"),
 }

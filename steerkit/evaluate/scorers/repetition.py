@@ -84,7 +84,7 @@ class Repetition(Scorer):
     @staticmethod
     def _beside(trial: Trial) -> Iterable[tuple[str, str]]:
         """Every text with that of the unsteered model."""
-        return zip(trial.texts, trial.texts if trial.vector is None else trial.baseline.texts, strict=True)
+        return zip(trial.texts, trial.texts if trial.is_baseline else trial.baseline.texts, strict=True)
 
 
 def repeated_share(text: str, n: int = 4) -> float:
