@@ -1,4 +1,4 @@
-"""The cards of the shipped vectors: `python -m benchmarks.cards [--check]`.
+"""The cards of the shipped vectors: `python -m benchmarks.cards [--check] [--no-answers]`.
 
 A card is made of the vector's file, of `evidence.json` beside it (what `steerkit evidence` measured on generated text)
 and of `cards.json`: the answers before and after, and for gates what either kind of prompts got. So writing all of them
@@ -30,7 +30,7 @@ from steerkit.vector.steering_vector import SteeringVector
 
 FOLDER = Path(__file__).resolve().parents[1] / "vectors" / "smollm2-135m"
 MODEL = "smollm2-135m"
-NEW_TOKENS, KIND, QUESTIONS = 40, 30, 2
+NEW_TOKENS, KIND, QUESTIONS = 40, 60, 2
 Facts = dict[str, Any]
 
 
@@ -119,12 +119,15 @@ def stale(folder: Path) -> list[str]:
     return found + [f"{file.name}: no vector" for file in sorted(folder.glob("*.md")) if file.stem not in known]
 
 
-def write(folder: Path) -> None:
-    """Measure what is missing, and write every card."""
+def write(folder: Path, *, answers: bool) -> None:
+    """Measure what is missing, and write every card; without answers, cards say nothing of what was not measured."""
     kept = {"vectors": {}, **read(folder / "cards.json")}
     known = vectors(folder)
-    missing = [name for name, one in known.items() if kept["vectors"].get(name, {}).get("digest") != one.digest]
-    if missing:
+    for name, one in known.items():
+        if kept["vectors"].get(name, {}).get("digest") != one.digest:
+            kept["vectors"][name] = {"digest": one.digest}
+    missing = [name for name in known if "answers" not in kept["vectors"][name]]
+    if missing and answers:
         model, tokenizer = steerkit.load_model(MODEL)
         kept["weights"] = str(weights_of(inner_model(model)))
         for name in missing:
@@ -142,8 +145,10 @@ def main() -> None:
     """Write the cards, or check them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cards")
     parser.add_argument("--check", action="store_true", help="write nothing; name what is stale, and fail")
-    if not parser.parse_args().check:
-        write(FOLDER)
+    parser.add_argument("--no-answers", action="store_true", help="answer nothing anew: no model, a second")
+    options = parser.parse_args()
+    if not options.check:
+        write(FOLDER, answers=not options.no_answers)
     found = stale(FOLDER)
     print("\n".join(found) if found else f"{len(vectors(FOLDER))} cards are what their vectors say")
     if found:
