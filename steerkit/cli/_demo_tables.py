@@ -89,7 +89,7 @@ def show_kinds(kinds: Sequence[Kind], recipe: Recipe) -> None:
         ]
         shown.add_row(names.get(kind.side, f"{names['negative']}, {kind.side}"), str(kind.items), *shares)
     stdout().print(shown)
-    typer.echo(f"refusals are counted by wording: {stated_accuracy()}")
+    stdout().print(f"refusals are counted by wording: {stated_accuracy()}", highlight=False)
 
 
 def show_files(

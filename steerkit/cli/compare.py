@@ -103,9 +103,9 @@ def run(
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
     systems = systems_of(default.prompting, system) if prompting or system else ()
     names = [name for name in dict.fromkeys(method or _every()) if name != "prompting" or not systems]
-    sources = _sources(names, default) if names else {}
     target, kept = out / f"{default.behaviour}.json", out / f"{default.behaviour}.rows.jsonl"
     check_writable(target)
+    sources = _sources(names, default) if names else {}
     train, held_out = default.split("caa")  # items, and no recipe's own pair
     for one, recipe in sources.items():
         check_items(recipe.name, one, recipe.split(one)[0], held_out)

@@ -28,6 +28,7 @@ WORDS: dict[str, tuple[object, ...]] = {
     "interference": (*("--vector", "v.safetensors", "--data", "joy.jsonl") * 2,),
     "plan": ("--vector", "v.safetensors"),
     "doctor": (),
+    "evidence": ("--estimate", "--no-traits", "--out", "evidence"),
     "import": ("row.npy", "--layers", "1", "--out", "row.safetensors"),
     "layers": ("joy-caa.toml", "--no-effect"),
     "report": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--max-new-tokens", 4, *FEW),

@@ -13,7 +13,7 @@ from steerkit.evidence.scoring import classifier_of
 from tests.program import ROOT
 
 MODELS = sorted(file.parent for file in (ROOT / "vectors").glob("*/evidence.json"))
-SAMPLE = "optimism-caa"
+SAMPLE = "poetic-persona"
 of_a_model = pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import steerkit
 from steerkit.errors import ModelError, ScopeError
-from steerkit.methods import _gate, conditional
+from steerkit.methods import _conditional_gate, _gate
 from steerkit.methods._thresholds import score
 from steerkit.network.sites import Site
 from steerkit.steering import replay as passes
@@ -256,10 +256,12 @@ def test_the_mean_over_a_prompt_is_in_float32_under_autocast(dtype: torch.dtype,
     model, vector = build("llama").eval(), vector_of("llama", readout="mean")
     model.model.embed_tokens.weight.data *= 2e4 / model.model.embed_tokens.weight.abs().max()
     read, found = [], []
-    add, decide = _gate.Gate._add, conditional._Conditions.decide
+    add, decide = _gate.Gate._add, _conditional_gate.ConditionsGate.decide
     monkeypatch.setattr(_gate.Gate, "_add", lambda self, site, h, *rest: (read.append(h), add(self, site, h, *rest)))
     monkeypatch.setattr(
-        conditional._Conditions, "decide", lambda self, rows: (found.append(rows[gated.READ]), decide(self, rows))[1]
+        _conditional_gate.ConditionsGate,
+        "decide",
+        lambda self, rows: (found.append(rows[gated.READ]), decide(self, rows))[1],
     )
     prompt = [5, 17, 44, 9] * 30
     with torch.no_grad(), torch.autocast("cpu", dtype), steerkit.steer(model, vector, prompt_lengths=len(prompt)):
