@@ -82,6 +82,7 @@ class KeptPrompts:
     _kept: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False)
     _used: int = field(init=False, default=0)
     _refused: bool = field(init=False, default=False)
+    _is_full: bool = field(init=False, default=False)  # or prompts would be read again and again, for nothing
 
     def inputs(self, decoder: Decoder, split: Split, texts: Hashable) -> dict[str, Any] | None:
         """The arguments of a pass over the rest of a batch, which goes on from what its prompts left in a cache.
@@ -95,7 +96,7 @@ class KeptPrompts:
             Ids of all but the last column, a mask over the prompt too, positions, and a cache of their own; None where
             this model's cache cannot be continued so, or there is no room for it.
         """
-        if self._refused:
+        if self._refused or (self._is_full and texts not in self._kept):
             return None
         if texts not in self._kept:
             cache = self._read(decoder, split)
@@ -121,6 +122,7 @@ class KeptPrompts:
             return None
         size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
         if self._used + size > self.budget:
+            self._is_full = True
             return None
         self._used += size
         return cache

@@ -81,6 +81,7 @@ def test_known_blocks_do_not_run() -> None:
 def test_what_is_used_longest_ago_goes_first() -> None:
     model = family("llama").eval()
     vector = vector_for(model, scope="response", site=Site(2))
+    logits(model, vector, 1.0, KeptBlocks())  # whether a family allows it is found out in passes of their own
     size = 2 * 8 * 32 * 4
     kept, whole = KeptBlocks(budget=2 * size), flops(model, vector, None)
     for texts, is_known in (("a", False), ("b", False), ("a", True), ("c", False), ("a", True), ("b", False)):
@@ -157,6 +158,19 @@ def test_prompts_are_kept_where_the_scope_leaves_them_alone(scope: str, is_kept:
     setup = Setup(model, byte_tokenizer(), DATA)
     predicted(model, vector_for(model, scope=scope, site=Site(2)), 1.0, setup)
     assert bool(setup.read._kept) == is_kept
+
+
+def test_prompts_that_have_no_room_are_not_read_again() -> None:
+    model = family("llama").eval()
+    setup = Setup(model, byte_tokenizer(), DATA)
+    setup.read.budget = 0
+    vector = vector_for(model, scope="response", site=Site(2))
+    passes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for _ in range(3):
+        predicted(model, vector, 1.0, setup)
+    handle.remove()
+    assert len(passes) == 3 + 1
 
 
 def test_scores_are_those_of_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
