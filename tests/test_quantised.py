@@ -20,7 +20,7 @@ from steerkit.checks.planning import plan
 from steerkit.errors import ModelError, SiteError, SteerError
 from steerkit.export import bake, write_adapter
 from steerkit.methods import _registry as registry
-from steerkit.model import describe
+from steerkit.model import describe, weights_of
 from steerkit.monitor import Monitor
 from steerkit.network.decoder import inner_model
 from steerkit.network.plain_weights import hidden_weight
@@ -73,6 +73,14 @@ def test_an_addition_goes_where_a_hand_written_hook_puts_it(kind: str, tmp_path:
     assert bool(torch.isfinite(scores).all())
     assert plan(model, vector, measure=False).edits
     assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_have_a_digest(kind: str, tmp_path: Path) -> None:
+    """The same for the same weights, made twice; another where the parameters are no longer the plain ones."""
+    packed = weights_of(quantised(kind, tmp_path / "1"))
+    assert packed.digest == weights_of(quantised(kind, tmp_path / "2")).digest
+    assert (packed.digest == weights_of(llama()).digest) == (kind == "quanto_unfrozen")
 
 
 def changes(model: Any, vector: Any, folder: Path) -> dict[str, str | float]:

@@ -46,7 +46,7 @@ def calibrated(unsteered: Part) -> Calibration:
     def told(values: Sequence[float]) -> float:
         return sum(instruction(z, slope, offset) for z in values) / len(values)
 
-    auc = separability(torch.tensor(matched), torch.tensor(shuffled))
+    auc = separability(torch.tensor(matched, dtype=torch.float64), torch.tensor(shuffled, dtype=torch.float64))
     return Calibration(max(LEAST_SCALE, sum(added) / len(added)), slope, offset, told(matched), told(shuffled), auc)
 
 

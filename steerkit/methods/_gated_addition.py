@@ -124,8 +124,8 @@ class GatedAddition(Method):
             ``"ordinary"`` and each topic of `beside` that occurs to [m] bool.
         """
         topics = data.topics[1] or ("",) * len(data.negative)
-        found = {topic: torch.tensor([one == topic for one in topics]) for topic in self.beside}
-        ordinary = torch.tensor([one not in self.beside for one in topics])
+        found = {topic: torch.tensor([one == topic for one in topics], dtype=torch.bool) for topic in self.beside}
+        ordinary = torch.tensor([one not in self.beside for one in topics], dtype=torch.bool)
         return {"ordinary": ordinary, **{topic: mask for topic, mask in found.items() if bool(mask.any())}}
 
     def parts(self, data: ContrastSet) -> Parts:

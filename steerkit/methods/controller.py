@@ -189,7 +189,8 @@ class WeightedController(GatedAddition):
         standard = (features - mean) / net["shared/spread"]
         self._train_network(subject, net, standard, labels, parts)
         probe = linear_probe(standard[: len(rows[0])], standard[len(rows[0]) :], penalty=self.ridge * len(standard))
-        net |= {"shared/probe_weight": probe.weight, "shared/probe_bias": torch.tensor([probe.bias])}
+        bias = torch.tensor([probe.bias], dtype=torch.float32)
+        net |= {"shared/probe_weight": probe.weight, "shared/probe_bias": bias}
         directions = behaviour(subject, self.direction_from, written)
         # The same norms as go into the file: of the prompts where they were read, else of the answers just read.
         norms = {**subject.norms(written), **acts.norms}
@@ -326,7 +327,8 @@ class WeightedController(GatedAddition):
         Raises:
             FitError: no gain is larger.
         """
-        zone = float(torch.nextafter(torch.tensor(threshold, dtype=torch.float32), torch.tensor(torch.inf)))
+        gain, top = torch.tensor([threshold, torch.inf], dtype=torch.float32)
+        zone = float(torch.nextafter(gain, top))
         if not zone < 1:
             raise FitError(
                 "controller: too many calibration prompts have the largest gain there is, so no dead zone tells them "

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["SOURCE", "Weights", "weights_digest", "weights_of"]
 
@@ -70,9 +71,19 @@ def weights_digest(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.device.type != "meta":  # offloaded: nothing to look at
-            flat = parameter.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu().numpy().tobytes())
+            for flat in _plain(parameter.detach()):
+                digest.update(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(weight: Tensor) -> Iterator[Tensor]:
+    """The flat numbers of a weight; of one that a quantiser packed (torchao), those of the tensors inside it."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight.flatten()
+        return
+    names, _ = weight.__tensor_flatten__()
+    for name in names:
+        yield from _plain(getattr(weight, name))
 
 
 def _quantisation(model: nn.Module) -> str | None:

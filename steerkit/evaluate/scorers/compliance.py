@@ -82,9 +82,8 @@ def relevance(setup: Setup, prompts: Sequence[Conversation], answers: Sequence[s
         for text, request in zip(texts, requests, strict=True)
     ]
     sums = zip(setup.baseline.log_probs(given), setup.baseline.log_probs(alone), texts, strict=True)
-    return torch.stack(
-        [after.mean() - before.mean() if text else torch.tensor(torch.nan) for after, before, text in sums]
-    )
+    means = [(after.mean(), before.mean(), text) for after, before, text in sums]
+    return torch.stack([now - before if text else torch.full_like(before, torch.nan) for now, before, text in means])
 
 
 @dataclass(frozen=True)
