@@ -88,7 +88,7 @@ def classifiers(found: Mapping[str, Any]) -> dict[str, Any]:
                 "yes" if one["accuracy"]["low"] > 0.5 else "cannot be told",
             ]
         )
-    columns = ["behaviour", "trained on", "right on prompted answers", "right on written answers", "tells them apart"]
+    columns = ["behaviour", "trained on", "right on the model's answers", "right on written answers", "tells them apart"]
     return {"columns": columns, "rows": rows}
 
 
@@ -166,10 +166,11 @@ ordinary ones, and there the concept of an ordinary one is that it is *not* refu
 `vectors/MODEL/evidence`.
 
 - *Concept*: a classifier's probability that the answer shows the behaviour. It is trained on the unsteered model's
-  answers to 40 other questions under opposite system prompts, and on the recipe's own written answers where it has
-  some. Its accuracy is stated on those answers of the model (by folds over questions) and on held-out written ones; a
-  model that hardly follows the system prompts leaves only the latter. Where both may be one half, the concept cannot be
-  told.
+  answers to 40 other questions under opposite system prompts, where the model follows them, and on the recipe's own
+  written answers where it has some. Its accuracy is stated on those answers of the model (by folds over questions; not
+  clear of one half where the model does not follow) and on held-out written ones. Where both may be one half, the
+  concept cannot be told. Refusals are found by the scorer `refusal`, whose accuracy is that on
+  [labelled answers](refusals.md).
 - *Fluency*: 1 where the unsteered model finds the answer as predictable as its own, 0 where as unpredictable as its own
   with the words shuffled; less the share of repeated 4-grams.
 - *Instruction*: the probability that question and answer belong together, from how much likelier the answer makes the

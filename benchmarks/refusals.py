@@ -96,11 +96,13 @@ def read(part: Sequence[Answer]) -> list[Answer]:
 
 
 def accuracy(part: Sequence[Answer], scores: Scores, label: str) -> dict[str, Any]:
-    """Precision and recall of a scorer against a label, each as mean and Wilson's interval; None of nothing."""
+    """Accuracy, precision and recall of a scorer against a label, as mean and Wilson's interval; None of nothing."""
     found, true = [scores(one) for one in part], [one[label] for one in part]
     right = [t for f, t in zip(found, true, strict=True) if f]
     seen = [f for f, t in zip(found, true, strict=True) if t]
-    return {"answers": len(part), "labelled": len(seen), "precision": _share(right), "recall": _share(seen)}
+    agreed = [f == t for f, t in zip(found, true, strict=True)]
+    counts = {"answers": len(part), "labelled": len(seen)}
+    return {**counts, "accuracy": _share(agreed), "precision": _share(right), "recall": _share(seen)}
 
 
 def _share(values: Sequence[bool]) -> list[float] | None:

@@ -19,7 +19,7 @@ from steerkit.prompts.files.source import located
 from steerkit.prompts.system_prompts import SystemPrompts
 from steerkit.recipe.recipe import Recipe
 
-__all__ = ["WORDINGS", "Behaviour", "asked_of", "behaviours"]
+__all__ = ["REFUSAL", "WORDINGS", "Behaviour", "asked_of", "behaviours"]
 
 WORDINGS = 3
 REFUSAL = "refusal"

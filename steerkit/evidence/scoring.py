@@ -10,8 +10,8 @@ import torch
 from steerkit.evaluate.intervals import separability
 from steerkit.evaluate.scorers.repetition import repeated_share
 from steerkit.evidence.answering import Row
-from steerkit.evidence.behaviours import Behaviour
-from steerkit.evidence.classifier import Classifier, Labelled, trained
+from steerkit.evidence.behaviours import REFUSAL, Behaviour
+from steerkit.evidence.classifier import Classifier, Labelled, finds_refusals, trained
 from steerkit.evidence.folder import Folder, Part, part_of_behaviour, part_of_unsteered
 from steerkit.evidence.formulas import Calibration, Scores, fluency, instruction, overall
 
@@ -57,6 +57,8 @@ def classifier_of(behaviour: Behaviour, prompted: Part) -> Classifier:
         behaviour: with its written answers.
         prompted: the model's answers under the system prompts.
     """
+    if behaviour.name == REFUSAL:
+        return finds_refusals()
     own = [
         Labelled(row.text, side == "positive", row.question)
         for side in ("positive", "negative")

@@ -139,9 +139,10 @@ def _is_named(found: Estimate, own: Estimate, said: str) -> bool:
 
 
 def _judged_by(scorer: Scorer, behaviour: str) -> dict[str, Any]:
-    accuracy = scorer.classifiers[behaviour].accuracy
+    classifier = scorer.classifiers[behaviour]
+    accuracy = classifier.accuracy
     return {
-        "classifier": "word and character n-grams, logistic regression",
+        "classifier": classifier.title,
         "trained_on": accuracy.trained_on,
         "accuracy": figures(accuracy.stated),
         "measured_on": accuracy.measured_on,

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from steerkit.errors import DataError
 from steerkit.evaluate.intervals import wilson
-from steerkit.evidence.classifier import FOLDS, Labelled, _fit, trained
+from steerkit.evidence.classifier import FOLDS, Labelled, _fit, finds_refusals, trained
 from steerkit.evidence.markers import MARKERS, has_marker
 
 PLACES = ("shop", "river", "house", "garden", "street", "hill", "school", "bridge", "road", "barn")
@@ -57,7 +58,7 @@ def test_accuracy_is_that_of_folds_over_questions_with_as_many_trials_as_questio
 def test_written_answers_are_learned_from_and_held_out_ones_measured() -> None:
     prompted, written = texts(("plain", "plain")), texts(("splendid", "dreadful"))
     found = trained(prompted, written[:40], written[40:])
-    assert found.accuracy.trained_on == "prompted and written answers"
+    assert found.accuracy.trained_on == "written answers"
     assert found.accuracy.written is not None
     assert found.accuracy.written.mean > 0.9
     assert not found.accuracy.prompted.low > 0.5, "the model does not follow the prompts"
@@ -65,6 +66,29 @@ def test_written_answers_are_learned_from_and_held_out_ones_measured() -> None:
     assert found.accuracy.is_told
     neither = trained(prompted, prompted[:40], prompted[40:]).accuracy
     assert (neither.measured_on, neither.is_told) == ("prompted answers", False)
+
+
+def test_answers_to_prompts_that_are_not_followed_are_no_examples() -> None:
+    """What was asked for and not given would teach that plain text is the behaviour."""
+    written = texts(("splendid", "dreadful"))
+    ignored = [one._replace(text="The shop looked dreadful to me, and plain.") for one in texts(("", ""))]
+    expected = _fit(written).predict_proba(["A splendid bridge."])[0, 1]
+    assert trained(ignored, written)(["A splendid bridge."]) == [pytest.approx(expected)]
+    followed = trained(texts(("fine", "bad")), written)
+    assert followed.accuracy.trained_on == "prompted and written answers"
+
+
+def test_refusals_are_found_by_their_own_scorer() -> None:
+    found = finds_refusals()
+    said = ["I'm sorry, but I can't help with that.", "I'm sorry to hear that. Rest helps.", " "]
+    assert found(said) == [1.0, 0.0, 0.0]
+    assert found.accuracy.is_told
+    assert found.accuracy.measured_on.endswith("labelled answers")
+
+
+def test_no_answer_at_all_is_told() -> None:
+    with pytest.raises(DataError, match="none of 40 answers"):
+        trained([one._replace(text=" ") for one in texts(("fine", "bad"), 20)])
 
 
 def test_markers_are_whole_words() -> None:

@@ -13,7 +13,7 @@ from steerkit.evidence.scoring import classifier_of
 from tests.program import ROOT
 
 MODELS = sorted(file.parent for file in (ROOT / "vectors").glob("*/evidence.json"))
-SAMPLE = "poetic-persona"
+SAMPLES = {"smollm2-135m": "poetic-persona", "gemma3-270m": "optimism-caa"}
 of_a_model = pytest.mark.parametrize("folder", MODELS, ids=lambda path: path.name)
 
 
@@ -26,9 +26,10 @@ def repeated(text: str) -> float:
 
 @of_a_model
 def test_a_row_of_the_table_is_that_of_the_answers(folder: Path) -> None:
-    told = json.loads((folder / "evidence.json").read_text("utf-8"))["vectors"][SAMPLE]
+    sample = SAMPLES[folder.name]
+    told = json.loads((folder / "evidence.json").read_text("utf-8"))["vectors"][sample]
     kept = Folder(folder)
-    part, behaviour = kept.read(SAMPLE), told["behaviour"]
+    part, behaviour = kept.read(sample), told["behaviour"]
     texts = texts_of(kept, part)
     assert told["repetition"]["mean"] == pytest.approx(
         sum(repeated(row.text) for row in texts["+"]) / len(texts["+"]), abs=1e-4

@@ -26,13 +26,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from steerkit._support.phrases import normalised, opening, pattern_of
 from steerkit.errors import DataError, unknown_name
+from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._answers import log_probs
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
@@ -80,17 +81,35 @@ def stated_accuracy(scorer: str = "refusal") -> str:
         >>> stated_accuracy().split(", recall")[0].startswith("precision 0.9")
         True
     """
-    file = Path(__file__).parents[1] / "refusal_accuracy.json"
-    stated = json.loads(file.read_text(encoding="utf-8"))
-    if scorer not in stated:
-        raise unknown_name("scorer with a stated accuracy", scorer, stated)
-    figures = stated[scorer]
+    figures = _stated(scorer)
     shown = (
         f"{name} {mean:.2f} ({low:.2f} to {high:.2f})"
         for name in ("precision", "recall")
         for mean, low, high in [figures[name]]
     )
     return f"{', '.join(shown)} on {figures['answers']} labelled answers"
+
+
+def accuracy_of(scorer: str = "refusal") -> tuple[Estimate, int]:
+    """How often a scorer is right on labelled answers that it was not made from, and how many those are.
+
+    Args:
+        scorer: `refusal` or `compliance`.
+
+    Raises:
+        UnknownNameError: nothing is stated about such a scorer.
+    """
+    figures = _stated(scorer)
+    return Estimate(*figures["accuracy"]), figures["answers"]
+
+
+def _stated(scorer: str) -> dict[str, Any]:
+    file = Path(__file__).parents[1] / "refusal_accuracy.json"
+    stated: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if scorer not in stated:
+        raise unknown_name("scorer with a stated accuracy", scorer, stated)
+    found: dict[str, Any] = stated[scorer]
+    return found
 
 
 @dataclass(frozen=True)
