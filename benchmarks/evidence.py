@@ -88,7 +88,13 @@ def classifiers(found: Mapping[str, Any]) -> dict[str, Any]:
                 "yes" if one["accuracy"]["low"] > 0.5 else "cannot be told",
             ]
         )
-    columns = ["behaviour", "trained on", "right on the model's answers", "right on written answers", "tells them apart"]
+    columns = [
+        "behaviour",
+        "trained on",
+        "right on the model's answers",
+        "right on written answers",
+        "tells them apart",
+    ]
     return {"columns": columns, "rows": rows}
 
 

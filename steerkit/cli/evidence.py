@@ -48,7 +48,7 @@ def run(
     from steerkit.model import ALIASES
 
     alias = model.name if model.name in ALIASES else ""
-    names = names_of(alias, only or [], with_traits=traits)
+    names = names_of(only or [], with_traits=traits)
     target = out or Path(f"evidence-{Path(model.name).name}")
     check_writable(target / "evidence.json")
     loaded, tokenizer = model.load()

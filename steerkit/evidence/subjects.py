@@ -47,11 +47,10 @@ class Subject:
     asked: QuestionSet
 
 
-def names_of(alias: str, only: Sequence[str], *, with_traits: bool) -> list[str]:
-    """The vectors to measure.
+def names_of(only: Sequence[str], *, with_traits: bool) -> list[str]:
+    """The vectors to measure: one of every recipe and trait, whether it ships for the model or has to be made.
 
     Args:
-        alias: of the model.
         only: names of vectors; none takes all.
         with_traits: those of traits too.
 
@@ -59,8 +58,6 @@ def names_of(alias: str, only: Sequence[str], *, with_traits: bool) -> list[str]
         UnknownNameError: a name that is no vector's.
     """
     known = [*recipes(), *(f"{name}{TRAIT}" for name in traits())]
-    here = {name.partition("/")[2] for name in shipped_vectors(alias)}
-    known = [name for name in known if not here or name in here]
     for name in only:
         if name not in known:
             raise unknown_name("vector", name, known)
