@@ -114,11 +114,11 @@ def tally(vectors: Mapping[str, Any]) -> str:
     """In a sentence: how many show, and who wins."""
     said = [one["verdict"] if one["told"] else "cannot be told" for one in vectors.values()]
     wins = [one["against prompting"]["wins"] for one in vectors.values()]
-    parts = [f"{said.count(one)} {one}" for one in ("shows", "weak", "nothing", "cannot be told") if one in said]
+    words = {"shows": "show", "weak": "are weak", "nothing": "show nothing", "cannot be told": "cannot be told"}
+    parts = [f"{said.count(one)} {told}" for one, told in words.items() if one in said]
     beside = [f"{one} wins {wins.count(one)} times" for one in ("steering", "prompting") if one in wins]
-    open_ = f"{wins.count('cannot be told')} times it cannot be told" if "cannot be told" in wins else ""
-    rest = ", ".join(one for one in (*beside, open_) if one)
-    return f"Of {len(said)} vectors: {', '.join(parts)}. Beside the system prompt {rest}."
+    beside += [f"{wins.count('cannot be told')} times it cannot be told"] if "cannot be told" in wins else []
+    return f"Of {len(said)} vectors {', '.join(parts)}. Beside the system prompt, {', '.join(beside)}."
 
 
 def also(vectors: Mapping[str, Any]) -> list[str]:
