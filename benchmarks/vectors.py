@@ -12,7 +12,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import steerkit
 from benchmarks import results
 from steerkit._support.shipped import recipes
 from steerkit.evaluate.calibration import Calibration, Search, calibrate
+from steerkit.evaluate.calibration.problem import strength_of
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
 from steerkit.network.sites import sites_text
@@ -36,7 +37,19 @@ NEUTRAL, TEXTS, CONTROLS = 40, 8, 3
 
 
 def calibrated(recipe: Recipe, model: Any, tokenizer: Any) -> Calibration:
-    """The strength of a recipe's vector at its own sites."""
+    """The strength of a recipe's vector at its own sites; a weaker one where it costs more on other texts."""
+    found = at_strengths(recipe, model, tokenizer)
+    while found.has_effect and found.strength is not None and found.budget.breaks(found.confirmed):
+        tried = {strength for point in found.points if abs(strength := strength_of(point)) < abs(found.strength)}
+        if not tried:
+            break
+        print(f"{recipe.name}: {found.strength:g}: {found.verdict}; weaker", file=sys.stderr, flush=True)
+        found = at_strengths(recipe, model, tokenizer, sorted(tried, key=abs))
+    return found
+
+
+def at_strengths(recipe: Recipe, model: Any, tokenizer: Any, strengths: Sequence[float] | None = None) -> Calibration:
+    """The best of some strengths, else of the method's ladder."""
     train, held_out = recipe.split()
     part, setup = recipe.method, Setup(model, tokenizer, held_out, texts=TEXTS).with_neutral(NEUTRAL)
     return calibrate(
@@ -45,7 +58,9 @@ def calibrated(recipe: Recipe, model: Any, tokenizer: Any) -> Calibration:
         method=part.name,
         settings=dict(part.settings),
         readout=part.readout,
-        search=Search(candidates=[part.layers or tuple(range(setup.decoder.num_layers))], controls=CONTROLS),
+        search=Search(
+            candidates=[part.layers or tuple(range(setup.decoder.num_layers))], strengths=strengths, controls=CONTROLS
+        ),
         store=Store(KEPT / f"{recipe.name}.rows.jsonl"),
         scope=recipe.apply.scope,
         validation=recipe.validation(),
@@ -93,7 +108,8 @@ anew, some minutes each): the strength with the largest effect inside the budget
 ratio 1.3, repetition +0.1), chosen on a part of the training items, then measured once on the held-out ones. Effect:
 change of the preference margin in nats per token; costs on texts that nothing was chosen on; an effect is confirmed
 where its interval is clear of random directions and of fits on shuffled labels, and the costs are inside the budget.
-Where nothing is, the file suggests no strength."""
+Where a strength costs more than the budget on those texts, the next weaker one is measured there instead. Where no
+effect is clear, the file suggests no strength."""
 
 
 def page(model: Any) -> None:
