@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
-from steerkit.activations.paired_texts import PairedTexts, model_dtype, paired
+from steerkit.activations.paired_texts import PairedTexts, paired
 from steerkit.activations.token_scale import MASSIVE_TOKEN, PassScale, TokenScale, TokenScales
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
@@ -67,7 +67,7 @@ def forward_body(
         "attention_mask": attention_mask,
         "use_cache": False,
         **position_inputs(entry, attention_mask),
-        **({} if tree is None else tree.inputs(input_ids.device, model_dtype(decoder))),
+        **({} if tree is None else tree.inputs(decoder, input_ids.device)),
     }
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():

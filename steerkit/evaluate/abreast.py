@@ -77,7 +77,8 @@ def by_row(trials: Sequence[Trial]) -> list[SteeringVector]:
         (vector,), trial = first[kind].vectors, first[kind]
         neutral = resolve(vector.method).neutral
         strengths = [given[row] if row in given else float(neutral or 0.0) for row in range(len(trials))]
-        found.append(vector.at(strength=strengths, scope=trial.scope, unit=trial.unit))
+        scope, unit = None if vector.own_scope else trial.scope, None if vector.own_unit else trial.unit
+        found.append(vector.at(strength=strengths, scope=scope, unit=unit))
     return found
 
 
@@ -92,8 +93,8 @@ def _can_share(trial: Trial) -> bool:
 def _has_neutral(trial: Trial) -> bool:
     """Whether a row can be left as it is by a strength, whatever that counts in."""
     (vector,) = trial.vectors
-    neutral, unit = resolve(vector.method).neutral, trial.unit or vector.unit
-    return neutral == 0 or (neutral is not None and unit == "paper")
+    neutral, unit = resolve(vector.method).neutral, None if vector.own_unit else trial.unit
+    return neutral == 0 or (neutral is not None and (unit or vector.unit) == "paper")
 
 
 def _way(trial: Trial) -> tuple[str | None, str | None]:

@@ -87,6 +87,20 @@ def test_every_readout(readout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(read(model, readout), plain(model, monkeypatch, readout))
 
 
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_half_precision_and_every_kind_of_attention(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama").eval().to(torch.bfloat16)
+    model.set_attn_implementation(kind)
+    mine, other = read(model), plain(model, monkeypatch)
+    with Columns(model) as together:
+        read(model)
+    with Columns(model) as alone:
+        plain(model, monkeypatch)
+    assert together.count < 0.8 * alone.count
+    for site in SITES:
+        assert float((mine[site] - other[site]).norm()) <= 0.02 * float(other[site].norm())
+
+
 def test_streamed_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = family("llama").eval()
 

@@ -83,6 +83,17 @@ def test_the_same_as_one_after_the_other(name: str, scope: str) -> None:
         assert mine.texts == other.texts
 
 
+def test_what_a_vector_says_of_itself_comes_first() -> None:
+    model = family("llama").eval()
+    vector = vector_for(model, scope="response", site=Site(2))
+    own = replace(vector, norms={Site(2): 2.0}).at(scope="all", unit="norm", strength=0.5)
+    pairs: list[Any] = [(own, None), (vector, 1.0), (replace(vector, norms={Site(2): 3.0}), -1.0)]
+    alone = [setup_of(model).trial(*pair, scope="generated", unit="paper") for pair in pairs]
+    for mine, other in zip(setup_of(model).trials(pairs, scope="generated", unit="paper"), alone, strict=True):
+        for one, another in zip(scores(mine), scores(other), strict=True):
+            torch.testing.assert_close(one, another, rtol=1e-5, atol=1e-5)
+
+
 def test_one_pass_for_several_trials() -> None:
     model = family("llama").eval()
     setup, pairs = setup_of(model), asked(model)

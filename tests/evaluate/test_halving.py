@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from torch import nn
 
+from steerkit._support.shipped import recipes
 from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.choosing import survivors
 from steerkit.evaluate.calibration.problem import Problem
@@ -17,6 +19,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured
 from steerkit.evaluate.setup import Setup
+from steerkit.recipe.finding import find_recipe
 from tests.looping import NEUTRAL, looping_model, trait_data
 
 # The items of these tests differ in their answers alone.
@@ -84,3 +87,37 @@ def test_a_budget_is_held_where_the_whole_interval_says_so(low: float, high: flo
     kl = Measured(Column("", ""), Estimate(0.5 * low + 0.5 * min(high, 1.0), low, high), None, 6)
     ratio = Measured(Column("", ""), Estimate(1.1, 1.0, 1.2), None, 6)
     assert Budget().holds({"kl": kl, "perplexity_ratio": ratio}) is verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_the_same_winner_on_every_shipped_recipe(
+    name: str, embedded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = embedded
+    recipe = find_recipe(name)
+    part = recipe.method_part()
+    train, held_out = recipe.split(part.name)
+    setup = Setup(model, tokenizer, held_out, texts=4)
+
+    def winner() -> tuple[Any, int]:
+        search = Search(candidates=recipe.candidates(setup.decoder.num_layers, part.name), controls=1)
+        with Rows(model) as rows:
+            best = calibrate(
+                replace(setup, texts=4),
+                train,
+                method=part.name,
+                settings=dict(part.settings),
+                readout=part.readout,
+                scope=recipe.apply.scope,
+                validation=recipe.validation(part.name),
+                kinds=recipe.kinds(part),
+                search=search,
+            )
+        return (best.layers, best.strength), rows.count
+
+    halved, few = winner()
+    monkeypatch.setattr(Problem, "rungs", property(lambda problem: [problem.setup]))
+    full, many = winner()
+    assert halved == full
+    assert few <= many, f"{name}: {few / many:.2f} of the tokens"
