@@ -155,9 +155,10 @@ class _Evaluation:
         from steerkit.evaluate.scoring import measure
 
         found: dict[str, Any] = {"unit": self.way["unit"] or self.vector.unit, "strengths": []}
-        for dose in self.doses:
+        trials = self.setup.trials(((self.vector, dose) for dose in self.doses), **self.way)
+        for dose, trial in zip(self.doses, trials, strict=True):
             step(f"strength {dose:g}")
-            measured = measure(self.setup.trial(self.vector, dose, **self.way), self.scorers)
+            measured = measure(trial, self.scorers)
             found["strengths"].append({"strength": dose, "scores": {n: m.as_row() for n, m in measured.items()}})
             self.measured.append(measured)
         strongest = max(self.doses, key=abs)
@@ -218,9 +219,9 @@ class _Evaluation:
 
         first = self.scorers[0]
         means = []
-        for control in vectors:
+        for trial in self.setup.trials(((control, strength) for control in vectors), **self.way):
             step(note)
-            scores: dict[str, Measured] = measure(self.setup.trial(control, strength, **self.way), [first])
+            scores: dict[str, Measured] = measure(trial, [first])
             means.append(next(iter(scores.values())).estimate.mean)
         return means
 

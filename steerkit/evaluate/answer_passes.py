@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from steerkit.activations.reading import position_inputs
 from steerkit.errors import DataError
+from steerkit.evaluate.abreast import by_row
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import execution_device
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.steering.kept_prompts import Split
+from steerkit.steering.repeated import Repeated
+from steerkit.steering.steering import Steering, steer
 
 if TYPE_CHECKING:
     from steerkit.evaluate.trial import Trial
@@ -48,32 +51,30 @@ class _Layout:
 
     Attributes:
         name: of the layout.
-        inputs: makes the arguments of one pass.
+        inputs: makes the arguments of one pass over some of the rows, or over all (None).
         targets: [b, t] ids of the columns that are predicted.
         columns: those of the logits that predict them.
         spans: by row, the columns of its answer among these.
     """
 
     name: str
-    inputs: Callable[[], dict[str, Any]]
+    inputs: Callable[[Tensor | None], dict[str, Any]]
     targets: Tensor
     columns: slice
     spans: list[slice]
 
-    def by_row(self, values: Tensor) -> list[Tensor]:
-        """The columns of each row's answer; values [b, t, ...]."""
-        return [row[span] for row, span in zip(values, self.spans, strict=True)]
-
-    def run(self, model: nn.Module) -> list[Tensor]:
+    def run(self, model: nn.Module, rows: Tensor | None = None) -> list[Tensor]:
         """By row the logits [t, v] of its answer."""
-        return self.by_row(model(**self.inputs()).logits[:, self.columns])
+        logits = model(**self.inputs(rows)).logits[:, self.columns]
+        spans = self.spans if rows is None else [self.spans[row] for row in rows.tolist()]
+        return [row[span] for row, span in zip(logits, spans, strict=True)]
 
 
 class AnswerPasses:
-    """Runs a trial's model over texts with answers.
+    """Runs texts with answers under one trial, or under several that share passes (`steerkit.evaluate.abreast`).
 
     Args:
-        trial: what steers, if anything does.
+        trials: of one setup; of several each steers some rows.
         rendered: the texts; what is called an answer here is all from `prompt_length` on.
         beside: the same answers as the unsteered model reads them, which then runs too where it is not known what it
             says; None leaves it out.
@@ -82,8 +83,11 @@ class AnswerPasses:
         DataError: the answers of the two are not the same tokens.
     """
 
-    def __init__(self, trial: Trial, rendered: Sequence[Rendered], beside: Sequence[Rendered] | None) -> None:
-        self._trial, self._rendered, self._plain = trial, rendered, beside
+    def __init__(
+        self, trials: Sequence[Trial], rendered: Sequence[Rendered], beside: Sequence[Rendered] | None
+    ) -> None:
+        self._trials, self._rendered, self._plain = trials, rendered, beside
+        self._setup = trials[0].setup
         for text, plain in zip(rendered, beside or (), strict=beside is not None):
             if text.ids[text.prompt_length :] != plain.ids[plain.prompt_length :]:
                 raise DataError(
@@ -92,22 +96,44 @@ class AnswerPasses:
                     "begins with a word"
                 )
 
+    def work(self) -> list[Batch]:
+        """The batches: row i of all is text `i // trials` under trial `i % trials`."""
+        count, setup = len(self._trials), self._setup
+        items = [text for text in self._rendered for _ in range(count)]
+        # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
+        return batches(items, count * setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left")
+
     def __call__(self, batch: Batch) -> Seen:
         """Run one batch.
 
         Args:
-            batch: padded at the left.
+            batch: one of `work`, or a part of one.
         """
-        setup = self._trial.setup
-        texts = tuple(self._rendered[row] for row in batch.rows)
-        planned = self._trial.steering(batch.prompt_lengths)
+        setup, numbers = self._setup, [row // len(self._trials) for row in batch.rows]
+        repeated, texts = Repeated.of(numbers), [self._rendered[number] for number in numbers]
+        once = tuple(texts[row] for row in repeated.firsts)
+        planned = self._steering(batch)
         with torch.no_grad(), evaluation_mode(setup.decoder.model):
             layout = self._behind_prompts(batch, texts) if getattr(planned, "leaves_prompts", True) else None
             layout = layout or self._whole(batch, texts)
-            baseline = self._unsteered(batch, texts, layout)
-            with planned as steering, setup.kept.around(setup.decoder, steering, (layout.name, texts)):
+            baseline = self._unsteered(numbers, once, layout, repeated)
+            key, again = (layout.name, once), repeated.again if repeated.any else None
+            steering = planned if isinstance(planned, Steering) else None
+            if again is not None:
+                first = repeated.once
+                setup.kept.learn(setup.decoder, steering, key, lambda: setup.model(**layout.inputs(first)), len(first))
+            with planned, setup.kept.around(setup.decoder, steering, key, again):
                 logits = layout.run(setup.model)
-        return Seen([ids.to(logits[0].device) for ids in layout.by_row(layout.targets)], logits, baseline)
+        targets = [ids[span].to(logits[0].device) for ids, span in zip(layout.targets, layout.spans, strict=True)]
+        return Seen(targets, logits, baseline)
+
+    def _steering(self, batch: Batch) -> Any:
+        """The steering of a batch, whose rows belong to one trial or to several."""
+        trials, setup = self._trials, self._setup
+        if len(trials) == 1:
+            return trials[0].steering(batch.prompt_lengths)
+        vectors = by_row([trials[row % len(trials)] for row in batch.rows])
+        return steer(setup.model, vectors, prompt_lengths=batch.prompt_lengths, tokenizer=setup.roles)
 
     def baseline(self, row: int, place: int, seen: Seen) -> Tensor | None:
         """What the unsteered model says of one text, which is kept as long as there is room.
@@ -122,51 +148,59 @@ class AnswerPasses:
         """
         if self._plain is None:
             return None
-        unsteered, text = self._trial.setup.plain, self._plain[row]
-        if seen.baseline is None:
+        unsteered, text = self._setup.plain, self._plain[row]
+        if text in unsteered.predicted:
             return unsteered.predicted[text]
+        assert seen.baseline is not None
         return unsteered.keep(text, seen.baseline[place].float())
 
-    def _unsteered(self, batch: Batch, texts: tuple[Rendered, ...], layout: _Layout) -> list[Tensor] | None:
-        """The logits of the unsteered model, if any of the batch are wanted and not known."""
-        setup = self._trial.setup
-        plain = () if self._plain is None else tuple(self._plain[row] for row in batch.rows)
+    def _unsteered(
+        self, numbers: Sequence[int], once: tuple[Rendered, ...], layout: _Layout, repeated: Repeated
+    ) -> list[Tensor] | None:
+        """By row the logits of the unsteered model, if any of the batch are wanted and not known."""
+        setup = self._setup
+        if self._plain is None:
+            return None
+        plain = tuple(self._plain[numbers[row]] for row in repeated.firsts)
         if all(text in setup.plain.predicted for text in plain):
             return None
-        if plain != texts:  # behind a system prompt that the unsteered model does not read
+        if plain == once:
+            found = layout.run(setup.model, repeated.once if repeated.any else None)
+        else:  # behind a system prompt that the unsteered model does not read
             pad = pad_token_id(setup.tokenizer)
-            layout = self._whole(batches(plain, len(plain), pad_id=pad, side="left", groups=len(plain))[0], plain)
-        return layout.run(setup.model)
+            batch = batches(plain, len(plain), pad_id=pad, side="left", groups=len(plain))[0]
+            found = self._whole(batch, plain).run(setup.model)
+        return [found[place] for place in repeated.places]
 
     def _whole(self, batch: Batch, texts: Sequence[Rendered]) -> _Layout:
         """Whole texts, without a cache; the head runs on the answers' columns only."""
-        decoder = self._trial.setup.decoder
+        decoder = self._setup.decoder
         ids, mask = (one.to(execution_device(decoder)) for one in (batch.input_ids, batch.attention_mask))
         counts = _counts(texts)
         keep = 1 + max(counts)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "use_cache": False,
-            "logits_to_keep": keep,
-            **position_inputs(decoder.model, mask),
-        }
+
+        def inputs(rows: Tensor | None) -> dict[str, Any]:
+            some, shown = (ids, mask) if rows is None else (ids[rows], mask[rows])
+            return {
+                "input_ids": some,
+                "attention_mask": shown,
+                "use_cache": False,
+                "logits_to_keep": keep,
+                **position_inputs(decoder.model, shown),
+            }
+
         spans = [slice(keep - 1 - count, keep - 1) for count in counts]
-        return _Layout("whole", lambda: inputs, ids[:, 1 - keep :], slice(-keep, -1), spans)
+        return _Layout("whole", inputs, ids[:, 1 - keep :], slice(-keep, -1), spans)
 
-    def _behind_prompts(self, batch: Batch, texts: tuple[Rendered, ...]) -> _Layout | None:
+    def _behind_prompts(self, batch: Batch, texts: Sequence[Rendered]) -> _Layout | None:
         """The answers behind what the prompts left in a cache; None where that is not possible."""
-        setup = self._trial.setup
+        setup = self._setup
         split = Split.of(batch, execution_device(setup.decoder))
-        first = None if split is None else setup.read.inputs(setup.decoder, split, texts)
-        if split is None or first is None:
+        if split is None or not setup.read.has(setup.decoder, split):
             return None
-        ready = [first]
 
-        def inputs() -> dict[str, Any]:
-            again = ready.pop() if ready else setup.read.inputs(setup.decoder, split, texts)
-            assert again is not None  # it was there a moment ago
-            return again
+        def inputs(rows: Tensor | None) -> dict[str, Any]:
+            return setup.read.inputs(setup.decoder, split, rows)
 
         spans = [slice(0, count) for count in _counts(texts)]
         return _Layout("behind prompts", inputs, split.rest[:, 1:], slice(None), spans)

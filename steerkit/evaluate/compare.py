@@ -167,8 +167,8 @@ def answered(trial: Trial, questions: Sequence[str], *, new_tokens: int = 40) ->
     """
     asked = [*dict.fromkeys(questions)]
     prompts = [*map(Conversation, asked)]
-    texts = [side.answer(prompts, max_new_tokens=new_tokens) for side in (trial.baseline, trial)]
-    return tuple(zip(asked, *texts, strict=True))
+    steered = trial.answered(prompts, max_new_tokens=new_tokens)  # and the baseline with it
+    return tuple(zip(asked, trial.baseline.answered(prompts, max_new_tokens=new_tokens), steered, strict=True))
 
 
 def _plain(found: Estimate | None) -> dict[str, float] | None:

@@ -56,6 +56,7 @@ def refits(
     seed: int = 0,
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    acts: Activations | None = None,
 ) -> Refits:
     """Read the training items once and fit the vector's method again on rearranged rows.
 
@@ -70,6 +71,7 @@ def refits(
         seed: fixes the draws.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
+        acts: every row of the items at the vector's sites, as its fit read them; None reads them.
 
     Returns:
         The refits; only a `reason` where the method reads no contrast set.
@@ -83,7 +85,7 @@ def refits(
     if method.readout is None:
         return Refits(vector, f"{method.name} reads no contrast set, so there are no rows to rearrange")
     acts, subject, turns = read_again(
-        model, tokenizer, data, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
+        model, tokenizer, data, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs, acts=acts
     )
     return refits_of(
         acts, subject, vector, shuffled=shuffled, halves=halves, resamples=resamples, seed=seed, turns=turns
@@ -98,6 +100,7 @@ def read_again(
     *,
     batch_size: int,
     chat_template_kwargs: Mapping[str, Any] | None,
+    acts: Activations | None = None,
 ) -> tuple[Activations, Subject, Turns]:
     """Read the items a vector was fitted on as its fit did, row by row.
 
@@ -108,6 +111,7 @@ def read_again(
         vector: the vector, of a method that reads a contrast set.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
+        acts: what was read before; None, or other sites than the vector's, reads again.
 
     Returns:
         Both sides at the vector's sites, the door to the model, and which rows belong together.
@@ -128,7 +132,8 @@ def read_again(
     chat_template_kwargs = as_fitted([vector], tokenizer, chat_template_kwargs)
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     items, longest = (method.contrast(data), method.longest_text) if isinstance(method, PreparesData) else (data, None)
-    acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
+    if acts is None or set(acts.sites) != set(vector.reads):
+        acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
     subject = ModelSubject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
     return acts, subject, turns_of(items.sides, paired=items.paired)
 

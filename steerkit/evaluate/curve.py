@@ -13,6 +13,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import Measured, column_of, ends, measure, scorer_of
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.trial import Trial
 from steerkit.methods._registry import method_of, resolve
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -117,30 +118,36 @@ def strength_response(
     Raises:
         DataError: the items lack what a scorer needs, or no scorer gives the column `effect`.
     """
-    neutral = resolve(vector.method).neutral
 
-    def at(other: SteeringVector, strength: float, chosen: Sequence[str | Scorer]) -> dict[str, Measured]:
-        trial = setup.baseline if strength == neutral else setup.trial(other, strength)
+    def at(trial: Trial, chosen: Sequence[str | Scorer]) -> dict[str, Measured]:
         found = measure(trial, chosen, seed=seed)
         step()
         return found
 
-    points = tuple(at(vector, strength, scorers) for strength in strengths)
+    points = tuple(at(trial, scorers) for trial in _trials(setup, [vector], strengths))
     shown = column_of(effect or next(iter(points[0])), points[0])
     # Only the scorer that shows the effect is run on the controls.
     showing = [scorer for scorer in scorers if shown in scorer_of(scorer).columns]
     measured = strengths if control_strengths is None else control_strengths
     randoms = [random_like(vector, seed=seed + 1 + number) for number in range(controls)]
+    beside = iter(_trials(setup, randoms, measured))
     return Curve(
         effect=shown,
         strengths=tuple(strengths),
         points=points,
         controls=tuple(
-            {strength: at(other, strength, showing)[shown].estimate.mean for strength in measured} for other in randoms
+            {strength: at(next(beside), showing)[shown].estimate.mean for strength in measured} for _ in randoms
         ),
         items=points[0][shown].items,
-        neutral=neutral,
+        neutral=resolve(vector.method).neutral,
     )
+
+
+def _trials(setup: Setup, vectors: Sequence[SteeringVector], strengths: Sequence[float]) -> list[Trial]:
+    """Every vector at every strength; the baseline at the neutral one."""
+    pairs = [(vector, strength, resolve(vector.method).neutral) for vector in vectors for strength in strengths]
+    steered = iter(setup.trials((vector, strength) for vector, strength, neutral in pairs if strength != neutral))
+    return [setup.baseline if strength == neutral else next(steered) for _, strength, neutral in pairs]
 
 
 def random_like(vector: SteeringVector, *, seed: int) -> SteeringVector:

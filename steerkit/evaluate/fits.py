@@ -34,6 +34,7 @@ class Fits:
         scope: which tokens are written; None takes the method's own.
         kinds: kinds of site, such as ``["mlp_out"]``; None takes those of the method.
         progress: show a progress bar while reading.
+        rows: keep every row that is read (`acts`), even where the method needs no more than sums.
     """
 
     setup: Setup
@@ -45,6 +46,7 @@ class Fits:
     scope: str | None = None
     kinds: Sequence[str] | None = None
     progress: bool = False
+    rows: bool = False
     _acts: Activations | None = field(default=None, init=False, repr=False)
     _read: bool = field(default=False, init=False, repr=False)
     _fitted: dict[tuple[int, ...], SteeringVector] = field(default_factory=dict, init=False, repr=False)
@@ -53,6 +55,11 @@ class Fits:
     def kind(self) -> type[Method]:
         """The method's class."""
         return resolve(self.method) if isinstance(self.method, str) else type(self.method)
+
+    @property
+    def acts(self) -> Activations | None:
+        """What was read; None before the first fit, and where the method reads for itself."""
+        return self._acts
 
     @property
     def method_object(self) -> Method:
@@ -90,10 +97,8 @@ class Fits:
             model, tokenizer = self.setup.model, self.setup.tokenizer
             if not self._read:
                 every = self._possible(self.sites({*self.layers, *key}))
-                readout, progress = self.readout, self.progress
-                self._acts = read(
-                    model, tokenizer, self.train, sites=every, readout=readout, progress=progress, **common
-                )
+                options: dict[str, Any] = {"readout": self.readout, "progress": self.progress, "rows": self.rows}
+                self._acts = read(model, tokenizer, self.train, sites=every, **options, **common)
                 self._read = True
             vector = fit(model, tokenizer, self.train, sites=self.sites(key), acts=self._acts, **common)
             self._fitted[key] = vector if self.scope is None else replace(vector, scope=self.scope)

@@ -6,7 +6,7 @@ is compared with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -45,7 +45,7 @@ class Setup:
         data: held-out items; scorers of answers need pairs with both of them.
         prompts: what texts are generated from; None takes the prompts of `data`.
         neutral: answered prompts that steering should leave alone; None takes the shipped ones.
-        batch_size: rows per pass.
+        batch_size: texts per pass; where trials share passes, a pass has a row for each of up to four of them.
         texts: at most so many prompts are answered.
         max_new_tokens: length of the generated texts, in tokens.
         chat_template_kwargs: passed on to the chat template.
@@ -71,6 +71,8 @@ class Setup:
     """What leaves the blocks that no strength changes."""
     read: KeptPrompts = field(init=False, default_factory=KeptPrompts, repr=False)
     """What prompts leave in a cache where no strength changes it."""
+    remembered: dict[Any, dict[Any, Any]] | None = field(init=False, default=None, repr=False)
+    """What trials found out, by vector and strength, where a part of the items is tried before all of them."""
     _otherwise: dict[str, Setup] = field(init=False, default_factory=dict, repr=False)
     """The same setup with other separators between prompts and answers, for vectors that were fitted so."""
 
@@ -99,7 +101,34 @@ class Setup:
                     raise StrengthError(
                         f"strength {strength:g} beside a vector that carries its own ({one.strength}); give one of both"
                     )
-        return Trial(self._as_fitted(vector), vector, strength, scope, unit)
+        trial = Trial(self._as_fitted(vector), vector, strength, scope, unit)
+        if self.remembered is None or not isinstance(vector, SteeringVector):
+            return trial
+        # The vector is kept with its figures, so that no other one can get its id.
+        own = self.remembered.setdefault((id(vector), strength, scope, unit), {"vector": vector})
+        return replace(trial, known=own)
+
+    def trials(
+        self,
+        asked: Iterable[tuple[SteeringVector | Sequence[SteeringVector] | None, float | None]],
+        *,
+        scope: str | None = None,
+        unit: Literal["paper", "norm"] | None = None,
+    ) -> list[Trial]:
+        """The setup under several vectors or strengths, all of which will be measured: they share passes.
+
+        Args:
+            asked: vectors with their strengths; no vector is the baseline model.
+            scope: see `trial`.
+            unit: see `trial`.
+
+        Raises:
+            StrengthError: see `trial`.
+        """
+        found = [self.trial(vector, strength, scope=scope, unit=unit) for vector, strength in asked]
+        for one in found:
+            one.abreast.extend(found)
+        return found
 
     def _as_fitted(self, vector: SteeringVector | Sequence[SteeringVector] | None) -> Setup:
         """The setup with prompts and answers joined as when a vector was fitted; itself where they are already."""
@@ -177,6 +206,25 @@ class Setup:
     def decoder(self) -> Decoder:
         """The model's decoder."""
         return find_decoder(self.model)
+
+    def first(self, items: int, neutral: int) -> Setup:
+        """The same with the first items and neutral texts only; what is found out of them is known of all then.
+
+        Args:
+            items: of the data.
+            neutral: texts.
+        """
+        if self.remembered is None:
+            vars(self)["remembered"] = {}
+        data = self.data
+        if data is not None:
+            data = replace(data, positive=data.positive[:items], negative=data.negative[:items])
+        found = replace(self, data=data, neutral=self.calm[:neutral])
+        for name in ("remembered", "kept", "read", "predicted"):
+            vars(found)[name] = getattr(self, name)
+        if self.system is None:
+            vars(found)["baseline"] = replace(self.baseline, setup=found)
+        return found
 
     @cached_property
     def roles(self) -> Roles:

@@ -19,7 +19,7 @@ from torch import nn
 
 from steerkit.errors import StrengthError
 from steerkit.evaluate.calibration.budget import Budget
-from steerkit.evaluate.scorers._answers import calm_pairs, token_kl
+from steerkit.evaluate.scorers._answers import answer_kl, calm_pairs
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import is_gated, method_of
 from steerkit.vector.steering_vector import SteeringVector
@@ -214,9 +214,7 @@ class _Costs:
         """The KL divergence at a strength, nats per answer token; infinite where the logits are not finite."""
         total, tokens = 0.0, 0
         texts, plain = calm_pairs(self._setup)
-        for answer in self._setup.trial(self._vector, strength).answers(texts, beside=plain):
-            assert answer.baseline is not None
-            kl = token_kl(answer.logits.log_softmax(dim=-1), answer.baseline.log_softmax(dim=-1))
+        for kl in self._setup.trial(self._vector, strength).over_answers(texts, answer_kl, beside=plain):
             total, tokens = total + float(kl.sum()), tokens + len(kl)
         return total / tokens if math.isfinite(total) else math.inf
 

@@ -14,9 +14,10 @@ from steerkit.evaluate.scoring import Measured, identity_of, measure, scorer_of
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, setup_identity
+from steerkit.evaluate.trial import Trial
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Point", "measure_point", "sweep"]
+__all__ = ["Point", "measure_point", "sweep", "to_measure"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def measure_point(
     identity: str,
     store: Store,
     seed: int = 0,
+    trial: Trial | None = None,
 ) -> dict[str, Measured]:
     """Measure one trial, or take its figures from the store.
 
@@ -61,18 +63,48 @@ def measure_point(
         identity: digest of `setup_identity(setup)`.
         store: where figures are kept.
         seed: fixes the intervals.
+        trial: of the vector at the strength, where others are measured beside it; None makes one.
     """
-    used = None if vector is None else [vector.digest, vector.scope, vector.unit, vector.strength]
-    key = digest_of([identity, used, strength, [identity_of(scorer) for scorer in scorers], seed])
+    key = _key(vector, strength, scorers, identity, seed)
     kept = store.get(key)
     if kept is not None:
         columns = {name: column for scorer in scorers for name, column in scorer.columns.items()}
         return {name: Measured.from_row(columns[name], row) for name, row in kept.items()}
-    trial = setup.baseline if vector is None and setup.system is None else setup.trial(vector, strength)
+    if trial is None:
+        trial = setup.baseline if vector is None and setup.system is None else setup.trial(vector, strength)
     found = measure(trial, scorers, seed=seed)
     layers = [] if vector is None else [site.layer for site in vector.sites]
     store.put(key, {name: one.as_row() for name, one in found.items()}, layers=layers, strength=strength)
     return found
+
+
+def to_measure(
+    setup: Setup,
+    asked: Sequence[tuple[SteeringVector, float]],
+    scorers: Sequence[Scorer],
+    *,
+    identity: str,
+    store: Store,
+    seed: int = 0,
+) -> list[Trial | None]:
+    """Trials that share passes, for `measure_point`; None where the store has the figures.
+
+    Args:
+        setup: model, tokenizer and items.
+        asked: vectors with their strengths.
+        scorers: what will be measured of all of them.
+        identity: digest of `setup_identity(setup)`.
+        store: where figures are kept.
+        seed: fixes the intervals.
+    """
+    known = [store.get(_key(*one, scorers, identity, seed)) is not None for one in asked]
+    trials = iter(setup.trials(one for one, is_known in zip(asked, known, strict=True) if not is_known))
+    return [None if is_known else next(trials) for is_known in known]
+
+
+def _key(vector: SteeringVector | None, strength: float | None, scorers: Any, identity: str, seed: int) -> str:
+    used = None if vector is None else [vector.digest, vector.scope, vector.unit, vector.strength]
+    return digest_of([identity, used, strength, [identity_of(scorer) for scorer in scorers], seed])
 
 
 def sweep(
@@ -117,13 +149,18 @@ def sweep(
     for layers in candidates:
         vector = fits.at(layers)
         randoms = [random_like(vector, seed=seed + 1 + number) for number in range(controls)]
+        key, doses = tuple(sorted(set(layers))), [one for one in strengths if one != fits.kind.neutral]
+        trials = iter(to_measure(setup, [(vector, dose) for dose in doses], chosen, **common))
+        pairs = [(one, dose) for dose in doses for one in randoms]
+        beside = iter(to_measure(setup, pairs, chosen[:1], **common))
         for strength in strengths:
-            key = tuple(sorted(set(layers)))
             if strength == fits.kind.neutral:
                 yield Point(key, strength, baseline)
             else:
-                scores = measure_point(setup, vector, strength, chosen, **common)
-                others = [measure_point(setup, one, strength, chosen[:1], **common) for one in randoms]
+                scores = measure_point(setup, vector, strength, chosen, trial=next(trials), **common)
+                others = [
+                    measure_point(setup, one, strength, chosen[:1], trial=next(beside), **common) for one in randoms
+                ]
                 random = tuple(next(iter(other.values())).estimate.mean for other in others)
                 yield Point(key, strength, scores, random)
             step()

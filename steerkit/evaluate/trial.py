@@ -6,22 +6,23 @@ Every pass of a scorer goes through `Trial`, so that all render alike and always
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from steerkit.activations.recording import Activations
 from steerkit.errors import DataError
+from steerkit.evaluate.abreast import ABREAST, by_row, companions, takes_baseline
 from steerkit.evaluate.answer_passes import AnswerPasses
 from steerkit.fitting.held_out import record_steered
 from steerkit.generation import generate
 from steerkit.network.context import check_lengths, named
 from steerkit.network.sites import Site
-from steerkit.prompts.batching import batches, pad_token_id, run_batches
+from steerkit.prompts.batching import run_batches
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.steering import steer
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from steerkit.evaluate.setup import Setup
 
 __all__ = ["Answer", "Trial"]
+
+T = TypeVar("T")
 
 
 class Answer(NamedTuple):
@@ -59,6 +62,9 @@ class Trial:
         strength: one number, or None for the vector's own.
         scope: which tokens are written, or None for the vector's own.
         unit: what the strength counts in, or None for the vector's own.
+        abreast: trials that are measured too (`Setup.trials`), this one among them: what a scorer asks of one of them
+            is found out for all that can share its passes.
+        known: what was found out, text by text.
     """
 
     setup: Setup
@@ -66,6 +72,8 @@ class Trial:
     strength: float | None
     scope: str | None
     unit: Literal["paper", "norm"] | None
+    abreast: list[Trial] = field(default_factory=list, repr=False)
+    known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def baseline(self) -> Trial:
@@ -104,8 +112,39 @@ class Trial:
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """What the model answers to `setup.asked`, greedy."""
-        return tuple(self.answer(self.setup.asked))
+        """What the model answers to `setup.asked`, greedy; kept."""
+        return self.answered(self.setup.asked)
+
+    def answered(self, prompts: Sequence[Conversation], **options: Any) -> tuple[str, ...]:
+        """What the model answers to prompts; kept, and found out for the trials abreast and the baseline too.
+
+        Args:
+            prompts: what to answer.
+            options: handed on to `steerkit.generate`; the same for every row.
+        """
+        key = ("answered", repr((tuple(prompts), options)))
+        if key not in self.known:
+            together = [one for one in companions(self, same_sites=False) if key not in one.known]
+            beside = self.baseline
+            if takes_baseline(self) and beside.setup is self.setup and key not in beside.known:
+                together.append(beside)
+            if len(together) == 1:
+                self.known[key] = tuple(self.answer(prompts, **options))
+            else:
+                self._answer_together(together, prompts, key, options)
+        found: tuple[str, ...] = self.known[key]
+        return found
+
+    def _answer_together(
+        self, together: Sequence[Trial], prompts: Sequence[Conversation], key: Any, options: dict[str, Any]
+    ) -> None:
+        """Answer prompts under several trials at once."""
+        rows = [one for _ in prompts for one in together]
+        plain = Trial(self.setup, by_row(rows), None, None, None)
+        size = ABREAST * self.setup.batch_size
+        texts = plain.answer([one for one in prompts for _ in together], **{"batch_size": size, **options})
+        for place, one in enumerate(together):
+            one.known[key] = tuple(texts[place :: len(together)])
 
     def answer(self, prompts: Sequence[Conversation], **options: Any) -> list[str]:
         """Generate texts under this trial's steering.
@@ -122,9 +161,8 @@ class Trial:
             setup.model,
             setup.tokenizer,
             [setup.instructed(Conversation.of(prompt)) for prompt in prompts],
-            batch_size=setup.batch_size,
             chat_template_kwargs=setup.chat_template_kwargs,
-            **{"max_new_tokens": setup.max_new_tokens, **steering, **options},
+            **{"batch_size": setup.batch_size, "max_new_tokens": setup.max_new_tokens, **steering, **options},
         )
 
     def answers(self, rendered: Sequence[Rendered], *, beside: Sequence[Rendered] | None = None) -> Iterator[Answer]:
@@ -141,17 +179,50 @@ class Trial:
         Raises:
             DataError: a text has no answer, nothing comes before it, or its tokens are others in `beside`.
         """
-        setup, decoder = self.setup, self.setup.decoder
+        yield from (answer for _, answer in self._passes([self], rendered, beside))
+
+    def over_answers(
+        self, rendered: Sequence[Rendered], of: Callable[[Answer], T], *, beside: Sequence[Rendered] | None = None
+    ) -> list[T]:
+        """What a function makes of the model's logits for each text; kept, and found out for the trials abreast too.
+
+        Args:
+            rendered: texts with answers.
+            of: a function, which is known again by being equal. What it gives is kept: no logits.
+            beside: see `answers`.
+
+        Returns:
+            One value per text, in their order.
+
+        Raises:
+            DataError: see `answers`.
+        """
+        plain = [None] * len(rendered) if beside is None else beside
+        keys = [(of, row, *texts) for row, texts in enumerate(zip(rendered, plain, strict=True))]
+        left = [row for row, key in enumerate(keys) if key not in self.known]
+        if left:
+            together = companions(self, same_sites=True)
+            lacking = [one for one in together if any(keys[row] not in one.known for row in left)][:ABREAST]
+            some = [rendered[row] for row in left]
+            for trial, answer in self._passes(lacking, some, beside and [beside[row] for row in left]):
+                row = left[answer.row]
+                trial.known[keys[row]] = of(answer._replace(row=row))
+        return [self.known[key] for key in keys]
+
+    def _passes(
+        self, together: Sequence[Trial], rendered: Sequence[Rendered], beside: Sequence[Rendered] | None
+    ) -> Iterator[tuple[Trial, Answer]]:
+        """The answers of some trials that can share passes, in the order of the batches."""
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
-        check_lengths(decoder, rendered, named("text", rendered), warns=False)
-        passes = AnswerPasses(self, rendered, beside)
-        # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
-        work = batches(rendered, setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left")
-        for batch, seen in run_batches(work, passes):
-            for place, row in enumerate(batch.rows):
-                yield Answer(row, seen.targets[place], seen.logits[place].float(), passes.baseline(row, place, seen))
+        check_lengths(self.setup.decoder, rendered, named("text", rendered), warns=False)
+        passes = AnswerPasses(together, rendered, beside)
+        for batch, seen in run_batches(passes.work(), passes):
+            for place, item in enumerate(batch.rows):
+                row, member = divmod(item, len(together))
+                baseline = passes.baseline(row, place, seen)
+                yield together[member], Answer(row, seen.targets[place], seen.logits[place].float(), baseline)
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:
         """Log-probability of every answer token, teacher-forced.
@@ -162,11 +233,7 @@ class Trial:
         Returns:
             per text [t] float32, nats, on the CPU.
         """
-        found: list[Tensor] = [torch.empty(0, dtype=torch.float32)] * len(rendered)
-        for answer in self.answers(rendered):
-            chosen = torch.log_softmax(answer.logits, dim=-1).gather(-1, answer.targets[:, None])[:, 0]
-            found[answer.row] = chosen.cpu()
-        return found
+        return self.over_answers(rendered, _log_probs)
 
     def record(self, rendered: Sequence[Rendered], sites: Sequence[Site | str], *, readout: Any) -> Activations:
         """Read activations under this trial's steering.
@@ -189,3 +256,8 @@ class Trial:
             batch_size=setup.batch_size,
             steering=self.steering,
         )
+
+
+def _log_probs(answer: Answer) -> Tensor:
+    """[t] log-probabilities of the tokens of one answer, on the CPU."""
+    return torch.log_softmax(answer.logits, dim=-1).gather(-1, answer.targets[:, None])[:, 0].cpu()

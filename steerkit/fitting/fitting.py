@@ -211,6 +211,7 @@ def read(
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
+    rows: bool = False,
 ) -> Activations | None:
     """Read once what `fit` needs at many sites, to fit at some of them again and again.
 
@@ -225,6 +226,7 @@ def read(
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
         progress: show a progress bar on stderr.
+        rows: keep every row, even where the method needs no more than sums.
 
     Returns:
         What `fit` takes as `acts`; None where the method reads for itself.
@@ -237,7 +239,7 @@ def read(
         return None
     places = list(locate(model, _sites(chosen, find_decoder(model), None, sites)))
     reading = chosen.readout if readout is None else readout
-    return _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress)
+    return _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress, rows)
 
 
 def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
@@ -296,6 +298,7 @@ def _read(
     batch_size: int,
     chat_template_kwargs: Mapping[str, Any] | None,
     progress: bool,
+    rows: bool = False,
 ) -> Activations:
     """Stream where the method needs only statistics, keep the samples where it needs them."""
     common: dict[str, Any] = {
@@ -308,7 +311,7 @@ def _read(
     data = method.contrast(data) if isinstance(method, PreparesData) else data
     streams = {site: method.statistics(site) for site in places}
     kept = {site: accumulator for site, accumulator in streams.items() if accumulator is not None}
-    if len(kept) == len(places):
+    if len(kept) == len(places) and not rows:
         return stream(model, tokenizer, data, kept, **common)
     return record(model, tokenizer, data, places, **common)
 

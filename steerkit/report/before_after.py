@@ -27,16 +27,13 @@ class BeforeAndAfter:
     def answered(self) -> tuple[list[str], list[str], list[str]]:
         """The questions and one held-out prompt answered below, without and above."""
         prompts = [*map(Conversation.of, self._bench.plan.questions), self._bench.setup.asked[0]]
-        trials = [
-            self._bench.setup.trial(self._bench.vector, 2 * self._bench.centre - self._bench.strength),
-            self._bench.setup.baseline,
-            self._bench.setup.trial(self._bench.vector, self._bench.strength),
-        ]
-        found = []
-        for number, trial in enumerate(trials, start=1):
-            self._bench.step(f"answering: {number} of {len(trials)}")
-            found.append(trial.answer(prompts))
-        return found[0], found[1], found[2]
+        bench = self._bench
+        bench.step("answering")
+        mirrored = 2 * bench.centre - bench.strength
+        below, above = bench.setup.trials((bench.vector, strength) for strength in (mirrored, bench.strength))
+        trials = (below, above, bench.setup.baseline)
+        first, last, baseline = (list(trial.answered(prompts)) for trial in trials)
+        return first, baseline, last
 
     def texts(self) -> list[Texts]:
         """Before and after."""

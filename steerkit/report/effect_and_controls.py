@@ -92,10 +92,9 @@ class EffectAndControls:
         if self.refits is None or "effect" in self._bench.missing:
             return []
         effects, controls = [], self.refits.matched()[: self._bench.plan.shuffled]
-        for number, control in enumerate(controls, start=1):
+        trials = self._bench.setup.trials((one, self._bench.strength) for one in controls)
+        for number, trial in enumerate(trials, start=1):
             self._bench.step(f"shuffled labels: {number} of {len(controls)}")
-            found = measure(
-                self._bench.setup.trial(control, self._bench.strength), [EFFECT], seed=self._bench.plan.seed
-            )
+            found = measure(trial, [EFFECT], seed=self._bench.plan.seed)
             effects.append(found[EFFECT].estimate.mean)
         return effects

@@ -12,6 +12,7 @@ read the very same numbers, so what comes out is the same, bitwise. A family in 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ __all__ = ["KeptBlocks"]
 _SPARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
+class _Stop(BaseException):
+    """Ends a pass of which nothing more is wanted. Not an `Exception`, so that nothing eats it."""
+
+
 @dataclass(eq=False)
 class KeptBlocks:
     """What leaves the blocks before the first steered one, by batch of texts.
@@ -48,30 +53,66 @@ class KeptBlocks:
     _kept: OrderedDict[tuple[Hashable, int], Any] = field(init=False, default_factory=OrderedDict, repr=False)
     _used: int = field(init=False, default=0)
 
+    def learn(
+        self, decoder: Decoder, steering: Steering | None, texts: Hashable, run: Callable[[], Any], rows: int
+    ) -> None:
+        """Run only the blocks before the first steered one, where it is not known what leaves them.
+
+        For a batch that holds texts more than once: what is the same in all their rows is computed once.
+
+        Args:
+            decoder: the model's decoder.
+            steering: what is going to be active; None for the unsteered model.
+            texts: what identifies the texts.
+            run: a pass over each text once, unsteered; it is broken off.
+            rows: of that pass.
+        """
+        count = 0 if steering is None else steering.untouched
+        if (texts, count) in self._kept or count < 1 or not _can_spare(decoder, count):
+            return
+        known, seen = self._known(texts, count), list[Any]()
+        with contextlib.ExitStack() as stack:
+            if known:
+                stack.enter_context(_given(decoder, known, self._kept[texts, known]))
+            if "torch._dynamo" in sys.modules:  # a compiled block would not stop
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_noted(decoder.blocks[count - 1], seen, stops=True))
+            with contextlib.suppress(_Stop):
+                run()
+        if seen and _has_rows(seen[0], rows):
+            self._keep((texts, count), seen[0])
+
     @contextlib.contextmanager
-    def around(self, decoder: Decoder, steering: Steering | None, texts: Hashable) -> Iterator[None]:
+    def around(
+        self, decoder: Decoder, steering: Steering | None, texts: Hashable, again: Tensor | None = None
+    ) -> Iterator[None]:
         """One pass over some texts, without a cache, in which known blocks do not run.
 
         Args:
             decoder: the model's decoder.
             steering: active at present; None for the unsteered model, of which nothing is left out.
             texts: what identifies the whole input of the pass.
+            again: by row [b] which of the texts it is, where they stand there more than once (see `learn`).
         """
         count = 0 if steering is None else steering.untouched
         if count < 1 or not _can_spare(decoder, count):
             yield
             return
-        known = next((n for n in range(count, 0, -1) if (texts, n) in self._kept), 0)
+        known = self._known(texts, count)
         seen: list[Any] = []
         with contextlib.ExitStack() as stack:
             if known:
                 self._kept.move_to_end((texts, known))
-                stack.enter_context(_given(decoder, known, self._kept[texts, known]))
-            if known < count:
+                stack.enter_context(_given(decoder, known, self._kept[texts, known], again))
+            if known < count and again is None:
                 stack.enter_context(_noted(decoder.blocks[count - 1], seen))
             yield
         if seen:
             self._keep((texts, count), seen[0])
+
+    def _known(self, texts: Hashable, count: int) -> int:
+        """How many of so many blocks need not run."""
+        return next((n for n in range(count, 0, -1) if (texts, n) in self._kept), 0)
 
     def _keep(self, key: tuple[Hashable, int], output: Any) -> None:
         """Keep what left a block, and drop what was used longest ago where there is no room."""
@@ -120,11 +161,11 @@ def _is_enough(decoder: Decoder, count: int) -> bool:
 
 
 @contextlib.contextmanager
-def _given(decoder: Decoder, count: int, output: Any) -> Iterator[None]:
-    """Let the first blocks give an output without running."""
+def _given(decoder: Decoder, count: int, output: Any, again: Tensor | None = None) -> Iterator[None]:
+    """Let the first blocks give an output without running, or for each row of a pass one of its rows."""
 
     def forward(*_args: Any, **_kwargs: Any) -> Any:
-        return _copied(output)
+        return _copied(output) if again is None else _mapped(output, lambda tensor: tensor[again])
 
     blocks = list(decoder.blocks[:count])
     for block in blocks:
@@ -137,17 +178,26 @@ def _given(decoder: Decoder, count: int, output: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _noted(block: nn.Module, seen: list[Any]) -> Iterator[None]:
-    """Note what leaves a block, before anybody changes it."""
+def _noted(block: nn.Module, seen: list[Any], *, stops: bool = False) -> Iterator[None]:
+    """Note what leaves a block, before anybody changes it; end the pass there if asked to."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         seen.append(_copied(output))
+        if stops:
+            raise _Stop
 
     handle = block.register_forward_hook(hook, prepend=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _has_rows(output: Any, rows: int) -> bool:
+    """Whether every tensor of an output has so many rows, and can be given row by row."""
+    if isinstance(output, Tensor):
+        return output.dim() > 0 and len(output) == rows
+    return not isinstance(output, (tuple, list)) or all(_has_rows(part, rows) for part in output)
 
 
 def _copied(output: Any) -> Any:

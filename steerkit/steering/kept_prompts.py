@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from steerkit.activations.reading import position_inputs
+from steerkit.steering.repeated import Repeated
 from steerkit.tokens.transformers_facts import is_attention_cache
 
 if TYPE_CHECKING:
@@ -38,11 +39,15 @@ class Split:
         prompt: [b, p] ids, padded at the left.
         rest: [b, r] ids from the last prompt token on, padded at the right.
         mask: [b, p + r] 1 on real tokens.
+        repeated: which rows have the same prompt.
+        prompts: the ids of the different prompts.
     """
 
     prompt: Tensor
     rest: Tensor
     mask: Tensor
+    repeated: Repeated
+    prompts: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> Split | None:
@@ -67,12 +72,15 @@ class Split:
             pad_sequence(part, batch_first=True, padding_value=pad, padding_side=side)
             for part, side in ((prompts, "left"), (rests, "right"))
         ]
-        return cls(*(one.to(device) for one in (*ids, torch.cat(masks, dim=1))))
+        listed = [tuple(row.tolist()) for row in prompts]
+        repeated = Repeated.of(listed)
+        prompt, rest, mask = (one.to(device) for one in (*ids, torch.cat(masks, dim=1)))
+        return cls(prompt, rest, mask, repeated, tuple(listed[row] for row in repeated.firsts))
 
 
 @dataclass(eq=False)
 class KeptPrompts:
-    """The caches of prompts, by batch of texts, as long as there is room.
+    """The caches of prompts, each read once for all rows that go on from it, as long as there is room.
 
     Attributes:
         budget: bytes that may be kept.
@@ -84,33 +92,56 @@ class KeptPrompts:
     _refused: bool = field(init=False, default=False)
     _is_full: bool = field(init=False, default=False)  # or prompts would be read again and again, for nothing
 
-    def inputs(self, decoder: Decoder, split: Split, texts: Hashable) -> dict[str, Any] | None:
-        """The arguments of a pass over the rest of a batch, which goes on from what its prompts left in a cache.
+    def has(self, decoder: Decoder, split: Split) -> bool:
+        """Whether a pass can go on from what the prompts of a batch left in a cache; they are read if need be.
 
         Args:
             decoder: the model's decoder, not steered at present.
             split: the batch, on the model's device.
-            texts: what identifies the whole batch.
 
         Returns:
-            Ids of all but the last column, a mask over the prompt too, positions, and a cache of their own; None where
-            this model's cache cannot be continued so, or there is no room for it.
+            False where this model's cache cannot be continued so, or there is no room for it.
         """
-        if self._refused or (self._is_full and texts not in self._kept):
-            return None
-        if texts not in self._kept:
-            cache = self._read(decoder, split)
-            if cache is None:
-                return None
-            self._kept[texts] = cache
-        return self._going_on(decoder, split, copy.deepcopy(self._kept[texts]))
+        if split.prompts in self._kept:
+            return True
+        if self._refused or self._is_full:
+            return False
+        cache = self._read(decoder, split)
+        if cache is not None:
+            self._kept[split.prompts] = cache
+        return cache is not None
+
+    def inputs(self, decoder: Decoder, split: Split, rows: Tensor | None = None) -> dict[str, Any]:
+        """The arguments of a pass over the rest of a batch, which goes on from what its prompts left in a cache.
+
+        Args:
+            decoder: the model's decoder.
+            split: a batch that is there (`has`).
+            rows: some of its rows, on the CPU; None takes all.
+
+        Returns:
+            Ids of all but the last column, a mask over the prompt too, positions, and a cache of their own.
+        """
+        taken = torch.arange(len(split.rest)) if rows is None else rows
+        cache = copy.copy(self._kept[split.prompts])
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_select_indices(split.repeated.again[taken])
+        mask, width = split.mask[taken, :-1], split.prompt.shape[1]
+        positions = {name: ids[:, width:] for name, ids in position_inputs(decoder.model, mask).items()}
+        return {
+            "input_ids": split.rest[taken, :-1],
+            "attention_mask": mask,
+            "past_key_values": cache,
+            "use_cache": True,
+            **positions,
+        }
 
     def _read(self, decoder: Decoder, split: Split) -> Any:
-        """The cache after the prompts; None where it cannot be used or there is no room."""
-        model, width = decoder.model, split.prompt.shape[1]
-        mask = split.mask[:, :width]
+        """The cache after the different prompts; None where it cannot be used or there is no room."""
+        model, width, once = decoder.model, split.prompt.shape[1], split.repeated.once
+        mask = split.mask[once, :width]
         out = model(
-            input_ids=split.prompt,
+            input_ids=split.prompt[once],
             attention_mask=mask,
             use_cache=True,
             logits_to_keep=1,
@@ -126,14 +157,3 @@ class KeptPrompts:
             return None
         self._used += size
         return cache
-
-    def _going_on(self, decoder: Decoder, split: Split, cache: Any) -> dict[str, Any]:
-        mask, width = split.mask[:, :-1], split.prompt.shape[1]
-        positions = {name: ids[:, width:] for name, ids in position_inputs(decoder.model, mask).items()}
-        return {
-            "input_ids": split.rest[:, :-1],
-            "attention_mask": mask,
-            "past_key_values": cache,
-            "use_cache": True,
-            **positions,
-        }

@@ -186,9 +186,9 @@ def test_choice_in_chats_and_plain_texts() -> None:
     shown: list[str] = []
 
     class Seen(Trial):
-        def answers(self, rendered: Any, **options: Any) -> Any:
+        def over_answers(self, rendered: Any, of: Any, **options: Any) -> Any:
             shown.extend(text.text for text in rendered)
-            return super().answers(rendered, **options)
+            return super().over_answers(rendered, of, **options)
 
     def seen(setup: Setup) -> str:
         shown.clear()
@@ -810,19 +810,20 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measure(steered(setup), [*ALL, along])
     # Pairs, choices, forks, neutral texts (for two scorers), positive answers, neutral texts read (for two) and beside
     # the steered ones, openings of refusals (four batches), its own answers beside the steered ones, three generated
-    # tokens (for four scorers). And the prompts of ten batches of answers, whose caches all strengths go on from.
-    assert len(setup.read._kept) == 10
-    assert count.baseline == 12 + 3 + 10
+    # tokens (for four scorers; the bare model's in the same passes). And the prompts of the batches of answers, whose
+    # caches all strengths go on from; two have the same.
+    assert len(setup.read._kept) == 9
+    assert count.baseline == 12 + 9
     # Two passes over three tokens see, once in a model's life, whether its first blocks can be left out.
     assert count.steered == 14 + 3 + 2
     measure(steered(setup, -1.0), [*ALL, along])
-    assert count.baseline == 12 + 3 + 10, "nothing of the baseline model is run again"
+    assert count.baseline == 12 + 9, "nothing of the baseline model is run again"
     monkeypatch.setattr("steerkit.evaluate.setup.KEPT_BYTES", 0)
     setup.predicted.clear()
     measure(steered(setup, 1.0), ["divergence"])
-    assert count.baseline == 12 + 3 + 10 + 1, "but for what is too large to keep"
+    assert count.baseline == 12 + 9 + 1, "but for what is too large to keep"
     measure(setup.baseline, [*ALL, along])
-    assert count.baseline == 12 + 3 + 10 + 1
+    assert count.baseline == 12 + 9 + 1
 
 
 @dataclass(frozen=True)

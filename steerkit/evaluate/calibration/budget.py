@@ -51,6 +51,18 @@ class Budget:
                 found.append(f"{name} {measured.effect.mean:.3g} over {limit:g}")
         return found
 
+    def holds(self, scores: Mapping[str, Measured]) -> bool | None:
+        """Whether costs are clearly inside or outside the budget, with their whole intervals; None if neither.
+
+        Args:
+            scores: column name to figure.
+        """
+        found = [(scores[column].effect, limit) for column, (_, limit) in self.limits.items() if column in scores]
+        if any(cost.low > limit for cost, limit in found):
+            return False
+        is_inside = not self.breaks(scores) and all(cost.high <= limit for cost, limit in found)
+        return True if is_inside else None
+
     @property
     def limits(self) -> dict[str, tuple[str, float]]:
         """Column to the cost's name and its limit."""

@@ -1,19 +1,28 @@
-"""Choosing on the validation split: screening, climbing the ladder of strengths, and reading texts for loops."""
+"""Choosing on the validation split: screening, climbing the ladder of strengths, and reading texts for loops.
+
+What is clearly behind on few items is not measured on all (successive halving; Jamieson and Talwalkar 2016, arXiv
+1502.07943), where "clearly" is what the intervals say, not a fixed share. What is chosen was measured on all.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from steerkit.errors import FitError, SiteError
-from steerkit.evaluate.calibration.problem import Problem, layers_name, strength_of
+from steerkit.evaluate.calibration.problem import Place, Problem, layers_name
 from steerkit.evaluate.curve import random_like
+from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scoring import Measured
 from steerkit.evaluate.sweeps import Point
 
-__all__ = ["Choosing"]
+__all__ = ["Choosing", "survivors"]
+
+Kind = TypeVar("Kind")
+_TOGETHER = 3
+"""So many of the best single blocks are tried together."""
 
 
 class Choosing:
@@ -21,7 +30,6 @@ class Choosing:
 
     Attributes:
         candidates: sets of layers at which the method can be fitted.
-        points: everything tried, with its figures.
         skipped: candidates at which the method cannot be fitted, with the reason.
 
     Args:
@@ -31,8 +39,13 @@ class Choosing:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self.candidates = list(problem.candidates)
-        self.points: list[Point] = []
+        self._points: dict[Place, Point] = {}
         self.skipped: dict[str, str] = {}
+
+    @property
+    def points(self) -> list[Point]:
+        """What was tried, with the figures of the most items each was measured on."""
+        return list(self._points.values())
 
     def drop_impossible(self) -> None:
         """Drop candidates at which the method cannot be fitted, and fail at once if none is left.
@@ -60,52 +73,57 @@ class Choosing:
 
     def screened(self) -> list[tuple[int, ...]]:
         """Rank the candidates by effect per KL divergence at one strength; give the best, and single ones together."""
-        problem = self._problem
-        if len(self.candidates) <= problem.search.finalists:
+        problem, search = self._problem, self._problem.search
+        if len(self.candidates) <= search.finalists:
             return self.candidates
-        assert problem.setup.data is not None
-        count = min(problem.search.screened_items, len(problem.setup.data))
-        few = replace(
-            problem.setup,
-            data=replace(
-                problem.setup.data,
-                positive=problem.setup.data.positive[:count],
-                negative=problem.setup.data.negative[:count],
-            ),
-            neutral=problem.setup.calm[: max(4, problem.search.neutral_texts // 2)],
-        )
         strength = problem.ladder[len(problem.ladder) // 2]
-        promised: dict[tuple[int, ...], float] = {}
-        for number, layers in enumerate(self.candidates, start=1):
-            problem.step(f"screening layer {layers_name(layers)}: {number} of {len(self.candidates)}")
-            scores = problem.measure(few, layers, strength, problem.scorers)
-            if scores is not None:
-                kl = max(scores["kl"].effect.mean, 1e-6)
-                promised[layers] = scores[problem.effect].gain.mean / math.sqrt(kl)
-        ranked = sorted(promised, key=lambda layers: -promised[layers])
-        finalists = ranked[: problem.search.finalists]
-        if not problem.search.together:
+        wanted = max(search.finalists, _TOGETHER) if search.together else search.finalists
+        promised: dict[tuple[int, ...], Estimate] = {}
+        left = self.candidates
+        for few in problem.few:
+            promised = {}
+            for number, layers in enumerate(left, start=1):
+                problem.step(f"screening layer {layers_name(layers)}: {number} of {len(left)}")
+                scores = problem.measure(few, layers, strength, problem.scorers)
+                if scores is not None:
+                    root = math.sqrt(max(scores["kl"].effect.mean, 1e-6))
+                    promised[layers] = Estimate(*(end / root for end in scores[problem.effect].gain))
+            left = survivors(promised, wanted)
+        ranked = sorted(left, key=lambda layers: -promised[layers].mean)
+        finalists = ranked[: search.finalists]
+        if not search.together:
             return finalists
-        together = tuple(sorted({layer for layers in [one for one in ranked if len(one) == 1][:3] for layer in layers}))
+        singles = [one for one in ranked if len(one) == 1][:_TOGETHER]
+        together = tuple(sorted({layer for layers in singles for layer in layers}))
         if len(together) > 1 and together not in finalists and self.is_possible(together):
             finalists.append(together)
         return finalists
 
-    def climb(self, layers: tuple[int, ...]) -> list[Point]:
-        """Measure rising strengths until one exceeds the budget, and give the points inside it.
+    def climb(self, layers: tuple[int, ...]) -> list[Place]:
+        """Find the strengths inside the budget: from the weakest on, up to the first that exceeds it.
 
-        Without a neutral strength none is weaker than another, and all are tried.
+        Few texts often tell what a strength costs; it is measured on all where their interval holds the limit. Without
+        a neutral strength none is weaker than another, and all are tried.
 
         Args:
             layers: where the vector acts.
         """
-        inside = []
-        for strength in self._problem.ladder:
-            point = self.tried(layers, strength)
-            if point is not None:
-                inside.append(point)
-            elif self._problem.is_ladder:
-                break
+        problem = self._problem
+        inside = doubtful = [(layers, strength) for strength in problem.ladder]
+        for setup in problem.rungs:
+            open_ones, scorers = [], problem.scorers if setup is problem.rungs[0] else problem.of_costs
+            for place, scores in problem.measured(setup, doubtful, scorers, self._tell):
+                if scores is not None:
+                    self._remember(place, scores)
+                is_inside = scores is not None and problem.keeps(scores, surely=setup is not problem.setup)
+                if is_inside is None:
+                    open_ones.append(place)
+                elif not is_inside:
+                    beyond = inside.index(place)
+                    inside = inside[:beyond] + ([] if problem.is_ladder else inside[beyond + 1 :])
+                    if problem.is_ladder:
+                        break
+            doubtful = open_ones
         return inside
 
     def tried(self, layers: tuple[int, ...], strength: float) -> Point | None:
@@ -115,51 +133,91 @@ class Choosing:
             layers: where the vector acts.
             strength: how strongly.
         """
-        problem = self._problem
-        problem.step(f"layer {layers_name(layers)}, strength {strength:g}")
+        problem, place = self._problem, (layers, strength)
+        self._tell(place)
         scores = problem.measure(problem.setup, layers, strength, problem.scorers)
         if scores is None:
             return None
-        point = Point(layers, strength, scores)
-        self.points.append(point)
+        point = self._remember(place, scores)
         return None if problem.budget.breaks(scores) else point
 
-    def without_loops(self, inside: Sequence[Point]) -> Point | None:
-        """Find the most effective point at which texts repeat no more than allowed, nor at any weaker strength.
+    def without_loops(self, inside: Sequence[Place]) -> Point | None:
+        """Find the most effective place at which texts repeat no more than allowed, nor at any weaker strength.
 
         Args:
-            inside: points inside the budget.
+            inside: layers and strengths inside the budget.
         """
-        problem = self._problem
+        problem, left = self._problem, list(inside)
         looping: dict[Any, float] = {}  # the weakest strength known to loop, by its reach
-        fine: dict[Any, float] = {}
-        for point in sorted(inside, key=lambda point: -problem.gain(point).mean):
-            reach = problem.reach(strength_of(point))
-            ladder = (point.layers, None if problem.is_ladder else strength_of(point))
+        while left:
+            place = self._leading(left)
+            if place is None:
+                return None
+            left.remove(place)
+            point, reach = self._points[place], problem.reach(place[1])
+            ladder = (place[0], None if problem.is_ladder else place[1])
             if not problem.gain(point).low > 0 or reach >= looping.get(ladder, math.inf):
                 continue
-            below = {
-                strength_of(other)
-                for other in inside
-                if other.layers == point.layers and problem.reach(strength_of(other)) <= reach
-            }
-            for lower in sorted(below, key=problem.reach) if problem.is_ladder else [strength_of(point)]:
-                if problem.reach(lower) <= fine.get(ladder, -math.inf):
-                    continue
-                problem.step(f"texts at layer {layers_name(point.layers)}, strength {lower:g}")
-                scores = problem.measure(problem.setup, point.layers, lower, problem.of_texts)
+            below = [one for one in inside if one[0] == place[0] and problem.reach(one[1]) <= reach]
+            below = sorted(set(below), key=lambda one: problem.reach(one[1])) if problem.is_ladder else [place]
+            for lower, scores in problem.measured(problem.setup, below, problem.of_texts, self._tell_texts):
                 if scores is not None:
-                    self._remember(point.layers, lower, scores)
+                    self._remember(lower, scores)
                 if scores is None or problem.budget.breaks(scores, due=["repetition"]):
-                    looping[ladder] = problem.reach(lower)
+                    looping[ladder] = problem.reach(lower[1])
                     break
-                fine[ladder] = problem.reach(lower)
             else:
-                return next(one for one in self.points if one.layers == point.layers and one.strength == point.strength)
+                costs = problem.measure(problem.setup, *place, problem.of_costs)  # few texts may have told them so far
+                if costs is not None and problem.keeps(costs):
+                    return self._remember(place, costs)
         return None
 
-    def _remember(self, layers: tuple[int, ...], strength: float, scores: dict[str, Measured]) -> None:
-        """Add figures to the point they belong to."""
-        for place, point in enumerate(self.points):
-            if point.layers == layers and point.strength == strength:
-                self.points[place] = replace(point, scores={**point.scores, **scores})
+    def _leading(self, places: Sequence[Place]) -> Place | None:
+        """The most effective place; those clearly behind another on few items are not measured on all."""
+        problem, left = self._problem, list(places)
+        gains: dict[Place, Estimate] = {}
+        for setup in problem.rungs:
+            gains = {}
+            for layers in dict.fromkeys(place[0] for place in left):
+                mine = [place for place in left if place[0] == layers]
+                for place, scores in problem.measured(setup, mine, [problem.scorer], self._tell):
+                    if scores is not None:
+                        gains[place] = problem.gain(self._remember(place, scores))
+            left = survivors(gains, 1)
+        return max(left, key=lambda place: gains[place].mean, default=None)
+
+    def _tell(self, place: Place) -> None:
+        self._problem.step(f"layer {layers_name(place[0])}, strength {place[1]:g}")
+
+    def _tell_texts(self, place: Place) -> None:
+        self._problem.step(f"texts at layer {layers_name(place[0])}, strength {place[1]:g}")
+
+    def _remember(self, place: Place, scores: dict[str, Measured]) -> Point:
+        """Add figures to the point they belong to; those of more items stay."""
+        known = self._points.setdefault(place, Point(*place, {}))
+        newer = {
+            name: one
+            for name, one in scores.items()
+            if name not in known.scores or known.scores[name].items <= one.items
+        }
+        self._points[place] = replace(known, scores={**known.scores, **newer})
+        return self._points[place]
+
+
+def survivors(found: Mapping[Kind, Estimate], wanted: int) -> list[Kind]:
+    """Those that may still be among the best, by their intervals.
+
+    Args:
+        found: more is better.
+        wanted: how many of the best are looked for.
+
+    Returns:
+        All but those whose upper end lies below the lower ends of so many others, in the order given.
+
+    Example:
+        >>> survivors({"a": Estimate(3, 2, 4), "b": Estimate(2, 1.5, 2.5), "c": Estimate(1, 0, 1.9)}, 1)
+        ['a', 'b']
+    """
+    lows = sorted((one.low for one in found.values()), reverse=True)
+    bar = lows[wanted - 1] if len(lows) >= wanted else -math.inf
+    return [key for key, one in found.items() if not one.high < bar]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from steerkit._support.progress import counted
+from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.evaluate.calibration.choosing import Choosing
 from steerkit.evaluate.calibration.problem import Problem, layers_name, strength_of
@@ -37,7 +38,8 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
     strength = strength_of(best)
     problem.step("fitting on all items")
     try:
-        vector = replace(problem.final, layers=best.layers).at(best.layers)
+        fits = replace(problem.final, layers=best.layers, rows=True)
+        vector = fits.at(best.layers)
     except FitError as error:  # a method that chooses among its sites may find none on other items
         return nothing_found(
             problem,
@@ -60,7 +62,7 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
     trial = problem.confirming.trial(vector, strength)
     costs = measure(trial, ["divergence", *problem.of_texts], seed=problem.search.seed)
     confirmed = {**curve.points[curve.strengths.index(strength)], **costs}
-    refitted = _refitted(problem, vector)
+    refitted = _refitted(problem, vector, fits.acts)
     shuffled = _shuffled(problem, refitted, strength)
     randoms = [control[strength] for control in curve.controls]
     verdict = judged(problem, confirmed, [*randoms, *shuffled])
@@ -115,7 +117,7 @@ def _strengths_around(strength: float, neutral: float | None) -> list[float]:
     return sorted([neutral - reach, neutral - reach / 2, neutral, neutral + reach / 2, strength])
 
 
-def _refitted(problem: Problem, vector: SteeringVector) -> Refits | None:
+def _refitted(problem: Problem, vector: SteeringVector, acts: Activations | None) -> Refits | None:
     """The method fitted again on rearranged training items; None for methods fitted on one pair."""
     if takes_pair(problem.kind):
         return None
@@ -129,15 +131,15 @@ def _refitted(problem: Problem, vector: SteeringVector) -> Refits | None:
         seed=problem.search.seed,
         batch_size=setup.batch_size,
         chat_template_kwargs=setup.chat_template_kwargs,
+        acts=acts,
     )
 
 
 def _shuffled(problem: Problem, refitted: Refits | None, strength: float) -> list[float]:
     """Effects of fits on shuffled labels, rescaled to the vector's own norm."""
     effects, controls = [], () if refitted is None else refitted.matched()
-    for number, control in enumerate(controls, start=1):
+    for number, trial in enumerate(problem.confirming.trials((one, strength) for one in controls), start=1):
         problem.step(f"shuffled labels: {number} of {len(controls)}")
-        trial = problem.confirming.trial(control, strength)
         effects.append(measure(trial, [problem.scorer])[problem.effect].estimate.mean)
     return effects
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from steerkit.errors import DataError
 from steerkit.evaluate.calibration.budget import Budget, Search
@@ -17,12 +18,15 @@ from steerkit.evaluate.scoring import Measured, scorer_of
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, setup_identity
-from steerkit.evaluate.sweeps import Point, measure_point
+from steerkit.evaluate.sweeps import Point, measure_point, to_measure
 from steerkit.methods._base import Method, takes_pair
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.splitting import warn_of_known_items
 
-__all__ = ["Problem", "layers_name", "problem_of", "strength_of"]
+__all__ = ["Place", "Problem", "layers_name", "problem_of", "strength_of"]
+
+Place = tuple[tuple[int, ...], float]
+"""Layers, and a strength at them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +82,27 @@ class Problem:
         return list({scorer.name: scorer for scorer in (self.scorer, scorer_of("divergence"))}.values())
 
     @cached_property
-    def identity(self) -> str:
-        """Digest of what figures on the validation split depend on."""
-        return digest_of(setup_identity(self.setup))
+    def of_costs(self) -> list[Scorer]:
+        """The scorer of the KL divergence and the perplexity ratio alone."""
+        return [one for one in self.scorers if "kl" in one.columns]
+
+    @cached_property
+    def few(self) -> list[Setup]:
+        """Parts of the validation split, the smaller first, on which what is clearly behind is told."""
+        assert self.setup.data is not None
+        items, texts = min(self.search.screened_items, len(self.setup.data)), max(4, self.search.neutral_texts // 2)
+        sizes = [items // 2, items] if self.scorer.by_item and items // 2 >= FEWEST else [items]
+        return [self.setup.first(size, texts) for size in sizes]
+
+    @cached_property
+    def rungs(self) -> list[Setup]:
+        """The same, and all of the validation split; that alone where a part of the items costs as much."""
+        return [*self.few, self.setup] if self.scorer.by_item else [self.setup]
+
+    @cached_property
+    def _identities(self) -> dict[int, str]:
+        """Digests of what figures depend on, by setup."""
+        return {id(setup): digest_of(setup_identity(setup)) for setup in (*self.few, self.setup)}
 
     @property
     def is_ladder(self) -> bool:
@@ -117,14 +139,51 @@ class Problem:
         Returns:
             Column name to figure; None where the model says nothing finite.
         """
-        identity = self.identity if setup is self.setup else digest_of(setup_identity(setup))
-        vector = self.fits.at(layers)
-        try:
-            return measure_point(
-                setup, vector, strength, scorers, identity=identity, store=self.store, seed=self.search.seed
-            )
-        except NotScored:
-            return None
+        ((_, found),) = self.measured(setup, [(tuple(layers), strength)], scorers)
+        return found
+
+    def measured(
+        self,
+        setup: Setup,
+        places: Sequence[Place],
+        scorers: Sequence[Scorer],
+        tell: Callable[[Place], None] = lambda place: None,
+    ) -> Iterator[tuple[Place, dict[str, Measured] | None]]:
+        """Figures of several places, which share passes where they can; see `measure`.
+
+        Args:
+            setup: on what is measured.
+            places: layers and strengths.
+            scorers: what is measured.
+            tell: called before each.
+
+        Yields:
+            The places, each with its figures.
+        """
+        common: dict[str, Any] = {
+            "identity": self._identities[id(setup)],
+            "store": self.store,
+            "seed": self.search.seed,
+        }
+        vectors = [(self.fits.at(layers), strength) for layers, strength in places]
+        trials = to_measure(setup, vectors, scorers, **common)
+        for place, (vector, strength), trial in zip(places, vectors, trials, strict=True):
+            tell(place)
+            try:
+                found = measure_point(setup, vector, strength, scorers, trial=trial, **common)
+            except NotScored:
+                yield place, None
+            else:
+                yield place, found
+
+    def keeps(self, costs: dict[str, Measured], *, surely: bool = False) -> bool | None:
+        """Whether costs are inside the budget.
+
+        Args:
+            costs: measured.
+            surely: with their whole intervals; None then says that these hold the limit.
+        """
+        return self.budget.holds(costs) if surely else not self.budget.breaks(costs)
 
 
 def problem_of(

@@ -1,11 +1,13 @@
 """Calibration: the largest effect inside a budget of costs, found on one split of the data and confirmed on another.
 
 1. Part of the training items becomes the validation split; the method is fitted on the rest.
-2. Every candidate set of layers is screened at one strength on a few items. Effects grow about linearly with the
-   strength and the KL divergence about quadratically, so candidates are ranked by `effect * sqrt(max_kl / kl)`, the
-   effect they promise at the KL budget.
+2. Every candidate set of layers is screened at one strength on few items, and those not clearly behind on some more.
+   Effects grow about linearly with the strength and the KL divergence about quadratically, so candidates are ranked by
+   `effect * sqrt(max_kl / kl)`, the effect they promise at the KL budget.
 3. The best candidates climb the ladder of strengths until one is outside of the budget. A strength counts only if all
    below it are inside too: a loop has a low perplexity, so a figure that falls again is no proof of health.
+   Costs are measured on few texts first, and on all where the interval holds the limit; effects too, and on all items
+   only where another point is not clearly better.
 4. Texts are generated for the most effective strengths first, until one repeats itself no more than allowed.
 5. The method is fitted again on all training items, and effect, costs and controls (random directions of the same norm,
    fits on shuffled labels) are measured once on the held-out items and on other neutral texts. Only this counts.
@@ -19,7 +21,7 @@ from typing import Any
 from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.choosing import Choosing
 from steerkit.evaluate.calibration.confirming import confirm, nothing_found
-from steerkit.evaluate.calibration.problem import problem_of
+from steerkit.evaluate.calibration.problem import problem_of, strength_of
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.sampling import sampled_points
 from steerkit.evaluate.calibration.verdict import unfound
@@ -86,10 +88,10 @@ def calibrate(
     choosing = Choosing(problem)
     choosing.drop_impossible()
     if problem.search.trials is not None:
-        tried = sampled_points(problem, choosing)
+        inside = [(point.layers, strength_of(point)) for point in sampled_points(problem, choosing)]
     else:
-        tried = [point for layers in choosing.screened() for point in choosing.climb(layers)]
-    best = choosing.without_loops(tried)
+        inside = [place for layers in choosing.screened() for place in choosing.climb(layers)]
+    best = choosing.without_loops(inside)
     if best is None:
         return nothing_found(problem, choosing, unfound(problem, choosing.points))
     return confirm(problem, best, choosing)

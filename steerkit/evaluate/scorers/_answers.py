@@ -13,11 +13,20 @@ from torch import Tensor
 
 from steerkit.errors import DataError
 from steerkit.evaluate.setup import Setup, shared_system
-from steerkit.evaluate.trial import Trial
+from steerkit.evaluate.trial import Answer, Trial
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 
-__all__ = ["activations", "calm_pairs", "calm_texts", "log_probs", "on_topic_texts", "token_counts", "token_kl"]
+__all__ = [
+    "activations",
+    "answer_kl",
+    "calm_pairs",
+    "calm_texts",
+    "log_probs",
+    "on_topic_texts",
+    "token_counts",
+    "token_kl",
+]
 
 
 def calm_texts(setup: Setup) -> list[Rendered]:
@@ -83,6 +92,19 @@ def token_kl(steered: Tensor, baseline: Tensor) -> Tensor:
     # A token that is ruled out altogether counts nothing: 0 * log 0 = 0. Below zero there is rounding only.
     ruled_out = torch.isneginf(baseline)
     return (baseline.exp() * (baseline - steered)).masked_fill(ruled_out, 0.0).sum(dim=-1).clamp_min(0.0)
+
+
+def answer_kl(answer: Answer) -> Tensor:
+    """KL divergence from the unsteered model at every token of one answer.
+
+    Args:
+        answer: with the unsteered model's logits.
+
+    Returns:
+        [t] nats, on the CPU.
+    """
+    assert answer.baseline is not None
+    return token_kl(torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.baseline, dim=-1)).cpu()
 
 
 def log_probs(trial: Trial, rendered: Sequence[Rendered]) -> list[Tensor]:

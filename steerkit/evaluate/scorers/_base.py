@@ -63,6 +63,8 @@ class Scorer(Configured):
         title: one line on what it says.
         source: the paper, where there is one.
         columns: the figures it gives. The first is the one meant by the scorer's name alone.
+        by_item: the items of the data are scored one by one from answers that the model is shown, so that a part of
+            them costs a part of the passes.
         against_baseline: the numbers already compare with the unsteered model (such as KL), so that it is not
             scored beside it.
 
@@ -78,6 +80,7 @@ class Scorer(Configured):
     title: ClassVar[str]
     source: ClassVar[str] = ""
     columns: ClassVar[Mapping[str, Column]]
+    by_item: ClassVar[bool] = False
     against_baseline: ClassVar[bool] = False
 
     def worst(self, column: str) -> float | None:

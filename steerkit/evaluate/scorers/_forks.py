@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.trial import Trial
+from steerkit.evaluate.trial import Answer, Trial
 from steerkit.prompts.rendering import Rendered
 
 __all__ = ["Fork", "fork", "fork_logits"]
@@ -66,7 +66,17 @@ def fork_logits(trial: Trial, forks: Sequence[Fork]) -> Tensor:
     Returns:
         [n, 2] float32 on the CPU.
     """
-    found = torch.empty(len(forks), 2, dtype=torch.float32)
-    for answer in trial.answers([one.text for one in forks]):
-        found[answer.row] = answer.logits[-1, list(forks[answer.row].ids)].cpu()
-    return found
+    if not forks:
+        return torch.empty(0, 2, dtype=torch.float32)
+    at_forks = _AtForks(tuple(one.ids for one in forks))
+    return torch.stack(trial.over_answers([one.text for one in forks], at_forks))
+
+
+@dataclass(frozen=True)
+class _AtForks:
+    """Picks the logits of both tokens of each fork: [2] on the CPU."""
+
+    ids: tuple[tuple[int, int], ...]
+
+    def __call__(self, answer: Answer) -> Tensor:
+        return answer.logits[-1, list(self.ids[answer.row])].cpu()

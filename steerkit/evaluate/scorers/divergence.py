@@ -64,8 +64,7 @@ class Divergence(Scorer):
         # The unsteered model is at no distance from itself; no pass is needed to say so.
         found = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float32).repeat(len(texts), 1)
         if not trial.is_baseline:
-            for answer in trial.answers(texts, beside=plain):
-                found[answer.row] = _compared(answer)
+            found = torch.stack(trial.over_answers(texts, _compared, beside=plain))
         counts = token_counts(texts)
         return {name: Weighted(found[:, place], counts) for place, name in enumerate(self.columns)}
 

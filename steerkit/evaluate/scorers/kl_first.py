@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import DataError
-from steerkit.evaluate.scorers._answers import token_kl
+from steerkit.evaluate.scorers._answers import answer_kl
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
 from steerkit.prompts.rendering import Rendered
@@ -65,10 +65,8 @@ class FirstDivergence(Scorer):
             return {"kl_first": scores}
         said = [replace(setup.asked[place], answer=text) for place, text in answered]
         own, plain = ([self._cut(one.render(item)) for item in said] for one in (setup, trial.baseline.setup))
-        for answer in trial.answers(own, beside=plain):
-            assert answer.baseline is not None
-            kl = token_kl(torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.baseline, dim=-1))
-            scores[answered[answer.row][0]] = kl.mean().cpu()
+        for (place, _), kl in zip(answered, trial.over_answers(own, answer_kl, beside=plain), strict=True):
+            scores[place] = kl.mean()
         return {"kl_first": scores}
 
     def _cut(self, text: Rendered) -> Rendered:

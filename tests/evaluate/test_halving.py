@@ -1,0 +1,123 @@
+"""Successive halving: the same choice as measuring everything on all items, in fewer rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from steerkit._support.shipped import recipes
+from steerkit.evaluate.calibration.budget import Budget, Search
+from steerkit.evaluate.calibration.choosing import survivors
+from steerkit.evaluate.calibration.problem import Problem
+from steerkit.evaluate.calibration.result import Calibration
+from steerkit.evaluate.calibration.search import calibrate
+from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.scorers._base import Column
+from steerkit.evaluate.scoring import Measured
+from steerkit.evaluate.setup import Setup
+from steerkit.recipe.finding import find_recipe
+from tests.looping import NEUTRAL, looping_model, trait_data
+
+# The items of these tests differ in their answers alone.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is fitted on as well")
+
+FREE = Budget(max_kl=1e9, max_ppl_ratio=1e30, max_repetition=0.1)
+SEARCH = Search(
+    candidates=[(0,), (1,), (2,), (3,)], strengths=(0.5, 1.0, 1.9, 2.5), controls=1, neutral_texts=2, screened_items=8
+)
+
+
+class Rows:
+    """Counts the rows of a model's passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.count = 0
+        self._handle = model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, _module: nn.Module, _args: Any, inputs: Any) -> None:
+        self.count += inputs["input_ids"].numel()
+
+    def __enter__(self) -> Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def found(search: Search) -> tuple[Calibration, int]:
+    """A calibration, and the tokens that went through the model for it."""
+    model, tokenizer = looping_model()
+    setup = Setup(model, tokenizer, trait_data(8, seed=9), neutral=NEUTRAL, texts=2, max_new_tokens=16)
+    with Rows(model) as rows:
+        return calibrate(setup, trait_data(96), readout="response_mean", budget=FREE, search=search), rows.count
+
+
+def test_the_same_choice_in_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    halved, few = found(SEARCH)
+    monkeypatch.setattr(Problem, "rungs", property(lambda problem: [problem.setup]))
+    full, many = found(SEARCH)
+    assert (halved.layers, halved.strength) == (full.layers, full.strength)
+    for name in ("chosen", "confirmed"):
+        mine, other = getattr(halved, name), getattr(full, name)
+        assert mine.keys() == other.keys()
+        for column in mine:
+            assert mine[column].items == other[column].items
+            assert math.isclose(mine[column].estimate.mean, other[column].estimate.mean, rel_tol=1e-4, abs_tol=1e-4)
+    assert few < 0.9 * many
+    items = {point.scores["preference_margin"].items for point in halved.points}
+    assert min(items) < max(items) == 24, "what was clearly behind was not measured on all"
+
+
+def test_only_what_is_clearly_behind_is_left_out() -> None:
+    intervals = {"a": Estimate(3, 2, 4), "b": Estimate(2.5, 1, 5), "c": Estimate(1.5, 1, 2), "d": Estimate(1, 0, 1.9)}
+    assert survivors(intervals, 1) == ["a", "b", "c"]
+    assert survivors(intervals, 2) == ["a", "b", "c", "d"]
+    assert survivors({"d": intervals["d"], "a": intervals["a"]}, 1) == ["a"]
+    assert survivors({}, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.1, 0.2, True), (0.4, 0.6, False), (0.2, 0.4, None), (0.29, math.inf, None)]
+)
+def test_a_budget_is_held_where_the_whole_interval_says_so(low: float, high: float, verdict: bool | None) -> None:
+    kl = Measured(Column("", ""), Estimate(0.5 * low + 0.5 * min(high, 1.0), low, high), None, 6)
+    ratio = Measured(Column("", ""), Estimate(1.1, 1.0, 1.2), None, 6)
+    assert Budget().holds({"kl": kl, "perplexity_ratio": ratio}) is verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_the_same_winner_on_every_shipped_recipe(
+    name: str, embedded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = embedded
+    recipe = find_recipe(name)
+    part = recipe.method_part()
+    train, held_out = recipe.split(part.name)
+    setup = Setup(model, tokenizer, held_out, texts=4)
+
+    def winner() -> tuple[Any, int]:
+        search = Search(candidates=recipe.candidates(setup.decoder.num_layers, part.name), controls=1)
+        with Rows(model) as rows:
+            best = calibrate(
+                replace(setup, texts=4),
+                train,
+                method=part.name,
+                settings=dict(part.settings),
+                readout=part.readout,
+                scope=recipe.apply.scope,
+                validation=recipe.validation(part.name),
+                kinds=recipe.kinds(part),
+                search=search,
+            )
+        return (best.layers, best.strength), rows.count
+
+    halved, few = winner()
+    monkeypatch.setattr(Problem, "rungs", property(lambda problem: [problem.setup]))
+    full, many = winner()
+    assert halved == full
+    assert few <= many, f"{name}: {few / many:.2f} of the tokens"
