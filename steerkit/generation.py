@@ -23,7 +23,7 @@ from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.marks import CHANNEL, FRAME, THINKING
 from steerkit.prompts.rendering import Rendered, render
 from steerkit.steering.steering import steer
-from steerkit.steering.strengths import Strength, strength_value, vectors_of
+from steerkit.steering.strengths import Strength, Vectors, strength_value, vectors_of
 from steerkit.tokens.scope import Scope
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
@@ -36,7 +36,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[str | Sequence[Message] | Conversation],
     *,
-    vector: SteeringVector | Sequence[SteeringVector] | None = None,
+    vector: Vectors | None = None,
     strength: Strength | None = None,
     scope: str | None = None,
     unit: Literal["paper", "norm"] | None = None,
@@ -54,7 +54,7 @@ def generate(
         tokenizer: its tokenizer; never changed.
         prompts: strings (user turns where there is a chat template), chats, or conversations. A chat that ends with an
             assistant turn is continued.
-        vector: one vector or several.
+        vector: one vector or several, or a composition or its text.
         strength: one number, or one per prompt; None takes each file's suggested strength.
         scope: which tokens are written; None takes each vector's own.
         unit: `paper` or `norm`; None takes each vector's own.

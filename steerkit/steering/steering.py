@@ -35,7 +35,7 @@ from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import UNITS, SteeringVector
 
 if TYPE_CHECKING:
-    from steerkit.steering.strengths import Strength
+    from steerkit.steering.strengths import Strength, Vectors
 
 __all__ = ["Steering", "steer"]
 
@@ -44,7 +44,7 @@ _ATTACH = threading.RLock()
 
 def steer(
     model: nn.Module,
-    vectors: SteeringVector | Sequence[SteeringVector],
+    vectors: Vectors,
     strength: Strength | None = None,
     *,
     scope: str | None = None,
@@ -56,7 +56,8 @@ def steer(
 
     Args:
         model: any decoder-only transformers model, wrapped by PEFT or not. Its class, attributes and weights stay.
-        vectors: one vector or several; at one site they are applied in this order.
+        vectors: one vector or several; at one site they are applied in this order. Or a `steerkit.Composition`, or its
+            text, such as ``"optimism-caa*1.5 - pirate-persona[8:40]"``.
         strength: one number, or one per row [b] of the batch (each repeated where `generate` expands its row into beams
             or returned sequences). None takes each file's suggested strength, else the method's default. A vector's own
             (`vector.at(...)`) comes first.

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerkit.composition.terms import Composition
 from steerkit.errors import StrengthError, VectorFileError
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Strength", "strength_value", "vectors_of", "warn_beyond"]
+__all__ = ["Strength", "Vectors", "strength_value", "vectors_of", "warn_beyond"]
 
 Strength = float | Sequence[float] | Tensor
+Vectors = SteeringVector | Composition | str | Sequence[SteeringVector]
 _WARNED: set[tuple[str, float]] = set()
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -23,11 +25,14 @@ def vectors_of(vectors: Any) -> list[SteeringVector]:
     """One vector or several as a list.
 
     Args:
-        vectors: what the caller gave.
+        vectors: what the caller gave: a vector, a list of them, or a composition or its text.
 
     Raises:
         VectorFileError: something else than vectors, or none.
+        SteerError: a composition that is none, or whose vectors cannot be had.
     """
+    if isinstance(vectors, str | Composition):
+        return Composition.parse(vectors).vectors()
     listed = list(vectors) if isinstance(vectors, list | tuple) else [vectors]
     for one in listed:
         if not isinstance(one, SteeringVector):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import ScopeError
+from steerkit.tokens.scope import ANSWER
 from steerkit.tokens.transformers_facts import is_static
 
 if TYPE_CHECKING:
@@ -150,9 +151,10 @@ class Tokens:
             return self._choose_first(scope.count)
         if scope.is_by_role:
             return self._choose_role()
-        if facts.decode and self._lengths is None and not scope.count:
-            return scope.kind in ("response", "generated")
-        if scope.count and facts.call is not None and not torch.compiler.is_compiling() and is_static(facts.cache):
+        is_counted = bool(scope.count or scope.start)
+        if facts.decode and self._lengths is None and not is_counted:
+            return scope.kind in ANSWER
+        if is_counted and facts.call is not None and not torch.compiler.is_compiling() and is_static(facts.cache):
             facts.call.keep_edge(facts.device)
         end = self._end()
         if end is None and scope.needs_prompt_end:
@@ -184,8 +186,8 @@ class Tokens:
 
     def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
         facts = self._pass
-        start = end - 1 if kind == "response" else end
-        stop = start + self.scope.count if self.scope.count else None
+        begin = end - 1 if kind == "response" else end
+        start, stop = begin + self.scope.start, begin + self.scope.count if self.scope.count else None
         if isinstance(start, int) and isinstance(facts.past, int):
             last = facts.past + facts.width
             if isinstance(stop, int) and facts.past >= stop:
