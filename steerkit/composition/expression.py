@@ -101,7 +101,8 @@ class _Reader:
     def error(self, what: str, at: int | None = None) -> CompositionError:
         """The error for what stands at a place: here, unless another is named."""
         at = self.at if at is None else at
-        start, end = max(at - 30, 0), at + 30
+        is_long = len(self.text) > 80
+        start, end = (max(at - 30, 0), at + 30) if is_long else (0, len(self.text))
         shown = ("..." if start else "") + self.text[start:end] + ("..." if end < len(self.text) else "")
         return CompositionError(f"steering {shown!r}, column {at + 1}: {what}")
 
