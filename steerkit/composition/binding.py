@@ -43,7 +43,7 @@ def bound(terms: Sequence[Term], known: Mapping[str, SteeringVector], model: str
             if term.without is not None:
                 vector = without(vector, load(term.without))
             strength = -default_strength(vector) if term.minus else term.strength
-            made.append(vector.at(strength=strength, scope=term.scope_on(vector), unit=term.unit))
+            made.append(vector.at(strength=strength, scope=term.scope_on(vector), unit=term.unit, fade=term.fade))
         except SteerError as error:
             where = f"term {number}" if term.column is None else f"column {term.column}"
             raise type(error)(f"steering, {where}: {error}") from None

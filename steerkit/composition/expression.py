@@ -1,11 +1,12 @@
 """The text of a composition, read and printed.
 
     composition   [-] term { + term | - term }
-    term          name { ~name | @scope | [from:to] | *strength [unit] }     each of them once, in any order
+    term          name { ~name | @scope | [from:to] | *strength [unit] | fade(shape over n [to strength]) }
     name          letters, digits, _ . / and -, or anything "in quotes"
 
-A minus that parts two vectors has a space before it, because names have hyphens. What is printed is read again as the
-same composition, and the same composition is always printed as the same text.
+What stands behind a name stands there once, in any order. A minus that parts two vectors has a space before it, because
+names have hyphens. What is printed is read again as the same composition, and the same composition is always printed as
+the same text.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from steerkit.composition.terms import MOST_TERMS, UNITS, Term
 from steerkit.errors import CompositionError, SteerError, near_miss
+from steerkit.tokens.fade import Fade
 
 __all__ = ["parsed", "printed"]
 
@@ -28,7 +31,11 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"\s*([A-Za-z_]+)\b(?!\s*\()")
 _SCOPE = re.compile(r"\s*([A-Za-z_]+(?:\([^()]{0,40}\))?)")
 _WINDOW = re.compile(r"\s*([0-9]{0,9})\s*:\s*([0-9]{0,9})\s*\]")
-_FOLLOWS = "behind a vector may stand ~other, @scope, [from:to] and *strength, and then + or - and the next vector"
+_FADE_BEGINS, _FADE = re.compile(r"fade\s*\("), re.compile(r"\s*\(([^()]{0,60})\)")
+_FOLLOWS = (
+    "behind a vector may stand ~other, @scope, [from:to], *strength and fade(linear over 40), and then + or - and the "
+    "next vector"
+)
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"
 
 
@@ -78,7 +85,15 @@ def _printed(term: Term) -> str:
         text += f"[{term.window[0] or ''}:{'' if term.window[1] is None else term.window[1]}]"
     if term.strength is not None:
         text += f"*{_number(abs(term.strength))}"
-    return text if term.unit is None else f"{text} {term.unit}"
+    if term.unit is not None:
+        text += f" {term.unit}"
+    is_minus = term.minus or (term.strength or 0.0) < 0
+    return text if term.fade is None else f"{text} fade({_turned(term.fade, is_minus)})"
+
+
+def _turned(fade: Fade, is_minus: bool) -> Fade:
+    """A fade as it stands behind a sign, or as it is without one."""
+    return replace(fade, to=-fade.to) if is_minus else fade
 
 
 def _name(name: str) -> str:
@@ -137,17 +152,26 @@ class _Reader:
         self.here()
         start = self.at
         found: dict[str, Any] = {"vector": self._vector()}
-        while (mark := self.here()) in _PARTS and mark:
+        while mark := self._mark():
             at, (name, read) = self.at, _PARTS[mark]
             if name in found:
                 raise self.error(f"a second {name.replace('without', '~other')} of one vector; leave one out")
-            self.at += 1
+            self.at += len(mark)
             self.take(_SPACE)
             found |= read(self)
             self._check(found, at)
         if "strength" in found:
             found["strength"] *= sign
+        if "fade" in found:
+            found["fade"] = _turned(found["fade"], sign < 0)
         return Term(**found, minus=sign < 0 and "strength" not in found, column=start + 1)
+
+    def _mark(self) -> str:
+        """What begins a part of a term here; empty where nothing does."""
+        mark = self.here()
+        if mark == "f" and _FADE_BEGINS.match(self.text, self.at):
+            return "fade"
+        return mark if mark in _PARTS else ""
 
     def _check(self, found: dict[str, Any], at: int) -> None:
         """Have the term look at what there is so far, so that an error points at what was read last."""
@@ -212,10 +236,21 @@ class _Reader:
             raise self.error(f"unknown unit {unit[1][:20]!r}; {near_miss(unit[1][:20], UNITS)}", at)
         return {**strength, "unit": unit[1]}
 
+    def fade(self) -> dict[str, Any]:
+        """What stands in the brackets behind fade."""
+        start, found = self.at, self.take(_FADE)
+        if not found:
+            raise self.error("a fade is written as fade(linear over 40) or fade(cosine over 40 to 0.5)")
+        try:
+            return {"fade": Fade.parse(found[1])}
+        except SteerError as error:
+            raise self.error(str(error), start) from None
+
 
 _PARTS: dict[str, tuple[str, Callable[[_Reader], dict[str, Any]]]] = {
     "~": ("without", _Reader.without),
     "@": ("scope", _Reader.scope),
     "[": ("window", _Reader.window),
     "*": ("strength", _Reader.strength),
+    "fade": ("fade", _Reader.fade),
 }

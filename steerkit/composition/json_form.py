@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerkit._support.files import write_whole
 from steerkit.composition.terms import Term
 from steerkit.errors import CompositionError, SteerError, near_miss
+from steerkit.tokens.fade import Fade
 
 if TYPE_CHECKING:
     from steerkit.composition.terms import Composition
@@ -19,6 +20,7 @@ __all__ = ["plain", "read_file", "terms_of", "write_file"]
 
 FORMAT = 1
 _KEYS = tuple(entry.name for entry in fields(Term) if entry.name != "column")
+_FADE = tuple(entry.name for entry in fields(Fade))
 _LARGEST_FILE = 2**20
 
 
@@ -34,7 +36,7 @@ def plain(terms: Sequence[Term]) -> dict[str, Any]:
 def _plain_term(term: Term) -> dict[str, Any]:
     said = {name: getattr(term, name) for name in _KEYS}
     return {
-        name: list(value) if isinstance(value, tuple) else value
+        name: list(value) if isinstance(value, tuple) else asdict(value) if isinstance(value, Fade) else value
         for name, value in said.items()
         if value is not None and value is not False
     }
@@ -65,8 +67,13 @@ def _term(number: int, entry: Any) -> Term:
     _check_keys(where, entry, _KEYS)
     if "vector" not in entry:
         raise CompositionError(f"{where}: no vector; name a file or a shipped vector")
+    fade = entry.get("fade")
+    if fade is not None:
+        _check_keys(f"{where}, fade", fade, _FADE)
+        if not {"shape", "over"} <= set(fade):
+            raise CompositionError(f"{where}: a fade has a shape, and the tokens that it goes over")
     try:
-        return Term(**entry)
+        return Term(**{**entry, "fade": None if fade is None else Fade(**fade)})
     except SteerError as error:
         raise CompositionError(f"{where}: {error}") from None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerkit.errors import CompositionError, StrengthError, near_miss
+from steerkit.tokens.fade import Fade
 from steerkit.tokens.scope import ANSWER, Scope
 from steerkit.vector.frozen import finite_number, whole_number
 
@@ -33,6 +34,7 @@ class Term:
             `to` has no end. Beside it the scope is `response`, `generated` or None.
         without: name of another vector, whose direction is projected off this one's.
         minus: minus the strength that the file suggests; with a strength of its own, that one is negative instead.
+        fade: how the strength goes on while tokens are generated; its end has its own sign.
         column: where it stands in the text it was read from, counted from 1; no part of the composition.
 
     Raises:
@@ -52,6 +54,7 @@ class Term:
     window: tuple[int, int | None] | None = None
     without: str | None = None
     minus: bool = False
+    fade: Fade | None = None
     column: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class Term:
             raise CompositionError("minus stands for minus the suggested strength; a given strength is negative itself")
         if self.scope is not None:
             object.__setattr__(self, "scope", str(Scope.parse(_text("scope", self.scope))))
+        if not isinstance(self.fade, Fade | None):
+            object.__setattr__(self, "fade", Fade.parse(_text("fade", self.fade)))
         if self.window is not None:
             object.__setattr__(self, "window", _checked_window(self.window))
             if self.scope not in (None, *ANSWER):
@@ -136,7 +141,7 @@ class Composition:
         Args:
             text: vectors with + and - between them. Behind a vector may stand `~other` (its direction without that of
                 another vector), `@scope`, `[from:to]` (generated tokens, counted from 0), `*strength` and, behind a
-                strength, its unit.
+                strength, its unit, and `fade(linear over 40 to 0.5)`.
 
         Raises:
             CompositionError: the text is none; the message names the column.

@@ -216,6 +216,10 @@ def _plan(
     written = written.among(method.scopes)
     if only_all is not None and written.kind != "all":
         raise ScopeError(f"scope '{written}': {only_all}{written.instead('; ', 'all')}")
+    if vector.fade is not None and written.is_window:
+        raise ScopeError(
+            f"scope '{written}' lies in the prompt, and a fade counts generated tokens; leave one of them out"
+        )
     written = written.marked(roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
     warn_beyond(vector, dose.value, counted)

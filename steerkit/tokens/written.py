@@ -9,7 +9,6 @@ from torch import Tensor
 
 from steerkit.errors import ScopeError
 from steerkit.tokens.scope import ANSWER
-from steerkit.tokens.transformers_facts import is_static
 
 if TYPE_CHECKING:
     from steerkit.tokens.forward_pass import Pass
@@ -48,6 +47,21 @@ class Tokens:
             return facts.real.sum(dim=1, keepdim=True)
         end = facts.past + facts.width if facts.boundary is None else facts.boundary
         return torch.zeros(facts.batch, 1, dtype=torch.long, device=facts.device) + end - first
+
+    @property
+    def step(self) -> Tensor:
+        """[1 or b, t] which generated token each token of this pass chooses; 0 where it chooses none.
+
+        Raises:
+            ScopeError: nobody can tell where the prompt ends.
+        """
+        return (self._pass.columns[None, :] - (self._known_end("a fade counts generated tokens") - 1)).clamp_min(0)
+
+    def chooses_from(self) -> int | None:
+        """Which generated token a decoding step chooses; None where the host cannot tell."""
+        past, end = self._pass.past, self._pass.boundary
+        known = self._pass.decode and self._lengths is None and isinstance(past, int) and end is not None
+        return past - end + 1 if known else None
 
     @property
     def is_decoding(self) -> bool:
@@ -113,13 +127,13 @@ class Tokens:
         columns = facts.columns[None, :]
         return _both((columns < end) & (columns >= start) & (facts.position > 0), facts.real)
 
-    def _known_end(self) -> int | Tensor:
+    def _known_end(self, why: str = "a gate decides at the prompt's end") -> int | Tensor:
         self._pass.check(self.scope)
         end = self._end()
         if end is None:
             raise ScopeError(
-                "a gate decides at the prompt's end, and this forward pass cannot tell where that is (only `generate` "
-                "can); pass prompt_lengths= (real prompt tokens of each row) to steer()"
+                f"{why}, and this forward pass cannot tell where the prompt ends (only `generate` can); pass "
+                "prompt_lengths= (real prompt tokens of each row) to steer()"
             )
         return end
 
@@ -151,11 +165,8 @@ class Tokens:
             return self._choose_first(scope.count)
         if scope.is_by_role:
             return self._choose_role()
-        is_counted = bool(scope.count or scope.start)
-        if facts.decode and self._lengths is None and not is_counted:
+        if facts.decode and self._lengths is None and not scope.count and not scope.start:
             return scope.kind in ANSWER
-        if is_counted and facts.call is not None and not torch.compiler.is_compiling() and is_static(facts.cache):
-            facts.call.keep_edge(facts.device)
         end = self._end()
         if end is None and scope.needs_prompt_end:
             raise ScopeError(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import steerkit
 from steerkit.composition import Composition, Term
 from steerkit.errors import CompositionError, SteerError
+from steerkit.tokens.fade import SHAPES, Fade
 from tests.docs.pages import ROOT
 
 SCHEMA = json.loads((ROOT / "steerkit/composition/schema.json").read_text("utf-8"))
@@ -36,6 +37,11 @@ WINDOWS = (
 STRENGTHS = st.one_of(st.floats(-9, 9), st.floats(allow_nan=False, allow_infinity=False, width=32), st.integers(-5, 5))
 
 
+FADES = st.builds(
+    Fade, st.sampled_from(SHAPES), st.integers(1, 10**9 - 1), st.floats(-9, 9) | st.sampled_from([0, 1.5, -2])
+)
+
+
 @st.composite
 def terms(draw: Any) -> Term:
     window = draw(st.none() | WINDOWS)
@@ -49,6 +55,7 @@ def terms(draw: Any) -> Term:
         window=window,
         without=draw(st.none() | NAMES),
         minus=strength is None and draw(st.booleans()),
+        fade=draw(st.none() | FADES),
     )
 
 
@@ -84,6 +91,7 @@ def random_term(draw: random.Random) -> Term:
         window=window,
         without=draw.choice([None, *names]),
         minus=strength is None and draw.random() < 0.5,
+        fade=draw.choice([None, Fade(draw.choice(SHAPES), draw.randint(1, 99), draw.choice([0, 0.5, -1e-9]))]),
     )
 
 
@@ -105,8 +113,25 @@ def test_the_schema_says_what_from_json_says() -> None:
         data = random_composition(draw).as_json()
         CHECKER.validate(data)
         entry = draw.choice([data, *data["terms"]])
-        key = draw.choice([*entry, "terms", "strength", "minus", "window", "nonsense", "unit", "vector"])
-        value = draw.choice([None, True, 1, 1.5, "x", [], {}, [1, 2], [2, None], "norm", -1, "response"])
+        key = draw.choice([*entry, "terms", "fade", "strength", "minus", "window", "nonsense", "unit", "vector"])
+        value = draw.choice(
+            [
+                None,
+                True,
+                1,
+                1.5,
+                "x",
+                [],
+                {},
+                [1, 2],
+                [2, None],
+                {"shape": "linear", "over": 2},
+                {"over": 2},
+                "norm",
+                -1,
+                "response",
+            ]
+        )
         if draw.random() < 0.2 and key in entry:
             del entry[key]
         else:
@@ -140,6 +165,8 @@ def test_the_schema_in_the_docs_is_that_of_the_package() -> None:
         ("a*1*1"[:3] + "e-3 norm ~ b", "a~b*0.001 norm"),
         ("a*0 - b*0", "a*0 + b*0"),
         ('"a"[:] + "a b"', 'a[:] + "a b"'),
+        ("a fade( cosine  over 40 to 0.50 )*2", "a*2 fade(cosine over 40 to 0.5)"),
+        ("fade*2 - fade fade(linear over 4 to 1)", "fade*2 - fade fade(linear over 4 to 1)"),
         ("a@response( 2 : 5 )", "a@response(2:5)"),
         ("a@response(0:3)", "a@response(3)"),
     ],
@@ -174,6 +201,12 @@ def test_what_is_read_is_printed_in_one_way(loose: str, tidy: str) -> None:
         ("a@answer[1:2]", 9, "a window counts generated tokens"),
         ("a@first(0)", 2, "at least 1"),
         ("a norm", 3, "got 'norm'"),
+        ("a fade", 3, "got 'fade'"),
+        ("a fade(40)", 7, "write it as 'linear over 40'"),
+        ("a fade (lineal over 40)", 8, "did you mean 'linear'"),
+        ("a fade(linear over 0)", 7, "give 1 to"),
+        ("a fade(linear over 4", 7, "a fade is written as"),
+        ("a fade(linear over 4) fade(linear over 4)", 23, "a second fade"),
     ],
 )
 def test_mistakes_are_pointed_at(text: str, column: int, says: str) -> None:
