@@ -43,7 +43,11 @@ class RowStrengths:
                 )
             given = default_strength(vector)
         self.value = strength_value(given)
-        self.fade = vector.fade
+        self.fade, self.rows = vector.fade, vector.rows
+
+    def acts_on(self, row: int) -> bool:
+        """Whether the vector acts on a row of the batch."""
+        return self.rows is None or self.rows[row]
 
 
 @dataclass(eq=False)
@@ -83,9 +87,8 @@ class Edit:
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
-        self._per_row = isinstance(self.dose.value, tuple)
-        rows = self.dose.value if isinstance(self.dose.value, tuple) else (self.dose.value,)
-        active = [not self._stays_neutral(value) for value in rows]
+        active = self.activity()
+        self._per_row = isinstance(self.dose.value, tuple) or self.dose.rows is not None
         self._inert, self._some_inert = not any(active), not all(active) or self.dose.fade is not None
         self._active = active if self._per_row else active[0]
         if self.source is not None:
@@ -93,7 +96,7 @@ class Edit:
         for key in list(self._ready):
             device, dtype, batch = key
             old, old_active = self._ready.pop(key)
-            if batch not in (0, len(rows)):
+            if batch not in (0, len(active)):
                 continue  # expanded rows: made again when they come
             new, new_active = self._prepare(device, dtype, None)
             if all(name in new and value.shape == new[name].shape for name, value in old.items()):
@@ -103,7 +106,24 @@ class Edit:
         if not self._ready:
             device, dtype = _guess_place(self.tap.module)
             if device.type != "meta":
-                self._ready[device, dtype, len(rows) if self._per_row else 0] = self._prepare(device, dtype, None)
+                self._ready[device, dtype, len(active) if self._per_row else 0] = self._prepare(device, dtype, None)
+
+    @property
+    def doses(self) -> tuple[RowStrengths, ...]:
+        """The strengths of its vectors."""
+        return (self.dose,)
+
+    def activity(self) -> list[bool]:
+        """Which rows are changed; one entry where all rows are treated alike.
+
+        Raises:
+            StrengthError: another number of strengths than of rows.
+        """
+        values, rows = self.dose.value, self.dose.rows
+        listed = values if isinstance(values, tuple) else (values,) * (1 if rows is None else len(rows))
+        if rows is not None and len(rows) != len(listed):
+            raise StrengthError(f"strength: got {len(listed)} numbers for {len(rows)} rows; give one, or one per row")
+        return [self.dose.acts_on(row) and not self._stays_neutral(value) for row, value in enumerate(listed)]
 
     def _stays_neutral(self, strength: float) -> bool:
         """Whether a strength that the vector begins with, and all that it fades to, changes nothing."""
@@ -221,10 +241,10 @@ class Edit:
     ) -> tuple[dict[str, Tensor], Tensor]:
         value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
         active = torch.tensor(self._active, device=device, dtype=torch.bool)
-        if value.dim() == 1:
-            if facts is not None:
-                value, active = facts.expand(value, "strength"), facts.expand(active, "strength")
-            value, active = value[:, None, None], active[:, None, None]
+        value, active = (
+            one if one.dim() == 0 else (one if facts is None else facts.expand(one, "strength"))[:, None, None]
+            for one in (value, active)
+        )
         if self.dose.fade is not None:
             end = torch.tensor(self.dose.fade.to * self.factor, dtype=torch.float32, device=device)
             return {"start": value, "end": end}, active
@@ -245,8 +265,8 @@ class GuidedEdit(Edit):
         """Bring everything prepared to the present strength, and stop reading where nothing would be written."""
         super().refresh()
         self.guide.inert = all(edit.is_inert for edit in self.siblings)
-        rows = self.dose.value if isinstance(self.dose.value, tuple) else ()
-        active = tuple(any(not edit._stays_neutral(value) for edit in self.siblings) for value in rows)
+        of_rows = zip(*(edit.activity() for edit in self.siblings), strict=True) if self._per_row else ()
+        active = tuple(any(of_row) for of_row in of_rows)
         self.guide.active = None if all(active) else active
 
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:

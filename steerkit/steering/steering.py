@@ -29,6 +29,7 @@ from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_ho
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
 from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
+from steerkit.steering.stacked_edits import share_rows, stacked
 from steerkit.steering.strengths import strength_value, vectors_of, warn_beyond
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths, Scope
@@ -57,7 +58,8 @@ def steer(
     Args:
         model: any decoder-only transformers model, wrapped by PEFT or not. Its class, attributes and weights stay.
         vectors: one vector or several; at one site they are applied in this order. Or a `steerkit.Composition`, or its
-            text, such as ``"optimism-caa*1.5 - pirate-persona[8:40]"``.
+            text, such as ``"optimism-caa*1.5 - pirate-persona[8:40]"``; or a list of these, one per row of the batch,
+            with None for a row that is not steered, and a list of vectors for one that has no text.
         strength: one number, or one per row [b] of the batch (each repeated where `generate` expands its row into beams
             or returned sequences). None takes each file's suggested strength, else the method's default. A vector's own
             (`vector.at(...)`) comes first.
@@ -97,6 +99,7 @@ def steer(
         vector.check(model)
         edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all, roles)
     _refuse_twice(edits)
+    edits = stacked(edits)
     refuse_compiled_model(model, decoder, edits)
     return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
 
@@ -150,7 +153,7 @@ class Steering:
         for dose in self._doses:
             dose.value = checked
         for edit in self._edits:
-            if any(edit.dose is dose for dose in self._doses):
+            if any(own is dose for own in edit.doses for dose in self._doses):
                 edit.refresh()
 
     def __enter__(self) -> Steering:
@@ -255,7 +258,8 @@ def _refuse_twice(edits: Sequence[Edit]) -> None:
     gated = [edit for edit in edits if isinstance(edit, GuidedEdit)]
     for number, edit in enumerate(gated):
         for other in gated[:number]:
-            if edit.tap.site == other.tap.site and torch.equal(edit.params["direction"], other.params["direction"]):
+            is_there = edit.tap.site == other.tap.site and share_rows(edit, other)
+            if is_there and torch.equal(edit.params["direction"], other.params["direction"]):
                 raise VectorMismatchError(
                     f"{edit.tap.site}: two gated vectors add the same direction, twice to a row that opens both; join "
                     "their conditions with | (steerkit.methods.conditional.combine)"

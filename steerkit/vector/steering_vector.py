@@ -80,6 +80,7 @@ class SteeringVector:
         own_scope: whether `at` set the scope, so that it comes before one given for several vectors; never stored.
         own_unit: whether `at` set the unit; never stored.
         fade: how the strength goes on from its value to another while tokens are generated; never stored.
+        rows: which rows of the batch it acts on; None for all; never stored.
 
     Raises:
         VectorFileError: a field of the wrong type, or a tensor with a wrong name, shape, dtype or value.
@@ -130,6 +131,7 @@ class SteeringVector:
     own_scope: bool = False
     own_unit: bool = False
     fade: Fade | None = None
+    rows: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, codec in CODECS.items():
@@ -201,7 +203,7 @@ class SteeringVector:
         return _rebuild, ({entry.name: thawed(getattr(self, entry.name)) for entry in fields(self)},)
 
     def _identity(self) -> tuple[Any, ...]:
-        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade
+        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade, self.rows
 
     @property
     def reads(self) -> tuple[Site, ...]:
