@@ -3,7 +3,8 @@
 Everything is planned and checked before anything is touched; then all hooks are attached or none, and they always come
 off. Each hooked module gets one dispatcher with an ordered list of edits, so that nested contexts and several vectors
 keep their order; it is prepended, so that `output_hidden_states` and other people's hooks see the steered value.
-Steering belongs to the model, whichever thread runs it; the state of a pass belongs to its thread.
+Steering belongs to the model, whichever thread runs it, until a second thread steers the same model: then each has its
+own. The state of a pass belongs to its thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ModelError, ScopeError, StrengthError, VectorMismatchError, near_miss
+from steerkit.errors import ScopeError, StrengthError, VectorMismatchError, near_miss
 from steerkit.methods._protocols import LayerInput, ReadsInput, TiedToWeights, editor_of
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import Decoder, find_decoder
@@ -109,7 +110,7 @@ class Steering:
 
     def __init__(self, decoder: Decoder, edits: Sequence[Edit], doses: Sequence[RowStrengths]) -> None:
         self._decoder, self._edits, self._doses = decoder, tuple(edits), tuple(doses)
-        self._entered: list[contextlib.ExitStack] = []
+        self._entered: list[tuple[int, contextlib.ExitStack]] = []
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -160,16 +161,11 @@ class Steering:
         with _ATTACH, contextlib.ExitStack() as stack:
             model = self._decoder.model
             clock = PassClock.of(model) or PassClock(model, self._decoder.body)
-            if clock.users and clock.owner != threading.get_ident():
-                raise ModelError(
-                    "steer: this model object is being steered from another thread; leave that context first, "
-                    "or load the model twice"
-                )
             refuse_running_batches(model, "steer")
             drop_shared_prefixes(model)
             make_compiled_code_see_hooks()
-            clock.attach()
-            stack.callback(clock.detach)
+            owner = clock.attach()
+            stack.callback(clock.detach, owner)
             gates = [tap for edit in self._edits if isinstance(edit, GuidedEdit) for tap in edit.guide.taps.values()]
             placement = Placement(model, [*(edit.tap for edit in self._edits), *gates])
             stack.enter_context(clock.checking(placement.check))
@@ -177,13 +173,13 @@ class Steering:
             for edit in self._edits:
                 if isinstance(edit, GuidedEdit) and id(edit.guide) not in guided:
                     guided.add(id(edit.guide))
-                    stack.enter_context(replaying(self._decoder, clock, edit.guide))
+                    stack.enter_context(replaying(self._decoder, clock, edit.guide, owner))
                     for tap in edit.guide.taps.values():
-                        stack.enter_context(attached_edits(Reading(edit.guide, tap, clock)))
+                        stack.enter_context(attached_edits(Reading(edit.guide, tap, clock), clock, owner))
                 edit.clock = clock
                 edit.refresh()
-                stack.enter_context(attached_edits(edit))
-            self._entered.append(stack.pop_all())
+                stack.enter_context(attached_edits(edit, clock, owner))
+            self._entered.append((owner, stack.pop_all()))
         return self
 
     def __exit__(
@@ -192,7 +188,8 @@ class Steering:
         model = self._decoder.model
         clock = PassClock.of(model)
         with _ATTACH:
-            self._entered.pop().close()
+            own = [place for place, (owner, _) in enumerate(self._entered) if owner == threading.get_ident()]
+            self._entered.pop(own[-1] if own else -1)[1].close()
         drop_shared_prefixes(model)
         if error is not None:
             return
