@@ -88,5 +88,6 @@ def _vector(shared: _Shared, count: int) -> SteeringVector:
     given = set(shared.strengths.values())
     if len(given) == 1:
         return replace(shared.vector, rows=rows)
-    some = next(iter(shared.strengths.values()))
-    return replace(shared.vector, rows=rows, strength=tuple(shared.strengths.get(n, some) for n in range(count)))
+    known = {number: strength for number, strength in shared.strengths.items() if strength is not None}
+    some = next(iter(known.values()))  # for rows it does not act on
+    return replace(shared.vector, rows=rows, strength=tuple(known.get(number, some) for number in range(count)))

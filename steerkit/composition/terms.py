@@ -70,8 +70,9 @@ class Term:
             raise CompositionError("minus stands for minus the suggested strength; a given strength is negative itself")
         if self.scope is not None:
             object.__setattr__(self, "scope", str(Scope.parse(_text("scope", self.scope))))
-        if not isinstance(self.fade, Fade | None):
-            object.__setattr__(self, "fade", Fade.parse(_text("fade", self.fade)))
+        fade: Any = self.fade
+        if fade is not None and not isinstance(fade, Fade):
+            object.__setattr__(self, "fade", Fade.parse(_text("fade", fade)))
         if self.window is not None:
             object.__setattr__(self, "window", _checked_window(self.window))
             if self.scope not in (None, *ANSWER):

@@ -60,8 +60,9 @@ class Tokens:
     def chooses_from(self) -> int | None:
         """Which generated token a decoding step chooses; None where the host cannot tell."""
         past, end = self._pass.past, self._pass.boundary
-        known = self._pass.decode and self._lengths is None and isinstance(past, int) and end is not None
-        return past - end + 1 if known else None
+        if not self._pass.decode or self._lengths is not None or end is None or not isinstance(past, int):
+            return None
+        return past - end + 1
 
     @property
     def is_decoding(self) -> bool:
