@@ -247,7 +247,17 @@ def methods() -> str:
     return "\n".join([_METHODS, *map(method_section, shipped_methods())])
 
 
-PAGES = {"command-line.md": command_line, "sites.md": sites, "api/methods.md": methods}
+def schema() -> str:
+    """The schema of compositions, as it stands in the package."""
+    return (ROOT / "steerkit" / "composition" / "schema.json").read_text("utf-8")
+
+
+PAGES = {
+    "command-line.md": command_line,
+    "sites.md": sites,
+    "api/methods.md": methods,
+    "composition.schema.json": schema,
+}
 
 
 def main() -> None:

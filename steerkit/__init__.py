@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from steerkit import methods
     from steerkit._support.shipped import shipped_vectors
     from steerkit.activations.recording import Activations, record
+    from steerkit.composition.terms import Composition
     from steerkit.errors import (
+        CompositionError,
         DataError,
         FitError,
         ModelError,
@@ -52,6 +54,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Activations": "activations",
+    "Composition": "composition",
+    "CompositionError": "errors",
     "ContrastSet": "prompts",
     "Conversation": "prompts",
     "DataError": "errors",
@@ -90,6 +94,8 @@ _HOMES = {
 
 __all__ = [
     "Activations",
+    "Composition",
+    "CompositionError",
     "ContrastSet",
     "Conversation",
     "DataError",

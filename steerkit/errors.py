@@ -4,6 +4,7 @@
     ├── DataError            prompts, pairs or files of prompts that cannot be used
     ├── ModelError           a model that cannot be loaded or steered in its present state
     ├── SiteError            a place in the network that does not exist or is not what was asked
+    ├── CompositionError     a text or a file that is no composition of vectors
     ├── ScopeError           which tokens are meant cannot be known in this pass
     ├── StrengthError        a strength that is not a finite number, or of the wrong shape
     ├── FitError             a method cannot be fitted on these activations
@@ -21,6 +22,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "CompositionError",
     "DataError",
     "FitError",
     "ModelError",
@@ -51,6 +53,10 @@ class ModelError(SteerError):
 
 class SiteError(SteerError):
     """A place in the network that does not exist, or is not what was asked."""
+
+
+class CompositionError(SteerError):
+    """A text, plain data or a file that is no composition of vectors."""
 
 
 class ScopeError(SteerError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.marks import CHANNEL, FRAME, THINKING
 from steerkit.prompts.rendering import Rendered, render
 from steerkit.steering.steering import steer
-from steerkit.steering.strengths import Strength, strength_value, vectors_of
+from steerkit.steering.strengths import Strength, Vectors, strength_value, vectors_of
 from steerkit.tokens.scope import Scope
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
@@ -36,7 +37,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[str | Sequence[Message] | Conversation],
     *,
-    vector: SteeringVector | Sequence[SteeringVector] | None = None,
+    vector: Vectors | None = None,
     strength: Strength | None = None,
     scope: str | None = None,
     unit: Literal["paper", "norm"] | None = None,
@@ -54,7 +55,7 @@ def generate(
         tokenizer: its tokenizer; never changed.
         prompts: strings (user turns where there is a chat template), chats, or conversations. A chat that ends with an
             assistant turn is continued.
-        vector: one vector or several.
+        vector: one vector or several, a composition or its text, or one of these or None for each prompt; see `steer`.
         strength: one number, or one per prompt; None takes each file's suggested strength.
         scope: which tokens are written; None takes each vector's own.
         unit: `paper` or `norm`; None takes each vector's own.
@@ -89,6 +90,8 @@ def generate(
     for one in vectors:
         one.check_template(tokenizer)
         _rows(one.strength, len(prompts))
+        if one.rows is not None and len(one.rows) != len(prompts):
+            raise DataError(f"vector: got {len(one.rows)} compositions for {len(prompts)} prompts; give one per prompt")
     if scope is not None:
         Scope.parse(scope)
     roles = Roles(tokenizer)
@@ -166,10 +169,12 @@ def _steered(
 
 def _of_batch(vectors: Sequence[SteeringVector], rows: Sequence[int]) -> list[SteeringVector]:
     """The vectors with their own strengths per prompt, if they have such, in the order of a batch."""
-    return [
+    found = [
         one.at(strength=[one.strength[row] for row in rows]) if isinstance(one.strength, tuple) else one
         for one in vectors
     ]
+    found = [one if one.rows is None else replace(one, rows=tuple(one.rows[row] for row in rows)) for one in found]
+    return [one for one in found if one.rows is None or any(one.rows)]
 
 
 def _rows(strength: Strength | None, prompts: int) -> list[float] | None:

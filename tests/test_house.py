@@ -27,6 +27,7 @@ ORDER = (
     "maths",
     "vector",
     "methods",
+    "composition",
     "steering",
     "generation",
     "fitting",

@@ -19,6 +19,14 @@ def _folder(name: str) -> Path:
     return installed if installed.is_dir() else package.parent / name
 
 
+def _exists(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def recipes() -> dict[str, Path]:
     """The shipped recipes, name to file, sorted."""
     return {path.stem: path for path in sorted(_folder("recipes").glob("*.toml"))}
@@ -95,7 +103,7 @@ def vector_path(name: str, model: str = "") -> Path:
         UnknownNameError: neither a file nor a shipped vector.
     """
     path = Path(name)
-    if path.suffix == ".safetensors" or not _NAME.fullmatch(name) or path.exists():
+    if path.suffix == ".safetensors" or not _NAME.fullmatch(name) or _exists(path):
         return path
     shipped = vectors()
     fitting = [key for key in shipped if name in (key, key.partition("/")[2])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +10,13 @@ import typer
 from steerkit._support.progress import status
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import Json, comparison, print_json, stdout, table
+from steerkit.cli._steering import SteeringOption, check_chosen, chosen
 
 __all__ = ["run"]
 
 
 VectorOption = Annotated[
-    list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+    list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
 ]
 StrengthOption = Annotated[
     list[float] | None,
@@ -29,9 +29,10 @@ UntieOption = Annotated[
 
 @loads_model
 def run(
-    vector: VectorOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make.")],
+    vector: VectorOption = None,
     strength: StrengthOption = None,
+    steering: SteeringOption = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
     untie: UntieOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands there.")] = False,
@@ -44,19 +45,15 @@ def run(
     only: --scope all accepts the difference. The checkpoint is loaded again and
     compared with the hooks; it stays only if it does what they do.
     """
-    if strength and len(strength) != len(vector):
-        raise typer.BadParameter(f"{len(strength)} --strength for {len(vector)} --vector; give as many, or none")
+    if not vector and steering is None:
+        raise typer.BadParameter("give a --vector, or several in one line with --steering")
+    check_chosen(vector, strength, steering, scope=scope)
 
     from steerkit._support.files import check_folder
-    from steerkit._support.shipped import vector_path
     from steerkit.steering.weights import exact_strength
-    from steerkit.vector.steering_vector import SteeringVector
 
-    vectors = [
-        SteeringVector.load(vector_path(name, model.name)).at(strength=dose, scope=scope)
-        for name, dose in itertools.zip_longest(vector, strength or [])
-    ]
-    for one in vectors:
+    used = chosen(vector, strength, steering, model.name, scope=scope)
+    for one in used.vectors:
         exact_strength(one)
     check_folder(out, replace=force)
 
@@ -64,7 +61,7 @@ def run(
 
     loaded, tokenizer = model.load()
     with status("writing the checkpoint, and comparing it with the hooks"):
-        baked = bake(loaded, tokenizer, vectors, out, untie=untie, force=force)
+        baked = bake(loaded, tokenizer, used.vectors, out, untie=untie, force=force)
     facts = {
         "changed": len(baked.changed),
         "new_biases": len(baked.added),
@@ -73,7 +70,7 @@ def run(
         **comparison(baked.verification),
     }
     if as_json:
-        listed = vector if len(vector) > 1 else vector[0]
+        listed = used.names if len(used.names) > 1 else used.names[0]
         print_json({"folder": str(out), "vector": listed, **facts})
         return
     console, shown = stdout(), table("", str(out))

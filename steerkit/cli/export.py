@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +14,7 @@ from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, DEFAULT_MODEL, ModelChoice, loads_model
 from steerkit.cli._shared import Json, comparison, print_json, stdout, table
+from steerkit.cli._steering import SteeringOption, check_chosen, chosen
 
 __all__ = ["run"]
 
@@ -32,6 +32,7 @@ class _Asked(NamedTuple):
     names: list[str]
     target: Path | None
     strengths: list[float]
+    steering: str | None
     scope: str | None
     model: ModelChoice
     force: bool
@@ -59,6 +60,7 @@ def run(
         list[float] | None,
         typer.Option(help="In the file's unit, one for each vector. (default: the file's suggested strength)"),
     ] = None,
+    steering: SteeringOption = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
     model: Annotated[
         ModelChoice, f"For peft alone: alias, hub name, folder or .gguf file. (default: {DEFAULT_MODEL})"
@@ -73,13 +75,12 @@ def run(
     token, so most vectors need --scope all.
     """
     names = [*([file] if file else []), *(vector or [])]
-    if not names:
-        raise typer.BadParameter("give a vector file or a shipped vector's name")
-    if strength and len(strength) != len(names):
-        raise typer.BadParameter(f"{len(strength)} --strength for {len(names)} vectors; give as many, or none")
-    written = _WRITERS[to](_Asked(names, out, strength or [], scope, model, force))
+    if not names and steering is None:
+        raise typer.BadParameter("give a vector file or a shipped vector's name, or several with --steering")
+    check_chosen(names, strength, steering, scope=scope)
+    written = _WRITERS[to](_Asked(names, out, strength or [], steering, scope, model, force))
     if as_json:
-        listed = names if len(names) > 1 else names[0]
+        listed = steering if steering is not None else names if len(names) > 1 else names[0]
         print_json({"file": str(written.target), "format": to.value, "vector": listed, **written.facts})
         return
     console, shown = stdout(), table("", str(written.target))
@@ -96,6 +97,8 @@ def _gguf(asked: _Asked) -> _Written:
     from steerkit.methods._registry import default_strength
     from steerkit.vector.steering_vector import SteeringVector
 
+    if asked.steering is not None:
+        raise typer.BadParameter("a control vector file holds one vector; give its name, or use --to peft")
     if len(asked.names) > 1:
         raise typer.BadParameter(f"a control vector file holds one vector, got {len(asked.names)}")
     if asked.model.is_given:
@@ -121,17 +124,11 @@ def _gguf(asked: _Asked) -> _Written:
 
 def _peft(asked: _Asked) -> _Written:
     from steerkit._support.files import check_folder
-    from steerkit._support.shipped import vector_path
     from steerkit.steering.weights import exact_strength
-    from steerkit.vector.steering_vector import SteeringVector
 
-    paths = [vector_path(name, asked.model.name) for name in asked.names]
-    target = asked.target or Path(f"{paths[0].stem}-lora")
-    vectors = [
-        SteeringVector.load(path).at(strength=dose, scope=asked.scope)
-        for path, dose in itertools.zip_longest(paths, asked.strengths)
-    ]
-    for one in vectors:
+    used = chosen(asked.names, asked.strengths, asked.steering, asked.model.name, scope=asked.scope)
+    target = asked.target or Path(f"{Path(used.terms[0].vector).stem}-lora")
+    for one in used.vectors:
         exact_strength(one)
     check_folder(target, replace=asked.force)
 
@@ -139,7 +136,7 @@ def _peft(asked: _Asked) -> _Written:
 
     loaded, tokenizer = asked.model.load()
     with status("writing the adapter, and comparing it with the hooks"):
-        adapter = write_adapter(loaded, tokenizer, vectors, target, force=asked.force)
+        adapter = write_adapter(loaded, tokenizer, used.vectors, target, force=asked.force)
     facts = {
         "rank": adapter.rank,
         "adapts": len(adapter.modules),

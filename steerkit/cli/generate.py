@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +11,8 @@ from steerkit._support.progress import status
 from steerkit.cli._data import ColumnsOption, EscapesOption, check_reading, columns_of
 from steerkit.cli._files import read_prompts
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._shared import (
-    BatchSize,
-    Json,
-    Unit,
-    print_json,
-    stdout,
-)
+from steerkit.cli._shared import BatchSize, Json, Unit, print_json, stdout
+from steerkit.cli._steering import Chosen, SteeringOption, check_chosen, chosen
 
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
@@ -43,8 +37,8 @@ StrengthOption = Annotated[
 ScopeOption = Annotated[
     str | None,
     typer.Option(
-        help="Tokens written: all, prompt, response, response(n), generated, first(n), assistant, answer, after(n). "
-        "(default: the file's)"
+        help="Tokens written: all, prompt, response, response(n), response(a:b), generated, first(n), assistant, "
+        "answer, after(n). (default: the file's)"
     ),
 ]
 
@@ -56,6 +50,7 @@ def run(
     columns: ColumnsOption = None,
     vector: VectorOption = None,
     strength: StrengthOption = None,
+    steering: SteeringOption = None,
     unit: Annotated[Unit | None, typer.Option(help="What strengths count in. (default: the file's)")] = None,
     scope: ScopeOption = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Show the unsteered answer too.")] = False,
@@ -73,17 +68,16 @@ def run(
 ) -> None:
     """Answer prompts, steered where a vector is given.
 
-    Several vectors act together, each with its own strength. Answers are greedy unless --sample is given.
+    Several vectors act together, each with its own strength: --vector for each, or --steering with all of them in one
+    line. Answers are greedy unless --sample is given.
     """
-    names, strengths = vector or [], strength or []
     if prompts and prompt_file is not None:
         raise typer.BadParameter(f"prompts and --prompts {prompt_file}: give one of both")
     if not prompts and prompt_file is None:
         raise typer.BadParameter("give prompts, or a file of them with --prompts")
-    if not names and (strengths or unit or scope or baseline):
+    if not vector and steering is None and (strength or unit or scope or baseline):
         raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")
-    if strengths and len(strengths) != len(names):
-        raise typer.BadParameter(f"{len(strengths)} --strength for {len(names)} --vector; give as many, or none")
+    check_chosen(vector, strength, steering, unit=unit, scope=scope)
     if system is not None and raw:
         raise typer.BadParameter("--system is part of a chat, which --raw leaves out; give one of both")
     drawing = _drawing(sample, seed, temperature, top_p)
@@ -91,24 +85,21 @@ def run(
     asked: Sequence[Any] = prompts or read_prompts(str(prompt_file), columns_of(columns), raw=raw, escapes=escapes)
     if system is not None:
         asked = [_under(system, prompt) for prompt in asked]
-    vectors = [_load(name, model.name) for name in names]
-    vectors = [
-        one.at(strength=dose, scope=scope, unit=unit.value if unit else None)
-        for one, dose in itertools.zip_longest(vectors, strengths)
-    ]
+    used = chosen(vector, strength, steering, model.name, scope=scope, unit=unit.value if unit else None)
 
     import steerkit
 
     loaded, tokenizer = model.load()
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "raw": raw, **drawing}
     with status("answering"):
-        texts = steerkit.generate(loaded, tokenizer, asked, vector=vectors or None, **options)
+        texts = steerkit.generate(loaded, tokenizer, asked, vector=used.vectors or None, **options)
         plain = steerkit.generate(loaded, tokenizer, asked, **options) if baseline else None
-    if not strengths and not as_json:
-        for name, one in zip(names, vectors, strict=True):
-            _say_strength(name, one)
+    if not as_json:
+        for name, one in zip(used.names, used.vectors, strict=True):
+            if one.strength is None:
+                _say_strength(name, one)
     if as_json:
-        print_json(_rows(asked, texts, plain, names, vectors))
+        print_json(_rows(asked, texts, plain, used))
     elif plain is not None:
         _print_both(asked, texts, plain)
     else:
@@ -143,13 +134,6 @@ def _under(system: str, prompt: Any) -> list[Any]:
     return [{"role": "system", "content": system}, *prompt]
 
 
-def _load(name: str, model: str) -> SteeringVector:
-    from steerkit._support.shipped import vector_path
-    from steerkit.vector.steering_vector import SteeringVector
-
-    return SteeringVector.load(vector_path(name, model))
-
-
 def _say_strength(name: str, vector: SteeringVector) -> None:
     """Say on stderr which strength is taken where nobody gave one, and where it comes from."""
     from steerkit.vector.description import strength_source
@@ -165,21 +149,18 @@ def _strength(vector: SteeringVector) -> Any:
 
 
 def _rows(
-    asked: Sequence[Any],
-    texts: Sequence[str],
-    plain: Sequence[str] | None,
-    names: Sequence[str],
-    vectors: Sequence[SteeringVector],
+    asked: Sequence[Any], texts: Sequence[str], plain: Sequence[str] | None, used: Chosen
 ) -> list[dict[str, Any]]:
-    """The answers as JSON: null without a vector, lists with several."""
+    """The answers as JSON: null without a vector, lists with several; `steering` is all of it, to be given again."""
 
     def single(values: list[Any]) -> Any:
         return values if len(values) > 1 else next(iter(values), None)
 
     steering = {
-        "vector": single(list(names)),
-        "strength": single([_strength(vector) for vector in vectors]),
-        "scope": single([vector.scope for vector in vectors]),
+        "vector": single(list(used.names)),
+        "strength": single([_strength(vector) for vector in used.vectors]),
+        "scope": single([vector.scope for vector in used.vectors]),
+        "steering": str(used.composition) if used.vectors else None,
     }
     baselines = [{}] * len(texts) if plain is None else [{"baseline": text} for text in plain]
     return [

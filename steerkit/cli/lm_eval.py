@@ -10,15 +10,8 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._shared import (
-    BatchSize,
-    Json,
-    Unit,
-    number,
-    print_json,
-    stdout,
-    table,
-)
+from steerkit.cli._shared import BatchSize, Json, Unit, number, print_json, stdout, table
+from steerkit.cli._steering import SteeringOption, check_chosen, chosen
 
 __all__ = ["run"]
 
@@ -42,6 +35,7 @@ def run(
     include_path: IncludePathOption = None,
     vector: VectorOption = None,
     strength: Annotated[float | None, typer.Option(help="(default: the file's suggested strength)")] = None,
+    steering: SteeringOption = None,
     unit: Annotated[Unit | None, typer.Option(help="What the strength counts in. (default: the file's)")] = None,
     scope: Annotated[str | None, typer.Option(help="Has to be all, here or in the file.")] = None,
     limit: LimitOption = None,
@@ -57,27 +51,27 @@ def run(
 
     Needs the extra lm-eval of steerkit-hf. lm-eval hides where prompts end, so the scope has to be all.
     """
-    if vector is None and (strength is not None or unit or scope or baseline):
+    names = [] if vector is None else [vector]
+    if not names and steering is None and (strength is not None or unit or scope or baseline):
         raise typer.BadParameter("--strength, --unit, --scope and --baseline say how a --vector acts; give one")
-    names = [name for entry in tasks for name in entry.split(",") if name]
+    check_chosen(names, [] if strength is None else [strength], steering, unit=unit, scope=scope)
+    listed = [name for entry in tasks for name in entry.split(",") if name]
 
-    from steerkit._support.shipped import vector_path
     from steerkit.evaluate.lm_eval import check_steering, evaluate_tasks
-    from steerkit.vector.steering_vector import SteeringVector
 
-    steering: dict[str, Any] = {}
-    if vector is not None:
-        loaded_vector = SteeringVector.load(vector_path(vector, model.name))
-        check_steering(loaded_vector, strength=strength, scope=scope)
-        steering = {"vector": loaded_vector, "strength": strength, "unit": unit.value if unit else None, "scope": scope}
+    used = chosen(names, None, steering, model.name)
+    given: dict[str, Any] = {}
+    if used.vectors:
+        check_steering(used.vectors, strength=strength, scope=scope)
+        given = {"vector": used.vectors, "strength": strength, "unit": unit.value if unit else None, "scope": scope}
 
     loaded, tokenizer = model.load()
     with status("evaluating"):
         report = evaluate_tasks(
             loaded,
             tokenizer,
-            names,
-            **steering,
+            listed,
+            **given,
             baseline=baseline,
             limit=int(limit) if limit is not None and limit >= 1 else limit,
             num_fewshot=num_fewshot,
@@ -87,9 +81,9 @@ def run(
             seed=seed,
         )
     if as_json:
-        print_json({"model": model.name, "vector": vector, "strength": strength, **report})
+        print_json({"model": model.name, "vector": vector, "strength": strength, "steering": steering, **report})
     else:
-        _show(report, steered=vector is not None)
+        _show(report, steered=bool(used.vectors))
 
 
 def _show(report: Mapping[str, Any], *, steered: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,14 +9,8 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._shared import (
-    BatchSize,
-    Json,
-    Unit,
-    print_json,
-    stdout,
-    table,
-)
+from steerkit.cli._shared import BatchSize, Json, Unit, print_json, stdout, table
+from steerkit.cli._steering import SteeringOption, check_chosen, chosen
 
 if TYPE_CHECKING:
     from steerkit.checks.planned_edits import PlannedEdit
@@ -29,10 +22,13 @@ __all__ = ["run"]
 
 @loads_model
 def run(
-    vector: Annotated[list[str], typer.Option(metavar="FILE", help="A vector file or a shipped name; repeatable.")],
+    vector: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped name; repeatable.")
+    ] = None,
     strength: Annotated[
         list[float] | None, typer.Option(help="One for each vector. Without it, the file's suggested one.")
     ] = None,
+    steering: SteeringOption = None,
     scope: Annotated[
         str | None,
         typer.Option(help="Tokens written, such as all, response, first(4), answer. Without it, the file's."),
@@ -49,17 +45,10 @@ def run(
 
     Nothing is written. Exit code 1 if the model lacks a site or cannot be steered this way.
     """
-    strengths = strength or []
-    if strengths and len(strengths) != len(vector):
-        raise typer.BadParameter(f"{len(strengths)} --strength for {len(vector)} --vector; give as many, or none")
-
-    from steerkit._support.shipped import vector_path
-    from steerkit.vector.steering_vector import SteeringVector
-
-    loaded_vectors = [SteeringVector.load(vector_path(name, model.name)) for name in vector]
-    vectors = [
-        one if dose is None else one.at(strength=dose) for one, dose in itertools.zip_longest(loaded_vectors, strengths)
-    ]
+    if not vector and steering is None:
+        raise typer.BadParameter("give a --vector, or several in one line with --steering")
+    check_chosen(vector, strength, steering, unit=unit, scope=scope)
+    used = chosen(vector, strength, steering, model.name)
 
     from steerkit.checks.planning import plan
 
@@ -67,7 +56,7 @@ def run(
     with status("planning"):
         found = plan(
             loaded,
-            vectors,
+            used.vectors,
             scope=scope,
             unit=unit.value if unit else None,
             tokenizer=tokenizer,
@@ -77,9 +66,9 @@ def run(
             measure=measure,
         )
     if as_json:
-        print_json({"vectors": list(vector), **found.as_json()})
+        print_json({"vectors": used.names, **found.as_json()})
     else:
-        _print(vector, vectors, found)
+        _print(used.names, used.vectors, found)
     if not found.ok:
         raise typer.Exit(1)
 

@@ -87,6 +87,8 @@ def control_vector(vector: SteeringVector, *, strength: float | None = None) -> 
             "accept that with vector.at(scope='all') or --scope all" if can_write_all(vector) else "steer with hooks"
         )
         raise ScopeError(f"llama.cpp adds at every token, the vector only at '{vector.scope}'; {advice}")
+    if vector.fade is not None:
+        raise StrengthError(f"llama.cpp adds the same at every token, this strength fades ({vector.fade})")
     for site in vector.sites:
         _check(site, vector)
     strengths = _strengths(vector, strength)

@@ -36,6 +36,11 @@ class AddDirection(Method):
         """The operation that vector files of this method name."""
         return "add"
 
+    @property
+    def takes_rows(self) -> bool:
+        """Each row can have a direction of its own."""
+        return True
+
     def length(self, params: Params) -> float | None:
         """Norm of the direction."""
         return float(torch.linalg.vector_norm(params["direction"].float()))

@@ -96,6 +96,11 @@ class Method(Configured):
         return self.default_strength
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether `edit` takes what `prepare` gives as [b, 1, d] too, a vector of its own for each row."""
+        return False
+
+    @property
     def default_scope(self) -> str:
         """Tokens written where nobody says otherwise."""
         return self.scope

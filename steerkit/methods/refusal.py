@@ -178,6 +178,11 @@ class RefusalDirection(AddDirection):
         """Norm of the direction; None where it is ablated, because then no length is added."""
         return super().length(params) if self.apply == "add" else None
 
+    @property
+    def takes_rows(self) -> bool:
+        """Where the direction is added; what is projected out is one for all rows."""
+        return self.apply == "add"
+
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """The direction times the strength; or at length 1, and the share to be removed."""
         if self.apply == "add":

@@ -34,6 +34,7 @@ class Watched:
 
     def __init__(self, monitor: Monitor, clock: PassClock, callback: Callable[[Step], object] | None) -> None:
         self._monitor, self._clock, self._callback = monitor, clock, callback
+        self.owner = threading.get_ident()
         self.calls: list[WatchedCall] = []
 
     @property
@@ -98,6 +99,8 @@ class Watched:
         if torch.compiler.is_compiling():
             raise ScopeError("watch: compiled code cannot be read; run the model eagerly (disable_compile=True)")
         facts = self._clock.now
+        if not self._clock.own(((self.owner, self),)):
+            return None  # a pass of another thread, which steers the model by itself
         if facts is None or facts.suspended or facts.is_probe or facts.is_apart or facts.boundary is None:
             return None
         return facts
@@ -143,12 +146,11 @@ def watching(monitor: Monitor, callback: Callable[[Step], object] | None) -> Ite
         for read in READS:  # before, not in the middle of somebody's generate
             monitor.scale(read)
     clock = PassClock.of(model) or PassClock(model, decoder.body)
-    if clock.users and clock.owner != threading.get_ident():
+    if set(clock.owners) - {threading.get_ident()}:
         raise ModelError("watch: this model object is being steered from another thread; leave that context first")
     watched = Watched(monitor, clock, callback)
     with contextlib.ExitStack() as stack:
-        clock.attach()
-        stack.callback(clock.detach)
+        stack.callback(clock.detach, clock.attach())
         stack.enter_context(clock.checking(Placement(model, monitor.taps.values()).check))
         # Appended: the clock's own hook comes first, and steering's dispatchers are prepended.
         stack.callback(model.register_forward_pre_hook(_Opening(watched), with_kwargs=True).remove)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerkit.activations.readout import Readout
-from steerkit.errors import DataError, RecipeError, SteerError, near_miss
+from steerkit.composition.terms import Composition
+from steerkit.errors import CompositionError, DataError, RecipeError, SteerError, near_miss
 from steerkit.methods._registry import resolve
 from steerkit.model.placement import check_together
 from steerkit.network.sites import Site
@@ -104,6 +105,11 @@ def check_meaning(path: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{path}: [data] held_out_sources is an empty list; give at least one, or leave it out")
     if apply.range is not None and (len(apply.range) != 2 or apply.range[0] >= apply.range[1]):
         raise RecipeError(f"{path}: [apply] range {list(apply.range)} is not a lower and a higher strength")
+    if apply.steering is not None:
+        try:
+            Composition.parse(apply.steering)
+        except CompositionError as error:
+            raise RecipeError(f"{path}: [apply] {error}") from None
     if apply.no_effect and apply.strength is not None:
         raise RecipeError(f"{path}: [apply] strength = {apply.strength:g} beside no_effect; leave one of them out")
     strengths = () if apply.strength is None else (apply.strength,)

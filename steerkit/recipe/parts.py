@@ -67,10 +67,11 @@ class MethodPart:
 
 @dataclass(frozen=True)
 class ApplyPart:
-    """How the vector is meant to be used: suggested strength, useful range, tokens, unit.
+    """How the vector is meant to be used: suggested strength, useful range, tokens, unit, and beside which others.
 
     Where no strength is named, `steerkit extract` measures one (`steerkit.suggest_strength`), unless `no_effect` says
-    that calibration found no effect on the recipe's own model: then none is suggested.
+    that calibration found no effect on the recipe's own model: then none is suggested. `steering` is a composition
+    (`steerkit.Composition`) that the vector is meant to be part of.
     """
 
     strength: float | None = None
@@ -78,6 +79,7 @@ class ApplyPart:
     scope: str | None = None
     unit: Literal["paper", "norm"] = "paper"
     no_effect: bool = False
+    steering: str | None = None
 
 
 @dataclass(frozen=True)

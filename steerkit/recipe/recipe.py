@@ -32,6 +32,7 @@ from steerkit.vector.steering_vector import SteeringVector
 __all__ = ["Recipe"]
 
 FORMAT = 1
+_SELDOM = ("no_effect", "steering")  # keys of [apply] that are left out where they say nothing
 NO_EFFECT: Mapping[str, Any] = {"by": "calibrate", "confirmed": False}
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,7 @@ class Recipe:
         # What most recipes say nothing about is left out.
         plain["data"] = {key: value for key, value in plain["data"].items() if value is not None}
         plain["model"] = {key: value for key, value in plain["model"].items() if value not in (None, False)}
-        if not plain["apply"]["no_effect"]:
-            del plain["apply"]["no_effect"]
+        plain["apply"] = {key: value for key, value in plain["apply"].items() if key not in _SELDOM or value}
         plain["model"].pop("num_layers", None)  # a vector file says it of the model it was fitted on
         return {
             "format": FORMAT,

@@ -7,7 +7,7 @@ again where a gate knows too late, `weights` edits weights instead, and `callbac
 from __future__ import annotations
 
 from steerkit.steering.steering import Steering, steer
-from steerkit.steering.strengths import Strength, strength_value, vectors_of
+from steerkit.steering.strengths import Strength, Vectors, strength_value, vectors_of
 from steerkit.steering.weights import edited
 
-__all__ = ["Steering", "Strength", "edited", "steer", "strength_value", "vectors_of"]
+__all__ = ["Steering", "Strength", "Vectors", "edited", "steer", "strength_value", "vectors_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ class RowStrengths:
                 )
             given = default_strength(vector)
         self.value = strength_value(given)
+        self.fade, self.rows = vector.fade, vector.rows
+
+    def acts_on(self, row: int) -> bool:
+        """Whether the vector acts on a row of the batch."""
+        return self.rows is None or self.rows[row]
 
 
 @dataclass(eq=False)
@@ -77,20 +83,20 @@ class Edit:
         self._minimum = self.method.minimum_prompt(self.params) if isinstance(self.method, NeedsPrompt) else 0
         self._inert = self._some_inert = self._per_row = False
         self._active: list[bool] | bool = True
+        self._placed: dict[torch.device, Params] = {}
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
-        self._per_row = isinstance(self.dose.value, tuple)
-        rows = self.dose.value if isinstance(self.dose.value, tuple) else (self.dose.value,)
-        active = [not self.method.is_neutral(value * self.factor) for value in rows]
-        self._inert, self._some_inert = not any(active), not all(active)
+        active = self.activity()
+        self._per_row = isinstance(self.dose.value, tuple) or self.dose.rows is not None
+        self._inert, self._some_inert = not any(active), not all(active) or self.dose.fade is not None
         self._active = active if self._per_row else active[0]
         if self.source is not None:
             self.source.refresh()
         for key in list(self._ready):
             device, dtype, batch = key
             old, old_active = self._ready.pop(key)
-            if batch not in (0, len(rows)):
+            if batch not in (0, len(active)):
                 continue  # expanded rows: made again when they come
             new, new_active = self._prepare(device, dtype, None)
             if all(name in new and value.shape == new[name].shape for name, value in old.items()):
@@ -100,7 +106,31 @@ class Edit:
         if not self._ready:
             device, dtype = _guess_place(self.tap.module)
             if device.type != "meta":
-                self._ready[device, dtype, len(rows) if self._per_row else 0] = self._prepare(device, dtype, None)
+                self._ready[device, dtype, len(active) if self._per_row else 0] = self._prepare(device, dtype, None)
+
+    @property
+    def doses(self) -> tuple[RowStrengths, ...]:
+        """The strengths of its vectors."""
+        return (self.dose,)
+
+    def activity(self) -> list[bool]:
+        """Which rows are changed; one entry where all rows are treated alike.
+
+        Raises:
+            StrengthError: another number of strengths than of rows.
+        """
+        values, rows = self.dose.value, self.dose.rows
+        listed = values if isinstance(values, tuple) else (values,) * (1 if rows is None else len(rows))
+        if rows is not None and len(rows) != len(listed):
+            raise StrengthError(f"strength: got {len(listed)} numbers for {len(rows)} rows; give one, or one per row")
+        return [self.dose.acts_on(row) and not self._stays_neutral(value) for row, value in enumerate(listed)]
+
+    def _stays_neutral(self, strength: float) -> bool:
+        """Whether a strength that the vector begins with, and all that it fades to, changes nothing."""
+        fade = self.dose.fade
+        if fade is not None and fade.to != strength:
+            return False
+        return self.method.is_neutral(strength * self.factor)
 
     def __call__(self, h: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
         """Write the tokens of this pass that the scope means; `args` is what the module was called with."""
@@ -123,7 +153,7 @@ class Edit:
         if facts.suspended:
             return h
         tokens = facts.tokens(self.scope, self.lengths)
-        if tokens.nothing:
+        if tokens.nothing or self._has_faded(tokens):
             return h
         if self._minimum:
             tokens.require_prompt(self._minimum)
@@ -139,8 +169,16 @@ class Edit:
             )
         return self._write(h, read, facts, tokens, compiling)
 
+    def _has_faded(self, tokens: Tokens) -> bool:
+        """Whether this is a decoding step in which nothing is left of a strength that fades to the neutral one."""
+        fade = self.dose.fade
+        if fade is None or not self.method.is_neutral(fade.to * self.factor):
+            return False
+        step = tokens.chooses_from()
+        return step is not None and fade.ends_before(step)
+
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
-        prepared, active = self._prepared(h, facts)
+        prepared, active = self._prepared(h, facts, tokens)
         if read is not None:
             prepared = {**prepared, "input": read}
         edited = self.method.edit(h, prepared, tokens)
@@ -158,8 +196,30 @@ class Edit:
         """Whether every row is at its neutral strength."""
         return self._inert
 
-    def _prepared(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
-        """What `prepare` gave for this pass: made once per device, dtype and number of rows."""
+    def _prepared(self, h: Tensor, facts: Pass, tokens: Tokens) -> tuple[dict[str, Tensor], Tensor]:
+        """What `prepare` gives for this pass, and which rows [b, 1, 1] or tokens [b, t, 1] it changes."""
+        prepared, active = self._made(h, facts)
+        return (prepared, active) if self.dose.fade is None else self._at_step(h, prepared, active, tokens)
+
+    def _at_step(
+        self, h: Tensor, ends: dict[str, Tensor], active: Tensor, tokens: Tokens
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What `prepare` gives for the strength that is left at each token."""
+        assert self.dose.fade is not None
+        if h.device not in self._placed:  # or every pass would bring them there; single whole numbers are read here
+            self._placed[h.device] = {
+                name: value if value.dim() == 0 and not value.is_floating_point() else value.to(h.device)
+                for name, value in self.params.items()
+            }
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(mode=False):
+            share = self.dose.fade.share(tokens.step)[..., None]
+            strength = ends["end"] + (ends["start"] - ends["end"]) * share
+            if self.method.neutral is not None:
+                active = active & (strength != self.method.neutral)
+            return self.method.prepare(self._placed[h.device], strength, h.dtype, h.device), active
+
+    def _made(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
+        """What is made once per device, dtype and number of rows."""
         if self._per_row and facts.rows is not None:
             return self._prepare(h.device, h.dtype, facts)
         key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
@@ -181,10 +241,13 @@ class Edit:
     ) -> tuple[dict[str, Tensor], Tensor]:
         value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
         active = torch.tensor(self._active, device=device, dtype=torch.bool)
-        if value.dim() == 1:
-            if facts is not None:
-                value, active = facts.expand(value, "strength"), facts.expand(active, "strength")
-            value, active = value[:, None, None], active[:, None, None]
+        value, active = (
+            one if one.dim() == 0 else (one if facts is None else facts.expand(one, "strength"))[:, None, None]
+            for one in (value, active)
+        )
+        if self.dose.fade is not None:
+            end = torch.tensor(self.dose.fade.to * self.factor, dtype=torch.float32, device=device)
+            return {"start": value, "end": end}, active
         return self.method.prepare(self.params, value, dtype, device), active
 
 
@@ -202,8 +265,8 @@ class GuidedEdit(Edit):
         """Bring everything prepared to the present strength, and stop reading where nothing would be written."""
         super().refresh()
         self.guide.inert = all(edit.is_inert for edit in self.siblings)
-        rows = self.dose.value if isinstance(self.dose.value, tuple) else ()
-        active = tuple(any(not self.method.is_neutral(value * edit.factor) for edit in self.siblings) for value in rows)
+        of_rows = zip(*(edit.activity() for edit in self.siblings), strict=True) if self._per_row else ()
+        active = tuple(any(of_row) for of_row in of_rows)
         self.guide.active = None if all(active) else active
 
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
@@ -211,7 +274,7 @@ class GuidedEdit(Edit):
         guide = self.guide
         if guide in facts.held:
             return h
-        prepared, active = self._prepared(h, facts)
+        prepared, active = self._prepared(h, facts, tokens)
         edited = guide.editor.write(self.tap.site, h, prepared, tokens, guide.state(facts))
         if edited is h:
             return h

@@ -180,7 +180,7 @@ class _Replayer:
 
     def __init__(self, decoder: Decoder, clock: PassClock) -> None:
         self.decoder, self.clock = decoder, clock
-        self.guides: list[GatePlan] = []
+        self.guides: list[tuple[int, GatePlan]] = []
         self.handles: list[Any] = []
 
     def attach(self) -> None:
@@ -203,7 +203,7 @@ class _Replayer:
         if facts is None or facts.suspended or facts.held or facts.settled:
             return
         facts.settled = True
-        waiting = tuple(guide for guide in self.guides if guide.waits(facts))
+        waiting = tuple(guide for guide in self.clock.own(tuple(self.guides)) if guide.waits(facts))
         if not waiting:
             return
         given = self.clock.arguments(module, args, kwargs)
@@ -344,24 +344,25 @@ class _Closing(_ReplayerHook):
 
 
 @contextlib.contextmanager
-def replaying(decoder: Decoder, clock: PassClock, guide: GatePlan) -> Iterator[None]:
+def replaying(decoder: Decoder, clock: PassClock, guide: GatePlan, owner: int) -> Iterator[None]:
     """Have a model's conductor look after one guide; it comes with the first and goes with the last.
 
     Args:
         decoder: the model's decoder.
         clock: the clock on the model, attached.
         guide: the guide.
+        owner: the thread that steers.
     """
     hooks = decoder.model._forward_pre_hooks.values()
     conductor = next((hook.conductor for hook in hooks if isinstance(hook, _Opening)), None)
     if conductor is None:
         conductor = _Replayer(decoder, clock)
         conductor.attach()
-    conductor.guides.append(guide)
+    conductor.guides.append((owner, guide))
     try:
         yield
     finally:
-        place = max(index for index, other in enumerate(conductor.guides) if other is guide)
+        place = max(index for index, other in enumerate(conductor.guides) if other[0] == owner and other[1] is guide)
         del conductor.guides[place]
         if not conductor.guides:
             conductor.detach()

@@ -3,7 +3,8 @@
 Everything is planned and checked before anything is touched; then all hooks are attached or none, and they always come
 off. Each hooked module gets one dispatcher with an ordered list of edits, so that nested contexts and several vectors
 keep their order; it is prepended, so that `output_hidden_states` and other people's hooks see the steered value.
-Steering belongs to the model, whichever thread runs it; the state of a pass belongs to its thread.
+Steering belongs to the model, whichever thread runs it, until a second thread steers the same model: then each has its
+own. The state of a pass belongs to its thread.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ModelError, ScopeError, StrengthError, VectorMismatchError, near_miss
+from steerkit.errors import ScopeError, StrengthError, VectorMismatchError, near_miss
 from steerkit.methods._protocols import LayerInput, ReadsInput, TiedToWeights, editor_of
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import Decoder, find_decoder
@@ -29,13 +30,14 @@ from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_ho
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
 from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
+from steerkit.steering.stacked_edits import share_rows, stacked
 from steerkit.steering.strengths import strength_value, vectors_of, warn_beyond
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import UNITS, SteeringVector
 
 if TYPE_CHECKING:
-    from steerkit.steering.strengths import Strength
+    from steerkit.steering.strengths import Strength, Vectors
 
 __all__ = ["Steering", "steer"]
 
@@ -44,7 +46,7 @@ _ATTACH = threading.RLock()
 
 def steer(
     model: nn.Module,
-    vectors: SteeringVector | Sequence[SteeringVector],
+    vectors: Vectors,
     strength: Strength | None = None,
     *,
     scope: str | None = None,
@@ -56,7 +58,9 @@ def steer(
 
     Args:
         model: any decoder-only transformers model, wrapped by PEFT or not. Its class, attributes and weights stay.
-        vectors: one vector or several; at one site they are applied in this order.
+        vectors: one vector or several; at one site they are applied in this order. Or a `steerkit.Composition`, or its
+            text, such as ``"optimism-caa*1.5 - pirate-persona[8:40]"``; or a list of these, one per row of the batch,
+            with None for a row that is not steered, and a list of vectors for one that has no text.
         strength: one number, or one per row [b] of the batch (each repeated where `generate` expands its row into beams
             or returned sequences). None takes each file's suggested strength, else the method's default. A vector's own
             (`vector.at(...)`) comes first.
@@ -96,6 +100,7 @@ def steer(
         vector.check(model)
         edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all, roles)
     _refuse_twice(edits)
+    edits = stacked(edits)
     refuse_compiled_model(model, decoder, edits)
     return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
 
@@ -105,7 +110,7 @@ class Steering:
 
     def __init__(self, decoder: Decoder, edits: Sequence[Edit], doses: Sequence[RowStrengths]) -> None:
         self._decoder, self._edits, self._doses = decoder, tuple(edits), tuple(doses)
-        self._entered: list[contextlib.ExitStack] = []
+        self._entered: list[tuple[int, contextlib.ExitStack]] = []
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -149,23 +154,18 @@ class Steering:
         for dose in self._doses:
             dose.value = checked
         for edit in self._edits:
-            if any(edit.dose is dose for dose in self._doses):
+            if any(own is dose for own in edit.doses for dose in self._doses):
                 edit.refresh()
 
     def __enter__(self) -> Steering:
         with _ATTACH, contextlib.ExitStack() as stack:
             model = self._decoder.model
             clock = PassClock.of(model) or PassClock(model, self._decoder.body)
-            if clock.users and clock.owner != threading.get_ident():
-                raise ModelError(
-                    "steer: this model object is being steered from another thread; leave that context first, "
-                    "or load the model twice"
-                )
             refuse_running_batches(model, "steer")
             drop_shared_prefixes(model)
             make_compiled_code_see_hooks()
-            clock.attach()
-            stack.callback(clock.detach)
+            owner = clock.attach()
+            stack.callback(clock.detach, owner)
             gates = [tap for edit in self._edits if isinstance(edit, GuidedEdit) for tap in edit.guide.taps.values()]
             placement = Placement(model, [*(edit.tap for edit in self._edits), *gates])
             stack.enter_context(clock.checking(placement.check))
@@ -173,13 +173,13 @@ class Steering:
             for edit in self._edits:
                 if isinstance(edit, GuidedEdit) and id(edit.guide) not in guided:
                     guided.add(id(edit.guide))
-                    stack.enter_context(replaying(self._decoder, clock, edit.guide))
+                    stack.enter_context(replaying(self._decoder, clock, edit.guide, owner))
                     for tap in edit.guide.taps.values():
-                        stack.enter_context(attached_edits(Reading(edit.guide, tap, clock)))
+                        stack.enter_context(attached_edits(Reading(edit.guide, tap, clock), clock, owner))
                 edit.clock = clock
                 edit.refresh()
-                stack.enter_context(attached_edits(edit))
-            self._entered.append(stack.pop_all())
+                stack.enter_context(attached_edits(edit, clock, owner))
+            self._entered.append((owner, stack.pop_all()))
         return self
 
     def __exit__(
@@ -188,7 +188,8 @@ class Steering:
         model = self._decoder.model
         clock = PassClock.of(model)
         with _ATTACH:
-            self._entered.pop().close()
+            own = [place for place, (owner, _) in enumerate(self._entered) if owner == threading.get_ident()]
+            self._entered.pop(own[-1] if own else -1)[1].close()
         drop_shared_prefixes(model)
         if error is not None:
             return
@@ -215,6 +216,10 @@ def _plan(
     written = written.among(method.scopes)
     if only_all is not None and written.kind != "all":
         raise ScopeError(f"scope '{written}': {only_all}{written.instead('; ', 'all')}")
+    if vector.fade is not None and written.is_window:
+        raise ScopeError(
+            f"scope '{written}' lies in the prompt, and a fade counts generated tokens; leave one of them out"
+        )
     written = written.marked(roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
     warn_beyond(vector, dose.value, counted)
@@ -250,7 +255,8 @@ def _refuse_twice(edits: Sequence[Edit]) -> None:
     gated = [edit for edit in edits if isinstance(edit, GuidedEdit)]
     for number, edit in enumerate(gated):
         for other in gated[:number]:
-            if edit.tap.site == other.tap.site and torch.equal(edit.params["direction"], other.params["direction"]):
+            is_there = edit.tap.site == other.tap.site and share_rows(edit, other)
+            if is_there and torch.equal(edit.params["direction"], other.params["direction"]):
                 raise VectorMismatchError(
                     f"{edit.tap.site}: two gated vectors add the same direction, twice to a row that opens both; join "
                     "their conditions with | (steerkit.methods.conditional.combine)"

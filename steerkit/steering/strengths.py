@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerkit.composition.rows import vectors_by_row
+from steerkit.composition.terms import Composition
 from steerkit.errors import StrengthError, VectorFileError
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Strength", "strength_value", "vectors_of", "warn_beyond"]
+__all__ = ["Strength", "Vectors", "strength_value", "vectors_of", "warn_beyond"]
 
 Strength = float | Sequence[float] | Tensor
+Row = Composition | str | Sequence[SteeringVector] | None
+Vectors = SteeringVector | Composition | str | Sequence[SteeringVector] | Sequence[Row]
 _WARNED: set[tuple[str, float]] = set()
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -23,12 +27,18 @@ def vectors_of(vectors: Any) -> list[SteeringVector]:
     """One vector or several as a list.
 
     Args:
-        vectors: what the caller gave.
+        vectors: what the caller gave: a vector, a list of them, a composition or its text, or for each row of the batch
+            a composition, its text, a list of vectors, or None.
 
     Raises:
         VectorFileError: something else than vectors, or none.
+        SteerError: a composition that is none, or whose vectors cannot be had.
     """
+    if isinstance(vectors, str | Composition):
+        return Composition.parse(vectors).vectors()
     listed = list(vectors) if isinstance(vectors, list | tuple) else [vectors]
+    if any(one is None or isinstance(one, str | Composition | list | tuple) for one in listed) and listed != [None]:
+        return vectors_by_row(listed)
     for one in listed:
         if not isinstance(one, SteeringVector):
             raise VectorFileError(f"got {one!r} for a vector; load a file with SteeringVector.load(path)")

@@ -124,7 +124,8 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
 
     Raises:
         ScopeError: the vector's scope is not `all`.
-        StrengthError: the method has no exact weight form, another unit than paper, or not one finite number.
+        StrengthError: the method has no exact weight form, another unit than paper, a strength that
+            fades, or not one finite number.
     """
     method = method_of(vector)
     if not isinstance(method, HasWeightForm):
@@ -135,6 +136,8 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
             f"weights act on every token, this vector was made for '{vector.scope}', which is something else; {accept}"
             "steer with hooks"
         )
+    if vector.fade is not None:
+        raise StrengthError(f"a strength that fades ({vector.fade}) has no weight form; steer with hooks")
     if vector.unit != "paper":
         raise StrengthError(
             f"weights count in unit 'paper', the vector in '{vector.unit}'; use vector.at(unit='paper')"

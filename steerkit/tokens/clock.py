@@ -16,19 +16,21 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import SteerError
+from steerkit.errors import ModelError, SteerError
 from steerkit.tokens.forward_pass import Pass
 from steerkit.tokens.pass_reader import PassReader
 from steerkit.tokens.texts import Texts
 from steerkit.tokens.transformers_facts import GenerateFrames
 
 __all__ = ["Hook", "PassClock"]
+
+_Any = TypeVar("_Any")
 
 
 class Hook:
@@ -67,8 +69,9 @@ class PassClock:
         self._frames, self._texts = GenerateFrames(model), Texts(self._local)
         self._reader = PassReader(model, self._frames, self._texts, self._local)
         self._checks: list[Callable[[], None]] = []
-        self.owner = threading.get_ident()
-        self.users = 0
+        # By thread: how often it has attached. A thread of several that steer at once has its own contexts alone.
+        self.owners: dict[int, int] = {}
+        self.is_shared = False
         self._refused: SteerError | None = None
 
     @staticmethod
@@ -80,11 +83,19 @@ class PassClock:
                 return holder
         return None
 
-    def attach(self) -> None:
-        """Hang the hooks on the model; the first attachment of several does it."""
-        self.users += 1
-        if self.users > 1:
-            return
+    def attach(self) -> int:
+        """Hang the hooks on the model; the first attachment of several does it.
+
+        Returns:
+            The thread, for `detach`.
+        """
+        owner = threading.get_ident()
+        is_first = not self.owners
+        self.owners = {**self.owners, owner: self.owners.get(owner, 0) + 1}
+        self._local.owner = owner
+        self.is_shared = self.is_shared or len(self.owners) > 1
+        if not is_first:
+            return owner
         model, body = self._model(), self._body()
         try:
             for module in {id(model): model, id(body): body}.values():
@@ -93,16 +104,47 @@ class PassClock:
                     self._handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
                     self._handles.append(module.register_forward_hook(after, always_call=True))
         except BaseException:
-            self.detach()
+            self.detach(owner)
             raise
+        return owner
 
-    def detach(self) -> None:
-        """Take the hooks off when their last user goes."""
-        self.users -= 1
-        if self.users <= 0:
+    def detach(self, owner: int) -> None:
+        """Take the hooks off when their last user goes.
+
+        Args:
+            owner: what `attach` gave.
+        """
+        left = {**self.owners, owner: self.owners[owner] - 1}
+        self.owners = {thread: count for thread, count in left.items() if count > 0}
+        if not self.owners:
+            self.is_shared = False
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+
+    def own(self, entries: Sequence[tuple[int, _Any]]) -> list[_Any]:
+        """What of several threads' things is for the pass that this thread is in.
+
+        A thread that has attached has its own. Any other, such as one that runs `generate` for a streamer, has those of
+        the only thread that has.
+
+        Args:
+            entries: each with the thread that attached it.
+
+        Raises:
+            ModelError: several threads have attached, and this one has not.
+        """
+        if not self.is_shared:
+            return [one for _, one in entries]
+        owners, own = self.owners, getattr(self._local, "owner", None)
+        if own not in owners:
+            if len(owners) > 1:
+                raise ModelError(
+                    f"{len(owners)} threads steer this model at once, and the one that runs this pass is none of them; "
+                    "enter steer() in the thread that runs the model"
+                )
+            own = next(iter(owners), None)
+        return [one for owner, one in entries if owner == own]
 
     def take_refused(self) -> SteerError | None:
         """What a hook has refused in a thread other than the one that steers, once; None if nothing."""
@@ -240,7 +282,8 @@ class PassClock:
         Args:
             error: what ended the pass; None where nothing did.
         """
-        if isinstance(error, SteerError) and threading.get_ident() != self.owner:
+        # Of several threads that steer, none has to do with what a further one ran.
+        if isinstance(error, SteerError) and len(self.owners) == 1 and threading.get_ident() not in self.owners:
             self._refused = error
 
     def leave(self, module: nn.Module, output: Any = None) -> None:

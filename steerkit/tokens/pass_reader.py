@@ -20,6 +20,7 @@ from steerkit.tokens.transformers_facts import (
     columns_cached,
     first_of_real,
     is_packed,
+    is_static,
     mask_of_layers,
     real_of_diagonal,
 )
@@ -98,6 +99,8 @@ class PassReader:
             facts["boundary"] = call.boundary
             facts["decode"] = cache is not None and width == 1 and call.past_prompt(past)
             facts |= {"call": call, "cache": cache}
+            if is_static(cache):
+                call.keep_edge(facts["device"])
             call.running = self._frames.text
         else:
             facts["boundary"] = self._texts.boundary_of_cache(

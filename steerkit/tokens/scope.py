@@ -24,8 +24,10 @@ SCOPES = (
     "prompt",
     "response",
     "response(n)",
+    "response(a:b)",
     "generated",
     "generated(n)",
+    "generated(a:b)",
     "first(n)",
     "assistant",
     "answer",
@@ -37,7 +39,10 @@ SCOPES = (
 ROLES = ("assistant", "answer", "after")
 WINDOWS = ("front", "mid", "back")
 COUNTED = ("first", "after")
-_COUNTED = re.compile(r"(first|after|response|generated)\((\d+)\)")
+ANSWER = ("response", "generated")
+_COUNTED = re.compile(r"(first|after|response|generated)\(([0-9]+)\)")
+_FROM_TO = re.compile(r"(response|generated)\(([0-9]*):([0-9]*)\)")
+_MOST_DIGITS = 9  # far more tokens than any text has, and no number that a tensor of positions could not hold
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Scope:
 
     `all`; `prompt` (up to and with the last prompt token); `response` (from the last prompt token on: every position
     whose output is a generated token); `generated` (one later); `response(n)` and `generated(n)` (the first n positions
-    of these: `response(5)` steers the choice of the first five generated tokens and of no later one); `first(n)`
+    of these: `response(5)` steers the choice of the first five generated tokens and of no later one); `response(a:b)`
+    and `generated(a:b)` (from position a on, up to and without position b; either may be left out); `first(n)`
     (counted from each row's first real token); `front`, `mid` and `back` (a window of the prompt as long as the vector,
     for methods that store one row per position). Pads are never written.
 
@@ -57,13 +63,15 @@ class Scope:
 
     Attributes:
         kind: the name.
-        count: n of `first(n)` and `after(n)`; of `response(n)` and `generated(n)`, where 0 stands for no end.
+        count: n of `first(n)` and `after(n)`; of `response` and `generated` where they end, 0 standing for no end.
+        start: of `response` and `generated`: positions at their beginning that are left out.
         marks: of scopes by role, the marks of the tokenizer's template; no part of the scope's text.
         others: the kinds that whoever writes could use as well, for advice; no part of the scope's text.
     """
 
     kind: str
     count: int = 0
+    start: int = field(default=0, kw_only=True)
     marks: Marks | None = field(default=None, compare=False, repr=False)
     others: tuple[str, ...] = field(default=("all", "first"), compare=False, repr=False)
 
@@ -75,21 +83,43 @@ class Scope:
             text: ``"all"``, ``"response"``, ``"first(4)"``, ...
 
         Raises:
-            ScopeError: the text names no scope, or counts less than one token.
+            ScopeError: the text names no scope, counts less than one token, or ends before it begins.
         """
         if isinstance(text, Scope):
             return text
         name = text.replace(" ", "")
-        counted = _COUNTED.fullmatch(name)
+        counted, window = _COUNTED.fullmatch(name), _FROM_TO.fullmatch(name)
         if counted:
-            if counted[1] != "after" and int(counted[2]) < 1:
+            (count,) = _numbers(text, counted[2])
+            if counted[1] != "after" and count < 1:
                 raise ScopeError(f"scope {text!r}: {counted[1]}(n) needs n of at least 1")
-            return cls(counted[1], int(counted[2]))
-        if name not in SCOPES or name.endswith("(n)"):
+            return cls(counted[1], count)
+        if window:
+            start, end = _numbers(text, window[2] or "0", window[3] or "0")
+            return cls.window(window[1], start, end if window[3] else None)
+        if name not in SCOPES or "(" in name:
             raise ScopeError(f"unknown scope {text!r}; {near_miss(name, SCOPES)}")
         return cls(name)
 
+    @classmethod
+    def window(cls, kind: str, start: int, end: int | None) -> Scope:
+        """A stretch of the answer.
+
+        Args:
+            kind: `response` or `generated`.
+            start: its first position, counted from 0.
+            end: the position behind its last one; None has no end.
+
+        Raises:
+            ScopeError: it ends before it begins.
+        """
+        if end is not None and end <= start:
+            raise ScopeError(f"scope '{kind}({start}:{end})' ends before it begins; give an end above {start}, or none")
+        return cls(kind, end or 0, start=start)
+
     def __str__(self) -> str:
+        if self.start:
+            return f"{self.kind}({self.start}:{self.count or ''})"
         return f"{self.kind}({self.count})" if self.kind in COUNTED or self.count else self.kind
 
     @property
@@ -142,6 +172,18 @@ class Scope:
     def needs_prompt_end(self) -> bool:
         """Whether this scope means nothing until it is known where the prompt ends."""
         return self.kind in ("prompt", "response", "generated", "mid", "back")
+
+
+def _numbers(text: str, *digits: str) -> list[int]:
+    """The numbers of a scope's text.
+
+    Raises:
+        ScopeError: one is longer than any text.
+    """
+    longest = max(digits, key=len)
+    if len(longest) > _MOST_DIGITS:
+        raise ScopeError(f"scope {text[:20]!r}...: counts at most {_MOST_DIGITS} digits of tokens, got {len(longest)}")
+    return [int(one) for one in digits]
 
 
 class PromptLengths:

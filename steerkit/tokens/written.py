@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import ScopeError
-from steerkit.tokens.transformers_facts import is_static
+from steerkit.tokens.scope import ANSWER
 
 if TYPE_CHECKING:
     from steerkit.tokens.forward_pass import Pass
@@ -47,6 +47,22 @@ class Tokens:
             return facts.real.sum(dim=1, keepdim=True)
         end = facts.past + facts.width if facts.boundary is None else facts.boundary
         return torch.zeros(facts.batch, 1, dtype=torch.long, device=facts.device) + end - first
+
+    @property
+    def step(self) -> Tensor:
+        """[1 or b, t] which generated token each token of this pass chooses; 0 where it chooses none.
+
+        Raises:
+            ScopeError: nobody can tell where the prompt ends.
+        """
+        return (self._pass.columns[None, :] - (self._known_end("a fade counts generated tokens") - 1)).clamp_min(0)
+
+    def chooses_from(self) -> int | None:
+        """Which generated token a decoding step chooses; None where the host cannot tell."""
+        past, end = self._pass.past, self._pass.boundary
+        if not self._pass.decode or self._lengths is not None or end is None or not isinstance(past, int):
+            return None
+        return past - end + 1
 
     @property
     def is_decoding(self) -> bool:
@@ -112,13 +128,13 @@ class Tokens:
         columns = facts.columns[None, :]
         return _both((columns < end) & (columns >= start) & (facts.position > 0), facts.real)
 
-    def _known_end(self) -> int | Tensor:
+    def _known_end(self, why: str = "a gate decides at the prompt's end") -> int | Tensor:
         self._pass.check(self.scope)
         end = self._end()
         if end is None:
             raise ScopeError(
-                "a gate decides at the prompt's end, and this forward pass cannot tell where that is (only `generate` "
-                "can); pass prompt_lengths= (real prompt tokens of each row) to steer()"
+                f"{why}, and this forward pass cannot tell where the prompt ends (only `generate` can); pass "
+                "prompt_lengths= (real prompt tokens of each row) to steer()"
             )
         return end
 
@@ -150,10 +166,8 @@ class Tokens:
             return self._choose_first(scope.count)
         if scope.is_by_role:
             return self._choose_role()
-        if facts.decode and self._lengths is None and not scope.count:
-            return scope.kind in ("response", "generated")
-        if scope.count and facts.call is not None and not torch.compiler.is_compiling() and is_static(facts.cache):
-            facts.call.keep_edge(facts.device)
+        if facts.decode and self._lengths is None and not scope.count and not scope.start:
+            return scope.kind in ANSWER
         end = self._end()
         if end is None and scope.needs_prompt_end:
             raise ScopeError(
@@ -184,8 +198,8 @@ class Tokens:
 
     def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
         facts = self._pass
-        start = end - 1 if kind == "response" else end
-        stop = start + self.scope.count if self.scope.count else None
+        begin = end - 1 if kind == "response" else end
+        start, stop = begin + self.scope.start, begin + self.scope.count if self.scope.count else None
         if isinstance(start, int) and isinstance(facts.past, int):
             last = facts.past + facts.width
             if isinstance(stop, int) and facts.past >= stop:

@@ -5,14 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from steerkit.network.sites import Site
-from steerkit.vector.container import DTYPE_NAMES
+from steerkit.vector.container import DTYPE_NAMES, FORMAT, LAYER_COUNTING
+from steerkit.vector.fields import CODECS
 from steerkit.vector.frozen import json_like
 from steerkit.vector.tensors import direction_length
 
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["described_site", "strength_source"]
+__all__ = ["described", "described_site", "strength_source"]
+
+
+def described(vector: SteeringVector) -> dict[str, Any]:
+    """See `SteeringVector.describe`.
+
+    Args:
+        vector: the vector.
+    """
+    apart = ("sites", "norms", "spreads", "massive", "widths", "fitted_at")
+    facts = {name: json_like(getattr(vector, name)) for name in CODECS if name not in apart}
+    return {
+        **facts,
+        "format": FORMAT,
+        "digest": vector.digest,
+        "layer_counting": LAYER_COUNTING,
+        "strength": json_like(vector.strength),
+        "sites": [described_site(vector, site) for site in vector.sites],
+        "fitted_at": [str(site) for site in vector.reads],
+    }
 
 
 def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from steerkit import __version__
 from steerkit._support.shipped import vector_path
 from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError
 from steerkit.network.sites import Site
+from steerkit.tokens.fade import Fade
 from steerkit.tokens.scope import Scope
 from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, MAX_TENSORS, REQUIRED, lay_out, signed
 from steerkit.vector.container_checks import check_digest, check_readable, metadata_of
-from steerkit.vector.description import described_site
+from steerkit.vector.description import described
 from steerkit.vector.fields import BY_SITE, CODECS, MAPPING, checked_strength, decoded
-from steerkit.vector.frozen import json_like, thawed
+from steerkit.vector.frozen import thawed
 from steerkit.vector.model_check import check_model, warn_of_difference
 from steerkit.vector.model_identity import public_id, template_digest
 from steerkit.vector.tensors import check_direction, own_copy
@@ -78,6 +79,8 @@ class SteeringVector:
         strength: how strongly it is to be applied this time, one number or one per row of the batch; never stored.
         own_scope: whether `at` set the scope, so that it comes before one given for several vectors; never stored.
         own_unit: whether `at` set the unit; never stored.
+        fade: how the strength goes on from its value to another while tokens are generated; never stored.
+        rows: which rows of the batch it acts on; None for all; never stored.
 
     Raises:
         VectorFileError: a field of the wrong type, or a tensor with a wrong name, shape, dtype or value.
@@ -127,6 +130,8 @@ class SteeringVector:
     strength: float | tuple[float, ...] | None = None
     own_scope: bool = False
     own_unit: bool = False
+    fade: Fade | None = None
+    rows: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, codec in CODECS.items():
@@ -198,7 +203,7 @@ class SteeringVector:
         return _rebuild, ({entry.name: thawed(getattr(self, entry.name)) for entry in fields(self)},)
 
     def _identity(self) -> tuple[Any, ...]:
-        return self.digest, self.strength, self.own_scope, self.own_unit
+        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade, self.rows
 
     @property
     def reads(self) -> tuple[Site, ...]:
@@ -226,6 +231,7 @@ class SteeringVector:
         strength: float | Sequence[float] | Tensor | None = None,
         scope: str | None = None,
         unit: Literal["paper", "norm"] | None = None,
+        fade: str | Fade | None = None,
     ) -> SteeringVector:
         """The same vector, to be applied in a given way.
 
@@ -233,12 +239,15 @@ class SteeringVector:
             strength: one number, or one per row of the batch (a sequence or a tensor [b]); None leaves it.
             scope: which tokens are written; None leaves it.
             unit: what the strength counts in; None leaves it.
+            fade: how the strength goes on while tokens are generated, such as ``"linear over 40"`` (to 0) or ``"cosine
+                over 40 to 0.5"``; None leaves it.
 
         Returns:
             A copy. With another unit it has no suggested strength: that one counts in the old unit.
 
         Raises:
-            StrengthError: a strength that is not finite, an unknown unit, or another unit without a strength in it.
+            StrengthError: a strength that is not finite, an unknown unit, another unit without a strength in it, or no
+                fade.
             ScopeError: no scope of that name.
         """
         changes: dict[str, Any] = {}
@@ -248,6 +257,8 @@ class SteeringVector:
             changes.update(scope=str(Scope.parse(scope)), own_scope=True)
         if unit is not None:
             changes.update(unit=unit, own_unit=True)
+        if fade is not None:
+            changes["fade"] = Fade.parse(fade)
         if unit not in (None, self.unit) and self.suggested_strength is not None:
             if strength is None and self.strength is None:
                 raise StrengthError(
@@ -379,17 +390,7 @@ class SteeringVector:
             and the activation norm; for edits that add a direction, the strength in both units (the one set, else the
             suggested one).
         """
-        apart = ("sites", "norms", "spreads", "massive", "widths", "fitted_at")
-        facts = {name: json_like(getattr(self, name)) for name in CODECS if name not in apart}
-        return {
-            **facts,
-            "format": FORMAT,
-            "digest": self.digest,
-            "layer_counting": LAYER_COUNTING,
-            "strength": json_like(self.strength),
-            "sites": [described_site(self, site) for site in self.sites],
-            "fitted_at": [str(site) for site in self.reads],
-        }
+        return described(self)
 
 
 def _rebuild(values: dict[str, Any]) -> SteeringVector:

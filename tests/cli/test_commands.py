@@ -218,7 +218,7 @@ def test_generate_is_the_library_s_generate(ask: Callable[..., Any], tiny: Path,
     steered = steerkit.generate(model, tokenizer, prompts, vector=vector, strength=-2.0, max_new_tokens=6)
     assert baseline != steered
     assert ask(*prompts) == [
-        {"prompt": prompt, "text": text, "vector": None, "strength": None, "scope": None}
+        {"prompt": prompt, "text": text, "vector": None, "strength": None, "scope": None, "steering": None}
         for prompt, text in zip(prompts, baseline, strict=True)
     ]
     assert ask(*prompts, "--vector", "v.safetensors", "--strength", "-2", "--baseline") == [
@@ -229,6 +229,7 @@ def test_generate_is_the_library_s_generate(ask: Callable[..., Any], tiny: Path,
             "vector": "v.safetensors",
             "strength": -2,
             "scope": "response",
+            "steering": "- v.safetensors*2",
         }
         for prompt, text, base in zip(prompts, steered, baseline, strict=True)
     ]
@@ -257,6 +258,39 @@ def test_several_vectors(ask: Callable[..., Any]) -> None:
     (cancelled,) = ask(*two, "--strength", "2", "--strength", "-2")
     assert cancelled["strength"] == [2, -2]
     assert cancelled["text"] == ask("Hello")[0]["text"]
+
+
+def test_an_expression_is_what_its_options_are(ask: Callable[..., Any], here: Path) -> None:
+    options = ("--vector", "v.safetensors", "--strength", "2", "--vector", "v.safetensors", "--strength", "-0.5")
+    (by_options,) = ask("Hello", *options, "--scope", "all")
+    line = "v.safetensors@all*2 - v.safetensors@all*0.5"
+    assert by_options["steering"] == line
+    steerkit.Composition.parse(line).save("mix.json")
+    steerkit.Composition.parse(line).save("mix.txt")
+    recipe = Path("joy-caa.toml").read_text("utf-8")
+    assert "[apply]" in recipe
+    Path("mix.toml").write_text(recipe.replace("[apply]", f'[apply]\nsteering = "{line}"'))
+    for steering in (line, "mix.json", "mix.txt", "mix.toml"):
+        assert ask("Hello", "--steering", steering) == [by_options]
+    (suggested,) = ask("Hello", "--steering", "v.safetensors - v.safetensors[2:4]")
+    assert suggested["steering"] == "v.safetensors*1.5 - v.safetensors[2:4]*1.5"
+    assert ask("Hello", "--steering", suggested["steering"]) == [suggested]
+
+
+@pytest.mark.parametrize(
+    ("steering", "says"),
+    [
+        ("v.safetensors*x", "steering 'v.safetensors*x', column 15: got 'x' where a strength stands"),
+        ("v.safetensors + gone.safetensors", "steering, column 17: gone.safetensors: no such file"),
+        ("gone.json", "gone.json: cannot be read (No such file or directory)"),
+        ("joy-caa.toml", "joy-caa.toml: [apply] steering is missing"),
+    ],
+)
+def test_a_wrong_expression_ends_in_one_line(cli: Cli, here: Path, steering: str, says: str) -> None:
+    ended = cli("generate", "Hello", "--steering", steering)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith(f"error: {says}")
+    assert ended.err.count("\n") == 1
 
 
 def test_sampling_has_a_seed(ask: Callable[..., Any]) -> None:
@@ -627,6 +661,11 @@ def test_no_model_is_loaded_for_what_cannot_be_written(
         (*STEERED, "--strength", "1", "--strength", "2"),
         (*STEERED, "--vector", "v.safetensors", "--strength", "2"),
         (*STEERED, "--unit", "metre"),
+        (*STEERED, "--steering", "v.safetensors"),
+        ("generate", "Hello", "--steering", "v.safetensors", "--scope", "all"),
+        ("plan",),
+        ("bake", "--out", "x"),
+        ("export", "--to", "gguf", "--steering", "v.safetensors"),
         ("inspect",),
         ("inspect", "v.safetensors", "another"),
         ("recipes", "more"),

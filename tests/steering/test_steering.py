@@ -23,6 +23,7 @@ from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
 from tests.families import FAMILIES, HIDDEN, build
+from tests.gated import gated_vector
 from tests.modes import LONG, PAD, SHORT, plain_logits, rows_of, vector_for
 from tests.tiny_tokenizers import byte_tokenizer
 
@@ -471,27 +472,102 @@ def test_bug_31_generates_of_two_threads_at_once() -> None:
         assert all(torch.equal(one, right) for one in got)
 
 
-def test_bug_31_a_second_thread_may_not_steer_the_same_model_differently() -> None:
+def in_two_threads(work: Sequence[Callable[[threading.Barrier], Any]]) -> list[Any]:
+    """What each of two pieces of work gives, run at once; they may wait for each other."""
+    barrier, results = threading.Barrier(2, timeout=60), [None, None]
+
+    def run(place: int) -> None:
+        try:
+            results[place] = work[place](barrier)
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            barrier.abort()
+            results[place] = error  # type: ignore[call-overload]
+
+    workers = [threading.Thread(target=run, args=(place,)) for place in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    raised = [one for one in results if isinstance(one, BaseException)]
+    for one in sorted(raised, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise one  # what broke the barrier comes first
+    return results
+
+
+def test_bug_31_two_threads_steer_one_model_each_in_its_own_way() -> None:
+    """At other sites and the same, passes in between of both; each gives what it gives alone."""
     model = build("llama")
-    vector = vector_for(model, scope="all")
-    other = steerkit.steer(model, vector, 2.0)
+    clean, before = sequence(model, [SHORT, LONG]), hook_tables(model)
+    one, other = vector_for(model, scope="response"), vector_for(model, scope="response", seed=1)
+    gated = gated_vector(model)
+    each: list[Any] = [[one.at(2.0)], [other.at(-1.5), vector_for(model, scope="all", site=Site(2), seed=2).at(1.0)]]
+    rows: list[Any] = [[[one.at(1.0)], None], [gated.at(2.0), one.at(0.5, scope="generated")]]
+    for pair in (each, rows, [[one.at(2.0)], [one.at(2.0, fade="linear over 2")]]):
+        alone = []
+        for vectors in pair:
+            with steerkit.steer(model, vectors):
+                alone.append(sequence(model, [SHORT, LONG]))
 
-    def enter() -> str:
-        with pytest.raises(ModelError, match="thread"), other:
-            pass
-        return "refused"
+        def work(barrier: threading.Barrier, vectors: Any) -> list[Tensor]:
+            found = []
+            for _ in range(3):
+                with steerkit.steer(model, vectors):
+                    barrier.wait()
+                    found.append(sequence(model, [SHORT, LONG]))
+            return found
 
-    with steerkit.steer(model, vector):
-        right, before = logits_of(model), hook_tables(model)
-        assert run_in_thread(enter) == "refused"
-        assert hook_tables(model) == before
-        assert same_bits(logits_of(model), right)
+        got = in_two_threads([functools.partial(work, vectors=vectors) for vectors in pair])
+        for place, right in enumerate(alone):
+            assert len(got[place]) == 3
+            assert all(torch.equal(found, right) for found in got[place])
+        assert not torch.equal(alone[0], alone[1])
+        assert not any(torch.equal(found, clean) for found in alone)
+    assert hook_tables(model) == before
+    assert torch.equal(sequence(model, [SHORT, LONG]), clean)
 
-    def free() -> Tensor:
+
+def test_bug_31_one_steering_entered_by_two_threads_counts_once_for_each() -> None:
+    model = build("llama")
+    steering = steerkit.steer(model, vector_for(model, scope="all"), 2.0)
+    with steering:
+        right = logits_of(model)
+
+    def work(barrier: threading.Barrier) -> Tensor:
+        with steering:
+            barrier.wait()
+            found = logits_of(model)
+            barrier.wait()
+            return found
+
+    for found in in_two_threads([work, work]):
+        assert same_bits(found, right)
+
+
+def test_bug_31_a_thread_without_a_context_has_that_of_the_only_one_that_steers() -> None:
+    model = build("llama")
+    one, other = (steerkit.steer(model, vector_for(model, scope="all", seed=seed)) for seed in range(2))
+    clean = logits_of(model)
+    with one:
+        right = logits_of(model)
+
+    def first(barrier: threading.Barrier) -> None:
+        with one:
+            barrier.wait()
+            assert same_bits(logits_of(model), right)
+            with pytest.raises(ModelError, match="2 threads steer this model at once"):
+                run_in_thread(lambda: logits_of(model))  # whose would it be?
+            barrier.wait()
+            barrier.wait()
+            assert same_bits(run_in_thread(lambda: logits_of(model)), right)  # the other one has left
+
+    def second(barrier: threading.Barrier) -> None:
         with other:
-            return logits_of(model)
+            barrier.wait()
+            barrier.wait()
+        barrier.wait()
 
-    assert run_in_thread(free).shape == right.shape  # afterwards any thread may
+    in_two_threads([first, second])
+    assert same_bits(logits_of(model), clean)
 
 
 # Rows and strengths.

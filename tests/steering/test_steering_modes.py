@@ -14,7 +14,10 @@ import transformers as tf
 from tests import modes, tolerances
 from tests.families import FAMILIES, FURTHER, FURTHER_CONFIGS, QUIET, build
 
-SCOPES = ("response", "all", "prompt", "generated", "first(4)", "front", "mid", "back", "response(3)", "generated(2)")
+SCOPES = (
+    *("response", "all", "prompt", "generated", "first(4)", "front", "mid", "back", "response(3)", "generated(2)"),
+    *("response(1:4)", "generated(1:)"),
+)
 
 
 @functools.cache

@@ -1,0 +1,106 @@
+"""Rows of one batch under different vectors: one edit for all of them, in which every row finds its own.
+
+Vectors of one method at one site, for different rows, differ in what `prepare` gives and in nothing else. Where that
+may be [b, 1, d] (`Method.takes_rows`), each row's own is gathered once, when the edit is prepared; a pass then costs as
+much as under one vector. Other methods keep one edit for each vector, which writes its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerkit.steering.edits_at_sites import Edit
+from steerkit.tokens.forward_pass import Pass
+
+__all__ = ["StackedEdit", "share_rows", "stacked"]
+
+
+@dataclass(eq=False)
+class StackedEdit(Edit):
+    """Several vectors of one method at one site, each for rows of its own."""
+
+    parts: Sequence[Edit] = field(kw_only=True)
+
+    @property
+    def doses(self) -> tuple[Any, ...]:
+        """The strengths of all its vectors."""
+        return tuple(part.dose for part in self.parts)
+
+    def activity(self) -> list[bool]:
+        """Which rows are changed."""
+        return [any(of_row) for of_row in zip(*(part.activity() for part in self.parts), strict=True)]
+
+    def _prepare_here(
+        self, device: torch.device, dtype: torch.dtype, facts: Pass | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        made = [part._prepare_here(device, dtype, None) for part in self.parts]
+        active = torch.tensor(self.activity(), device=device, dtype=torch.bool)
+        owners = [self._owner(row) for row in range(len(active))]
+        rows = {
+            name: torch.cat([_row(made[owner][0][name], row) for row, owner in enumerate(owners)])
+            for name in made[0][0]
+        }
+        if facts is not None:
+            rows = {name: facts.expand(value, "rows") for name, value in rows.items()}
+            active = facts.expand(active, "rows")
+        return rows, active[:, None, None]
+
+    def _owner(self, row: int) -> int:
+        """Which of its vectors is the row's; any where none is."""
+        return next((place for place, part in enumerate(self.parts) if part.dose.acts_on(row)), 0)
+
+
+def _row(prepared: Tensor, row: int) -> Tensor:
+    """What is prepared for one row, [1, 1, d]: its own, or what is one for all rows."""
+    return prepared[row : row + 1] if prepared.dim() == 3 else prepared.reshape(1, 1, -1)
+
+
+def stacked(edits: Sequence[Edit]) -> list[Edit]:
+    """Edits in which those of different rows that differ in their vector alone are one.
+
+    Args:
+        edits: of one steering, in order. The edits of each row stay in their order.
+    """
+    found: list[list[Edit]] = []
+    for edit in edits:
+        place = next((n for n in range(len(found) - 1, -1, -1) if _fits(edit, found[n])), None)
+        between = [] if place is None else [one for group in found[place + 1 :] for one in group]
+        if place is None or any(share_rows(edit, one) for one in between if one.tap.site == edit.tap.site):
+            found.append([edit])
+        else:
+            found[place].append(edit)
+    return [group[0] if len(group) == 1 else _joined(group) for group in found]
+
+
+def _fits(edit: Edit, group: Sequence[Edit]) -> bool:
+    """Whether an edit differs from others in its vector and its rows alone."""
+    first = group[0]
+    is_plain = all(type(one) is Edit and one.source is None and one.dose.fade is None for one in (edit, first))
+    if not is_plain or not edit.method.takes_rows or edit.dose.rows is None or first.dose.rows is None:
+        return False
+    same = edit.tap.site == first.tap.site and edit.method == first.method and edit.scope == first.scope
+    shapes = [{name: value.shape for name, value in one.params.items()} for one in (edit, first)]
+    return same and shapes[0] == shapes[1] and not any(share_rows(edit, one) for one in group)
+
+
+def share_rows(one: Edit, other: Edit) -> bool:
+    """Whether two edits may write a row in common.
+
+    Args:
+        one: an edit.
+        other: another one of the same steering.
+    """
+    if one.dose.rows is None or other.dose.rows is None:
+        return True
+    return any(both == (True, True) for both in zip(one.dose.rows, other.dose.rows, strict=False))
+
+
+def _joined(group: Sequence[Edit]) -> StackedEdit:
+    first = group[0]
+    plan = (first.method, first.params, first.tap, first.scope, first.dose, first.factor, first.lengths, first.block)
+    return StackedEdit(*plan, parts=tuple(group))
