@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from steerkit.network.sites import Site
-from steerkit.vector.container import DTYPE_NAMES
 from steerkit.vector.frozen import json_like
-from steerkit.vector.tensors import direction_length
+from steerkit.vector.tensors import Stored, direction_length
 
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 __all__ = ["described_site", "strength_source"]
 
 
-def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
+def described_site(vector: SteeringVector, site: Site, params: Mapping[str, Stored]) -> dict[str, Any]:
     """The facts of a vector at one site, as JSON can hold them.
 
     Args:
         vector: the vector.
         site: one of its sites.
+        params: its tensors there.
 
     Returns:
         The site's width; by parameter its dtype and shape; the direction's norm, the activation norm, and, for edits
         that add a direction, the strength in both units (the one set, else the suggested one).
     """
-    params = vector.params(site)
     length, norm = direction_length(params.get("direction")), vector.typical(site)
     given = vector.strength if vector.strength is not None else vector.suggested_strength
     adds = vector.edit.startswith("add")
@@ -40,7 +40,7 @@ def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
     return {
         "site": str(site),
         "width": vector.widths.get(site, vector.hidden_size),
-        "params": {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in sorted(params.items())},
+        "params": {name: [one.dtype, list(one.shape)] for name, one in sorted(params.items())},
         "direction_norm": length,
         "activation_norm": vector.norms.get(site),
         "spread": vector.spreads.get(site),
