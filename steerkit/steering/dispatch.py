@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -18,19 +20,47 @@ from steerkit.tokens.clock import Hook
 if TYPE_CHECKING:
     from steerkit.steering.edits_at_sites import Edit
 
-__all__ = ["attached_edits", "make_compiled_code_see_hooks", "refuse_compiled_model"]
+__all__ = ["attached_edits", "make_compiled_code_see_hooks", "refuse_compiled_model", "settle"]
 
 
 class _Dispatcher(Hook):
-    """The one steering hook of a module and side: applies its edits in order."""
+    """The one steering hook of a module and side: applies its edits in order.
 
-    def __init__(self) -> None:
+    It hangs on the module while one of its edits does something. Code that was compiled with it would be compiled again
+    for another hook, so there it stays behind, without edits, for whoever steers next.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         self.edits: list[Edit | Reading] = []
-        self.handle: Any = None
+        self._module = weakref.ref(module)
+        self._handle: Any = None
+
+    def settle(self, *, stays: bool) -> None:
+        """Hang on the module, or come off, as the edits at their present strengths need it.
+
+        Args:
+            stays: whether code was compiled with this hook on its module, or may have been.
+        """
+        module = self._module()
+        if module is None:
+            return
+        if self._handle is None and (any(not edit.is_inert for edit in self.edits) or (stays and self.edits)):
+            self._handle = self._hang(module)
+        elif self._handle is not None and not stays and all(edit.is_inert for edit in self.edits):
+            self._handle.remove()
+            self._handle = None
+
+    def _hang(self, module: nn.Module) -> Any:
+        raise NotImplementedError
 
 
 class _InputDispatcher(_Dispatcher):
+    def _hang(self, module: nn.Module) -> Any:
+        return module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.edits:
+            return None
         tap = self.edits[0].tap
         before = h = tap.read(args, kwargs)
         for edit in self.edits:
@@ -39,7 +69,12 @@ class _InputDispatcher(_Dispatcher):
 
 
 class _OutputDispatcher(_Dispatcher):
+    def _hang(self, module: nn.Module) -> Any:
+        return module.register_forward_hook(self, prepend=True)
+
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self.edits:
+            return None
         tap, plain = self.edits[0].tap, type(output) is Tensor
         before = h = output if plain else tap.read((), {}, output)
         for edit in self.edits:
@@ -49,29 +84,41 @@ class _OutputDispatcher(_Dispatcher):
         return h if plain else tap.write_output(output, h)
 
 
+# By module: a dispatcher that has come off for a while keeps its place among the edits of nested contexts.
+_DISPATCHERS: WeakKeyDictionary[nn.Module, dict[str, _Dispatcher]] = WeakKeyDictionary()
+
+
+def _dispatcher_of(edit: Edit | Reading) -> _Dispatcher:
+    """The dispatcher of an edit's module and side; made where there is none."""
+    kind = _InputDispatcher if edit.tap.side == "input" else _OutputDispatcher
+    found = _DISPATCHERS.setdefault(edit.tap.module, {})
+    if edit.tap.side not in found:
+        found[edit.tap.side] = kind(edit.tap.module)
+    return found[edit.tap.side]
+
+
 @contextlib.contextmanager
 def attached_edits(edit: Edit | Reading) -> Iterator[None]:
-    """Append an edit to its module's dispatcher, which comes with its first edit and goes with its last."""
-    module, is_input = edit.tap.module, edit.tap.side == "input"
-    kind = _InputDispatcher if is_input else _OutputDispatcher
-    hooks = module._forward_pre_hooks if is_input else module._forward_hooks
-    dispatcher = next((hook for hook in hooks.values() if isinstance(hook, kind)), None)
-    if dispatcher is None:
-        dispatcher = kind()
-        dispatcher.handle = (
-            module.register_forward_pre_hook(dispatcher, prepend=True, with_kwargs=True)
-            if is_input
-            else module.register_forward_hook(dispatcher, prepend=True)
-        )
+    """Append an edit to its module's dispatcher, which hangs on the module while one of its edits does something."""
+    dispatcher = _dispatcher_of(edit)
     dispatcher.edits.append(edit)
     try:
+        settle(edit)
         yield
     finally:
         # By identity and from the end: one plan may be attached twice.
         place = max(index for index, other in enumerate(dispatcher.edits) if other is edit)
         del dispatcher.edits[place]
-        if not dispatcher.edits:
-            dispatcher.handle.remove()
+        settle(edit)
+
+
+def settle(edit: Edit | Reading) -> None:
+    """See to it that an edit at its present strength has a hook if it needs one.
+
+    Args:
+        edit: attached, or just taken off.
+    """
+    _dispatcher_of(edit).settle(stays=edit.clock is not None and edit.clock.is_compiled)
 
 
 def refuse_compiled_model(model: nn.Module, decoder: Decoder, edits: Sequence[Edit]) -> None:

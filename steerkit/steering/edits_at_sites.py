@@ -15,6 +15,7 @@ from steerkit.methods._protocols import LayerInput, NeedsPrompt, Params
 from steerkit.methods._registry import default_strength
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
+from steerkit.steering.compiled import CompiledStrength
 from steerkit.steering.replay import GatePlan, refuse_compiled
 from steerkit.steering.strengths import strength_value
 from steerkit.tokens.clock import PassClock
@@ -77,6 +78,7 @@ class Edit:
         self._minimum = self.method.minimum_prompt(self.params) if isinstance(self.method, NeedsPrompt) else 0
         self._inert = self._some_inert = self._per_row = False
         self._active: list[bool] | bool = True
+        self._compiled: CompiledStrength | None = None
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
@@ -97,16 +99,17 @@ class Edit:
                 for name, value in new.items():
                     old[name].copy_(value)
                 self._ready[key] = (old, old_active.copy_(new_active))
-        if not self._ready:
-            device, dtype = _guess_place(self.tap.module)
-            if device.type != "meta":
-                self._ready[device, dtype, len(rows) if self._per_row else 0] = self._prepare(device, dtype, None)
+        device, dtype = _guess_place(self.tap.module)
+        if not self._ready and device.type != "meta":
+            self._ready[device, dtype, len(rows) if self._per_row else 0] = self._prepare(device, dtype, None)
+        values = [value * self.factor for value in rows]
+        if self._compiled is None or not self._compiled.set(values, active):
+            self._compiled = CompiledStrength(self.params, values, active, device)
 
     def __call__(self, h: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
         """Write the tokens of this pass that the scope means; `args` is what the module was called with."""
-        compiling = torch.compiler.is_compiling()
         # Compiled code may not look at what changes with the strength, or it would be compiled again.
-        if not compiling and self._inert:
+        if not torch.compiler.is_compiling() and self._inert:
             return h
         assert self.clock is not None
         facts = self.clock.now
@@ -131,27 +134,26 @@ class Edit:
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
             shape = facts.batch, facts.width, -1
             read = None if read is None else read.reshape(shape)
-            return self._write(h.reshape(shape), read, facts, tokens, compiling).reshape(h.shape)
+            return self._write(h.reshape(shape), read, facts, tokens).reshape(h.shape)
         if h.shape[:-1] != (facts.batch, facts.width):  # no mask is laid over anything else
             raise SiteError(
                 f"{self.tap.site}: {list(h.shape)} came from {self.tap.name} in a pass of {facts.batch} rows and "
                 f"{facts.width} tokens; steerkit writes [b, t, d]"
             )
-        return self._write(h, read, facts, tokens, compiling)
+        return self._write(h, read, facts, tokens)
 
-    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
-        prepared, active = self._prepared(h, facts)
+    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
+        is_compiling = torch.compiler.is_compiling()
+        prepared, active = self._compilable(h, facts) if is_compiling else self._prepared(h, facts)
         if read is not None:
             prepared = {**prepared, "input": read}
         edited = self.method.edit(h, prepared, tokens)
         if edited.dtype != h.dtype:
             edited = edited.to(h.dtype)
-        written = None if tokens.written is None else tokens.written[..., None]
-        if compiling or self._some_inert:
+        written = tokens.mask
+        if is_compiling or self._some_inert:
             written = active if written is None else written & active
-        if written is not None:
-            edited = torch.where(written, edited, h)
-        return edited
+        return edited if written is None else torch.where(written, edited, h)
 
     @property
     def is_inert(self) -> bool:
@@ -163,29 +165,30 @@ class Edit:
         if self._per_row and facts.rows is not None:
             return self._prepare(h.device, h.dtype, facts)
         key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
-        if key not in self._ready:
-            self._ready[key] = self._prepare(h.device, h.dtype, facts)
-        return self._ready[key]
+        found = self._ready.get(key)
+        if found is None:
+            found = self._ready[key] = self._prepare(h.device, h.dtype, facts)
+        return found
+
+    def _compilable(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
+        """The same as part of compiled code, which is then right for any strength."""
+        assert self._compiled is not None
+        value, active = self._compiled.of_rows(facts, h.device)
+        params = {name: param.to(h.device) for name, param in self._compiled.params.items()}
+        return self.method.prepare(params, value, h.dtype, h.device), active
 
     def _prepare(
         self, device: torch.device, dtype: torch.dtype, facts: Pass | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        if torch.compiler.is_compiling():
-            return self._prepare_here(device, dtype, facts)
         # Not under inference_mode or autograd of whoever happens to run the first pass.
         with torch.inference_mode(mode=False), torch.no_grad():
-            return self._prepare_here(device, dtype, facts)
-
-    def _prepare_here(
-        self, device: torch.device, dtype: torch.dtype, facts: Pass | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
-        active = torch.tensor(self._active, device=device, dtype=torch.bool)
-        if value.dim() == 1:
-            if facts is not None:
-                value, active = facts.expand(value, "strength"), facts.expand(active, "strength")
-            value, active = value[:, None, None], active[:, None, None]
-        return self.method.prepare(self.params, value, dtype, device), active
+            value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
+            active = torch.tensor(self._active, device=device, dtype=torch.bool)
+            if value.dim() == 1:
+                if facts is not None:
+                    value, active = facts.expand(value, "strength"), facts.expand(active, "strength")
+                value, active = value[:, None, None], active[:, None, None]
+            return self.method.prepare(self.params, value, dtype, device), active
 
 
 @dataclass(eq=False)
@@ -206,7 +209,7 @@ class GuidedEdit(Edit):
         active = tuple(any(not self.method.is_neutral(value * edit.factor) for edit in self.siblings) for value in rows)
         self.guide.active = None if all(active) else active
 
-    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
+    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
         refuse_compiled()
         guide = self.guide
         if guide in facts.held:
@@ -215,7 +218,7 @@ class GuidedEdit(Edit):
         edited = guide.editor.write(self.tap.site, h, prepared, tokens, guide.state(facts))
         if edited is h:
             return h
-        written = None if tokens.written is None else tokens.written[..., None]
+        written = tokens.mask
         if self._some_inert:
             written = active if written is None else written & active
         edited = edited.to(h.dtype)

@@ -25,7 +25,7 @@ from steerkit.network.placement import Placement
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.chat_roles import Roles
-from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model
+from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model, settle
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
 from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
@@ -148,9 +148,11 @@ class Steering:
             drop_shared_prefixes(self._decoder.model)
         for dose in self._doses:
             dose.value = checked
-        for edit in self._edits:
-            if any(edit.dose is dose for dose in self._doses):
-                edit.refresh()
+        changed = [edit for edit in self._edits if any(edit.dose is dose for dose in self._doses)]
+        for edit in changed:
+            edit.refresh()
+            if self._entered:
+                settle(edit)
 
     def __enter__(self) -> Steering:
         with _ATTACH, contextlib.ExitStack() as stack:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from steerkit.errors import SteerError
 from steerkit.tokens.forward_pass import Pass
+from steerkit.tokens.generate_frames import GenerateFrames
 from steerkit.tokens.pass_reader import PassReader
 from steerkit.tokens.texts import Texts
-from steerkit.tokens.transformers_facts import GenerateFrames
 
 __all__ = ["Hook", "PassClock"]
 
@@ -56,6 +56,12 @@ class PassClock:
     Args:
         model: the transformers model itself (not a wrapper around it).
         body: its decoder body, which people also call alone; the outer model's facts win.
+
+    Attributes:
+        owner: the thread that steers.
+        users: contexts that need the clock at present.
+        is_compiled: whether code was compiled with its hooks on the model. Then they stay for good: other ones would be
+            compiled anew.
     """
 
     def __init__(self, model: nn.Module, body: nn.Module) -> None:
@@ -69,6 +75,7 @@ class PassClock:
         self._checks: list[Callable[[], None]] = []
         self.owner = threading.get_ident()
         self.users = 0
+        self.is_compiled = self._runs = False
         self._refused: SteerError | None = None
 
     @staticmethod
@@ -83,7 +90,10 @@ class PassClock:
     def attach(self) -> None:
         """Hang the hooks on the model; the first attachment of several does it."""
         self.users += 1
-        if self.users > 1:
+        self._runs = True  # compiled code may look at this, and not at a number of users
+        if self.users == 1:
+            self.owner = threading.get_ident()
+        if self._handles:
             return
         model, body = self._model(), self._body()
         try:
@@ -97,9 +107,10 @@ class PassClock:
             raise
 
     def detach(self) -> None:
-        """Take the hooks off when their last user goes."""
+        """Take the hooks off when their last user goes, unless code was compiled with them."""
         self.users -= 1
-        if self.users <= 0:
+        self._runs = self.users > 0
+        if self.users <= 0 and not self.is_compiled:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
@@ -217,8 +228,13 @@ class PassClock:
             ModelError: the model itself gets this mode wrong (a Mamba cache continued by a second `generate`), or a
                 hooked module has been replaced.
         """
+        if not self._runs:  # left behind for compiled code
+            return
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:
+            self.is_compiled = True
         live = self._live()
-        if live is None and not torch.compiler.is_compiling():
+        if live is None and not is_compiling:
             for check in self._checks:
                 check()
         given = self.arguments(module, args, kwargs)
@@ -231,7 +247,7 @@ class PassClock:
                 if facts is not None and (facts.batch, facts.width) != (tokens.shape[0], tokens.shape[1]):
                     facts = None
             facts = self._reader.read(tokens, given) if facts is None else facts
-        frame = None if torch.compiler.is_compiling() else sys._getframe(2)
+        frame = None if is_compiling else sys._getframe(2)
         self._local.live = _Live(module, facts, frame, live)
 
     def note_refusal(self, error: BaseException | None) -> None:
@@ -264,14 +280,17 @@ class PassClock:
         live: _Live | None = getattr(self._local, "live", None)
         if live is None or torch.compiler.is_compiling():
             return live
-        stack: set[int] = set()
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            stack.add(id(frame))
-            frame = frame.f_back
-        while live is not None and live.frame is not None and id(live.frame) not in stack:
+        while live is not None and live.frame is not None and not _is_running(live.frame):
             live = live.outer
         return live
+
+
+def _is_running(frame: Any) -> bool:
+    """Whether a frame is on the stack of this thread; that of a pass around the present one is a few calls up."""
+    caller: Any = sys._getframe(2)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
 
 
 class _Live(NamedTuple):

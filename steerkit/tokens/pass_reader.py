@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from steerkit.tokens.forward_pass import PACKED, Pass
 from steerkit.tokens.generate_call import GenerateCall
+from steerkit.tokens.generate_frames import GenerateFrames
 from steerkit.tokens.texts import Texts
 from steerkit.tokens.transformers_facts import (
-    GenerateFrames,
     cache_of,
     columns_cached,
     first_of_real,
