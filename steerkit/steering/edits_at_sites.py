@@ -102,6 +102,8 @@ class Edit:
         device, dtype = _guess_place(self.tap.module)
         if not self._ready and device.type != "meta":
             self._ready[device, dtype, len(rows) if self._per_row else 0] = self._prepare(device, dtype, None)
+        if self.lengths is not None and device.type != "meta":
+            self.lengths.place(device)
         values = [value * self.factor for value in rows]
         if self._compiled is None or not self._compiled.set(values, active):
             self._compiled = CompiledStrength(self.params, values, active, device)

@@ -30,9 +30,9 @@ _DRAFTING = "get_candidates"
 
 
 class _Known(NamedTuple):
-    """What was found from a decoding frame: its number, which no other frame has while the call's settings live."""
+    """What was found from the frame of a loop: its number, which no other frame has while the call's settings live."""
 
-    loop: int
+    frame: int
     prompt: weakref.ref[Tensor]
     settings: weakref.ref[Any]
 
@@ -63,28 +63,28 @@ class GenerateFrames:
         Returns:
             [b, t] and the settings; None and None outside of `generate`.
         """
-        loop, known = self._loop(), getattr(self._local, "known", None)
-        if known is not None and known.loop == id(loop):
+        nearest, known = self._nearest(), getattr(self._local, "known", None)
+        if nearest is None:
+            return None, None
+        if known is not None and known.frame == id(nearest):
             found, settings = known.prompt(), known.settings()
             if found is not None and settings is not None:
                 return found, settings
         found, settings = self._search()
         self._local.known = None
-        if loop is not None and found is not None and settings is not None:
-            self._local.known = _Known(id(loop), weakref.ref(found), weakref.ref(settings))
+        if id(nearest.f_code) in self._loops and found is not None and settings is not None:
+            self._local.known = _Known(id(nearest), weakref.ref(found), weakref.ref(settings))
         return found, settings
 
-    def _loop(self) -> Any:
-        """The frame that decodes, where no other call of `generate` stands between it and this pass.
+    def _nearest(self) -> Any:
+        """The innermost frame of `generate`, or of one of its loops; None where no model generates.
 
-        Nothing around a frame changes while it runs: what was found from it once is found from it in each of its steps.
+        Nothing around a loop changes while it runs: what was found from it once is found from it in each of its steps.
         """
         frame: Any = sys._getframe(2)
-        while frame is not None and frame.f_code is not self._generate:
-            if id(frame.f_code) in self._loops:
-                return frame
+        while frame is not None and frame.f_code is not self._generate and id(frame.f_code) not in self._loops:
             frame = frame.f_back
-        return None
+        return frame
 
     def _search(self) -> tuple[Tensor | None, Any]:
         """See `prompt`; goes through the whole stack."""
