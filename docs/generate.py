@@ -1,15 +1,16 @@
 """The pages of the reference that are read off the program: `python -m docs.generate` writes them anew.
 
 `reference/command-line.md` is what `--help` says of every command; `reference/sites.md` is what is found in a small
-random model of each family; `reference/api/methods.md` and README's table of methods are the files of
-`steerkit/methods`. `make docs` writes all, and tests compare them with what is there; a method that is not yet in its
-pages breaks no test.
+random model of each family; `reference/api/methods.md`, README's table of methods and `listing.json`, which `steerkit
+methods` shows, are the files of `steerkit/methods`. `make docs` writes all, and tests compare them with what is there;
+a method that is not yet in its pages breaks no test.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -20,6 +21,7 @@ from steerkit.cli._data import PANEL as DATA
 from steerkit.cli._data import DataChoice
 from steerkit.cli._model import PANEL as MODEL
 from steerkit.cli._model import ModelChoice
+from steerkit.methods._listing import LISTING
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(__file__).resolve().parent / "reference"
@@ -252,6 +254,14 @@ def schema() -> str:
     return (ROOT / "steerkit" / "composition" / "schema.json").read_text("utf-8")
 
 
+def methods_listing() -> str:
+    """What the shipped methods say of themselves, for commands that load none."""
+    from steerkit.methods._listing import MethodFacts
+    from steerkit.methods._registry import resolve
+
+    return json.dumps([MethodFacts.of(resolve(name)).as_json() for name in shipped_methods()], indent=2) + "\n"
+
+
 PAGES = {
     "command-line.md": command_line,
     "sites.md": sites,
@@ -267,6 +277,7 @@ def main() -> None:
     for name, page in PAGES.items():
         (REFERENCE / name).write_text(page(), encoding="utf-8")
     put("methods", methods_table())
+    LISTING.write_text(methods_listing(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, Union, get_ar
 
 from steerkit.errors import SteerError, UnknownNameError, near_miss, unknown_name
 
-__all__ = ["Configured", "Plugins"]
+__all__ = ["Configured", "Plugins", "plugin_names", "shipped_names"]
 
 Kind = TypeVar("Kind")
 
@@ -106,9 +106,7 @@ class Plugins(Generic[Kind]):
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        path = importlib.import_module(self._package).__path__
-        shipped = {entry.name for entry in pkgutil.iter_modules(path) if not entry.name.startswith("_")}
-        return sorted(shipped | {entry.name for entry in _installed(self._package)})
+        return sorted(shipped_names(self._package) | plugin_names(self._package))
 
     def resolve(self, name: str) -> type[Kind]:
         """Find a class.
@@ -151,6 +149,25 @@ class Plugins(Generic[Kind]):
 
     def _broken(self, name: str, home: str, reason: str) -> UnknownNameError:
         return UnknownNameError(f"{self._kind} {name!r} ({home}) cannot be used: {' '.join(reason.split())}")
+
+
+def shipped_names(package: str) -> set[str]:
+    """Names of the files of a package that hold something to be found by name; none of them is loaded.
+
+    Args:
+        package: such as ``steerkit.methods``.
+    """
+    path = importlib.import_module(package).__path__
+    return {entry.name for entry in pkgutil.iter_modules(path) if not entry.name.startswith("_")}
+
+
+def plugin_names(group: str) -> set[str]:
+    """Names of the installed entry points of a group; none of them is loaded.
+
+    Args:
+        group: such as ``steerkit.methods``.
+    """
+    return {entry.name for entry in _installed(group)}
 
 
 def _shown(found: Any) -> str:

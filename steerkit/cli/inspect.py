@@ -14,6 +14,7 @@ from steerkit.cli._shared import Json, number, print_json, sites_table, stderr, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from steerkit.methods._listing import MethodFacts
     from steerkit.methods._protocols import PartsTable
     from steerkit.vector.steering_vector import SteeringVector
 
@@ -82,7 +83,7 @@ def run(
     shown = table("", str(path))
     for name in _SHOWN:
         if facts[name] not in (None, {}):
-            unit = f" {_unit(facts['method'])}" if name == "suggested_strength" else ""
+            unit = f" {_unit(loaded)}" if name == "suggested_strength" else ""
             shown.add_row(name.replace("_", " "), _text(name, facts[name]) + unit)
     if _is_gated(loaded):
         shown.add_row("gate reads", "\n".join(_read(site, facts) for site in facts["fitted_at"]))
@@ -122,13 +123,8 @@ def _held_out_rows(vector: SteeringVector, held_out: Mapping[str, Any]) -> list[
 
 def _is_gated(vector: SteeringVector) -> bool:
     """Whether the vector is known to be gated."""
-    from steerkit.errors import SteerError
-    from steerkit.methods._registry import is_gated
-
-    try:
-        return is_gated(vector)
-    except SteerError:  # a file may be looked at that cannot be used
-        return False
+    facts = _facts(vector)
+    return facts is not None and facts.is_gated and facts.edit == vector.edit
 
 
 def _read(site: str, facts: dict[str, Any]) -> str:
@@ -141,6 +137,9 @@ def _read(site: str, facts: dict[str, Any]) -> str:
 
 def _parts(vector: SteeringVector) -> PartsTable | None:
     """What the vector's method lists of it; None where it lists nothing or cannot use the vector."""
+    facts = _facts(vector)
+    if facts is None or not facts.lists_parts:
+        return None
     from steerkit.errors import SteerError
     from steerkit.methods._protocols import ListsParts
     from steerkit.methods._registry import method_of
@@ -167,16 +166,21 @@ def _print_parts(console: Console, parts: PartsTable) -> None:
         console.print(parts.note)
 
 
-def _unit(method: str) -> str:
-    """What strengths count, where it is more than a factor and the method is installed."""
+def _facts(vector: SteeringVector) -> MethodFacts | None:
+    """What the vector's method says of itself; None where it is not installed: a file may be looked at all the same."""
     from steerkit.errors import UnknownNameError
-    from steerkit.methods._registry import resolve
+    from steerkit.methods._listing import listed_method
 
     try:
-        unit = resolve(method).strength_unit
+        return listed_method(vector.method)
     except UnknownNameError:
-        return ""
-    return "" if unit == "factor" else unit
+        return None
+
+
+def _unit(vector: SteeringVector) -> str:
+    """What strengths count, where it is more than a factor and the method is installed."""
+    facts = _facts(vector)
+    return "" if facts is None or facts.strength == "factor" else facts.strength
 
 
 def _shares(massive: dict[str, float]) -> str:

@@ -11,23 +11,13 @@ __all__ = ["run"]
 
 def run(as_json: Json = False) -> None:
     """List the methods: name, paper, which tokens they write, what strengths count, what they are fitted on."""
-    from steerkit.methods._registry import usable_methods
+    from steerkit.methods._listing import listed_methods
 
-    usable, broken = usable_methods()
+    usable, broken = listed_methods()
     for problem in broken.values():
         typer.echo(f"note: {problem}", err=True)
-    rows = [
-        {
-            "name": name,
-            "title": kind.title,
-            "paper": kind.paper,
-            "scope": kind.from_settings({}).default_scope,
-            "strength": kind.strength_unit,
-            "neutral": kind.neutral,
-            "data": kind.data,
-        }
-        for name, kind in usable.items()
-    ]
+    shown_at = ("name", "title", "paper", "scope", "strength", "neutral", "data")
+    rows = [{key: facts.as_json()[key] for key in shown_at} for facts in usable.values()]
     if as_json:
         print_json(rows)
         return

@@ -7,9 +7,14 @@ site, `writers` finds every weight that writes to the residual stream, `weight_d
 
 from __future__ import annotations
 
-from steerkit.network.decoder import Decoder, execution_device, find_decoder, inner_model
-from steerkit.network.sites import Site, layers_text, parse_layers, sites_text
-from steerkit.network.tap import Tap, anatomies, locate
+from typing import TYPE_CHECKING
+
+from steerkit._support.lazy import lazily
+
+if TYPE_CHECKING:
+    from steerkit.network.decoder import Decoder, execution_device, find_decoder, inner_model
+    from steerkit.network.sites import Site, layers_text, parse_layers, sites_text
+    from steerkit.network.tap import Tap, anatomies, locate
 
 __all__ = [
     "Decoder",
@@ -24,3 +29,20 @@ __all__ = [
     "parse_layers",
     "sites_text",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Decoder": "decoder",
+        "Site": "sites",
+        "Tap": "tap",
+        "anatomies": "tap",
+        "execution_device": "decoder",
+        "find_decoder": "decoder",
+        "inner_model": "decoder",
+        "layers_text": "sites",
+        "locate": "tap",
+        "parse_layers": "sites",
+        "sites_text": "sites",
+    },
+)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHANNEL", "FINAL", "FRAME", "THINKING", "Mark", "Marks", "outside_thinking", "spoken"]
+__all__ = ["CHANNEL", "FINAL", "FRAME", "THINKING", "Mark", "Marks", "ReadSoFar", "outside_thinking", "spoken"]
 
 # What models put around their thinking; the first pair that a template writes, or that the vocabulary has, is the one.
 THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
@@ -97,23 +99,6 @@ class Mark:
     core: tuple[int, ...]
     tail: tuple[int, ...] = ()
 
-    def ends(self, ids: Tensor) -> Tensor:
-        """[b, t] True where the core ends.
-
-        Args:
-            ids: [b, t].
-        """
-        return _found(ids, self.core)
-
-    def goes_on(self, ids: Tensor) -> Tensor | None:
-        """[b, t] True where the core has ended and its tail has not; None where there is no tail.
-
-        Args:
-            ids: [b, t].
-        """
-        parts = [_found(ids, self.core + self.tail[:length]) for length in range(len(self.tail))]
-        return torch.stack(parts).any(dim=0) if parts else None
-
 
 @dataclass(frozen=True)
 class Marks:
@@ -138,7 +123,7 @@ class Marks:
     counts: bool = True
 
     def written(self, kind: str, count: int, ids: Tensor) -> Tensor:
-        """Which positions a scope means.
+        """Which positions of a whole text a scope means.
 
         Args:
             kind: `assistant`, `answer` or `after`.
@@ -148,33 +133,49 @@ class Marks:
         Returns:
             [b, t] bool.
         """
-        if kind == "after":
-            return self.ended(ids) > count
-        assistant, others, closes = self._events(ids)
-        inside = _last(assistant | others | closes, assistant)
-        header = self.assistant.goes_on(ids)
+        return self.read_on(kind, count, ids)[0]
+
+    def read_on(self, kind: str, count: int, ids: Tensor, before: ReadSoFar | None = None) -> tuple[Tensor, ReadSoFar]:
+        """Which positions of the next tokens of a text a scope means.
+
+        Args:
+            kind: `assistant`, `answer` or `after`.
+            count: of `after`: the message behind which it begins.
+            ids: [b, t] the next ids.
+            before: what is known of the text up to them, of the same scope; None at its beginning.
+
+        Returns:
+            [b, t] bool, and what is known then.
+        """
+        marks = (self.assistant, *self.others, *filter(None, (self.think, self.answer)))
+        reading = Reading(ids, max(len(mark.core) + len(mark.tail) for mark in marks) - 1, before)
+        found = self._ended(reading) > count if kind == "after" else self._inside(reading, kind)
+        return found, reading.so_far()
+
+    def _inside(self, reading: Reading, kind: str) -> Tensor:
+        """[b, t] positions inside of the assistant's messages, or of its answers."""
+        assistant, others, closes = self._events(reading)
+        opens_or_closes = assistant | others | closes
+        inside = reading.last(opens_or_closes, assistant)
+        header = reading.goes_on(self.assistant)
         inside = inside if header is None else inside & ~header
         if kind == "assistant" or self.answer is None:
             return inside
-        answers = self.answer.ends(ids)
+        answers = reading.ends(self.answer.core)
         if self.headed:
-            return inside & _last(answers | assistant | others | closes, answers)
+            return inside & reading.last(answers | opens_or_closes, answers)
         if self.think is None:
             return inside
-        thinks = self.think.ends(ids)
-        thinking = _last(thinks | answers | assistant | others | closes, thinks)
-        rest = self.answer.goes_on(ids)
+        thinks = reading.ends(self.think.core)
+        thinking = reading.last(thinks | answers | opens_or_closes, thinks)
+        rest = reading.goes_on(self.answer)
         return inside & ~thinking if rest is None else inside & ~thinking & ~rest
 
-    def _events(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _events(self, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """[b, t] each: where the assistant's turn is opened, another one, and where a turn is closed."""
-        none = torch.zeros_like(ids, dtype=torch.bool)
-        others, closes = none, none
-        for mark in self.others:
-            others = others | mark.ends(ids)
-        for token in self.closes:
-            closes = closes | (ids == token)
-        return self.assistant.ends(ids), others, closes
+        others = reading.any_of(reading.ends(mark.core) for mark in self.others)
+        closes = reading.any_of(reading.ends((token,)) for token in self.closes)
+        return reading.ends(self.assistant.core), others, closes
 
     def ended(self, ids: Tensor) -> Tensor:
         """[b, t] messages that have ended, up to each token and with it.
@@ -182,31 +183,124 @@ class Marks:
         Args:
             ids: [b, t] from the beginning of the text.
         """
-        assistant, others, closes = self._events(ids)
+        return self._ended(Reading(ids, max(len(m.core) + len(m.tail) for m in (self.assistant, *self.others)) - 1))
+
+    def _ended(self, reading: Reading) -> Tensor:
+        assistant, others, closes = self._events(reading)
         shared = any(mark.core == self.assistant.core[: len(mark.core)] for mark in self.others)
         opens = others if shared else others | assistant
-        is_open = _last(opens | closes, opens)
-        before = torch.nn.functional.pad(is_open, (1, 0))[:, : is_open.shape[1]]
-        ends = (opens | closes) & before
-        header = None if shared else self.assistant.goes_on(ids)
+        before = reading.one_later(reading.last(opens | closes, opens))
+        ended = reading.total((opens | closes) & before)
+        header = None if shared else reading.goes_on(self.assistant)
         if header is None:
-            return ends.cumsum(dim=1)
+            return ended
         # What opens the assistant's turn ends the user's, when its tail is through.
-        return ends.cumsum(dim=1) - (header & _last(opens | closes, assistant & before)).long()
+        return ended - (header & reading.last(opens | closes, assistant & before)).long()
 
 
-def _found(ids: Tensor, run: tuple[int, ...]) -> Tensor:
-    """[b, t] True where a run of ids ends."""
-    width = ids.shape[1]
-    found = ids == run[-1]
-    for back, token in enumerate(reversed(run[:-1]), start=1):
-        found = found & torch.nn.functional.pad(ids == token, (back, 0))[:, :width]
-    return found
+class ReadSoFar(NamedTuple):
+    """What has to be known of a text to go on reading it; it is as large for a long text as for a short one.
+
+    Attributes:
+        tail: [b, n] its last ids; -1 before its beginning.
+        carried: [b] each: what each question about it came to at its last token.
+    """
+
+    tail: Tensor
+    carried: tuple[Tensor, ...]
 
 
-def _last(events: Tensor, opening: Tensor) -> Tensor:
-    """[b, t] whether the last event up to each token, and with it, was an opening one."""
-    place = torch.arange(events.shape[1], device=events.device)
-    coded = torch.where(events, 2 * place + opening, -1)
-    latest = coded.cummax(dim=1).values
-    return (latest >= 0) & (latest % 2 == 1)
+class Reading:
+    """The next tokens of a text, and questions about them whose answers depend on what came before.
+
+    Args:
+        ids: [b, t] the next ids.
+        reach: how many ids before them a mark may begin.
+        before: what is known of the text up to them, from a reading that was asked the same; None at its beginning.
+    """
+
+    def __init__(self, ids: Tensor, reach: int, before: ReadSoFar | None = None) -> None:
+        self._tail = ids.new_full((ids.shape[0], reach), -1) if before is None else before.tail
+        self._ids, self._width, self._reach = torch.cat([self._tail, ids], dim=1), ids.shape[1], reach
+        self._before = () if before is None else before.carried
+        self._carried: list[Tensor] = []
+
+    def so_far(self) -> ReadSoFar:
+        """What is known behind these tokens."""
+        return ReadSoFar(self._ids[:, self._width :], tuple(self._carried))
+
+    def ends(self, run: tuple[int, ...]) -> Tensor:
+        """[b, t] True where a run of ids ends.
+
+        Args:
+            run: at least one id.
+        """
+        found: Tensor | None = None
+        for back, token in enumerate(reversed(run)):
+            start = self._reach - back
+            here = self._ids[:, start : start + self._width] == token
+            found = here if found is None else found & here
+        assert found is not None
+        return found
+
+    def goes_on(self, mark: Mark) -> Tensor | None:
+        """[b, t] True where the core of a mark has ended and its tail has not; None where there is no tail.
+
+        Args:
+            mark: the mark.
+        """
+        parts = [self.ends(mark.core + mark.tail[:length]) for length in range(len(mark.tail))]
+        return self.any_of(parts) if parts else None
+
+    def any_of(self, parts: Iterable[Tensor]) -> Tensor:
+        """[b, t] True where one of several is; nowhere where there is none.
+
+        Args:
+            parts: [b, t] each.
+        """
+        found: Tensor | None = None
+        for part in parts:
+            found = part if found is None else found | part
+        return torch.zeros_like(self._ids[:, self._reach :], dtype=torch.bool) if found is None else found
+
+    def last(self, events: Tensor, opening: Tensor) -> Tensor:
+        """[b, t] whether the last event up to each token, and with it, was an opening one.
+
+        Args:
+            events: [b, t].
+            opening: [b, t].
+        """
+        before = self._carry(events)
+        if self._width == 1:
+            found = torch.where(events, opening, before)
+        else:
+            place = torch.arange(self._width, device=events.device)
+            latest = torch.where(events, 2 * place + opening, -1).cummax(dim=1).values
+            found = torch.where(latest < 0, before, latest % 2 == 1)
+        self._carried.append(found[:, -1:])
+        return found
+
+    def one_later(self, values: Tensor) -> Tensor:
+        """[b, t] the value of the token before each.
+
+        Args:
+            values: [b, t] bool.
+        """
+        found = torch.cat([self._carry(values), values[:, :-1]], dim=1)
+        self._carried.append(values[:, -1:])
+        return found
+
+    def total(self, events: Tensor) -> Tensor:
+        """[b, t] how many events there were up to each token and with it.
+
+        Args:
+            events: [b, t].
+        """
+        found = events.cumsum(dim=1) + self._carry(events)
+        self._carried.append(found[:, -1:])
+        return found
+
+    def _carry(self, like: Tensor) -> Tensor:
+        """[b, 1] what the next question came to before these tokens: nothing at the beginning of a text."""
+        place = len(self._carried)
+        return self._before[place] if self._before else torch.zeros_like(like[:, :1])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -16,37 +18,64 @@ from steerkit.steering.replay import Reading
 from steerkit.tokens.clock import Hook, PassClock
 
 if TYPE_CHECKING:
+    from steerkit.network.tap import Tap
     from steerkit.steering.edits_at_sites import Edit
 
-__all__ = ["attached_edits", "make_compiled_code_see_hooks", "refuse_compiled_model"]
+__all__ = ["attached_edits", "make_compiled_code_see_hooks", "refuse_compiled_model", "settle"]
 
 
 class _Dispatcher(Hook):
     """The one steering hook of a module and side: applies its edits in order.
 
+    It hangs on the module while one of its edits does something. Code that was compiled with it would be compiled again
+    for another hook, so there it stays behind, without edits, for whoever steers next.
+
     Threads that steer one model at once each have edits of their own here. What is there is replaced as a whole, never
     changed, because a pass of another thread may be going through it.
     """
 
-    def __init__(self, clock: PassClock) -> None:
-        self.clock = clock
-        self.edits: tuple[Edit | Reading, ...] = ()
+    def __init__(self, module: nn.Module, clock: PassClock) -> None:
         self.entries: tuple[tuple[int, Edit | Reading], ...] = ()
-        self.handle: Any = None
+        self._edits: tuple[Edit | Reading, ...] = ()
+        self._clock = clock
+        self._module = weakref.ref(module)
+        self._handle: Any = None
 
-    def keep(self, entries: Sequence[tuple[int, Edit | Reading]]) -> None:
-        """Replace what is there."""
-        self.entries, self.edits = tuple(entries), tuple(edit for _, edit in entries)
+    def keep(self, entries: Sequence[tuple[int, Edit | Reading]], clock: PassClock) -> None:
+        """Replace what is there.
 
-    def present(self) -> Sequence[Edit | Reading]:
-        """The edits for the pass that this thread is in."""
-        edits, entries = self.edits, self.entries  # before it is asked whether they are several threads'
-        return self.clock.own(entries) if self.clock.is_shared else edits
+        Args:
+            entries: each with the thread that attached it.
+            clock: on the model, attached.
+        """
+        self._clock = clock
+        self.entries, self._edits = tuple(entries), tuple(edit for _, edit in entries)
+        self.settle()
+
+    def settle(self) -> None:
+        """Hang on the module, or come off, as the edits at their present strengths need it."""
+        module = self._module()
+        if module is None:
+            return
+        stays = self._clock.is_compiled
+        if self._handle is None and (any(not edit.is_inert for edit in self._edits) or (stays and self._edits)):
+            self._handle = self._hang(module)
+        elif self._handle is not None and not stays and all(edit.is_inert for edit in self._edits):
+            self._handle.remove()
+            self._handle = None
+
+    def _hang(self, module: nn.Module) -> Any:
+        raise NotImplementedError
 
 
 class _InputDispatcher(_Dispatcher):
+    def _hang(self, module: nn.Module) -> Any:
+        return module.register_forward_pre_hook(self, prepend=True, with_kwargs=True)
+
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        edits = self.present()
+        edits, entries = self._edits, self.entries  # before it is asked whether they are several threads'
+        if self._clock.is_shared:
+            edits = self._clock.own(entries)
         if not edits:
             return None
         tap = edits[0].tap
@@ -57,8 +86,13 @@ class _InputDispatcher(_Dispatcher):
 
 
 class _OutputDispatcher(_Dispatcher):
+    def _hang(self, module: nn.Module) -> Any:
+        return module.register_forward_hook(self, prepend=True)
+
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        edits = self.present()
+        edits, entries = self._edits, self.entries  # before it is asked whether they are several threads'
+        if self._clock.is_shared:
+            edits = self._clock.own(entries)
         if not edits:
             return None
         tap, plain = edits[0].tap, type(output) is Tensor
@@ -70,38 +104,42 @@ class _OutputDispatcher(_Dispatcher):
         return h if plain else tap.write_output(output, h)
 
 
+# By module: a dispatcher that has come off for a while keeps its place among the edits of nested contexts.
+_DISPATCHERS: WeakKeyDictionary[nn.Module, dict[str, _Dispatcher]] = WeakKeyDictionary()
+
+
 @contextlib.contextmanager
 def attached_edits(edit: Edit | Reading, clock: PassClock, owner: int) -> Iterator[None]:
-    """Append an edit to its module's dispatcher, which comes with its first edit and goes with its last.
+    """Append an edit to its module's dispatcher, which hangs on the module while one of its edits does something.
 
     Args:
         edit: the edit.
         clock: on the model, attached.
         owner: the thread that steers.
     """
-    module, is_input = edit.tap.module, edit.tap.side == "input"
-    kind = _InputDispatcher if is_input else _OutputDispatcher
-    hooks = module._forward_pre_hooks if is_input else module._forward_hooks
-    dispatcher = next((hook for hook in hooks.values() if isinstance(hook, kind)), None)
-    if dispatcher is None:
-        dispatcher = kind(clock)
-        dispatcher.keep([(owner, edit)])
-        dispatcher.handle = (
-            module.register_forward_pre_hook(dispatcher, prepend=True, with_kwargs=True)
-            if is_input
-            else module.register_forward_hook(dispatcher, prepend=True)
-        )
-    else:
-        dispatcher.keep([*dispatcher.entries, (owner, edit)])
+    found = _DISPATCHERS.setdefault(edit.tap.module, {})
+    if edit.tap.side not in found:
+        kind = _InputDispatcher if edit.tap.side == "input" else _OutputDispatcher
+        found[edit.tap.side] = kind(edit.tap.module, clock)
+    dispatcher = found[edit.tap.side]
     try:
+        dispatcher.keep([*dispatcher.entries, (owner, edit)], clock)
         yield
     finally:
         entries = list(dispatcher.entries)
         # By identity and from the end: one plan may be attached twice, and by two threads.
         del entries[max(place for place, one in enumerate(entries) if one[0] == owner and one[1] is edit)]
-        dispatcher.keep(entries)
-        if not entries:
-            dispatcher.handle.remove()
+        dispatcher.keep(entries, clock)
+
+
+def settle(taps: Iterable[Tap]) -> None:
+    """See to it that modules have a hook where their edits, at the present strengths, need one.
+
+    Args:
+        taps: of edits that are attached.
+    """
+    for tap in taps:
+        _DISPATCHERS[tap.module][tap.side].settle()
 
 
 def refuse_compiled_model(model: nn.Module, decoder: Decoder, edits: Sequence[Edit]) -> None:

@@ -16,6 +16,7 @@ from steerkit.methods._protocols import LayerInput, NeedsPrompt, Params
 from steerkit.methods._registry import default_strength
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
+from steerkit.steering.compiled import CompiledStrength
 from steerkit.steering.replay import GatePlan, refuse_compiled
 from steerkit.steering.strengths import strength_value
 from steerkit.tokens.clock import PassClock
@@ -83,7 +84,7 @@ class Edit:
         self._minimum = self.method.minimum_prompt(self.params) if isinstance(self.method, NeedsPrompt) else 0
         self._inert = self._some_inert = self._per_row = False
         self._active: list[bool] | bool = True
-        self._placed: dict[torch.device, Params] = {}
+        self._compiled: CompiledStrength | None = None
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
@@ -103,18 +104,35 @@ class Edit:
                 for name, value in new.items():
                     old[name].copy_(value)
                 self._ready[key] = (old, old_active.copy_(new_active))
-        if not self._ready:
-            device, dtype = _guess_place(self.tap.module)
-            if device.type != "meta":
-                self._ready[device, dtype, len(active) if self._per_row else 0] = self._prepare(device, dtype, None)
+        device, dtype = _guess_place(self.tap.module)
+        if not self._ready and device.type != "meta":
+            self._ready[device, dtype, len(active) if self._per_row else 0] = self._prepare(device, dtype, None)
+        if self.lengths is not None and device.type != "meta":
+            self.lengths.place(device)
+        self.keep_compiled(device)
+
+    def keep_compiled(self, device: torch.device) -> None:
+        """Keep the present strength where compiled code finds it.
+
+        Args:
+            device: of the site, as far as is known.
+        """
+        values, active = [strength * self.factor for strength in self._strengths()], self.activity()
+        if self._compiled is None or not self._compiled.set(values, active):
+            self._compiled = CompiledStrength(self.params, values, active, device)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """All modules that are hooked for it."""
+        return (self.tap,)
 
     @property
     def doses(self) -> tuple[RowStrengths, ...]:
         """The strengths of its vectors."""
         return (self.dose,)
 
-    def activity(self) -> list[bool]:
-        """Which rows are changed; one entry where all rows are treated alike.
+    def _strengths(self) -> tuple[float, ...]:
+        """The strength of each row; one where all rows are treated alike.
 
         Raises:
             StrengthError: another number of strengths than of rows.
@@ -123,7 +141,15 @@ class Edit:
         listed = values if isinstance(values, tuple) else (values,) * (1 if rows is None else len(rows))
         if rows is not None and len(rows) != len(listed):
             raise StrengthError(f"strength: got {len(listed)} numbers for {len(rows)} rows; give one, or one per row")
-        return [self.dose.acts_on(row) and not self._stays_neutral(value) for row, value in enumerate(listed)]
+        return listed
+
+    def activity(self) -> list[bool]:
+        """Which rows are changed; one entry where all rows are treated alike.
+
+        Raises:
+            StrengthError: another number of strengths than of rows.
+        """
+        return [self.dose.acts_on(row) and not self._stays_neutral(one) for row, one in enumerate(self._strengths())]
 
     def _stays_neutral(self, strength: float) -> bool:
         """Whether a strength that the vector begins with, and all that it fades to, changes nothing."""
@@ -134,9 +160,8 @@ class Edit:
 
     def __call__(self, h: Tensor, args: tuple[Any, ...] = ()) -> Tensor:
         """Write the tokens of this pass that the scope means; `args` is what the module was called with."""
-        compiling = torch.compiler.is_compiling()
         # Compiled code may not look at what changes with the strength, or it would be compiled again.
-        if not compiling and self._inert:
+        if not torch.compiler.is_compiling() and self._inert:
             return h
         assert self.clock is not None
         facts = self.clock.now
@@ -153,7 +178,7 @@ class Edit:
         if facts.suspended:
             return h
         tokens = facts.tokens(self.scope, self.lengths)
-        if tokens.nothing or self._has_faded(tokens):
+        if tokens.nothing or (self.dose.fade is not None and self._has_faded(tokens)):
             return h
         if self._minimum:
             tokens.require_prompt(self._minimum)
@@ -161,13 +186,13 @@ class Edit:
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
             shape = facts.batch, facts.width, -1
             read = None if read is None else read.reshape(shape)
-            return self._write(h.reshape(shape), read, facts, tokens, compiling).reshape(h.shape)
+            return self._write(h.reshape(shape), read, facts, tokens).reshape(h.shape)
         if h.shape[:-1] != (facts.batch, facts.width):  # no mask is laid over anything else
             raise SiteError(
                 f"{self.tap.site}: {list(h.shape)} came from {self.tap.name} in a pass of {facts.batch} rows and "
                 f"{facts.width} tokens; steerkit writes [b, t, d]"
             )
-        return self._write(h, read, facts, tokens, compiling)
+        return self._write(h, read, facts, tokens)
 
     def _has_faded(self, tokens: Tokens) -> bool:
         """Whether this is a decoding step in which nothing is left of a strength that fades to the neutral one."""
@@ -177,19 +202,17 @@ class Edit:
         step = tokens.chooses_from()
         return step is not None and fade.ends_before(step)
 
-    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
+    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
         prepared, active = self._prepared(h, facts, tokens)
         if read is not None:
             prepared = {**prepared, "input": read}
         edited = self.method.edit(h, prepared, tokens)
         if edited.dtype != h.dtype:
             edited = edited.to(h.dtype)
-        written = None if tokens.written is None else tokens.written[..., None]
-        if compiling or self._some_inert:
+        written = tokens.mask
+        if torch.compiler.is_compiling() or self._some_inert:
             written = active if written is None else written & active
-        if written is not None:
-            edited = torch.where(written, edited, h)
-        return edited
+        return edited if written is None else torch.where(written, edited, h)
 
     @property
     def is_inert(self) -> bool:
@@ -198,57 +221,58 @@ class Edit:
 
     def _prepared(self, h: Tensor, facts: Pass, tokens: Tokens) -> tuple[dict[str, Tensor], Tensor]:
         """What `prepare` gives for this pass, and which rows [b, 1, 1] or tokens [b, t, 1] it changes."""
-        prepared, active = self._made(h, facts)
-        return (prepared, active) if self.dose.fade is None else self._at_step(h, prepared, active, tokens)
+        if torch.compiler.is_compiling():
+            made: tuple[dict[str, Tensor], Tensor] | None = self.prepare_compiled(h, facts)
+        elif self._per_row and facts.rows is not None:
+            made = self._prepare(h.device, h.dtype, facts)
+        else:  # once per device, dtype and number of rows
+            key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
+            made = self._ready.get(key)
+            if made is None:
+                made = self._ready[key] = self._prepare(h.device, h.dtype, facts)
+        return made if self.dose.fade is None else self._at_step(h, *made, tokens)
 
     def _at_step(
-        self, h: Tensor, ends: dict[str, Tensor], active: Tensor, tokens: Tokens
+        self, h: Tensor, start: dict[str, Tensor], active: Tensor, tokens: Tokens
     ) -> tuple[dict[str, Tensor], Tensor]:
         """What `prepare` gives for the strength that is left at each token."""
-        assert self.dose.fade is not None
-        if h.device not in self._placed:  # or every pass would bring them there; single whole numbers are read here
-            self._placed[h.device] = {
-                name: value if value.dim() == 0 and not value.is_floating_point() else value.to(h.device)
-                for name, value in self.params.items()
-            }
+        fade = self.dose.fade
+        assert fade is not None
+        assert self._compiled is not None
+        end = fade.to * self.factor
         with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(mode=False):
-            share = self.dose.fade.share(tokens.step)[..., None]
-            strength = ends["end"] + (ends["start"] - ends["end"]) * share
+            strength = end + (start["strength"] - end) * fade.share(tokens.step)[..., None]
             if self.method.neutral is not None:
                 active = active & (strength != self.method.neutral)
-            return self.method.prepare(self._placed[h.device], strength, h.dtype, h.device), active
+            return self.method.prepare(self._compiled.params_on(h.device), strength, h.dtype, h.device), active
 
-    def _made(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
-        """What is made once per device, dtype and number of rows."""
-        if self._per_row and facts.rows is not None:
-            return self._prepare(h.device, h.dtype, facts)
-        key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
-        if key not in self._ready:
-            self._ready[key] = self._prepare(h.device, h.dtype, facts)
-        return self._ready[key]
+    def prepare_compiled(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
+        """The same as part of compiled code, which is then right for any strength.
+
+        Args:
+            h: [b, t, d] activations.
+            facts: the pass.
+        """
+        assert self._compiled is not None
+        value, active = self._compiled.of_rows(facts, h.device)
+        if self.dose.fade is not None:
+            return {"strength": value}, active
+        return self.method.prepare(self._compiled.params_on(h.device), value, h.dtype, h.device), active
 
     def _prepare(
         self, device: torch.device, dtype: torch.dtype, facts: Pass | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        if torch.compiler.is_compiling():
-            return self._prepare_here(device, dtype, facts)
         # Not under inference_mode or autograd of whoever happens to run the first pass.
         with torch.inference_mode(mode=False), torch.no_grad():
-            return self._prepare_here(device, dtype, facts)
-
-    def _prepare_here(
-        self, device: torch.device, dtype: torch.dtype, facts: Pass | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
-        active = torch.tensor(self._active, device=device, dtype=torch.bool)
-        value, active = (
-            one if one.dim() == 0 else (one if facts is None else facts.expand(one, "strength"))[:, None, None]
-            for one in (value, active)
-        )
-        if self.dose.fade is not None:
-            end = torch.tensor(self.dose.fade.to * self.factor, dtype=torch.float32, device=device)
-            return {"start": value, "end": end}, active
-        return self.method.prepare(self.params, value, dtype, device), active
+            value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
+            active = torch.tensor(self._active, device=device, dtype=torch.bool)
+            value, active = (
+                one if one.dim() == 0 else (one if facts is None else facts.expand(one, "strength"))[:, None, None]
+                for one in (value, active)
+            )
+            if self.dose.fade is not None:
+                return {"strength": value}, active
+            return self.method.prepare(self.params, value, dtype, device), active
 
 
 @dataclass(eq=False)
@@ -261,6 +285,11 @@ class GuidedEdit(Edit):
         super().__post_init__()
         self.siblings: list[Edit] = [self]
 
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """All modules that are hooked for it: those that its gate reads, and its own."""
+        return (*self.guide.taps.values(), self.tap)
+
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, and stop reading where nothing would be written."""
         super().refresh()
@@ -269,7 +298,7 @@ class GuidedEdit(Edit):
         active = tuple(any(of_row) for of_row in of_rows)
         self.guide.active = None if all(active) else active
 
-    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens, compiling: bool) -> Tensor:
+    def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
         refuse_compiled()
         guide = self.guide
         if guide in facts.held:
@@ -278,7 +307,7 @@ class GuidedEdit(Edit):
         edited = guide.editor.write(self.tap.site, h, prepared, tokens, guide.state(facts))
         if edited is h:
             return h
-        written = None if tokens.written is None else tokens.written[..., None]
+        written = tokens.mask
         if self._some_inert:
             written = active if written is None else written & active
         edited = edited.to(h.dtype)

@@ -132,6 +132,11 @@ class Reading:
     tap: Tap
     clock: PassClock
 
+    @property
+    def is_inert(self) -> bool:
+        """Whether nothing is written by what is read here, so that nothing needs to be read."""
+        return self.guide.inert
+
     def __call__(self, h: Tensor, _args: tuple[Any, ...] = ()) -> Tensor:
         """Hand the activations of this pass to the editor.
 

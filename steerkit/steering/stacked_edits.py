@@ -35,20 +35,43 @@ class StackedEdit(Edit):
         """Which rows are changed."""
         return [any(of_row) for of_row in zip(*(part.activity() for part in self.parts), strict=True)]
 
-    def _prepare_here(
+    def keep_compiled(self, device: torch.device) -> None:
+        """Keep the present strengths of all its vectors where compiled code finds them.
+
+        Args:
+            device: of the site, as far as is known.
+        """
+        for part in self.parts:
+            part.keep_compiled(device)
+
+    def prepare_compiled(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:
+        """What `prepare` gives, as part of compiled code: no row has two vectors.
+
+        Args:
+            h: [b, t, d] activations.
+            facts: the pass.
+        """
+        prepared, active = self.parts[0].prepare_compiled(h, facts)
+        for part in self.parts[1:]:
+            other, acts = part.prepare_compiled(h, facts)
+            prepared = {name: torch.where(acts, other[name], value) for name, value in prepared.items()}
+            active = active | acts
+        return prepared, active
+
+    def _prepare(
         self, device: torch.device, dtype: torch.dtype, facts: Pass | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        made = [part._prepare_here(device, dtype, None) for part in self.parts]
-        active = torch.tensor(self.activity(), device=device, dtype=torch.bool)
-        owners = [self._owner(row) for row in range(len(active))]
-        rows = {
-            name: torch.cat([_row(made[owner][0][name], row) for row, owner in enumerate(owners)])
-            for name in made[0][0]
-        }
-        if facts is not None:
-            rows = {name: facts.expand(value, "rows") for name, value in rows.items()}
-            active = facts.expand(active, "rows")
-        return rows, active[:, None, None]
+        made = [part._prepare(device, dtype, None)[0] for part in self.parts]
+        with torch.inference_mode(mode=False), torch.no_grad():
+            active = torch.tensor(self.activity(), device=device, dtype=torch.bool)
+            owners = [self._owner(row) for row in range(len(active))]
+            rows = {
+                name: torch.cat([_row(made[owner][name], row) for row, owner in enumerate(owners)]) for name in made[0]
+            }
+            if facts is not None:
+                rows = {name: facts.expand(value, "rows") for name, value in rows.items()}
+                active = facts.expand(active, "rows")
+            return rows, active[:, None, None]
 
     def _owner(self, row: int) -> int:
         """Which of its vectors is the row's; any where none is."""

@@ -26,7 +26,7 @@ from steerkit.network.placement import Placement
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.chat_roles import Roles
-from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model
+from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model, settle
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
 from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
@@ -153,9 +153,12 @@ class Steering:
             drop_shared_prefixes(self._decoder.model)
         for dose in self._doses:
             dose.value = checked
-        for edit in self._edits:
-            if any(own is dose for own in edit.doses for dose in self._doses):
-                edit.refresh()
+        changed = [edit for edit in self._edits if any(own is dose for own in edit.doses for dose in self._doses)]
+        for edit in changed:
+            edit.refresh()
+        if self._entered:
+            with _ATTACH:
+                settle(tap for edit in changed for tap in edit.taps)
 
     def __enter__(self) -> Steering:
         with _ATTACH, contextlib.ExitStack() as stack:
@@ -166,9 +169,11 @@ class Steering:
             make_compiled_code_see_hooks()
             owner = clock.attach()
             stack.callback(clock.detach, owner)
-            gates = [tap for edit in self._edits if isinstance(edit, GuidedEdit) for tap in edit.guide.taps.values()]
-            placement = Placement(model, [*(edit.tap for edit in self._edits), *gates])
+            placement = Placement(model, [tap for edit in self._edits for tap in edit.taps])
             stack.enter_context(clock.checking(placement.check))
+            for edit in self._edits:
+                edit.clock = clock
+                edit.refresh()
             guided: set[int] = set()
             for edit in self._edits:
                 if isinstance(edit, GuidedEdit) and id(edit.guide) not in guided:
@@ -176,8 +181,6 @@ class Steering:
                     stack.enter_context(replaying(self._decoder, clock, edit.guide, owner))
                     for tap in edit.guide.taps.values():
                         stack.enter_context(attached_edits(Reading(edit.guide, tap, clock), clock, owner))
-                edit.clock = clock
-                edit.refresh()
                 stack.enter_context(attached_edits(edit, clock, owner))
             self._entered.append((owner, stack.pop_all()))
         return self

@@ -2,7 +2,8 @@
 
 `scope` names the choices. `clock` hooks the model and has every pass noted as it begins (`pass_reader`) as a
 `forward_pass.Pass`, which answers what a scope writes in it (`written`). `texts`, `generate_call` and `text_so_far`
-know what goes on from pass to pass. `transformers_facts` is the only file that knows what transformers keeps to itself.
+know what goes on from pass to pass. `transformers_facts` and `generate_frames` alone know what transformers keeps to
+itself.
 """
 
 from __future__ import annotations

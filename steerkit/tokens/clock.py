@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from steerkit.errors import ModelError, SteerError
 from steerkit.tokens.forward_pass import Pass
+from steerkit.tokens.generate_frames import GenerateFrames
 from steerkit.tokens.pass_reader import PassReader
 from steerkit.tokens.texts import Texts
-from steerkit.tokens.transformers_facts import GenerateFrames
 
 __all__ = ["Hook", "PassClock"]
 
@@ -58,6 +58,12 @@ class PassClock:
     Args:
         model: the transformers model itself (not a wrapper around it).
         body: its decoder body, which people also call alone; the outer model's facts win.
+
+    Attributes:
+        owners: by thread, how often it has attached. A thread of several that steer at once has its own contexts alone.
+        is_shared: whether several threads steer, or have just now.
+        is_compiled: whether code was compiled with its hooks on the model. Then they stay for good: other ones would be
+            compiled anew.
     """
 
     def __init__(self, model: nn.Module, body: nn.Module) -> None:
@@ -69,9 +75,8 @@ class PassClock:
         self._frames, self._texts = GenerateFrames(model), Texts(self._local)
         self._reader = PassReader(model, self._frames, self._texts, self._local)
         self._checks: list[Callable[[], None]] = []
-        # By thread: how often it has attached. A thread of several that steer at once has its own contexts alone.
         self.owners: dict[int, int] = {}
-        self.is_shared = False
+        self.is_shared = self.is_compiled = self._runs = False
         self._refused: SteerError | None = None
 
     @staticmethod
@@ -84,17 +89,15 @@ class PassClock:
         return None
 
     def attach(self) -> int:
-        """Hang the hooks on the model; the first attachment of several does it.
+        """Hang the hooks on the model where they are not there yet.
 
         Returns:
             The thread, for `detach`.
         """
         owner = threading.get_ident()
-        is_first = not self.owners
-        self.owners = {**self.owners, owner: self.owners.get(owner, 0) + 1}
         self._local.owner = owner
-        self.is_shared = self.is_shared or len(self.owners) > 1
-        if not is_first:
+        self._keep({**self.owners, owner: self.owners.get(owner, 0) + 1})
+        if self._handles:
             return owner
         model, body = self._model(), self._body()
         try:
@@ -109,18 +112,22 @@ class PassClock:
         return owner
 
     def detach(self, owner: int) -> None:
-        """Take the hooks off when their last user goes.
+        """Take the hooks off when their last user goes, unless code was compiled with them.
 
         Args:
             owner: what `attach` gave.
         """
-        left = {**self.owners, owner: self.owners[owner] - 1}
-        self.owners = {thread: count for thread, count in left.items() if count > 0}
-        if not self.owners:
-            self.is_shared = False
+        self._keep({**self.owners, owner: self.owners[owner] - 1})
+        if not self.owners and not self.is_compiled:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+
+    def _keep(self, owners: Mapping[int, int]) -> None:
+        """Replace the threads; passes of any of them may be under way, and compiled code may not look at a number."""
+        self.owners = {thread: count for thread, count in owners.items() if count > 0}
+        self._runs = bool(self.owners)
+        self.is_shared = self._runs and (self.is_shared or len(self.owners) > 1)
 
     def own(self, entries: Sequence[tuple[int, _Any]]) -> list[_Any]:
         """What of several threads' things is for the pass that this thread is in.
@@ -259,8 +266,13 @@ class PassClock:
             ModelError: the model itself gets this mode wrong (a Mamba cache continued by a second `generate`), or a
                 hooked module has been replaced.
         """
+        if not self._runs:  # left behind for compiled code
+            return
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:
+            self.is_compiled = True
         live = self._live()
-        if live is None and not torch.compiler.is_compiling():
+        if live is None and not is_compiling:
             for check in self._checks:
                 check()
         given = self.arguments(module, args, kwargs)
@@ -273,7 +285,7 @@ class PassClock:
                 if facts is not None and (facts.batch, facts.width) != (tokens.shape[0], tokens.shape[1]):
                     facts = None
             facts = self._reader.read(tokens, given) if facts is None else facts
-        frame = None if torch.compiler.is_compiling() else sys._getframe(2)
+        frame = None if is_compiling else sys._getframe(2)
         self._local.live = _Live(module, facts, frame, live)
 
     def note_refusal(self, error: BaseException | None) -> None:
@@ -307,14 +319,17 @@ class PassClock:
         live: _Live | None = getattr(self._local, "live", None)
         if live is None or torch.compiler.is_compiling():
             return live
-        stack: set[int] = set()
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            stack.add(id(frame))
-            frame = frame.f_back
-        while live is not None and live.frame is not None and id(live.frame) not in stack:
+        while live is not None and live.frame is not None and not _is_running(live.frame):
             live = live.outer
         return live
+
+
+def _is_running(frame: Any) -> bool:
+    """Whether a frame is on the stack of this thread; that of a pass around the present one is a few calls up."""
+    caller: Any = sys._getframe(2)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
 
 
 class _Live(NamedTuple):

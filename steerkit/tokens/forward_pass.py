@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import ScopeError
-from steerkit.tokens.text_so_far import text_so_far
 from steerkit.tokens.written import Tokens
 
 if TYPE_CHECKING:
@@ -80,8 +79,9 @@ class Pass:
         self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
         self.given, self.call, self.cache = given, call, cache
-        self._text: tuple[Tensor, int | Tensor] | None = None
+        self.is_kept = False  # whether its ids have been added to those of its text
         self._tokens: dict[tuple[Scope, int, int], Tokens] = {}
+        self._latest: tuple[Scope | None, PromptLengths | None, Tokens | None] = (None, None, None)
 
     @property
     def columns(self) -> Tensor:
@@ -144,26 +144,17 @@ class Pass:
         Raises:
             ScopeError: the scope depends on something this pass cannot tell.
         """
+        if torch.compiler.is_compiling():  # which is made again for every object that is told by its number
+            return Tokens(self, scope, lengths)
+        asked, of, latest = self._latest  # all sites of a vector ask the same, one after the other
+        if latest is not None and asked is scope and of is lengths:
+            return latest
         key = (scope, id(lengths), id(scope.marks))
-        if key not in self._tokens:
-            self._tokens[key] = Tokens(self, scope, lengths)
-        return self._tokens[key]
-
-    def text(self, scope: Scope) -> tuple[Tensor, int | Tensor]:
-        """The ids of the whole text so far, and the column among them at which this pass begins.
-
-        Args:
-            scope: what needs them, for the error.
-
-        Returns:
-            [b, past + t] and a number; inside compiled decoding a longer tensor and the one column of this pass.
-
-        Raises:
-            ScopeError: nobody can tell them.
-        """
-        if self._text is None:
-            self._text = text_so_far(self, scope)
-        return self._text
+        found = self._tokens.get(key)
+        if found is None:
+            found = self._tokens[key] = Tokens(self, scope, lengths)
+        self._latest = (scope, lengths, found)
+        return found
 
     def check(self, scope: Scope) -> None:
         """Refuse a scope other than `all` in a pass where nothing else is known.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from steerkit.tokens.forward_pass import PACKED, Pass
 from steerkit.tokens.generate_call import GenerateCall
+from steerkit.tokens.generate_frames import GenerateFrames
 from steerkit.tokens.texts import Texts
 from steerkit.tokens.transformers_facts import (
-    GenerateFrames,
     cache_of,
     columns_cached,
     first_of_real,
@@ -99,7 +99,7 @@ class PassReader:
             facts["boundary"] = call.boundary
             facts["decode"] = cache is not None and width == 1 and call.past_prompt(past)
             facts |= {"call": call, "cache": cache}
-            if is_static(cache):
+            if not facts["decode"] and is_static(cache):
                 call.keep_edge(facts["device"])
             call.running = self._frames.text
         else:

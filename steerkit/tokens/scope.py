@@ -206,6 +206,15 @@ class PromptLengths:
         self.values = tuple(values)
         self._tensors: dict[torch.device, Tensor] = {}
 
+    def place(self, device: torch.device) -> None:
+        """Put them on a device, once: compiled code that makes them there is compiled again when they are there.
+
+        Args:
+            device: of the passes to come.
+        """
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor(self.values, dtype=torch.long, device=device)
+
     def on(self, facts: Pass) -> Tensor:
         """The lengths as a tensor [b], one per row of a pass.
 
@@ -215,7 +224,6 @@ class PromptLengths:
         Raises:
             ScopeError: the rows of the pass do not fit the lengths given.
         """
-        if facts.device not in self._tensors:
-            self._tensors[facts.device] = torch.tensor(self.values, dtype=torch.long, device=facts.device)
+        self.place(facts.device)
         values = self._tensors[facts.device]
         return values.expand(facts.batch) if len(values) == 1 else facts.expand(values, "prompt_lengths")

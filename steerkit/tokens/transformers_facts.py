@@ -1,12 +1,7 @@
-"""What transformers keeps to itself: the one file that reads frames of `generate`, insides of caches, and masks.
+"""What transformers keeps to itself of caches and masks: this file alone reads them, and `generate_frames` its frames.
 
-No public interface of transformers says where a prompt ends, which ids a text consists of so far, or how many columns
-of a cache are filled. All three can be had:
+No public interface of transformers says how many columns of a cache are filled, or who runs a model. It can be had:
 
-* The prompt, repeated for beams and returned sequences, is the local variable `input_ids` of the outermost `generate`
-  frame on the Python stack, in every mode of decoding.
-* The ids of the text so far are a local variable of the loop that decodes, whichever rows beams and rejected
-  candidates have moved.
 * A manager of continuous batching that is kept hangs on the model, and one that runs is a thread's target.
 * A cache says its length, as a number or as a counter on the device; a Mamba cache says only whether it was used, and
   what is no cache object (RWKV's state, a list of tensors) says nothing.
@@ -17,10 +12,8 @@ When transformers renames one of these, this file changes and no other.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +25,6 @@ from steerkit.tokens.generate_call import GenerateCall
 
 __all__ = [
     "CACHE_ARGUMENTS",
-    "GenerateFrames",
     "batching_managers",
     "cache_of",
     "cache_slots",
@@ -53,63 +45,6 @@ __all__ = [
 
 # What a model's forward calls its cache: most of them, Mamba, RWKV, XLNet, Reformer.
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-_PROMPT, _SETTINGS = "input_ids", "generation_config"  # locals of `generate`
-# What the loop that decodes calls the ids of the whole text: with candidates, of beams, else.
-_TEXT = ("candidate_input_ids", "flat_running_sequences", "input_ids")
-_LOOPS = ("_sample", "_beam_search", "_assisted_decoding")
-_DRAFTING = "get_candidates"
-
-
-class GenerateFrames:
-    """Finds the frames of one model's `generate` on the Python stack of this thread.
-
-    Args:
-        model: the transformers model itself; a weak reference is kept.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        from transformers.generation.utils import GenerationMixin
-
-        self._model = weakref.ref(model)
-        self._generate = inspect.unwrap(GenerationMixin.generate).__code__
-        loops = (getattr(GenerationMixin, name, None) for name in _LOOPS)
-        self._loops = frozenset(inspect.unwrap(loop).__code__ for loop in loops if loop is not None)
-
-    def prompt(self) -> tuple[Tensor | None, Any]:
-        """The prompt of the `generate` call that this thread is in, and the call's settings.
-
-        The innermost call on the stack, unless a draft is being made for an outer one: a model that drafts for itself
-        calls its own `generate` on prompt and answer so far, whose prompt is the outer one's.
-
-        Returns:
-            [b, t] and the settings; None and None outside of `generate`.
-        """
-        found, settings, drafts = None, None, False
-        frame: Any = sys._getframe(1)
-        model = self._model()
-        while frame is not None:
-            code = frame.f_code
-            if code is self._generate:
-                if (found is None or drafts) and frame.f_locals.get("self") is model:
-                    names = frame.f_locals
-                    found, settings, drafts = names.get(_PROMPT), names.get(_SETTINGS), False
-            elif code.co_name == _DRAFTING:
-                drafts = True
-            frame = frame.f_back
-        return (found, settings) if isinstance(found, Tensor) else (None, None)
-
-    def text(self) -> Tensor | None:
-        """The ids [b, t] of the whole text in the innermost decoding of this model on the stack; None outside of one.
-
-        Innermost, because a model that drafts for itself decodes inside its own decoding.
-        """
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code in self._loops and frame.f_locals.get("self") is self._model():
-                names = frame.f_locals
-                return next((names[name] for name in _TEXT if isinstance(names.get(name), Tensor)), None)
-            frame = frame.f_back
-        return None
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steerkit.errors import ScopeError
 from steerkit.tokens.scope import ANSWER
+from steerkit.tokens.text_so_far import written_by_role
 
 if TYPE_CHECKING:
     from steerkit.tokens.forward_pass import Pass
@@ -23,6 +24,7 @@ class Tokens:
     Attributes:
         nothing: no token of this pass is written.
         written: [b, t] True where a token is written; None where all are.
+        mask: [b, t, 1] the same, as it is laid over activations.
     """
 
     def __init__(self, facts: Pass, scope: Scope, lengths: PromptLengths | None) -> None:
@@ -30,6 +32,7 @@ class Tokens:
         chosen = self._choose()
         self.nothing = chosen is False
         self.written: Tensor | None = None if isinstance(chosen, bool) else chosen
+        self.mask: Tensor | None = None if self.written is None else self.written[..., None]
 
     @property
     def position(self) -> Tensor:
@@ -165,7 +168,7 @@ class Tokens:
         if scope.kind == "first":
             return self._choose_first(scope.count)
         if scope.is_by_role:
-            return self._choose_role()
+            return _both(written_by_role(facts, scope), facts.real)
         if facts.decode and self._lengths is None and not scope.count and not scope.start:
             return scope.kind in ANSWER
         end = self._end()
@@ -187,14 +190,6 @@ class Tokens:
             if facts.past + facts.width <= count:
                 return _mask_or_all(facts.real)
         return _both(facts.position < count, facts.real)
-
-    def _choose_role(self) -> Tensor:
-        facts, scope = self._pass, self.scope
-        assert scope.marks is not None
-        ids, start = facts.text(scope)
-        written = scope.marks.written(scope.kind, scope.count, ids)
-        here = written[:, start:] if isinstance(start, int) else written.index_select(1, start)
-        return _both(here, facts.real)
 
     def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
         facts = self._pass

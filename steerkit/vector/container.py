@@ -13,18 +13,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from steerkit.errors import VectorFileError
 
+if TYPE_CHECKING:
+    from steerkit.vector.tensors import Stored
+
 __all__ = [
     "BLANK_DIGEST",
-    "DTYPES",
-    "DTYPE_NAMES",
     "FORMAT",
+    "ITEM_BYTES",
     "LAYER_COUNTING",
     "MAX_DIMENSIONS",
     "MAX_HEADER_BYTES",
@@ -41,45 +40,30 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 4096
 MAX_DIMENSIONS = 8
 BLANK_DIGEST = "0" * 64
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
+ITEM_BYTES: Mapping[str, int] = MappingProxyType(
+    {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 )
-DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
+"""How wide the numbers of each dtype are, under safetensors' names."""
 REQUIRED = ("method", "edit", "scope", "unit", "sites", "model_type", "hidden_size", "num_layers")
 
 
-def lay_out(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
+def lay_out(metadata: Mapping[str, str], tensors: Mapping[str, Stored]) -> bytes:
     """Lay out a safetensors file, widest dtypes first so that every tensor is aligned.
 
     Args:
         metadata: what stands in the header, as text.
-        tensors: name to tensor [...] of any shape, on the CPU.
+        tensors: name to tensor.
 
     Raises:
         VectorFileError: text that is no Unicode, or too much of it.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    parts: list[bytes] = []
+    parts: list[Any] = []
     end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda entry: (-entry[1].dtype.itemsize, entry[0])):
-        parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        begin, end = end, end + len(parts[-1])
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+    for name, tensor in sorted(tensors.items(), key=lambda entry: (-ITEM_BYTES[entry[1].dtype], entry[0])):
+        parts.append(tensor.data)
+        begin, end = end, end + len(tensor.data)
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     try:
         head = json.dumps(header, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:

@@ -13,8 +13,8 @@ from steerkit import __version__
 from steerkit.errors import VectorFileError
 from steerkit.vector.container import (
     BLANK_DIGEST,
-    DTYPES,
     FORMAT,
+    ITEM_BYTES,
     LAYER_COUNTING,
     MAX_DIMENSIONS,
     MAX_HEADER_BYTES,
@@ -108,12 +108,12 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
         VectorFileError: the header's entry for it contradicts itself.
     """
     known = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
-    dtype = DTYPES.get(entry["dtype"]) if known and isinstance(entry["dtype"], str) else None
+    size = ITEM_BYTES.get(entry["dtype"]) if known and isinstance(entry["dtype"], str) else None
     shape = _whole_numbers(entry["shape"]) if known else None
     span = _whole_numbers(entry["data_offsets"]) if known else None
-    if dtype is None or shape is None or span is None or len(span) != 2 or len(shape) > MAX_DIMENSIONS:
+    if size is None or shape is None or span is None or len(span) != 2 or len(shape) > MAX_DIMENSIONS:
         raise VectorFileError(f"damaged: the header's entry for tensor {name[:80]!r} cannot be read")
-    if math.prod(shape) * dtype.itemsize != span[1] - span[0]:
+    if math.prod(shape) * size != span[1] - span[0]:
         raise VectorFileError(f"damaged: tensor {name[:80]!r} has a shape that does not fit its bytes")
     return span[0], span[1]
 

@@ -1,14 +1,15 @@
-"""What a vector says about itself at one site: shapes, norms, and its strength in both units."""
+"""What a vector says about itself, and at each site: shapes, norms, and its strength in both units."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from steerkit.network.sites import Site
-from steerkit.vector.container import DTYPE_NAMES, FORMAT, LAYER_COUNTING
+from steerkit.vector.container import FORMAT, LAYER_COUNTING
 from steerkit.vector.fields import CODECS
 from steerkit.vector.frozen import json_like
-from steerkit.vector.tensors import direction_length
+from steerkit.vector.tensors import Stored, direction_length
 
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 __all__ = ["described", "described_site", "strength_source"]
 
 
-def described(vector: SteeringVector) -> dict[str, Any]:
+def described(vector: SteeringVector, params: Mapping[Site, Mapping[str, Stored]]) -> dict[str, Any]:
     """See `SteeringVector.describe`.
 
     Args:
         vector: the vector.
+        params: its tensors at each of its sites.
     """
     apart = ("sites", "norms", "spreads", "massive", "widths", "fitted_at")
     facts = {name: json_like(getattr(vector, name)) for name in CODECS if name not in apart}
@@ -30,23 +32,23 @@ def described(vector: SteeringVector) -> dict[str, Any]:
         "digest": vector.digest,
         "layer_counting": LAYER_COUNTING,
         "strength": json_like(vector.strength),
-        "sites": [described_site(vector, site) for site in vector.sites],
+        "sites": [described_site(vector, site, params[site]) for site in vector.sites],
         "fitted_at": [str(site) for site in vector.reads],
     }
 
 
-def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
+def described_site(vector: SteeringVector, site: Site, params: Mapping[str, Stored]) -> dict[str, Any]:
     """The facts of a vector at one site, as JSON can hold them.
 
     Args:
         vector: the vector.
         site: one of its sites.
+        params: its tensors there.
 
     Returns:
         The site's width; by parameter its dtype and shape; the direction's norm, the activation norm, and, for edits
         that add a direction, the strength in both units (the one set, else the suggested one).
     """
-    params = vector.params(site)
     length, norm = direction_length(params.get("direction")), vector.typical(site)
     given = vector.strength if vector.strength is not None else vector.suggested_strength
     adds = vector.edit.startswith("add")
@@ -60,7 +62,7 @@ def described_site(vector: SteeringVector, site: Site) -> dict[str, Any]:
     return {
         "site": str(site),
         "width": vector.widths.get(site, vector.hidden_size),
-        "params": {name: [DTYPE_NAMES[t.dtype], list(t.shape)] for name, t in sorted(params.items())},
+        "params": {name: [one.dtype, list(one.shape)] for name, one in sorted(params.items())},
         "direction_norm": length,
         "activation_norm": vector.norms.get(site),
         "spread": vector.spreads.get(site),

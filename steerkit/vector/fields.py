@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from steerkit.errors import SiteError, StrengthError, VectorFileError
 from steerkit.network.sites import Site
 from steerkit.vector.frozen import finite_number, frozen, json_like, whole_number
@@ -161,7 +159,7 @@ def checked_strength(name: str, value: Any) -> float | tuple[float, ...] | None:
     """
     if value is None:
         return None
-    value = value.tolist() if isinstance(value, Tensor) else value
+    value = value.tolist() if hasattr(value, "tolist") else value
     try:
         if isinstance(value, Sequence) and not isinstance(value, str) and name == "strength" and len(value):
             return tuple(finite_number(row) for row in value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path, PureWindowsPath
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from steerkit.errors import VectorMismatchError
-from steerkit.network.decoder import find_decoder, inner_model
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["model_facts", "public_id", "same_id", "template_digest"]
 
@@ -29,6 +29,8 @@ def model_facts(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         VectorMismatchError: the model has no transformers config.
         SiteError: it is no decoder whose blocks can be found.
     """
+    from steerkit.network.decoder import find_decoder, inner_model
+
     config: Any = getattr(inner_model(model), "config", None)
     if not hasattr(config, "get_text_config"):
         raise VectorMismatchError(f"{type(model).__name__} has no config of transformers; pass a model of transformers")

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
 from steerkit import __version__
 from steerkit._support.shipped import vector_path
 from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError
 from steerkit.network.sites import Site
-from steerkit.tokens.fade import Fade
-from steerkit.tokens.scope import Scope
-from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, MAX_TENSORS, REQUIRED, lay_out, signed
+from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, REQUIRED, lay_out, signed
 from steerkit.vector.container_checks import check_digest, check_readable, metadata_of
 from steerkit.vector.description import described
 from steerkit.vector.fields import BY_SITE, CODECS, MAPPING, checked_strength, decoded
 from steerkit.vector.frozen import thawed
-from steerkit.vector.model_check import check_model, warn_of_difference
 from steerkit.vector.model_identity import public_id, template_digest
-from steerkit.vector.tensors import check_direction, own_copy
+from steerkit.vector.tensors import Tensors, checked_tensors
 from steerkit.vector.vector_files import read_vector_file, write_vector_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from steerkit.tokens.fade import Fade
 
 __all__ = ["SteeringVector"]
 
@@ -150,41 +149,27 @@ class SteeringVector:
         for site in (*self.sites, *self.reads):
             if site.layer >= self.num_layers:
                 raise VectorFileError(f"{site}: layer {site.layer} is outside 0..{self.num_layers - 1}")
-        object.__setattr__(self, "tensors", MappingProxyType(self._checked_tensors()))
-
-    def _checked_tensors(self) -> dict[str, Tensor]:
-        """Copies of the tensors, in the order of their names.
-
-        Raises:
-            VectorFileError: too many, a wrong name, dtype, shape or value, or a site without any.
-        """
-        if not 1 <= len(self.tensors) <= MAX_TENSORS:
-            raise VectorFileError(f"a vector holds 1 to {MAX_TENSORS} tensors, not {len(self.tensors)}")
-        owners = {str(site): (site,) for site in self.sites} | {"shared": self.sites}
-        kept: dict[str, Tensor] = {}
-        for name in sorted(self.tensors):
-            owner, slash, param = name.partition("/")
-            if not slash or owner not in owners or re.fullmatch(r"[A-Za-z0-9_.-]+", param) is None:
-                listed = ", ".join(owners)
-                raise VectorFileError(f"tensor {name!r}: its name must be <site>/<param>, the site one of {listed}")
-            kept[name] = own_copy(name, self.tensors[name])
-            if param == "direction":
-                for site in owners[owner]:
-                    check_direction(name, kept[name], self.widths.get(site, self.hidden_size))
-        present = {name.partition("/")[0] for name in kept}
-        for site in self.sites:
-            if present.isdisjoint((str(site), "shared")):
-                raise VectorFileError(f"{site}: the vector holds no tensor for this site")
-        return kept
+        widths = {site: self.widths.get(site, self.hidden_size) for site in self.sites}
+        object.__setattr__(self, "tensors", checked_tensors(self.tensors, widths))
 
     @cached_property
-    def _params(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors by the site whose they are, or "shared", so that no site looks through those of all others."""
-        found: dict[str, dict[str, Tensor]] = {str(site): {} for site in (*self.sites, *self.reads)}
-        for name, tensor in self.tensors.items():
+    def _names(self) -> dict[str, dict[str, str]]:
+        """Names of tensors by the site whose they are, or "shared", so that no site looks through those of all."""
+        found: dict[str, dict[str, str]] = {str(site): {} for site in (*self.sites, *self.reads)}
+        for name in self.tensors:
             owner, _, param = name.partition("/")
-            found.setdefault(owner, {})[param] = tensor
+            found.setdefault(owner, {})[param] = name
         return found
+
+    def _named(self, site: Site) -> dict[str, str]:
+        """Under which names of `tensors` the parameters of one site stand: the shared ones and its own.
+
+        Raises:
+            SiteError: the vector is neither applied nor fitted there.
+        """
+        if str(site) not in self._names:
+            raise SiteError(f"{site}: this vector acts at {', '.join(map(str, self.sites))}")
+        return {**self._names.get("shared", {}), **self._names[str(site)]}
 
     def __repr__(self) -> str:
         places = ", ".join(map(str, self.sites))
@@ -222,9 +207,7 @@ class SteeringVector:
         Raises:
             SiteError: the vector is neither applied nor fitted there.
         """
-        if str(site) not in self._params:
-            raise SiteError(f"{site}: this vector acts at {', '.join(map(str, self.sites))}")
-        return {**self._params.get("shared", {}), **self._params[str(site)]}
+        return {param: self.tensors[name] for param, name in self._named(site).items()}
 
     def at(
         self,
@@ -250,6 +233,9 @@ class SteeringVector:
                 fade.
             ScopeError: no scope of that name.
         """
+        from steerkit.tokens.fade import Fade
+        from steerkit.tokens.scope import Scope
+
         changes: dict[str, Any] = {}
         if strength is not None:
             changes["strength"] = strength
@@ -306,7 +292,8 @@ class SteeringVector:
             value = getattr(self, name)
             if name in REQUIRED or name == "settings" or (value is not None and value != _EMPTY):
                 metadata[name] = codec.encode(value)
-        return lay_out(metadata, self.tensors)
+        assert isinstance(self.tensors, Tensors)
+        return lay_out(metadata, self.tensors.stored)
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "vector") -> SteeringVector:
@@ -326,7 +313,7 @@ class SteeringVector:
             values = {name: decoded(name, metadata[name]) for name in CODECS if name in metadata}
             # An older file without a version must not get the present one.
             values.setdefault("steerkit_version", None)
-            return cls(tensors=safetensors.torch.load(data), **values)
+            return cls(tensors=Tensors.of_file(data), **values)
         except (SteerError, SafetensorError) as error:
             raise VectorFileError(f"{source}: {error}") from None
 
@@ -372,6 +359,8 @@ class SteeringVector:
         Raises:
             VectorMismatchError: the model has another width or depth, or other weights than the vector is tied to.
         """
+        from steerkit.vector.model_check import check_model
+
         check_model(self, model, tokenizer)
 
     def check_template(self, tokenizer: Any) -> None:
@@ -380,6 +369,8 @@ class SteeringVector:
         Args:
             tokenizer: of the model to be steered.
         """
+        from steerkit.vector.model_check import warn_of_difference
+
         warn_of_difference(self, "chat_template_sha256", template_digest(tokenizer), stacklevel=3)
 
     def describe(self) -> dict[str, Any]:
@@ -390,7 +381,10 @@ class SteeringVector:
             and the activation norm; for edits that add a direction, the strength in both units (the one set, else the
             suggested one).
         """
-        return described(self)
+        assert isinstance(self.tensors, Tensors)
+        stored = self.tensors.stored
+        params = {site: {param: stored[name] for param, name in self._named(site).items()} for site in self.sites}
+        return described(self, params)
 
 
 def _rebuild(values: dict[str, Any]) -> SteeringVector:

@@ -20,7 +20,11 @@ import pytest
 import torch
 
 import steerkit
+from steerkit._support.shipped import vectors
 from steerkit.cli import app, demo
+from steerkit.methods import _listing
+from steerkit.methods._listing import LISTING, MethodFacts, listed_method
+from steerkit.methods._registry import resolve
 from steerkit.network.sites import Site
 from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
@@ -43,17 +47,58 @@ def _one_thread() -> Iterator[None]:
 # --- tables and help -------------------------------------------------------------------------------------------------
 
 
-def test_help_and_recipes_load_no_model_library() -> None:
-    code = """
+def without(libraries: set[str], *lines: str) -> None:
+    """Run some command lines in a program of their own, which must end well and load none of some libraries."""
+    code = f"""
 import contextlib, io, sys
 from steerkit.cli import app
-for words in ["--help", "--version", "recipes", "recipes --json"] + [f"{name} --help" for name in sys.argv[1:]]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        app(words.split())
-    assert not {"torch", "transformers", "numpy", "datasets"} & set(sys.modules), words
+for words in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        try:
+            app(words.split())
+        except SystemExit as left:
+            assert not left.code, (words, left.code)
+    assert shown.getvalue(), words
+    assert not {libraries!r} & set(sys.modules), words
 """
+    subprocess.run([sys.executable, "-c", code, *lines], check=True, cwd=ROOT)
+
+
+def test_help_and_tables_load_no_model_library() -> None:
     assert {"calibrate", "compare", "demo", "doctor", "evaluate", "export", "extract", "lm-eval"} <= set(COMMANDS)
-    subprocess.run([sys.executable, "-c", code, *COMMANDS], check=True, cwd=ROOT)
+    tables = [f"{name}{form}" for name in ("recipes", "methods") for form in ("", " --json")]
+    helps = [f"{name} --help" for name in COMMANDS]
+    without({"torch", "transformers", "numpy", "datasets"}, "--help", "--version", *tables, *helps)
+
+
+def test_inspect_loads_no_model_library() -> None:
+    """But where only the method knows what a vector consists of, and for the intervals of a gate."""
+    paths = [path for path in vectors().values() if not asks_the_method(SteeringVector.load(path))]
+    assert len(paths) >= 20
+    shown = [f"inspect {path}" for path in paths]
+    without({"torch", "transformers", "datasets"}, *shown, f"inspect {paths[0]} --json")
+
+
+def asks_the_method(vector: SteeringVector) -> bool:
+    facts = listed_method(vector.method)
+    return facts.lists_parts or facts.is_gated
+
+
+def test_the_listing_of_methods_is_that_of_the_code() -> None:
+    """Every entry is; a method that has none yet is asked itself."""
+    listed = json.loads(LISTING.read_text(encoding="utf-8"))
+    assert {"caa", "controller", "austeer"} <= {one["name"] for one in listed}
+    for one in listed:
+        assert one == MethodFacts.of(resolve(one["name"])).as_json(), "run `python -m docs.generate`"
+
+
+def test_a_method_that_is_not_listed_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = json.loads(LISTING.read_text(encoding="utf-8"))
+    shorter = tmp_path / "listing.json"
+    shorter.write_text(json.dumps([one for one in listed if one["name"] != "caa"]), encoding="utf-8")
+    monkeypatch.setattr(_listing, "LISTING", shorter)
+    usable, broken = _listing.listed_methods()
+    assert ([facts.as_json() for facts in usable.values()], broken) == (listed, {})
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import steerkit
 from tests import modes
@@ -87,6 +88,52 @@ def test_a_changed_strength_recompiles_nothing(model: Any, rows: bool) -> None:
             with torch.compiler.set_stance("force_eager"):
                 assert close(got, model(IDS).logits)
         assert len(calls) == before
+
+
+@pytest.mark.parametrize("scope", ["all", "response"])
+def test_twenty_contexts_of_any_strengths_are_compiled_once(model: Any, scope: str) -> None:
+    """Once under steering, and once outside, where what was left of the first context does nothing."""
+    backend, calls = counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    strengths: list[Any] = [1.0, 2.0, 0.0, [1.0, -2.0], [0.0, 3.0], -1.0, [0.0, 0.0]]
+    lengths = None if scope == "all" else [4, 3]
+    counters.clear()
+    with torch.no_grad():
+        baseline = model(IDS).logits
+        for number in range(20):
+            with steerkit.steer(
+                model, modes.vector_for(model, scope=scope), strengths[number % 7], prompt_lengths=lengths
+            ):
+                got = compiled(IDS).logits
+                with torch.compiler.set_stance("force_eager"):
+                    assert close(got, model(IDS).logits)
+            assert close(compiled(IDS).logits, baseline)
+            assert len(calls) == 2
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_as_many_strengths_as_rows_or_one(model: Any) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend=counted()[0])
+    with torch.no_grad(), steerkit.steer(model, modes.vector_for(model, scope="all"), [1.0, 2.0, 3.0]):
+        with pytest.raises(RuntimeError, match="one per row of the batch"):
+            compiled(IDS)
+        twice = IDS.repeat_interleave(3, dim=0)
+        expected = torch.cat([compiled(IDS[:1].expand(3, -1)).logits[place, None] for place in range(3)])
+        assert close(compiled(twice[:3]).logits, expected)
+
+
+def test_hooks_that_stay_behind_do_nothing_to_eager_code(model: Any) -> None:
+    compiled = torch.compile(model, fullgraph=True, backend=counted()[0])
+    vector = modes.vector_for(model, scope="response")
+    with torch.no_grad():
+        baseline = model(IDS).logits
+        with steerkit.steer(model, vector, prompt_lengths=[4, 3]):
+            compiled(IDS)
+        assert any(module._forward_hooks for module in model.modules())
+        assert torch.equal(model(IDS).logits, baseline), "and nobody asks here where the prompt ends"
+        with steerkit.steer(model, vector, prompt_lengths=[4, 3]):
+            assert not torch.equal(model(IDS).logits, baseline)
+        assert torch.equal(model(IDS).logits, baseline)
 
 
 def test_the_real_compiler_agrees(model: Any) -> None:
