@@ -364,6 +364,27 @@ def test_guidance_makes_one_entry() -> None:
         check(model, monitor, watched, out, [LONG])
 
 
+def test_watching_reads_nothing_of_a_thread_that_steers_by_itself() -> None:
+    model = build("llama")
+    vector = vector_at(model, TWO)
+    monitor = Monitor(model, TOKENIZER, vector, neutral=NEUTRAL)
+
+    def steered() -> None:
+        with steerkit.steer(model, vector):
+            generated(model, [LONG])
+
+    with monitor.watch() as watched:
+        generated(model, [SHORT])
+        other = threading.Thread(target=steered)
+        other.start()
+        other.join(60)
+        worker = threading.Thread(target=generated, args=(model, [SHORT]))  # it steers nothing: a streamer's
+        worker.start()
+        worker.join(60)
+    assert len(watched.calls) == 2
+    assert torch.equal(watched.calls[0].tokens, watched.calls[1].tokens)
+
+
 def test_watching_copies_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy to the accelerator in every pass would make the host wait for it."""
     model = build("llama")

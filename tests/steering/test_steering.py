@@ -753,7 +753,8 @@ def test_strengths_that_are_none(strength: Any) -> None:
 
 
 def test_no_vector_is_an_error() -> None:
-    for none, message in (([], "empty list"), ("file.safetensors", "SteeringVector.load"), ([None], "None")):
+    missing = ("file.safetensors", "column 1: file.safetensors: no such file")  # a text is a composition
+    for none, message in (([], "empty list"), missing, (3, "SteeringVector.load"), ([None], "None")):
         with pytest.raises(VectorFileError, match=message):
             steerkit.steer(model_of(), none)
 
