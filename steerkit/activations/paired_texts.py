@@ -89,6 +89,9 @@ class PairedTexts:
         Args:
             decoder: that is run.
             device: of its first layer.
+
+        Returns:
+            Ids and positions [n, w] of half as many rows, and the mask [n, 1, w, w]: what is seen, or what is added.
         """
         mask = self.allowed
         if _attention(decoder) == "eager":  # it adds the mask, whatever that is

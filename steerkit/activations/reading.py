@@ -116,6 +116,7 @@ def read_passes(
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
     no_massive: bool = False,
+    pairs: bool = False,
 ) -> dict[Site, TokenScale]:
     """Run all batches and pool what is read to one row per text.
 
@@ -127,6 +128,8 @@ def read_passes(
         take: called with each site's rows [b, d] of a batch, float32.
         progress: show a progress bar on stderr.
         no_massive: leave tokens whose activation is massive out of means and norms.
+        pairs: neighbours belong together, and share a row where the model takes that. Sums run in another order then,
+            so what is compared with a steered pass, bit for bit, is read without.
 
     Returns:
         By site how long activations are.
@@ -144,7 +147,7 @@ def read_passes(
             found.append((site, pool.scale(h, massive), pool(h, massive)))
 
         # Steering counts tokens row by row, so two texts in one row would be written wrongly.
-        tree = paired(decoder, batch) if clock is None else None
+        tree = paired(decoder, batch) if pairs and clock is None else None
         with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
             forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), read, tree)
         return found

@@ -120,9 +120,9 @@ def record(
     if not wanted:
         raise SiteError("record: got no site; give at least one, such as 'resid_post.12'")
     plan = Readout.parse(readout)
-    work = batches(rendered, batch_size, pad_id=pad_token_id(tokenizer), side=padding_side)
-    if sides is not None and sides.paired:
-        work = _pairs_together(rendered, batch_size, pad_token_id(tokenizer), padding_side)
+    pairs = sides is not None and sides.paired and batch_size > 1
+    make = _pairs_together if pairs else batches
+    work = make(rendered, batch_size, pad_id=pad_token_id(tokenizer), side=padding_side)
     taps = locate(model, wanted)
     found: dict[Site, Tensor] = {}
 
@@ -144,7 +144,7 @@ def record(
 
     check_lengths(decoder, rendered, shown)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive)
+    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive, pairs)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
     return Activations(
@@ -157,7 +157,7 @@ def record(
 
 
 def _pairs_together(
-    rendered: Sequence[Rendered], batch_size: int, pad_id: int, side: Literal["right", "left"]
+    rendered: Sequence[Rendered], batch_size: int, *, pad_id: int, side: Literal["right", "left"]
 ) -> list[Batch]:
     """Batches in which both sides of an item are neighbours, because they often begin alike."""
     count = len(rendered) // 2

@@ -117,10 +117,11 @@ class KeptPrompts:
         Args:
             decoder: the model's decoder.
             split: a batch that is there (`has`).
-            rows: some of its rows, on the CPU; None takes all.
+            rows: [n] some of its rows, on the CPU; None takes all.
 
         Returns:
-            Ids of all but the last column, a mask over the prompt too, positions, and a cache of their own.
+            Ids [n, r - 1] of all but the last column, a mask [n, p + r - 1] over the prompt too, positions, and a cache
+            of their own.
         """
         taken = torch.arange(len(split.rest)) if rows is None else rows
         cache = copy.copy(self._kept[split.prompts])

@@ -808,14 +808,14 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = Count(setup.model)
     along = Projection.along(steered(setup).vectors)
     measure(steered(setup), [*ALL, along])
-    # Pairs, choices, forks, neutral texts (for two scorers), positive answers, neutral texts read (for two) and beside
-    # the steered ones, openings of refusals (four batches), its own answers beside the steered ones, three generated
-    # tokens (for four scorers; the bare model's in the same passes). And the prompts of the batches of answers, whose
-    # caches all strengths go on from; two have the same.
+    # Pairs, choices, forks, neutral texts (for two scorers, steered once), positive answers, neutral texts read (for
+    # two) and beside the steered ones, openings of refusals (four batches), its own answers beside the steered ones,
+    # three generated tokens (for four scorers; the bare model's in the same passes). And the prompts of the batches of
+    # answers, whose caches all strengths go on from; two have the same.
     assert len(setup.read._kept) == 9
     assert count.baseline == 12 + 9
     # Two passes over three tokens see, once in a model's life, whether its first blocks can be left out.
-    assert count.steered == 14 + 3 + 2
+    assert count.steered == 13 + 3 + 2
     measure(steered(setup, -1.0), [*ALL, along])
     assert count.baseline == 12 + 9, "nothing of the baseline model is run again"
     monkeypatch.setattr("steerkit.evaluate.setup.KEPT_BYTES", 0)
