@@ -79,7 +79,7 @@ def test_a_card_opens_with_the_verdict_on_generated_text(vector: SteeringVector,
 
 
 def test_a_card_names_the_scorer_that_judged(vector: SteeringVector) -> None:
-    by = {"classifier": "the scorer `refusal`", "accuracy": score(0.99), "measured_on": "335 labelled answers"}
+    by = {"classifier": "the scorer `refusal`", "accuracy": {"mean": 0.99}, "measured_on": "335 labelled answers"}
     opening = first_words(vector_card("joy", vector, entry={**entry_of(vector, "shows"), "judged_by": by}))
     assert "judged by the scorer `refusal`, right on 99% of 335 labelled answers" in opening
 
