@@ -36,8 +36,8 @@ def section(comparison: dict[str, Any], table: str, report: str) -> list[results
     model, _ = steerkit.load_model(name)
     return [
         f"## {TITLES.get(name, name)}",
-        f"`{name}`: {weights_of(model)}. `{comparison['command']}`. With curves and texts: `{report}`, beside this "
-        "page.",
+        f"`{name}`: {weights_of(model)}. `{comparison['command']}` at commit `{comparison['commit']}`. "
+        f"With curves and texts: `{report}`, beside this page.",
         *results.parts_of(table),
     ]
 

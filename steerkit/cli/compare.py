@@ -268,6 +268,7 @@ def _way(name: str, recipe: Recipe) -> tuple[MethodPart, str | int | None, str |
 
 def _content(default: Recipe, model: str, setup: Any, budget: Any, command: str) -> dict[str, Any]:
     """Everything needed to show the comparison and to repeat it, but for its rows."""
+    from steerkit._support.commit import commit
     from steerkit.evaluate.store_identity import environment, setup_identity
 
     identity = setup_identity(setup)
@@ -280,6 +281,7 @@ def _content(default: Recipe, model: str, setup: Any, budget: Any, command: str)
             "budget": asdict(budget),
             "rows": [],
             "environment": environment(),
+            "commit": commit(),
             "digests": digests,
             "command": command,
         }

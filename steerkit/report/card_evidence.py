@@ -32,11 +32,9 @@ def verdict_line(vector: SteeringVector, entry: Mapping[str, Any] | None) -> str
         if facts.get("by") == "calibrate" and vector.suggested_strength is None:
             return f"**Nothing.** Calibration confirmed no effect, so no strength is suggested.{found}"
         return f"**Not measured on generated text.**{found}"
-    judged = entry.get("judged_by", {}).get("accuracy")
-    by = "" if judged is None else f", judged by a classifier that is right on {judged['mean']:.0%} of held-out answers"
     where = f"in generated text at strength {entry['strength']:g}"
     said = _VERDICTS[entry["verdict"]] if entry.get("told", True) else "Cannot be told"
-    return f"**{said}** {where}{_moved(entry)}{by}.{found}"
+    return f"**{said}** {where}{_moved(entry)}{_judged(entry.get('judged_by', {}))}.{found}"
 
 
 def evidence_rows(vector: SteeringVector, entry: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -53,9 +51,7 @@ def evidence_rows(vector: SteeringVector, entry: Mapping[str, Any] | None) -> li
         rows.pop()
     span = _range(found)
     rows += [("operating range", span)] if span else []
-    moved = (
-        "not measured" if entry is None else ", ".join(map(_trait, entry.get("also_moves", ()))) or "nothing measured"
-    )
+    moved = "not measured" if entry is None else ", ".join(map(_trait, entry.get("also_moves", ()))) or "no other trait"
     return [*rows, ("also moves", moved)]
 
 
@@ -94,6 +90,15 @@ def _curve_lines(found: Mapping[str, Any]) -> list[str]:
         ends = " to ".join("-" if end is None else f"{end:.3f}" for end in (row["low"], row["high"]))
         lines.append(f"| {row['strength']:g} | {row['effect']:.3f} | {ends} | {reached} |")
     return lines
+
+
+def _judged(by: Mapping[str, Any]) -> str:
+    """What found the concept in the answers, and how often it is right."""
+    if "accuracy" not in by:
+        return ""
+    title, on = by.get("classifier", ""), by.get("measured_on", "answers")
+    what = title if title.startswith("the scorer") else "a classifier"
+    return f", judged by {what}, right on {by['accuracy']['mean']:.0%} of {'' if on[:1].isdigit() else 'held-out '}{on}"
 
 
 def _moved(entry: Mapping[str, Any]) -> str:

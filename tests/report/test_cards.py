@@ -58,7 +58,7 @@ def entry_of(vector: SteeringVector, said: str) -> dict[str, Any]:
         "digest": vector.digest,
         "strength": 2.0,
         "verdict": said,
-        "judged_by": {"accuracy": score(0.93)},
+        "judged_by": {"classifier": "n-grams", "accuracy": score(0.93), "measured_on": "written answers"},
         "texts": {at: {"concept": score(one), "overall": score(one)} for at, one in (("0", 0.3), ("+", 0.6))},
         "change": {"concept": {"mean": 0.3, "low": 0.2, "high": 0.4}},
         "also_moves": [{"trait": "formal", "mean": 0.2, "low": 0.1, "high": 0.3}],
@@ -74,8 +74,14 @@ def test_a_card_opens_with_the_verdict_on_generated_text(vector: SteeringVector,
     card = vector_card("joy", vector, entry=entry_of(vector, said))
     opening = first_words(card)
     assert opening.startswith(f"**{said.capitalize()}** in generated text at strength 2: concept 0.30 to 0.60")
-    assert "right on 93% of held-out answers" in opening
+    assert "judged by a classifier, right on 93% of held-out written answers" in opening
     assert "| also moves | formal +0.20 (+0.10 to +0.30) |" in card
+
+
+def test_a_card_names_the_scorer_that_judged(vector: SteeringVector) -> None:
+    by = {"classifier": "the scorer `refusal`", "accuracy": {"mean": 0.99}, "measured_on": "335 labelled answers"}
+    opening = first_words(vector_card("joy", vector, entry={**entry_of(vector, "shows"), "judged_by": by}))
+    assert "judged by the scorer `refusal`, right on 99% of 335 labelled answers" in opening
 
 
 def test_what_was_measured_of_another_vector_does_not_count(vector: SteeringVector) -> None:
