@@ -112,6 +112,8 @@ def test_no_step_looks_at_a_tensor(looks: Looks, name: str) -> None:
 
 @dataclass(frozen=True)
 class Looking(AddDirection):
+    """What the test is for: strength 1 adds the direction, where the sum of what it edits is positive."""
+
     name = "looking"
     title = paper = "looks at what it edits"
 
