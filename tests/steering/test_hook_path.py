@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import steerkit
-from steerkit.methods._addition import AddDirection
+from steerkit.methods._addition import MeanDifference
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Gated
 from steerkit.methods._registry import method_names, resolve
@@ -111,7 +111,7 @@ def test_no_step_looks_at_a_tensor(looks: Looks, name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Looking(AddDirection):
+class Looking(MeanDifference):
     """What the test is for: strength 1 adds the direction, where the sum of what it edits is positive."""
 
     name = "looking"
