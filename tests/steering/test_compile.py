@@ -112,6 +112,23 @@ def test_twenty_contexts_of_any_strengths_are_compiled_once(model: Any, scope: s
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("fade", [None, "linear over 3"])
+def test_rows_of_their_own_are_compiled_once(model: Any, fade: str | None) -> None:
+    """Two vectors of one method share an edit where neither fades; a fade of other ends would be compiled again."""
+    backend, calls = counted()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for number in range(4):
+        one, other = (modes.vector_for(model, scope="response", seed=2 * number + place) for place in range(2))
+        rows: list[Any] = [[one.at(1.0 + number, fade=fade)], [other.at(-0.5 * number, fade=fade)]]
+        if number == 3:
+            rows = [rows[1], rows[0]]
+        with torch.no_grad(), steerkit.steer(model, rows, prompt_lengths=[3, 2]):
+            got = compiled(IDS).logits
+            with torch.compiler.set_stance("force_eager"):
+                assert close(got, model(IDS).logits)
+        assert len(calls) == 1
+
+
 def test_as_many_strengths_as_rows_or_one(model: Any) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=counted()[0])
     with torch.no_grad(), steerkit.steer(model, modes.vector_for(model, scope="all"), [1.0, 2.0, 3.0]):

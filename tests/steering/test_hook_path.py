@@ -28,6 +28,7 @@ from steerkit.tokens.scope import WINDOWS
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
 from tests.families import BLOCKS, build
+from tests.gated import gated_vector
 from tests.methods.test_every_method import data_for
 from tests.plugged import register
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -203,6 +204,22 @@ def test_edits_keep_their_order_while_they_come_and_go() -> None:
             inner.strength = 1.0
             outer.strength = 1.0
             assert torch.equal(model_of()(ids).logits, expected)
+
+
+def test_a_gate_reads_again_where_its_strength_is_no_longer_neutral() -> None:
+    """Also in a second context of the same steering, which knows from the first that there is nothing to read."""
+    steering = steerkit.steer(model_of(), gated_vector(model_of()), 0.0)
+    blocks = find_decoder(model_of()).blocks
+    for _ in range(2):
+        steering.strength = 0.0
+        with steering:
+            assert not any(block._forward_hooks for block in blocks)
+            steering.strength = 2.0
+            assert sum(bool(block._forward_hooks) for block in blocks) == 2
+            got = modes.generate(model_of(), [modes.SHORT])[0].answer
+        with steerkit.steer(model_of(), gated_vector(model_of()), 2.0):
+            assert got == modes.generate(model_of(), [modes.SHORT])[0].answer
+    assert got != modes.generate(model_of(), [modes.SHORT])[0].answer
 
 
 @pytest.mark.parametrize("scope", ["response", "assistant", "answer", "after(0)", "generated(40)"])
