@@ -20,6 +20,7 @@ from steerkit.evaluate.store import Store
 from steerkit.evaluate.store_identity import digest_of, setup_identity
 from steerkit.evaluate.sweeps import Point, measure_point, to_measure
 from steerkit.methods._base import Method, takes_pair
+from steerkit.network.sites import layers_text
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.splitting import warn_of_known_items
 
@@ -258,12 +259,12 @@ def problem_of(
 
 
 def layers_name(layers: Sequence[int]) -> str:
-    """A set of layers as progress lines and messages write it: ``8`` or ``12+14``.
+    """A set of layers as progress lines and messages write it: ``8``, ``12+14`` or ``0-29``.
 
     Args:
         layers: blocks counted from 0.
     """
-    return "+".join(map(str, layers))
+    return layers_text(sorted(layers))
 
 
 def strength_of(point: Point) -> float:
