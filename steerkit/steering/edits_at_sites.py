@@ -222,14 +222,15 @@ class Edit:
     def _prepared(self, h: Tensor, facts: Pass, tokens: Tokens) -> tuple[dict[str, Tensor], Tensor]:
         """What `prepare` gives for this pass, and which rows [b, 1, 1] or tokens [b, t, 1] it changes."""
         if torch.compiler.is_compiling():
-            made: tuple[dict[str, Tensor], Tensor] | None = self.prepare_compiled(h, facts)
+            made = self.prepare_compiled(h, facts)
         elif self._per_row and facts.rows is not None:
             made = self._prepare(h.device, h.dtype, facts)
         else:  # once per device, dtype and number of rows
             key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
-            made = self._ready.get(key)
-            if made is None:
-                made = self._ready[key] = self._prepare(h.device, h.dtype, facts)
+            found = self._ready.get(key)
+            if found is None:
+                found = self._ready[key] = self._prepare(h.device, h.dtype, facts)
+            made = found
         return made if self.dose.fade is None else self._at_step(h, *made, tokens)
 
     def _at_step(

@@ -129,7 +129,7 @@ class PassClock:
         self._runs = bool(self.owners)
         self.is_shared = self._runs and (self.is_shared or len(self.owners) > 1)
 
-    def own(self, entries: Sequence[tuple[int, _Any]]) -> list[_Any]:
+    def own(self, entries: Sequence[tuple[int, _Any]]) -> tuple[_Any, ...]:
         """What of several threads' things is for the pass that this thread is in.
 
         A thread that has attached has its own. Any other, such as one that runs `generate` for a streamer, has those of
@@ -142,7 +142,7 @@ class PassClock:
             ModelError: several threads have attached, and this one has not.
         """
         if not self.is_shared:
-            return [one for _, one in entries]
+            return tuple(one for _, one in entries)
         owners, own = self.owners, getattr(self._local, "owner", None)
         if own not in owners:
             if len(owners) > 1:
@@ -151,7 +151,7 @@ class PassClock:
                     "enter steer() in the thread that runs the model"
                 )
             own = next(iter(owners), None)
-        return [one for owner, one in entries if owner == own]
+        return tuple(one for owner, one in entries if owner == own)
 
     def take_refused(self) -> SteerError | None:
         """What a hook has refused in a thread other than the one that steers, once; None if nothing."""
