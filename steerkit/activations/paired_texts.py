@@ -55,6 +55,8 @@ class PairedTexts:
     def of(cls, batch: Batch) -> PairedTexts | None:
         """Put neighbours into one row; None where that saves too little, or the rows do not come in pairs.
 
+        Which of the two comes first follows from their tokens: swapped, they are read to the same last digit.
+
         Args:
             batch: padded at the right.
         """
@@ -65,7 +67,10 @@ class PairedTexts:
         ids, real = batch.input_ids.view(-1, 2, width), batch.attention_mask.view(-1, 2, width).bool()
         alike = (ids[:, 0] == ids[:, 1]) & real.all(dim=1)
         shared = alike.long().cumprod(dim=1).sum(dim=1)
-        first, second = lengths[0::2], lengths[1::2]
+        fork = torch.where(real, ids, -1).gather(2, shared.clamp_max(width - 1)[:, None, None].expand(-1, 2, 1))
+        is_swapped = fork[:, 0] > fork[:, 1]  # [b / 2, 1]
+        ids = torch.where(is_swapped[..., None], ids.flip(1), ids)
+        first, second = torch.where(is_swapped, lengths.view(-1, 2).flip(1), lengths.view(-1, 2)).unbind(1)
         wide = int((first + second - shared).max())
         if wide * (rows // 2) > _WORTH * width * rows or 4 * (rows // 2) * wide * wide > MASK_BYTES:
             return None
@@ -80,6 +85,7 @@ class PairedTexts:
         allowed = (place[:, None] >= place)[None] & ~((place >= end)[:, :, None] & of_first[:, None, :])
         plain = torch.arange(width)
         columns = torch.stack([plain.expand(rows // 2, -1), torch.where(plain < begin, plain, plain - begin + end)], 1)
+        columns = torch.where(is_swapped[..., None], columns.flip(1), columns)
         columns = columns.reshape(rows, width).masked_fill(batch.attention_mask == 0, 0)
         return cls(packed, positions.clamp_max(width - 1), allowed[:, None], columns)
 

@@ -106,7 +106,8 @@ class Setup:
             return trial
         # The vector is kept with its figures, so that no other one can get its id.
         own = self.remembered.setdefault((id(vector), strength, scope, unit), {"vector": vector})
-        return replace(trial, known=own)
+        vars(trial)["known"] = own
+        return trial
 
     def trials(
         self,
@@ -223,7 +224,8 @@ class Setup:
         for name in ("remembered", "kept", "read", "predicted"):
             vars(found)[name] = getattr(self, name)
         if self.system is None:
-            vars(found)["baseline"] = replace(self.baseline, setup=found)
+            vars(found)["baseline"] = baseline = replace(self.baseline, setup=found)
+            vars(baseline)["known"] = self.baseline.known
         return found
 
     @cached_property

@@ -72,8 +72,9 @@ class Trial:
     strength: float | None
     scope: str | None
     unit: Literal["paper", "norm"] | None
-    abreast: list[Trial] = field(default_factory=list, repr=False)
-    known: dict[Any, Any] = field(default_factory=dict, repr=False)
+    # Not copied by `replace`: what was found out under one vector says nothing of another.
+    abreast: list[Trial] = field(init=False, default_factory=list, repr=False)
+    known: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def baseline(self) -> Trial:

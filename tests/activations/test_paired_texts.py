@@ -130,12 +130,13 @@ def packed(first: list[int], second: list[int]) -> tuple[Batch, PairedTexts | No
     return batch, PairedTexts.of(batch)
 
 
-def test_what_a_token_sees() -> None:
-    """By the definition: its own text up to itself."""
-    first, second = [5, 6, 7, 8, 9], [5, 6, 7, 1]
-    _, tree = packed(first, second)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_a_token_sees(swapped: bool) -> None:
+    """By the definition: its own text up to itself; the row is the same whichever of the two is given first."""
+    first, second = [5, 6, 7, 1, 9], [5, 6, 7, 8]
+    _, tree = packed(*((second, first) if swapped else (first, second)))
     assert tree is not None
-    assert tree.input_ids.tolist() == [[5, 6, 7, 8, 9, 1]]
+    assert tree.input_ids.tolist() == [[5, 6, 7, 1, 9, 8]]
     assert tree.positions.tolist() == [[0, 1, 2, 3, 4, 3]]
     for text, places in ((first, [0, 1, 2, 3, 4]), (second, [0, 1, 2, 5])):
         for number, place in enumerate(places):
@@ -143,8 +144,9 @@ def test_what_a_token_sees() -> None:
             assert seen == places[: number + 1]
             assert tree.input_ids[0, place] == text[number]
     values = torch.arange(6.0).reshape(1, 6, 1)
-    assert tree.unpack(values)[0, :, 0].tolist() == [0, 1, 2, 3, 4]
-    assert tree.unpack(values)[1, :4, 0].tolist() == [0, 1, 2, 5]
+    one, two = tree.unpack(values)[:, :, 0].flip(0) if swapped else tree.unpack(values)[:, :, 0]
+    assert one.tolist() == [0, 1, 2, 3, 4]
+    assert two[:4].tolist() == [0, 1, 2, 5]
 
 
 def test_where_it_saves_nothing_rows_stay_as_they_are() -> None:

@@ -227,7 +227,7 @@ def test_sizes_are_checked(size: str) -> None:
 
 def test_wrong_arguments() -> None:
     model = build("llama")
-    with pytest.raises(VectorFileError, match="for a vector"):
+    with pytest.raises(VectorFileError, match="no such file"):
         dry(model, "v.safetensors")
     with pytest.raises(SiteError, match="get_decoder"):
         dry(torch.nn.Linear(2, 2), vector_at(model, "resid_post.1"))

@@ -66,17 +66,16 @@ def setup() -> Setup:
 @pytest.fixture
 def failing(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Trial:
     """A trial that changes nothing, but whose every second generation is empty and every second pass not a number."""
-    answer, answers, record = Trial.answer, Trial.answers, Trial.record
+    passes, record = Trial._passes, Trial.record
 
-    def texts(trial: Trial, prompts: Sequence[Conversation], **options: Any) -> list[str]:
-        found = answer(replace(trial, vector=None, strength=None), prompts, **options)
-        found = ["It is a fine day and a fine night."] * len(found)
-        return found if trial.vector is None else ["" if row % 2 else text for row, text in enumerate(found)]
+    def texts(trial: Trial, prompts: Sequence[Conversation], **_options: Any) -> tuple[str, ...]:
+        found = ("It is a fine day and a fine night.",) * len(prompts)
+        return found if trial.vector is None else tuple("" if row % 2 else text for row, text in enumerate(found))
 
-    def passes(trial: Trial, rendered: Any, *, beside: Any = None) -> Iterator[Answer]:
-        for one in answers(trial, rendered, beside=beside):
-            bad = trial.vector is not None and one.row // 2 % 2
-            yield one._replace(logits=torch.full_like(one.logits, math.nan)) if bad else one
+    def passed(trial: Trial, *asked: Any) -> Iterator[tuple[Trial, Answer]]:
+        for member, one in passes(trial, *asked):
+            bad = member.vector is not None and one.row // 2 % 2
+            yield member, one._replace(logits=torch.full_like(one.logits, math.nan)) if bad else one
 
     def recorded(trial: Trial, rendered: Any, sites: Any, *, readout: Any) -> Any:
         found = record(trial, rendered, sites, readout=readout)
@@ -84,8 +83,8 @@ def failing(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> Trial:
             found[site][1::2] = math.nan
         return found
 
-    monkeypatch.setattr(Trial, "answer", texts)
-    monkeypatch.setattr(Trial, "answers", passes)
+    monkeypatch.setattr(Trial, "answered", texts)
+    monkeypatch.setattr(Trial, "_passes", passed)
     monkeypatch.setattr(Trial, "record", recorded)
     return replace(setup).trial(modes.vector_for(setup.model, scope="response"), 0.0)
 
