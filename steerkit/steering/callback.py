@@ -34,6 +34,7 @@ from steerkit.maths.directions import orthonormalise
 from steerkit.methods._registry import method_of, resolve
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
+from steerkit.steering.dispatch import forget_compiled
 from steerkit.steering.steering import Steering, steer
 from steerkit.steering.strengths import Strength, vectors_of
 from steerkit.tokens.clock import Hook, PassClock
@@ -199,6 +200,8 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     def _forget(self) -> None:
         self._detach()
+        if self._model is not None:
+            forget_compiled(find_decoder(self._model).model)
         self._model = self._steering = None
 
     def look(self) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from steerkit.network.tap import Tap
     from steerkit.steering.edits_at_sites import Edit
 
-__all__ = ["attached_edits", "make_compiled_code_see_hooks", "refuse_compiled_model", "settle"]
+__all__ = ["attached_edits", "forget_compiled", "make_compiled_code_see_hooks", "refuse_compiled_model", "settle"]
 
 
 class _Dispatcher(Hook):
@@ -140,6 +140,21 @@ def settle(taps: Iterable[Tap]) -> None:
     """
     for tap in taps:
         _DISPATCHERS[tap.module][tap.side].settle()
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Take off the hooks that stayed behind because code was compiled with them, where nobody steers any more.
+
+    Args:
+        model: the transformers model itself. Compiled code of it is compiled anew when it runs again.
+    """
+    clock = PassClock.of(model)
+    if clock is None or clock.owners:
+        return
+    clock.release()
+    for module in model.modules():
+        for dispatcher in _DISPATCHERS.get(module, {}).values():
+            dispatcher.settle()
 
 
 def refuse_compiled_model(model: nn.Module, decoder: Decoder, edits: Sequence[Edit]) -> None:

@@ -118,7 +118,13 @@ class PassClock:
             owner: what `attach` gave.
         """
         self._keep({**self.owners, owner: self.owners[owner] - 1})
-        if not self.owners and not self.is_compiled:
+        if not self.is_compiled:
+            self.release()
+
+    def release(self) -> None:
+        """Take the hooks off if nobody steers, even where code was compiled with them: it is compiled anew then."""
+        if not self.owners:
+            self.is_compiled = False
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()

@@ -11,6 +11,7 @@ from steerkit.checks.doctor.case import Case
 from steerkit.checks.doctor.compiling import compiled_model, seconds
 from steerkit.checks.doctor.decoding_checks import PER_ROW
 from steerkit.checks.doctor.judging import hold, why_baseline_fails, worst_of
+from steerkit.steering.dispatch import forget_compiled
 from steerkit.steering.steering import steer
 
 __all__ = ["compile", "speed"]
@@ -45,6 +46,7 @@ def compile(case: Case) -> str:
         return f"the model itself does not compile in one graph: {why} ({type(error).__name__} steered)"
     finally:
         torch._dynamo.reset()
+        forget_compiled(case.decoder.model)
     worst = worst_of(0.0, *gaps)
     hold(counts[0] > 0, "the model ran without being compiled")
     hold(counts[-1] == counts[0], f"a changed strength compiled {counts[-1] - counts[0]} times anew")
