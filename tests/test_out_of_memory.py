@@ -113,9 +113,8 @@ def gate(size: int) -> Any:
 WORK: dict[str, tuple[Callable[[int], Any], str]] = {
     "record": (recorded, "llama"),
     "record steered": (lambda size: recorded_under(size).positive, "llama"),
-    # Both answers to a prompt share a row.
-    "fit": (lambda size: fitted("caa", "llama", 2 * size), "llama"),
-    "fit on running sums": (lambda size: fitted("austeer", "llama", 2 * size), "llama"),
+    "fit": (lambda size: fitted("caa", "llama", size), "llama"),
+    "fit on running sums": (lambda size: fitted("austeer", "llama", size), "llama"),
     "fit on experts": (lambda size: fitted("steer2edit", "mixtral", size), "mixtral"),
     "generate": (lambda size: sampled(size, do_sample=False, seed=None), "llama"),
     "generate, one seed": (sampled, "llama"),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
-from steerkit.activations.paired_texts import PairedTexts, paired
 from steerkit.activations.token_scale import MASSIVE_TOKEN, PassScale, TokenScale, TokenScales
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
@@ -37,7 +36,6 @@ def forward_body(
     input_ids: Tensor,
     attention_mask: Tensor,
     read: Callable[[Site, Tensor], None],
-    tree: PairedTexts | None = None,
 ) -> None:
     """Run the decoder body, hand every tap's tensor [b, t, d] to `read`, and stop after the deepest.
 
@@ -47,7 +45,6 @@ def forward_body(
         input_ids: [b, t].
         attention_mask: [b, t].
         read: called once per site; it must not keep the tensor (Falcon changes one in place afterwards).
-        tree: the same texts, two in a row, which then run instead.
 
     Raises:
         FitError: the model never ran one of the places.
@@ -55,8 +52,6 @@ def forward_body(
     left, entry = set(taps), decoder.entry
 
     def notice(site: Site, h: Tensor) -> None:
-        if tree is not None:
-            h = tree.unpack(h)
         read(site, h.reshape(*input_ids.shape, h.shape[-1]) if h.dim() == 2 else h)
         left.discard(site)
         if not left and entry is decoder.body:  # FSDP would keep the weights of a pass that is broken off
@@ -67,7 +62,6 @@ def forward_body(
         "attention_mask": attention_mask,
         "use_cache": False,
         **position_inputs(entry, attention_mask),
-        **({} if tree is None else tree.inputs(decoder, input_ids.device)),
     }
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():
@@ -116,7 +110,6 @@ def read_passes(
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
     no_massive: bool = False,
-    pairs: bool = False,
 ) -> dict[Site, TokenScale]:
     """Run all batches and pool what is read to one row per text.
 
@@ -128,8 +121,6 @@ def read_passes(
         take: called with each site's rows [b, d] of a batch, float32.
         progress: show a progress bar on stderr.
         no_massive: leave tokens whose activation is massive out of means and norms.
-        pairs: neighbours belong together, and share a row where the model takes that. Sums run in another order then,
-            so what is compared with a steered pass, bit for bit, is read without.
 
     Returns:
         By site how long activations are.
@@ -146,10 +137,8 @@ def read_passes(
             massive = pool.massive(h) if no_massive else None
             found.append((site, pool.scale(h, massive), pool(h, massive)))
 
-        # Steering counts tokens row by row, so two texts in one row would be written wrongly.
-        tree = paired(decoder, batch) if pairs and clock is None else None
         with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
-            forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), read, tree)
+            forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), read)
         return found
 
     # What is read is counted once its pass has ended: one that does not fit into memory is run again.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -120,9 +120,7 @@ def record(
     if not wanted:
         raise SiteError("record: got no site; give at least one, such as 'resid_post.12'")
     plan = Readout.parse(readout)
-    pairs = sides is not None and sides.paired and batch_size > 1
-    make = _pairs_together if pairs else batches
-    work = make(rendered, batch_size, pad_id=pad_token_id(tokenizer), side=padding_side)
+    work = batches(rendered, batch_size, pad_id=pad_token_id(tokenizer), side=padding_side)
     taps = locate(model, wanted)
     found: dict[Site, Tensor] = {}
 
@@ -144,7 +142,7 @@ def record(
 
     check_lengths(decoder, rendered, shown)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive, pairs)
+    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
     return Activations(
@@ -154,16 +152,6 @@ def record(
         readout=str(plan),
         paired=sides is not None and sides.paired,
     )
-
-
-def _pairs_together(
-    rendered: Sequence[Rendered], batch_size: int, *, pad_id: int, side: Literal["right", "left"]
-) -> list[Batch]:
-    """Batches in which both sides of an item are neighbours, because they often begin alike."""
-    count = len(rendered) // 2
-    order = [row for item in range(count) for row in (item, count + item)]
-    found = batches([rendered[row] for row in order], batch_size, pad_id=pad_id, side=side, groups=2)
-    return [replace(batch, rows=tuple(order[row] for row in batch.rows), groups=1) for batch in found]
 
 
 def record_ids(model: nn.Module, rows: Sequence[Sequence[int]], sites: Iterable[Site]) -> dict[Site, list[Tensor]]:
