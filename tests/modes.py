@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -321,3 +322,16 @@ def run_steered(
         return steerkit.steer(model, vector, own, prompt_lengths=[len(one.prompt)])
 
     return [(one, reference(model, one, again), reference(model, one, lambda _: no_steering())) for one in ran]
+
+
+def check_all(check: Callable[[str, str, str], None], cells: Iterable[tuple[str, str, str]]) -> None:
+    """Check some cells (a family, what is done, a mode) and tell of all that fail; one that is skipped is left out."""
+    failures = []
+    for cell in cells:
+        try:
+            check(*cell)
+        except pytest.skip.Exception:
+            continue
+        except Exception as error:  # noqa: BLE001 - every cell of a family is run before it is judged
+            failures.append(f"{cell}: {type(error).__name__}: {error}"[:300])
+    assert not failures, "\n".join(failures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def test_notebooks_are_committed_as_they_ran(path: Path) -> None:
     assert "error" not in {kind for cell in cells for kind in shown(cell)}
     assert sum(bool(cell.outputs) for cell in cells) >= len(cells) - 1, "what is computed is shown"
     text = path.read_text(encoding="utf-8")
-    assert not any(word in text for word in ("Traceback", "/home/", "/tmp/", "/work/", "/root/", '"name": "stderr"'))
+    places = {str(Path.home()), tempfile.gettempdir(), str(ROOT)}
+    assert not any(word in text for word in ("Traceback", '"name": "stderr"', *places))
     assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) >= 2
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
 

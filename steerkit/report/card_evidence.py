@@ -5,10 +5,11 @@ From the calibration that the vector's file holds, and from what was measured on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from steerkit.export.weights_card import number
+from steerkit.network.sites import layers_text
 from steerkit.vector.description import strength_source
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -71,8 +72,9 @@ def calibration_lines(vector: SteeringVector, *, with_curve: bool = True) -> lis
     for row in found["validation"]:
         scores = row["scores"]
         effect, kl, ratio = (scores.get(name, {}) for name in (found["effect"], "kl", "perplexity_ratio"))
+        where = layers_text(sorted(row["layers"]))
         lines.append(
-            f"| {_layers(row['layers'])} | {row['strength']:g} | {_span(effect)} | {number(kl.get('mean'), 2)} "
+            f"| {where} | {row['strength']:g} | {_span(effect)} | {number(kl.get('mean'), 2)} "
             f"| {number(ratio.get('mean'), 2)} | {number(scores.get('repetition', {}).get('change'), 2)} |"
         )
     lines += ["", f"Then, once: {found['verdict']}."]
@@ -181,11 +183,3 @@ def _span(row: Mapping[str, Any]) -> str:
         return "-"
     ends = ("-" if row.get(end) is None else f"{row[end]:+.2f}" for end in ("change_low", "change_high"))
     return f"{row['change']:+.2f} ({' to '.join(ends)})"
-
-
-def _layers(layers: Sequence[int]) -> str:
-    """Blocks as a reader wants them: 0-29 where all of a stretch."""
-    listed = list(layers)
-    if len(listed) > 3 and listed == list(range(listed[0], listed[-1] + 1)):
-        return f"{listed[0]}-{listed[-1]}"
-    return "+".join(map(str, listed))

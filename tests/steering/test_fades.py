@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -110,25 +110,15 @@ CELLS = [
 CHOICE = {*covering(CELLS, strength=1), *covering([cell for cell in CELLS if cell[0] in ("llama", "mamba", "gpt_oss")])}
 
 
-def check_all(cells: Iterable[tuple[str, str, str]]) -> None:
-    failures = []
-    for cell in cells:
-        try:
-            check(*cell)
-        except Exception as error:  # noqa: BLE001 - every cell of a family is run before it is judged
-            failures.append(f"{cell}: {type(error).__name__}: {error}"[:300])
-    assert not failures, "\n".join(failures)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_to_generate_is_the_hook_by_hand(family: str) -> None:
-    check_all(sorted(cell for cell in CHOICE if cell[0] == family))
+    modes.check_all(check, sorted(cell for cell in CHOICE if cell[0] == family))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_product(family: str) -> None:
-    check_all(cell for cell in CELLS if cell[0] == family and cell not in CHOICE)
+    modes.check_all(check, (cell for cell in CELLS if cell[0] == family and cell not in CHOICE))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,25 +75,15 @@ def check(family: str, kind: str, mode: str) -> None:
         assert modes.gap(one, modes.reference(model, one, alone)) < tolerances.of_family(family), (family, kind, mode)
 
 
-def check_all(cells: Iterable[tuple[str, str, str]]) -> None:
-    failures = []
-    for cell in cells:
-        try:
-            check(*cell)
-        except Exception as error:  # noqa: BLE001 - every cell of a family is run before it is judged
-            failures.append(f"{cell}: {type(error).__name__}: {error}"[:300])
-    assert not failures, "\n".join(failures)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_is_its_single_run(family: str) -> None:
-    check_all(sorted(cell for cell in CHOICE if cell[0] == family))
+    modes.check_all(check, sorted(cell for cell in CHOICE if cell[0] == family))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_product(family: str) -> None:
-    check_all(cell for cell in CELLS if cell[0] == family and cell not in CHOICE)
+    modes.check_all(check, (cell for cell in CELLS if cell[0] == family and cell not in CHOICE))
 
 
 def logits(model: Any, ids: Sequence[Sequence[int]], vectors: Any) -> Tensor:

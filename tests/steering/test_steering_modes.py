@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -64,26 +63,14 @@ COVERING_FURTHER = [
 EVERYTHING_FURTHER = set(itertools.product(FURTHER, SCOPES, modes.MODES)) - set(COVERING_FURTHER)
 
 
-def check_all(cells: Iterable[tuple[str, str, str]]) -> None:
-    failures = []
-    for family, scope, mode in cells:
-        try:
-            check(family, scope, mode)
-        except pytest.skip.Exception:
-            continue
-        except Exception as error:  # noqa: BLE001 - every cell of a family is run before it is judged
-            failures.append(f"{scope} {mode}: {type(error).__name__}: {error}"[:300])
-    assert not failures, "\n".join(failures)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_covering(family: str) -> None:
-    check_all(cell for cell in COVERING if cell[0] == family)
+    modes.check_all(check, (cell for cell in COVERING if cell[0] == family))
 
 
 @pytest.mark.parametrize("family", FURTHER)
 def test_covering_of_further_families(family: str) -> None:
-    check_all(cell for cell in COVERING_FURTHER if cell[0] == family)
+    modes.check_all(check, (cell for cell in COVERING_FURTHER if cell[0] == family))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -102,7 +89,7 @@ def test_a_cache_whose_first_layer_stays_empty_is_counted(scope: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FURTHER)
 def test_full_product_of_further_families(family: str) -> None:
-    check_all(sorted(cell for cell in EVERYTHING_FURTHER if cell[0] == family))
+    modes.check_all(check, sorted(cell for cell in EVERYTHING_FURTHER if cell[0] == family))
 
 
 @pytest.mark.slow
