@@ -9,10 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from steerkit.errors import ModelError
 
-__all__ = ["check_folder", "whole_folder", "write_whole"]
+__all__ = ["check_folder", "whole_file", "whole_folder", "write_whole"]
 
 _MARKS = ("config.json", "adapter_config.json")
 
@@ -27,12 +28,29 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written there.
     """
+    with whole_file(path) as handle:
+        handle.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Fill a file beside the target, which takes its place when the block ends well; else nothing of it stays.
+
+    Args:
+        path: where; missing folders are made, a link stays a link.
+
+    Yields:
+        The file to fill.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".steerkit-{secrets.token_hex(8)}.tmp")
     try:
         with partial.open("xb") as handle:
-            handle.write(data)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(target)
