@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["score", "score_stream"]
 
 _HEATED = 20
-_AT_ONCE = 64  # batches that are read together: texts of like length share one
+_AT_ONCE = 8  # batches that are read together: texts of like length share one
 
 
 def score(asked: Asked, rows: Iterable[Item], *, raw: bool, heat: Path | None, is_data: bool) -> None:
