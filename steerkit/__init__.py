@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steerkit import methods
+    from steerkit._support.processes import split_between_processes
     from steerkit._support.shipped import shipped_vectors
     from steerkit.activations.recording import Activations, record
     from steerkit.composition.terms import Composition
@@ -88,6 +89,7 @@ _HOMES = {
     "projection_difference": "monitor",
     "record": "activations",
     "shipped_vectors": "_support.shipped",
+    "split_between_processes": "_support.processes",
     "steer": "steering",
     "suggest_strength": "evaluate.suggesting",
 }
@@ -129,6 +131,7 @@ __all__ = [
     "projection_difference",
     "record",
     "shipped_vectors",
+    "split_between_processes",
     "steer",
     "suggest_strength",
 ]

@@ -16,9 +16,17 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, DistributedConfig, Trainer, TrainingArguments
 
 import steerkit
-from steerkit.errors import SteerError
+from steerkit._support.files import write_whole
+from steerkit._support.journal import Journal
+from steerkit.errors import DataError, SteerError
+from steerkit.evaluate.scorers.divergence import Divergence
+from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
+from steerkit.evaluate.setup import Setup
 from steerkit.export import bake
 from steerkit.network.sites import Site
+from steerkit.prompts.batching import batches, run_batches
+from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.rendering import render
 from steerkit.steering.callback import SteeringCallback
 from tests import modes
 from tests.families import build
@@ -146,6 +154,87 @@ def data_parallel(folder: Path) -> Found:
     return {"weights": apart(moved(model), moved(loop))}
 
 
+class Counted:
+    """Rows that go through a model in this process."""
+
+    def __init__(self, model: Any) -> None:
+        self.rows = 0
+        body = model.model
+        body.register_forward_pre_hook(lambda _m, args, kwargs: self._note(args, kwargs), with_kwargs=True)
+
+    def _note(self, args: Any, kwargs: Any) -> None:
+        self.rows += len(kwargs["input_ids"] if "input_ids" in kwargs else args[0])
+
+
+def split_work(folder: Path) -> Found:
+    """The same work alone and shared by both: the same bits, in this process by about half of the rows."""
+    model, tokenizer = build("llama").eval(), byte_tokenizer()
+    pairs = [(f"Number {n}?", "Good." if n % 3 else "It is good.", "Bad.") for n in range(13)]
+    data = steerkit.ContrastSet.from_answers(pairs)
+    seen = Counted(model)
+
+    def fitted(method: str) -> bytes:
+        return steerkit.fit(model, tokenizer, data, method=method, layers=[1, 2], batch_size=4).to_bytes()
+
+    def texts() -> list[str]:
+        vector = modes.vector_for(model, scope="response")
+        return steerkit.generate(
+            model, tokenizer, [one[0] for one in pairs], vector=vector, strength=2.0, max_new_tokens=4, batch_size=3
+        )
+
+    def scores() -> list[float]:
+        setup = Setup(model, tokenizer, data, neutral=data.positive, batch_size=3)
+        trials = setup.trials([(modes.vector_for(model, scope="response"), one) for one in (0.5, 1.0, 2.0)])
+        found = [PreferenceMargin().score(trial)["preference_margin"].tolist() for trial in trials]
+        return [value for one in found for value in one] + Divergence().score(trials[0])["kl"].values.tolist()
+
+    works: dict[str, Callable[[], Any]] = {
+        "fit caa": lambda: fitted("caa"),
+        "fit repe": lambda: fitted("repe"),
+        "record": lambda: steerkit.record(model, tokenizer, data, ["resid_post.1"], batch_size=4)["resid_post.1"],
+        "generate": texts,
+        "scores": scores,
+    }
+
+    def counted(work: Callable[[], Any]) -> tuple[Any, int]:
+        before = seen.rows
+        return work(), seen.rows - before
+
+    alone = {name: counted(work) for name, work in works.items()}
+    with steerkit.split_between_processes():
+        shared = {name: counted(work) for name, work in works.items()}
+        file = folder / f"written by {dist.get_rank()}"
+        write_whole(file, b"here")
+        journal = Journal(folder / "rows.jsonl", {"of": "all"})
+        journal.append([{"row": dist.get_rank()}])
+        dist.barrier()
+        again = [row["row"] for row in Journal(folder / "rows.jsonl", {"of": "all"}).rows]
+
+        def fails(batch: Any) -> int:
+            if 0 in batch.rows:
+                raise DataError("only one process has this row")
+            return 1
+
+        rendered = [render(tokenizer, Conversation.of(one[0])) for one in pairs]
+        failing = attempt(lambda: list(run_batches(batches(rendered, 4, pad_id=0), fails)))
+        other = batches(rendered[dist.get_rank() :], 4, pad_id=0)
+        differing = attempt(lambda: list(run_batches(other, lambda _batch: 1)))
+    return {
+        "same": {
+            name: bool(torch.equal(alone[name][0], shared[name][0]))
+            if name == "record"
+            else alone[name][0] == shared[name][0]
+            for name in works
+        },
+        "rows": {name: (alone[name][1], shared[name][1]) for name in works},
+        "files": sorted(path.name for path in folder.glob("written by *")),
+        "journal": again,
+        "failing": failing,
+        "differing": differing,
+        "after": counted(works["fit caa"])[1],
+    }
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -153,6 +242,7 @@ def main(folder: Path) -> None:
         "tensor parallel": tensor_parallel(folder),
         "fully sharded": fully_sharded(),
         "data parallel": data_parallel(folder),
+        "split work": split_work(folder),
     }
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))

@@ -1,18 +1,24 @@
-"""Writing files and folders whole or not at all, and files that grow line by line."""
+"""Writing files and folders whole or not at all, and files that grow line by line.
+
+Of several processes that share the work the first one alone writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
+from steerkit._support.processes import is_first
 from steerkit.errors import ModelError
 
-__all__ = ["check_folder", "whole_folder", "write_whole"]
+__all__ = ["append", "check_folder", "whole_file", "whole_folder", "write_whole"]
 
 _MARKS = ("config.json", "adapter_config.json")
 
@@ -27,18 +33,57 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: it cannot be written there.
     """
+    with whole_file(path) as handle:
+        handle.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Fill a file beside the target, which takes its place when the block ends well; else nothing of it stays.
+
+    Args:
+        path: where; missing folders are made, a link stays a link.
+
+    Yields:
+        The file to fill.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    if not is_first():
+        yield io.BytesIO()
+        return
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".steerkit-{secrets.token_hex(8)}.tmp")
     try:
         with partial.open("xb") as handle:
-            handle.write(data)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to a file; what was added is on the disk before this returns.
+
+    Args:
+        path: the file, made with its folder where it is not there.
+        data: what is added.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not is_first():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def check_folder(target: Path, *, replace: bool = False) -> None:
@@ -83,6 +128,10 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     import filelock
 
+    if not is_first():
+        with tempfile.TemporaryDirectory() as aside:
+            yield Path(aside)
+        return
     check_folder(target, replace=replace)
     target = target.absolute()
     try:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steerkit._support.files import append
+from steerkit._support.processes import from_first, is_first
 from steerkit.errors import DataError
 
 __all__ = ["Journal"]
@@ -33,8 +35,9 @@ class Journal:
         self._rows: list[dict[str, Any]] = []
         self._ends: list[int] = []
         self._start = 0
-        if path.exists():
-            self._read()
+        content = from_first(self._content)  # another process may have added to it by now
+        if content is not None:
+            self._read(content)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -70,11 +73,7 @@ class Journal:
         lines = [_line(row) for row in rows]
         opening = b"" if self._start else _line(self._header)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as handle:
-                handle.write(b"".join([opening, *lines]))
-                handle.flush()
-                os.fsync(handle.fileno())
+            append(self.path, b"".join([opening, *lines]))
         except OSError as error:
             raise self._unwritable(error) from None
         self._start = self._start or len(opening)
@@ -82,11 +81,14 @@ class Journal:
             self._ends.append((self._ends[-1] if self._ends else self._start) + len(line))
             self._rows.append(dict(row))
 
-    def _read(self) -> None:
+    def _content(self) -> bytes | None:
+        """What is on the disk; None where there is no file."""
         try:
-            content = self.path.read_bytes()
+            return self.path.read_bytes() if self.path.exists() else None
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read ({error.strerror}); choose another folder") from None
+
+    def _read(self, content: bytes) -> None:
         *lines, torn = content.split(b"\n")
         place = 0
         for number, line in enumerate(lines, start=1):
@@ -119,6 +121,8 @@ class Journal:
 
     def _cut(self) -> None:
         """Shorten the file to the rows that are kept."""
+        if not is_first():
+            return
         try:
             with self.path.open("r+b") as handle:
                 handle.truncate(self._ends[-1] if self._ends else self._start)

@@ -27,6 +27,7 @@ from steerkit.cli._evidence import (
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._processes import shares_work
 from steerkit.cli._shared import (
     BatchSize,
     Json,
@@ -60,6 +61,7 @@ TrialsOption = Annotated[int | None, typer.Option(min=1, help="Let optuna choose
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <name>.safetensors)")]
 
 
+@shares_work
 @loads_model
 @takes_data
 def run(

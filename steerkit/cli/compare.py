@@ -22,6 +22,7 @@ from steerkit.cli._evidence import (
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._processes import shares_work
 from steerkit.cli._prompting import systems_of
 from steerkit.cli._shared import (
     BatchSize,
@@ -63,6 +64,7 @@ KeepOption = Annotated[
 ]
 
 
+@shares_work
 @loads_model
 @takes_data
 def run(

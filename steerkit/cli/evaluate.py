@@ -23,6 +23,7 @@ from steerkit.cli._evidence import (
     scorers_of,
 )
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._processes import shares_work
 from steerkit.cli._prompting import prompting_json, show_prompting, systems_for
 from steerkit.cli._shared import (
     BatchSize,
@@ -62,6 +63,7 @@ SystemOption = Annotated[
 ]
 
 
+@shares_work
 @loads_model
 @takes_data
 def run(

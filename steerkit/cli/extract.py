@@ -14,6 +14,7 @@ from steerkit._support.progress import status
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._processes import shares_work
 from steerkit.cli._shared import (
     BatchSize,
     Json,
@@ -43,6 +44,7 @@ LayersOption = Annotated[
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <recipe>.safetensors)")]
 
 
+@shares_work
 @loads_model
 @takes_data
 def run(

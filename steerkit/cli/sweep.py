@@ -24,6 +24,7 @@ from steerkit.cli._evidence import (
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._processes import shares_work
 from steerkit.cli._shared import (
     BatchSize,
     Json,
@@ -78,6 +79,7 @@ OutOption = Annotated[
 ]
 
 
+@shares_work
 @loads_model
 @takes_data
 def run(

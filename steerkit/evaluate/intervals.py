@@ -6,7 +6,8 @@ All others get the mean of the ends of two
 intervals, Student's and the studentised bootstrap's. Costs of steering are skewed, and there Student's covers too
 little (92 % of a stated 95 % on 24 exponential values); tails can be heavy, and there the bootstrap does (91 % on 24
 values of Student's t with 3 degrees of freedom). Their mean covered 93.5 % to 96 % in every simulation tried, and was
-at most a tenth wider than Student's. One outlier among values that agree is beyond all of them.
+at most a tenth wider than Student's. One outlier among values that agree is beyond all of them. Beyond 20,000 items
+both are the same, and Student's stands alone.
 
 Two figures are no means: a correlation gets Fisher's interval, and the area under the curve of two sides the one of
 Newcombe (2006, Statistics in Medicine 25:559, method 5), which like Wilson's is honest where the sides do not overlap.
@@ -29,6 +30,8 @@ __all__ = ["Estimate", "NotScored", "correlation", "interval", "separability", "
 DRAWS = 2000
 LEAST_ERROR = 0.2
 _MEDIUM = 0.5
+_MANY = 20_000  # items beyond which Student's interval stands alone: the mean of so many is normal
+_AT_ONCE = 1 << 19  # numbers of resamples that are in memory together
 
 
 class NotScored(DataError):
@@ -113,9 +116,9 @@ def interval(
         return Estimate(mean, mean, mean)
     tail = (1 - level) / 2
     student = _student(1 - tail, len(values) - 1)
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means, errors = _error(values[picks], weights[picks])
+    if len(values) > _MANY:
+        return Estimate(mean, mean - error * student, mean + error * student)
+    means, errors = _resampled(values, weights, draws, seed)
     # A resample that missed the one item that differs has next to no spread of its own, and would give any end.
     steps = (means - mean) / errors.clamp_min(LEAST_ERROR * error)
     below, above = torch.quantile(steps, torch.tensor([tail, 1 - tail], dtype=torch.double)).tolist()
@@ -205,6 +208,19 @@ def _edge(inside: float, outside: float, is_inside: Callable[[float], bool]) -> 
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if is_inside(middle) else (inside, middle)
     return inside
+
+
+def _resampled(values: Tensor, weights: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean [k] and standard error [k] of each of k resamples."""
+    generator = torch.Generator().manual_seed(seed)
+    found, left = [], draws
+    while left:
+        some = min(left, max(1, _AT_ONCE // len(values)))
+        picks = torch.randint(len(values), (some, len(values)), generator=generator)
+        found.append(_error(values[picks], weights[picks]))
+        left -= some
+    means, errors = zip(*found, strict=True)
+    return torch.cat(means), torch.cat(errors)
 
 
 def _error(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

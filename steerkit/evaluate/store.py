@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from steerkit._support.files import append
+from steerkit._support.processes import from_first
 from steerkit.errors import SteerError
 
 __all__ = ["Store"]
@@ -30,12 +31,16 @@ class Store:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._rows: dict[str, dict[str, Any]] = {}
-        if path is None or not path.exists():
+        if path is None:
             return
         try:
-            lines = path.read_bytes().split(b"\n")
+            # Read in one process: another one may have found more in the file by now.
+            content = from_first(lambda: path.read_bytes() if path.exists() else None)
         except OSError as error:
             raise SteerError(f"{path}: cannot be read ({error.strerror}); choose another folder") from None
+        if content is None:
+            return
+        lines = content.split(b"\n")
         for line in lines:
             try:
                 entry = json.loads(line)
@@ -74,10 +79,6 @@ class Store:
         if self._path is None:
             return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as handle:
-                handle.write(line)
-                handle.flush()
-                os.fsync(handle.fileno())
+            append(self._path, line)
         except OSError as error:
             raise SteerError(f"{self._path}: cannot be written ({error.strerror}); choose another folder") from None

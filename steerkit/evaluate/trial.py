@@ -6,6 +6,7 @@ Every pass of a scorer goes through `Trial`, so that all render alike and always
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from steerkit._support.processes import processes
 from steerkit.activations.recording import Activations
 from steerkit.errors import DataError
 from steerkit.evaluate.abreast import ABREAST, by_row, companions, takes_baseline
@@ -204,26 +206,44 @@ class Trial:
         if left:
             together = companions(self, same_sites=True)
             lacking = [one for one in together if any(keys[row] not in one.known for row in left)][:ABREAST]
-            some = [rendered[row] for row in left]
-            for trial, answer in self._passes(lacking, some, beside and [beside[row] for row in left]):
-                row = left[answer.row]
-                trial.known[keys[row]] = of(answer._replace(row=row))
+            some, also = [rendered[row] for row in left], beside and [beside[row] for row in left]
+
+            def found(rank: int = 0, count: int = 1) -> list[tuple[int, int, T]]:
+                passes = self._passes(lacking, some, also, slice(rank, None, count))
+                return [(one, left[answer.row], of(answer._replace(row=left[answer.row]))) for one, answer in passes]
+
+            several = processes()
+            # Of logits only what is made of them goes from process to process.
+            parts = (
+                [found()]
+                if several is None
+                else several.gathered(lambda: found(several.rank, several.count), tuple(left))
+            )
+            for member, row, value in itertools.chain(*parts):
+                lacking[member].known[keys[row]] = value
         return [self.known[key] for key in keys]
 
     def _passes(
-        self, together: Sequence[Trial], rendered: Sequence[Rendered], beside: Sequence[Rendered] | None
-    ) -> Iterator[tuple[Trial, Answer]]:
-        """The answers of some trials that can share passes, in the order of the batches."""
+        self,
+        together: Sequence[Trial],
+        rendered: Sequence[Rendered],
+        beside: Sequence[Rendered] | None,
+        part: slice = slice(None),
+    ) -> Iterator[tuple[int, Answer]]:
+        """The answers of some trials that can share passes, each with its trial's place, in the order of the batches.
+
+        Of these a part is run.
+        """
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
         check_lengths(self.setup.decoder, rendered, named("text", rendered), warns=False)
         passes = AnswerPasses(together, rendered, beside)
-        for batch, seen in run_batches(passes.work(), passes):
+        for batch, seen in run_batches(passes.work()[part], passes, is_split=False):
             for place, item in enumerate(batch.rows):
                 row, member = divmod(item, len(together))
                 baseline = passes.baseline(row, place, seen)
-                yield together[member], Answer(row, seen.targets[place], seen.logits[place].float(), baseline)
+                yield member, Answer(row, seen.targets[place], seen.logits[place].float(), baseline)
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:
         """Log-probability of every answer token, teacher-forced.

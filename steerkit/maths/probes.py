@@ -45,7 +45,7 @@ def auc(positive: Tensor, negative: Tensor, *, dtype: torch.dtype = torch.float6
     Args:
         positive: [n] scores.
         negative: [m] scores.
-        dtype: what the mean over the n * m couples is taken in.
+        dtype: what the share is rounded to.
 
     Returns:
         0.5 where the scores tell nothing, 1 where every positive score is larger, 0 where every one is smaller; nan
@@ -56,8 +56,13 @@ def auc(positive: Tensor, negative: Tensor, *, dtype: torch.dtype = torch.float6
         >>> auc(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 0.0]))
         0.875
     """
-    larger, same = positive[:, None] > negative[None, :], positive[:, None] == negative[None, :]
-    return float((larger.to(dtype) + 0.5 * same.to(dtype)).mean())
+    couples = len(positive) * len(negative)
+    if not couples:
+        return math.nan
+    # What is no number is neither larger nor the same.
+    plus, minus = positive[~positive.isnan()].contiguous(), negative[~negative.isnan()].sort().values
+    smaller, not_larger = (torch.searchsorted(minus, plus, right=ties).sum() for ties in (False, True))
+    return float((0.5 * (smaller + not_larger).double()).to(dtype) / couples)
 
 
 def fpr_at_tpr(positive: Tensor, negative: Tensor, share: float) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from steerkit._support.memory import unless_too_large
+from steerkit._support.processes import processes
 from steerkit.errors import DataError, ModelError, near_miss
 
 if TYPE_CHECKING:
@@ -64,13 +65,19 @@ class Batch:
         )
 
 
-def run_batches(work: Sequence[Batch], run: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
+def run_batches(
+    work: Sequence[Batch], run: Callable[[Batch], T], *, is_split: bool = True
+) -> Iterator[tuple[Batch, T]]:
     """Run batches one after the other; from one that does not fit into memory on, in batches half as large.
+
+    Of several processes that share the work (`steerkit.split_between_processes`) each runs some of the batches, and all
+    get what every batch gave.
 
     Args:
         work: the batches.
         run: from a batch to what it gives. It changes nothing outside of itself before it ends: a pass that failed
             leaves no trace.
+        is_split: whether processes share these; else each runs all that it was given.
 
     Yields:
         What was run, and what it gave, in the order of `work`; together all rows, once.
@@ -78,23 +85,50 @@ def run_batches(work: Sequence[Batch], run: Callable[[Batch], T]) -> Iterator[tu
     Raises:
         ModelError: a single row, or group of rows, does not fit.
     """
-    left, size = deque(work), max((len(batch.rows) for batch in work), default=0)
-    while left:
-        batch, *rest = left.popleft().parts(size)
-        left.extendleft(reversed(rest))
-        found = unless_too_large(lambda batch=batch: run(batch))  # type: ignore[misc]
-        if found is not None:
-            yield batch, found[0]
-            continue
-        rows, tokens = batch.input_ids.shape
-        if rows <= batch.groups:
-            raise ModelError(
-                f"a text of {tokens} tokens does not fit into memory even alone; give shorter ones, or load the model "
-                "with dtype bfloat16, quantize 4bit, device_map auto or on another device"
-            )
-        size = max(batch.groups, rows // 2)
-        warnings.warn(f"{rows} rows a pass do not fit into memory; going on with {size}", stacklevel=2)
-        left.appendleft(batch)
+    several, fitting = processes() if is_split else None, _Fitting(work)
+    if several is None:
+        for batch in work:
+            yield from fitting(batch, run)
+        return
+    for start in range(0, len(work), several.count):
+        turn = work[start : start + several.count]
+        mine = turn[several.rank : several.rank + 1]
+
+        def ran(mine: Sequence[Batch] = mine) -> list[tuple[Batch, T]]:
+            return [found for batch in mine for found in fitting(batch, run)]
+
+        for found in several.gathered(ran, (len(work), start, *(batch.rows for batch in turn))):
+            yield from found
+
+
+class _Fitting:
+    """Runs batches in parts that fit into memory.
+
+    Args:
+        work: all batches.
+    """
+
+    def __init__(self, work: Sequence[Batch]) -> None:
+        self._size = max((len(batch.rows) for batch in work), default=0)
+
+    def __call__(self, batch: Batch, run: Callable[[Batch], T]) -> Iterator[tuple[Batch, T]]:
+        left = deque([batch])
+        while left:
+            part, *rest = left.popleft().parts(self._size)
+            left.extendleft(reversed(rest))
+            found = unless_too_large(lambda part=part: run(part))  # type: ignore[misc]
+            if found is not None:
+                yield part, found[0]
+                continue
+            rows, tokens = part.input_ids.shape
+            if rows <= part.groups:
+                raise ModelError(
+                    f"a text of {tokens} tokens does not fit into memory even alone; give shorter ones, or load the "
+                    "model with dtype bfloat16, quantize 4bit, device_map auto or on another device"
+                )
+            self._size = max(part.groups, rows // 2)
+            warnings.warn(f"{rows} rows a pass do not fit into memory; going on with {self._size}", stacklevel=3)
+            left.appendleft(part)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

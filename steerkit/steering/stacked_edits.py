@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerkit.network.sites import Site
 from steerkit.steering.edits_at_sites import Edit
 from steerkit.tokens.forward_pass import Pass
 
@@ -90,10 +91,13 @@ def stacked(edits: Sequence[Edit]) -> list[Edit]:
         edits: of one steering, in order. The edits of each row stay in their order.
     """
     found: list[list[Edit]] = []
+    at: dict[Site, list[int]] = {}  # by site the places of its groups
     for edit in edits:
-        place = next((n for n in range(len(found) - 1, -1, -1) if _fits(edit, found[n])), None)
-        between = [] if place is None else [one for group in found[place + 1 :] for one in group]
-        if place is None or any(share_rows(edit, one) for one in between if one.tap.site == edit.tap.site):
+        places = at.setdefault(edit.tap.site, [])
+        place = next((number for number in reversed(places) if _fits(edit, found[number])), None)
+        later = [one for number in places if place is not None and number > place for one in found[number]]
+        if place is None or any(share_rows(edit, one) for one in later):
+            places.append(len(found))
             found.append([edit])
         else:
             found[place].append(edit)
@@ -101,12 +105,12 @@ def stacked(edits: Sequence[Edit]) -> list[Edit]:
 
 
 def _fits(edit: Edit, group: Sequence[Edit]) -> bool:
-    """Whether an edit differs from others in its vector and its rows alone."""
+    """Whether an edit differs from others at its site in its vector and its rows alone."""
     first = group[0]
     is_plain = all(type(one) is Edit and one.source is None and one.dose.fade is None for one in (edit, first))
     if not is_plain or not edit.method.takes_rows or edit.dose.rows is None or first.dose.rows is None:
         return False
-    same = edit.tap.site == first.tap.site and edit.method == first.method and edit.scope == first.scope
+    same = edit.method == first.method and edit.scope == first.scope
     shapes = [{name: value.shape for name, value in one.params.items()} for one in (edit, first)]
     return same and shapes[0] == shapes[1] and not any(share_rows(edit, one) for one in group)
 

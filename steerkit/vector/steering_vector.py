@@ -273,7 +273,7 @@ class SteeringVector:
         """
         return self.spreads.get(site, self.norms.get(site))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """What identifies the stored vector: the sha256 of its file with 64 zeros in the digest's place."""
         return hashlib.sha256(self._unsigned()).hexdigest()

@@ -29,7 +29,7 @@ from steerkit.network.sites import Site
 from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS, HIDDEN
-from tests.program import PAIRS, ROOT, WIDTH, Cli, jsonl, last_line, plain, start, width
+from tests.program import PAIRS, ROOT, WIDTH, Cli, apart_from_loaded, jsonl, last_line, plain, start, width
 from tests.tiny_tokenizers import byte_tokenizer
 
 COMMANDS = sorted(str(found.name) for found in app.registered_commands)
@@ -755,6 +755,26 @@ def test_a_process_says_one_line_too(here: Path, tiny: Path) -> None:
     assert (process.returncode, out) == (1, "")
     assert err.count("error") == 1
     assert re.fullmatch(r"error: unknown scope 'reponse'; [^\n]+", last_line(err)), err
+
+
+@pytest.mark.slow  # processes of their own; that work is shared is tried every time in `test_sharding`
+def test_processes_share_a_command_and_end_together(here: Path, tiny: Path) -> None:
+    words = ("extract", "joy-caa.toml", "--model", tiny)
+
+    def ended(*more: object) -> tuple[int, str, str]:
+        process = start(*words, *more, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, apart_from_loaded(err)
+
+    alone, shared = ended("--out", "v.safetensors"), ended("--out", "w.safetensors", "--processes", 2)
+    assert alone[0] == shared[0] == 0
+    assert shared[1].replace("w.safetensors", "v.safetensors") == alone[1]
+    assert Path("w.safetensors").read_bytes() == Path("v.safetensors").read_bytes()
+    wrong = ended("--layers", "99", "--out", "x.safetensors", "--processes", 2)
+    assert (wrong[0], wrong[1]) == (1, "")
+    assert last_line(wrong[2]).startswith("error: ")
+    assert wrong[2].count("error: ") == 1
+    assert not Path("x.safetensors").exists()
 
 
 def test_a_reader_that_has_gone_is_no_error(here: Path) -> None:

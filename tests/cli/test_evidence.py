@@ -394,6 +394,7 @@ def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
     pytest.fail("no such line in a minute")
 
 
+@pytest.mark.slow  # a process of its own; that rows are kept is seen in every sweep
 def test_a_killed_sweep_goes_on(cli: Cli, here: Path) -> None:
     words = ("sweep", "joy-caa.toml", *FEW, "--layers", "0-2", "--strengths", "-1,-0.5,0.5,1")
     assert cli(*words, "--out", "whole").code == 0
@@ -504,7 +505,7 @@ def test_a_killed_calibration_goes_on(cli: Cli, trait: Path) -> None:
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # two processes each; Ctrl-C in `evaluate` is tried every time
+@pytest.mark.slow  # two processes each; Ctrl-C in `extract` is tried every time
 @pytest.mark.parametrize(
     ("words", "begun"),
     [
@@ -531,6 +532,7 @@ def test_ctrl_c_keeps_what_was_measured(cli: Cli, trait: Path, words: tuple[Any,
         assert len(keys) == len(set(keys))
 
 
+@pytest.mark.slow  # a process of its own; Ctrl-C in `extract` is tried every time
 def test_ctrl_c_in_evaluate(here: Path, tiny: Path) -> None:
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()  # what is done shows on terminals only

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import pytest
 import torch
 
 import steerkit
+from steerkit.cli.monitor.items import items_of
 from steerkit.evaluate.intervals import correlation, separability
 from steerkit.monitor.monitor import Monitor
+from steerkit.prompts.files.columns import Columns
 from steerkit.vector.steering_vector import SteeringVector
 from tests.program import WIDTH, Cli, jsonl, plain, start, width
 
@@ -131,6 +135,87 @@ def test_a_stream_is_answered_line_by_line(monitor: Callable[..., Monitor], tiny
     out, _ = process.communicate()
     assert process.returncode == 0
     assert json.loads(out)["projection"] == pytest.approx(expected.tolist()[0], abs=1e-4)
+
+
+def test_lines_that_wait_are_read_together(
+    cli: Cli, monitor: Callable[..., Monitor], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    score = Monitor.score
+
+    def counted(self: Monitor, items: Any, **options: Any) -> Any:
+        together.append(len(items))
+        return score(self, items, **options)
+
+    monkeypatch.setattr(Monitor, "score", counted)
+    lines = [json.dumps({"prompt": f"Why {number}?", "id": number}) for number in range(40)]
+    lines[17] = json.dumps({"id": 17})  # one that is wrong does not take the others of its batch with it
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    ended = cli("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny, "--batch-size", 8)
+    rows = [json.loads(line) for line in ended.out.splitlines()]
+    assert [row["id"] for row in rows] == list(range(40))
+    assert [row["id"] for row in rows if "error" in row] == [17]
+    assert max(together) > 1
+    alone = monitor().score([json.loads(lines[3])])
+    assert rows[3]["projection"] == pytest.approx(float(alone), abs=1e-4)
+
+
+def test_a_long_file_is_read_in_parts(
+    cli: Cli, monitor: Callable[..., Monitor], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("monitor", "--data", "items.jsonl", "--vector", "v.safetensors", "--model", tiny, "--batch-size", 2)
+    monitor()
+    whole = cli(*words, "--out", "whole.jsonl")
+    monkeypatch.setattr("steerkit.cli.monitor.score._AT_ONCE", 1)
+    parts = cli(*words, "--out", "parts.jsonl")
+    assert (whole.code, parts.code) == (0, 0)
+    assert parts.out.replace("parts", "whole") == whole.out
+    rows = [
+        [json.loads(line) for line in Path(name).read_text().split("\n")[:-1]]
+        for name in ("whole.jsonl", "parts.jsonl")
+    ]
+    torch.testing.assert_close(values(rows[0]), values(rows[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_items_of_a_long_file_are_not_kept(here: Path) -> None:
+    line = json.dumps({"prompt": "Why?", "source": "x" * 100_000}) + "\n"
+    with Path("long.jsonl").open("w") as file:
+        file.writelines(line for _ in range(200))  # 20 MB
+    tracemalloc.start()
+    try:
+        items, _ = items_of("long.jsonl", Columns())
+        assert sum(1 for _ in items) == sum(1 for _ in items) == 200
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_mistake_in_a_late_line_is_found_before_anything_is_read(
+    cli: Cli, here: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Monitor, "score", lambda *_, **__: pytest.fail("it was read"))
+    Path("late.jsonl").write_text(jsonl([{"prompt": "Why?"}] * 50) + '{"id": 3}\n')
+    ended = cli("monitor", "--data", "late.jsonl", "--vector", "v.safetensors", "--model", tiny, "--out", "x.jsonl")
+    assert ended.code == 1
+    assert ended.err.startswith("error: late.jsonl, line 51: ")
+    assert not Path("x.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_file_of_a_gigabyte_takes_the_memory_of_one_of_a_megabyte(here: Path, tiny: Path) -> None:
+    line = json.dumps({"prompt": "Why?", "source": "x" * 200_000}) + "\n"
+    most = []
+    for size in (1e6, 1e9):
+        with Path("long.jsonl").open("w") as file:
+            file.writelines(line for _ in range(int(size / len(line))))
+        words = ("monitor", "--data", "long.jsonl", "--vector", "v.safetensors", "--model", tiny, "--out", "out.jsonl")
+        process = start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = status
+        assert status == 0
+        most.append(used.ru_maxrss / 1024)
+
+    assert most[1] - most[0] < 50
 
 
 @pytest.mark.slow

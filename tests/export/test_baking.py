@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -431,13 +430,18 @@ def generated_alone(folder: Path) -> list[int]:
     return ids
 
 
-def generated_with_hooks(model: Any, tokenizer: Any, vector: SteeringVector, strength: float) -> list[int]:
+def generated(model: Any, tokenizer: Any) -> list[int]:
     chat = [{"role": "user", "content": "Hi"}]
     inputs = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
-    with steerkit.steer(model, vector, strength), torch.no_grad():
+    with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
     ids: list[int] = out[0].tolist()
     return ids
+
+
+def generated_with_hooks(model: Any, tokenizer: Any, vector: SteeringVector, strength: float) -> list[int]:
+    with steerkit.steer(model, vector, strength):
+        return generated(model, tokenizer)
 
 
 def test_it_loads_and_generates_where_steerkit_is_not(tmp_path: Path) -> None:
@@ -608,19 +612,21 @@ def test_what_a_killed_process_leaves_the_next_one_clears(tmp_path: Path) -> Non
     assert left_in(tmp_path) == ["out"]
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path / "out"), "hang"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as dying:
-        assert dying.stdout is not None
-        assert dying.stdout.readline() == b"here\n"
-        time.sleep(0.1)
-        os.kill(dying.pid, signal.SIGINT)
-        dying.wait(30)
+def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[str] = []
+
+    def interrupted(*_: Any) -> None:
+        there.extend(left_in(tmp_path))
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(baking, "_loaded_logits", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bake(build("gpt2"), None, added(build("gpt2")), tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(there) == 1
     assert left_in(tmp_path) == []
 
 
@@ -683,4 +689,5 @@ def test_the_embedded_model(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     assert baked.verification.effect > 0.1
     suggested = vector.suggested_strength
     assert suggested is not None
-    assert generated_alone(tmp_path / "out") == generated_with_hooks(model, tokenizer, vector, suggested)
+    baked_model = loaded(tmp_path / "out")  # in a process of its own above, with a smaller model
+    assert generated(baked_model, tokenizer) == generated_with_hooks(model, tokenizer, vector, suggested)

@@ -71,3 +71,25 @@ def test_weights_that_are_split_are_not_changed(found: Any, how: str, what: str)
 
 def test_a_trainer_of_two_processes_is_steered_like_one(found: Any) -> None:
     assert found["data parallel"]["weights"] < 1e-4  # of what two steps moved, itself a thousandth of the weights
+
+
+@pytest.mark.parametrize("what", ["fit caa", "fit repe", "record", "generate", "scores"])
+def test_processes_share_work_and_all_get_what_one_gets(found: Any, what: str) -> None:
+    split = found["split work"]
+    assert split["same"][what]
+    alone, shared = split["rows"][what]
+    assert 0 < shared <= 0.65 * alone, "about half of the rows"
+
+
+def test_of_processes_that_share_work_the_first_writes(found: Any) -> None:
+    assert found["split work"]["files"] == ["written by 0"]
+    assert found["split work"]["journal"] == [0]
+
+
+def test_what_fails_in_one_process_fails_in_all(found: Any) -> None:
+    assert found["split work"]["failing"] == "DataError: only one process has this row"
+    assert found["split work"]["differing"].startswith("ModelError: processes: they are at different work")
+
+
+def test_nothing_is_split_unasked(found: Any) -> None:
+    assert found["split work"]["after"] == found["split work"]["rows"]["record"][0]

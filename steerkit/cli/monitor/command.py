@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import BatchSize, Json
 from steerkit.cli.monitor.asked import Asked
 from steerkit.cli.monitor.difference import difference as show_difference
-from steerkit.cli.monitor.items import KEYS, check_column, items_of, prompts_of
+from steerkit.cli.monitor.items import KEYS, Item, check_column, items_of, prompts_of
 from steerkit.cli.monitor.score import score, score_stream
 from steerkit.cli.monitor.shift import shift as show_shift
 
@@ -108,7 +109,8 @@ def run(
             check_writable(path)
     check_reading(data, columns, raw=raw, escapes=False)
     named = columns_of(columns)
-    rows, is_table = prompts_of(prompts or []), False
+    rows: Iterable[Item] = prompts_of(prompts or [])
+    is_table = False
     if data is not None and not is_stream:
         rows, is_table = items_of(data, named)
     check_column(column, rows)
@@ -124,9 +126,9 @@ def run(
     tokens: Literal["prompt_last", "response_mean"] = "response_mean" if read is Reads.response_mean else "prompt_last"
     asked = Asked(loaded, model, tokenizer, found, tokens, options, unit, named, is_table, column, out, as_json)
     if difference:
-        show_difference(asked, rows, cheap=cheap, max_new_tokens=max_new_tokens or 64)
+        show_difference(asked, list(rows), cheap=cheap, max_new_tokens=max_new_tokens or 64)
     elif after is not None:
-        show_shift(asked, rows, after)
+        show_shift(asked, list(rows), after)
     elif is_stream:
         score_stream(asked, raw=raw)
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from steerkit._support.progress import status
 from steerkit.cli._shared import stderr
 from steerkit.cli.monitor.asked import Asked
 from steerkit.cli.monitor.items import Item, streamed
-from steerkit.cli.monitor.summary import check_read, finish, plain, print_item
+from steerkit.cli.monitor.summary import finish, plain, print_item
 
 if TYPE_CHECKING:
     from steerkit.monitor.monitor import Monitor
@@ -18,14 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["score", "score_stream"]
 
 _HEATED = 20
+_AT_ONCE = 8  # batches that are read together: texts of like length share one
 
 
-def score(asked: Asked, rows: list[Item], *, raw: bool, heat: Path | None, is_data: bool) -> None:
+def score(asked: Asked, rows: Iterable[Item], *, raw: bool, heat: Path | None, is_data: bool) -> None:
     """Score items, and show or write them.
 
     Args:
         asked: the call.
-        rows: the items.
+        rows: the items, which can be gone through again.
         raw: leave prompts as they are, without the chat template.
         heat: where a picture of every token goes, if anywhere.
         is_data: the items come from a file, not from the command line.
@@ -33,19 +36,28 @@ def score(asked: Asked, rows: list[Item], *, raw: bool, heat: Path | None, is_da
     Raises:
         DataError: no item has what is to be read.
     """
-    monitor = _monitor(asked)
-    with status("reading"):
-        values = plain(monitor.score(asked.texts(rows, raw=raw)))
-    check_read(values)
+    monitor, name = _monitor(asked), asked.column or "projection"
+    with status("reading") as say:
+        scored = _scored(asked, monitor, rows, name, raw, say)
+        finish(scored, name, asked.unit, out=asked.out, as_json=asked.as_json, is_data=is_data, needs_some=True)
     if heat is not None:
         _draw(asked, monitor, rows, heat, raw)
-    name = asked.column or "projection"
-    rows = [{**row, name: value} for row, value in zip(rows, values, strict=True)]
-    finish(rows, name, asked.unit, out=asked.out, as_json=asked.as_json, is_data=is_data)
+
+
+def _scored(
+    asked: Asked, monitor: Monitor, rows: Iterable[Item], name: str, raw: bool, say: Callable[[str], None]
+) -> Iterator[Item]:
+    """The items with their new column, some hundred at a time: of a long file never more are in memory."""
+    left, done = iter(rows), 0
+    while some := list(itertools.islice(left, _AT_ONCE * asked.options["batch_size"])):
+        values = plain(monitor.score(asked.texts(some, raw=raw)))
+        yield from ({**row, name: value} for row, value in zip(some, values, strict=True))
+        done += len(some)
+        say(f"reading: {done} items")
 
 
 def score_stream(asked: Asked, *, raw: bool) -> None:
-    """Score the items of stdin one by one as they come, and answer each with a line: itself, or what is wrong with it.
+    """Score the items of stdin as they come, and answer each with a line: itself, or what is wrong with it.
 
     Args:
         asked: the call.
@@ -53,15 +65,15 @@ def score_stream(asked: Asked, *, raw: bool) -> None:
     """
     from steerkit.errors import DataError
 
-    monitor = _monitor(asked)
+    monitor, name = _monitor(asked), asked.column or "projection"
 
-    def read(item: Item) -> Item:
-        if asked.column in item:
+    def read(items: list[Item]) -> list[Item]:
+        if asked.column is not None and any(asked.column in item for item in items):
             raise DataError(f"the item has a key {asked.column!r}; give another --column")
-        (value,) = plain(monitor.score(asked.texts([item], raw=raw)))
-        return {**item, asked.column or "projection": value}
+        values = plain(monitor.score(asked.texts(items, raw=raw)))
+        return [{**item, name: value} for item, value in zip(items, values, strict=True)]
 
-    for answer in streamed(read):
+    for answer in streamed(read, asked.options["batch_size"]):
         print_item(answer)
         sys.stdout.flush()
 
@@ -72,11 +84,12 @@ def _monitor(asked: Asked) -> Monitor:
     return steerkit.Monitor(asked.model, asked.tokenizer, asked.vector, read=asked.read, **asked.options)
 
 
-def _draw(asked: Asked, monitor: Monitor, rows: list[Item], path: Path, raw: bool) -> None:
+def _draw(asked: Asked, monitor: Monitor, rows: Iterable[Item], path: Path, raw: bool) -> None:
     """The heat map of the first items."""
     from steerkit.report.heat_page import write_heat
 
-    texts = [monitor.heat(one) for one in asked.texts(rows[:_HEATED], raw=raw)]
+    first = list(itertools.islice(rows, _HEATED + 1))
+    texts = [monitor.heat(one) for one in asked.texts(first[:_HEATED], raw=raw)]
     write_heat(texts, path, title=f"{asked.vector.method} at {monitor.sites[0]}", middle=monitor.middle())
-    left = f" (the first {_HEATED} of {len(rows)} items)" if len(rows) > _HEATED else ""
+    left = f" (the first {_HEATED} items)" if len(first) > _HEATED else ""
     stderr().print(f"wrote {path}{left}")

@@ -9,7 +9,7 @@ from steerkit._support.progress import status
 from steerkit.cli._shared import number, print_json, stdout, table
 from steerkit.cli.monitor.asked import Asked
 from steerkit.cli.monitor.items import Item
-from steerkit.cli.monitor.summary import check_read, ends, estimate, plain, write
+from steerkit.cli.monitor.summary import Tally, ends, estimate, plain, write
 
 __all__ = ["shift"]
 
@@ -32,12 +32,14 @@ def shift(asked: Asked, rows: list[Item], after: str) -> None:
         found = steerkit.finetuning_shift(
             before, other, asked.tokenizer, asked.texts(rows), asked.vector, read=asked.read, **asked.options
         )
-    moves = plain(found.values)
-    check_read(moves)
-    parts = zip(rows, plain(found.before), plain(found.after), moves, strict=True)
-    listed = [{**row, "before": first, "after": second, "shift": moved} for row, first, second, moved in parts]
+    parts = zip(rows, plain(found.before), plain(found.after), plain(found.values), strict=True)
+    tally = Tally("shift")
+    listed = [
+        tally.noted({**row, "before": first, "after": second, "shift": moved}) for row, first, second, moved in parts
+    ]
+    tally.check()
     write(listed, asked.out)
-    scored, mean = sum(move is not None for move in moves), estimate(found.estimate)
+    scored, mean = sum(row["shift"] is not None for row in listed), estimate(found.estimate)
     if asked.as_json:
         facts = {"after": after, "unit": asked.unit, "items": len(rows), "scored": scored, "shift": mean}
         print_json({"items": listed, "summary": facts})

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from steerkit._support.endpoint import FILTERED, Endpoint, told
+from steerkit._support.processes import from_first
 from steerkit.evaluate.judges.scale import LEAST_MASS, check_scale, expected_score, may_split_numbers, parse_score
 
 __all__ = ["EndpointJudge"]
@@ -76,9 +77,12 @@ class EndpointJudge:
         check_scale(low, high)
         if not prompts:
             return []
-        # The first alone: it finds out whether there are log-probabilities, and a wrong key fails once, not four times.
-        replies = [self._ask(prompts[0], threading.Event()), *self._ask_all(prompts[1:])]
+        replies = from_first(lambda: self._replies(prompts))
         return [self._read(reply, low, high) for reply in replies]
+
+    def _replies(self, prompts: Sequence[str]) -> list[_Reply]:
+        # The first alone: it finds out whether there are log-probabilities, and a wrong key fails once, not four times.
+        return [self._ask(prompts[0], threading.Event()), *self._ask_all(prompts[1:])]
 
     def _ask_all(self, prompts: Sequence[str]) -> list[_Reply]:
         """The answers to all prompts, some of which are under way at once.

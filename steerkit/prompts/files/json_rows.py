@@ -12,7 +12,7 @@ from steerkit.prompts.files.columns import Columns
 from steerkit.prompts.files.rows import Row, Rows
 from steerkit.prompts.messages import is_chat
 
-__all__ = ["json_rows", "json_value"]
+__all__ = ["is_document", "is_meant_as_lines", "json_rows", "json_value"]
 
 _LINES = (".jsonl", ".ndjson")
 _ENDINGS = (*_LINES, ".json")
@@ -60,11 +60,21 @@ def json_rows(name: str, text: str, columns: Columns) -> Rows | None:
         first = json_value(lines[0][1])
     except DataError:
         return _values(name, text, lines[0][0], columns, is_named=is_named)
-    if len(lines) == 1 and _is_document(first, columns):
+    if len(lines) == 1 and is_document(first, columns):
         return _document(name, first, columns)
-    if not is_named and not isinstance(first, list | dict) and not (name == "stdin" and _all_quoted(lines)):
+    if not is_meant_as_lines(name, first) and not (name == "stdin" and _all_quoted(lines)):
         return None  # a text in quotation marks
     return Rows(name, "JSONL", tuple(_lines(name, lines)))
+
+
+def is_meant_as_lines(name: str, first: object) -> bool:
+    """Whether values on lines of their own are JSONL, not lines of text in quotation marks.
+
+    Args:
+        name: of the file; its ending says that it is.
+        first: the first value.
+    """
+    return name.casefold().endswith(_ENDINGS) or isinstance(first, list | dict)
 
 
 def _lines(name: str, lines: list[tuple[int, str]]) -> Iterator[Row]:
@@ -102,7 +112,7 @@ def _values(name: str, text: str, first: int, columns: Columns, *, is_named: boo
         line = text.count("\n", 0, at) + 1
         rows.append(Row(value, f"line {line}"))
         at = _space(text, end)
-    if len(rows) == 1 and _is_document(rows[0].value, columns):
+    if len(rows) == 1 and is_document(rows[0].value, columns):
         return _document(name, rows[0].value, columns)
     return Rows(name, "JSONL", tuple(rows))
 
@@ -112,8 +122,13 @@ def _space(text: str, at: int) -> int:
     return at if found is None else found.end()
 
 
-def _is_document(value: object, columns: Columns) -> bool:
-    """Whether a value holds rows and is not one itself: a list that is no chat, or an object of lists."""
+def is_document(value: object, columns: Columns) -> bool:
+    """Whether a value holds rows and is not one itself: a list that is no chat, or an object of lists.
+
+    Args:
+        value: what JSON gave.
+        columns: names of columns that are not the usual ones.
+    """
     if isinstance(value, list):
         return not is_chat(value)
     if not isinstance(value, dict) or not _lists(value):

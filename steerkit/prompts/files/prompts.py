@@ -62,7 +62,7 @@ def placed_prompts(source: str | Path, columns: Columns) -> list[tuple[str, Conv
     found = rows.each(lambda value: _chat_with_system(prompt_of(value, columns, is_table=rows.is_table)))
     if not found:
         raise DataError(f"{rows.name}: the file holds no prompt; write one a line")
-    tell_of_tools(rows)
+    tell_of_tools(rows.name, rows.rows)
     return list(zip(rows.places, found, strict=True))
 
 

@@ -76,7 +76,7 @@ def read_sides(
         return Sides(sides[0], sides[1], len(first) == len(second), name)
     rows = read_rows(source, columns, what="pairs")
     found = sides_of(rows, columns, labels)
-    tell_of_tools(rows)
+    tell_of_tools(rows.name, rows.rows)
     places = rows.places if found.paired else itertools.repeat(rows.name)
     each = itertools.chain(zip(places, found.positive, strict=False), zip(places, found.negative, strict=False))
     tell(each, raw=raw, escapes=escapes)

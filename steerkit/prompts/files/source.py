@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from steerkit._support.processes import from_first
 from steerkit.errors import DataError
 
 __all__ = ["STDIN", "content_of", "located", "name_of", "text_of"]
@@ -65,7 +66,7 @@ def content_of(source: str | Path, what: str) -> bytes:
     """
     name = name_of(source)
     try:
-        content = _stdin(sys.stdin) if str(source) == STDIN else Path(source).read_bytes()
+        content = from_first(lambda: _stdin(sys.stdin)) if str(source) == STDIN else Path(source).read_bytes()
     except OSError as error:
         raise DataError(f"{name}: cannot read the file ({error.strerror}); give a file of {what}") from None
     except ValueError as error:  # a name that no system allows

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 from steerkit.prompts.conversation import Conversation
-from steerkit.prompts.files.rows import Rows
+from steerkit.prompts.files.rows import Row
 
 __all__ = ["tell", "tell_of_tools"]
 
@@ -47,19 +47,20 @@ def tell(found: Iterable[tuple[str, Conversation]], *, raw: bool, escapes: bool)
         )
 
 
-def tell_of_tools(rows: Rows) -> None:
+def tell_of_tools(name: str, rows: Iterable[Row]) -> None:
     """Warn of declarations of tools, which stand beside the messages and are not read.
 
     Args:
-        rows: of a file.
+        name: of a file.
+        rows: what it holds, gone through once.
 
     Warns:
         UserWarning: a row declares tools.
     """
-    declared = [row.place for row in rows.rows if isinstance(row.value, Mapping) and row.value.get("tools")]
+    declared = [row.place for row in rows if isinstance(row.value, Mapping) and row.value.get("tools")]
     if declared:
         warnings.warn(
-            f"{_at(f'{rows.name}, {declared[0]}', len(declared))}: 'tools' are not declared to the model; calls of "
+            f"{_at(f'{name}, {declared[0]}', len(declared))}: 'tools' are not declared to the model; calls of "
             "them and their results are read",
             stacklevel=3,
         )
