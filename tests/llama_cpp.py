@@ -113,6 +113,8 @@ _NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_q.bias": "self_attn.q_proj.bias",
+    "attn_q_norm.weight": "self_attn.q_norm.weight",
+    "attn_k_norm.weight": "self_attn.k_norm.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_k.bias": "self_attn.k_proj.bias",
     "attn_v.weight": "self_attn.v_proj.weight",
@@ -132,7 +134,7 @@ def paired(weight: Tensor, heads: int) -> Tensor:
 
 
 def as_gguf_model(model: Any, path: Path, architecture: str) -> Path:
-    """Write a tiny Llama or Qwen2 of transformers in llama.cpp's format, in float32 and without a tokenizer."""
+    """Write a Llama, Mistral, Qwen2 or Qwen3 of transformers as llama.cpp has it, float32 and without a tokenizer."""
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -142,14 +144,17 @@ def as_gguf_model(model: Any, path: Path, architecture: str) -> Path:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     found: Mapping[str, Tensor] = {
         "token_embd.weight": state["model.embed_tokens.weight"],
         "output_norm.weight": state["model.norm.weight"],
-        "output.weight": state["lm_head.weight"],
+        **({} if config.tie_word_embeddings else {"output.weight": state["lm_head.weight"]}),
         **{
             f"blk.{block}.{name}": state[f"model.layers.{block}.{theirs}"]
             for block in range(config.num_hidden_layers)

@@ -23,6 +23,8 @@ class Format(StrEnum):
     """What can be written; one entry of `_WRITERS` each."""
 
     gguf = "gguf"
+    gguf_lora = "gguf-lora"
+    svec = "svec"
     peft = "peft"
 
 
@@ -52,9 +54,9 @@ def run(
     file: Annotated[
         str | None, typer.Argument(metavar="[FILE]", help="A vector file, or a shipped vector's name.")
     ] = None,
-    vector: Annotated[list[str] | None, typer.Option(metavar="FILE", help="The same; repeatable for peft.")] = None,
+    vector: Annotated[list[str] | None, typer.Option(metavar="FILE", help="The same; repeatable for adapters.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where to write. (default: <vector>.gguf, <vector>-lora; here)")
+        Path | None, typer.Option(metavar="PATH", help="Where to write. (default: a name of the vector's, here)")
     ] = None,
     strength: Annotated[
         list[float] | None,
@@ -63,16 +65,17 @@ def run(
     steering: SteeringOption = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
     model: Annotated[
-        ModelChoice, f"For peft alone: alias, hub name, folder or .gguf file. (default: {DEFAULT_MODEL})"
+        ModelChoice, f"For adapters alone: alias, hub name, folder or .gguf file. (default: {DEFAULT_MODEL})"
     ] = DEFAULT,
     force: Annotated[bool, typer.Option("--force", help="Replace the file or adapter that stands there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write vectors in the format of another program, their strength included.
 
-    gguf is llama.cpp's control vector, of one vector and without a model;
-    peft is a LoRA adapter for --model, of one or several. Both act at every
-    token, so most vectors need --scope all.
+    gguf is llama.cpp's control vector and svec the JSON of AISteer360 and
+    hidden-directions, of one vector and without a model; peft is a LoRA
+    adapter for --model, gguf-lora one for llama.cpp, of one or several. All
+    act at every token, so most vectors need --scope all.
     """
     names = [*([file] if file else []), *(vector or [])]
     if not names and steering is None:
@@ -91,27 +94,37 @@ def run(
 
 
 def _gguf(asked: _Asked) -> _Written:
+    from steerkit.export.gguf import write_control_vector
+
+    return _one_file(asked, "gguf", write_control_vector, "llama-cli -m MODEL.gguf --control-vector {}")
+
+
+def _svec(asked: _Asked) -> _Written:
+    from steerkit.export.svec import write_svec
+
+    return _one_file(asked, "svec", write_svec, "SteeringVector.load({!r})  # aisteer360")
+
+
+def _one_file(asked: _Asked, ending: str, write: Callable[..., Path], usage: str) -> _Written:
+    """Write a file of one plain addition, which takes no model."""
     from steerkit._support.shipped import vector_path
-    from steerkit.errors import VectorFileError
-    from steerkit.export.gguf import control_vector, write_control_vector
+    from steerkit.export.plain_addition import added_everywhere
     from steerkit.methods._registry import default_strength
     from steerkit.vector.steering_vector import SteeringVector
 
     if asked.steering is not None:
-        raise typer.BadParameter("a control vector file holds one vector; give its name, or use --to peft")
+        raise typer.BadParameter(f"a .{ending} file holds one vector; give its name, or use --to peft")
     if len(asked.names) > 1:
-        raise typer.BadParameter(f"a control vector file holds one vector, got {len(asked.names)}")
+        raise typer.BadParameter(f"a .{ending} file holds one vector, got {len(asked.names)}")
     if asked.model.is_given:
         given = asked.model.words()[0]
-        raise typer.BadParameter(f"a control vector is written without a model; leave {given} out, or use --to peft")
+        raise typer.BadParameter(f"a .{ending} file is written without a model; leave {given} out, or use --to peft")
     path = vector_path(asked.names[0])
-    target = asked.target or Path(f"{path.stem}.gguf")
+    target = asked.target or Path(f"{path.stem}.{ending}")
     vector, strength = SteeringVector.load(path).at(scope=asked.scope), next(iter(asked.strengths), None)
-    check_writable(target)
-    if target.exists() and not asked.force:
-        raise VectorFileError(f"{target}: is there already; choose another name, or replace it with --force")
-    directions = control_vector(vector, strength=strength)
-    write_control_vector(vector, target, strength=strength)
+    _check_free(target, asked)
+    write(vector, target, strength=strength)
+    directions = added_everywhere(vector, f".{ending}", strength=strength)
     facts = {
         "strength": default_strength(vector) if strength is None else strength,
         "unit": vector.unit,
@@ -119,7 +132,32 @@ def _gguf(asked: _Asked) -> _Written:
         "layers": list(directions),
         "norms": [float(direction.norm()) for direction in directions.values()],
     }
-    return _Written(target, facts, f"llama-cli -m MODEL.gguf --control-vector {target}")
+    return _Written(target, facts, usage.format(str(target)))
+
+
+def _check_free(target: Path, asked: _Asked) -> None:
+    """Refuse a file that cannot be written, or that stands there, before work is spent on it."""
+    from steerkit.errors import VectorFileError
+
+    check_writable(target)
+    if target.exists() and not asked.force:
+        raise VectorFileError(f"{target}: is there already; choose another name, or replace it with --force")
+
+
+def _gguf_lora(asked: _Asked) -> _Written:
+    from steerkit.export.gguf_lora import write_gguf_lora
+    from steerkit.steering.weights import exact_strength
+
+    used = chosen(asked.names, asked.strengths, asked.steering, asked.model.name, scope=asked.scope)
+    target = asked.target or Path(f"{Path(used.terms[0].vector).stem}-lora.gguf")
+    for one in used.vectors:
+        exact_strength(one)
+    _check_free(target, asked)
+    loaded, _ = asked.model.load()
+    with status("writing the adapter"):
+        lora = write_gguf_lora(loaded, used.vectors, target)
+    facts = {"rank": lora.rank, "adapts": len(lora.tensors)}
+    return _Written(target, facts, f"llama-cli -m MODEL.gguf --lora {target}")
 
 
 def _peft(asked: _Asked) -> _Written:
@@ -155,4 +193,6 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_WRITERS: Mapping[Format, Callable[[_Asked], _Written]] = MappingProxyType({Format.gguf: _gguf, Format.peft: _peft})
+_WRITERS: Mapping[Format, Callable[[_Asked], _Written]] = MappingProxyType(
+    {Format.gguf: _gguf, Format.gguf_lora: _gguf_lora, Format.svec: _svec, Format.peft: _peft}
+)

@@ -19,6 +19,8 @@ import torch
 
 import steerkit
 from steerkit.errors import VectorFileError
+from steerkit.export.gguf import write_control_vector
+from steerkit.export.svec import write_svec
 from steerkit.network.sites import Site
 from steerkit.vector.foreign.importing import import_vector
 from steerkit.vector.steering_vector import SteeringVector
@@ -94,8 +96,6 @@ def test_repeng(repeng: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None
 
 
 def test_repeng_reads_our_export(repeng: Any, model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    from steerkit.export.gguf import write_control_vector
-
     rows = torch.randn(BLOCKS, 32, generator=torch.Generator().manual_seed(1))
     vector = SteeringVector.from_directions({1: rows[1], 3: rows[3]}, model, tokenizer, scope="all")
     write_control_vector(vector, tmp_path / "v.gguf", strength=1.5)
@@ -173,3 +173,16 @@ def test_generation_is_the_same_as_theirs(repeng: Any, model: Any, tokenizer: An
     expected = control.generate(IDS[1:], **how)
     control.unwrap()
     assert found.tolist() == expected.tolist() != plain.tolist()
+
+
+def test_hidden_directions_reads_our_json(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    load, convert = peer("hidden_directions", "hidden_directions.load", "hidden_directions.import_vector")
+    row = torch.randn(32, generator=torch.Generator().manual_seed(5))
+    vector = SteeringVector.from_directions({2: row}, model, tokenizer, scope="all")
+    write_svec(vector, tmp_path / "v.json", strength=1.5)
+    convert.import_to_pt(tmp_path / "v.json", tmp_path / "v.pt", n_layers=BLOCKS)
+    other = copy.deepcopy(model)
+    load.patch_down_proj_bias(other, 2, torch.load(tmp_path / "v.pt", weights_only=True)[2])
+    assert_same(steered(model, vector, 1.5), logits(other), logits(model))
+    again = import_vector(tmp_path / "v.json", model, tokenizer)
+    assert torch.equal(again.tensors["resid_post.2/direction"], 1.5 * row)
