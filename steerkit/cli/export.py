@@ -26,6 +26,7 @@ class Format(StrEnum):
     gguf_lora = "gguf-lora"
     svec = "svec"
     peft = "peft"
+    hub = "hub"
 
 
 class _Asked(NamedTuple):
@@ -38,12 +39,15 @@ class _Asked(NamedTuple):
     scope: str | None
     model: ModelChoice
     force: bool
+    repo: str | None
+    private: bool
+    license: str | None
 
 
 class _Written(NamedTuple):
     """What a writer tells: where, rows of facts, and how the file is used."""
 
-    target: Path
+    target: Path | str
     facts: dict[str, Any]
     usage: str
 
@@ -68,6 +72,9 @@ def run(
         ModelChoice, f"For adapters alone: alias, hub name, folder or .gguf file. (default: {DEFAULT_MODEL})"
     ] = DEFAULT,
     force: Annotated[bool, typer.Option("--force", help="Replace the file or adapter that stands there.")] = False,
+    repo: Annotated[str | None, typer.Option(metavar="USER/NAME", help="For hub alone: the repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="For hub alone: a new repository is private.")] = False,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="For hub alone: such as apache-2.0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write vectors in the format of another program, their strength included.
@@ -81,7 +88,10 @@ def run(
     if not names and steering is None:
         raise typer.BadParameter("give a vector file or a shipped vector's name, or several with --steering")
     check_chosen(names, strength, steering, scope=scope)
-    written = _WRITERS[to](_Asked(names, out, strength or [], steering, scope, model, force))
+    if to is not Format.hub and (repo or private or license):
+        raise typer.BadParameter("--repo, --private and --license go with --to hub")
+    asked = _Asked(names, out, strength or [], steering, scope, model, force, repo, private, license)
+    written = _WRITERS[to](asked)
     if as_json:
         listed = steering if steering is not None else names if len(names) > 1 else names[0]
         print_json({"file": str(written.target), "format": to.value, "vector": listed, **written.facts})
@@ -185,6 +195,27 @@ def _peft(asked: _Asked) -> _Written:
     return _Written(target, facts, f'PeftModel.from_pretrained(model, "{target}")')
 
 
+def _hub(asked: _Asked) -> _Written:
+    from steerkit._support.shipped import vector_path
+    from steerkit.vector.steering_vector import SteeringVector
+
+    if asked.repo is None:
+        raise typer.BadParameter("--to hub needs --repo USER/NAME")
+    said = {"--out": asked.target, "--strength": asked.strengths, "--steering": asked.steering, "--scope": asked.scope}
+    said |= {"--force": asked.force, "--model": asked.model.is_given}
+    if wrong := [option for option, value in said.items() if value]:
+        raise typer.BadParameter(f"a vector is uploaded as its file is; leave {wrong[0]} out")
+    paths = [vector_path(name) for name in asked.names]
+    loaded = [SteeringVector.load(path) for path in paths]
+    with status("uploading"):
+        pinned = [
+            one.push_to_hub(asked.repo, path.stem, private=asked.private or None, license=asked.license)
+            for one, path in zip(loaded, paths, strict=True)
+        ]
+    usage = f'steerkit generate "How was your day?" --vector {pinned[0]}'
+    return _Written(f"hub:{asked.repo}", {"pinned": pinned}, usage)
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -194,5 +225,5 @@ def _text(value: Any) -> str:
 
 
 _WRITERS: Mapping[Format, Callable[[_Asked], _Written]] = MappingProxyType(
-    {Format.gguf: _gguf, Format.gguf_lora: _gguf_lora, Format.svec: _svec, Format.peft: _peft}
+    {Format.gguf: _gguf, Format.gguf_lora: _gguf_lora, Format.svec: _svec, Format.peft: _peft, Format.hub: _hub}
 )

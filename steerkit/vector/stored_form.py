@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from safetensors import SafetensorError
 
+from steerkit._support.hub import PREFIX
 from steerkit._support.shipped import vector_path
 from steerkit.errors import SteerError, VectorFileError
 from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, REQUIRED, lay_out, signed
@@ -99,7 +100,7 @@ class StoredForm:
 
         Args:
             path: a file that `save` wrote, or a name of `steerkit.shipped_vectors()`, such as ``"optimism-caa"``; a
-                file of that name comes first.
+                file of that name comes first. ``"hub:user/repository"`` is fetched, as `from_hub` does.
 
         Raises:
             VectorFileError: there is no such file, or it is not exactly what `save` wrote.
@@ -108,3 +109,55 @@ class StoredForm:
         path = vector_path(str(path))
         data = read_vector_file(path)
         return cls.from_bytes(data, source=str(path))
+
+    @classmethod
+    def from_hub(cls, repo: str, *, revision: str | None = None, name: str | None = None) -> Self:
+        """Read a vector from a repository of the Hugging Face Hub; a second time it comes from the Hub's cache.
+
+        Args:
+            repo: ``"user/name"``; a private one needs a login of the Hub's (`hf auth login`, or HF_TOKEN).
+            revision: a branch, a tag or a commit; None takes the newest. A commit gives the same file for ever.
+            name: of one of several vectors in it.
+
+        Raises:
+            VectorFileError: there is no such repository, revision or file, it is not the one that the repository lists,
+                or it is not exactly what `save` wrote.
+            UnknownNameError: the repository holds several vectors, or none of that name.
+
+        Warns:
+            UserWarning: a branch or a tag names another file than when it was read here last.
+        """
+        wanted = f"{repo}/{name}" if name is not None else repo
+        return cls.load(PREFIX + wanted + (f"@{revision}" if revision is not None else ""))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload the vector to a repository of the Hugging Face Hub, which is made where it is missing.
+
+        A repository may hold several vectors, pushed one by one under different names. Its page lists them all.
+
+        Args:
+            repo: ``"user/name"``.
+            name: what the vector is called there; None calls it as the repository.
+            revision: a branch that is there; None takes the main one.
+            private: whether a repository that is made anew is private; None leaves that to the account.
+            license: as the Hub writes it, such as ``"apache-2.0"``; None says nothing.
+
+        Returns:
+            What it can be loaded by, the commit included: ``"hub:user/name/vector@commit"``.
+
+        Raises:
+            VectorFileError: the Hub does not take it, or somebody else has changed the repository in between.
+        """
+        from steerkit.vector.hub_pack import push
+        from steerkit.vector.steering_vector import SteeringVector
+
+        assert isinstance(self, SteeringVector)
+        return push(self, repo, name, revision=revision, private=private, license=license)
