@@ -201,7 +201,12 @@ def _hub(asked: _Asked) -> _Written:
 
     if asked.repo is None:
         raise typer.BadParameter("--to hub needs --repo USER/NAME")
-    said = {"--out": asked.target, "--strength": asked.strengths, "--steering": asked.steering, "--scope": asked.scope}
+    said: dict[str, Any] = {
+        "--out": asked.target,
+        "--strength": asked.strengths,
+        "--steering": asked.steering,
+        "--scope": asked.scope,
+    }
     said |= {"--force": asked.force, "--model": asked.model.is_given}
     if wrong := [option for option, value in said.items() if value]:
         raise typer.BadParameter(f"a vector is uploaded as its file is; leave {wrong[0]} out")

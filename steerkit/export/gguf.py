@@ -61,7 +61,10 @@ def write_control_vector(vector: SteeringVector, path: str | Path, *, strength: 
     path = Path(path)
     directions = control_vector(vector, strength=strength)
     warn_of_architecture(vector.model_type)
-    metadata = {f"{ARCHITECTURE}.model_hint": vector.model_type, f"{ARCHITECTURE}.layer_count": len(directions)}
+    metadata: dict[str, str | int | float] = {
+        f"{ARCHITECTURE}.model_hint": vector.model_type,
+        f"{ARCHITECTURE}.layer_count": len(directions),
+    }
     write_gguf(path, ARCHITECTURE, metadata, {f"direction.{layer}": one for layer, one in directions.items()})
     return path
 

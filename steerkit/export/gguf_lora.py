@@ -20,7 +20,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from steerkit._support.precision import full_precision
@@ -108,7 +107,11 @@ def write_gguf_lora(
     _refuse_others(inner, parts)
     pairs = _named(inner, parts, family)
     tensors = {f"{name}.{end}": one for name, pair in pairs.items() for end, one in zip(_ENDS, pair, strict=True)}
-    metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0}
+    metadata: dict[str, str | int | float] = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 0.0,
+    }
     write_gguf(Path(path), family.name, metadata, tensors)
     return GgufLora(Path(path), parts.rank, tuple(pairs))
 
@@ -170,5 +173,5 @@ def _named(model: Any, parts: AdapterParts, family: _Family) -> dict[str, tuple[
 
 def _in_pairs(rows: Tensor, heads: int) -> Tensor:
     """Rows [heads * d, r] whose rotary halves follow each other, in llama.cpp's order: pair by pair."""
-    halves = rows.unflatten(0, (heads, 2, -1))
-    return torch.transpose(halves, 1, 2).flatten(0, 2)
+    halves = rows.reshape(heads, 2, -1, rows.shape[-1])
+    return halves.transpose(1, 2).reshape(rows.shape)

@@ -62,7 +62,7 @@ class _Reader:
             return self.number(_SCALARS[kind])
         if kind == _TEXT:
             return self.text()
-        inner = self.number("I") if kind == _ARRAY else None
+        inner = self.number("I") if kind == _ARRAY else -1
         if inner not in _SCALARS and inner != _TEXT:
             raise VectorFileError(f"damaged GGUF file: metadata of type {kind} at byte {self.at}; get it anew")
         count = self.number("Q")
