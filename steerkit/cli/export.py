@@ -112,7 +112,7 @@ def _gguf(asked: _Asked) -> _Written:
 def _svec(asked: _Asked) -> _Written:
     from steerkit.export.svec import write_svec
 
-    return _one_file(asked, "svec", write_svec, "SteeringVector.load({!r})  # aisteer360")
+    return _one_file(asked, "svec", write_svec, "AISteer360: SteeringVector.load({!r})")
 
 
 def _one_file(asked: _Asked, ending: str, write: Callable[..., Path], usage: str) -> _Written:

@@ -107,7 +107,6 @@ def test_every_matrix_has_its_name_and_the_order_of_its_rows(
     assert kl(expected, engine.logits(IDS)) > DIFFERENT
 
 
-@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_model_in_full_precision(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     """Real weights, 30 blocks, the shipped vector and a prompt of words."""

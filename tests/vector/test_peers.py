@@ -1,7 +1,7 @@
 """Files that other steering libraries write, imported: steering with them is what these libraries do with them.
 
 Of each library its own code writes the file and its own code steers; both on a tiny random Llama, by this version of
-transformers. `pip install 'steerkit-hf[peers]'` brings them.
+transformers. The extra `peers` names their versions; `pip install --no-deps`, for their own wishes are older.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEXTS = [("I love this", "I hate this"), ("What joy", "What pain"), ("Good!", "B
 
 def peer(name: str, *modules: str) -> list[Any]:
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed; pip install 'steerkit-hf[peers]'")
+        pytest.skip(f"{name} is not installed; the extra `peers` says which version")
     return [importlib.import_module(module) for module in modules]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -50,6 +51,9 @@ def as_direction(name: str, value: Any) -> Tensor:
     name = name[:80]
     if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
         raise VectorFileError(f"{name}: holds {value.dtype}; a direction consists of real numbers")
+    if isinstance(value, numpy.ndarray):
+        with numpy.errstate(all="ignore"):  # what is no finite number is seen right after
+            value = value.astype(numpy.float64)
     try:
         found = torch.as_tensor(value, dtype=torch.float32).clone()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -136,7 +136,7 @@ def _directions(reader: _Reader, count: int, alignment: int) -> dict[int, Tensor
         numbers = numpy.frombuffer(reader.take(size), dtype=_FLOATS[kind])
         if kind == _BF16:
             numbers = (numbers.astype(numpy.uint32) << 16).view(numpy.float32)
-        by_layer[layer] = as_direction(name, numbers.astype(numpy.float64))
+        by_layer[layer] = as_direction(name, numbers)
     if not by_layer:
         raise VectorFileError("a GGUF control vector without a direction; get it anew")
     return by_layer

@@ -46,6 +46,5 @@ def read_npy(data: bytes) -> Directions:
             f"damaged NumPy array: {present} bytes behind a header that says {list(shape)} of {dtype}; get it anew"
         )
     numbers = numpy.frombuffer(data, dtype=dtype, offset=stream.tell())
-    with numpy.errstate(all="ignore"):  # what float64 cannot hold is seen right after
-        found = numbers.reshape(shape, order="F" if is_fortran else "C").astype(numpy.float64)
+    found = numbers.reshape(shape, order="F" if is_fortran else "C")
     return Directions(Kind.NPY, {}, {"array": as_direction("the array", found)})
