@@ -56,7 +56,7 @@ class _Written(NamedTuple):
 def run(
     to: Annotated[Format, typer.Option("--to", help="The format to write.")],
     file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="A vector file, or a shipped vector's name.")
+        str | None, typer.Argument(metavar="[FILE]", help="A vector file, a shipped name, or hub:USER/NAME.")
     ] = None,
     vector: Annotated[list[str] | None, typer.Option(metavar="FILE", help="The same; repeatable for adapters.")] = None,
     out: Annotated[

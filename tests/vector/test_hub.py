@@ -253,6 +253,10 @@ def test_wherever_a_vector_is_named(
     assert (told.code, json.loads(told.out)["digest"]) == (0, vector.digest)
     line = f'"{reference}"*0.5 + v.safetensors'
     assert str(steerkit.Composition.parse(line)) == line
+    plain = f"hub:{REPO}/moods@answer*0.5 - hub:{REPO}"  # a revision needs quotation marks, for @ begins a scope
+    assert str(steerkit.Composition.parse(plain)) == plain
+    made = steerkit.Composition.parse(f"hub:{REPO}@all*0.5").vectors()[0]
+    assert (made.strength, made.scope, made) == (0.5, "all", vector.at(strength=0.5, scope="all"))
     for words in (("--vector", reference, "--strength", 0.5), ("--steering", f'"{reference}"*0.5')):
         ended = cli("generate", "Hello", "--model", tiny, "--max-new-tokens", 2, "--json", *words)
         assert ended.code == 0, ended.err
