@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,20 @@ def fetched(wanted: HubName) -> Path:
         UserWarning: a branch or a tag names another file than when it was read here last.
     """
     before = _cached(wanted)
-    listed = read_index(wanted.repo, wanted.revision)
-    if listed is None and wanted.name is None:
+    index = _index_of(wanted)
+    if index is None and wanted.name is None:
         raise VectorFileError(
             f"{wanted}: has no {INDEX}, so it is no repository of steerkit's; name the file, as in {wanted.repo}/NAME"
         )
-    name = wanted.name if listed is None else _chosen(wanted, listed)
-    path = _downloaded(wanted, f"{name}.safetensors", LARGEST_FILE)
-    content = path.read_bytes()
-    if listed is not None and hashlib.sha256(content).hexdigest() != listed[str(name)]["sha256"]:
-        raise VectorFileError(f"{wanted}: {path.name} is not the file that {INDEX} lists; ask its owner")
+    if index is None:
+        path = _downloaded(wanted, f"{wanted.name}.safetensors", LARGEST_FILE)
+    else:
+        listed = _listed(wanted, index)
+        name = _chosen(wanted, listed)
+        # Of the commit that the list is of, whatever the name means by now.
+        path = _downloaded(replace(wanted, revision=index.parent.name), f"{name}.safetensors", LARGEST_FILE)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != listed[name]["sha256"]:
+            raise VectorFileError(f"{wanted}: {path.name} is not the file that {INDEX} lists; ask its owner")
     if before is not None:
         _warn_of_move(wanted, before / path.name, path)
     return path
@@ -113,7 +117,7 @@ def _cached(wanted: HubName) -> Path | None:
     return None
 
 
-def read_index(repo: str, revision: str | None = None) -> dict[str, Any] | None:
+def read_index(repo: str, revision: str | None = None) -> dict[str, Any]:
     """What a repository says of the vectors in it.
 
     Args:
@@ -121,18 +125,32 @@ def read_index(repo: str, revision: str | None = None) -> dict[str, Any] | None:
         revision: branch, tag or commit; None for the newest.
 
     Returns:
-        Name of each vector to its facts, `sha256` among them; None where the repository has no such list.
+        Name of each vector to its facts, `sha256` among them; nothing where the repository has no such list.
 
     Raises:
         VectorFileError: there is no such repository or revision, or the list is no list.
     """
     wanted = HubName(repo, None, revision)
+    index = _index_of(wanted)
+    return {} if index is None else _listed(wanted, index)
+
+
+def _index_of(wanted: HubName) -> Path | None:
+    """The list of a repository's vectors, in the folder of the commit that it is of; None where it has none."""
     try:
-        path = _downloaded(wanted, INDEX, LARGEST_INDEX)
+        return _downloaded(wanted, INDEX, LARGEST_INDEX)
     except _NoSuchFile:
         return None
+
+
+def _listed(wanted: HubName, index: Path) -> dict[str, Any]:
+    """What such a list says.
+
+    Raises:
+        VectorFileError: it is none.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(index.read_bytes())
         listed = content["vectors"]
         is_ours = content["format"] == INDEX_FORMAT and all(
             _NAME.fullmatch(name) and re.fullmatch("[0-9a-f]{64}", facts["sha256"]) for name, facts in listed.items()
@@ -187,20 +205,24 @@ def _downloaded(wanted: HubName, file: str, most: int) -> Path:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
             return Path(hub.hf_hub_download(**place, local_files_only=True))
-        if size is None or size > most:
-            shown = "of no known size" if size is None else f"{size} bytes long"
-            raise VectorFileError(f"{wanted}: {file} is {shown} (at most {most}); it is not downloaded")
-        path = Path(hub.hf_hub_download(**place, tqdm_class=_limited(size)))
+        if size is not None and size > most:
+            raise VectorFileError(f"{wanted}: {file} is {size} bytes long (at most {most}); it is not downloaded")
+        return Path(hub.hf_hub_download(**place, tqdm_class=_limited(most if size is None else size)))
     except (VectorFileError, _NoSuchFile):
         raise
     except Exception as error:  # noqa: BLE001 - several libraries raise below, with addresses and headers in their texts
         raise hub_error(wanted, error, file) from None
-    return path
 
 
 def _limited(size: int) -> Any:
-    """A progress bar that shows nothing, and ends a download that goes on beyond what was announced."""
+    """A progress bar that shows nothing, and ends a download that goes on far beyond what was announced.
+
+    The client itself refuses a file of another size, but only when all of it has come. Some of the Hub's storage counts
+    what goes over the wire, which may be more than the file.
+    """
     from huggingface_hub.utils import tqdm
+
+    most = 2 * size + 2**24
 
     class Limited(tqdm):  # type: ignore[misc] # a class of a library without types
         came = 0
@@ -210,8 +232,8 @@ def _limited(size: int) -> Any:
 
         def update(self, n: float | None = 1) -> None:
             self.came += int(n or 0)
-            if self.came > size:
-                raise OSError(f"more than the {size} bytes that were announced")
+            if self.came > most:
+                raise OSError(f"{self.came} bytes came where {size} were announced")
 
     return Limited
 

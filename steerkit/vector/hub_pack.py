@@ -57,7 +57,7 @@ def push(
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         parent = api.repo_info(repo, revision=revision).sha
-        listed = read_index(repo, parent) or {}
+        listed = read_index(repo, parent)
         listed[wanted.name] = {**_facts(vector, license), "sha256": hashlib.sha256(data).hexdigest()}
         listed = dict(sorted(listed.items()))
         index = json.dumps({"format": INDEX_FORMAT, "vectors": listed}, indent=2, ensure_ascii=False) + "\n"
