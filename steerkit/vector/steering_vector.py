@@ -148,7 +148,7 @@ class SteeringVector(StoredForm):
     @classmethod
     def from_directions(
         cls,
-        directions: Mapping[Any, Tensor],
+        directions: Mapping[Any, Any],
         model: nn.Module,
         tokenizer: Any = None,
         *,
@@ -158,8 +158,8 @@ class SteeringVector(StoredForm):
         """Make a vector of directions that were found elsewhere: a plain addition, at strength 1 what they are.
 
         Args:
-            directions: where to add to a direction [d] of any float dtype, kept in float32. Where is the number of a
-                block, counted from 0, at whose output it is added, a site or its name (`mlp_out.12`).
+            directions: where to add to a direction [d], a tensor, an array or a list, kept in float32. Where is the
+                number of a block, counted from 0, at whose output it is added, a site or its name (`mlp_out.12`).
             model: the transformers model they are for.
             tokenizer: its tokenizer, whose chat template is noted.
             scope: which tokens are written.
@@ -183,9 +183,10 @@ class SteeringVector(StoredForm):
             ('caa', ['resid_post.1'])
         """
         from steerkit.tokens.scope import Scope
+        from steerkit.vector.foreign.directions import as_direction
 
         facts = model_facts(model, tokenizer)
-        placed = {Site.of(place): direction for place, direction in directions.items()}
+        placed = {Site.of(place): as_direction(f"direction of {place}", one) for place, one in directions.items()}
         for site, direction in sorted(placed.items()):
             if tuple(direction.shape) != (facts["hidden_size"],) or site.layer >= facts["num_layers"]:
                 raise VectorMismatchError(
@@ -196,7 +197,7 @@ class SteeringVector(StoredForm):
                 warnings.warn(f"the direction of {site} has length 0 and adds nothing", stacklevel=2)
         return cls(
             method="caa",
-            tensors={f"{site}/direction": direction.float() for site, direction in placed.items()},
+            tensors={f"{site}/direction": direction for site, direction in placed.items()},
             sites=tuple(sorted(placed)),
             edit="add",
             scope=str(Scope.parse(scope)),

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 import steerkit
-from steerkit.errors import VectorFileError, VectorMismatchError
+from steerkit.errors import ScopeError, SiteError, VectorFileError, VectorMismatchError
 from steerkit.export.gguf import write_control_vector
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
@@ -215,6 +215,22 @@ def test_directions_become_a_vector(model: Any, tokenizer: Any) -> None:
             SteeringVector.from_directions(wrong, model)
     with pytest.raises(VectorFileError, match="one or more different sites"):
         SteeringVector.from_directions({}, model)
+    row = [0.5] * HIDDEN
+    assert SteeringVector.from_directions({1: row}, model) == SteeringVector.from_directions(
+        {1: numpy.array(row)}, model
+    )
+    wrongs: tuple[tuple[Any, Any, str], ...] = (
+        ({1: [[]]}, VectorFileError, "direction of 1: holds no numbers"),
+        ({1: "x"}, VectorFileError, "direction of 1: holds no numbers"),
+        ({1: [float("nan")] * HIDDEN}, VectorFileError, "some that are not finite"),
+        ({"z.x": row}, SiteError, "'z.x' is not a site"),
+        ({-1: row}, SiteError, "-1"),
+    )
+    for given, error, message in wrongs:
+        with pytest.raises(error, match=message):
+            SteeringVector.from_directions(given, model)
+    with pytest.raises(ScopeError, match="'everywhere'"):
+        SteeringVector.from_directions({1: row}, model, scope="everywhere")
 
 
 def _behind(model: Any, hidden: torch.Tensor) -> torch.Tensor:
