@@ -148,7 +148,7 @@ class SteeringVector(StoredForm):
     @classmethod
     def from_directions(
         cls,
-        directions: Mapping[Any, Any],
+        directions: Mapping[int, Tensor] | Mapping[str, Tensor] | Mapping[Site, Tensor],
         model: nn.Module,
         tokenizer: Any = None,
         *,
