@@ -51,23 +51,24 @@ def push(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     wanted = HubName.parse(f"{repo}/{name or repo.partition('/')[2]}" + (f"@{revision}" if revision else ""))
-    if wanted.name is None or "/" not in repo or (license is not None and not _LICENSE.fullmatch(license)):
+    repo, name = wanted.repo, str(wanted.name)
+    if license is not None and not _LICENSE.fullmatch(license):
         raise VectorFileError(f"license {license!r}: write it as the Hub does, such as apache-2.0 or cc-by-4.0")
     data, api = vector.to_bytes(), HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         parent = api.repo_info(repo, revision=revision).sha
         listed = read_index(repo, parent)
-        listed[wanted.name] = {**_facts(vector, license), "sha256": hashlib.sha256(data).hexdigest()}
+        listed[name] = {**_facts(vector, license), "sha256": hashlib.sha256(data).hexdigest()}
         listed = dict(sorted(listed.items()))
         index = json.dumps({"format": INDEX_FORMAT, "vectors": listed}, indent=2, ensure_ascii=False) + "\n"
-        files = {f"{wanted.name}.safetensors": data, INDEX: index.encode()}
+        files = {f"{name}.safetensors": data, INDEX: index.encode()}
         if _may_write_card(api, repo, parent):
             files["README.md"] = pack_card(repo, listed).encode()
         done = api.create_commit(
             repo,
             [CommitOperationAdd(path_in_repo=file, path_or_fileobj=content) for file, content in files.items()],
-            commit_message=f"Vector {wanted.name}",
+            commit_message=f"Vector {name}",
             revision=revision,
             parent_commit=parent,
         )
@@ -75,7 +76,7 @@ def push(
         raise
     except Exception as error:  # noqa: BLE001 - several libraries raise below, with addresses and headers in their texts
         raise hub_error(wanted, error) from None
-    return str(HubName(repo, wanted.name, done.oid))
+    return str(HubName(repo, name, done.oid))
 
 
 def _facts(vector: SteeringVector, license: str | None) -> dict[str, Any]:

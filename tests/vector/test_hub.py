@@ -99,6 +99,27 @@ def test_a_pack_and_its_page(hub: Hub, vector: SteeringVector, other: SteeringVe
         SteeringVector.from_hub(REPO, name="clam")
 
 
+@pytest.mark.parametrize(
+    ("repo", "how", "message"),
+    [
+        ("moods", {}, "names no vector on the hub"),
+        ("user/moods/x", {}, "names no vector on the hub"),
+        ("user/../x", {}, "names no vector on the hub"),
+        (REPO, {"name": "a/b"}, "names no vector on the hub"),
+        (REPO, {"name": "../b"}, "names no vector on the hub"),
+        (REPO, {"revision": "a b"}, "names no vector on the hub"),
+        (REPO, {"license": "mine\nlicense: yours"}, "write it as the Hub does, such as apache-2.0"),
+        (REPO, {"revision": "nowhere"}, "there is no revision 'nowhere'"),
+    ],
+)
+def test_pushes_that_cannot_be(hub: Hub, vector: SteeringVector, repo: str, how: dict[str, str], message: str) -> None:
+    hub.add(REPO, {})
+    before = dict(hub.repos[REPO].refs)
+    with pytest.raises(VectorFileError, match=message):
+        vector.push_to_hub(repo, **how)
+    assert hub.repos[REPO].refs == before and list(hub.repos) == [REPO]
+
+
 def test_hostile_facts_stay_in_their_cells(hub: Hub, vector: SteeringVector) -> None:
     facts = vars_of(vector) | {"model_id": "org/x\n---\nlicense: mit", "data_source": "a | b"}
     SteeringVector(**facts).push_to_hub(REPO)
