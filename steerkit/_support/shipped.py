@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from steerkit._support.hub import PREFIX, HubName, fetched
 from steerkit.errors import unknown_name
 
 __all__ = ["recipe_path", "recipes", "shipped_vectors", "trait_path", "traits", "vector_path", "vectors"]
@@ -93,15 +94,18 @@ def recipe_path(name: str) -> Path:
 
 
 def vector_path(name: str, model: str = "") -> Path:
-    """Find a vector by its path or its shipped name.
+    """Find a vector by its path, its shipped name, or its name on the Hub, from which it is then downloaded.
 
     Args:
-        name: a file, or a name such as ``optimism-caa`` or ``smollm2-135m/optimism-caa``.
+        name: a file, or a name such as ``optimism-caa``, ``smollm2-135m/optimism-caa`` or ``hub:user/repository``.
         model: alias of the model in use, whose vectors come first.
 
     Raises:
         UnknownNameError: neither a file nor a shipped vector.
+        VectorFileError: nothing of that name can be had from the Hub.
     """
+    if name.startswith(PREFIX):
+        return fetched(HubName.parse(name))
     path = Path(name)
     if path.suffix == ".safetensors" or not _NAME.fullmatch(name) or _exists(path):
         return path

@@ -67,7 +67,7 @@ SystemOption = Annotated[
 @loads_model
 @takes_data
 def run(
-    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
+    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")],
     given: DataChoice = NO_DATA,
     prompts: PromptsOption = None,
     strength: StrengthOption = None,

@@ -15,7 +15,7 @@ __all__ = ["run"]
 @loads_model
 def run(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What would be answered.")],
-    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
+    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")],
     strength: Annotated[
         float | None, typer.Option(help="Strength it would steer with. (default: the file's suggested strength)")
     ] = None,

@@ -29,7 +29,7 @@ TopPOption = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens that --sample draws from.")
 ]
 VectorOption = Annotated[
-    list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+    list[str] | None, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME; repeatable.")
 ]
 StrengthOption = Annotated[
     list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")

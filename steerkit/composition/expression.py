@@ -2,7 +2,7 @@
 
     composition   [-] term { + term | - term }
     term          name { ~name | @scope | [from:to] | *strength [unit] | fade(shape over n [to strength]) }
-    name          letters, digits, _ . / and -, or anything "in quotes"
+    name          letters, digits, _ . / and -, hub: before them or not, or anything "in quotes"
 
 What stands behind a name stands there once, in any order. A minus that parts two vectors has a space before it, because
 names have hyphens. What is printed is read again as the same composition, and the same composition is always printed as
@@ -25,7 +25,7 @@ __all__ = ["parsed", "printed"]
 
 _LONGEST = 100_000
 _SPACE = re.compile(r"\s*")
-_BARE = re.compile(r"[\w./]+(?:-+[\w./]+)*")
+_BARE = re.compile(r"(?:hub:)?[\w./]+(?:-+[\w./]+)*")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"\s*([A-Za-z_]+)\b(?!\s*\()")

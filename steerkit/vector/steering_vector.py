@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from steerkit import __version__
-from steerkit._support.shipped import vector_path
-from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError
+from steerkit.errors import SiteError, StrengthError, VectorFileError, VectorMismatchError
 from steerkit.network.sites import Site
-from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, REQUIRED, lay_out, signed
-from steerkit.vector.container_checks import check_digest, check_readable, metadata_of
+from steerkit.vector.container import REQUIRED
 from steerkit.vector.description import described
-from steerkit.vector.fields import BY_SITE, CODECS, MAPPING, checked_strength, decoded
+from steerkit.vector.fields import BY_SITE, CODECS, MAPPING, checked_strength
 from steerkit.vector.frozen import thawed
-from steerkit.vector.model_identity import public_id, template_digest
+from steerkit.vector.model_identity import model_facts, public_id, template_digest
+from steerkit.vector.stored_form import StoredForm
 from steerkit.vector.tensors import Tensors, checked_tensors
-from steerkit.vector.vector_files import read_vector_file, write_vector_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,11 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["SteeringVector"]
 
 UNITS = ("paper", "norm")
-_EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringVector:
+class SteeringVector(StoredForm):
     """The result of a fit. Two vectors are equal when they would be stored as the same bytes and applied the same.
 
     Attributes:
@@ -151,6 +144,67 @@ class SteeringVector:
                 raise VectorFileError(f"{site}: layer {site.layer} is outside 0..{self.num_layers - 1}")
         widths = {site: self.widths.get(site, self.hidden_size) for site in self.sites}
         object.__setattr__(self, "tensors", checked_tensors(self.tensors, widths))
+
+    @classmethod
+    def from_directions(
+        cls,
+        directions: Mapping[int, Tensor] | Mapping[str, Tensor] | Mapping[Site, Tensor],
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        scope: str = "response",
+        data_source: str | None = None,
+    ) -> Self:
+        """Make a vector of directions that were found elsewhere: a plain addition, at strength 1 what they are.
+
+        Args:
+            directions: where to add to a direction [d], a tensor, an array or a list, kept in float32. Where is the
+                number of a block, counted from 0, at whose output it is added, a site or its name (`mlp_out.12`).
+            model: the transformers model they are for.
+            tokenizer: its tokenizer, whose chat template is noted.
+            scope: which tokens are written.
+            data_source: where they come from.
+
+        Raises:
+            VectorMismatchError: a direction is not as wide as the model, or of a block that it has not.
+            VectorFileError: there is no direction, or one is not finite.
+            SiteError: a key that is no place.
+            ScopeError: no scope of that name.
+
+        Warns:
+            UserWarning: a direction has length 0 and adds nothing.
+
+        Example:
+            >>> import torch
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+            >>> vector = SteeringVector.from_directions({1: torch.ones(8)}, model)
+            >>> vector.method, [str(site) for site in vector.sites]
+            ('caa', ['resid_post.1'])
+        """
+        from steerkit.tokens.scope import Scope
+        from steerkit.vector.foreign.directions import as_direction
+
+        facts = model_facts(model, tokenizer)
+        placed = {Site.of(place): as_direction(f"direction of {place}", one) for place, one in directions.items()}
+        for site, direction in sorted(placed.items()):
+            if tuple(direction.shape) != (facts["hidden_size"],) or site.layer >= facts["num_layers"]:
+                raise VectorMismatchError(
+                    f"the direction of {site} has shape {list(direction.shape)}, this model blocks 0 to "
+                    f"{facts['num_layers'] - 1} of width {facts['hidden_size']}; give the model it was made for"
+                )
+            if not bool(direction.any()):
+                warnings.warn(f"the direction of {site} has length 0 and adds nothing", stacklevel=2)
+        return cls(
+            method="caa",
+            tensors={f"{site}/direction": direction for site, direction in placed.items()},
+            sites=tuple(sorted(placed)),
+            edit="add",
+            scope=str(Scope.parse(scope)),
+            unit="paper",
+            data_source=data_source,
+            **facts,
+        )
 
     @cached_property
     def _names(self) -> dict[str, dict[str, str]]:
@@ -272,82 +326,6 @@ class SteeringVector:
             site: one of `sites`.
         """
         return self.spreads.get(site, self.norms.get(site))
-
-    @cached_property
-    def digest(self) -> str:
-        """What identifies the stored vector: the sha256 of its file with 64 zeros in the digest's place."""
-        return hashlib.sha256(self._unsigned()).hexdigest()
-
-    def to_bytes(self) -> bytes:
-        """The file's content; the same vector gives the same bytes.
-
-        Raises:
-            VectorFileError: text that is no Unicode, or more metadata than a header may hold.
-        """
-        return signed(self._unsigned())
-
-    def _unsigned(self) -> bytes:
-        metadata = {"format": str(FORMAT), "layer_counting": LAYER_COUNTING, "digest": BLANK_DIGEST}
-        for name, codec in CODECS.items():
-            value = getattr(self, name)
-            if name in REQUIRED or name == "settings" or (value is not None and value != _EMPTY):
-                metadata[name] = codec.encode(value)
-        assert isinstance(self.tensors, Tensors)
-        return lay_out(metadata, self.tensors.stored)
-
-    @classmethod
-    def from_bytes(cls, data: bytes, source: str = "vector") -> SteeringVector:
-        """Read a file's content. Nothing in it is executed.
-
-        Args:
-            data: the bytes.
-            source: what to call them in messages.
-
-        Raises:
-            VectorFileError: anything about the bytes is not as `to_bytes` left it, or they are of a newer format.
-        """
-        try:
-            metadata = metadata_of(data)
-            check_readable(metadata)
-            check_digest(data, metadata["digest"])
-            values = {name: decoded(name, metadata[name]) for name in CODECS if name in metadata}
-            # An older file without a version must not get the present one.
-            values.setdefault("steerkit_version", None)
-            return cls(tensors=Tensors.of_file(data), **values)
-        except (SteerError, SafetensorError) as error:
-            raise VectorFileError(f"{source}: {error}") from None
-
-    def save(self, path: str | Path) -> Path:
-        """Write the file, whole or not at all; folders on the way are made.
-
-        Args:
-            path: where; a file there is replaced only when the new one is complete on the disk.
-
-        Returns:
-            The path.
-
-        Raises:
-            VectorFileError: it cannot be written there, or the vector cannot be stored.
-        """
-        path = Path(path)
-        write_vector_file(path, self.to_bytes())
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> SteeringVector:
-        """Read a vector file, or one of the shipped vectors by its name.
-
-        Args:
-            path: a file that `save` wrote, or a name of `steerkit.shipped_vectors()`, such as ``"optimism-caa"``; a
-                file of that name comes first.
-
-        Raises:
-            VectorFileError: there is no such file, or it is not exactly what `save` wrote.
-            UnknownNameError: a name without an ending that nothing shipped answers to.
-        """
-        path = vector_path(str(path))
-        data = read_vector_file(path)
-        return cls.from_bytes(data, source=str(path))
 
     def check(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Refuse a model that this vector cannot steer; warn of one it was not fitted on.
