@@ -91,6 +91,11 @@ class Engine:
         self.close()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._thread.is_alive() and not self._is_closed
+
+    @property
     def running(self) -> int:
         """Rows under way."""
         return self.worker.running
@@ -167,6 +172,14 @@ class Engine:
             raise
         return gathered(found)
 
+    def text_of(self, token: int) -> str:
+        """What a token stands for, special ones included.
+
+        Args:
+            token: its id.
+        """
+        return self._prompts.text_of(token)
+
     def close(self) -> None:
         """End all requests and the thread; the model is left as it was."""
         with self._wake:
@@ -227,22 +240,23 @@ class Engine:
         """Plan the steering of new requests, and put their rows in the line."""
         while self._new:
             ticket = self._new[0]
-            try:
-                groups = self.worker.plan(ticket)
-            except Exception as error:  # noqa: BLE001 - whoever asked gets it
-                self._new.popleft()
-                ticket.planned.set_exception(error)
-                continue
+            groups: list[list[Row]] = []
+            if ticket.planned.set_running_or_notify_cancel():  # else nobody waits any more
+                try:
+                    groups = self.worker.plan(ticket)
+                    ticket.planned.set_result(None)
+                except Exception as error:  # noqa: BLE001 - whoever asked gets it
+                    ticket.planned.set_exception(error)
             self._line.extend(groups)
             self._new.popleft()
-            ticket.planned.set_result(None)
 
     def _end_all(self) -> None:
         """Tell everybody that it is over."""
         with self._wake:
             self._is_closed = True
             for ticket in self._new:
-                ticket.planned.set_exception(ModelError("the engine is closed"))
+                if ticket.planned.set_running_or_notify_cancel():
+                    ticket.planned.set_exception(ModelError("the engine is closed"))
             rows = [row for group in self._line for row in group]
             self._new.clear()
             self._line.clear()

@@ -54,3 +54,12 @@ class PromptReader:
             asked = Conversation.of(prompt, raw=isinstance(prompt, str))
             spoken = as_fitted(vectors, self._tokenizer, options)
             return render(self._tokenizer, asked, chat_template_kwargs=spoken).ids
+
+    def text_of(self, token: int) -> str:
+        """What a token stands for, special ones included.
+
+        Args:
+            token: its id.
+        """
+        with self._lock:
+            return str(self._tokenizer.decode([token]))

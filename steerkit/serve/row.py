@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Row", "Ticket"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -125,5 +128,10 @@ class Row:
         self._tell(Done(self.choice, finish, self.prompt_length, self.cached, self.generated, error))
 
     def _tell(self, event: Event) -> None:
-        if not self.ticket.is_cancelled or isinstance(event, Done):
+        if self.ticket.is_cancelled and not isinstance(event, Done):
+            return
+        try:
             self.ticket.emit(event)
+        except Exception:
+            logger.warning("nobody takes the events of a request any more; it is cancelled", exc_info=True)
+            self.ticket.is_cancelled = True
