@@ -5,12 +5,12 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException as RoutingError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steerkit.errors import SteerError
 from steerkit.serve.engine import Engine, QueueFullError
@@ -28,8 +28,6 @@ PUBLIC = ("/health",)
 """What is answered without a key."""
 _LOCAL = ("localhost", "127.0.0.1", "::1", "testserver")
 
-Next = Callable[[Request], Awaitable[Response]]
-
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
     """The application.
@@ -41,17 +39,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(title="steerkit", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(engine)
 
-    @app.middleware("http")
-    async def guard(http: Request, handle: Next) -> Response:
-        try:
-            _check_origin(http, settings)
-            _check_key(http, settings)
-        except RefusedError as error:
-            metrics.count(error.status)
-            return _answer(http, error)
-        response = await handle(http)
-        metrics.count(response.status_code)
-        return response
+    app.add_middleware(_Guard, settings=settings, metrics=metrics)
 
     @app.exception_handler(SteerError)
     async def refused(http: Request, error: SteerError) -> Response:
@@ -79,6 +67,32 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(ollama_routes(engine, settings))
     app.include_router(steerkit_routes(engine, settings))
     return app
+
+
+class _Guard:
+    """Lets requests in, and counts how they were answered. Plain ASGI, so that streams and their ends pass through."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self._app, self._settings, self._metrics = app, settings, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.count(message["status"])
+            await send(message)
+
+        http = Request(scope)
+        try:
+            _check_origin(http, self._settings)
+            _check_key(http, self._settings)
+        except RefusedError as error:
+            await _answer(http, error)(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
 
 
 def _as_refused(error: SteerError) -> RefusedError:

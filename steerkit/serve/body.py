@@ -108,8 +108,9 @@ class Fields:
             raise RefusedError(400, f"{name[:60]!r} is no field that is known here; leave it out", param=name[:60])
 
     def steering(self, settings: Settings, named: Composition | None) -> Composition | None:
-        """How the request is steered: by its field `steering` (text or JSON; null is unsteered), by the model's name,
-        or as the operator has set.
+        """How the request is steered: by its field, by the model's name, or as the operator has set.
+
+        The field `steering` is a composition's text or JSON; null or an empty text is unsteered.
 
         Args:
             settings: of the server.

@@ -105,15 +105,14 @@ class Engine:
         """Rows that wait."""
         return sum(map(len, list(self._line))) + sum(_rows_of(one.request) for one in list(self._new))
 
-    def submit(self, request: Request, emit: Callable[[Event], object]) -> Ticket:
-        """Take a request.
+    def submit(self, *asked: tuple[Request, Callable[[Event], object]]) -> list[Ticket]:
+        """Take requests, all or none; those that are taken together begin in one pass where there is room.
 
         Args:
-            request: what is asked.
-            emit: called with each event in the engine's thread; it may not block.
+            asked: each request with what is called with its events, in the engine's thread; it may not block.
 
         Returns:
-            Its ticket. `ticket.planned` tells whether its steering can be had, before anything is generated.
+            Their tickets. `ticket.planned` tells whether a request's steering can be had, before anything is generated.
 
         Raises:
             QueueFullError: too many requests wait.
@@ -121,12 +120,8 @@ class Engine:
             SteerError: a prompt that cannot be rendered, or a vector that cannot be had.
             ModelError: the engine is closed.
         """
-        rows = _rows_of(request)
-        if rows > self.max_batch:
-            raise DataError(f"n: {request.n} answers take {rows} rows, and at most {self.max_batch} run at once")
-        vectors = self._vectors(request)
-        ids = self._prompts.ids(request, vectors)
-        ticket = Ticket(request, vectors, ids, self._limit(request, len(ids)), emit, open=request.n)
+        tickets = [self._ticket(request, emit) for request, emit in asked]
+        rows = sum(_rows_of(request) for request, _ in asked)
         with self._wake:
             if self._is_closed:
                 raise ModelError("the engine is closed")
@@ -134,9 +129,23 @@ class Engine:
                 raise QueueFullError(
                     f"{self.waiting} answers wait already, of at most {self.max_queue}; try again later"
                 )
-            self._new.append(ticket)
+            self._new += tickets
             self._wake.notify()
-        return ticket
+        return tickets
+
+    def _ticket(self, request: Request, emit: Callable[[Event], object]) -> Ticket:
+        """All that can be known of a request without the model.
+
+        Raises:
+            DataError: more answers than run at once.
+        """
+        if _rows_of(request) > self.max_batch:
+            raise DataError(
+                f"n: {request.n} answers take {_rows_of(request)} rows, and at most {self.max_batch} run at once"
+            )
+        vectors = self._vectors(request)
+        ids = self._prompts.ids(request, vectors)
+        return Ticket(request, vectors, ids, self._limit(request, len(ids)), emit, open=request.n)
 
     def cancel(self, ticket: Ticket) -> None:
         """Stop a request; its rows go before the next step. One that has ended stays as it is.
@@ -161,7 +170,7 @@ class Engine:
             SteerError: see `submit`, and what its steering meets.
         """
         events: SimpleQueue[Event] = SimpleQueue()
-        ticket = self.submit(request, events.put)
+        (ticket,) = self.submit((request, events.put))
         try:
             ticket.planned.result()
             found: list[Event] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,12 +48,9 @@ class Stream:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(self._events.put_nowait, (place, event))
 
-        def submit(place: int, request: Request) -> Ticket:
-            return self._engine.submit(request, lambda event: emit(place, event))
-
+        asked = [(request, functools.partial(emit, place)) for place, request in enumerate(self._requests)]
         try:
-            for place, request in enumerate(self._requests):  # a long prompt takes a while to be read
-                self._tickets.append(await asyncio.to_thread(submit, place, request))
+            self._tickets = await asyncio.to_thread(self._engine.submit, *asked)  # long prompts take a while to read
             for ticket in self._tickets:
                 await asyncio.wrap_future(ticket.planned)
         except BaseException:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 __all__ = ["TextStream"]
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character yet
+_LONGEST = 8  # tokens that one character may have; what is no character behind so many never becomes one
 
 
 class TextStream:
@@ -44,7 +45,8 @@ class TextStream:
         self._ids.append(token)
         known = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
-        if len(text) <= len(known) or text.endswith(_UNFINISHED):
+        is_whole = not text.endswith(_UNFINISHED) or len(self._ids) - self._read > _LONGEST
+        if len(text) <= len(known) or not is_whole:
             return ""
         self._start, self._read = self._read, len(self._ids)
         return self._give(text[len(known) :])
