@@ -112,7 +112,8 @@ class Engine:
             asked: each request with what is called with its events, in the engine's thread; it may not block.
 
         Returns:
-            Their tickets. `ticket.planned` tells whether a request's steering can be had, before anything is generated.
+            Their tickets. `ticket.planned` tells whether a request's steering can be had, before anything is generated;
+            where it cannot, no event comes.
 
         Raises:
             QueueFullError: too many requests wait.

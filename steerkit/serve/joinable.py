@@ -32,7 +32,7 @@ def can_join(passes: Passes) -> bool:
     Raises:
         ModelError: not even one text alone goes on from its cache as it should.
     """
-    vocabulary = passes.model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    vocabulary = passes.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     texts = [[(5 + 3 * place + row) % vocabulary for place in range(size)] for row, size in enumerate(_LENGTHS)]
     whole = [_run(passes, [text]).logits for text in texts]
     begun = [_run(passes, [text[:-1]]) for text in texts]

@@ -35,6 +35,7 @@ class Stream:
         self._engine, self._requests = engine, tuple(requests)
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: list[Ticket] = []
+        self._is_closed = False
 
     async def __aenter__(self) -> Stream:
         """Have all requests taken and planned.
@@ -50,7 +51,10 @@ class Stream:
 
         asked = [(request, functools.partial(emit, place)) for place, request in enumerate(self._requests)]
         try:
-            self._tickets = await asyncio.to_thread(self._engine.submit, *asked)  # long prompts take a while to read
+            # Long prompts take a while to be read; whoever is gone meanwhile leaves no request behind.
+            taken = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, *asked))
+            taken.add_done_callback(self._take)
+            await asyncio.shield(taken)
             for ticket in self._tickets:
                 await asyncio.wrap_future(ticket.planned)
         except BaseException:
@@ -63,8 +67,15 @@ class Stream:
     ) -> None:
         self.close()
 
+    def _take(self, taken: asyncio.Future[list[Ticket]]) -> None:
+        if not taken.cancelled() and taken.exception() is None:
+            self._tickets = taken.result()
+            if self._is_closed:
+                self.close()
+
     def close(self) -> None:
         """Cancel what has not ended."""
+        self._is_closed = True
         for ticket in self._tickets:
             if ticket.open:
                 self._engine.cancel(ticket)
