@@ -17,16 +17,9 @@ from tests.families import build
 from tests.modes import LONG, SHORT, vector_for
 from tests.tiny_tokenizers import byte_tokenizer
 
-SCOPES = ("all", "prompt", "response", "generated", "first(2)", "response(1:3)", "generated(:2)", "assistant", "after(0)")
-    "all",
-    "prompt",
-    "response",
-    "generated",
-    "first(2)",
-    "response(1:3)",
-    "generated(:2)",
-    "assistant",
-    "after(0)",
+SCOPES = (
+    *("all", "prompt", "response", "generated", "first(2)"),
+    *("response(1:3)", "generated(:2)", "assistant", "after(0)"),
 )
 TOKENIZER = byte_tokenizer()
 START = TOKENIZER("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
