@@ -11,7 +11,7 @@ import torch
 from steerkit.errors import CompositionError, DataError
 from steerkit.generation import AnswerText
 from steerkit.serve import Catalogue, Request, caches
-from steerkit.serve.prefixes import Prefixes
+from steerkit.serve.prefixes import NOTHING, Prefixes
 from steerkit.serve.running import bound, is_local
 from steerkit.serve.text_stream import TextStream
 from tests.modes import vector_for
@@ -80,16 +80,16 @@ def test_beginnings_are_told_by_ids_and_steering() -> None:
     kept.keep("a", ids[:10], caches.cut(cache, 0, 20, 10))
     kept.keep("a", ids, caches.cut(cache, 0, 20, 20))
     assert (len(kept), kept.used) == (1, size)  # the shorter one is part of it
-    assert kept.find("a", [*ids, 7])[1] == 20
-    assert kept.find("a", [*ids[:12], 299, 7])[1] == 12
-    assert kept.find("a", ids)[1] == 19  # the last token has to be read
-    assert kept.find("b", [*ids, 7]) == (None, 0)
-    assert kept.find("a", [299, *ids]) == (None, 0)
+    assert kept.find("a", [*ids, 7]).tokens == 20
+    assert kept.find("a", [*ids[:12], 299, 7]).tokens == 12
+    assert kept.find("a", ids).tokens == 19  # the last token has to be read
+    assert kept.find("b", [*ids, 7]) is NOTHING
+    assert kept.find("a", [299, *ids]) is NOTHING
     assert kept.knows("a", ids[:3])
     assert not kept.knows("b", ids[:3])
     for name in ("b", "c"):
         kept.keep(name, ids, caches.cut(cache, 0, 20, 20))
-    assert kept.find("a", [*ids, 7]) == (None, 0)  # used longest ago
+    assert kept.find("a", [*ids, 7]) is NOTHING  # used longest ago
     assert kept.used == 2 * size
     kept.clear()
     assert (len(kept), kept.used) == (0, 0)
