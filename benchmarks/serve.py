@@ -32,7 +32,17 @@ STEERINGS = (
     "enthusiasm-caa*0.5 fade(linear over 20)",
     "formality-caa@all*1.5",
 )
-QUESTIONS = ("How was your day?", "What is the sea?", "Tell me a story.", "Why do birds sing?")
+# As many as these: prompts that are the same and steered in the same way would be read once.
+QUESTIONS = (
+    "How was your day?",
+    "What is the sea?",
+    "Tell me a story.",
+    "Why do birds sing?",
+    "What is a good meal?",
+    "Where do rivers begin?",
+    "How do I learn to draw?",
+    "What makes a good friend?",
+)
 
 
 def main() -> None:
@@ -84,7 +94,7 @@ class Bench:
         self.seeds = itertools.count()
 
     def requests(self, steerings: Sequence[str | None]) -> list[Request]:
-        asked = zip(itertools.cycle(QUESTIONS), steerings)
+        asked = zip(QUESTIONS, steerings, strict=True)
         return [Request(_chat(text), steering=one, max_tokens=self.options.tokens) for text, one in asked]
 
     def together(self, requests: Sequence[Request]) -> float:
