@@ -37,6 +37,7 @@ from steerkit.cli import (
     recipe,
     recipes,
     report,
+    serve,
     sweep,
 )
 from steerkit.cli._program import Program, paragraphs
@@ -73,6 +74,7 @@ for _command in (
     export,
     import_,
     lm_eval,
+    serve,
     fetch,
     methods,
     recipes,

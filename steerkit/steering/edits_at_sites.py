@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,17 @@ class RowStrengths:
             given = default_strength(vector)
         self.value = strength_value(given)
         self.fade, self.rows = vector.fade, vector.rows
+
+    def at(self, value: tuple[float, ...], rows: tuple[bool, ...]) -> RowStrengths:
+        """The same vector on other rows.
+
+        Args:
+            value: one strength per row.
+            rows: which of them it acts on.
+        """
+        other = copy.copy(self)
+        other.fixed, other.value, other.rows = True, value, rows
+        return other
 
     def acts_on(self, row: int) -> bool:
         """Whether the vector acts on a row of the batch."""
@@ -181,7 +194,7 @@ class Edit:
         if tokens.nothing or (self.dose.fade is not None and self._has_faded(tokens)):
             return h
         if self._minimum:
-            tokens.require_prompt(self._minimum)
+            tokens.require_prompt(self._minimum, self._rows_of(facts))
         read = None if self.source is None else self.source(args[0])
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
             shape = facts.batch, facts.width, -1
@@ -193,6 +206,13 @@ class Edit:
                 f"{facts.width} tokens; steerkit writes [b, t, d]"
             )
         return self._write(h, read, facts, tokens)
+
+    def _rows_of(self, facts: Pass) -> Tensor | None:
+        """[b, 1, 1] which rows of a pass are written; None where all are."""
+        if isinstance(self._active, bool) or all(self._active):
+            return None
+        active = torch.tensor(self._active, device=facts.device, dtype=torch.bool)
+        return facts.expand(active, "rows")[:, None, None]
 
     def _has_faded(self, tokens: Tokens) -> bool:
         """Whether this is a decoding step in which nothing is left of a strength that fades to the neutral one."""
@@ -274,6 +294,21 @@ class Edit:
             if self.dose.fade is not None:
                 return {"strength": value}, active
             return self.method.prepare(self.params, value, dtype, device), active
+
+    def prepare_rows(self, rows: Sequence[int], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What `prepare` gives for some rows of the batch, [n, 1, d] each; nothing for none.
+
+        Args:
+            rows: their numbers.
+            device: of the activations.
+            dtype: of the activations.
+        """
+        if not rows:
+            return {}
+        strengths = [self._strengths()[row] for row in rows]
+        value = torch.tensor(strengths, dtype=torch.float32, device=device)[:, None, None] * self.factor
+        made = self.method.prepare(self.params, value, dtype, device)
+        return {name: one if one.dim() == 3 else one.expand(len(rows), 1, -1) for name, one in made.items()}
 
 
 @dataclass(eq=False)
