@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.prompts.conversation import Conversation
     from steerkit.steering.callback import SteeringCallback
+    from steerkit.steering.readings import with_neutral
     from steerkit.steering.steering import Steering, steer
     from steerkit.steering.weights import edited
     from steerkit.vector.steering_vector import SteeringVector
@@ -90,6 +91,7 @@ _HOMES = {
     "shipped_vectors": "_support.shipped",
     "steer": "steering",
     "suggest_strength": "evaluate.suggesting",
+    "with_neutral": "steering",
 }
 
 __all__ = [
@@ -131,6 +133,7 @@ __all__ = [
     "shipped_vectors",
     "steer",
     "suggest_strength",
+    "with_neutral",
 ]
 
 

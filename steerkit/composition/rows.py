@@ -67,8 +67,8 @@ def _of_row(number: int, row: Any, known: dict[str, list[SteeringVector]]) -> li
 
 def _place(found: list[_Shared], vector: SteeringVector, start: int) -> int:
     """Where a vector stands among those of earlier rows, behind the row's own last one; at the end where it is new."""
-    applied = (vector.scope, vector.own_scope, vector.unit, vector.own_unit, vector.fade, vector.strength is None)
-    key = (vector.digest, *applied)
+    applied = (vector.scope, vector.own_scope, vector.unit, vector.own_unit, vector.strength is None)
+    key = (vector.digest, *applied, vector.fade, vector.when, vector.hold)
     place = next((n for n in range(start, len(found)) if found[n].key == key), None)
     if place is not None:
         return place

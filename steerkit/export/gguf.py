@@ -26,6 +26,7 @@ from steerkit._support.files import write_whole
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
 from steerkit.methods._registry import can_write_all, default_strength
 from steerkit.network.sites import Site
+from steerkit.vector.applying import varying
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["control_vector", "write_control_vector"]
@@ -87,8 +88,8 @@ def control_vector(vector: SteeringVector, *, strength: float | None = None) -> 
             "accept that with vector.at(scope='all') or --scope all" if can_write_all(vector) else "steer with hooks"
         )
         raise ScopeError(f"llama.cpp adds at every token, the vector only at '{vector.scope}'; {advice}")
-    if vector.fade is not None:
-        raise StrengthError(f"llama.cpp adds the same at every token, this strength fades ({vector.fade})")
+    if changing := varying(vector):
+        raise StrengthError(f"llama.cpp adds the same at every token, which this is not ({changing})")
     for site in vector.sites:
         _check(site, vector)
     strengths = _strengths(vector, strength)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ScopeError, StrengthError, VectorMismatchError, near_miss
-from steerkit.methods._protocols import LayerInput, ReadsInput, TiedToWeights, editor_of
+from steerkit.methods._base import Method
+from steerkit.methods._protocols import Editor, Gated, LayerInput, ReadsInput, TiedToWeights, editor_of
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.placement import Placement
@@ -28,10 +29,13 @@ from steerkit.network.tap import locate
 from steerkit.prompts.chat_roles import Roles
 from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model, settle
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
+from steerkit.steering.holding import HeldStrength
+from steerkit.steering.readings import VectorReading
 from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
 from steerkit.steering.stacked_edits import share_rows, stacked
 from steerkit.steering.strengths import strength_value, vectors_of, warn_beyond
+from steerkit.steering.when_gates import PromptGate, TokenGate
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import UNITS, SteeringVector
@@ -70,7 +74,8 @@ def steer(
         prompt_lengths: real prompt tokens of each row, for forward passes outside `generate`, which cannot tell where
             the prompt ends.
         tokenizer: the model's, for scopes by role (`assistant`, `answer`, `after(n)`), whose marks are those of its
-            chat template; or its `steerkit.roles.Roles`, to find the marks once for many calls.
+            chat template, and for readings (`when`, `hold`) whose scale no file holds; or its `steerkit.roles.Roles`,
+            to find the marks once for many calls.
 
     Returns:
         A context manager. Its `strength` can be changed while it is active. What a hook refused in another thread
@@ -80,7 +85,9 @@ def steer(
         VectorMismatchError: a vector was fitted on a model of another width or depth.
         SiteError: the model lacks a site.
         ScopeError: a scope that the method does not allow, or that this model cannot know.
-        StrengthError: a strength that is not finite, or a unit that the method has no length for.
+        StrengthError: a strength that is not finite, a unit that the method has no length for, or a reading without a
+            scale.
+        DataError: a vector that is to be read along has no direction.
         ModelError: a state of the model in which hooks would not be right; a gated vector on a compiled model.
 
     Example:
@@ -219,10 +226,7 @@ def _plan(
     written = written.among(method.scopes)
     if only_all is not None and written.kind != "all":
         raise ScopeError(f"scope '{written}': {only_all}{written.instead('; ', 'all')}")
-    if vector.fade is not None and written.is_window:
-        raise ScopeError(
-            f"scope '{written}' lies in the prompt, and a fade counts generated tokens; leave one of them out"
-        )
+    _refuse_window(vector, written)
     written = written.marked(roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
     warn_beyond(vector, dose.value, counted)
@@ -231,31 +235,72 @@ def _plan(
     edits: list[Edit] = []
     if isinstance(method, TiedToWeights):
         method.check_model(vector, decoder)
-    editor = editor_of(method, vector)
-    if editor is not None and only_all is not None:
+    tokenizer = None if roles is None else roles.tokenizer
+    editor = _editor(decoder, vector, method, tuple(taps), tokenizer)
+    if (editor is not None or vector.hold is not None) and only_all is not None:
         raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
     guide = None
     if editor is not None:
         guide = GatePlan(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
+    hold = None if vector.hold is None else vector.hold.bound(SteeringVector.load)
+    reading = None
+    if hold is not None and hold.vector is not None:
+        reading = VectorReading(decoder.model, hold.reading, hold.vector, tokenizer)
     for site, tap in zip(vector.sites, taps.values(), strict=True):
         params = vector.params(site)
         method.check(site, params)
         factor = 1.0 if counted == "paper" else norm_factor(method, vector, site, params)
         block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
-        if guide is None:
-            source = sources.get(tap.site)
-            edits.append(Edit(method, params, tap, written, dose, factor, lengths, block, source=source))
-        else:
-            edits.append(GuidedEdit(method, params, tap, written, dose, factor, lengths, block, guide=guide))
+        more: dict[str, Any] = {"source": sources.get(tap.site)}
+        if hold is not None and reading is not None:
+            more["held"] = HeldStrength(hold, reading, tap.site, method, params, factor)
+        plan = (method, params, tap, written, dose, factor, lengths, block)
+        edits.append(Edit(*plan, **more) if guide is None else GuidedEdit(*plan, **more, guide=guide))
     for edit in edits:
         if isinstance(edit, GuidedEdit):
             edit.siblings = edits
     return edits
 
 
+def _editor(
+    decoder: Decoder, vector: SteeringVector, method: Method, writes: Sequence[Site], tokenizer: Any
+) -> Editor | None:
+    """What decides where a vector is written: the gate of its method, or that of its `when`; None for none.
+
+    Raises:
+        VectorMismatchError: it would have two.
+    """
+    editor = editor_of(method, vector)
+    if vector.when is None:
+        return editor
+    if editor is not None:
+        raise VectorMismatchError(
+            f"{method.name}: the vector has a gate of its own, so when({vector.when}) cannot be set; leave it out, or "
+            "gate a vector of another method"
+        )
+    when = vector.when.bound(SteeringVector.load)
+    readings = {name: VectorReading(decoder.model, name, one, tokenizer) for name, one in when.vectors}
+    return TokenGate(when, readings, method, writes) if when.per_token else PromptGate(when, readings, method)
+
+
+def _refuse_window(vector: SteeringVector, written: Scope) -> None:
+    """Refuse what counts from the prompt's end on where a window of the prompt is written.
+
+    Raises:
+        ScopeError: with what counts.
+    """
+    per_token = vector.when is not None and vector.when.per_token
+    counts = {"a fade": vector.fade is not None, "hold": vector.hold is not None, "per token": per_token}
+    for name, is_set in counts.items():
+        if is_set and written.is_window:
+            raise ScopeError(
+                f"scope '{written}' lies in the prompt, and {name} counts generated tokens; leave one of them out"
+            )
+
+
 def _refuse_twice(edits: Sequence[Edit]) -> None:
     """Refuse two gates that add one direction at one site: a row that opens both would get it twice."""
-    gated = [edit for edit in edits if isinstance(edit, GuidedEdit)]
+    gated = [edit for edit in edits if isinstance(edit.method, Gated)]
     for number, edit in enumerate(gated):
         for other in gated[:number]:
             is_there = edit.tap.site == other.tap.site and share_rows(edit, other)

@@ -43,6 +43,7 @@ class Pass:
         given: [b, t] token ids of this pass; None where it was given embeddings.
         call: the `generate` call whose text it belongs to.
         cache: its cache, inside such a call.
+        is_compiled: whether it was noted by compiled code, which keeps nothing from pass to pass.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Pass:
         given: Tensor | None = None,
         call: GenerateCall | None = None,
         cache: Any = None,
+        is_compiled: bool = False,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
@@ -78,7 +80,7 @@ class Pass:
         self.settled = False  # whether it has been seen to that what decides is read in time
         self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
-        self.given, self.call, self.cache = given, call, cache
+        self.given, self.call, self.cache, self.is_compiled = given, call, cache, is_compiled
         self.is_kept = False  # whether its ids have been added to those of its text
         self._tokens: dict[tuple[Scope, int, int], Tokens] = {}
         self._latest: tuple[Scope | None, PromptLengths | None, Tokens | None] = (None, None, None)

@@ -17,7 +17,6 @@ import steerkit
 from steerkit.activations.recording import record_ids
 from steerkit.errors import DataError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.evaluate.intervals import NotScored, correlation, separability
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.methods._registry import method_of
 from steerkit.monitor.difference import own_answers, projection_difference
 from steerkit.monitor.items import conversation_of
@@ -27,6 +26,7 @@ from steerkit.monitor.watched import Watched
 from steerkit.monitor.watched_call import Step
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import build
