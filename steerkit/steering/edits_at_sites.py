@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from steerkit.errors import ScopeError, SiteError, StrengthError
 from steerkit.methods._base import Method
-from steerkit.methods._protocols import LayerInput, NeedsPrompt, Params, Prepared
+from steerkit.methods._protocols import LayerInput, NeedsPrompt, Params
 from steerkit.methods._registry import default_strength
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
@@ -46,12 +46,8 @@ class RowStrengths:
                 )
             given = default_strength(vector)
         self.value = strength_value(given)
-        self.fade, self.rows, self.hold = vector.fade, vector.rows, vector.hold
-
-    @property
-    def varies(self) -> bool:
-        """Whether it differs from token to token."""
-        return self.fade is not None or self.hold is not None
+        self.fade, self.rows = vector.fade, vector.rows
+        self.varies = vector.fade is not None or vector.hold is not None  # from token to token
 
     def acts_on(self, row: int) -> bool:
         """Whether the vector acts on a row of the batch."""
@@ -94,6 +90,7 @@ class Edit:
         self._inert = self._some_inert = self._per_row = False
         self._active: list[bool] | bool = True
         self._compiled: CompiledStrength | None = None
+        self._gate: GatePlan | None = None
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
@@ -219,18 +216,19 @@ class Edit:
         prepared, active = self._prepared(h, facts, tokens)
         if read is not None:
             prepared = {**prepared, "input": read}
-        edited = self._edited(h, prepared, facts, tokens)
-        if edited is h:
-            return h
+        gate = self._gate
+        if gate is None:
+            edited = self.method.edit(h, prepared, tokens)
+        else:
+            edited = gate.editor.write(self.tap.site, h, prepared, tokens, gate.state(facts))
+            if edited is h:
+                return h
         if edited.dtype != h.dtype:
             edited = edited.to(h.dtype)
         written = tokens.mask
         if torch.compiler.is_compiling() or self._some_inert:
             written = active if written is None else written & active
         return edited if written is None else torch.where(written, edited, h)
-
-    def _edited(self, h: Tensor, prepared: Prepared, facts: Pass, tokens: Tokens) -> Tensor:
-        return self.method.edit(h, prepared, tokens)
 
     @property
     def is_inert(self) -> bool:
@@ -306,6 +304,7 @@ class GuidedEdit(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.siblings: list[Edit] = [self]
+        self._gate = self.guide
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -323,9 +322,6 @@ class GuidedEdit(Edit):
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
         refuse_compiled(facts)
         return h if self.guide in facts.held else super()._write(h, read, facts, tokens)
-
-    def _edited(self, h: Tensor, prepared: Prepared, facts: Pass, tokens: Tokens) -> Tensor:
-        return self.guide.editor.write(self.tap.site, h, prepared, tokens, self.guide.state(facts))
 
 
 def norm_factor(method: Method, vector: SteeringVector, site: Site, params: Params) -> float:

@@ -49,7 +49,7 @@ class PromptGate(Gate):
         """Refused: a rule over readings has thresholds of its own.
 
         Args:
-            found: unused.
+            found: unused, per read site [b, d].
 
         Raises:
             FitError: always.
@@ -237,7 +237,7 @@ class TokenGate:
         """Nothing: a prompt decides about no token.
 
         Args:
-            found: unused.
+            found: unused, per read site [b, d].
             strength: unused.
         """
         return []

@@ -112,7 +112,7 @@ def test_the_scale_is_that_of_neutral_texts() -> None:
 
 
 def test_the_scale_is_that_of_the_baseline_model_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerkit.monitor import monitor as monitoring
+    from steerkit.steering import readings
 
     model = build("llama")
     vector = vector_at(model)
@@ -127,9 +127,7 @@ def test_the_scale_is_that_of_the_baseline_model_and_read_once(monkeypatch: pyte
     moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain.scale("prompt_last").deviation[0])
     torch.testing.assert_close(steered - plain.score(PROMPTS), torch.full((3,), moved), rtol=1e-3, atol=1e-3)
     calls = []
-    monkeypatch.setattr(
-        monitoring, "record", lambda *args, **kwargs: calls.append(1) or steerkit.record(*args, **kwargs)
-    )
+    monkeypatch.setattr(readings, "record", lambda *args, **kwargs: calls.append(1) or steerkit.record(*args, **kwargs))
     plain.score(PROMPTS)
     assert len(calls) == 1
 
