@@ -39,7 +39,7 @@ READS: tuple[Read, ...] = ("prompt_last", "response_mean")
 Neutral = Mapping[str, Any]
 
 # By model object and vector, because `steer` is entered again for every batch.
-_MEASURED: WeakKeyDictionary[nn.Module, dict[str, Neutral]] = WeakKeyDictionary()
+_MEASURED: WeakKeyDictionary[nn.Module, dict[str, dict[str, Neutral]]] = WeakKeyDictionary()
 
 
 class SiteReading:
@@ -111,8 +111,6 @@ class VectorReading:
 
     Raises:
         DataError: the vector has no direction to be read along.
-        StrengthError: the file holds no neutral scale, and there is no tokenizer to find it.
-        VectorFileError: the file's neutral scale is none, or of other sites.
         VectorMismatchError: the vector was fitted on a model of another width or depth.
         SiteError: the model lacks a site.
     """
@@ -121,7 +119,8 @@ class VectorReading:
         vector.check(model)
         self.name = name
         self._units = _units(model, vector)
-        self._scales = _scales(_neutral_of(model, name, vector, tokenizer), self.sites, name)
+        self._model, self._vector, self._tokenizer = model, vector, tokenizer
+        self._scales: dict[Read, NeutralScale] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -135,8 +134,30 @@ class VectorReading:
             site: one of `sites`.
         """
         place = self.sites.index(site)
-        scale = torch.stack([torch.stack([one.mean[place], one.deviation[place]]) for one in self._scales.values()])
+        known = [self.scale(read) for read in READS]
+        scale = torch.stack([torch.stack([one.mean[place], one.deviation[place]]) for one in known])
         return SiteReading(self._units[site], scale)
+
+    def scale(self, read: Read) -> NeutralScale:
+        """What the reading counts in, of the vector's file or read off the model.
+
+        Args:
+            read: which tokens.
+
+        Raises:
+            StrengthError: the file holds none, and there is no tokenizer to find it.
+            VectorFileError: the file's is none, or of other sites.
+        """
+        if read not in self._scales:
+            facts = self._vector.neutral or _known(self._model, self.name, self._vector, read, self._tokenizer)
+            try:
+                self._scales[read] = _scale(facts[read], self.sites)
+            except (KeyError, TypeError, ValueError):
+                raise VectorFileError(
+                    f"{self.name}: its readings of neutral texts lack a site of this model, or a deviation; read them "
+                    "anew with steerkit.with_neutral(model, tokenizer, vector)"
+                ) from None
+        return self._scales[read]
 
     def of_prompts(self, found: Mapping[Site, Tensor]) -> Tensor:
         """The reading of prompts: the mean over sites, brought to standard deviation 1 over neutral texts.
@@ -147,7 +168,7 @@ class VectorReading:
         Returns:
             [b] float32.
         """
-        scale = self._scales["prompt_last"]
+        scale = self.scale("prompt_last")
         along = [coordinates(found[site], unit.to(found[site].device)) for site, unit in self._units.items()]
         values = torch.stack(along, dim=-1)
         return ((values - scale.mean.to(values)) / scale.deviation.to(values)).mean(dim=-1) / scale.joint
@@ -159,39 +180,28 @@ def _units(model: nn.Module, vector: SteeringVector) -> dict[Site, Tensor]:
     return dict(zip(locate(model, directions), directions.values(), strict=True))
 
 
-def _neutral_of(model: nn.Module, name: str, vector: SteeringVector, tokenizer: Any) -> Neutral:
-    """The neutral scale of a vector: its file's, else what has been read off this model."""
-    if vector.neutral:
-        return vector.neutral
-    known = _MEASURED.setdefault(find_decoder(model).model, {})
-    if vector.digest not in known:
+def _known(model: nn.Module, name: str, vector: SteeringVector, read: Read, tokenizer: Any) -> Neutral:
+    """What has been read off this model for a vector whose file holds nothing."""
+    known = _MEASURED.setdefault(find_decoder(model).model, {}).setdefault(vector.digest, {})
+    if read not in known:
         if tokenizer is None:
             raise StrengthError(
                 f"{name}: the vector file holds no readings of neutral texts, in whose standard deviations this "
                 "counts; pass tokenizer= to steer(), or store them: steerkit.with_neutral(model, tokenizer, vector)"
             )
-        known[vector.digest] = with_neutral(model, tokenizer, vector).neutral
-    return known[vector.digest]
+        known[read] = _measured(model, tokenizer, vector, neutral_texts(), read)
+    return known
 
 
-def _scales(neutral: Neutral, sites: Sequence[Site], name: str) -> dict[Read, NeutralScale]:
-    """The scales of both ways to read, at some sites."""
-    try:
-        found: dict[Read, NeutralScale] = {}
-        for read in READS:
-            each = [neutral[read]["sites"][str(site)] for site in sites]
-            mean, deviation = (
-                torch.tensor([float(one[key]) for one in each], dtype=torch.float32) for key in ("mean", "deviation")
-            )
-            found[read] = NeutralScale(mean, deviation, float(neutral[read]["joint"]))
-            if not bool((deviation > 0).all()) or not found[read].joint > 0:
-                raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise VectorFileError(
-            f"{name}: its readings of neutral texts lack a site of this model, or a deviation; read them anew with "
-            "steerkit.with_neutral(model, tokenizer, vector)"
-        ) from None
-    return found
+def _scale(facts: Mapping[str, Any], sites: Sequence[Site]) -> NeutralScale:
+    """A scale as files hold it, at some sites."""
+    each = [facts["sites"][str(site)] for site in sites]
+    mean, deviation = (
+        torch.tensor([float(one[key]) for one in each], dtype=torch.float32) for key in ("mean", "deviation")
+    )
+    if not bool((deviation > 0).all()) or not facts["joint"] > 0:
+        raise ValueError("nothing deviates")
+    return NeutralScale(mean, deviation, float(facts["joint"]))
 
 
 def with_neutral(
@@ -217,20 +227,31 @@ def with_neutral(
         SiteError: the model lacks a site.
     """
     vector.check(model)
-    decoder, units = find_decoder(model), _units(model, vector)
     texts = neutral_texts() if neutral is None else list(neutral)
-    kwargs = as_fitted([vector], tokenizer, None)
+    found: dict[str, Any] = {read: _measured(model, tokenizer, vector, texts, read, batch_size) for read in READS}
+    return replace(vector, neutral=found)
+
+
+def _measured(
+    model: nn.Module,
+    tokenizer: Any,
+    vector: SteeringVector,
+    texts: Sequence[Conversation],
+    read: Read,
+    batch_size: int = 16,
+) -> Neutral:
+    """The scale of a vector's readings, read off a model without any steering."""
+    decoder, units = find_decoder(model), _units(model, vector)
+    rendered = rendered_to_read(decoder, tokenizer, texts, read, as_fitted([vector], tokenizer, None))
     clock = PassClock.of(decoder.model)
-    facts: dict[str, Any] = {}
     with contextlib.nullcontext() if clock is None else clock.suspended():
-        for read in READS:
-            rendered = rendered_to_read(decoder, tokenizer, texts, read, kwargs)
-            values = projections(model, tokenizer, rendered, units, read, along=coordinates, batch_size=batch_size)
-            scale = NeutralScale.of(values)
-            each = zip(units, scale.mean.tolist(), scale.deviation.tolist(), strict=True)
-            sites = {str(site): {"mean": mean, "deviation": deviation} for site, mean, deviation in each}
-            facts[read] = {"sites": sites, "joint": scale.joint}
-    return replace(vector, neutral=facts)
+        values = projections(model, tokenizer, rendered, units, read, along=coordinates, batch_size=batch_size)
+    scale = NeutralScale.of(values)
+    each = zip(units, scale.mean.tolist(), scale.deviation.tolist(), strict=True)
+    return {
+        "sites": {str(site): {"mean": mean, "deviation": deviation} for site, mean, deviation in each},
+        "joint": scale.joint,
+    }
 
 
 def rendered_to_read(

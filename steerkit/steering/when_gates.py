@@ -44,6 +44,8 @@ class PromptGate(Gate):
         super().__init__(tuple(dict.fromkeys(site for one in readings.values() for site in one.sites)), "last")
         self._rule, self._comparisons = when.rule, when.comparisons
         self._readings, self._method = readings, method
+        for one in readings.values():
+            one.scale("prompt_last")  # now, and not in a pass
 
     def opening(self, found: Mapping[Site, Tensor]) -> Tensor:
         """Refused: a rule over readings has thresholds of its own.
