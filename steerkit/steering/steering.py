@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ScopeError, StrengthError, VectorMismatchError, near_miss
-from steerkit.methods._base import Method
-from steerkit.methods._protocols import Editor, Gated, LayerInput, ReadsInput, TiedToWeights, editor_of
+from steerkit.methods._protocols import Gated, LayerInput, ReadsInput, TiedToWeights
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.placement import Placement
@@ -35,7 +34,7 @@ from steerkit.steering.replay import GatePlan, Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
 from steerkit.steering.stacked_edits import share_rows, stacked
 from steerkit.steering.strengths import strength_value, vectors_of, warn_beyond
-from steerkit.steering.when_gates import PromptGate, TokenGate
+from steerkit.steering.when_gates import gate_of
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import UNITS, SteeringVector
@@ -236,7 +235,7 @@ def _plan(
     if isinstance(method, TiedToWeights):
         method.check_model(vector, decoder)
     tokenizer = None if roles is None else roles.tokenizer
-    editor = _editor(decoder, vector, method, tuple(taps), tokenizer)
+    editor = gate_of(decoder.model, vector, method, tuple(taps), tokenizer)
     if (editor is not None or vector.hold is not None) and only_all is not None:
         raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
     guide = None
@@ -260,27 +259,6 @@ def _plan(
         if isinstance(edit, GuidedEdit):
             edit.siblings = edits
     return edits
-
-
-def _editor(
-    decoder: Decoder, vector: SteeringVector, method: Method, writes: Sequence[Site], tokenizer: Any
-) -> Editor | None:
-    """What decides where a vector is written: the gate of its method, or that of its `when`; None for none.
-
-    Raises:
-        VectorMismatchError: it would have two.
-    """
-    editor = editor_of(method, vector)
-    if vector.when is None:
-        return editor
-    if editor is not None:
-        raise VectorMismatchError(
-            f"{method.name}: the vector has a gate of its own, so when({vector.when}) cannot be set; leave it out, or "
-            "gate a vector of another method"
-        )
-    when = vector.when.bound(SteeringVector.load)
-    readings = {name: VectorReading(decoder.model, name, one, tokenizer) for name, one in when.vectors}
-    return TokenGate(when, readings, method, writes) if when.per_token else PromptGate(when, readings, method)
 
 
 def _refuse_window(vector: SteeringVector, written: Scope) -> None:

@@ -16,19 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from steerkit.errors import FitError, ScopeError
+from steerkit.errors import FitError, ScopeError, VectorMismatchError
 from steerkit.methods._base import Method
 from steerkit.methods._gate import Decision, Gate
-from steerkit.methods._protocols import Prepared
+from steerkit.methods._protocols import Editor, Prepared, editor_of
 from steerkit.network.sites import Site
 from steerkit.steering.readings import SiteReading, VectorReading
 from steerkit.steering.replay import is_before
 from steerkit.tokens.forward_pass import Tokens
+from steerkit.vector.steering_vector import SteeringVector
 from steerkit.vector.when import Comparison, When
 
-__all__ = ["PromptGate", "TokenGate"]
+__all__ = ["PromptGate", "TokenGate", "gate_of"]
 
 
 class PromptGate(Gate):
@@ -243,6 +244,35 @@ class TokenGate:
             strength: unused.
         """
         return []
+
+
+def gate_of(
+    model: nn.Module, vector: SteeringVector, method: Method, writes: Sequence[Site], tokenizer: Any = None
+) -> Editor | None:
+    """What decides where a vector is written: the gate of its method, or that of its `when`; None for none.
+
+    Args:
+        model: the model.
+        vector: as it is to be applied.
+        method: of the vector.
+        writes: where it is written.
+        tokenizer: the model's, where it is known.
+
+    Raises:
+        VectorMismatchError: it would have two.
+        SteerError: what its `when` reads cannot be had, or not in time.
+    """
+    editor = editor_of(method, vector)
+    if vector.when is None:
+        return editor
+    if editor is not None:
+        raise VectorMismatchError(
+            f"{method.name}: the vector has a gate of its own, so when({vector.when}) cannot be set; leave it out, or "
+            "gate a vector of another method"
+        )
+    when = vector.when.bound(SteeringVector.load)
+    readings = {name: VectorReading(model, name, one, tokenizer) for name, one in when.vectors}
+    return TokenGate(when, readings, method, writes) if when.per_token else PromptGate(when, readings, method)
 
 
 def _beyond(one: Comparison, values: Tensor, threshold: float) -> Tensor:
