@@ -35,9 +35,9 @@ def run(
     A plain addition at the output of each block, at strength 1 what the file holds. Activation norms and a strength are
     measured on a few neutral texts.
     """
-    from steerkit.evaluate.neutral import neutral_texts
     from steerkit.evaluate.suggesting import with_suggestion
     from steerkit.methods._registry import example_strength
+    from steerkit.prompts.neutral import neutral_texts
     from steerkit.vector.foreign.importing import import_vector, read_foreign
 
     if out == file:

@@ -95,8 +95,8 @@ def _of_row(number: int, row: Any, known: dict[str, list[SteeringVector]]) -> li
 
 def _key(vector: SteeringVector) -> tuple[Any, ...]:
     """What tells a vector as it is applied from others, but for its strength."""
-    applied = (vector.scope, vector.own_scope, vector.unit, vector.own_unit, vector.fade, vector.strength is None)
-    return (vector.digest, *applied)
+    applied = (vector.scope, vector.own_scope, vector.unit, vector.own_unit, vector.strength is None)
+    return (vector.digest, *applied, vector.fade, vector.when, vector.hold)
 
 
 def _strength(number: int, vector: SteeringVector) -> float | None:

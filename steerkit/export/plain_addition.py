@@ -8,6 +8,7 @@ from torch import Tensor
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
 from steerkit.methods._registry import can_write_all, default_strength
 from steerkit.network.sites import Site
+from steerkit.vector.applying import varying
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["added_everywhere"]
@@ -39,8 +40,8 @@ def added_everywhere(vector: SteeringVector, program: str, *, strength: float | 
             "accept that with vector.at(scope='all') or --scope all" if can_write_all(vector) else "steer with hooks"
         )
         raise ScopeError(f"{program} adds at every token, the vector only at '{vector.scope}'; {advice}")
-    if vector.fade is not None:
-        raise StrengthError(f"{program} adds the same at every token, this strength fades ({vector.fade})")
+    if changing := varying(vector):
+        raise StrengthError(f"{program} adds the same at every token, which this is not ({changing})")
     for site in vector.sites:
         _check(site, vector, program)
     strengths = _strengths(vector, strength)

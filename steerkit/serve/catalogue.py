@@ -74,5 +74,4 @@ class Catalogue:
             SteerError: a composition that is none, a name that is not allowed, or a term that its vector cannot do.
         """
         found = Composition.parse(steering)
-        names = {name for term in found.terms for name in (term.vector, term.without) if name is not None}
-        return found.vectors({name: self.vector(name) for name in names})
+        return found.vectors({name: self.vector(name) for term in found.terms for name in term.names})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.activations.reading import attach_reader
-from steerkit.monitor.read_directions import directions_of
+from steerkit.methods._read_directions import directions_of
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.vector.steering_vector import SteeringVector

@@ -10,16 +10,19 @@ import torch
 from torch import nn
 
 from steerkit.errors import ScopeError, VectorMismatchError
-from steerkit.methods._protocols import LayerInput, ReadsInput, TiedToWeights, editor_of
+from steerkit.methods._protocols import Gated, LayerInput, ReadsInput, TiedToWeights
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.chat_roles import Roles
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
+from steerkit.steering.holding import HeldStrength
+from steerkit.steering.readings import VectorReading
 from steerkit.steering.replay import GatePlan
 from steerkit.steering.stacked_edits import share_rows, stacked
 from steerkit.steering.strengths import warn_beyond
+from steerkit.steering.when_gates import gate_of
 from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -85,10 +88,7 @@ def planned(
     written = written.among(method.scopes)
     if only_all is not None and written.kind != "all":
         raise ScopeError(f"scope '{written}': {only_all}{written.instead('; ', 'all')}")
-    if vector.fade is not None and written.is_window:
-        raise ScopeError(
-            f"scope '{written}' lies in the prompt, and a fade counts generated tokens; leave one of them out"
-        )
+    _refuse_window(vector, written)
     written = written.marked(target.roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
     warn_beyond(vector, dose.value, counted)
@@ -97,22 +97,27 @@ def planned(
     edits: list[Edit] = []
     if isinstance(method, TiedToWeights):
         method.check_model(vector, decoder)
-    editor = editor_of(method, vector)
-    if editor is not None and only_all is not None:
+    tokenizer = None if target.roles is None else target.roles.tokenizer
+    editor = gate_of(decoder.model, vector, method, tuple(taps), tokenizer)
+    if (editor is not None or vector.hold is not None) and only_all is not None:
         raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
     guide = None
     if editor is not None:
         guide = GatePlan(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
+    hold = None if vector.hold is None else vector.hold.bound(SteeringVector.load)
+    reading = None
+    if hold is not None and hold.vector is not None:
+        reading = VectorReading(decoder.model, hold.reading, hold.vector, tokenizer)
     for site, tap in zip(vector.sites, taps.values(), strict=True):
         params = vector.params(site)
         method.check(site, params)
         factor = 1.0 if counted == "paper" else norm_factor(method, vector, site, params)
         block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
-        if guide is None:
-            source = sources.get(tap.site)
-            edits.append(Edit(method, params, tap, written, dose, factor, lengths, block, source=source))
-        else:
-            edits.append(GuidedEdit(method, params, tap, written, dose, factor, lengths, block, guide=guide))
+        more: dict[str, Any] = {"source": sources.get(tap.site)}
+        if hold is not None and reading is not None:
+            more["held"] = HeldStrength(hold, reading, tap.site, method, params, factor)
+        plan = (method, params, tap, written, dose, factor, lengths, block)
+        edits.append(Edit(*plan, **more) if guide is None else GuidedEdit(*plan, **more, guide=guide))
     return _siblings(edits)
 
 
@@ -147,9 +152,24 @@ def _siblings(edits: list[Edit]) -> list[Edit]:
     return edits
 
 
+def _refuse_window(vector: SteeringVector, written: Scope) -> None:
+    """Refuse what counts from the prompt's end on where a window of the prompt is written.
+
+    Raises:
+        ScopeError: with what counts.
+    """
+    per_token = vector.when is not None and vector.when.per_token
+    counts = {"a fade": vector.fade is not None, "hold": vector.hold is not None, "per token": per_token}
+    for name, is_set in counts.items():
+        if is_set and written.is_window:
+            raise ScopeError(
+                f"scope '{written}' lies in the prompt, and {name} counts generated tokens; leave one of them out"
+            )
+
+
 def _refuse_twice(edits: Sequence[Edit]) -> None:
     """Refuse two gates that add one direction at one site: a row that opens both would get it twice."""
-    gated = [edit for edit in edits if isinstance(edit, GuidedEdit)]
+    gated = [edit for edit in edits if isinstance(edit.method, Gated)]
     for number, edit in enumerate(gated):
         for other in gated[:number]:
             is_there = edit.tap.site == other.tap.site and share_rows(edit, other)

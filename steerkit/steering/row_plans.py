@@ -80,8 +80,8 @@ class PlannedRow:
         """
         if self.is_gated:
             return 0
-        faded = [prompt for _, one, _ in self.vectors if one.dose.fade is not None]
-        return min([length, *faded, *(one.scope.settled(prompt, length) for _, one, _ in self.vectors)])
+        counted = [prompt for _, one, _ in self.vectors if one.dose.varies]  # from the prompt's end on
+        return min([length, *counted, *(one.scope.settled(prompt, length) for _, one, _ in self.vectors)])
 
 
 class RowPlans:
@@ -121,7 +121,7 @@ class RowPlans:
         """
         found = []
         for vector in vectors:
-            key = (vector.digest, vector.scope, vector.unit, vector.own_unit, vector.fade)
+            key = (vector.digest, vector.scope, vector.unit, vector.own_unit, vector.fade, vector.when, vector.hold)
             dose = RowStrengths(vector, None, None)
             if key not in self._known:
                 edits = tuple(planned(self._target, vector, dose))

@@ -105,7 +105,7 @@ def stacked(edits: Sequence[Edit]) -> list[Edit]:
 def _fits(edit: Edit, group: Sequence[Edit]) -> bool:
     """Whether an edit differs from others at its site in its vector and its rows alone."""
     first = group[0]
-    is_plain = all(type(one) is Edit and one.source is None and one.dose.fade is None for one in (edit, first))
+    is_plain = all(type(one) is Edit and one.source is None and not one.dose.varies for one in (edit, first))
     if not is_plain or not edit.method.takes_rows or edit.dose.rows is None or first.dose.rows is None:
         return False
     same = edit.method == first.method and edit.scope == first.scope

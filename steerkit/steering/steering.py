@@ -66,7 +66,8 @@ def steer(
         prompt_lengths: real prompt tokens of each row, for forward passes outside `generate`, which cannot tell where
             the prompt ends.
         tokenizer: the model's, for scopes by role (`assistant`, `answer`, `after(n)`), whose marks are those of its
-            chat template; or its `steerkit.roles.Roles`, to find the marks once for many calls.
+            chat template, and for readings (`when`, `hold`) whose scale no file holds; or its `steerkit.roles.Roles`,
+            to find the marks once for many calls.
 
     Returns:
         A context manager. Its `strength` can be changed while it is active. What a hook refused in another thread
@@ -76,7 +77,9 @@ def steer(
         VectorMismatchError: a vector was fitted on a model of another width or depth.
         SiteError: the model lacks a site.
         ScopeError: a scope that the method does not allow, or that this model cannot know.
-        StrengthError: a strength that is not finite, or a unit that the method has no length for.
+        StrengthError: a strength that is not finite, a unit that the method has no length for, or a reading without a
+            scale.
+        DataError: a vector that is to be read along has no direction.
         ModelError: a state of the model in which hooks would not be right; a gated vector on a compiled model.
 
     Example:

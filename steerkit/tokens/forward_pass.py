@@ -46,6 +46,7 @@ class Pass:
         call: the `generate` call whose text it belongs to.
         decoding: the loop of the caller's that it belongs to.
         cache: its cache, inside such a call or loop.
+        is_compiled: whether it was noted by compiled code, which keeps nothing from pass to pass.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Pass:
         cache: Any = None,
         ends: Tensor | None = None,
         decoding: Decoding | None = None,
+        is_compiled: bool = False,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
@@ -83,7 +85,7 @@ class Pass:
         self.settled = False  # whether it has been seen to that what decides is read in time
         self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
-        self.given, self.call, self.cache = given, call, cache
+        self.given, self.call, self.cache, self.is_compiled = given, call, cache, is_compiled
         self.ends, self.decoding = ends, decoding
         self.is_kept = False  # whether its ids have been added to those of its text
         self._tokens: dict[tuple[Scope, int, int], Tokens] = {}

@@ -72,6 +72,7 @@ class PassReader:
         facts["rows"] = getattr(self._local, "rows", None)
         facts["suspended"] = getattr(self._local, "suspended", False)
         facts["given"] = ids if isinstance(ids, Tensor) and ids.shape[:2] == (batch, width) else None
+        facts["is_compiled"] = compiling
         facts["expands"] = compiling or call is not None or cache is not None
         if past is None:
             return Pass(**facts, past=0, only_all=_UNCOUNTED)

@@ -60,7 +60,25 @@ class Tokens:
         Raises:
             ScopeError: nobody can tell where the prompt ends.
         """
-        return (self._pass.columns[None, :] - (self._known_end("a fade counts generated tokens") - 1)).clamp_min(0)
+        return self._chosen("a fade counts generated tokens").clamp_min(0)
+
+    def chosen(self, why: str) -> Tensor | None:
+        """Which generated token each token of this pass chooses.
+
+        Args:
+            why: half a sentence that says what needs it, for the error.
+
+        Returns:
+            [1 or b, t], negative before the prompt's end, where none is chosen; None in a decoding step, in which every
+            token chooses one, and not the first.
+
+        Raises:
+            ScopeError: nobody can tell where the prompt ends.
+        """
+        return None if self._pass.decode and self._lengths is None else self._chosen(why)
+
+    def _chosen(self, why: str) -> Tensor:
+        return self._pass.columns[None, :] - (self._known_end(why) - 1)
 
     def chooses_from(self) -> int | None:
         """Which generated token a decoding step chooses; None where the host cannot tell."""

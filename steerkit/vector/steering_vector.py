@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from steerkit.tokens.fade import Fade
+    from steerkit.vector.hold import Hold
+    from steerkit.vector.when import When
 
 __all__ = ["SteeringVector"]
 
@@ -64,6 +66,7 @@ class SteeringVector(StoredForm):
         seed: of everything random in the fit.
         paper: what the method implements.
         held_out: figures measured on items it was not fitted on.
+        neutral: mean and standard deviation of readings of neutral texts, see `steerkit.with_neutral`.
         steerkit_version: that fitted it.
         recipe: the exact recipe it was made by.
         extra: what a method wants to add; ``{"weights": {name: digest}}`` ties the vector to those weights.
@@ -72,6 +75,8 @@ class SteeringVector(StoredForm):
         own_scope: whether `at` set the scope, so that it comes before one given for several vectors; never stored.
         own_unit: whether `at` set the unit; never stored.
         fade: how the strength goes on from its value to another while tokens are generated; never stored.
+        when: on which readings it is applied, with the vectors that are read; never stored.
+        hold: which reading the strength is found by; never stored.
         rows: which rows of the batch it acts on; None for all; never stored.
 
     Raises:
@@ -115,6 +120,7 @@ class SteeringVector(StoredForm):
     seed: int | None = None
     paper: str | None = None
     held_out: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, Any] = field(default_factory=dict)
     steerkit_version: str | None = __version__
     recipe: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +129,8 @@ class SteeringVector(StoredForm):
     own_scope: bool = False
     own_unit: bool = False
     fade: Fade | None = None
+    when: When | None = None
+    hold: Hold | None = None
     rows: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -242,7 +250,7 @@ class SteeringVector(StoredForm):
         return _rebuild, ({entry.name: thawed(getattr(self, entry.name)) for entry in fields(self)},)
 
     def _identity(self) -> tuple[Any, ...]:
-        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade, self.rows
+        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade, self.when, self.hold, self.rows
 
     @property
     def reads(self) -> tuple[Site, ...]:
@@ -269,6 +277,8 @@ class SteeringVector(StoredForm):
         scope: str | None = None,
         unit: Literal["paper", "norm"] | None = None,
         fade: str | Fade | None = None,
+        when: str | When | None = None,
+        hold: str | Hold | None = None,
     ) -> SteeringVector:
         """The same vector, to be applied in a given way.
 
@@ -278,35 +288,24 @@ class SteeringVector(StoredForm):
             unit: what the strength counts in; None leaves it.
             fade: how the strength goes on while tokens are generated, such as ``"linear over 40"`` (to 0) or ``"cosine
                 over 40 to 0.5"``; None leaves it.
+            when: on which readings it is applied, such as ``"refusal-caa > 1.5"`` or, for each token by itself,
+                ``"refusal-caa > 1.5 per token"``; None leaves it.
+            hold: which reading the strength is found by, such as ``"optimism-caa at 2 within 0 to 3"``; None leaves it.
 
         Returns:
             A copy. With another unit it has no suggested strength: that one counts in the old unit.
 
         Raises:
-            StrengthError: a strength that is not finite, an unknown unit, another unit without a strength in it, or no
-                fade.
+            StrengthError: a strength that is not finite, an unknown unit, another unit without a strength in it, no
+                fade, or a strength or a fade beside `hold`.
             ScopeError: no scope of that name.
+            CompositionError: `when` or `hold` is none.
+            UnknownNameError: what they read is neither a file nor a shipped vector.
         """
-        from steerkit.tokens.fade import Fade
-        from steerkit.tokens.scope import Scope
+        from steerkit.vector.applying import changes_of
 
-        changes: dict[str, Any] = {}
-        if strength is not None:
-            changes["strength"] = strength
-        if scope is not None:
-            changes.update(scope=str(Scope.parse(scope)), own_scope=True)
-        if unit is not None:
-            changes.update(unit=unit, own_unit=True)
-        if fade is not None:
-            changes["fade"] = Fade.parse(fade)
-        if unit not in (None, self.unit) and self.suggested_strength is not None:
-            if strength is None and self.strength is None:
-                raise StrengthError(
-                    f"unit {unit!r}: the suggested strength {self.suggested_strength:g} counts in unit {self.unit!r}; "
-                    "give a strength too"
-                )
-            changes["suggested_strength"] = None
-        return replace(self, **changes)
+        given = {"strength": strength, "scope": scope, "unit": unit, "fade": fade, "when": when, "hold": hold}
+        return replace(self, **changes_of(self, **given))
 
     def with_held_out(self, figures: Mapping[str, Any]) -> SteeringVector:
         """The same vector with figures measured on items it was not fitted on.
