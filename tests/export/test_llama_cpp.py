@@ -15,11 +15,17 @@ from steerkit.export.gguf_lora import write_gguf_lora
 from steerkit.methods._protocols import WeightUpdate
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS, HIDDEN, build
-from tests.llama_cpp import Engine, as_gguf_model, kl
+from tests.llama_cpp import Engine, as_gguf_model, kl, library
 from tests.methods import test_ablation
 
 IDS = torch.tensor([5, 17, 44, 9, 101, 63, 80, 12])
 EXACT, DIFFERENT = 1e-5, 1e-2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _engine() -> None:
+    """Nothing is written for an engine that is not installed."""
+    library()
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -112,6 +118,7 @@ def test_the_embedded_model_in_full_precision(embedded: tuple[Any, Any], tmp_pat
     """Real weights, 30 blocks, the shipped vector and a prompt of words."""
     model, tokenizer = embedded
     engine = Engine(as_gguf_model(model, tmp_path / "model.gguf", "llama"))
+    (tmp_path / "model.gguf").unlink()  # half a gigabyte, which stays open
     ids = tokenizer("The weather today is a thing that people talk about", return_tensors="pt").input_ids[0]
     vector = SteeringVector.load("optimism-caa").at(scope="all")
     path = write_control_vector(vector, tmp_path / "v.gguf")
