@@ -163,10 +163,10 @@ def _gguf_lora(asked: _Asked) -> _Written:
     for one in used.vectors:
         exact_strength(one)
     _check_free(target, asked)
-    loaded, _ = asked.model.load()
-    with status("writing the adapter"):
-        lora = write_gguf_lora(loaded, used.vectors, target)
-    facts = {"rank": lora.rank, "adapts": len(lora.tensors)}
+    loaded, tokenizer = asked.model.load()
+    with status("comparing with the hooks, and writing the adapter"):
+        lora = write_gguf_lora(loaded, tokenizer, used.vectors, target)
+    facts = {"rank": lora.rank, "adapts": len(lora.tensors), **comparison(lora.verification)}
     return _Written(target, facts, f"llama-cli -m MODEL.gguf --lora {target}")
 
 

@@ -20,22 +20,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from steerkit._support.precision import full_precision
-from steerkit.errors import SiteError
+from steerkit.errors import ModelError, SiteError
 from steerkit.export.adapter_parts import AdapterParts, parts_for
 from steerkit.export.gguf_container import write_gguf
+from steerkit.export.verification import Verification, expected, verify
 from steerkit.export.weight_changes import changes_of
-from steerkit.network.decoder import find_decoder, inner_model
+from steerkit.network.block_trace import evaluation_mode
+from steerkit.network.decoder import execution_device, find_decoder, inner_model
+from steerkit.network.plain_weights import is_plain
 from steerkit.steering.strengths import vectors_of
 from steerkit.steering.weights import exact_updates
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["GgufLora", "write_gguf_lora"]
+__all__ = ["FAMILIES", "Family", "GgufLora", "write_gguf_lora", "write_parts"]
 
 
-class _Family(NamedTuple):
+class Family(NamedTuple):
     """How llama.cpp has a family of transformers: its name there, and whether rows are in rotary pairs."""
 
     name: str
@@ -43,12 +48,12 @@ class _Family(NamedTuple):
 
 
 # Those that the tests load in llama.cpp; others may differ in the names or the order of their matrices.
-_FAMILIES: Mapping[str, _Family] = MappingProxyType(
+FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "llama": _Family("llama", True),
-        "mistral": _Family("llama", True),
-        "qwen2": _Family("qwen2", False),
-        "qwen3": _Family("qwen3", False),
+        "llama": Family("llama", True),
+        "mistral": Family("llama", True),
+        "qwen2": Family("qwen2", False),
+        "qwen3": Family("qwen3", False),
     }
 )
 
@@ -61,16 +66,19 @@ class GgufLora:
         file: where.
         rank: the largest of all pairs.
         tensors: what is adapted, under llama.cpp's names.
+        verification: the comparison of the model with the pairs added to its weights with the hooks.
     """
 
     file: Path
     rank: int
     tensors: tuple[str, ...]
+    verification: Verification
 
 
 @full_precision()
 def write_gguf_lora(
     model: nn.Module,
+    tokenizer: Any,
     vectors: SteeringVector | Sequence[SteeringVector],
     path: str | Path,
     *,
@@ -79,13 +87,14 @@ def write_gguf_lora(
     """Write a LoRA adapter for llama.cpp that does what vectors do at every token, whole or not at all.
 
     Args:
-        model: the transformers model, in memory; its own weights give the difference.
+        model: the transformers model, in memory and not quantised; its own weights give the difference.
+        tokenizer: its tokenizer, for the texts to compare on; None takes arbitrary tokens.
         vectors: one vector or several, which act in this order; their scope has to be `all`.
         path: where; missing folders are made.
         strength: in the paper unit; None takes each file's suggested strength, else 1. A vector's own comes first.
 
     Returns:
-        What was written.
+        What was written, and how far its logits are from those of the hooks.
 
     Raises:
         VectorMismatchError: a vector was fitted on a model of another width or depth.
@@ -93,27 +102,83 @@ def write_gguf_lora(
         StrengthError: a method has no exact weight form, the change has too high a rank, or the strength is not one
             finite number.
         SiteError: this family is not known to be the same in llama.cpp, or its adapters have no form for the change.
+        ModelError: its logits are not those of the hooks; nothing is written.
         VectorFileError: the file cannot be written there.
     """
     inner: Any = inner_model(model)
-    kind = inner.config.get_text_config().model_type
-    family = _FAMILIES.get(kind)
-    if family is None:
-        raise SiteError(
-            f"{kind}: whether llama.cpp has the same matrices is known of {', '.join(_FAMILIES)} only; write an "
-            "adapter for peft and convert that with llama.cpp's convert_lora_to_gguf.py"
-        )
-    parts = parts_for(inner, changes_of(exact_updates(inner, vectors_of(vectors), strength)))
+    family, listed = _family(inner), vectors_of(vectors)
+    parts = parts_for(inner, changes_of(exact_updates(inner, listed, strength)))
     _refuse_others(inner, parts)
-    pairs = _named(inner, parts, family)
+    wanted = expected(inner, tokenizer, listed, strength)
+    found = verify(_logits_with(inner, parts, wanted.ids), wanted)
+    if not found.holds:
+        raise ModelError(f"{path}: not written, its logits are not those of the hooks ({found.sentence()})")
+    names = write_parts(inner, parts, family, Path(path))
+    return GgufLora(Path(path), parts.rank, names, found)
+
+
+def write_parts(model: Any, parts: AdapterParts, family: Family, path: Path) -> tuple[str, ...]:
+    """Write the pieces of an adapter under llama.cpp's names.
+
+    Args:
+        model: the transformers model.
+        parts: linear layers and embeddings.
+        family: of the model.
+        path: where.
+
+    Returns:
+        The names of what is adapted.
+
+    Raises:
+        SiteError: a matrix has no name in llama.cpp.
+        VectorFileError: the file cannot be written there.
+    """
+    pairs = _named(model, parts, family)
     tensors = {f"{name}.{end}": one for name, pair in pairs.items() for end, one in zip(_ENDS, pair, strict=True)}
     metadata: dict[str, str | int | float] = {
         "general.type": "adapter",
         "adapter.type": "lora",
         "adapter.lora.alpha": 0.0,
     }
-    write_gguf(Path(path), family.name, metadata, tensors)
-    return GgufLora(Path(path), parts.rank, tuple(pairs))
+    write_gguf(path, family.name, metadata, tensors)
+    return tuple(pairs)
+
+
+def _family(model: Any) -> Family:
+    """How llama.cpp has the family of a model.
+
+    Raises:
+        SiteError: it is not known.
+    """
+    kind = model.config.get_text_config().model_type
+    if kind not in FAMILIES:
+        raise SiteError(
+            f"{kind}: whether llama.cpp has the same matrices is known of {', '.join(FAMILIES)} only; write an "
+            "adapter for peft and convert that with llama.cpp's convert_lora_to_gguf.py"
+        )
+    return FAMILIES[kind]
+
+
+@torch.no_grad()
+def _logits_with(model: Any, parts: AdapterParts, ids: Tensor) -> Tensor:
+    """Logits [b, t, v] of the model with the pairs added to its weights, which stay as they are.
+
+    Raises:
+        SiteError: a weight is packed.
+    """
+    changed: dict[str, Tensor] = {}
+    for path, (left, right) in {**parts.linear, **parts.embeddings}.items():
+        module = model.get_submodule(path)
+        if not is_plain(module, "weight"):
+            raise SiteError(f"`{path}` is quantised; load the model in float32 or bfloat16")
+        change = (left @ right).mT if path in parts.embeddings else left @ right
+        old = module.weight
+        changed[f"{path}.weight"] = (old.float() + change.to(old.device)).to(old.dtype)
+    where = execution_device(find_decoder(model))
+    with evaluation_mode(model):
+        found = functional_call(model, changed, (), {"input_ids": ids.to(where), "use_cache": False})
+    logits: Tensor = found.logits.float().cpu()
+    return logits
 
 
 _ENDS = ("lora_a", "lora_b")
@@ -145,7 +210,7 @@ def _is_tied(model: Any) -> bool:
     return head is None or head.weight is model.get_input_embeddings().weight
 
 
-def _named(model: Any, parts: AdapterParts, family: _Family) -> dict[str, tuple[Tensor, Tensor]]:
+def _named(model: Any, parts: AdapterParts, family: Family) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of each matrix under its name in llama.cpp; those of which nothing changes are left out.
 
     Raises:

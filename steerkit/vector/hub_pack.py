@@ -134,7 +134,7 @@ def pack_card(repo: str, listed: Mapping[str, Mapping[str, Any]]) -> str:
             *head,
             f"# {repo.partition('/')[2]}",
             "",
-            f"Steering {'vector' if len(listed) == 1 else 'vectors'} for [steerkit](https://pypi.org/project/steerkit-hf/).",
+            f"Steering {'vector' if len(listed) == 1 else 'vectors'} for steerkit (`pip install steerkit-hf`).",
             "",
             "| vector | method | model | sites | tokens | strength | licence | digest |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers as tf
 
-from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
-from steerkit.export import write_control_vector, write_gguf_lora, write_svec
+from steerkit.errors import ModelError, ScopeError, SiteError, StrengthError, VectorFileError
+from steerkit.export import gguf_lora, write_control_vector, write_gguf_lora, write_svec
+from steerkit.export.adapter_parts import AdapterParts, parts_for
 from steerkit.export.gguf import IGNORED, PARTLY
 from steerkit.network.sites import Site
 from steerkit.vector.foreign.importing import read_foreign
@@ -59,7 +60,7 @@ def test_svec_comes_back_exactly(tmp_path: Path) -> None:
 def test_what_an_adapter_of_llama_cpp_holds(tmp_path: Path) -> None:
     model = build("llama")
     vector = test_ablation.vector_for(model, writes=("mlp_out.1",))
-    lora = write_gguf_lora(model, vector, tmp_path / "new" / "l.gguf", strength=0.5)
+    lora = write_gguf_lora(model, None, vector, tmp_path / "new" / "l.gguf", strength=0.5)
     reader = gguf.GGUFReader(lora.file)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert fields == {
@@ -75,8 +76,13 @@ def test_what_an_adapter_of_llama_cpp_holds(tmp_path: Path) -> None:
     weight = model.model.layers[1].mlp.down_proj.weight.detach()
     u = vector.tensors["shared/direction"] / vector.tensors["shared/direction"].norm()
     torch.testing.assert_close(b @ a, -0.5 * torch.outer(u, u @ weight), atol=1e-6, rtol=1e-5)
-    second = write_gguf_lora(model, vector, tmp_path / "m.gguf", strength=0.5)
+    assert lora.verification.holds and lora.verification.effect > 1e-3
+    second = write_gguf_lora(model, None, vector, tmp_path / "m.gguf", strength=0.5)
     assert second.file.read_bytes() == lora.file.read_bytes()
+
+
+def halved(parts: AdapterParts) -> AdapterParts:
+    return AdapterParts(linear={name: (left / 2, right) for name, (left, right) in parts.linear.items()})
 
 
 def tied() -> Any:
@@ -87,17 +93,25 @@ def test_what_an_adapter_of_llama_cpp_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "l.gguf"
     model = build("llama")
     with pytest.raises(SiteError, match=r"gains a bias, which llama.cpp's adapters have not; .*--to gguf"):
-        write_gguf_lora(model, added(model), path)
+        write_gguf_lora(model, None, added(model), path)
     with pytest.raises(SiteError, match=r"gemma2: whether llama\.cpp has the same matrices is known of llama, mistral"):
-        write_gguf_lora(build("gemma2"), test_ablation.vector_for(build("gemma2"), writes=("attn_raw.1",)), path)
+        write_gguf_lora(build("gemma2"), None, test_ablation.vector_for(build("gemma2"), writes=("attn_raw.1",)), path)
     both = tied()
     with pytest.raises(SiteError, match=r"`model.embed_tokens` is the head of this model as well"):
-        write_gguf_lora(both, test_ablation.vector_for(both, writes="every", untie=True), path)
-    inside = write_gguf_lora(both, test_ablation.vector_for(both, writes=("mlp_out.1",)), path)
+        write_gguf_lora(both, None, test_ablation.vector_for(both, writes="every", untie=True), path)
+    inside = write_gguf_lora(both, None, test_ablation.vector_for(both, writes=("mlp_out.1",)), path)
     assert inside.tensors == ("blk.1.ffn_down.weight",)
+    before = path.read_bytes()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ModelError, match="its logits are not those of the hooks"),
+    ):
+        patch.setattr(gguf_lora, "parts_for", lambda *given: halved(parts_for(*given)))
+        write_gguf_lora(both, None, test_ablation.vector_for(both, writes=("mlp_out.1",)), path)
+    assert path.read_bytes() == before
     (tmp_path / "folder").mkdir()
     with pytest.raises(VectorFileError, match="is a folder; give the name of a file"):
-        write_gguf_lora(both, test_ablation.vector_for(both, writes=("mlp_out.1",)), tmp_path / "folder")
+        write_gguf_lora(both, None, test_ablation.vector_for(both, writes=("mlp_out.1",)), tmp_path / "folder")
 
 
 def test_the_commands(cli: Cli, here: Path, tiny: Path) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import pickle
 import resource
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import steerkit
 from steerkit.errors import SteerError, UnknownNameError, VectorFileError
 from steerkit.vector.steering_vector import SteeringVector
 from tests.hub import TOKEN, Hub
-from tests.program import Cli
+from tests.program import ROOT, Cli
 
 REPO = "user/moods"
 
@@ -264,6 +266,15 @@ def test_files_of_any_length(hub: Hub, vector: SteeringVector) -> None:
     hub.announced = {"steerkit.json": 2**30}
     hub.add("evil/index", {"steerkit.json": b"{}"})
     assert "steerkit.json is 1073741824 bytes long (at most 1048576)" in refused("hub:evil/index")
+
+
+def test_nothing_of_the_hub_is_loaded_for_names_of_here() -> None:
+    code = (
+        "import sys, steerkit; steerkit.SteeringVector.load('optimism-caa'); "
+        "steerkit.Composition.parse('optimism-caa*0.5').vectors(); print('huggingface_hub' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
 
 
 def test_wherever_a_vector_is_named(
