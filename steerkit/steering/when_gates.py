@@ -99,13 +99,15 @@ class _Kept:
     """What is kept of one text.
 
     Attributes:
-        found: readings [b, t] of the pass under way, by name.
+        seen: where the pass under way has been read.
+        found: its readings [b, t], by name.
         chosen: of the pass under way, see `Tokens.chosen`.
         is_open: [b, t, 1] which of its tokens are written; None while not all is read.
         held: by comparison which tokens of the latest pass met it, with the one before it in front: the column of that
             one, and [b, t + 1].
     """
 
+    seen: set[Site] = field(default_factory=set)
     found: dict[str, Tensor] = field(default_factory=dict)
     chosen: Tensor | None = None
     is_open: Tensor | None = None
@@ -185,21 +187,22 @@ class TokenGate:
         Raises:
             ScopeError: nobody can tell where the prompt ends, or tokens are held open while rows change places.
         """
-        if site == self.reads[0]:  # another one may have begun and been broken off
-            state.found.clear()
+        if not state.seen or site in state.seen:  # a pass begins, perhaps after one that was broken off
+            state.seen.clear()
             state.chosen = tokens.chosen("a gate decides from the prompt's end on")
+        state.seen.add(site)
         for name, one in self._at[site].items():
             state.found[name] = one.of(h, state.chosen)
-        if site == self.reads[-1]:
-            found = {name: values.to(h.device) for name, values in state.found.items()}
-            met = {
-                text: self._met(one, text, found[one.reading], tokens, state) for text, one in self._comparisons.items()
-            }
-            is_open = self._when.rule(met)
-            if state.chosen is not None:
-                is_open = is_open & (state.chosen >= 0).to(h.device)
-            state.is_open = is_open[..., None]
-            state.found.clear()
+        if len(state.seen) < len(self._at):
+            return
+        found = {name: values.to(h.device) for name, values in state.found.items()}
+        met = {text: self._met(one, text, found[one.reading], tokens, state) for text, one in self._comparisons.items()}
+        is_open = self._when.rule(met)
+        if state.chosen is not None:
+            is_open = is_open & (state.chosen >= 0).to(h.device)
+        state.is_open = is_open[..., None]
+        state.seen.clear()
+        state.found.clear()
 
     def _met(self, one: Comparison, text: str, values: Tensor, tokens: Tokens, state: _Kept) -> Tensor:
         """Which tokens [b, t] meet a comparison."""

@@ -87,7 +87,7 @@ RULES: dict[str, tuple[str, Callable[[Row, int], float]]] = {
     "token": ("a*1.5 when(early > 0 per token)", by_token(lambda row, k: row.token("early", k) > 0)),
     "token, own site": ("a@all*1.5 when(a < 0.1 per token)", by_token(lambda row, k: row.token("a", k) < 0.1)),
     "token, joined": (
-        "a*1.5 when(early > 0 & ~(a > 0.3) per token)",
+        "a*1.5 when(~(a > 0.3) & early > 0 per token)",
         by_token(lambda row, k: row.token("early", k) > 0 and not row.token("a", k) > 0.3),
     ),
     "token, held open": ("a*1.5 when(early > 0.4 off -0.4 per token)", by_token(is_held)),
