@@ -1,4 +1,4 @@
-"""`/`: the page with two columns. Its files are in `page/`; they hold nothing secret, so they are sent without a key."""
+"""`/`: the page with two columns. Its files, in `page/`, hold nothing secret, so they are sent without a key."""
 
 from __future__ import annotations
 
