@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from steerkit.cli._chat_session import STEERED, Answering, Turn
+from steerkit.cli._chat_session import Answering, Turn
 from steerkit.cli._shared import stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from steerkit.serve import Answer
 
-__all__ = ["print_turn", "show_columns", "show_one"]
+__all__ = ["print_turn", "show"]
 
-_FRAME = 6  # lines of a terminal that the two columns need besides their text
+_FRAME, _GAP = 5, 3  # lines and columns of a terminal that two answers need besides their text
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
@@ -28,50 +29,38 @@ def _shown(text: str) -> str:
     return _CONTROLS.sub("\ufffd", text)
 
 
-def show_one(answering: Answering) -> None:
-    """Print an answer as it comes.
+def show(answering: Answering) -> None:
+    """Show answers at a terminal while they come, two of them side by side, and whole when they have ended.
 
     Args:
-        answering: with the steered column alone.
-    """
-    known = ""
-    for _ in answering:
-        text = answering.answers[STEERED].text
-        typer.echo(_shown(text[len(known) :]), nl=False)
-        known = text
-    typer.echo()
-
-
-def show_columns(answering: Answering) -> None:
-    """Show two answers side by side while they come, and whole when they have ended.
-
-    Args:
-        answering: with both columns.
+        answering: with one column, or both.
     """
     from rich.live import Live
 
     console = stdout()
     with Live(console=console, transient=True, auto_refresh=False) as live:
         for _ in answering:
-            live.update(_columns(answering.answers, console, tail=True), refresh=True)
-    console.print(_columns(answering.answers, console))
+            live.update(_laid_out(answering.answers, console, tail=True), refresh=True)
+    console.print(_laid_out(answering.answers, console))
 
 
-def _columns(answers: dict[str, Answer], console: Console, *, tail: bool = False) -> Table:
-    """Both answers; with `tail` only as many of the last lines as there is room for."""
+def _laid_out(answers: dict[str, Answer], console: Console, *, tail: bool = False) -> Table | Text:
+    """The answers as lines; with `tail` only as many of the last ones as there is room for."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
-    width, room = max(console.width // len(answers) - 2, 1), max(console.height - _FRAME, 1)
-    cells = []
-    for column, answer in answers.items():
-        made.add_column(column, ratio=1)
-        lines = list(Text(_shown(answer.text).strip()).wrap(console, width))
-        cells.append(Text("\n").join(lines[-room:] if tail else lines))
+    is_pair = len(answers) > 1
+    width = max((console.width - _GAP) // 2 if is_pair else console.width, 1)
+    room = max(console.height - (_FRAME if is_pair else 1), 1) if tail else None
+    texts = [Text(_shown(one.text).strip()).wrap(console, width) for one in answers.values()]
+    cells = [Text("\n").join(list(lines)[-room:] if room else lines) for lines in texts]
+    if not is_pair:
+        return cells[0]
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in answers:
+        made.add_column(column, width=width)
     made.add_row(*cells)
-    made.add_section()
     made.add_row(*(Text(_facts(answer), style="dim") for answer in answers.values()))
     return made
 

@@ -15,7 +15,7 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._chat_commands import Leave, run_command, steering_line
-from steerkit.cli._chat_view import print_turn, show_columns, show_one
+from steerkit.cli._chat_view import print_turn, show
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import Json
 from steerkit.cli._steering import SteeringOption, check_chosen, chosen
@@ -75,9 +75,6 @@ def _talk(chat: Chat) -> bool:
         import readline  # noqa: F401 - gives `input` a history and keys to edit with
 
     typer.echo(f"{steering_line(chat)}; /help tells what may be typed, Ctrl-D leaves")
-
-    def show(answering: Answering) -> None:
-        (show_columns if chat.compares else show_one)(answering)
 
     with contextlib.suppress(EOFError, Leave):
         while True:
