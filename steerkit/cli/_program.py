@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import getdoc
 from typing import Any
 
@@ -72,7 +72,8 @@ def _notes() -> Iterator[None]:
 
 
 def _say(kind: str, message: object) -> None:
-    typer.echo(f"{kind}: {' '.join(str(message).splitlines())}", err=True)
+    with suppress(OSError):  # a full disk behind stderr ends no work that goes on
+        typer.echo(f"{kind}: {' '.join(str(message).splitlines())}", err=True)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

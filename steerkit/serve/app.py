@@ -117,7 +117,7 @@ def _check_key(http: Request, settings: Settings) -> None:
     if settings.api_key is None or http.url.path in PUBLIC:
         return
     kind, _, key = http.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "bearer" or not hmac.compare_digest(key.encode(), settings.api_key.encode()):
+    if kind.lower() != "bearer" or not hmac.compare_digest(key.encode("latin-1"), settings.api_key.encode()):
         raise RefusedError(401, "the key is missing or wrong; send 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 

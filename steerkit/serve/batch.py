@@ -15,7 +15,7 @@ from torch import Tensor
 from steerkit.serve import caches
 from steerkit.serve.choosing import choose
 from steerkit.serve.passes import Pass, Passes, Under
-from steerkit.serve.prefixes import Prefixes
+from steerkit.serve.prefixes import NOTHING, Known, Prefixes
 from steerkit.serve.row import Row
 from steerkit.steering.repeated import Repeated
 
@@ -43,15 +43,15 @@ class Batch:
 
     @classmethod
     def read(
-        cls, passes: Passes, rows: Sequence[Row], pad: int, *, known: Any = None, is_open: bool
+        cls, passes: Passes, rows: Sequence[Row], pad: int, *, known: Known = NOTHING, is_open: bool
     ) -> tuple[Batch, Pass]:
-        """Read the prompts of rows, all in one pass; those that are the same, once.
+        """Read the texts of rows, all in one pass; those that are the same, once.
 
         Args:
             passes: runs the model.
-            rows: new ones. One alone may go on from what is known of its prompt.
+            rows: none of which has been read. One alone may go on from what is known of its text.
             pad: id to pad with.
-            known: a cache of the first tokens of a single row's prompt (`row.cached` of them).
+            known: what of a single row's text has been read.
             is_open: whether others may join them.
 
         Returns:
@@ -59,19 +59,20 @@ class Batch:
         """
         repeated = Repeated.of([(tuple(row.ids), row.steering.key, row.probe) for row in rows])
         read = [rows[place] for place in repeated.firsts]
-        width = max(len(row.ids) - row.cached for row in read)
-        texts = [row.ids[row.cached :] for row in read]
+        start = known.tokens
+        texts = [row.ids[start:] for row in read]
+        width = max(map(len, texts))
         ids = torch.tensor([[pad] * (width - len(one)) + one for one in texts], device=passes.device, dtype=torch.long)
         lengths = [len(one) for one in texts]
         mask = _mask(lengths, width, passes.device)
-        start = 0 if known is None else read[0].cached
         positions = torch.arange(width, device=passes.device).expand(len(read), -1)
         if mask is not None:
             positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        held = [row.ids[: row.cached] for row in read]
-        under = passes.under([row.steering for row in read], [row.prompt_length for row in read], held)
+        held = [row.ids[:start] for row in read]
+        steerings, prompts = [row.steering for row in read], [row.prompt_length for row in read]
+        under = passes.under(steerings, prompts, held, [len(row.ids) for row in read])
         probes = [row.probe for row in read if row.probe is not None]
-        found = passes.run(under, ids, mask=mask, positions=positions + start, cache=known, probes=probes)
+        found = passes.run(under, ids, mask=mask, positions=positions + start, cache=known.cache, probes=probes)
         batch = cls(passes, rows, found.cache, is_open=is_open)
         if repeated.any:
             batch.cache = caches.kept_rows(found.cache, repeated.places, max(len(row.ids) for row in rows))

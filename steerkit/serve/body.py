@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["Fields", "asked_model", "read_body"]
 
 
+# So many times the limit is read and thrown away, since many clients only read an answer when they have sent all.
+_PATIENCE = 16
+
+
 async def read_body(http: HttpRequest, limit: int) -> Fields:
     """The fields of a request's body.
 
@@ -28,9 +32,12 @@ async def read_body(http: HttpRequest, limit: int) -> Fields:
     parts, size = [], 0
     async for part in http.stream():
         size += len(part)
-        if size > limit:
-            raise RefusedError(413, f"the request has more than {limit} bytes; shorten it", code="request_too_large")
-        parts.append(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > _PATIENCE * limit:
+            break
+    if size > limit:
+        raise RefusedError(413, f"the request has more than {limit} bytes; shorten it", code="request_too_large")
     try:
         given = json.loads(b"".join(parts), parse_constant=_no_constant)
     except (ValueError, RecursionError):

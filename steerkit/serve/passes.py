@@ -73,7 +73,11 @@ class Passes:
         self.entered = self.count = self.tokens = 0
 
     def under(
-        self, rows: Sequence[PlannedRow], prompts: Sequence[int], texts: Sequence[Sequence[int]] | None = None
+        self,
+        rows: Sequence[PlannedRow],
+        prompts: Sequence[int],
+        texts: Sequence[Sequence[int]] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Under:
         """What rows run under.
 
@@ -81,8 +85,9 @@ class Passes:
             rows: how each is steered.
             prompts: real tokens of each prompt.
             texts: ids of each row that the cache holds; None where it holds nothing.
+            lengths: real tokens of each row when the next pass is over, where that one holds more than prompts.
         """
-        return Under(self.plans.steering(rows), Decoding(prompts, texts))
+        return Under(self.plans.steering(rows), Decoding(prompts, texts, lengths))
 
     def run(
         self,

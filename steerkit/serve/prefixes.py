@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from steerkit.serve.caches import bytes_of, cut
 
-__all__ = ["Prefixes"]
+__all__ = ["NOTHING", "Known", "Prefixes"]
 
 
 class _Kept(NamedTuple):
@@ -22,6 +22,21 @@ class _Kept(NamedTuple):
 
     steering: Hashable
     ids: tuple[int, ...]
+
+
+class Known(NamedTuple):
+    """What of a text has been read.
+
+    Attributes:
+        cache: what that left; None where it is nothing.
+        tokens: how many, from its first one on.
+    """
+
+    cache: Any
+    tokens: int
+
+
+NOTHING = Known(None, 0)
 
 
 class Prefixes:
@@ -43,7 +58,7 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._caches)
 
-    def find(self, steering: Hashable, ids: Sequence[int]) -> tuple[Any, int]:
+    def find(self, steering: Hashable, ids: Sequence[int]) -> Known:
         """The longest known beginning of a prompt, without its last token, which has to be read to go on.
 
         Args:
@@ -51,7 +66,7 @@ class Prefixes:
             ids: the prompt.
 
         Returns:
-            A cache of its own and how many tokens it holds; None and 0 where nothing is known.
+            What is known, with a cache of its own.
         """
         prompt = tuple(ids[:-1])
         found = [(_shared(key.ids, prompt), key) for key in self._caches if key.steering == steering]
@@ -61,8 +76,8 @@ class Prefixes:
             cache = cut(self._caches[key], 0, len(key.ids), length)
             if cache is not None:
                 self._caches.move_to_end(key)
-                return cache, length
-        return None, 0
+                return Known(cache, length)
+        return NOTHING
 
     def keep(self, steering: Hashable, ids: Sequence[int], cache: Any) -> None:
         """Keep the beginning of a text, in place of shorter ones of it.

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steerkit.activations.reading import attach_reader
 from steerkit.monitor.read_directions import directions_of
-from steerkit.network.tap import Tap, locate
+from steerkit.network.sites import Site
+from steerkit.network.tap import locate
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Probe", "reading"]
@@ -39,12 +40,11 @@ class Probe:
     def __init__(self, model: nn.Module, vector: SteeringVector) -> None:
         vector.check(model)
         directions = directions_of(vector, None)
-        taps = locate(model, directions)
-        scales = [vector.typical(site) or 1.0 for site in directions]
-        self._read = [
-            (tap, unit / (scale * len(directions)))
-            for tap, unit, scale in zip(taps.values(), directions.values(), scales, strict=True)
-        ]
+        self._taps = dict(zip(directions, locate(model, directions).values(), strict=True))
+        self._directions = {
+            site: direction / ((vector.typical(site) or 1.0) * len(directions))
+            for site, direction in directions.items()
+        }
 
     @contextmanager
     def attached(self, rows: int, values: dict[Probe, Tensor]) -> Iterator[None]:
@@ -56,27 +56,16 @@ class Probe:
         """
         found: list[Tensor] = []
 
-        def take(tap: Tap, direction: Tensor, h: Tensor) -> None:
+        def take(site: Site, h: Tensor) -> None:
             last = h.reshape(rows, -1, h.shape[-1])[:, -1].float()
-            found.append(last @ direction.to(last.device))
+            found.append(last @ self._directions[site].to(last.device))
 
         with ExitStack() as stack:
-            for tap, direction in self._read:
-                stack.callback(_hooked(tap, direction, take).remove)
+            for site, tap in self._taps.items():
+                stack.callback(attach_reader(tap, site, take).remove)
             yield
         if found:
             values[self] = torch.stack([one.to(found[0].device) for one in found]).sum(dim=0)
-
-
-def _hooked(tap: Tap, direction: Tensor, take: Any) -> Any:
-    # Appended, so that the value is read as it flows on, edits included.
-    if tap.side == "input":
-        return tap.module.register_forward_pre_hook(
-            lambda _module, args, kwargs: take(tap, direction, tap.read(args, kwargs)), with_kwargs=True
-        )
-    return tap.module.register_forward_hook(
-        lambda _module, args, kwargs, output: take(tap, direction, tap.read(args, kwargs, output)), with_kwargs=True
-    )
 
 
 @contextmanager

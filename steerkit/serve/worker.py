@@ -23,7 +23,7 @@ from steerkit.serve.choosing import choose, follow
 from steerkit.serve.events import Finish
 from steerkit.serve.joinable import can_join
 from steerkit.serve.passes import Passes
-from steerkit.serve.prefixes import Prefixes
+from steerkit.serve.prefixes import NOTHING, Known, Prefixes
 from steerkit.serve.probe import Probe
 from steerkit.serve.row import Row, Ticket
 from steerkit.vector.steering_vector import SteeringVector
@@ -58,7 +58,7 @@ class Worker:
         self.passes, self.prefixes = Passes(model, tokenizer), Prefixes(prefix_bytes)
         self.counts = {"prompt_tokens": 0, "cached_tokens": 0, "tokens": 0}
         self.joins = False
-        self._catalogue, self._max_batch = catalogue, max_batch
+        self._catalogue, self._max_batch, self._tokenizer = catalogue, max_batch, tokenizer
         self._pad, self._decode, self._ends = pad_token_id(tokenizer), AnswerText(tokenizer), _ends(model, tokenizer)
         self._open = Batch(self.passes, [], None, is_open=True)
         self._apart: list[Batch] = []
@@ -102,6 +102,8 @@ class Worker:
             raise DataError(
                 f"the prompt has {len(ticket.ids)} tokens, and its steering writes the first {steering.minimum_prompt}"
             )
+        for vector in ticket.vectors:
+            vector.check_template(self._tokenizer)
         probe = self._probe(request.probe)
         groups = []
         for choice in range(request.n):
@@ -143,13 +145,14 @@ class Worker:
 
     def _go_on(self, row: Row) -> bool:
         """Read the rest of a prompt of which a beginning is known; False where none is."""
-        known, row.cached = self.prefixes.find(row.steering.key, row.ids)
-        if known is not None:
+        known = self.prefixes.find(row.steering.key, row.ids)
+        row.cached = known.tokens
+        if known.tokens:
             self._read([row], known=known)
-        return known is not None
+        return known.tokens > 0
 
-    def _read(self, rows: list[Row], *, known: Any = None, is_open: bool = True) -> None:
-        """Read prompts; where that fails, each alone, so that one request does not end another."""
+    def _read(self, rows: list[Row], *, known: Known = NOTHING, is_open: bool = True) -> None:
+        """Read texts; where that fails, each alone, so that one request does not end another."""
         try:
             batch, found = Batch.read(self.passes, rows, self._pad, known=known, is_open=is_open)
             choose(rows, found)
@@ -162,8 +165,8 @@ class Worker:
             for group in groups:
                 self._read(group, is_open=is_open)
             return
-        self.counts["prompt_tokens"] += sum(row.prompt_length for row in rows if row.leader is None)
-        self.counts["cached_tokens"] += sum(row.cached for row in rows)
+        self.counts["prompt_tokens"] += sum(row.prompt_length for row in rows if row.generated == 1 and not row.leader)
+        self.counts["cached_tokens"] += sum(row.cached for row in rows if row.generated == 1)
         self.counts["tokens"] += sum(row.leader is None for row in rows)
         batch.leave(self.prefixes)
         if is_open:
@@ -185,10 +188,22 @@ class Worker:
             try:
                 batch.step()
             except Exception as error:  # noqa: BLE001 - the rows' requests get it, and the engine goes on
-                self.passes.release()
-                end_rows(batch.rows, "error", _line(error))
+                self._again(batch, error)
             batch.leave(self.prefixes)
         self._apart = [batch for batch in self._apart if batch.rows]
+
+    def _again(self, batch: Batch, error: Exception) -> None:
+        """Read the rows of a step that failed once more, each with its answer so far: the step left half of a cache.
+
+        So a row that a pass cannot bear ends alone. A gate's decision cannot be had again; its row ends.
+        """
+        self.passes.release()
+        if not batch.is_open:
+            end_rows(batch.rows, "error", _line(error))
+            return
+        rows, self._open = batch.rows, Batch(self.passes, [], None, is_open=True)
+        batch.rows = []
+        self._read(rows)
 
     def close(self) -> None:
         """End all rows, and leave the model as it was."""

@@ -31,6 +31,8 @@ class Decoding:
     Args:
         prompt_lengths: real prompt tokens of each row, at least 1.
         texts: the ids of each row that the cache holds, without pads; None where it holds nothing yet.
+        lengths: real tokens of each row when the next pass is over; None where that one ends with the prompts, or
+            begins behind them.
 
     Attributes:
         columns: how many the cache holds, pads included; it goes on with every pass.
@@ -38,7 +40,7 @@ class Decoding:
         store: what is kept from pass to pass of these rows.
 
     Raises:
-        ScopeError: no rows, a prompt without a token, or another number of texts.
+        ScopeError: no rows, a prompt without a token, or another number of texts or lengths.
 
     Example:
         >>> rows = Decoding([3, 3], [[5, 6, 7, 8], [5, 6, 7, 8, 9]])
@@ -46,13 +48,20 @@ class Decoding:
         (5, None, [4, 3])
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], texts: Sequence[Sequence[int]] | None = None) -> None:
-        if not prompt_lengths or min(prompt_lengths) < 1 or (texts is not None and len(texts) != len(prompt_lengths)):
-            given = "" if texts is None else f" and {len(texts)} texts"
-            raise ScopeError(f"decoding: got prompts of {list(prompt_lengths)} tokens{given}; give 1 or more of each")
+    def __init__(
+        self,
+        prompt_lengths: Sequence[int],
+        texts: Sequence[Sequence[int]] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        counts = {len(given) for given in (prompt_lengths, texts, lengths) if given is not None}
+        if not prompt_lengths or min(prompt_lengths) < 1 or len(counts) > 1:
+            raise ScopeError(
+                f"decoding: got prompts of {list(prompt_lengths)} tokens for {sorted(counts)} rows; give 1 or more each"
+            )
         self._texts = texts
         held = [0] * len(prompt_lengths) if texts is None else [len(text) for text in texts]
-        reach = list(map(max, held, prompt_lengths))
+        reach = list(map(max, held, prompt_lengths)) if lengths is None else list(lengths)
         self._first = [max(reach) - own for own in reach]
         self._ends = [start + own for start, own in zip(self._first, prompt_lengths, strict=True)]
         self._placed: dict[tuple[str, torch.device], Tensor] = {}

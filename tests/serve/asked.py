@@ -44,12 +44,14 @@ TEXTS = ("Hi", "How was your day?", "Tell me of the sea.", "One, two, three, fou
 
 
 @functools.cache
-def _built(family: str) -> Any:
-    return build(family).eval()
+def _built(family: str, copy: int) -> Any:
+    model = build(family).eval()
+    model.generation_config.eos_token_id = TOKENIZER.eos_token_id
+    return model
 
 
 def model_of(family: str = "llama") -> Any:
-    return _built(family)
+    return _built(family, 0)
 
 
 def vectors_of(family: str = "llama") -> dict[str, SteeringVector]:
@@ -82,16 +84,18 @@ def request(number: int, **more: Any) -> Request:
 
 
 def alone(family: str, asked: Request) -> list[int]:
-    """The tokens that transformers' own `generate` gives under `steerkit.steer`, the one that ends it left out."""
-    model, known = model_of(family), catalogue(family)
+    """The tokens that transformers' own `generate` gives under `steerkit.steer`, the one that ends it left out.
+
+    They come from a model of the same weights: the one that is served is run by its engine alone.
+    """
+    model, known = _built(family, 1), catalogue(family)
     vectors = [] if asked.steering is None else known.vectors(str(asked.steering))
     ids = torch.tensor([PromptReader(TOKENIZER, 320).ids(asked, vectors)])
     steering = steerkit.steer(model, vectors, tokenizer=TOKENIZER) if vectors else contextlib.nullcontext()
     with torch.no_grad(), steering:
         out = model.generate(ids, max_new_tokens=asked.max_tokens, do_sample=False, pad_token_id=0)
-    ends = model.generation_config.eos_token_id
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
-    return tokens[:-1] if tokens and tokens[-1] == (TOKENIZER.eos_token_id if ends is None else ends) else tokens
+    return tokens[:-1] if tokens and tokens[-1] == TOKENIZER.eos_token_id else tokens
 
 
 def drawn_alone(family: str, asked: Request) -> str:
@@ -100,7 +104,7 @@ def drawn_alone(family: str, asked: Request) -> str:
     vectors = None if asked.steering is None else catalogue(family).vectors(str(asked.steering))
     options: dict[str, Any] = {"do_sample": True, "temperature": asked.temperature, "seed": [asked.seed]}
     (text,) = steerkit.generate(
-        model_of(family), TOKENIZER, [asked.prompt], vector=vectors, max_new_tokens=asked.max_tokens or 0, **options
+        _built(family, 1), TOKENIZER, [asked.prompt], vector=vectors, max_new_tokens=asked.max_tokens or 0, **options
     )
     return text
 

@@ -296,6 +296,26 @@ def test_a_pass_that_fails_ends_no_other_request() -> None:
             handle.remove()
 
 
+def test_a_step_that_fails_is_taken_again() -> None:
+    """Half of a cache has grown when it fails; every row goes on as if nothing had been, or ends alone."""
+    failures = []
+
+    def fail(_module: Any, args: Any) -> None:
+        hidden = args[0]
+        if hidden.shape[1] == 1 and len(hidden) > 3 and len(failures) < 3:
+            failures.append(len(hidden))
+            raise MemoryError
+
+    asked = [request(number, max_tokens=8) for number in range(12)]
+    with engine_of() as engine:
+        handle = find_decoder(model_of()).blocks[2].register_forward_pre_hook(fail)
+        answers = together(engine, asked)
+        handle.remove()
+    assert len(failures) == 3
+    for one, (answer,) in zip(asked, answers, strict=True):
+        assert ids_of(answer) == alone("llama", one), one
+
+
 def test_closing_ends_all_and_leaves_the_model_as_it_was() -> None:
     model = model_of("gpt2")
     before = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
