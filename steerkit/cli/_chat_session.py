@@ -30,12 +30,10 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        max_tokens: the longest answer.
         temperature: 0 takes the likeliest token.
         seed: of drawn tokens; None draws one.
     """
 
-    max_tokens: int
     temperature: float
     seed: int | None
 
@@ -74,9 +72,7 @@ class Turn:
             **baseline,
             "steering": self.steering,
             "finish": None if done is None else done.finish,
-            "max_new_tokens": self.sampling.max_tokens,
-            "temperature": self.sampling.temperature,
-            "seed": self.sampling.seed,
+            **asdict(self.sampling),
         }
 
 

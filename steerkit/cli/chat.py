@@ -60,7 +60,7 @@ def run(
     with status("starting"):
         engine = Engine(loaded, tokenizer, max_batch=_ROWS, max_queue=_ROWS, max_tokens=max_new_tokens)
     with engine:
-        sampling = Sampling(max_new_tokens, float(temperature), seed)
+        sampling = Sampling(float(temperature), seed)
         chat = Chat(engine, model.name, sampling, system=system, compares=compare)
         chat.steer(begun)
         at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
