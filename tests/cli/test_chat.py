@@ -220,10 +220,10 @@ class Terminal:
 @pytest.fixture
 def talkative(here: Path, tiny: Path) -> Path:
     """The tiny model with room for an answer that is under way whenever it is interrupted."""
-    shutil.copytree(tiny, "talkative")
-    config = json.loads(Path("talkative/config.json").read_text())
-    Path("talkative/config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
-    return Path("talkative")
+    shutil.copytree(tiny, "tiny")
+    config = json.loads(Path("tiny/config.json").read_text())
+    Path("tiny/config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
+    return Path("tiny")
 
 
 def test_at_a_terminal(talkative: Path) -> None:
