@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs per ratio")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--prompt", type=int, default=400, help="words of the first turn")
+    parser.add_argument("--only", default="", help="only the figures whose name holds this")
     parser.add_argument("--cpu", action="store_true", help="count processor seconds instead of seconds")
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     options = parser.parse_args()
@@ -81,6 +82,8 @@ def show(bench: Bench, options: argparse.Namespace) -> None:
         ("first token, second turn / first one of that length", bench.second_turn, bench.first_turn, "<= 0.3"),
     ]
     for name, first, second, aim in works:
+        if options.only not in name:
+            continue
         median, low, high = ratio(first, second, options.pairs)
         print(f"{name:<58}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
 
@@ -93,13 +96,19 @@ class Bench:
         self.clock = time.process_time if options.cpu else time.perf_counter
         self.seeds = itertools.count()
 
+    def forget(self) -> None:
+        """Begin anew, when the engine has nothing more to do."""
+        while self.engine.running or self.engine.waiting:
+            time.sleep(0.001)
+        self.engine.worker.prefixes.clear()
+
     def requests(self, steerings: Sequence[str | None]) -> list[Request]:
         asked = zip(QUESTIONS, steerings, strict=True)
         return [Request(_chat(text), steering=one, max_tokens=self.options.tokens) for text, one in asked]
 
     def together(self, requests: Sequence[Request]) -> float:
         """Seconds a token of requests that run at once."""
-        self.engine.worker.prefixes.clear()
+        self.forget()
         found: SimpleQueue[Event] = SimpleQueue()
         start = self.clock()
         self.engine.submit(*((one, found.put) for one in requests))
@@ -107,7 +116,7 @@ class Bench:
 
     def in_turn(self, requests: Sequence[Request]) -> float:
         """The same, one after the other."""
-        self.engine.worker.prefixes.clear()
+        self.forget()
         start, tokens = self.clock(), 0
         for one in requests:
             tokens += sum(len(answer.tokens) for answer in self.engine.answers(one))
@@ -138,7 +147,7 @@ class Bench:
 
     def _chat(self) -> list[dict[str, Any]]:
         """A chat that has not been seen: a long question, an answer and a short question."""
-        self.engine.worker.prefixes.clear()
+        self.forget()
         words = " ".join(texts(self.options.prompt // 10, seed=next(self.seeds))).split()[: self.options.prompt]
         answer = {"role": "assistant", "content": "It is about a river and a boat."}
         return [*_chat(" ".join(words)), answer, *_chat("And what came of it?")]

@@ -10,6 +10,7 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._shared import Json, print_json
 from steerkit.cli._steering import SteeringOption
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def run(
     prefix_cache: PrefixOption = 512,
     check: Annotated[bool, typer.Option("--check", help="Answer one request, and end.")] = False,
     model: ModelChoice = DEFAULT,
+    as_json: Json = False,
 ) -> None:
     """Serve a model to OpenAI's and Ollama's clients, each request with its own steering.
 
@@ -83,19 +85,24 @@ def run(
                 prefix_bytes=prefix_cache * 2**20,
             )
         with engine:
-            _serve(engine, settings, listening, check=check)
+            _serve(engine, settings, listening, check=check, as_json=as_json)
 
 
-def _serve(engine: Engine, settings: Settings, listening: Any, *, check: bool) -> None:
+def _serve(engine: Engine, settings: Settings, listening: Any, *, check: bool, as_json: bool) -> None:
     """Serve until Ctrl-C; or answer one request."""
     from steerkit.serve.running import make_server, running
 
     if check:
         with running(engine, settings, listening) as address:
-            typer.echo(_asked(address, settings))
+            answer = _asked(address, settings)
+        if as_json:
+            print_json({"model": settings.model, "address": address, "answer": answer})
+        else:
+            typer.echo(answer)
         return
+    say = _say_json if as_json else _say
     try:
-        make_server(engine, settings, listening, lambda address: _say(address, settings)).run(sockets=[listening])
+        make_server(engine, settings, listening, lambda address: say(address, settings)).run(sockets=[listening])
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
 
@@ -106,6 +113,10 @@ def _say(address: str, settings: Settings) -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "How was your day?"}], "max_tokens": 40})
     typer.echo(f"{settings.model} at {address}/v1")
     typer.echo(f"curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
+
+
+def _say_json(address: str, settings: Settings) -> None:
+    print_json({"model": settings.model, "address": address})
 
 
 def _asked(address: str, settings: Settings) -> str:
