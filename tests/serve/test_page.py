@@ -340,6 +340,26 @@ def test_the_page_is_sent_with_a_strict_policy(server: Served) -> None:
     assert server.get("/page/../app.py")[0] == server.get("/page/app.py")[0] == 404
 
 
+def luminance(colour: str) -> float:
+    """Of a colour as WCAG 2 defines it, which browsers' own tools go by."""
+    whole = colour if len(colour) == 7 else "#" + "".join(2 * one for one in colour[1:])
+    parts = [int(whole[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_can_be_told_apart(server: Served) -> None:
+    themes = re.findall(r":root \{(.*?)\}", server.get("/page/style.css")[1], re.DOTALL)
+    assert len(themes) == 2
+    for theme in themes:
+        of = {name: luminance(colour) for name, colour in re.findall(r"--([\w-]+): (#\w+);", theme)}
+        texts = [("ink", one) for one in ("paper", "card", "warm", "cool")] + [("on-accent", "accent")]
+        texts += [(one, ground) for one in ("soft", "bad", "accent") for ground in ("paper", "card")]
+        for one, ground in texts:
+            low, high = sorted((of[one], of[ground]))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (one, ground)
+
+
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_model(browser: Any, embedded: tuple[Any, Any]) -> None:

@@ -77,7 +77,7 @@ async function ask(question, replaced = null) {
   at("empty").hidden = true;
   at("turns").append(turn.root);
   busy("Answering");
-  follow();
+  follow(true);
   let outcome = "Answered";
   try {
     for await (const event of compare(body, under.signal)) {
@@ -119,10 +119,10 @@ function again() {
   ask(last.question, last);
 }
 
-/** Keep what is written last in sight, unless somebody has scrolled away from it. */
-function follow() {
+/** Keep what is written last in sight, unless somebody has scrolled away from it meanwhile. */
+function follow(always = false) {
   const chat = getComputedStyle(at("chat")).overflowY === "auto" ? at("chat") : document.documentElement;
-  if (chat.scrollHeight - chat.scrollTop - chat.clientHeight < 160) chat.scrollTop = chat.scrollHeight;
+  if (always || chat.scrollHeight - chat.scrollTop - chat.clientHeight < 160) chat.scrollTop = chat.scrollHeight;
 }
 
 function busy(doing, done = "") {

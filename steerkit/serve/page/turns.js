@@ -53,7 +53,7 @@ export class Turn {
   }
 
   end(ends) {
-    for (const name of COLUMNS) this.columns[name].end(ends?.[name]?.finish ?? "stopped");
+    for (const name of COLUMNS) this.columns[name].end(ends?.[name] ?? { finish: "stopped" });
   }
 }
 
@@ -68,7 +68,7 @@ function paint(token, shown, largest) {
 /** One answer. Its tokens are one stop of the Tab key; arrow keys go from token to token. */
 class Column {
   constructor(name, probe) {
-    Object.assign(this, { name, probe, text: "", tokens: [], finish: "" });
+    Object.assign(this, { name, probe, text: "", tokens: [], count: 0, finish: "" });
     this.answer = element("div", { className: "answer" });
     this.answer.setAttribute("role", "group");
     this.answer.setAttribute("aria-label", `${name} answer`);
@@ -92,19 +92,20 @@ class Column {
       this.answer.append(text.slice(0, text.length - shown.length), token.span);
     }
     this.tokens.push(token);
+    this.count += 1;
     this.sum();
-    return token;
   }
 
-  end(finish) {
+  end({ finish, tokens }) {
     this.finish = finish;
+    this.count = tokens ?? this.count;
     this.answer.setAttribute("aria-busy", "false");
     this.sum();
   }
 
   /** What there is to say of the whole answer. */
   sum() {
-    const said = [`${this.tokens.length} tokens${this.finish === "length" ? " (all it may have)" : ""}`];
+    const said = [`${this.count} tokens${this.finish === "length" ? " (all it may have)" : ""}`];
     if (this.finish === "stopped") said[0] += ", stopped";
     const [kl, reading] = [known(this.tokens, "kl"), known(this.tokens, "reading")];
     if (kl.length) said.push(`mean KL ${mean(kl).toFixed(3)} nats`);
