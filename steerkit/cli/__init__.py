@@ -14,6 +14,7 @@ import steerkit
 from steerkit.cli import (
     bake,
     calibrate,
+    chat,
     compare,
     demo,
     doctor,
@@ -74,6 +75,7 @@ for _command in (
     export,
     import_,
     lm_eval,
+    chat,
     serve,
     fetch,
     methods,

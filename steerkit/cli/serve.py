@@ -108,11 +108,12 @@ def _serve(engine: Engine, settings: Settings, listening: Any, *, check: bool, a
 
 
 def _say(address: str, settings: Settings) -> None:
-    """Where it is, and one line that tries it."""
+    """Where it is, one line that tries it, and the page."""
     key = "" if settings.api_key is None else '-H "Authorization: Bearer $STEERKIT_API_KEY" '
     body = json.dumps({"messages": [{"role": "user", "content": "How was your day?"}], "max_tokens": 40})
     typer.echo(f"{settings.model} at {address}/v1")
     typer.echo(f"curl {address}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'")
+    typer.echo(f"in a browser: {address}")
 
 
 def _say_json(address: str, settings: Settings) -> None:

@@ -17,6 +17,7 @@ from steerkit.serve.engine import Engine, QueueFullError
 from steerkit.serve.metrics import Metrics
 from steerkit.serve.ollama_routes import ollama_routes
 from steerkit.serve.openai_routes import openai_routes
+from steerkit.serve.page_routes import PAGE, page_routes
 from steerkit.serve.settings import RefusedError, Settings
 from steerkit.serve.steerkit_routes import steerkit_routes
 
@@ -24,7 +25,7 @@ __all__ = ["PUBLIC", "make_app"]
 
 logger = logging.getLogger(__name__)
 
-PUBLIC = ("/health",)
+PUBLIC = ("/health", *PAGE)
 """What is answered without a key."""
 _LOCAL = ("localhost", "127.0.0.1", "::1", "testserver")
 
@@ -66,6 +67,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(openai_routes(engine, settings, int(time.time())))
     app.include_router(ollama_routes(engine, settings))
     app.include_router(steerkit_routes(engine, settings))
+    app.include_router(page_routes())
     return app
 
 

@@ -1,4 +1,4 @@
-"""`/steerkit/vectors` and `/steerkit/compare`: what a page with two columns needs."""
+"""`/steerkit/vectors` and `/steerkit/compare`: what the page with two columns asks for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from steerkit.errors import StrengthError
-from steerkit.methods._registry import default_strength
+from steerkit.errors import DataError, StrengthError
+from steerkit.methods._registry import default_strength, resolve
+from steerkit.monitor.read_directions import directions_of
 from steerkit.serve.body import Fields, asked_model, read_body
 from steerkit.serve.engine import Engine
 from steerkit.serve.events import Done, Piece
@@ -17,6 +18,7 @@ from steerkit.serve.openai_routes import event, streaming
 from steerkit.serve.request import Request as Asked
 from steerkit.serve.settings import RefusedError, Settings
 from steerkit.serve.streams import Stream
+from steerkit.tokens.scope import COUNTED
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["COLUMNS", "read_compare", "steerkit_routes"]
@@ -28,8 +30,9 @@ def read_compare(fields: Fields, settings: Settings) -> list[Asked]:
     """A body of `/steerkit/compare`.
 
     Args:
-        fields: of the body: a chat's `messages` or a `prompt` that is taken as it stands, `steering`, `max_tokens`,
-            `temperature`, `top_p`, `top_k`, `seed`, `stop`, `probe`, `chat_template_kwargs`.
+        fields: of the body: a chat's `messages` (one list, or one for each column: ``{"plain": [], "steered": []}``) or
+            a `prompt` that is taken as it stands, `steering`, `max_tokens`, `temperature`, `top_p`, `top_k`, `seed`,
+            `stop`, `probe`, `chat_template_kwargs`.
         settings: of the server.
 
     Returns:
@@ -39,7 +42,7 @@ def read_compare(fields: Fields, settings: Settings) -> list[Asked]:
         RefusedError: a field that is wrong.
         SteerError: a value that is out of its range, or no composition.
     """
-    messages, prompt = fields.take("messages", list), fields.take("prompt", str)
+    messages, prompt = fields.take("messages", (list, dict)), fields.take("prompt", str)
     if bool(messages) == bool(prompt):
         raise RefusedError(400, "give messages, or a prompt that is taken as it stands", param="messages")
     steering = fields.steering(settings, asked_model(fields.take("model", str), settings))
@@ -55,8 +58,19 @@ def read_compare(fields: Fields, settings: Settings) -> list[Asked]:
         "template": fields.take("chat_template_kwargs", dict, {}),
     }
     fields.end()
-    asked = messages or prompt
-    return [Asked(asked, **common), Asked(asked, steering=steering, kl=True, **common)]
+    plain, steered = _columns(messages) if isinstance(messages, dict) else [messages or prompt] * 2
+    return [Asked(plain, **common), Asked(steered, steering=steering, kl=True, **common)]
+
+
+def _columns(messages: dict[str, Any]) -> list[Any]:
+    """The chat of each column.
+
+    Raises:
+        RefusedError: one is missing, or there are others.
+    """
+    if messages.keys() != set(COLUMNS) or not all(isinstance(one, list) for one in messages.values()):
+        raise RefusedError(400, "messages: give a list, or one for each of 'plain' and 'steered'", param="messages")
+    return [messages[name] for name in COLUMNS]
 
 
 def steerkit_routes(engine: Engine, settings: Settings) -> APIRouter:
@@ -71,7 +85,8 @@ def steerkit_routes(engine: Engine, settings: Settings) -> APIRouter:
     @routes.get("/vectors")
     async def vectors() -> dict[str, Any]:
         listed = await asyncio.to_thread(_listed, engine)
-        return {"model": settings.model, "default": str(settings.default or ""), "vectors": listed}
+        default = None if settings.default is None else settings.default.as_json()
+        return {"model": settings.model, "default": default, "vectors": listed}
 
     @routes.post("/compare")
     async def compare(http: Request) -> Response:
@@ -86,7 +101,12 @@ def _listed(engine: Engine) -> list[dict[str, Any]]:
 
 
 def _facts(name: str, vector: SteeringVector) -> dict[str, Any]:
-    """What people choose a vector by; its strength is the one taken where none is given, null where one has to be."""
+    """What people choose a vector by.
+
+    `strength` is the one taken where none is given, null where one has to be; `ladder` has strengths from weak to
+    strong; `scopes` are those that need no number.
+    """
+    method = resolve(vector.method)
     try:
         strength: float | None = default_strength(vector)
     except StrengthError:
@@ -95,10 +115,23 @@ def _facts(name: str, vector: SteeringVector) -> dict[str, Any]:
         "name": name,
         "method": vector.method,
         "strength": strength,
+        "ladder": method.ladder,
+        "counts": method.strength_unit,
         "unit": vector.unit,
         "scope": vector.scope,
+        "scopes": [one for one in method.scopes if one not in COUNTED],
+        "is_probe": _is_probe(vector),
         "layers": sorted({site.layer for site in vector.sites}),
     }
+
+
+def _is_probe(vector: SteeringVector) -> bool:
+    """Whether it has a direction that is read."""
+    try:
+        directions_of(vector, None)
+    except DataError:
+        return False
+    return True
 
 
 async def _compared(engine: Engine, requests: list[Asked]) -> AsyncIterator[str]:

@@ -139,10 +139,34 @@ def test_two_columns_come_together(server: Served) -> None:
     assert {name: end["finish"] for name, end in last["done"].items()} == {"plain": "length", "steered": "length"}
     same = server.events("/steerkit/compare", {"messages": HI, "steering": None, "max_tokens": 4})
     assert {one["kl"] for one in same[:-1] if one["column"] == "steered"} == {0.0}
-    listed = json.loads(server.get("/steerkit/vectors")[1])["vectors"]
-    assert listed[0] == {
-        "name": "a", "method": "caa", "strength": 1.0, "unit": "paper", "scope": "response", "layers": [1]
-    }  # fmt: skip
+
+
+def test_each_column_may_have_its_own_chat(server: Served) -> None:
+    other = [*HI, {"role": "assistant", "content": "Yes"}, *HI]
+    body = {"messages": {"plain": other, "steered": HI}, "steering": "a*1.5", "max_tokens": 6}
+    *pieces, last = server.events("/steerkit/compare", body)
+    assert "".join(one["text"] for one in pieces if one["column"] == "steered") == text_of("a*1.5")
+    assert last["done"]["plain"]["prompt_tokens"] > last["done"]["steered"]["prompt_tokens"]
+    for wrong in ({"plain": HI}, {**body["messages"], "third": HI}, {"plain": HI, "steered": "Hi"}):  # type: ignore[dict-item]
+        status, error = server.error("/steerkit/compare", {"messages": wrong})
+        assert (status, error["param"]) == (400, "messages")
+
+
+def test_what_is_told_of_vectors(server: Served) -> None:
+    told = json.loads(server.get("/steerkit/vectors")[1])
+    assert (told["model"], told["default"]) == ("tiny", None)
+    assert told["vectors"][0] == {
+        "name": "a",
+        "method": "caa",
+        "strength": 1.0,
+        "ladder": [0.5, 1.0, 1.5, 2.0, 3.0, 4.0],
+        "counts": "factor",
+        "unit": "paper",
+        "scope": "response",
+        "scopes": ["all", "prompt", "response", "generated", "assistant", "answer"],
+        "is_probe": True,
+        "layers": [1],
+    }
 
 
 def test_tools_reach_the_template(server: Served) -> None:
