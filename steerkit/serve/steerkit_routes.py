@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from steerkit.errors import DataError, StrengthError
+from steerkit.methods._read_directions import directions_of
 from steerkit.methods._registry import default_strength, resolve
-from steerkit.monitor.read_directions import directions_of
 from steerkit.serve.body import Fields, asked_model, read_body
 from steerkit.serve.engine import Engine
 from steerkit.serve.events import Done, Piece
