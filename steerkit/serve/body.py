@@ -89,6 +89,17 @@ class Fields:
             raise RefusedError(400, f"{name}: got {repr(value)[:40]}; give {wanted}", param=name)
         return value
 
+    def messages(self) -> list[Any]:
+        """The messages of a chat.
+
+        Raises:
+            RefusedError: there are none.
+        """
+        found: list[Any] = self.take("messages", list)
+        if not found:
+            raise RefusedError(400, "messages: give at least one", param="messages")
+        return found
+
     def unused(self, name: str, allowed: Callable[[Any], bool], why: str) -> None:
         """Take a field that only has an effect-free value here.
 

@@ -36,9 +36,7 @@ def read_chat(fields: Fields, settings: Settings) -> tuple[Asked, bool]:
         RefusedError: a field that is wrong, or that cannot be followed.
         SteerError: a value that is out of its range, or no composition.
     """
-    messages = fields.take("messages", list)
-    if not messages:
-        raise RefusedError(400, "messages: give at least one", param="messages")
+    messages = fields.messages()
     steering = fields.steering(settings, asked_model(fields.take("model", str), settings))
     options = Fields(fields.take("options", dict, {}))
     longest = options.take("num_predict", int, -1)

@@ -45,9 +45,7 @@ def read_chat(fields: Fields, settings: Settings) -> Asked:
         RefusedError: a field that is wrong, or that cannot be followed.
         SteerError: a value that is out of its range, or no composition.
     """
-    messages = fields.take("messages", list)
-    if not messages:
-        raise RefusedError(400, "messages: give at least one", param="messages")
+    messages = fields.messages()
     wants = fields.take("logprobs", bool, False)
     top = fields.take("top_logprobs", int)
     if top is not None and not wants:
