@@ -322,7 +322,7 @@ def test_the_key_is_asked_for_and_kept_in_memory(browser: Any, server: Served) -
             door.get_by_label("Key").fill(key)
             door.get_by_role("button", name="Go on").click()
             if key == "wrong":
-                playwright.expect(page.locator("#error")).to_contain_text("the key is missing or wrong")
+                playwright.expect(door.get_by_role("alert")).to_contain_text("the key is missing or wrong")
         # What the server steers by where nobody says is where the page begins.
         playwright.expect(page.locator("#composition")).to_have_text(str(default))
         page.get_by_label("Most tokens").fill("3")

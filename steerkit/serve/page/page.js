@@ -95,6 +95,7 @@ async function ask(question, replaced = null) {
   settle(chat, turn, replaced);
   busy("", outcome);
   paint();
+  if (outcome === "Answered" && at("live").checked && composition() !== body.steering) again();
 }
 
 /** Keep a turn that has an answer; else leave everything as it was before it. */
@@ -133,15 +134,15 @@ function busy(doing, done = "") {
 }
 
 function fail(error) {
-  at("error").textContent = error.message;
-  if (error.status === 401) askForKey();
+  if (error.status !== 401) {
+    at("error").textContent = error.message;
+    return;
+  }
+  at("refused").textContent = hasKey() ? error.message : "";
+  at("door").showModal();
 }
 
 // --- the key, copying, and what is there ----------------------------------------------------------------------------
-
-function askForKey() {
-  at("door").showModal();
-}
 
 async function copy(kind) {
   const question = at("question").value.trim() || turns.at(-1)?.question || "How was your day?";
@@ -168,7 +169,7 @@ async function begin() {
   try {
     found = await vectors();
   } catch (error) {
-    fail(error.status === 401 && !hasKey() ? { message: "", status: 401 } : error);
+    fail(error);
     return;
   }
   model = found.model;
