@@ -7,6 +7,7 @@ import { card, element, startOf } from "./terms.js";
 import { COLUMNS, Turn } from "./turns.js";
 
 const at = (id) => document.getElementById(id);
+const wide = matchMedia("(min-width: 60rem)"); // as in style.css: there the controls stand beside the chat
 const cards = [];
 let turns = [];
 let running = null; // AbortController of the answer under way
@@ -194,6 +195,7 @@ at("ask").addEventListener("submit", (event) => {
   const question = at("question").value.trim();
   if (!question || running) return;
   at("question").value = "";
+  if (!wide.matches) at("controls").open = false; // they would stand above the answer
   ask(question);
 });
 at("question").addEventListener("keydown", (event) => {
@@ -228,7 +230,6 @@ at("door").querySelector("form").addEventListener("submit", (event) => {
   at("error").textContent = "";
   if (!model) begin();
 });
-const wide = matchMedia("(min-width: 60rem)"); // as in style.css: there the controls stand beside the chat
 at("controls").open = wide.matches;
 wide.addEventListener("change", () => { at("controls").open ||= wide.matches; });
 begin();
