@@ -7,6 +7,7 @@ another set of rows only the strengths are laid out anew.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,28 +86,28 @@ class PlannedRow:
 
 
 class RowPlans:
-    """The plans of all vectors that were added.
+    """The plans of vectors that were added; of very many, those that were used last.
 
     Args:
         model: any decoder-only transformers model, wrapped by PEFT or not.
         tokenizer: the model's, for scopes by role.
+        most: how many are kept.
 
     Attributes:
         unsteered: a row that is not steered.
-        count: how many vectors were planned.
 
     Raises:
         SiteError: this is no model that can be steered.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
-        self._target = Target.of(model, tokenizer=tokenizer)
-        self._known: dict[Hashable, _Planned] = {}
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, most: int = 1024) -> None:
+        self._target, self._most = Target.of(model, tokenizer=tokenizer), most
+        self._known: OrderedDict[Hashable, _Planned] = OrderedDict()
         self.unsteered = PlannedRow((), ())
 
     @property
     def count(self) -> int:
-        """How many vectors have been planned."""
+        """How many plans are kept."""
         return len(self._known)
 
     def add(self, vectors: Sequence[SteeringVector]) -> PlannedRow:
@@ -130,7 +131,10 @@ class RowPlans:
                 self._known[key] = _Planned(edits, dose, scope, max(needs, default=1))
             if isinstance(dose.value, tuple) or vector.rows is not None:
                 raise StrengthError("a vector of one row has one strength, this one has some for several rows")
+            self._known.move_to_end(key)
             found.append((key, self._known[key], dose.value))
+        while len(self._known) > self._most:  # scopes and fades are as many as people can write
+            self._known.popitem(last=False)
         return PlannedRow(tuple((key, value) for key, _, value in found), tuple(found))
 
     def steering(self, rows: Sequence[PlannedRow]) -> Steering | None:

@@ -89,7 +89,8 @@ def alone(family: str, asked: Request) -> list[int]:
     They come from a model of the same weights: the one that is served is run by its engine alone.
     """
     model, known = _built(family, 1), catalogue(family)
-    vectors = [] if asked.steering is None else known.vectors(str(asked.steering))
+    given: Any = asked.steering
+    vectors = given if isinstance(given, list) else [] if given is None else known.vectors(given)
     ids = torch.tensor([PromptReader(TOKENIZER, 320).ids(asked, vectors)])
     steering = steerkit.steer(model, vectors, tokenizer=TOKENIZER) if vectors else contextlib.nullcontext()
     with torch.no_grad(), steering:

@@ -102,6 +102,22 @@ def test_gates_decide_for_their_own_rows() -> None:
     assert ids_of(compared) == ids_of(answers[0][0])
 
 
+def test_windows_of_prompts_are_each_row_s_own() -> None:
+    windows = [vector_for(model_of(), scope=scope, seed=seed) for seed, scope in enumerate(("front", "mid", "back"))]
+    asked = [
+        Request(chat(text), steering=[one.at(2.0), vectors_of()["a"]], max_tokens=6)
+        for one in windows
+        for text in ("Hi", "How was your day?")
+    ]
+    with engine_of() as engine:
+        answers = together(engine, [*asked, request(0)])
+        again = together(engine, asked)  # nothing is gone on from
+        with pytest.raises(DataError, match="writes the first 3"):
+            engine.answers(Request([5, 6], steering=windows[:1]))
+    for one, (answer,), (later,) in zip(asked, answers, again, strict=False):
+        assert ids_of(answer) == ids_of(later) == alone("llama", one), one
+
+
 def test_an_answer_of_several_prompts_is_read_once() -> None:
     with engine_of() as engine:
         before = engine.worker.passes.tokens

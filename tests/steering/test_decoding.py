@@ -142,6 +142,16 @@ def test_planned_rows_are_what_steer_makes_of_them() -> None:
         plans.add([a.at([1.0, 2.0])])
 
 
+def test_plans_do_not_pile_up() -> None:
+    model = build("llama").eval()
+    vector = vector_for(model, scope="all")
+    plans = RowPlans(model, most=3)
+    rows = [plans.add([vector.at(1.0, scope=f"first({n})"), vector.at(2.0)]) for n in range(1, 6)]
+    assert plans.count == 3
+    assert plans.add([vector.at(2.0)]).key == rows[0].key[1:]
+    assert plans.steering(rows) is not None  # what was dropped still serves the rows that have it
+
+
 SETTLED = {"all": 9, "prompt": 5, "response": 4, "generated": 5, "first(2)": 9, "response(1:3)": 4, "front": 0}
 
 
