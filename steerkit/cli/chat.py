@@ -17,13 +17,14 @@ from steerkit._support.progress import status
 from steerkit.cli._chat_commands import Leave, run_command, steering_line
 from steerkit.cli._chat_view import print_turn, show
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
+from steerkit.cli._program import say
 from steerkit.cli._shared import Json
 from steerkit.cli._steering import SteeringOption, check_chosen, chosen
 from steerkit.cli.generate import StrengthOption, VectorOption
 from steerkit.errors import SteerError
 
 if TYPE_CHECKING:
-    from steerkit.cli._chat_session import Answering, Chat
+    from steerkit.cli._chat_session import Answering, Chat, Turn
 
 __all__ = ["run"]
 
@@ -63,13 +64,16 @@ def run(
         sampling = Sampling(float(temperature), seed)
         chat = Chat(engine, model.name, sampling, system=system, compares=compare)
         chat.steer(begun)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what is no text in this encoding is no reason to leave
         at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
-        failed = _talk(chat) if at_terminal else _answer_lines(chat, as_json=as_json)
-    if failed:
-        raise typer.Exit(1)
+        if at_terminal:
+            _talk(chat)
+        elif not _answer_lines(chat, as_json=as_json):
+            raise typer.Exit(1)
 
 
-def _talk(chat: Chat) -> bool:
+def _talk(chat: Chat) -> None:
     """Questions and answers at a terminal, until the user leaves."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and keys to edit with
@@ -79,47 +83,38 @@ def _talk(chat: Chat) -> bool:
     with contextlib.suppress(EOFError, Leave):
         while True:
             line = input(_PROMPT)
-            with _told():
+            try:
                 _answer(chat, line, show)
-    return False
+            except SteerError as error:
+                say("error", error)
 
 
 def _answer_lines(chat: Chat, *, as_json: bool) -> bool:
-    """Answer stdin line by line; whether one of them could not be.
+    """Answer stdin line by line; whether all could be.
 
     What commands say goes to stderr, so that stdout has the answers alone.
     """
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    failed = False
+    is_fine = True
     with contextlib.suppress(Leave):
         for line in sys.stdin:
-            before = len(chat.turns)
-            with _told() as problems:
-                _answer(chat, line, list, is_error=True)
-            failed |= bool(problems)
-            if len(chat.turns) > before:
-                turn = chat.turns[-1]
-                if as_json:
-                    typer.echo(json.dumps(turn.as_json()))
-                else:
-                    print_turn(turn)
-    return failed
+            try:
+                turn = _answer(chat, line, list, is_error=True)
+            except SteerError as error:
+                say("error", error)
+                is_fine = False
+                continue
+            if turn is not None and as_json:
+                typer.echo(json.dumps(turn.as_json()))
+            elif turn is not None:
+                print_turn(turn)
+    return is_fine
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[list[SteerError]]:
-    """Say what went wrong in one line, and go on."""
-    problems: list[SteerError] = []
-    try:
-        yield problems
-    except SteerError as error:
-        problems.append(error)
-        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
-
-
-def _answer(chat: Chat, line: str, show: Callable[[Answering], Any], *, is_error: bool = False) -> None:
+def _answer(chat: Chat, line: str, show: Callable[[Answering], Any], *, is_error: bool = False) -> Turn | None:
     """Do what a line says: a command, or a question, which two slashes begin where it begins with one.
+
+    Returns:
+        The turn where it was answered.
 
     Raises:
         SteerError: it cannot be done; the conversation stays as it is.
@@ -127,12 +122,14 @@ def _answer(chat: Chat, line: str, show: Callable[[Answering], Any], *, is_error
     line = line.strip()
     if line.startswith("/") and not line.startswith("//"):
         typer.echo(run_command(chat, line), err=is_error)
-    elif line:
-        question = line.removeprefix("/")
-        answering = chat.ask(question)
-        with _stopped_by_interrupt(answering):
-            show(answering)
-        chat.keep(question, answering.answers)
+        return None
+    if not line:
+        return None
+    question = line.removeprefix("/")
+    answering = chat.ask(question)
+    with _stopped_by_interrupt(answering):
+        show(answering)
+    return chat.keep(question, answering.answers)
 
 
 @contextlib.contextmanager

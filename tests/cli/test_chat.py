@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import steerkit
+from steerkit.cli._chat_commands import COMMANDS
 from tests.program import WIDTH, Cli, plain, start, strict_json, width
 
 Said = tuple[int, list[str], list[str]]
@@ -133,6 +134,12 @@ def test_commands_change_what_comes_next(chat: Chat) -> None:
     assert (code, out, len(err)) == (1, [], len(wanted))
     for said, begin in zip(err, wanted, strict=True):
         assert said.startswith(begin), said
+
+
+def test_help_fits_a_terminal(chat: Chat) -> None:
+    code, out, err = chat("/help\n")
+    assert (code, out, [line.split()[0] for line in err]) == (0, [], [f"/{name}" for name in COMMANDS])
+    assert width(err) <= WIDTH
 
 
 def test_a_mistake_loses_nothing(chat: Chat, tiny: Path) -> None:

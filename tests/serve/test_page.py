@@ -126,6 +126,19 @@ def test_a_slider_changes_the_steered_text_alone(shown: Shown, server: Served) -
     assert (shown.answer("plain"), shown.answer("steered")) == (plain, said(server, "Hi", f"- {line}"))
 
 
+def test_a_slider_that_moves_meanwhile_is_followed(shown: Shown) -> None:
+    page = shown.page
+    page.get_by_label("Answer again when a slider moves").check()
+    with slowly():
+        page.get_by_label("Your question").fill("Hi")
+        page.get_by_label("Your question").press("Enter")
+        page.locator("[data-column=steered] .token").first.wait_for(state="attached")
+        shown.slider().press("ArrowRight")
+        playwright.expect(page.locator(".turn .used")).to_have_text("a*1.1")
+    shown.until_answered()
+    assert page.locator(".turn").count() == 1
+
+
 def test_what_is_copied_is_the_composition(shown: Shown, server: Served) -> None:
     page = shown.page
     card = page.get_by_role("group", name="a", exact=True)
@@ -301,9 +314,10 @@ def test_a_phone_scrolls_down_only(browser: Any, server: Served, width: int) -> 
         page.get_by_label("Tint by").select_option("b")
         page.get_by_label("Most tokens").fill(str(NEW))
         shown.ask("Why? " * 12 + "W" * 60)
-        for state in ("open", "closed"):
-            if state == "closed":
+        for is_open in (False, True):  # asking has closed them
+            if is_open:
                 page.locator("summary").tap()
+            assert page.get_by_label("Add a vector").is_visible() == is_open
             assert page.evaluate("() => document.documentElement.scrollWidth") == width
         boxes = [page.locator(f"[data-column={name}] .answer").bounding_box() for name in ("plain", "steered")]
         assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]  # one above the other
@@ -322,7 +336,7 @@ def test_the_key_is_asked_for_and_kept_in_memory(browser: Any, server: Served) -
             door.get_by_label("Key").fill(key)
             door.get_by_role("button", name="Go on").click()
             if key == "wrong":
-                playwright.expect(page.locator("#error")).to_contain_text("the key is missing or wrong")
+                playwright.expect(door.get_by_role("alert")).to_contain_text("the key is missing or wrong")
         # What the server steers by where nobody says is where the page begins.
         playwright.expect(page.locator("#composition")).to_have_text(str(default))
         page.get_by_label("Most tokens").fill("3")

@@ -7,6 +7,7 @@ import { card, element, startOf } from "./terms.js";
 import { COLUMNS, Turn } from "./turns.js";
 
 const at = (id) => document.getElementById(id);
+const wide = matchMedia("(min-width: 60rem)"); // as in style.css: there the controls stand beside the chat
 const cards = [];
 let turns = [];
 let running = null; // AbortController of the answer under way
@@ -95,6 +96,7 @@ async function ask(question, replaced = null) {
   settle(chat, turn, replaced);
   busy("", outcome);
   paint();
+  if (outcome === "Answered" && at("live").checked && composition() !== body.steering) again();
 }
 
 /** Keep a turn that has an answer; else leave everything as it was before it. */
@@ -133,15 +135,15 @@ function busy(doing, done = "") {
 }
 
 function fail(error) {
-  at("error").textContent = error.message;
-  if (error.status === 401) askForKey();
+  if (error.status !== 401) {
+    at("error").textContent = error.message;
+    return;
+  }
+  at("refused").textContent = hasKey() ? error.message : "";
+  at("door").showModal();
 }
 
 // --- the key, copying, and what is there ----------------------------------------------------------------------------
-
-function askForKey() {
-  at("door").showModal();
-}
 
 async function copy(kind) {
   const question = at("question").value.trim() || turns.at(-1)?.question || "How was your day?";
@@ -168,7 +170,7 @@ async function begin() {
   try {
     found = await vectors();
   } catch (error) {
-    fail(error.status === 401 && !hasKey() ? { message: "", status: 401 } : error);
+    fail(error);
     return;
   }
   model = found.model;
@@ -193,6 +195,7 @@ at("ask").addEventListener("submit", (event) => {
   const question = at("question").value.trim();
   if (!question || running) return;
   at("question").value = "";
+  if (!wide.matches) at("controls").open = false; // they would stand above the answer
   ask(question);
 });
 at("question").addEventListener("keydown", (event) => {
@@ -227,7 +230,6 @@ at("door").querySelector("form").addEventListener("submit", (event) => {
   at("error").textContent = "";
   if (!model) begin();
 });
-const wide = matchMedia("(min-width: 60rem)"); // as in style.css: there the controls stand beside the chat
 at("controls").open = wide.matches;
 wide.addEventListener("change", () => { at("controls").open ||= wide.matches; });
 begin();
