@@ -1,50 +1,44 @@
-"""`Probe`: what is read of a vector's direction at every token of an answer.
+"""`Probe`: what is read along a vector at every token of an answer: the number that a monitor shows, and gates read.
 
-    reading = mean over sites of (h . u) / s
-
-with h [d] the activation, u the vector's direction of length 1, and s the spread of tokens at the site, which the
-vector's file holds (`steerkit.activations.token_scale`); 1 where it holds none. A token's reading is that of the
-position which chose it, one before its own: the state in which the model decided for it. What is written at a site is
-seen.
+A token's reading is that of the position which chose it, one before its own: the state in which the model decided for
+it. What is written at a site is seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steerkit.activations.reading import attach_reader
-from steerkit.methods._read_directions import directions_of
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
+from steerkit.steering.readings import VectorReading
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Probe", "reading"]
 
 
 class Probe:
-    """A vector's direction, to be read in a model.
+    """A vector, to be read in a model.
 
     Args:
         model: any decoder-only transformers model.
-        vector: whose direction.
+        name: of the vector.
+        vector: along which is read. Where its file holds no scale of neutral texts, these are read off the model now.
+        tokenizer: the model's.
 
     Raises:
-        DataError: it has no single direction.
+        DataError: it has no direction.
         SteerError: it does not fit the model.
     """
 
-    def __init__(self, model: nn.Module, vector: SteeringVector) -> None:
-        vector.check(model)
-        directions = directions_of(vector, None)
-        self._taps = dict(zip(directions, locate(model, directions).values(), strict=True))
-        self._directions = {
-            site: direction / ((vector.typical(site) or 1.0) * len(directions))
-            for site, direction in directions.items()
-        }
+    def __init__(self, model: nn.Module, name: str, vector: SteeringVector, tokenizer: Any) -> None:
+        self._reading = VectorReading(model, name, vector, tokenizer)
+        self._reading.scale("response_mean")  # now, and not in a pass
+        self._taps = locate(model, self._reading.sites)
 
     @contextmanager
     def attached(self, rows: int, values: dict[Probe, Tensor]) -> Iterator[None]:
@@ -54,18 +48,18 @@ class Probe:
             rows: of a pass.
             values: where [b] readings at the last column are put.
         """
-        found: list[Tensor] = []
+        found: dict[Site, Tensor] = {}
 
         def take(site: Site, h: Tensor) -> None:
-            last = h.reshape(rows, -1, h.shape[-1])[:, -1].float()
-            found.append(last @ self._directions[site].to(last.device))
+            found[site] = h.reshape(rows, -1, h.shape[-1])[:, -1].float()
 
         with ExitStack() as stack:
             for site, tap in self._taps.items():
                 stack.callback(attach_reader(tap, site, take).remove)
             yield
         if found:
-            values[self] = torch.stack([one.to(found[0].device) for one in found]).sum(dim=0)
+            device = next(iter(found.values())).device
+            values[self] = self._reading.of_answers({site: one.to(device) for site, one in found.items()})
 
 
 @contextmanager

@@ -115,9 +115,10 @@ class Worker:
 
     def _probe(self, asked: SteeringVector | str | None) -> Probe | None:
         if asked is None or isinstance(asked, SteeringVector):
-            return None if asked is None else Probe(self.passes.model, asked)
+            return None if asked is None else Probe(self.passes.model, "probe", asked, self._tokenizer)
         if asked not in self._probes:
-            self._probes[asked] = Probe(self.passes.model, self._catalogue.vector(asked))
+            vector = self._catalogue.vector(asked)
+            self._probes[asked] = Probe(self.passes.model, asked, vector, self._tokenizer)
         return self._probes[asked]
 
     def admit(self, line: deque[list[Row]]) -> None:

@@ -168,7 +168,21 @@ class VectorReading:
         Returns:
             [b] float32.
         """
-        scale = self.scale("prompt_last")
+        return self._mean(found, "prompt_last")
+
+    def of_answers(self, found: Mapping[Site, Tensor]) -> Tensor:
+        """The reading of tokens of answers: the same, in the scale of answers to neutral prompts.
+
+        Args:
+            found: per site [b, d] float32, activations of one token of each answer, on one device.
+
+        Returns:
+            [b] float32.
+        """
+        return self._mean(found, "response_mean")
+
+    def _mean(self, found: Mapping[Site, Tensor], read: Read) -> Tensor:
+        scale = self.scale(read)
         along = [coordinates(found[site], unit.to(found[site].device)) for site, unit in self._units.items()]
         values = torch.stack(along, dim=-1)
         return ((values - scale.mean.to(values)) / scale.deviation.to(values)).mean(dim=-1) / scale.joint

@@ -144,12 +144,15 @@ def test_log_probabilities_and_divergences_are_those_of_plain_passes() -> None:
             steered = log_softmax(model(ids).logits[0].double(), dim=-1)
             handle.remove()
     direction = unit(vectors["b"].params(Site(1))["direction"])
+    neutral = steerkit.with_neutral(model, TOKENIZER, vectors["b"]).neutral["response_mean"]
+    mean, deviation = (neutral["sites"][str(Site(1))][name] for name in ("mean", "deviation"))
     for place, token in enumerate(answer.tokens, start=len(prompt) - 1):
         assert token.logprob == pytest.approx(float(steered[place, token.id]), abs=1e-4)
         assert [one for one, _ in token.top] == steered[place].topk(3).indices.tolist()
         kl = float((steered[place].exp() * (steered[place] - plain[place])).sum())
         assert token.kl == pytest.approx(kl, abs=1e-4)
-        assert token.reading == pytest.approx(float(seen[0][0, place] @ direction), abs=1e-3)
+        along = float(seen[0][0, place] @ direction)
+        assert token.reading == pytest.approx((along - mean) / deviation / neutral["joint"], rel=1e-3, abs=1e-3)
 
 
 def test_each_vector_is_planned_once_and_rows_that_stay_are_entered_once(monkeypatch: pytest.MonkeyPatch) -> None:
