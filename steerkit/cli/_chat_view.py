@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -77,11 +78,13 @@ def _facts(answer: Answer) -> str:
 
 
 def print_turn(turn: Turn) -> None:
-    """Print answers to the letter, each behind its column's name where there are two.
+    """Print answers, each behind its column's name where there are two; to the letter where no terminal reads them.
 
     Args:
         turn: a whole one.
     """
+    at_terminal = sys.stdout.isatty()
     for column in turn.answers:
         name = f"{column}: " if len(turn.answers) > 1 else ""
-        typer.echo(name + turn.said(column))
+        text = turn.said(column)
+        typer.echo(name + (_shown(text) if at_terminal else text))

@@ -12,16 +12,19 @@ import re
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 import steerkit
 from steerkit.cli._chat_commands import COMMANDS
+from steerkit.cli._chat_view import show
+from steerkit.serve.events import Answer, Token
 from tests.program import WIDTH, Cli, plain, start, strict_json, width
 
 Said = tuple[int, list[str], list[str]]
@@ -178,6 +181,38 @@ def test_what_stands_there_is_not_overwritten(chat: Chat, monkeypatch: pytest.Mo
 def test_errors_before_the_model_is_loaded(chat: Chat) -> None:
     assert chat("", "--vector", "gone.safetensors")[:2] == (1, [])
     assert chat("", "--vector", "v.safetensors", "--steering", "v.safetensors")[0] == 2
+
+
+@pytest.mark.parametrize("names", [("steered",), ("plain", "steered")])
+def test_a_model_moves_no_cursor(names: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    said = [Token(1, kl=0.25), Token(2, kl=0.75)]
+    answering: Any = Ended({name: Answer("\x1b]0;title\x07 a\tb [bold]", said) for name in names})
+    show(answering)
+    shown = capsys.readouterr().out
+    assert "]0;title" in shown
+    assert "[bold]" in shown
+    assert not {"\x1b]", "\x07"} & {shown[at : at + size] for at in range(len(shown)) for size in (1, 2)}
+    assert ("mean KL 0.500 nats" in shown) == (len(names) > 1)
+
+
+class Ended(NamedTuple):
+    """Answers that have come already."""
+
+    answers: dict[str, Answer]
+
+    def __iter__(self) -> Any:
+        return iter([("steered", None)])
+
+
+@pytest.mark.slow
+def test_through_a_pipe(here: Path, tiny: Path) -> None:
+    words = ("--model", tiny, "--vector", "v.safetensors", "--max-new-tokens", 2, "--compare")
+    process = start("chat", *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate("Hello\n/bogus\n", timeout=120)
+    assert process.returncode == 1
+    assert re.match(r"plain: .*\nsteered: ", out, re.DOTALL)
+    assert "\x1b" not in err
+    assert "error: unknown command '/bogus'" in err
 
 
 class Terminal:
