@@ -12,6 +12,7 @@ __all__ = ["recipe_path", "recipes", "shipped_vectors", "trait_path", "traits", 
 
 
 _NAME = re.compile(r"[\w-]+(/[\w-]+)?")  # with a dot it is a file
+_EMBEDDED = "smollm2-135m"
 
 
 def _folder(name: str) -> Path:
@@ -45,7 +46,8 @@ def shipped_vectors(model: str | None = None) -> list[str]:
         model: alias of a model, such as ``smollm2-135m``, to list its vectors only.
 
     Returns:
-        Names such as ``"smollm2-135m/optimism-caa"``; the part behind the slash is enough where it is unique.
+        Names such as ``"smollm2-135m/optimism-caa"``. The part behind the slash is enough for one of the model in use, or,
+        where none is said, of the embedded model.
 
     Example:
         >>> "smollm2-135m/optimism-caa" in shipped_vectors()
@@ -98,7 +100,7 @@ def vector_path(name: str, model: str = "") -> Path:
 
     Args:
         name: a file, or a name such as ``optimism-caa``, ``smollm2-135m/optimism-caa`` or ``hub:user/repository``.
-        model: alias of the model in use, whose vectors come first.
+        model: alias of the model in use, whose vectors come first; then come those of the embedded model.
 
     Raises:
         UnknownNameError: neither a file nor a shipped vector.
@@ -111,7 +113,8 @@ def vector_path(name: str, model: str = "") -> Path:
         return path
     shipped = vectors()
     fitting = [key for key in shipped if name in (key, key.partition("/")[2])]
-    fitting.sort(key=lambda key: key.partition("/")[0] != model)
+    of_model = {key: key.partition("/")[0] for key in fitting}
+    fitting.sort(key=lambda key: (of_model[key] != model, of_model[key] != _EMBEDDED))
     if not fitting:
         raise unknown_name("vector", name, {key.partition("/")[2] for key in shipped})
     return shipped[fitting[0]]
