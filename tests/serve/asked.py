@@ -39,6 +39,9 @@ STEERINGS = (
     "c@generated[2:]*3",
     "b*0.5 + a*0.5 + c*0.5",
     "a@all*1.5 fade(exponential over 2)",
+    "a*2 when(b > 0)",
+    "c*3 when(b > 0 | ~(a > 0.5) per token)",
+    "a hold(a at 3 within 0 to 4)",
 )
 TEXTS = ("Hi", "How was your day?", "Tell me of the sea.", "One, two, three, four", "Why?")
 

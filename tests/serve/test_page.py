@@ -174,6 +174,9 @@ def test_every_composition_is_written_as_steerkit_reads_it(shown: Shown) -> None
         "- a*2 fade(cosine over 8 to 1) + b*1e-9",
         '"1.5"*3',
         "- é-b_c/d.e",
+        "a when(b > 1 off 0.5 & (c < 0 | ~(a > 2)) | b < -3 per token)",
+        'a*2 when("two words" > 1e-7 & (b < 1 & c > 2)) + b when(a > 1 | (b > 2 | c > 3) | a < 0)',
+        "b hold(a at -1.5 within -3 to 0)",
     )
     known = [Composition.parse(one) for one in (*filter(None, STEERINGS), *more)]
     write = "async (all) => { const { textOf } = await import('./page/composition.js'); return all.map(textOf); }"

@@ -1,13 +1,32 @@
 // Compositions as text, Python and curl. A term is what steerkit's JSON of a composition holds: {vector, strength, scope,
-// window: [from, to], unit, without, fade}, all but the first left out where the vector's file decides.
+// window: [from, to], unit, without, fade, when, hold}, all but the first left out where the vector's file decides.
 
-const BARE = /^[\p{L}\p{N}_./]+(-+[\p{L}\p{N}_./]+)*$/u;
+const BARE = /^(hub:)?[\p{L}\p{N}_./]+(-+[\p{L}\p{N}_./]+)*$/u;
 const NUMBER = /^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?$/i;
 const nameOf = (name) => (BARE.test(name) && !NUMBER.test(name) ? name : JSON.stringify(name));
 
 function fadeOf(fade, isMinus) {
   const to = isMinus ? -fade.to : fade.to;
   return ` fade(${fade.shape} over ${fade.over}${to ? ` to ${to}` : ""})`;
+}
+
+const comparisonOf = ({ reading, above, below, off }) =>
+  `${nameOf(reading)} ${above !== undefined ? ">" : "<"} ${above ?? below}${off !== undefined ? ` off ${off}` : ""}`;
+
+/** A rule over readings; & joins before |, and what one sign joins is joined from the left. */
+function ruleOf(rule) {
+  if (rule.not) return `~(${ruleOf(rule.not)})`;
+  if (!rule.all && !rule.any) return comparisonOf(rule);
+  const [parts, sign] = rule.all ? [rule.all, " & "] : [rule.any, " | "];
+  const inBrackets = (part, place) => (rule.all && part.any) || (place > 0 && (rule.all ? part.all : part.any));
+  return parts.map((part, place) => (inBrackets(part, place) ? `(${ruleOf(part)})` : ruleOf(part))).join(sign);
+}
+
+/** On what else a term depends, as it is read aloud: a gate, or the reading that it holds. */
+export function conditionOf({ when, hold }) {
+  const gate = when ? ` when(${ruleOf(when.rule)}${when.per_token ? " per token" : ""})` : "";
+  const [low, high] = hold?.within ?? [];
+  return gate + (hold ? ` hold(${nameOf(hold.reading)} at ${hold.at} within ${low} to ${high})` : "");
 }
 
 /** The line that `Composition.parse` reads; empty where nothing steers. */
@@ -23,6 +42,7 @@ export function textOf(terms) {
     if (term.strength !== undefined) text += `*${Math.abs(term.strength)}`;
     if (term.unit) text += ` ${term.unit}`;
     if (term.fade) text += fadeOf(term.fade, isMinus);
+    text += conditionOf(term);
   }
   return text;
 }

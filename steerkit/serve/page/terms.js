@@ -1,5 +1,7 @@
 // The sliders: one card for each vector that steers.
 
+import { conditionOf } from "./composition.js";
+
 let number = 0; // of cards made, for ids
 
 /** An element with properties and children. Text is only ever set as text. */
@@ -35,6 +37,7 @@ export function card(facts, begun, changed, removed) {
   slider.setAttribute("aria-label", `strength of ${facts.name}`);
   const exact = element("input", { type: "number", step: "any", value: strength });
   exact.setAttribute("aria-label", `strength of ${facts.name} as a number`);
+  slider.disabled = exact.disabled = Boolean(begun.hold); // which finds the strength itself
   const track = element("span", { className: "track" }, slider, mark(0.5, ""));
   const more = element("p", { className: "more" });
   if (facts.strength !== null) {
@@ -85,6 +88,7 @@ export function card(facts, begun, changed, removed) {
   const term = () => {
     const strength = exact.value === "" ? slider.valueAsNumber : exact.valueAsNumber;
     const said = { ...begun, strength, scope: scope.value || undefined, minus: undefined };
+    if (begun.hold) said.strength = undefined;
     const [first, end] = [from[1], to[1]].map((input) => (input.value === "" ? null : input.valueAsNumber));
     said.window = fits() && (first !== null || end !== null) ? [first ?? 0, end] : undefined;
     return said;
@@ -92,7 +96,8 @@ export function card(facts, begun, changed, removed) {
   return { root, term, focus: () => slider.focus() };
 }
 
-const titleOf = (facts, begun) => (begun.without ? `${facts.name} without ${begun.without}` : facts.name);
+const titleOf = (facts, begun) =>
+  (begun.without ? `${facts.name} without ${begun.without}` : facts.name) + conditionOf(begun);
 
 function mark(place, kind) {
   const made = element("span", { className: `mark ${kind}` });
