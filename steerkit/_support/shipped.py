@@ -46,8 +46,8 @@ def shipped_vectors(model: str | None = None) -> list[str]:
         model: alias of a model, such as ``smollm2-135m``, to list its vectors only.
 
     Returns:
-        Names such as ``"smollm2-135m/optimism-caa"``. The part behind the slash is enough for one of the model in use, or,
-        where none is said, of the embedded model.
+        Names such as ``"smollm2-135m/optimism-caa"``. The part behind the slash is enough for one of the model in use,
+        or, where none is said, of the embedded model.
 
     Example:
         >>> "smollm2-135m/optimism-caa" in shipped_vectors()

@@ -268,6 +268,7 @@ def talkative(here: Path, tiny: Path) -> Path:
     return Path("tiny")
 
 
+@pytest.mark.slow  # a process of its own; its lines are tried every time, in this one
 def test_at_a_terminal(talkative: Path) -> None:
     at = Terminal("--model", talkative, "--vector", "v.safetensors", "--max-new-tokens", 90_000)
     try:

@@ -30,6 +30,7 @@ def ask(address: str, body: Any, key: str) -> tuple[int, Any]:
             return error.code, json.load(error)
 
 
+@pytest.mark.slow  # a process of its own; what it answers is tried every time, in this one
 def test_a_process_serves_until_ctrl_c(furnished: Path, tiny: Path) -> None:
     words = ("--model", tiny, "--name", "mine", "--vector", furnished / "v.safetensors", "--steering", "v*1.5")
     with (furnished / "err").open("w") as err:
