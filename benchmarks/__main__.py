@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
+from steerkit.vector.hold import Hold
 from steerkit.vector.steering_vector import SteeringVector
+from steerkit.vector.when import When
 
 Timing = Callable[[], tuple[float, float, float]]
 TITLES = {"speed": "Speed and memory", "operators": "Speed of the operators"}
@@ -99,11 +101,14 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
             name = f"generation, 30 blocks gated ({'open' if opens else 'closed'}) / {over}, batch {batch}"
             gated = functools.partial(gates, model, tokenizer, batch, opens=opens, over=over)
             works.append((name, paired(gated), "<= 1.02" if over != "ungated" else "<= 1.05"))
+        for kind, aim in COMPOSED.items():
+            name = f"composition, {kind} / one shared vector, batch {batch}"
+            works.append((name, paired(functools.partial(composed, model, tokenizer, batch, kind)), aim))
     rows = [(name, *work(), aim) for name, work, aim in works if options.only in name]
     print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")
-    print(f"{'':<54}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
+    print(f"{'':<70}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
     for name, median, low, high, aim in rows:
-        print(f"{name:<54}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
+        print(f"{name:<70}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
     if options.only:
         return
     print(f"{'entering and leaving a context of 30 blocks':<48}{entering(model):>6.1f} ms")
@@ -302,21 +307,62 @@ def gates(
             "shared/above": torch.tensor([True]),
         },
     )
+    run = answering(model, tokenizer, batch)
+    return lambda: run(vector), lambda: run(plain if over == "ungated" else None)
+
+
+def answering(model: Any, tokenizer: Any, batch: int) -> Callable[[Any], float]:
+    """Seconds that answers of 24 tokens take under some vectors, or none."""
     inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
     options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 
-    def run(steered: SteeringVector | None) -> float:
+    def run(steered: Any) -> float:
         with torch.no_grad(), contextlib.nullcontext() if steered is None else steerkit.steer(model, steered, 1.0):
             return timed(lambda: model.generate(**options))
 
-    return lambda: run(vector), lambda: run(plain if over == "ungated" else None)
+    return run
+
+
+COMPOSED = {
+    "a vector per row": "<= 1.01",
+    "a fade": "<= 1.01",
+    "a gate per token, open": "<= 1.05",
+    "a gate per token, closed": "<= 1.05",
+    "a held reading": "",
+}
+
+
+def composed(model: Any, tokenizer: Any, batch: int, kind: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Generation under a composition over that under one shared vector, at three blocks as shipped vectors are."""
+    plain = additions(model, (12, 14, 16))
+    scale = {"mean": 0.0, "deviation": 1.0}
+    neutral = {
+        read: {"joint": 1.0, "sites": {str(site): scale for site in plain.sites}}
+        for read in ("prompt_last", "response_mean")
+    }
+    read = replace(plain, neutral=neutral)
+    sign = ">" if kind.endswith("open") else "<"
+    with_it: dict[str, Callable[[], Any]] = {
+        "a vector per row": lambda: [[additions(model, (12, 14, 16), seed=row).at(1.0)] for row in range(batch)],
+        "a fade": lambda: plain.at(1.0, fade="linear over 99"),
+        "a held reading": lambda: plain.at(hold=Hold("it", 0.0, (-0.1, 1.0), read)),
+    }
+    gated = When.parse(f"it {sign} -1e9 per token").bound(lambda _: read)
+    steered = with_it.get(kind, lambda: plain.at(1.0, when=gated))()
+    run = answering(model, tokenizer, batch)
+    return lambda: run(steered), lambda: run(plain)
 
 
 def every_block(model: Any) -> SteeringVector:
     """A small addition at the output of every block."""
+    return additions(model, range(find_decoder(model).num_layers))
+
+
+def additions(model: Any, layers: Iterable[int], seed: int = 0) -> SteeringVector:
+    """A small addition at the outputs of some blocks."""
     decoder = find_decoder(model)
-    sites = tuple(Site(layer) for layer in range(decoder.num_layers))
-    generator = torch.Generator().manual_seed(0)
+    sites = tuple(map(Site, layers))
+    generator = torch.Generator().manual_seed(seed)
     return SteeringVector(
         method="caa",
         tensors={f"{site}/direction": 0.01 * torch.randn(decoder.hidden_size, generator=generator) for site in sites},

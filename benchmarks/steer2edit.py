@@ -29,7 +29,6 @@ from benchmarks.results import recorded
 from steerkit.activations.recording import Activations
 from steerkit.errors import FitError
 from steerkit.evaluate.intervals import Estimate, interval
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.scorers._base import Weighted
 from steerkit.evaluate.scorers.divergence import Divergence
 from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
@@ -39,6 +38,7 @@ from steerkit.fitting.fitting import fit, read
 from steerkit.methods.steer2edit import Steer2Edit
 from steerkit.network.decoder import find_decoder
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 

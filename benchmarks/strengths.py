@@ -21,11 +21,11 @@ from steerkit.activations.recording import record
 from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import SteerError
 from steerkit.evaluate.curve import random_like
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.scoring import measure
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.suggesting import MAX_KL, suggest_strength
 from steerkit.network.sites import Site
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 

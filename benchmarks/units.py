@@ -18,7 +18,6 @@ import steerkit
 from benchmarks.results import recorded
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.curve import random_like
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.scoring import Measured, scorer_of
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
@@ -26,6 +25,7 @@ from steerkit.evaluate.sweeps import measure_point
 from steerkit.fitting.fitting import read
 from steerkit.methods.austeer import AUSteer
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.recipe import Recipe, find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 

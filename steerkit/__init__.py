@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.prompts.conversation import Conversation
     from steerkit.steering.callback import SteeringCallback
+    from steerkit.steering.readings import with_neutral
     from steerkit.steering.steering import Steering, steer
     from steerkit.steering.weights import edited
     from steerkit.vector.steering_vector import SteeringVector
@@ -92,6 +93,7 @@ _HOMES = {
     "split_between_processes": "_support.processes",
     "steer": "steering",
     "suggest_strength": "evaluate.suggesting",
+    "with_neutral": "steering",
 }
 
 __all__ = [
@@ -134,6 +136,7 @@ __all__ = [
     "split_between_processes",
     "steer",
     "suggest_strength",
+    "with_neutral",
 ]
 
 

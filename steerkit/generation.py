@@ -29,7 +29,7 @@ from steerkit.tokens.scope import Scope
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["generate"]
+__all__ = ["AnswerText", "exponential_noise", "generate"]
 
 
 def generate(
@@ -97,7 +97,7 @@ def generate(
     roles = Roles(tokenizer)
     asked = [Conversation.of(prompt, raw=raw and isinstance(prompt, str)) for prompt in prompts]
     rendered = _rendered(model, tokenizer, asked, as_fitted(vectors, tokenizer, chat_template_kwargs), max_new_tokens)
-    pad, device = pad_token_id(tokenizer), execution_device(find_decoder(model))
+    pad, device, text_of = pad_token_id(tokenizer), execution_device(find_decoder(model)), AnswerText(tokenizer)
     settings = _settings(pad, max_new_tokens, options, drawn_by_row=seeds is not None)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=isinstance(seed, int)):
         if isinstance(seed, int):
@@ -110,7 +110,7 @@ def generate(
             with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles):
                 out = model.generate(input_ids=ids, attention_mask=mask, **{**settings, **drawn})  # type: ignore[operator]
             out = getattr(out, "sequences", out)
-            return _decoded(tokenizer, out[:, ids.shape[1] :])
+            return [text_of(row) for row in out[:, ids.shape[1] :].tolist()]
 
         return _in_order(run_batches(batches(rendered, batch_size, pad_id=pad, side="left"), run), len(prompts))
 
@@ -147,16 +147,25 @@ def _settings(pad: int, max_new_tokens: int, options: Mapping[str, Any], *, draw
     return settings
 
 
-def _decoded(tokenizer: Any, rows: Tensor) -> list[str]:
-    """Texts without special tokens, but for the marks of thoughts: without them nobody can part them again."""
-    special = set(tokenizer.all_special_ids)
-    vocabulary = tokenizer.get_vocab() if special else {}
-    known = [mark for pair in THINKING for mark in pair] + ([*FRAME[:4]] if CHANNEL in vocabulary else [])
-    marks = {vocabulary[mark] for mark in known if mark in vocabulary} & special
-    if not marks:
-        answers: list[str] = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return answers
-    return [tokenizer.decode([token for token in row if token not in special - marks]) for row in rows.tolist()]
+class AnswerText:
+    """Makes text of an answer's ids: without special tokens, but for the marks of thoughts, which part them.
+
+    Args:
+        tokenizer: the model's; never changed.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        special = set(tokenizer.all_special_ids)
+        vocabulary = tokenizer.get_vocab() if special else {}
+        known = [mark for pair in THINKING for mark in pair] + ([*FRAME[:4]] if CHANNEL in vocabulary else [])
+        marks = {vocabulary[mark] for mark in known if mark in vocabulary} & special
+        self._tokenizer, self._dropped, self._has_marks = tokenizer, special - marks, bool(marks)
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+        if not self._has_marks:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode([token for token in ids if token not in self._dropped]))
 
 
 def _steered(
@@ -228,10 +237,16 @@ class _RowNoise:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        # argmax(log p - log E) with E exponential is a draw from p (Gumbel's trick).
-        # In float64: in float32 one draw in 16 million is 0, and there are that many in a few hundred tokens.
-        drawn = [
-            torch.empty(scores.shape[-1], dtype=torch.float64).exponential_(generator=one) for one in self.generators
-        ]
-        noise = torch.stack(drawn).log().float().to(scores.device)
+        noise = torch.stack([exponential_noise(one, scores.shape[-1]) for one in self.generators]).to(scores.device)
         return scores.float() / self.temperature - noise
+
+
+def exponential_noise(generator: torch.Generator, size: int) -> Tensor:
+    """[size] float32, the logarithms of exponential draws: argmax(log p - log E) is a draw from p (Gumbel's trick).
+
+    Args:
+        generator: on the CPU; it goes on.
+        size: tokens of the vocabulary.
+    """
+    # In float64: in float32 one draw in 16 million is 0, and there are that many in a few hundred tokens.
+    return torch.empty(size, dtype=torch.float64).exponential_(generator=generator).log().float()

@@ -39,6 +39,7 @@ ORDER = (
     "recipe",
     "evidence",
     "checks",
+    "serve",
     "cli",
     "__main__",
 )

@@ -203,6 +203,10 @@ def test_vectors_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(shipped, "_folder", lambda _name: tmp_path)
     assert shipped.vector_path("joy-caa", "two") == tmp_path / "two" / "joy-caa.safetensors"
     assert shipped.vector_path("one/joy-caa", "two") == tmp_path / "one" / "joy-caa.safetensors"
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / "joy-caa.safetensors").touch()  # of the embedded model, where no model is said
+    assert shipped.vector_path("joy-caa") == tmp_path / "smollm2-135m" / "joy-caa.safetensors"
+    assert shipped.vector_path("joy-caa", "two") == tmp_path / "two" / "joy-caa.safetensors"
     assert shipped.vector_path("./some/where.safetensors") == Path("some/where.safetensors")
     with pytest.raises(UnknownNameError, match="did you mean 'joy-caa'"):
         shipped.vector_path("joi-caa")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from steerkit._support.hub import PREFIX, HubName, fetched
 from steerkit.errors import unknown_name
 
 __all__ = ["recipe_path", "recipes", "shipped_vectors", "trait_path", "traits", "vector_path", "vectors"]
 
 
 _NAME = re.compile(r"[\w-]+(/[\w-]+)?")  # with a dot it is a file
+_EMBEDDED = "smollm2-135m"
 
 
 def _folder(name: str) -> Path:
@@ -44,7 +46,8 @@ def shipped_vectors(model: str | None = None) -> list[str]:
         model: alias of a model, such as ``smollm2-135m``, to list its vectors only.
 
     Returns:
-        Names such as ``"smollm2-135m/optimism-caa"``; the part behind the slash is enough where it is unique.
+        Names such as ``"smollm2-135m/optimism-caa"``. The part behind the slash is enough for one of the model in use,
+        or, where none is said, of the embedded model.
 
     Example:
         >>> "smollm2-135m/optimism-caa" in shipped_vectors()
@@ -93,21 +96,25 @@ def recipe_path(name: str) -> Path:
 
 
 def vector_path(name: str, model: str = "") -> Path:
-    """Find a vector by its path or its shipped name.
+    """Find a vector by its path, its shipped name, or its name on the Hub, from which it is then downloaded.
 
     Args:
-        name: a file, or a name such as ``optimism-caa`` or ``smollm2-135m/optimism-caa``.
-        model: alias of the model in use, whose vectors come first.
+        name: a file, or a name such as ``optimism-caa``, ``smollm2-135m/optimism-caa`` or ``hub:user/repository``.
+        model: alias of the model in use, whose vectors come first; then come those of the embedded model.
 
     Raises:
         UnknownNameError: neither a file nor a shipped vector.
+        VectorFileError: nothing of that name can be had from the Hub.
     """
+    if name.startswith(PREFIX):
+        return fetched(HubName.parse(name))
     path = Path(name)
     if path.suffix == ".safetensors" or not _NAME.fullmatch(name) or _exists(path):
         return path
     shipped = vectors()
     fitting = [key for key in shipped if name in (key, key.partition("/")[2])]
-    fitting.sort(key=lambda key: key.partition("/")[0] != model)
+    of_model = {key: key.partition("/")[0] for key in fitting}
+    fitting.sort(key=lambda key: (of_model[key] != model, of_model[key] != _EMBEDDED))
     if not fitting:
         raise unknown_name("vector", name, {key.partition("/")[2] for key in shipped})
     return shipped[fitting[0]]

@@ -21,7 +21,7 @@ from steerkit.network.tap import Tap
 from steerkit.prompts.batching import Batch, run_batches
 from steerkit.tokens.clock import PassClock
 
-__all__ = ["forward_body", "position_inputs", "read_passes"]
+__all__ = ["attach_reader", "forward_body", "position_inputs", "read_passes"]
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def forward_body(
     }
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():
-            stack.callback(_attach_reader(tap, site, notice).remove)
+            stack.callback(attach_reader(tap, site, notice).remove)
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(decoder.body))
         if "torch._dynamo" in sys.modules:  # a compiled block would not stop, nor call hooks it has not seen
@@ -91,7 +91,17 @@ def position_inputs(module: nn.Module, attention_mask: Tensor) -> dict[str, Tens
     return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp_min(0)}
 
 
-def _attach_reader(tap: Tap, site: Site, notice: Callable[[Site, Tensor], None]) -> Any:
+def attach_reader(tap: Tap, site: Site, notice: Callable[[Site, Tensor], None]) -> Any:
+    """Hook a place so that what flows on from it is read, edits included.
+
+    Args:
+        tap: the place.
+        site: what it is called.
+        notice: called with the site and its tensor [b, t, d], or rows and tokens in one dimension, in every pass.
+
+    Returns:
+        A handle whose `remove` takes the hook off.
+    """
     # Appended, so that the value is read as it flows on, edits included.
     if tap.side == "input":
         return tap.module.register_forward_pre_hook(

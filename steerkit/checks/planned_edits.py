@@ -126,6 +126,8 @@ def _described(
     """The same, with how strongly and on which tokens; `steer` has agreed to it."""
     scope, unit = options["scope"], options["unit"]
     given = vector.strength if vector.strength is not None else options["strength"]
+    if vector.hold is not None:
+        given = vector.hold.most
     if given is None:
         given = default_strength(vector)
     value = strength_value(given)

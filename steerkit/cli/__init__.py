@@ -14,6 +14,7 @@ import steerkit
 from steerkit.cli import (
     bake,
     calibrate,
+    chat,
     compare,
     demo,
     doctor,
@@ -37,6 +38,7 @@ from steerkit.cli import (
     recipe,
     recipes,
     report,
+    serve,
     sweep,
 )
 from steerkit.cli._program import Program, paragraphs
@@ -73,6 +75,8 @@ for _command in (
     export,
     import_,
     lm_eval,
+    chat,
+    serve,
     fetch,
     methods,
     recipes,

@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import getdoc
 from typing import Any
 
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from steerkit.errors import SteerError
 
-__all__ = ["Program", "paragraphs"]
+__all__ = ["Program", "paragraphs", "say"]
 
 
 class Program(TyperGroup):
@@ -33,7 +33,7 @@ class Program(TyperGroup):
         except SteerError as error:
             if ctx.params["debug"]:
                 typer.echo(traceback.format_exc(), err=True, nl=False)
-            _say("error", error)
+            say("error", error)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
@@ -54,7 +54,7 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        _say("warning" if record.levelno >= logging.WARNING else "note", record.getMessage())
+        say("warning" if record.levelno >= logging.WARNING else "note", record.getMessage())
 
 
 @contextmanager
@@ -71,9 +71,16 @@ def _notes() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _say(kind: str, message: object) -> None:
-    typer.echo(f"{kind}: {' '.join(str(message).splitlines())}", err=True)
+def say(kind: str, message: object) -> None:
+    """Say something in one line on stderr.
+
+    Args:
+        kind: error, warning or note.
+        message: what.
+    """
+    with suppress(OSError):  # a full disk behind stderr ends no work that goes on
+        typer.echo(f"{kind}: {' '.join(str(message).splitlines())}", err=True)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say("warning", message)
+    say("warning", message)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from steerkit.composition.terms import Composition, Term
     from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Chosen", "SteeringOption", "check_chosen", "chosen"]
+__all__ = ["Chosen", "SteeringOption", "check_chosen", "chosen", "composition_of"]
 
 SteeringOption = Annotated[
     str | None,
@@ -92,7 +92,7 @@ def chosen(
     from steerkit.vector.steering_vector import SteeringVector
 
     if steering is not None:
-        found = _composition(steering)
+        found = composition_of(steering)
         return Chosen(found.terms, found.vectors(model=model))
     terms = tuple(Term(name) for name in names or ())
     loaded = [SteeringVector.load(vector_path(name, model)) for name in names or ()]
@@ -100,8 +100,11 @@ def chosen(
     return Chosen(terms, [one.at(strength=dose, scope=scope, unit=unit) for one, dose in doses])
 
 
-def _composition(text: str) -> Composition:
+def composition_of(text: str) -> Composition:
     """The composition that a text is, or that a file holds.
+
+    Args:
+        text: given by --steering.
 
     Raises:
         RecipeError: a recipe without one.

@@ -16,7 +16,7 @@ __all__ = ["run"]
 
 
 VectorOption = Annotated[
-    list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+    list[str] | None, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME; repeatable.")
 ]
 StrengthOption = Annotated[
     list[float] | None,

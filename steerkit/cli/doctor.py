@@ -16,6 +16,7 @@ from steerkit.cli._shared import (
     stdout,
     table,
 )
+from steerkit.cli._steering import SteeringOption, check_chosen, chosen
 
 if TYPE_CHECKING:
     from steerkit.checks.fitted_method import Finding
@@ -31,6 +32,7 @@ def run(
         str | None, typer.Option(metavar="FILE", help="A vector of yours: does it break the attention sink?")
     ] = None,
     strength: Annotated[float | None, typer.Option(help="Of --vector. (default: its suggested one)")] = None,
+    steering: SteeringOption = None,
     model: ModelChoice = DEFAULT,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile for real; without it, compiling is traced only.")
@@ -43,18 +45,18 @@ def run(
     to get the same numbers. With your own pairs (--data) two of their texts are read, as they are rendered, and pairs
     whose answers are nearly one thing to the model are named.
     """
-    from steerkit._support.shipped import vector_path
     from steerkit.checks.doctor.checks import checks_of, doctor
-    from steerkit.vector.steering_vector import SteeringVector
 
     given.check()
-    if strength is not None and vector is None:
+    if strength is not None and vector is None and steering is None:
         raise typer.BadParameter("--strength is that of a vector; give --vector")
-    own = None if vector is None else SteeringVector.load(vector_path(vector, model.name))
+    names, doses = [] if vector is None else [vector], [] if strength is None else [strength]
+    check_chosen(names, doses, steering)
+    own = chosen(names, doses, steering, model.name).vectors or None
     items = next(part for part in reversed(given.parts()) if part is not None) if given.is_given else None
     loaded, tokenizer = model.load()
     with bar("checking", len(checks_of(items, own))) as step:
-        findings = doctor(loaded, tokenizer, data=items, vector=own, strength=strength, compiled=compiled, step=step)
+        findings = doctor(loaded, tokenizer, data=items, vector=own, compiled=compiled, step=step)
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:

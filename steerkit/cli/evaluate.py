@@ -11,6 +11,7 @@ import typer
 from steerkit._support.progress import status
 from steerkit.cli._data import NO_DATA, DataChoice, takes_data
 from steerkit.cli._evaluate_doubts import RefitIntervals, check_refits, doubted, show_doubts
+from steerkit.cli._evaluate_steering import evaluate_steering
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
@@ -34,6 +35,7 @@ from steerkit.cli._shared import (
     stdout,
     table,
 )
+from steerkit.cli._steering import SteeringOption
 
 if TYPE_CHECKING:
     from steerkit.evaluate.prompting import Prompting
@@ -41,11 +43,15 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
     from steerkit.evaluate.setup import Setup
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["run"]
 
 
+VectorOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")
+]
 PromptsOption = Annotated[
     str | None, typer.Option(metavar="FILE", help="What texts are generated from. (default: the data's prompts)")
 ]
@@ -67,7 +73,8 @@ SystemOption = Annotated[
 @loads_model
 @takes_data
 def run(
-    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
+    vector: VectorOption = None,
+    steering: SteeringOption = None,
     given: DataChoice = NO_DATA,
     prompts: PromptsOption = None,
     strength: StrengthOption = None,
@@ -94,23 +101,27 @@ def run(
     directions of the same norm, fits on shuffled labels, how stable the direction is, and whether length, position or
     format alone predicts the label. With --prompting the recipe's (or trait's) system prompts are measured on the same
     items, every wording alone and under the vector at its largest strength: one more measurement each.
+
+    A composition (--steering) is measured as it stands, on --data or --prompts; no controls are made of it.
     """
     from steerkit._support.shipped import vector_path
-    from steerkit.errors import DataError
     from steerkit.evaluate.setup import Setup
     from steerkit.methods._registry import default_strength
     from steerkit.vector.steering_vector import SteeringVector
 
     given.check(is_read=prompts is not None)
+    scorers = scorers_of(scorer, markers, behaviour, judge)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "texts": texts, "max_new_tokens": max_new_tokens}
+    if steering is not None or vector is None:
+        alone: dict[str, Any] = {"vector": vector, "strength": strength, "unit": unit, "scope": scope}
+        alone |= {"prompting": prompting, "system": system, "refit-intervals": refit_intervals}
+        evaluate_steering(steering, alone, given, prompts, scorers, {**sizes, "neutral": neutral}, model, as_json)
+        return
     loaded_vector = SteeringVector.load(vector_path(vector, model.name))
     doses = numbers(strength, "--strength") or [default_strength(loaded_vector)]
     way: dict[str, Any] = {"scope": scope, "unit": None if unit is None else unit.value}
     check_way(loaded_vector, **way, has_strength=bool(strength))
-    scorers = scorers_of(scorer, markers, behaviour, judge)
-    train, held_out = data_of(loaded_vector, given)
-    asked = None if prompts is None else given.prompts(prompts)
-    if held_out is None and asked is None:
-        raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data or --prompts")
+    train, held_out, asked = _items(vector, loaded_vector, given, prompts)
     check_refits(vector, train, refit_intervals)
     if held_out is None and scorer is None:
         scorers = [one for one in scorers if one.name != "preference_margin"]
@@ -118,9 +129,7 @@ def run(
     systems = systems_for(loaded_vector, system, strongest) if prompting or system else ()
     loaded, tokenizer = model.load()
     loaded_vector.check(loaded, tokenizer)
-    setup = Setup(
-        loaded, tokenizer, held_out, prompts=asked, batch_size=batch_size, texts=texts, max_new_tokens=max_new_tokens
-    ).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **sizes).with_neutral(neutral)
     with status("measuring") as step:
         evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
         found = evaluation.run(step)
@@ -131,8 +140,24 @@ def run(
         print_json(jsonable({"vector": vector, "digest": loaded_vector.digest, **found}))
         return
     _show(vector, evaluation.measured, found)
-    show_doubts(found)
     show_prompting(vector, strongest, beside)
+
+
+def _items(
+    name: str, vector: SteeringVector, given: DataChoice, prompts: str | None
+) -> tuple[ContrastSet | None, ContrastSet | None, list[Any] | None]:
+    """What the vector was fitted on, what it is measured on, and what is answered, as far as that is known.
+
+    Raises:
+        DataError: there is nothing to measure on.
+    """
+    from steerkit.errors import DataError
+
+    train, held_out = data_of(vector, given)
+    asked = None if prompts is None else given.prompts(prompts)
+    if held_out is None and asked is None:
+        raise DataError(f"{name}: its recipe's held-out items are not known here; give --data or --prompts")
+    return train, held_out, asked
 
 
 class _Evaluation:
@@ -260,6 +285,7 @@ def _show(name: str, figures: list[dict[str, Measured]], found: dict[str, Any]) 
         console.print(f"warning: {warning}")
     if found["warnings"] == []:
         typer.echo("neither length, position nor format alone predicts the label")
+    show_doubts(found)
 
 
 def _title(control: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ TopPOption = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Share of the likeliest tokens that --sample draws from.")
 ]
 VectorOption = Annotated[
-    list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; repeatable.")
+    list[str] | None, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME; repeatable.")
 ]
 StrengthOption = Annotated[
     list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")
@@ -96,7 +96,7 @@ def run(
         plain = steerkit.generate(loaded, tokenizer, asked, **options) if baseline else None
     if not as_json:
         for name, one in zip(used.names, used.vectors, strict=True):
-            if one.strength is None:
+            if one.strength is None and one.hold is None:
                 _say_strength(name, one)
     if as_json:
         print_json(_rows(asked, texts, plain, used))
@@ -142,9 +142,11 @@ def _say_strength(name: str, vector: SteeringVector) -> None:
 
 
 def _strength(vector: SteeringVector) -> Any:
-    """The strength `steer` takes where nobody says more than the vector does."""
+    """The strength `steer` takes where nobody says more than the vector does; None where a reading finds it."""
     from steerkit.methods._registry import default_strength
 
+    if vector.hold is not None:
+        return None
     return default_strength(vector) if vector.strength is None else vector.strength
 
 

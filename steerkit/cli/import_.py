@@ -20,24 +20,24 @@ _NEUTRAL = 8  # texts on which activation norms are measured
 @loads_model
 def run(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A GGUF control vector, .svec, .npy or safetensors file.")
+        Path, typer.Argument(metavar="FILE", help="A GGUF control vector, .svec, .pt, .npy or safetensors file.")
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the vector file.")],
     model: ModelChoice = DEFAULT,
     layers: Annotated[
-        str | None, typer.Option(help="Blocks counted from 0 of an array's rows; of other files, which to take.")
+        str | None, typer.Option(help="Blocks counted from 0: which to take, or where the rows of an array belong.")
     ] = None,
-    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Of a safetensors file, which tensor.")] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Of several named tensors, which one.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a vector file of a direction that another program wrote, told by its content; pickles are never read.
+    """Make a vector file of a direction that another program wrote, told by its content; nothing in it is run.
 
     A plain addition at the output of each block, at strength 1 what the file holds. Activation norms and a strength are
     measured on a few neutral texts.
     """
-    from steerkit.evaluate.neutral import neutral_texts
     from steerkit.evaluate.suggesting import with_suggestion
     from steerkit.methods._registry import example_strength
+    from steerkit.prompts.neutral import neutral_texts
     from steerkit.vector.foreign.importing import import_vector, read_foreign
 
     if out == file:

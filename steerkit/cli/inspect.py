@@ -48,7 +48,7 @@ _SHOWN = (
 
 
 def run(
-    vector: Annotated[str, typer.Argument(metavar="FILE", help="A vector file, or a shipped vector's name.")],
+    vector: Annotated[str, typer.Argument(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")],
     plot: Annotated[
         Path | None, typer.Option(help="Draw its parts as a heat map: a .png, .svg or .pdf file.", dir_okay=False)
     ] = None,

@@ -33,7 +33,7 @@ __all__ = ["run"]
 
 
 VectorOption = Annotated[
-    list[str], typer.Option(metavar="FILE", help="A vector file or a shipped vector's name; two or more.")
+    list[str], typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME; two or more.")
 ]
 StrengthOption = Annotated[
     list[float] | None, typer.Option(help="One for each vector. (default: the file's suggested strength)")

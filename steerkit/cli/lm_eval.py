@@ -22,7 +22,9 @@ TasksOption = Annotated[
 IncludePathOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Task files of your own; they may run code.")
 ]
-VectorOption = Annotated[str | None, typer.Option(metavar="FILE", help="A vector file, or a shipped vector's name.")]
+VectorOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")
+]
 LimitOption = Annotated[
     float | None, typer.Option(metavar="N", help="Items of each task at most; below 1 a share of them.")
 ]

@@ -23,7 +23,8 @@ __all__ = ["run"]
 @loads_model
 def run(
     vector: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="A vector file or a shipped name; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME; repeatable."),
     ] = None,
     strength: Annotated[
         list[float] | None, typer.Option(help="One for each vector. Without it, the file's suggested one.")

@@ -55,7 +55,7 @@ LongestOption = Annotated[int | None, typer.Option(min=1, help="The longest answ
 @loads_model
 @takes_data
 def run(
-    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file or a shipped vector's name.")],
+    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")],
     given: DataChoice = NO_DATA,
     strength: StrengthOption = None,
     quick: QuickOption = False,

@@ -43,10 +43,14 @@ def bound(terms: Sequence[Term], known: Mapping[str, SteeringVector], model: str
             if term.without is not None:
                 vector = without(vector, load(term.without))
             strength = -default_strength(vector) if term.minus else term.strength
-            made.append(vector.at(strength=strength, scope=term.scope_on(vector), unit=term.unit, fade=term.fade))
+            vector = vector.at(strength=strength, scope=term.scope_on(vector), unit=term.unit, fade=term.fade)
         except SteerError as error:
             where = f"term {number}" if term.column is None else f"column {term.column}"
             raise type(error)(f"steering, {where}: {error}") from None
+        # What is read says its own place.
+        when = None if term.when is None else term.when.bound(load)
+        hold = None if term.hold is None else term.hold.bound(load)
+        made.append(vector.at(when=when, hold=hold))
     return made
 
 
@@ -98,7 +102,9 @@ def described(terms: Sequence[Term], vectors: Sequence[SteeringVector]) -> Compo
     """
     found = []
     for term, vector in zip(terms, vectors, strict=True):
-        strength: Any = default_strength(vector) if vector.strength is None else vector.strength
+        strength: Any = vector.strength
+        if strength is None and vector.hold is None:
+            strength = default_strength(vector)
         scope = term.scope if term.window or not vector.own_scope else vector.scope
         counted = vector.unit if vector.own_unit else None
         found.append(replace(term, strength=strength, minus=False, unit=counted, scope=scope))

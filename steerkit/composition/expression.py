@@ -1,8 +1,9 @@
 """The text of a composition, read and printed.
 
     composition   [-] term { + term | - term }
-    term          name { ~name | @scope | [from:to] | *strength [unit] | fade(shape over n [to strength]) }
-    name          letters, digits, _ . / and -, or anything "in quotes"
+    term          name { ~name | @scope | [from:to] | *strength [unit] | fade(shape over n [to strength])
+                         | when(rule) | hold(name at number within number to number) }
+    name          letters, digits, _ . / and -, hub: before them or not, or anything "in quotes"
 
 What stands behind a name stands there once, in any order. A minus that parts two vectors has a space before it, because
 names have hyphens. What is printed is read again as the same composition, and the same composition is always printed as
@@ -11,30 +12,28 @@ the same text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from steerkit._support.text_reader import TextReader, name_text, number_text
 from steerkit.composition.terms import MOST_TERMS, UNITS, Term
 from steerkit.errors import CompositionError, SteerError, near_miss
 from steerkit.tokens.fade import Fade
+from steerkit.vector.hold import read_hold
+from steerkit.vector.when import read_when
 
 __all__ = ["parsed", "printed"]
 
 _LONGEST = 100_000
-_SPACE = re.compile(r"\s*")
-_BARE = re.compile(r"[\w./]+(?:-+[\w./]+)*")
-_QUOTED = re.compile(r'"((?:[^"\\]|\\["\\])*)"')
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"\s*([A-Za-z_]+)\b(?!\s*\()")
 _SCOPE = re.compile(r"\s*([A-Za-z_]+(?:\([^()]{0,40}\))?)")
 _WINDOW = re.compile(r"\s*([0-9]{0,9})\s*:\s*([0-9]{0,9})\s*\]")
-_FADE_BEGINS, _FADE = re.compile(r"fade\s*\("), re.compile(r"\s*\(([^()]{0,60})\)")
+_CALLED, _FADE = re.compile(r"(fade|when|hold)\s*\("), re.compile(r"\s*\(([^()]{0,60})\)")
 _FOLLOWS = (
-    "behind a vector may stand ~other, @scope, [from:to], *strength and fade(linear over 40), and then + or - and the "
-    "next vector"
+    "behind a vector may stand ~other, @scope, [from:to], *strength, fade(linear over 40), when(other > 1.5) and "
+    "hold(other at 2 within 0 to 3), and then + or - and the next vector"
 )
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"
 
@@ -76,19 +75,21 @@ def printed(terms: Sequence[Term]) -> str:
 
 def _printed(term: Term) -> str:
     """A term without its sign."""
-    text = _name(term.vector)
+    text = name_text(term.vector)
     if term.without is not None:
-        text += f"~{_name(term.without)}"
+        text += f"~{name_text(term.without)}"
     if term.scope is not None:
         text += f"@{term.scope}"
     if term.window is not None:
         text += f"[{term.window[0] or ''}:{'' if term.window[1] is None else term.window[1]}]"
     if term.strength is not None:
-        text += f"*{_number(abs(term.strength))}"
+        text += f"*{number_text(abs(term.strength))}"
     if term.unit is not None:
         text += f" {term.unit}"
     is_minus = term.minus or (term.strength or 0.0) < 0
-    return text if term.fade is None else f"{text} fade({_turned(term.fade, is_minus)})"
+    fade = None if term.fade is None else _turned(term.fade, is_minus)
+    said = {"fade": fade, "hold": term.hold, "when": term.when}
+    return text + "".join(f" {name}({one})" for name, one in said.items() if one is not None)
 
 
 def _turned(fade: Fade, is_minus: bool) -> Fade:
@@ -96,42 +97,8 @@ def _turned(fade: Fade, is_minus: bool) -> Fade:
     return replace(fade, to=-fade.to) if is_minus else fade
 
 
-def _name(name: str) -> str:
-    is_plain = _BARE.fullmatch(name) and not _NUMBER.fullmatch(name)
-    return name if is_plain else json.dumps(name, ensure_ascii=False)
-
-
-def _number(value: float) -> str:
-    """The shortest text that gives the number back."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
-
-
-class _Reader:
-    """A place in a text that goes on while it is read."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
-
-    def error(self, what: str, at: int | None = None) -> CompositionError:
-        """The error for what stands at a place: here, unless another is named."""
-        at = self.at if at is None else at
-        is_long = len(self.text) > 80
-        start, end = (max(at - 30, 0), at + 30) if is_long else (0, len(self.text))
-        shown = ("..." if start else "") + self.text[start:end] + ("..." if end < len(self.text) else "")
-        return CompositionError(f"steering {shown!r}, column {at + 1}: {what}")
-
-    def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """What fits here, and the place behind it."""
-        found = pattern.match(self.text, self.at)
-        if found:
-            self.at = found.end()
-        return found
-
-    def here(self) -> str:
-        """The next character that is no space; empty at the end."""
-        self.take(_SPACE)
-        return self.text[self.at : self.at + 1]
+class _Reader(TextReader):
+    """Reads the terms of a composition."""
 
     def sign(self, *, first: bool = False) -> int:
         """1 or -1 before a term; 0 at the end."""
@@ -145,32 +112,35 @@ class _Reader:
             return int(first)
         if mark in _DASHES:
             raise self.error(f"{mark!r} is a dash; write a minus as -")
-        raise self.error(f"got {self._piece()!r}; {_FOLLOWS}")
+        raise self.error(f"got {self.piece()!r}; {_FOLLOWS}")
 
     def term(self, sign: int) -> Term:
         """A vector and what stands behind it."""
         self.here()
         start = self.at
-        found: dict[str, Any] = {"vector": self._vector()}
+        found: dict[str, Any] = {"vector": self.name()}
         while mark := self._mark():
             at, (name, read) = self.at, _PARTS[mark]
             if name in found:
                 raise self.error(f"a second {name.replace('without', '~other')} of one vector; leave one out")
             self.at += len(mark)
-            self.take(_SPACE)
+            self.here()
             found |= read(self)
             self._check(found, at)
         if "strength" in found:
             found["strength"] *= sign
         if "fade" in found:
             found["fade"] = _turned(found["fade"], sign < 0)
-        return Term(**found, minus=sign < 0 and "strength" not in found, column=start + 1)
+        found["minus"] = sign < 0 and "strength" not in found
+        self._check(found, start)
+        return Term(**found, column=start + 1)
 
     def _mark(self) -> str:
         """What begins a part of a term here; empty where nothing does."""
         mark = self.here()
-        if mark == "f" and _FADE_BEGINS.match(self.text, self.at):
-            return "fade"
+        called = _CALLED.match(self.text, self.at)
+        if called:
+            return called[1]
         return mark if mark in _PARTS else ""
 
     def _check(self, found: dict[str, Any], at: int) -> None:
@@ -180,55 +150,28 @@ class _Reader:
         except SteerError as error:
             raise self.error(str(error), at) from None
 
-    def _vector(self) -> str:
-        start, bare = self.at, self.take(_BARE)
-        quoted = None if bare else self.take(_QUOTED)
-        if quoted:
-            name = re.sub(r"\\(.)", r"\1", quoted[1])
-        elif bare:
-            name = bare[0]
-        elif self.text[start : start + 1] == '"':
-            raise self.error('the quotation mark " is never closed')
-        else:
-            raise self.error(f"got {self._piece()!r} where the name of a vector stands")
-        if bare and _NUMBER.fullmatch(name) and self.here() == "*":
-            raise self.error(f"the strength stands behind the vector, as in optimism-caa*{name}", start)
-        try:
-            Term(name)
-        except SteerError as error:
-            raise self.error(str(error), start) from None
-        return name
-
-    def _piece(self) -> str:
-        """What stands here, to be shown: a word or a character."""
-        word = re.compile(r"\w{1,20}").match(self.text, self.at)
-        return word[0] if word else self.text[self.at : self.at + 1] or "the end"
-
     def without(self) -> dict[str, Any]:
         """The vector behind a ~."""
-        return {"without": self._vector()}
+        return {"without": self.name()}
 
     def scope(self) -> dict[str, Any]:
         """The scope behind an @."""
         found = self.take(_SCOPE)
         if not found:
-            raise self.error(f"got {self._piece()!r} where a scope stands, such as @answer or @first(4)")
+            raise self.error(f"got {self.piece()!r} where a scope stands, such as @answer or @first(4)")
         return {"scope": found[1]}
 
     def window(self) -> dict[str, Any]:
         """The numbers behind a [."""
         found = self.take(_WINDOW)
         if not found:
-            raise self.error(f"got {self._piece()!r} where a window of generated tokens stands, such as [8:40] or [8:]")
+            raise self.error(f"got {self.piece()!r} where a window of generated tokens stands, such as [8:40] or [8:]")
         return {"window": (int(found[1] or 0), int(found[2]) if found[2] else None)}
 
     def strength(self) -> dict[str, Any]:
         """The number behind a *, and its unit."""
-        found = self.take(_NUMBER)
-        if not found:
-            raise self.error(f"got {self._piece()!r} where a strength stands, such as *1.5")
-        strength = {"strength": float(found[0])}
-        self.take(_SPACE)
+        strength = {"strength": self.number("a strength stands, such as *1.5")}
+        self.here()
         at, unit = self.at, self.take(_WORD)
         if not unit:
             return strength
@@ -246,6 +189,22 @@ class _Reader:
         except SteerError as error:
             raise self.error(str(error), start) from None
 
+    def when(self) -> dict[str, Any]:
+        """What stands in the brackets behind when."""
+        return {"when": self._in_brackets(read_when)}
+
+    def hold(self) -> dict[str, Any]:
+        """What stands in the brackets behind hold."""
+        return {"hold": self._in_brackets(read_hold)}
+
+    def _in_brackets(self, read: Callable[[TextReader], Any]) -> Any:
+        self.at += 1
+        found = read(self)
+        if self.here() != ")":
+            raise self.error(f"got {self.piece()!r} where ) closes the bracket")
+        self.at += 1
+        return found
+
 
 _PARTS: dict[str, tuple[str, Callable[[_Reader], dict[str, Any]]]] = {
     "~": ("without", _Reader.without),
@@ -253,4 +212,6 @@ _PARTS: dict[str, tuple[str, Callable[[_Reader], dict[str, Any]]]] = {
     "[": ("window", _Reader.window),
     "*": ("strength", _Reader.strength),
     "fade": ("fade", _Reader.fade),
+    "when": ("when", _Reader.when),
+    "hold": ("hold", _Reader.hold),
 }

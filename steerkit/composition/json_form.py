@@ -12,6 +12,8 @@ from steerkit._support.files import write_whole
 from steerkit.composition.terms import Term
 from steerkit.errors import CompositionError, SteerError, near_miss
 from steerkit.tokens.fade import Fade
+from steerkit.vector.hold import Hold
+from steerkit.vector.when import When
 
 if TYPE_CHECKING:
     from steerkit.composition.terms import Composition
@@ -35,11 +37,13 @@ def plain(terms: Sequence[Term]) -> dict[str, Any]:
 
 def _plain_term(term: Term) -> dict[str, Any]:
     said = {name: getattr(term, name) for name in _KEYS}
-    return {
-        name: list(value) if isinstance(value, tuple) else asdict(value) if isinstance(value, Fade) else value
-        for name, value in said.items()
-        if value is not None and value is not False
-    }
+    return {name: _plain_value(value) for name, value in said.items() if value is not None and value is not False}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, When | Hold):
+        return value.data
+    return list(value) if isinstance(value, tuple) else asdict(value) if isinstance(value, Fade) else value
 
 
 def terms_of(data: Any) -> tuple[Term, ...]:
@@ -73,7 +77,10 @@ def _term(number: int, entry: Any) -> Term:
         if not {"shape", "over"} <= set(fade):
             raise CompositionError(f"{where}: a fade has a shape, and the tokens that it goes over")
     try:
-        return Term(**{**entry, "fade": None if fade is None else Fade(**fade)})
+        made: dict[str, Any] = {"fade": None if fade is None else Fade(**fade)}
+        for name, kind in (("when", When), ("hold", Hold)):
+            made[name] = None if entry.get(name) is None else kind.from_data(entry[name])
+        return Term(**{**entry, **made})
     except SteerError as error:
         raise CompositionError(f"{where}: {error}") from None
 

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from steerkit.composition.terms import Composition
 from steerkit.errors import CompositionError, StrengthError
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["vectors_by_row"]
+__all__ = ["Shared", "shared", "vectors_by_row"]
+
+T = TypeVar("T")
 
 
 @dataclass
-class _Shared:
-    """A vector of several rows, with the strength that each of them has."""
+class Shared(Generic[T]):
+    """A vector of several rows, with the strength that each of them has.
 
-    key: tuple[Any, ...]
-    vector: SteeringVector
+    Attributes:
+        key: what tells it from others.
+        vector: of the first of its rows.
+        strengths: by row.
+    """
+
+    key: Hashable
+    vector: T
     strengths: dict[int, float | None]
+
+
+def shared(rows: Iterable[Iterable[tuple[Hashable, T, float | None]]]) -> list[Shared[T]]:
+    """Each vector once for all rows that have it; the vectors of each row stay in their order.
+
+    Args:
+        rows: of each row its vectors: what tells one from others but for its strength, the vector, the strength.
+
+    Example:
+        >>> found = shared([[("a", "A", 1.0), ("b", "B", 1.0)], [], [("b", "B", 2.0), ("a", "A", 3.0)]])
+        >>> [(one.key, one.strengths) for one in found]
+        [('a', {0: 1.0}), ('b', {0: 1.0, 2: 2.0}), ('a', {2: 3.0})]
+    """
+    found: list[Shared[T]] = []
+    for number, row in enumerate(rows):
+        start = 0  # behind the row's own last vector
+        for key, vector, strength in row:
+            place = next((n for n in range(start, len(found)) if found[n].key == key), len(found))
+            if place == len(found):
+                found.append(Shared(key, vector, {}))
+            found[place].strengths[number] = strength
+            start = place + 1
+    return found
 
 
 def vectors_by_row(rows: Sequence[Any]) -> list[SteeringVector]:
@@ -37,13 +68,10 @@ def vectors_by_row(rows: Sequence[Any]) -> list[SteeringVector]:
         SteerError: a composition that is none, or whose vectors cannot be had.
     """
     known: dict[str, list[SteeringVector]] = {}
-    found: list[_Shared] = []
-    for number, row in enumerate(rows):
-        place = 0
-        for vector in _of_row(number, row, known):
-            place = _place(found, vector, place)
-            found[place].strengths[number] = _strength(number, vector)
-            place += 1
+    listed = [_of_row(number, row, known) for number, row in enumerate(rows)]
+    found = shared(
+        [(_key(vector), vector, _strength(number, vector)) for vector in row] for number, row in enumerate(listed)
+    )
     if not found:
         raise CompositionError(f"got {len(rows)} rows and none of them is steered; give at least one composition")
     return [_vector(one, len(rows)) for one in found]
@@ -65,15 +93,10 @@ def _of_row(number: int, row: Any, known: dict[str, list[SteeringVector]]) -> li
     )
 
 
-def _place(found: list[_Shared], vector: SteeringVector, start: int) -> int:
-    """Where a vector stands among those of earlier rows, behind the row's own last one; at the end where it is new."""
-    applied = (vector.scope, vector.own_scope, vector.unit, vector.own_unit, vector.fade, vector.strength is None)
-    key = (vector.digest, *applied)
-    place = next((n for n in range(start, len(found)) if found[n].key == key), None)
-    if place is not None:
-        return place
-    found.append(_Shared(key, vector, {}))
-    return len(found) - 1
+def _key(vector: SteeringVector) -> tuple[Any, ...]:
+    """What tells a vector as it is applied from others, but for its strength."""
+    applied = (vector.scope, vector.own_scope, vector.unit, vector.own_unit, vector.strength is None)
+    return (vector.digest, *applied, vector.fade, vector.when, vector.hold)
 
 
 def _strength(number: int, vector: SteeringVector) -> float | None:
@@ -82,12 +105,12 @@ def _strength(number: int, vector: SteeringVector) -> float | None:
     return vector.strength
 
 
-def _vector(shared: _Shared, count: int) -> SteeringVector:
+def _vector(one: Shared[SteeringVector], count: int) -> SteeringVector:
     """The vector with its rows, and their strengths where these differ."""
-    rows = tuple(number in shared.strengths for number in range(count))
-    given = set(shared.strengths.values())
+    rows = tuple(number in one.strengths for number in range(count))
+    given = set(one.strengths.values())
     if len(given) == 1:
-        return replace(shared.vector, rows=rows)
-    known = {number: strength for number, strength in shared.strengths.items() if strength is not None}
+        return replace(one.vector, rows=rows)
+    known = {number: strength for number, strength in one.strengths.items() if strength is not None}
     some = next(iter(known.values()))  # for rows it does not act on
-    return replace(shared.vector, rows=rows, strength=tuple(known.get(number, some) for number in range(count)))
+    return replace(one.vector, rows=rows, strength=tuple(known.get(number, some) for number in range(count)))

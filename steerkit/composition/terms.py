@@ -7,18 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from steerkit.errors import CompositionError, StrengthError, near_miss
+from steerkit._support.text_reader import check_name
+from steerkit.errors import CompositionError, near_miss
 from steerkit.tokens.fade import Fade
 from steerkit.tokens.scope import ANSWER, Scope
-from steerkit.vector.frozen import finite_number, whole_number
+from steerkit.vector.frozen import float32_number, whole_number
+from steerkit.vector.hold import Hold
+from steerkit.vector.when import When
 
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["LONGEST_NAME", "MOST_TERMS", "Composition", "Term"]
+__all__ = ["MOST_TERMS", "Composition", "Term"]
 
-LONGEST_NAME, MOST_TERMS, MOST_TOKENS = 1000, 256, 10**9 - 1
-_LARGEST = 3.4028234663852886e38  # of float32, in which strengths are multiplied
+MOST_TERMS, MOST_TOKENS = 256, 10**9 - 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Term:
         without: name of another vector, whose direction is projected off this one's.
         minus: minus the strength that the file suggests; with a strength of its own, that one is negative instead.
         fade: how the strength goes on while tokens are generated; its end has its own sign.
+        when: on which readings it is applied; None always.
+        hold: which reading the strength is found by; it then has no other strength.
         column: where it stands in the text it was read from, counted from 1; no part of the composition.
 
     Raises:
@@ -55,13 +59,15 @@ class Term:
     without: str | None = None
     minus: bool = False
     fade: Fade | None = None
+    when: When | None = None
+    hold: Hold | None = None
     column: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in (self.vector, *([] if self.without is None else [self.without])):
-            _check_name(name)
+            check_name(name)
         if self.strength is not None:
-            object.__setattr__(self, "strength", checked_number("strength", self.strength))
+            object.__setattr__(self, "strength", float32_number("strength", self.strength))
         if self.unit is not None and self.unit not in ("paper", "norm"):
             raise CompositionError(f"unknown unit {str(self.unit)[:40]!r}; {near_miss(str(self.unit)[:40], UNITS)}")
         if self.unit is not None and self.strength is None:
@@ -70,9 +76,11 @@ class Term:
             raise CompositionError("minus stands for minus the suggested strength; a given strength is negative itself")
         if self.scope is not None:
             object.__setattr__(self, "scope", str(Scope.parse(_text("scope", self.scope))))
-        fade: Any = self.fade
-        if fade is not None and not isinstance(fade, Fade):
-            object.__setattr__(self, "fade", Fade.parse(_text("fade", fade)))
+        for name, kind in (("fade", Fade), ("when", When), ("hold", Hold)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind.parse(getattr(self, name)))
+        if self.hold is not None and (self.strength is not None or self.minus or self.fade is not None):
+            raise CompositionError("hold finds the strength itself; leave *, - and fade out, and give its limits")
         if self.window is not None:
             object.__setattr__(self, "window", _checked_window(self.window))
             if self.scope not in (None, *ANSWER):
@@ -80,6 +88,13 @@ class Term:
                     f"a window counts generated tokens, and scope '{self.scope}' does not; leave one of them out, or "
                     "use response or generated"
                 )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all vectors that it needs: the one that is applied, and those that are projected off or read."""
+        read = () if self.when is None else self.when.readings
+        held = () if self.hold is None else (self.hold.reading,)
+        return tuple(dict.fromkeys([self.vector, *([] if self.without is None else [self.without]), *read, *held]))
 
     def scope_on(self, vector: SteeringVector) -> str | None:
         """The scope that the term's vector gets; None leaves it its own.
@@ -142,7 +157,8 @@ class Composition:
         Args:
             text: vectors with + and - between them. Behind a vector may stand `~other` (its direction without that of
                 another vector), `@scope`, `[from:to]` (generated tokens, counted from 0), `*strength` and, behind a
-                strength, its unit, and `fade(linear over 40 to 0.5)`.
+                strength, its unit, `fade(linear over 40 to 0.5)`, `when(other > 1.5)` and `hold(other at 2 within 0 to
+                3)`.
 
         Raises:
             CompositionError: the text is none; the message names the column.
@@ -221,33 +237,6 @@ class Composition:
         from steerkit.composition.binding import bound
 
         return bound(self.terms, known or {}, model)
-
-
-def checked_number(name: str, value: Any) -> float:
-    """A finite number that float32 can hold.
-
-    Args:
-        name: what it is.
-        value: what was given.
-
-    Raises:
-        StrengthError: it is none.
-    """
-    try:
-        number = finite_number(value)
-    except ValueError:
-        number = float("inf")
-    if abs(number) > _LARGEST:
-        raise StrengthError(f"{name}: got {repr(value)[:40]}; give a finite number")
-    return number + 0.0  # -0 is 0
-
-
-def _check_name(name: Any) -> None:
-    if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME or not name.isprintable():
-        raise CompositionError(
-            f"got {repr(name)[:40]} for a vector's name; give a file or a shipped name of at most {LONGEST_NAME} "
-            "printable characters"
-        )
 
 
 def _text(name: str, value: Any) -> str:

@@ -85,7 +85,8 @@ def _can_share(trial: Trial) -> bool:
     if len(trial.vectors) != 1:
         return False
     (vector,) = trial.vectors
-    return not isinstance(vector.strength, tuple) and editor_of(method_of(vector), vector) is None
+    is_read = vector.when is not None or vector.hold is not None
+    return not is_read and not isinstance(vector.strength, tuple) and editor_of(method_of(vector), vector) is None
 
 
 def _strength(trial: Trial) -> float:

@@ -14,13 +14,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from steerkit.errors import DataError, StrengthError
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.trial import Trial
 from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import SIDES, Conversation
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import ANSWER_SEPARATOR, Rendered, answer_separator, render
 from steerkit.prompts.splitting import half_of
 from steerkit.prompts.system_prompts import instructed, takes_system

@@ -210,17 +210,18 @@ class Trial:
 
             def found(rank: int = 0, count: int = 1) -> list[tuple[int, int, T]]:
                 passes = self._passes(lacking, some, also, slice(rank, None, count))
-                return [(one, left[answer.row], of(answer._replace(row=left[answer.row]))) for one, answer in passes]
+                placed = ((places[id(trial)], left[answer.row], answer) for trial, answer in passes)
+                return [(place, row, of(answer._replace(row=row))) for place, row, answer in placed]
 
-            several = processes()
+            several, places = processes(), {id(trial): place for place, trial in enumerate(lacking)}
             # Of logits only what is made of them goes from process to process.
             parts = (
                 [found()]
                 if several is None
                 else several.gathered(lambda: found(several.rank, several.count), tuple(left))
             )
-            for member, row, value in itertools.chain(*parts):
-                lacking[member].known[keys[row]] = value
+            for place, row, value in itertools.chain(*parts):
+                lacking[place].known[keys[row]] = value
         return [self.known[key] for key in keys]
 
     def _passes(
@@ -229,11 +230,8 @@ class Trial:
         rendered: Sequence[Rendered],
         beside: Sequence[Rendered] | None,
         part: slice = slice(None),
-    ) -> Iterator[tuple[int, Answer]]:
-        """The answers of some trials that can share passes, each with its trial's place, in the order of the batches.
-
-        Of these a part is run.
-        """
+    ) -> Iterator[tuple[Trial, Answer]]:
+        """The answers of some trials that can share passes, in the order of the batches, of which a part is run."""
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
@@ -243,7 +241,7 @@ class Trial:
             for place, item in enumerate(batch.rows):
                 row, member = divmod(item, len(together))
                 baseline = passes.baseline(row, place, seen)
-                yield member, Answer(row, seen.targets[place], seen.logits[place].float(), baseline)
+                yield together[member], Answer(row, seen.targets[place], seen.logits[place].float(), baseline)
 
     def log_probs(self, rendered: Sequence[Rendered]) -> list[Tensor]:
         """Log-probability of every answer token, teacher-forced.

@@ -16,21 +16,26 @@ calibrated strength (`--control-vector-scaled FILE:X` multiplies it by X).
 
 from __future__ import annotations
 
-import tempfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
-from steerkit._support.files import write_whole
-from steerkit.errors import ScopeError, SiteError, StrengthError, VectorFileError
-from steerkit.methods._registry import can_write_all, default_strength
-from steerkit.network.sites import Site
+from steerkit.errors import SiteError
+from steerkit.export.gguf_container import write_gguf
+from steerkit.export.plain_addition import added_everywhere
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["control_vector", "write_control_vector"]
+__all__ = ["control_vector", "warn_of_architecture", "write_control_vector"]
 
 ARCHITECTURE = "controlvector"
+# Of llama.cpp's graphs (src/models/*.cpp), those that do not call `build_cvec` after every block, as the compiled
+# library of this build shows; families of encoders and drafters left out. Names are transformers'.
+SEEN_IN = "b11549"
+IGNORED = frozenset({"hy_v4", "plamo2", "qwen4_exp", "qwen4_exp_text"})
+PARTLY: Mapping[str, str] = MappingProxyType({"nemotron_h": "behind MLP blocks only, not behind Mamba or attention"})
 
 
 def write_control_vector(vector: SteeringVector, path: str | Path, *, strength: float | None = None) -> Path:
@@ -49,17 +54,37 @@ def write_control_vector(vector: SteeringVector, path: str | Path, *, strength: 
         SiteError: a site that llama.cpp does not add at.
         ScopeError: the scope is not `all`.
         StrengthError: the strength is not one finite number, or of a unit that the file cannot convert.
+
+    Warns:
+        UserWarning: llama.cpp adds control vectors nowhere in this family, or at some blocks only.
     """
     path = Path(path)
     directions = control_vector(vector, strength=strength)
-    try:
-        if path.is_dir():
-            raise VectorFileError(f"{path}: is a folder; give the name of a file, such as {path / 'x.gguf'}")
-        write_whole(path, _container(vector.model_type, directions))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise VectorFileError(f"{path}: cannot be written ({reason}); choose another folder") from None
+    warn_of_architecture(vector.model_type)
+    metadata: dict[str, str | int | float] = {
+        f"{ARCHITECTURE}.model_hint": vector.model_type,
+        f"{ARCHITECTURE}.layer_count": len(directions),
+    }
+    write_gguf(path, ARCHITECTURE, metadata, {f"direction.{layer}": one for layer, one in directions.items()})
     return path
+
+
+def warn_of_architecture(model_type: str) -> None:
+    """Warn of a family in which llama.cpp leaves control vectors out.
+
+    Args:
+        model_type: of the model, in transformers' words.
+    """
+    if model_type in IGNORED:
+        warnings.warn(
+            f"llama.cpp ({SEEN_IN}) loads control vectors for {model_type!r} and adds them nowhere; steer with hooks, "
+            "or look whether a newer one does",
+            stacklevel=3,
+        )
+    elif model_type in PARTLY:
+        warnings.warn(
+            f"llama.cpp ({SEEN_IN}) adds control vectors of {model_type!r} {PARTLY[model_type]}", stacklevel=3
+        )
 
 
 def control_vector(vector: SteeringVector, *, strength: float | None = None) -> dict[int, Tensor]:
@@ -78,92 +103,7 @@ def control_vector(vector: SteeringVector, *, strength: float | None = None) -> 
         ScopeError: the scope is not `all`.
         StrengthError: the strength is not one finite number, or of a unit that the file cannot convert.
     """
-    if vector.edit != "add":
-        raise VectorFileError(
-            f"llama.cpp only adds a direction, this vector's edit is {vector.edit!r}; steer with hooks instead"
-        )
-    if vector.scope != "all":
-        advice = (
-            "accept that with vector.at(scope='all') or --scope all" if can_write_all(vector) else "steer with hooks"
-        )
-        raise ScopeError(f"llama.cpp adds at every token, the vector only at '{vector.scope}'; {advice}")
-    if vector.fade is not None:
-        raise StrengthError(f"llama.cpp adds the same at every token, this strength fades ({vector.fade})")
-    for site in vector.sites:
-        _check(site, vector)
-    strengths = _strengths(vector, strength)
-    return {site.layer: _shift(vector, site, strengths[site]) for site in sorted(vector.sites)}
-
-
-def _check(site: Site, vector: SteeringVector) -> None:
-    """Refuse what has no place in the file.
-
-    Raises:
-        SiteError: not the output of a block that llama.cpp adds at.
-        VectorFileError: not one direction [hidden_size].
-    """
-    if site.kind != "resid_post":
-        raise SiteError(f"{site}: llama.cpp adds at block outputs only; fit at resid_post, or steer with hooks")
-    if site.layer == 0:
-        raise SiteError(f"{site}: llama.cpp has no direction.0, it begins at block 1; fit at another layer")
-    direction = vector.params(site).get("direction")
-    shape = None if direction is None else list(direction.shape)
-    if shape != [vector.hidden_size]:
-        raise VectorFileError(
-            f"{site}: llama.cpp adds one direction of shape [{vector.hidden_size}], the vector has {shape or 'none'}"
-        )
-
-
-def _strengths(vector: SteeringVector, strength: float | None) -> dict[Site, float]:
-    """The strength at each site in the paper unit.
-
-    Raises:
-        StrengthError: several strengths, one not finite, none at all, or no activation norm to convert with.
-    """
-    used = vector.at(strength=strength)
-    if used.strength is None:
-        used = used.at(strength=default_strength(vector))
-    if isinstance(used.strength, tuple):
-        raise StrengthError(f"got {len(used.strength)} strengths, one per row; a control vector file holds one")
-    strengths: dict[Site, float] = {}
-    for entry in used.describe()["sites"]:
-        if entry["strength"]["paper"] is None:
-            raise StrengthError(
-                f"{entry['site']}: the vector file holds no norm to convert unit 'norm' with; "
-                "give a strength in unit 'paper' (vector.at(strength=..., unit='paper'))"
-            )
-        strengths[Site.parse(entry["site"])] = entry["strength"]["paper"]
-    return strengths
-
-
-def _shift(vector: SteeringVector, site: Site, strength: float) -> Tensor:
-    """`strength * direction` [d] in float32, whatever the dtype of either.
-
-    Raises:
-        StrengthError: it is too large for float32.
-    """
-    shift = torch.tensor(strength, dtype=torch.float32) * vector.params(site)["direction"].float()
-    if not bool(torch.isfinite(shift).all()):
-        raise StrengthError(f"{site}: strength {strength:g} is too large for float32; give a smaller one")
-    return shift
-
-
-def _container(model_type: str, directions: dict[int, Tensor]) -> bytes:
-    """The file's content."""
-    import gguf
-
-    # The writer knows paths only, and makes its file bit by bit.
-    with tempfile.TemporaryDirectory(prefix="steerkit-") as folder:
-        path = Path(folder, "vector.gguf")
-        writer = gguf.GGUFWriter(path, ARCHITECTURE)
-        try:
-            writer.add_string(f"{ARCHITECTURE}.model_hint", model_type)
-            writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(directions))
-            for layer, direction in directions.items():
-                writer.add_tensor(f"direction.{layer}", direction.numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        return path.read_bytes()
+    added = added_everywhere(vector, "llama.cpp", strength=strength)
+    if 0 in added:
+        raise SiteError("resid_post.0: llama.cpp has no direction.0, it begins at block 1; fit at another layer")
+    return added

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import execution_device, find_decoder, inner_model
 from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.vector.steering_vector import SteeringVector

@@ -235,10 +235,16 @@ class Gate(ABC):
             )
         if state.opened == 0:
             return h
-        edited = h + self._shift(site, h, prepared, decision, state)
+        edited = self._edited(site, h, prepared, tokens, decision, state)
         if state.opened == state.rows:
             return edited
         return torch.where(decision.is_open.to(h.device)[:, None, None], edited, h)
+
+    def _edited(
+        self, site: Site, h: Tensor, prepared: Prepared, tokens: Tokens, decision: Decision, state: _State
+    ) -> Tensor:
+        """The activations [b, t, d] as open rows get them."""
+        return h + self._shift(site, h, prepared, decision, state)
 
     def _shift(self, site: Site, h: Tensor, prepared: Prepared, decision: Decision, state: _State) -> Tensor:
         """[b, 1, d] what is added; made once per text, and again when the strength changes."""

@@ -10,10 +10,11 @@ from torch import nn
 
 from steerkit.activations.recording import record
 from steerkit.errors import UnknownNameError
-from steerkit.methods._protocols import TiedToWeights, editor_of
+from steerkit.methods._protocols import TiedToWeights
 from steerkit.methods._registry import method_of
 from steerkit.network.decoder import find_decoder
 from steerkit.prompts.conversation import Conversation
+from steerkit.steering.when_gates import gate_of
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["explain"]
@@ -36,7 +37,7 @@ def explain(
         model: the model the vector was fitted on, unsteered.
         tokenizer: its tokenizer.
         prompts: one prompt, or a list of strings, conversations and lists of messages.
-        vector: a vector of a gated method.
+        vector: a vector of a gated method, or one with `when`.
         strength: at which it would steer; None takes the vector's own, else the suggested one, else 1.
         raw: leave strings as they are, without the chat template.
         batch_size: rows per pass.
@@ -44,10 +45,11 @@ def explain(
 
     Returns:
         Per prompt whether the gate is open and what decided: for `controller` the gain, the weight and the step of each
-        block, and the scores of network and probe; for `conditional` each condition's score and threshold.
+        block, and the scores of network and probe; for `conditional` each condition's score and threshold; for `when`
+        the rule and its readings.
 
     Raises:
-        UnknownNameError: the vector's method has no gate.
+        UnknownNameError: the vector has no gate, or one that tokens decide.
         VectorMismatchError: the vector was fitted on another model.
     """
     listed = [prompts] if isinstance(prompts, str | Conversation) else list(prompts)
@@ -55,9 +57,11 @@ def explain(
     vector.check(model, tokenizer)
     if isinstance(method, TiedToWeights):
         method.check_model(vector, find_decoder(model))
-    editor = editor_of(method, vector)
+    editor = gate_of(model, vector, method, vector.sites, tokenizer)
     if editor is None:
         raise UnknownNameError(f"{vector.method}: this method has no gate, it steers every row; nothing to explain")
+    if vector.when is not None and vector.when.per_token:
+        raise UnknownNameError(f"when({vector.when}): tokens decide, and no prompt does; nothing to explain")
     given = strength if strength is not None else vector.strength
     if given is None:
         given = vector.suggested_strength
@@ -68,7 +72,7 @@ def explain(
         tokenizer,
         [Conversation.of(prompt, raw=raw) for prompt in listed],
         editor.reads,
-        readout=vector.readout or "last",
+        readout="prompt_last" if vector.when is not None else vector.readout or "last",
         batch_size=batch_size,
         chat_template_kwargs=chat_template_kwargs,
     )

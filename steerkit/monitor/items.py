@@ -9,13 +9,12 @@ from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.files.columns import CHATS, RESPONSES, Columns
 from steerkit.prompts.files.prompts import chat_of, prompt_of
 from steerkit.prompts.messages import is_chat
+from steerkit.steering.readings import READS, Read
 
 __all__ = ["KINDS", "READS", "Item", "Kind", "Read", "conversation_of"]
 
 Item = str | Sequence[Message] | Conversation | Mapping[str, Any]
-Read = Literal["prompt_last", "response_mean"]
 Kind = Literal["proj", "cos"]
-READS: tuple[Read, ...] = ("prompt_last", "response_mean")
 KINDS: tuple[Kind, ...] = ("proj", "cos")
 
 

@@ -19,28 +19,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.recording import record, record_ids
+from steerkit.activations.neutral_scale import NeutralScale
+from steerkit.activations.recording import record_ids
 from steerkit.errors import DataError
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.setup import Setup
 from steerkit.maths.directions import coordinates
+from steerkit.methods._read_directions import directions_of, site_of
 from steerkit.monitor.items import KINDS, READS, Item, Kind, Read, conversation_of
-from steerkit.monitor.neutral_scale import NeutralScale
-from steerkit.monitor.read_directions import directions_of, site_of
 from steerkit.monitor.token_heat import TokenScores, token_projections
 from steerkit.monitor.watched import Watched, watching
-from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.conversation import Conversation
-from steerkit.prompts.rendering import Rendered, render
+from steerkit.prompts.neutral import neutral_texts
+from steerkit.prompts.rendering import Rendered
+from steerkit.steering.readings import projections, rendered_to_read
 from steerkit.tokens.clock import PassClock
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
@@ -154,15 +153,10 @@ class Monitor:
         """
         if isinstance(items, str):
             raise DataError("monitor: got one string; give a list of prompts")
-        kwargs = self._setup.chat_template_kwargs
         listed = [conversation_of(item, raw=raw) for item in items]
-        if read == "prompt_last":
-            listed = [replace(one, answer=None) for one in listed]
-        found = [render(self.tokenizer, one, chat_template_kwargs=kwargs) for one in listed]
-        if not found:
+        if not listed:
             raise DataError("monitor: got no prompts; give at least one")
-        check_lengths(self.decoder, found, named("item", found), warns=False)
-        return found
+        return rendered_to_read(self.decoder, self.tokenizer, listed, read, self._setup.chat_template_kwargs)
 
     def project(self, rendered: Sequence[Rendered], read: Read) -> Tensor:
         """Project activations on the directions, before any calibration.
@@ -174,20 +168,15 @@ class Monitor:
         Returns:
             [n, s], one column per site; nan where there is no token to read.
         """
-        kept = [row for row, text in enumerate(rendered) if read == "prompt_last" or len(text.ids) > text.prompt_length]
-        values = torch.full((len(rendered), len(self.units)), torch.nan, dtype=torch.float32)
-        if kept:
-            acts = record(
-                self.model,
-                self.tokenizer,
-                [rendered[row] for row in kept],
-                self.units,
-                readout=read if read == "response_mean" else "prompt_last",
-                batch_size=self._setup.batch_size,
-            )
-            columns = [self._along(acts.positive[site], direction) for site, direction in self.units.items()]
-            values[kept] = torch.stack(columns, dim=1)
-        return values
+        return projections(
+            self.model,
+            self.tokenizer,
+            rendered,
+            self.units,
+            read,
+            along=self._along,
+            batch_size=self._setup.batch_size,
+        )
 
     def scaled(self, values: Tensor, *, differences: bool, read: Read | None = None) -> Tensor:
         """Combine the projections at all sites into one number, calibrated where that was asked for.

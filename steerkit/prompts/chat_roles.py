@@ -34,7 +34,7 @@ class Roles:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     @classmethod
     def of(cls, tokenizer: Any) -> Roles:
@@ -52,10 +52,10 @@ class Roles:
         Raises:
             ScopeError: there is no chat template, or its marks cannot be told from ids.
         """
-        probes = Probes(self._tokenizer)
+        probes = Probes(self.tokenizer)
         assistant = probes.assistant()
         close = probes.close()
-        special = self._tokenizer.eos_token_id
+        special = self.tokenizer.eos_token_id
         closes = tuple(dict.fromkeys([close, *([] if special is None else [int(special)])]))
         others = probes.others(assistant, close)
         marks = Marks(assistant, others, closes, *probes.thinking())
@@ -70,7 +70,7 @@ class Roles:
         Raises:
             ScopeError: they do not.
         """
-        channels = CHANNEL in str(getattr(self._tokenizer, "chat_template", None) or "")
+        channels = CHANNEL in str(getattr(self.tokenizer, "chat_template", None) or "")
         if kind == "answer" and channels and not self.marks.headed:
             raise ScopeError(
                 f"scope 'answer': this chat template writes in channels, none of them {FINAL}; use scope='assistant'"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from steerkit.methods._registry import default_strength
 from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
 from steerkit.steering.compiled import CompiledStrength
+from steerkit.steering.holding import HeldStrength
 from steerkit.steering.replay import GatePlan, refuse_compiled
 from steerkit.steering.strengths import strength_value
 from steerkit.tokens.clock import PassClock
@@ -34,8 +37,9 @@ class RowStrengths:
     """The strength of one vector: given with `steer`, on the vector, or suggested by its file."""
 
     def __init__(self, vector: SteeringVector, strength: Strength | None, unit: str | None) -> None:
-        self.fixed = vector.strength is not None
-        given = vector.strength if self.fixed else strength
+        self.fixed = vector.strength is not None or vector.hold is not None
+        own = vector.strength if vector.hold is None else vector.hold.most
+        given = own if self.fixed else strength
         if given is None:
             if unit not in (None, vector.unit) and not vector.own_unit and vector.suggested_strength is not None:
                 raise StrengthError(
@@ -45,6 +49,18 @@ class RowStrengths:
             given = default_strength(vector)
         self.value = strength_value(given)
         self.fade, self.rows = vector.fade, vector.rows
+        self.varies = vector.fade is not None or vector.hold is not None  # from token to token
+
+    def at(self, value: tuple[float, ...], rows: tuple[bool, ...]) -> RowStrengths:
+        """The same vector on other rows.
+
+        Args:
+            value: one strength per row.
+            rows: which of them it acts on.
+        """
+        other = copy.copy(self)
+        other.fixed, other.value, other.rows = True, value, rows
+        return other
 
     def acts_on(self, row: int) -> bool:
         """Whether the vector acts on a row of the batch."""
@@ -66,6 +82,7 @@ class Edit:
         block: the block that the site lies inside of; None at the residual stream.
         clock: tells which tokens the pass holds; set when attached.
         source: gives the method what the hooked module reads; None where the method does not ask.
+        held: finds the strength by a reading; None where it is given.
     """
 
     method: Method
@@ -78,6 +95,7 @@ class Edit:
     block: nn.Module | None
     clock: PassClock | None = None
     source: LayerInput | None = field(default=None, kw_only=True)
+    held: HeldStrength | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._ready: dict[tuple[torch.device, torch.dtype, int], tuple[dict[str, Tensor], Tensor]] = {}
@@ -85,12 +103,13 @@ class Edit:
         self._inert = self._some_inert = self._per_row = False
         self._active: list[bool] | bool = True
         self._compiled: CompiledStrength | None = None
+        self._gate: GatePlan | None = None
 
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
         active = self.activity()
         self._per_row = isinstance(self.dose.value, tuple) or self.dose.rows is not None
-        self._inert, self._some_inert = not any(active), not all(active) or self.dose.fade is not None
+        self._inert, self._some_inert = not any(active), not all(active) or self.dose.varies
         self._active = active if self._per_row else active[0]
         if self.source is not None:
             self.source.refresh()
@@ -107,8 +126,10 @@ class Edit:
         device, dtype = _guess_place(self.tap.module)
         if not self._ready and device.type != "meta":
             self._ready[device, dtype, len(active) if self._per_row else 0] = self._prepare(device, dtype, None)
-        if self.lengths is not None and device.type != "meta":
-            self.lengths.place(device)
+        if device.type != "meta":
+            for one in (self.lengths, self.held):
+                if one is not None:
+                    one.place(device)
         self.keep_compiled(device)
 
     def keep_compiled(self, device: torch.device) -> None:
@@ -154,6 +175,8 @@ class Edit:
     def _stays_neutral(self, strength: float) -> bool:
         """Whether a strength that the vector begins with, and all that it fades to, changes nothing."""
         fade = self.dose.fade
+        if self.held is not None:
+            return False
         if fade is not None and fade.to != strength:
             return False
         return self.method.is_neutral(strength * self.factor)
@@ -181,7 +204,7 @@ class Edit:
         if tokens.nothing or (self.dose.fade is not None and self._has_faded(tokens)):
             return h
         if self._minimum:
-            tokens.require_prompt(self._minimum)
+            tokens.require_prompt(self._minimum, self._rows_of(facts))
         read = None if self.source is None else self.source(args[0])
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
             shape = facts.batch, facts.width, -1
@@ -193,6 +216,13 @@ class Edit:
                 f"{facts.width} tokens; steerkit writes [b, t, d]"
             )
         return self._write(h, read, facts, tokens)
+
+    def _rows_of(self, facts: Pass) -> Tensor | None:
+        """[b, 1, 1] which rows of a pass are written; None where all are."""
+        if isinstance(self._active, bool) or all(self._active):
+            return None
+        active = torch.tensor(self._active, device=facts.device, dtype=torch.bool)
+        return facts.expand(active, "rows")[:, None, None]
 
     def _has_faded(self, tokens: Tokens) -> bool:
         """Whether this is a decoding step in which nothing is left of a strength that fades to the neutral one."""
@@ -206,7 +236,13 @@ class Edit:
         prepared, active = self._prepared(h, facts, tokens)
         if read is not None:
             prepared = {**prepared, "input": read}
-        edited = self.method.edit(h, prepared, tokens)
+        gate = self._gate
+        if gate is None:
+            edited = self.method.edit(h, prepared, tokens)
+        else:
+            edited = gate.editor.write(self.tap.site, h, prepared, tokens, gate.state(facts))
+            if edited is h:
+                return h
         if edited.dtype != h.dtype:
             edited = edited.to(h.dtype)
         written = tokens.mask
@@ -231,18 +267,21 @@ class Edit:
             if found is None:
                 found = self._ready[key] = self._prepare(h.device, h.dtype, facts)
             made = found
-        return made if self.dose.fade is None else self._at_step(h, *made, tokens)
+        return self._at_tokens(h, *made, tokens) if self.dose.varies else made
 
-    def _at_step(
+    def _at_tokens(
         self, h: Tensor, start: dict[str, Tensor], active: Tensor, tokens: Tokens
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What `prepare` gives for the strength that is left at each token."""
+        """What `prepare` gives for the strength of each token: what is left of it, or what a reading asks for."""
         fade = self.dose.fade
-        assert fade is not None
         assert self._compiled is not None
-        end = fade.to * self.factor
         with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(mode=False):
-            strength = end + (start["strength"] - end) * fade.share(tokens.step)[..., None]
+            if self.held is not None:
+                strength = self.held.at(h, tokens)
+            else:
+                assert fade is not None
+                end = fade.to * self.factor
+                strength = end + (start["strength"] - end) * fade.share(tokens.step)[..., None]
             if self.method.neutral is not None:
                 active = active & (strength != self.method.neutral)
             return self.method.prepare(self._compiled.params_on(h.device), strength, h.dtype, h.device), active
@@ -256,7 +295,7 @@ class Edit:
         """
         assert self._compiled is not None
         value, active = self._compiled.of_rows(facts, h.device)
-        if self.dose.fade is not None:
+        if self.dose.varies:
             return {"strength": value}, active
         return self.method.prepare(self._compiled.params_on(h.device), value, h.dtype, h.device), active
 
@@ -271,9 +310,24 @@ class Edit:
                 one if one.dim() == 0 else (one if facts is None else facts.expand(one, "strength"))[:, None, None]
                 for one in (value, active)
             )
-            if self.dose.fade is not None:
+            if self.dose.varies:
                 return {"strength": value}, active
             return self.method.prepare(self.params, value, dtype, device), active
+
+    def prepare_rows(self, rows: Sequence[int], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What `prepare` gives for some rows of the batch, [n, 1, d] each; nothing for none.
+
+        Args:
+            rows: their numbers.
+            device: of the activations.
+            dtype: of the activations.
+        """
+        if not rows:
+            return {}
+        strengths = [self._strengths()[row] for row in rows]
+        value = torch.tensor(strengths, dtype=torch.float32, device=device)[:, None, None] * self.factor
+        made = self.method.prepare(self.params, value, dtype, device)
+        return {name: one if one.dim() == 3 else one.expand(len(rows), 1, -1) for name, one in made.items()}
 
 
 @dataclass(eq=False)
@@ -285,6 +339,7 @@ class GuidedEdit(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.siblings: list[Edit] = [self]
+        self._gate = self.guide
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -300,19 +355,8 @@ class GuidedEdit(Edit):
         self.guide.active = None if all(active) else active
 
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
-        refuse_compiled()
-        guide = self.guide
-        if guide in facts.held:
-            return h
-        prepared, active = self._prepared(h, facts, tokens)
-        edited = guide.editor.write(self.tap.site, h, prepared, tokens, guide.state(facts))
-        if edited is h:
-            return h
-        written = tokens.mask
-        if self._some_inert:
-            written = active if written is None else written & active
-        edited = edited.to(h.dtype)
-        return edited if written is None else torch.where(written, edited, h)
+        refuse_compiled(facts)
+        return h if self.guide in facts.held else super()._write(h, read, facts, tokens)
 
 
 def norm_factor(method: Method, vector: SteeringVector, site: Site, params: Params) -> float:

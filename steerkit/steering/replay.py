@@ -32,7 +32,7 @@ from steerkit.tokens.forward_pass import Pass, Tokens
 from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.tokens.transformers_facts import CACHE_ARGUMENTS, can_be_cut, forget_past, keep_past
 
-__all__ = ["GatePlan", "Reading", "replaying"]
+__all__ = ["GatePlan", "Reading", "is_before", "replaying"]
 
 # What a replay knows how to cut to the columns it feeds again.
 _CUT = ("input_ids", "inputs_embeds", "position_ids")
@@ -66,7 +66,7 @@ class GatePlan:
     is_late: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.is_late = not all(_before(read, write) for read in self.editor.reads for write in self.writes)
+        self.is_late = not all(is_before(read, write) for read in self.editor.reads for write in self.writes)
 
     def tokens(self, facts: Pass) -> Tokens:
         """The tokens of a pass as the writes' scope sees them.
@@ -119,8 +119,13 @@ class GatePlan:
         return not tokens.nothing and self.editor.decides(tokens, self.state(facts))
 
 
-def _before(read: Site, write: Site) -> bool:
-    """Whether a site is surely read before another is written; at one site reads come first."""
+def is_before(read: Site, write: Site) -> bool:
+    """Whether a site is surely read before another is written; at one site reads come first.
+
+    Args:
+        read: a site.
+        write: another one, or the same.
+    """
     return read.layer < write.layer or read == write or (read.layer == write.layer and read.kind == "resid_pre")
 
 
@@ -146,13 +151,13 @@ class Reading:
         guide = self.guide
         if guide.inert:
             return h
-        refuse_compiled()
         facts = self.clock.now
         if facts is None:
             raise ScopeError(
                 f"{self.tap.site}: this module was called on its own, outside a forward pass of its model; "
                 "call the model (or its decoder) instead"
             )
+        refuse_compiled(facts)
         if not facts.suspended:
             shaped = h.reshape(facts.batch, facts.width, h.shape[-1]) if self.tap.flat else h
             guide.editor.read(self.tap.site, shaped, guide.tokens(facts), guide.state(facts))
@@ -161,13 +166,16 @@ class Reading:
         return h
 
 
-def refuse_compiled() -> None:
+def refuse_compiled(facts: Pass) -> None:
     """Refuse to be compiled: a decision differs from prompt to prompt, and compiled code would keep the first one.
 
+    Args:
+        facts: the pass.
+
     Raises:
-        ScopeError: this code is being compiled.
+        ScopeError: this code is being compiled, or the pass is one of compiled code that gave up here.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or facts.is_compiled:
         raise ScopeError("a gated vector cannot steer compiled code; run the model eagerly (disable_compile=True)")
 
 

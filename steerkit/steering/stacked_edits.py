@@ -62,13 +62,16 @@ class StackedEdit(Edit):
     def _prepare(
         self, device: torch.device, dtype: torch.dtype, facts: Pass | None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        made = [part._prepare(device, dtype, None)[0] for part in self.parts]
         with torch.inference_mode(mode=False), torch.no_grad():
             active = torch.tensor(self.activity(), device=device, dtype=torch.bool)
             owners = [self._owner(row) for row in range(len(active))]
-            rows = {
-                name: torch.cat([_row(made[owner][name], row) for row, owner in enumerate(owners)]) for name in made[0]
-            }
+            order = sorted(range(len(owners)), key=owners.__getitem__)
+            made = [
+                part.prepare_rows([row for row in order if owners[row] == place], device, dtype)
+                for place, part in enumerate(self.parts)
+            ]
+            back = torch.tensor(order, device=device, dtype=torch.long).argsort()
+            rows = {name: torch.cat([one[name] for one in made if one])[back] for name in next(filter(None, made))}
             if facts is not None:
                 rows = {name: facts.expand(value, "rows") for name, value in rows.items()}
                 active = facts.expand(active, "rows")
@@ -77,11 +80,6 @@ class StackedEdit(Edit):
     def _owner(self, row: int) -> int:
         """Which of its vectors is the row's; any where none is."""
         return next((place for place, part in enumerate(self.parts) if part.dose.acts_on(row)), 0)
-
-
-def _row(prepared: Tensor, row: int) -> Tensor:
-    """What is prepared for one row, [1, 1, d]: its own, or what is one for all rows."""
-    return prepared[row : row + 1] if prepared.dim() == 3 else prepared.reshape(1, 1, -1)
 
 
 def stacked(edits: Sequence[Edit]) -> list[Edit]:
@@ -107,7 +105,7 @@ def stacked(edits: Sequence[Edit]) -> list[Edit]:
 def _fits(edit: Edit, group: Sequence[Edit]) -> bool:
     """Whether an edit differs from others at its site in its vector and its rows alone."""
     first = group[0]
-    is_plain = all(type(one) is Edit and one.source is None and one.dose.fade is None for one in (edit, first))
+    is_plain = all(type(one) is Edit and one.source is None and not one.dose.varies for one in (edit, first))
     if not is_plain or not edit.method.takes_rows or edit.dose.rows is None or first.dose.rows is None:
         return False
     same = edit.method == first.method and edit.scope == first.scope

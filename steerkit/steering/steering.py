@@ -11,33 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from steerkit.errors import ScopeError, StrengthError, VectorMismatchError, near_miss
-from steerkit.methods._protocols import LayerInput, ReadsInput, TiedToWeights, editor_of
-from steerkit.methods._registry import method_of
-from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.errors import ModelError, StrengthError, near_miss
+from steerkit.network.decoder import Decoder
 from steerkit.network.placement import Placement
 from steerkit.network.sites import Site
-from steerkit.network.tap import locate
-from steerkit.prompts.chat_roles import Roles
 from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model, settle
-from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths, norm_factor
-from steerkit.steering.replay import GatePlan, Reading, replaying
+from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths
+from steerkit.steering.planning import Target, joined, planned
+from steerkit.steering.replay import Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
-from steerkit.steering.stacked_edits import share_rows, stacked
-from steerkit.steering.strengths import strength_value, vectors_of, warn_beyond
+from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.clock import PassClock
-from steerkit.tokens.scope import PromptLengths, Scope
-from steerkit.vector.steering_vector import UNITS, SteeringVector
+from steerkit.tokens.scope import PromptLengths
+from steerkit.vector.steering_vector import UNITS
 
 if TYPE_CHECKING:
     from steerkit.steering.strengths import Strength, Vectors
+    from steerkit.tokens.decoding import Decoding
 
 __all__ = ["Steering", "steer"]
 
@@ -70,7 +66,8 @@ def steer(
         prompt_lengths: real prompt tokens of each row, for forward passes outside `generate`, which cannot tell where
             the prompt ends.
         tokenizer: the model's, for scopes by role (`assistant`, `answer`, `after(n)`), whose marks are those of its
-            chat template; or its `steerkit.roles.Roles`, to find the marks once for many calls.
+            chat template, and for readings (`when`, `hold`) whose scale no file holds; or its `steerkit.roles.Roles`,
+            to find the marks once for many calls.
 
     Returns:
         A context manager. Its `strength` can be changed while it is active. What a hook refused in another thread
@@ -80,7 +77,9 @@ def steer(
         VectorMismatchError: a vector was fitted on a model of another width or depth.
         SiteError: the model lacks a site.
         ScopeError: a scope that the method does not allow, or that this model cannot know.
-        StrengthError: a strength that is not finite, or a unit that the method has no length for.
+        StrengthError: a strength that is not finite, a unit that the method has no length for, or a reading without a
+            scale.
+        DataError: a vector that is to be read along has no direction.
         ModelError: a state of the model in which hooks would not be right; a gated vector on a compiled model.
 
     Example:
@@ -90,19 +89,14 @@ def steer(
     listed = vectors_of(vectors)
     if unit not in (None, *UNITS):
         raise StrengthError(f"unknown unit {unit!r}; {near_miss(str(unit), UNITS)}")
-    decoder = find_decoder(model)
-    only_all = _prompt_learning(model)
-    lengths = None if prompt_lengths is None else PromptLengths(prompt_lengths)
-    roles = None if tokenizer is None else Roles.of(tokenizer)
+    target = Target.of(model, None if prompt_lengths is None else PromptLengths(prompt_lengths), tokenizer)
     doses = [RowStrengths(vector, strength, unit) for vector in listed]
     edits: list[Edit] = []
     for vector, dose in zip(listed, doses, strict=True):
-        vector.check(model)
-        edits += _plan(decoder, vector, dose, scope, unit, lengths, only_all, roles)
-    _refuse_twice(edits)
-    edits = stacked(edits)
-    refuse_compiled_model(model, decoder, edits)
-    return Steering(decoder, edits, [dose for dose in doses if not dose.fixed])
+        edits += planned(target, vector, dose, scope, unit)
+    edits = joined(edits)
+    refuse_compiled_model(model, target.decoder, edits)
+    return Steering(target.decoder, edits, [dose for dose in doses if not dose.fixed])
 
 
 class Steering:
@@ -160,6 +154,23 @@ class Steering:
             with _ATTACH:
                 settle(tap for edit in changed for tap in edit.taps)
 
+    def decoding(self, rows: Decoding) -> contextlib.AbstractContextManager[None]:
+        """Say what the rows of the next passes are, where a loop of one's own runs them and not `generate`.
+
+        Args:
+            rows: where their prompts end, and what their cache holds. Passes inside the context go on with it.
+
+        Returns:
+            A context manager, to be entered inside this one and in the thread that runs the model.
+
+        Raises:
+            ModelError: this steering is not active.
+        """
+        clock = PassClock.of(self._decoder.model)
+        if clock is None or not self._entered:
+            raise ModelError("decoding: this steering is not active; enter it first")
+        return clock.decoding(rows)
+
     def __enter__(self) -> Steering:
         with _ATTACH, contextlib.ExitStack() as stack:
             model = self._decoder.model
@@ -199,76 +210,3 @@ class Steering:
         if clock is not None and (refused := clock.take_refused()) is not None:
             raise refused  # another thread has met it, and whoever waits for its answers got empty ones
         refuse_running_batches(model, "end of steer")
-
-
-def _plan(
-    decoder: Decoder,
-    vector: SteeringVector,
-    dose: RowStrengths,
-    scope: str | None,
-    unit: str | None,
-    lengths: PromptLengths | None,
-    only_all: str | None,
-    roles: Roles | None,
-) -> list[Edit]:
-    """Turn one vector into edits, checking all that can be checked."""
-    method = method_of(vector)
-    written = Scope.parse(vector.scope if vector.own_scope or scope is None else scope)
-    if written.kind not in method.scopes:
-        raise ScopeError(f"{method.name}: scope '{written}' is not one of its own: {', '.join(method.scopes)}")
-    written = written.among(method.scopes)
-    if only_all is not None and written.kind != "all":
-        raise ScopeError(f"scope '{written}': {only_all}{written.instead('; ', 'all')}")
-    if vector.fade is not None and written.is_window:
-        raise ScopeError(
-            f"scope '{written}' lies in the prompt, and a fade counts generated tokens; leave one of them out"
-        )
-    written = written.marked(roles)
-    counted = vector.unit if vector.own_unit or unit is None else unit
-    warn_beyond(vector, dose.value, counted)
-    sources: Mapping[Site, LayerInput] = method.inputs_at(decoder, vector) if isinstance(method, ReadsInput) else {}
-    taps = {site: one.tap for site, one in sources.items()} or locate(decoder.model, vector.sites)
-    edits: list[Edit] = []
-    if isinstance(method, TiedToWeights):
-        method.check_model(vector, decoder)
-    editor = editor_of(method, vector)
-    if editor is not None and only_all is not None:
-        raise ScopeError(f"{method.name}: {only_all}, so a gate cannot find the prompt's end; leave the adapter out")
-    guide = None
-    if editor is not None:
-        guide = GatePlan(editor, written, lengths, vector.sites, locate(decoder.model, editor.reads))
-    for site, tap in zip(vector.sites, taps.values(), strict=True):
-        params = vector.params(site)
-        method.check(site, params)
-        factor = 1.0 if counted == "paper" else norm_factor(method, vector, site, params)
-        block = None if site.kind in ("resid_pre", "resid_post") else decoder.blocks[site.layer]
-        if guide is None:
-            source = sources.get(tap.site)
-            edits.append(Edit(method, params, tap, written, dose, factor, lengths, block, source=source))
-        else:
-            edits.append(GuidedEdit(method, params, tap, written, dose, factor, lengths, block, guide=guide))
-    for edit in edits:
-        if isinstance(edit, GuidedEdit):
-            edit.siblings = edits
-    return edits
-
-
-def _refuse_twice(edits: Sequence[Edit]) -> None:
-    """Refuse two gates that add one direction at one site: a row that opens both would get it twice."""
-    gated = [edit for edit in edits if isinstance(edit, GuidedEdit)]
-    for number, edit in enumerate(gated):
-        for other in gated[:number]:
-            is_there = edit.tap.site == other.tap.site and share_rows(edit, other)
-            if is_there and torch.equal(edit.params["direction"], other.params["direction"]):
-                raise VectorMismatchError(
-                    f"{edit.tap.site}: two gated vectors add the same direction, twice to a row that opens both; join "
-                    "their conditions with | (steerkit.methods.conditional.combine)"
-                )
-
-
-def _prompt_learning(model: nn.Module) -> str | None:
-    """Why only scope `all` is known on this model, if so: virtual tokens stand before the text."""
-    config: Any = getattr(model, "active_peft_config", None)
-    if config is not None and getattr(config, "is_prompt_learning", False):
-        return f"a {config.peft_type} adapter puts virtual tokens before the text, so positions are not known"
-    return None

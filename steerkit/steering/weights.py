@@ -22,6 +22,7 @@ from steerkit.network.plain_weights import is_plain, refuse_packed
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
 from steerkit.steering.strengths import strength_value, vectors_of
 from steerkit.tokens.clock import Hook
+from steerkit.vector.applying import varying
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["edited", "exact_strength", "exact_updates"]
@@ -125,7 +126,7 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
     Raises:
         ScopeError: the vector's scope is not `all`.
         StrengthError: the method has no exact weight form, another unit than paper, a strength that
-            fades, or not one finite number.
+            is not the same at every token, or not one finite number.
     """
     method = method_of(vector)
     if not isinstance(method, HasWeightForm):
@@ -136,8 +137,8 @@ def exact_strength(vector: SteeringVector, strength: float | Tensor | None = Non
             f"weights act on every token, this vector was made for '{vector.scope}', which is something else; {accept}"
             "steer with hooks"
         )
-    if vector.fade is not None:
-        raise StrengthError(f"a strength that fades ({vector.fade}) has no weight form; steer with hooks")
+    if changing := varying(vector):
+        raise StrengthError(f"what differs from token to token ({changing}) has no weight form; steer with hooks")
     if vector.unit != "paper":
         raise StrengthError(
             f"weights count in unit 'paper', the vector in '{vector.unit}'; use vector.at(unit='paper')"

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, SteerError
+from steerkit.tokens.decoding import Decoding
 from steerkit.tokens.forward_pass import Pass
+from steerkit.tokens.generate_call import GenerateCall
 from steerkit.tokens.generate_frames import GenerateFrames
 from steerkit.tokens.pass_reader import PassReader
 from steerkit.tokens.texts import Texts
@@ -196,6 +198,20 @@ class PassClock:
         finally:
             self._local.rows = None
 
+    @contextlib.contextmanager
+    def decoding(self, rows: Decoding) -> Iterator[None]:
+        """Say what the rows of this thread's next passes are, which a loop other than `generate` runs.
+
+        Args:
+            rows: of each of these passes.
+        """
+        before = getattr(self._local, "decoding", None)
+        self._local.decoding = rows
+        try:
+            yield
+        finally:
+            self._local.decoding = before
+
     @property
     def settings(self) -> Any:
         """The settings of the `generate` call of this model that this thread is in; None outside of one."""
@@ -225,7 +241,7 @@ class PassClock:
             held: whose writes wait meanwhile.
         """
         live = getattr(self._local, "live", None)
-        call = self._texts.call
+        call = self._going_on
         columns = 0 if call is None else call.columns
         self._local.aside = {"store": facts.store, "held": held, "is_probe": True}
         if call is not None and isinstance(facts.past, int):
@@ -246,7 +262,7 @@ class PassClock:
             facts: the pass.
             columns: how many the cache holds.
         """
-        call = self._texts.call
+        call = self._going_on
         if call is not None:
             call.columns = columns
         self._local.aside = {"store": facts.store}
@@ -254,6 +270,11 @@ class PassClock:
             yield
         finally:
             self._local.aside = None
+
+    @property
+    def _going_on(self) -> Decoding | GenerateCall | None:
+        """What counts the columns of this thread's passes."""
+        return getattr(self._local, "decoding", None) or self._texts.call
 
     def arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a pass by name.

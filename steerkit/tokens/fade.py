@@ -72,6 +72,8 @@ class Fade:
         """
         if isinstance(text, Fade):
             return text
+        if not isinstance(text, str):
+            raise StrengthError(f"fade: got {repr(text)[:40]}; give a text, such as 'linear over 40'")
         found = _TEXT.fullmatch(text)
         try:
             end = float(found[3] or 0.0) if found else 0.0

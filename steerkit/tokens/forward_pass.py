@@ -11,6 +11,7 @@ from steerkit.errors import ScopeError
 from steerkit.tokens.written import Tokens
 
 if TYPE_CHECKING:
+    from steerkit.tokens.decoding import Decoding
     from steerkit.tokens.generate_call import GenerateCall
     from steerkit.tokens.scope import PromptLengths, Scope
 
@@ -29,8 +30,9 @@ class Pass:
         batch: rows.
         width: columns t that this pass carries.
         past: columns before them, in the cache: a number, or the cache's counter [] where only the device knows.
-        boundary: the first column after the prompt, None where this pass cannot tell.
-        decode: this pass is one decoding step of a `generate` call (all rows are past their prompt).
+        boundary: the first column after the prompt, None where this pass cannot tell, or rows differ.
+        ends: [b, 1] the first column after each row's prompt, where rows differ and a loop of the caller's told.
+        decode: this pass is one decoding step of `generate` or such a loop (all rows are past their prompt).
         expands: this pass may hold several rows of one item (beams, returned sequences).
         rows: which items the rows are, where a reader sorted them; None where they are as given.
         only_all: why only scope `all` is known in this pass, if so.
@@ -42,7 +44,9 @@ class Pass:
         is_apart: inside a `generate` call this pass is of another text than the call's (guidance's negative prompt).
         given: [b, t] token ids of this pass; None where it was given embeddings.
         call: the `generate` call whose text it belongs to.
-        cache: its cache, inside such a call.
+        decoding: the loop of the caller's that it belongs to.
+        cache: its cache, inside such a call or loop.
+        is_compiled: whether it was noted by compiled code, which keeps nothing from pass to pass.
     """
 
     def __init__(
@@ -69,6 +73,9 @@ class Pass:
         given: Tensor | None = None,
         call: GenerateCall | None = None,
         cache: Any = None,
+        ends: Tensor | None = None,
+        decoding: Decoding | None = None,
+        is_compiled: bool = False,
     ) -> None:
         self.batch, self.width, self.past, self.device = batch, width, past, device
         self.boundary, self.decode, self.expands = boundary, decode, expands
@@ -78,7 +85,8 @@ class Pass:
         self.settled = False  # whether it has been seen to that what decides is read in time
         self.replay: Any = None
         self._attention, self._real, self._first, self._position_ids = attention, real, first, position_ids
-        self.given, self.call, self.cache = given, call, cache
+        self.given, self.call, self.cache, self.is_compiled = given, call, cache, is_compiled
+        self.ends, self.decoding = ends, decoding
         self.is_kept = False  # whether its ids have been added to those of its text
         self._tokens: dict[tuple[Scope, int, int], Tokens] = {}
         self._latest: tuple[Scope | None, PromptLengths | None, Tokens | None] = (None, None, None)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit.errors import ScopeError
+from steerkit.tokens.decoding import Decoding
 from steerkit.tokens.forward_pass import PACKED, Pass
 from steerkit.tokens.generate_call import GenerateCall
 from steerkit.tokens.generate_frames import GenerateFrames
@@ -38,7 +40,7 @@ class PassReader:
         model: the transformers model itself; a weak reference is kept.
         frames: finds the `generate` call of this model that a pass is in.
         texts: what goes on from pass to pass.
-        local: the switches of each thread: `rows`, `suspended` and `aside`, see `PassClock`.
+        local: the switches of each thread: `rows`, `suspended`, `aside` and `decoding`, see `PassClock`.
     """
 
     def __init__(self, model: nn.Module, frames: GenerateFrames, texts: Texts, local: threading.local) -> None:
@@ -54,24 +56,31 @@ class PassReader:
         Args:
             tokens: its ids [b, t] or embeddings [b, t, d].
             given: its arguments by name.
+
+        Raises:
+            ScopeError: a loop told of other rows than the pass has.
         """
         batch, width = tokens.shape[0], tokens.shape[1]
         cache, mask = cache_of(given), given.get("attention_mask")
         compiling = torch.compiler.is_compiling()
-        prompt, settings = (None, None) if compiling else self._frames.prompt()
+        decoding: Decoding | None = getattr(self._local, "decoding", None)
+        prompt, settings = (None, None) if compiling or decoding is not None else self._frames.prompt()
         call = self._texts.call_of(prompt, settings, cache, compiling)
         ids = given.get("input_ids")
-        past = columns_cached(cache, mask, width, call, compiling)
+        past = columns_cached(cache, mask, width, decoding or call, compiling)
         facts: dict[str, Any] = {"batch": batch, "width": width, "device": tokens.device}
         facts["rows"] = getattr(self._local, "rows", None)
         facts["suspended"] = getattr(self._local, "suspended", False)
         facts["given"] = ids if isinstance(ids, Tensor) and ids.shape[:2] == (batch, width) else None
+        facts["is_compiled"] = compiling
         facts["expands"] = compiling or call is not None or cache is not None
         if past is None:
             return Pass(**facts, past=0, only_all=_UNCOUNTED)
         facts["past"] = past
         if is_packed(given):
             return Pass(**facts, only_all=PACKED)
+        if decoding is not None and isinstance(past, int):
+            return self._read_decoding(facts, decoding, cache, mask)
         own_sequence = call is not None and not compiling and given.get("logits_to_keep") is None and self._tells
         if cache is None and call is not None and not compiling and not own_sequence and self._goes_on(width):
             return Pass(**facts, only_all=_UNSEEN)
@@ -82,6 +91,22 @@ class PassReader:
             facts |= getattr(self._local, "aside", None) or {}
         self._read_pads(facts, mask, cache, call, given)
         return Pass(**facts)
+
+    def _read_decoding(self, facts: dict[str, Any], decoding: Decoding, cache: Any, mask: Any) -> Pass:
+        """The facts of a pass whose rows a loop of the caller's has told of.
+
+        Raises:
+            ScopeError: the pass has another number of rows.
+        """
+        past, width, device = facts["past"], facts["width"], facts["device"]
+        if facts["batch"] != decoding.rows:
+            raise ScopeError(f"decoding: told of {decoding.rows} rows, and this pass has {facts['batch']}")
+        decoding.columns = past + width
+        facts |= {"boundary": decoding.boundary, "decode": cache is not None and decoding.is_step(past, width)}
+        facts |= {"ends": None if decoding.boundary is not None else decoding.ends_on(device), "decoding": decoding}
+        facts |= {"first": decoding.first_on(device), "store": decoding.store, "cache": cache}
+        facts |= getattr(self._local, "aside", None) or {}
+        return Pass(**facts, attention=mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
 
     def _goes_on(self, width: int) -> bool:
         """Whether a pass without a cache carries less than the text of its `generate` call."""

@@ -168,6 +168,23 @@ class Scope:
         texts = [f"'{kind}(n)'" if kind in COUNTED else f"'{kind}'" for kind in kinds if kind in self.others]
         return f"{before}use scope={' or '.join(texts)}" if texts else ""
 
+    def settled(self, prompt: int, length: int) -> int:
+        """How much of a text this scope writes in the same way where it is the beginning of a longer prompt.
+
+        Which tokens `all`, `first(n)` and scopes by role mean follows from what stands before them, so that is all of
+        it. Those that count from the prompt's end mean other tokens as soon as the prompt goes on.
+
+        Args:
+            prompt: real tokens of its prompt.
+            length: real tokens of it in all.
+
+        Returns:
+            So many tokens from its first one on.
+        """
+        if self.kind in ("all", "first", *ROLES):
+            return length
+        return {"prompt": prompt, "response": prompt - 1, "generated": prompt}.get(self.kind, 0)
+
     @property
     def needs_prompt_end(self) -> bool:
         """Whether this scope means nothing until it is known where the prompt ends."""

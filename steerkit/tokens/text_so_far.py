@@ -126,6 +126,9 @@ def _own_text(facts: Pass, given: Tensor, past: int) -> _OwnText:
     own: _OwnText | None = facts.store.get(_IDS)
     if own is None:
         own = facts.store[_IDS] = _OwnText()
+        held = None if facts.decoding is None else facts.decoding.ids_on(facts.device)
+        if held is not None:
+            own.go_on(held, 0)
     if not facts.is_kept:
         facts.is_kept = True
         own.go_on(given, past)

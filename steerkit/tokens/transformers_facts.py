@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit.tokens.decoding import Decoding
 from steerkit.tokens.generate_call import GenerateCall
 
 __all__ = [
@@ -99,7 +100,7 @@ def is_packed(given: Mapping[str, Any]) -> bool:
 
 
 def columns_cached(
-    cache: Any, mask: Any, width: int, call: GenerateCall | None, compiling: bool
+    cache: Any, mask: Any, width: int, call: GenerateCall | Decoding | None, compiling: bool
 ) -> int | Tensor | None:
     """How many columns a cache holds before a pass.
 
@@ -107,7 +108,7 @@ def columns_cached(
         cache: the pass's cache.
         mask: its attention mask, from which the length of a cache that does not count follows.
         width: columns in the pass.
-        call: the `generate` call that it belongs to.
+        call: the `generate` call, or the loop of the caller's, that it belongs to.
         compiling: whether the pass is being compiled.
 
     Returns:

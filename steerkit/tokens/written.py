@@ -46,9 +46,11 @@ class Tokens:
         if self._lengths is not None:
             return self._lengths.on(facts)[:, None]
         first: Tensor | int = 0 if facts.first is None else facts.first[:, None]
-        if facts.boundary is None and facts.real is not None:
+        if facts.boundary is None and facts.ends is None and facts.real is not None:
             return facts.real.sum(dim=1, keepdim=True)
         end = facts.past + facts.width if facts.boundary is None else facts.boundary
+        if facts.ends is not None:
+            end = facts.ends
         return torch.zeros(facts.batch, 1, dtype=torch.long, device=facts.device) + end - first
 
     @property
@@ -58,7 +60,25 @@ class Tokens:
         Raises:
             ScopeError: nobody can tell where the prompt ends.
         """
-        return (self._pass.columns[None, :] - (self._known_end("a fade counts generated tokens") - 1)).clamp_min(0)
+        return self._chosen("a fade counts generated tokens").clamp_min(0)
+
+    def chosen(self, why: str) -> Tensor | None:
+        """Which generated token each token of this pass chooses.
+
+        Args:
+            why: half a sentence that says what needs it, for the error.
+
+        Returns:
+            [1 or b, t], negative before the prompt's end, where none is chosen; None in a decoding step, in which every
+            token chooses one, and not the first.
+
+        Raises:
+            ScopeError: nobody can tell where the prompt ends.
+        """
+        return None if self._pass.decode and self._lengths is None else self._chosen(why)
+
+    def _chosen(self, why: str) -> Tensor:
+        return self._pass.columns[None, :] - (self._known_end(why) - 1)
 
     def chooses_from(self) -> int | None:
         """Which generated token a decoding step chooses; None where the host cannot tell."""
@@ -69,7 +89,7 @@ class Tokens:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether this pass is one decoding step of a `generate` call."""
+        """Whether this pass is one decoding step of `generate`, or of a loop that told of its rows."""
         return self._pass.decode
 
     @property
@@ -141,10 +161,14 @@ class Tokens:
             )
         return end
 
-    def require_prompt(self, count: int) -> None:
+    def require_prompt(self, count: int, active: Tensor | None = None) -> None:
         """Refuse a prompt shorter than the window to be written.
 
         Looks in the passes that hold prompt (one, or a few chunks) and costs one synchronisation in each.
+
+        Args:
+            count: tokens in the window.
+            active: [b, 1, 1] bool, the rows that are written; None for all.
 
         Raises:
             ScopeError: a row's prompt has fewer real tokens than `count`.
@@ -152,7 +176,8 @@ class Tokens:
         past, end = self._pass.past, self._pass.boundary or 1
         if self._pass.decode or torch.compiler.is_compiling() or not isinstance(past, int) or past >= end:
             return
-        shortest = int(self.prompt_length.min())
+        lengths = self.prompt_length
+        shortest = int((lengths if active is None else lengths.masked_fill(~active[..., 0], count)).min())
         if shortest < count:
             raise ScopeError(
                 f"scope '{self.scope}': the vector covers {count} prompt positions but a prompt of this batch has "
@@ -209,6 +234,8 @@ class Tokens:
     def _end(self) -> int | Tensor | None:
         """First column after the prompt: one number, [b, 1] of them, or None where nobody knows."""
         facts = self._pass
+        if self._lengths is None and facts.ends is not None:
+            return facts.ends
         if self._lengths is None:
             return facts.call.edge if facts.boundary is None and facts.call is not None else facts.boundary
         ends = self._lengths.on(facts)[:, None]

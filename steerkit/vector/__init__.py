@@ -1,7 +1,8 @@
 """What a fit leaves behind: a frozen `SteeringVector`.
 
-`fields`, `frozen` and `tensors` keep what it holds, `container` and `container_checks` are its bytes, `vector_files`
-puts them on the disk, `model_identity` and `model_check` tell which model it belongs to, `description` shows it.
+`fields`, `frozen` and `tensors` keep what it holds, `container` and `container_checks` are its bytes, `stored_form` and
+`vector_files` put them on the disk, `hub_pack` onto the Hub, `model_identity` and `model_check` tell which model it
+belongs to, `description` shows it, `foreign` reads the files of other programs.
 """
 
 from __future__ import annotations

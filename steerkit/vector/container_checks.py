@@ -82,8 +82,13 @@ def _header(data: bytes) -> dict[str, Any]:
     if not data:
         raise VectorFileError("empty file; give a .safetensors file that steerkit saved")
     kind = kind_of(data)
-    if kind in (Kind.PICKLE, Kind.ZIP):
-        raise VectorFileError("looks like a pickle or a zip of one; pickles are never read, they can run code")
+    if kind is Kind.PICKLE:
+        raise VectorFileError(f"looks like {kind.value}; pickles are never read, they can run code")
+    if kind is Kind.TORCH:
+        raise VectorFileError(
+            f"{kind.value}, a pickle in a zip; pickles are never read here, `steerkit import FILE --out v.safetensors` "
+            "makes a vector of its tensors alone"
+        )
     if kind not in (None, Kind.SAFETENSORS):
         way = "; `steerkit import FILE --out v.safetensors` makes a vector of it" if kind.can_be_imported else ""
         raise VectorFileError(f"{kind.value}, no vector file of steerkit's{way}")

@@ -123,6 +123,7 @@ CODECS: Mapping[str, _Codec] = MappingProxyType(
         "seed": _WHOLE,
         "paper": _TEXT,
         "held_out": MAPPING,
+        "neutral": MAPPING,
         "steerkit_version": _TEXT,
         "recipe": _TEXT,
         "extra": MAPPING,

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["finite_number", "frozen", "json_like", "thawed", "whole_number"]
+from steerkit.errors import StrengthError
+
+__all__ = ["finite_number", "float32_number", "frozen", "json_like", "thawed", "whole_number"]
 
 MAX_NESTING = 32
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 def finite_number(value: Any) -> float:
@@ -30,6 +33,25 @@ def finite_number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"must be a finite number, got {value!r}")
     return number
+
+
+def float32_number(name: str, value: Any) -> float:
+    """A finite number that float32 can hold, in which strengths and readings are computed.
+
+    Args:
+        name: what it is.
+        value: what was given.
+
+    Raises:
+        StrengthError: it is none.
+    """
+    try:
+        number = finite_number(value)
+    except ValueError:
+        number = math.inf
+    if abs(number) > _LARGEST:
+        raise StrengthError(f"{name}: got {repr(value)[:40]}; give a finite number")
+    return number + 0.0  # -0 is 0
 
 
 def whole_number(value: Any) -> int:

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
-
-from safetensors import SafetensorError
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from steerkit import __version__
-from steerkit._support.shipped import vector_path
-from steerkit.errors import SiteError, SteerError, StrengthError, VectorFileError
+from steerkit.errors import SiteError, StrengthError, VectorFileError, VectorMismatchError
 from steerkit.network.sites import Site
-from steerkit.vector.container import BLANK_DIGEST, FORMAT, LAYER_COUNTING, REQUIRED, lay_out, signed
-from steerkit.vector.container_checks import check_digest, check_readable, metadata_of
+from steerkit.vector.container import REQUIRED
 from steerkit.vector.description import described
-from steerkit.vector.fields import BY_SITE, CODECS, MAPPING, checked_strength, decoded
+from steerkit.vector.fields import BY_SITE, CODECS, MAPPING, checked_strength
 from steerkit.vector.frozen import thawed
-from steerkit.vector.model_identity import public_id, template_digest
+from steerkit.vector.model_identity import model_facts, public_id, template_digest
+from steerkit.vector.stored_form import StoredForm
 from steerkit.vector.tensors import Tensors, checked_tensors
-from steerkit.vector.vector_files import read_vector_file, write_vector_file
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from steerkit.tokens.fade import Fade
+    from steerkit.vector.hold import Hold
+    from steerkit.vector.when import When
 
 __all__ = ["SteeringVector"]
 
 UNITS = ("paper", "norm")
-_EMPTY: Mapping[Any, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SteeringVector:
+class SteeringVector(StoredForm):
     """The result of a fit. Two vectors are equal when they would be stored as the same bytes and applied the same.
 
     Attributes:
@@ -71,6 +66,7 @@ class SteeringVector:
         seed: of everything random in the fit.
         paper: what the method implements.
         held_out: figures measured on items it was not fitted on.
+        neutral: mean and standard deviation of readings of neutral texts, see `steerkit.with_neutral`.
         steerkit_version: that fitted it.
         recipe: the exact recipe it was made by.
         extra: what a method wants to add; ``{"weights": {name: digest}}`` ties the vector to those weights.
@@ -79,6 +75,8 @@ class SteeringVector:
         own_scope: whether `at` set the scope, so that it comes before one given for several vectors; never stored.
         own_unit: whether `at` set the unit; never stored.
         fade: how the strength goes on from its value to another while tokens are generated; never stored.
+        when: on which readings it is applied, with the vectors that are read; never stored.
+        hold: which reading the strength is found by; never stored.
         rows: which rows of the batch it acts on; None for all; never stored.
 
     Raises:
@@ -122,6 +120,7 @@ class SteeringVector:
     seed: int | None = None
     paper: str | None = None
     held_out: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, Any] = field(default_factory=dict)
     steerkit_version: str | None = __version__
     recipe: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -130,6 +129,8 @@ class SteeringVector:
     own_scope: bool = False
     own_unit: bool = False
     fade: Fade | None = None
+    when: When | None = None
+    hold: Hold | None = None
     rows: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -151,6 +152,67 @@ class SteeringVector:
                 raise VectorFileError(f"{site}: layer {site.layer} is outside 0..{self.num_layers - 1}")
         widths = {site: self.widths.get(site, self.hidden_size) for site in self.sites}
         object.__setattr__(self, "tensors", checked_tensors(self.tensors, widths))
+
+    @classmethod
+    def from_directions(
+        cls,
+        directions: Mapping[int, Tensor] | Mapping[str, Tensor] | Mapping[Site, Tensor],
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        scope: str = "response",
+        data_source: str | None = None,
+    ) -> Self:
+        """Make a vector of directions that were found elsewhere: a plain addition, at strength 1 what they are.
+
+        Args:
+            directions: where to add to a direction [d], a tensor, an array or a list, kept in float32. Where is the
+                number of a block, counted from 0, at whose output it is added, a site or its name (`mlp_out.12`).
+            model: the transformers model they are for.
+            tokenizer: its tokenizer, whose chat template is noted.
+            scope: which tokens are written.
+            data_source: where they come from.
+
+        Raises:
+            VectorMismatchError: a direction is not as wide as the model, or of a block that it has not.
+            VectorFileError: there is no direction, or one is not finite.
+            SiteError: a key that is no place.
+            ScopeError: no scope of that name.
+
+        Warns:
+            UserWarning: a direction has length 0 and adds nothing.
+
+        Example:
+            >>> import torch
+            >>> from transformers import GPT2Config, GPT2LMHeadModel
+            >>> model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+            >>> vector = SteeringVector.from_directions({1: torch.ones(8)}, model)
+            >>> vector.method, [str(site) for site in vector.sites]
+            ('caa', ['resid_post.1'])
+        """
+        from steerkit.tokens.scope import Scope
+        from steerkit.vector.foreign.directions import as_direction
+
+        facts = model_facts(model, tokenizer)
+        placed = {Site.of(place): as_direction(f"direction of {place}", one) for place, one in directions.items()}
+        for site, direction in sorted(placed.items()):
+            if tuple(direction.shape) != (facts["hidden_size"],) or site.layer >= facts["num_layers"]:
+                raise VectorMismatchError(
+                    f"the direction of {site} has shape {list(direction.shape)}, this model blocks 0 to "
+                    f"{facts['num_layers'] - 1} of width {facts['hidden_size']}; give the model it was made for"
+                )
+            if not bool(direction.any()):
+                warnings.warn(f"the direction of {site} has length 0 and adds nothing", stacklevel=2)
+        return cls(
+            method="caa",
+            tensors={f"{site}/direction": direction for site, direction in placed.items()},
+            sites=tuple(sorted(placed)),
+            edit="add",
+            scope=str(Scope.parse(scope)),
+            unit="paper",
+            data_source=data_source,
+            **facts,
+        )
 
     @cached_property
     def _names(self) -> dict[str, dict[str, str]]:
@@ -188,7 +250,7 @@ class SteeringVector:
         return _rebuild, ({entry.name: thawed(getattr(self, entry.name)) for entry in fields(self)},)
 
     def _identity(self) -> tuple[Any, ...]:
-        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade, self.rows
+        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade, self.when, self.hold, self.rows
 
     @property
     def reads(self) -> tuple[Site, ...]:
@@ -215,6 +277,8 @@ class SteeringVector:
         scope: str | None = None,
         unit: Literal["paper", "norm"] | None = None,
         fade: str | Fade | None = None,
+        when: str | When | None = None,
+        hold: str | Hold | None = None,
     ) -> SteeringVector:
         """The same vector, to be applied in a given way.
 
@@ -224,35 +288,24 @@ class SteeringVector:
             unit: what the strength counts in; None leaves it.
             fade: how the strength goes on while tokens are generated, such as ``"linear over 40"`` (to 0) or ``"cosine
                 over 40 to 0.5"``; None leaves it.
+            when: on which readings it is applied, such as ``"refusal-caa > 1.5"`` or, for each token by itself,
+                ``"refusal-caa > 1.5 per token"``; None leaves it.
+            hold: which reading the strength is found by, such as ``"optimism-caa at 2 within 0 to 3"``; None leaves it.
 
         Returns:
             A copy. With another unit it has no suggested strength: that one counts in the old unit.
 
         Raises:
-            StrengthError: a strength that is not finite, an unknown unit, another unit without a strength in it, or no
-                fade.
+            StrengthError: a strength that is not finite, an unknown unit, another unit without a strength in it, no
+                fade, or a strength or a fade beside `hold`.
             ScopeError: no scope of that name.
+            CompositionError: `when` or `hold` is none.
+            UnknownNameError: what they read is neither a file nor a shipped vector.
         """
-        from steerkit.tokens.fade import Fade
-        from steerkit.tokens.scope import Scope
+        from steerkit.vector.applying import changes_of
 
-        changes: dict[str, Any] = {}
-        if strength is not None:
-            changes["strength"] = strength
-        if scope is not None:
-            changes.update(scope=str(Scope.parse(scope)), own_scope=True)
-        if unit is not None:
-            changes.update(unit=unit, own_unit=True)
-        if fade is not None:
-            changes["fade"] = Fade.parse(fade)
-        if unit not in (None, self.unit) and self.suggested_strength is not None:
-            if strength is None and self.strength is None:
-                raise StrengthError(
-                    f"unit {unit!r}: the suggested strength {self.suggested_strength:g} counts in unit {self.unit!r}; "
-                    "give a strength too"
-                )
-            changes["suggested_strength"] = None
-        return replace(self, **changes)
+        given = {"strength": strength, "scope": scope, "unit": unit, "fade": fade, "when": when, "hold": hold}
+        return replace(self, **changes_of(self, **given))
 
     def with_held_out(self, figures: Mapping[str, Any]) -> SteeringVector:
         """The same vector with figures measured on items it was not fitted on.
@@ -272,82 +325,6 @@ class SteeringVector:
             site: one of `sites`.
         """
         return self.spreads.get(site, self.norms.get(site))
-
-    @cached_property
-    def digest(self) -> str:
-        """What identifies the stored vector: the sha256 of its file with 64 zeros in the digest's place."""
-        return hashlib.sha256(self._unsigned()).hexdigest()
-
-    def to_bytes(self) -> bytes:
-        """The file's content; the same vector gives the same bytes.
-
-        Raises:
-            VectorFileError: text that is no Unicode, or more metadata than a header may hold.
-        """
-        return signed(self._unsigned())
-
-    def _unsigned(self) -> bytes:
-        metadata = {"format": str(FORMAT), "layer_counting": LAYER_COUNTING, "digest": BLANK_DIGEST}
-        for name, codec in CODECS.items():
-            value = getattr(self, name)
-            if name in REQUIRED or name == "settings" or (value is not None and value != _EMPTY):
-                metadata[name] = codec.encode(value)
-        assert isinstance(self.tensors, Tensors)
-        return lay_out(metadata, self.tensors.stored)
-
-    @classmethod
-    def from_bytes(cls, data: bytes, source: str = "vector") -> SteeringVector:
-        """Read a file's content. Nothing in it is executed.
-
-        Args:
-            data: the bytes.
-            source: what to call them in messages.
-
-        Raises:
-            VectorFileError: anything about the bytes is not as `to_bytes` left it, or they are of a newer format.
-        """
-        try:
-            metadata = metadata_of(data)
-            check_readable(metadata)
-            check_digest(data, metadata["digest"])
-            values = {name: decoded(name, metadata[name]) for name in CODECS if name in metadata}
-            # An older file without a version must not get the present one.
-            values.setdefault("steerkit_version", None)
-            return cls(tensors=Tensors.of_file(data), **values)
-        except (SteerError, SafetensorError) as error:
-            raise VectorFileError(f"{source}: {error}") from None
-
-    def save(self, path: str | Path) -> Path:
-        """Write the file, whole or not at all; folders on the way are made.
-
-        Args:
-            path: where; a file there is replaced only when the new one is complete on the disk.
-
-        Returns:
-            The path.
-
-        Raises:
-            VectorFileError: it cannot be written there, or the vector cannot be stored.
-        """
-        path = Path(path)
-        write_vector_file(path, self.to_bytes())
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> SteeringVector:
-        """Read a vector file, or one of the shipped vectors by its name.
-
-        Args:
-            path: a file that `save` wrote, or a name of `steerkit.shipped_vectors()`, such as ``"optimism-caa"``; a
-                file of that name comes first.
-
-        Raises:
-            VectorFileError: there is no such file, or it is not exactly what `save` wrote.
-            UnknownNameError: a name without an ending that nothing shipped answers to.
-        """
-        path = vector_path(str(path))
-        data = read_vector_file(path)
-        return cls.from_bytes(data, source=str(path))
 
     def check(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Refuse a model that this vector cannot steer; warn of one it was not fitted on.

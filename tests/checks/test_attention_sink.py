@@ -113,7 +113,9 @@ def test_the_doctor_looks_at_what_it_is_given() -> None:
         found = {one.check: one for one in doctor(model, TOKENIZER, data=data, vector=vector, strength=1.0)}
         with pytest.raises(VectorMismatchError):
             doctor(model, TOKENIZER, vector=replace(vector, num_layers=7))
+        (again,) = doctor(model, TOKENIZER, vector=[vector.at(1.0), vector.at(-1.0)])
     assert found["sink"].passed
+    assert again.passed
     assert found["pairs"] == ("pairs", True, "pairs 2 of 3 looked at: both answers are nearly one thing to the model")
     unpaired = ContrastSet.from_prompts(["a", "b"], ["c", "d"])
     assert pairs(Case(model, TOKENIZER, False, find_decoder(model), unpaired)).startswith("not looked at: item 0")

@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import steerkit
+from steerkit.cli.monitor import score
 from steerkit.cli.monitor.items import items_of
 from steerkit.evaluate.intervals import correlation, separability
 from steerkit.monitor.monitor import Monitor
@@ -115,6 +117,25 @@ def test_summary_in_json(answer: Callable[..., Any], monitor: Callable[..., Moni
     assert baseline["items"][0]["projection"] == pytest.approx(baseline["items"][1]["projection"], abs=1e-5)
 
 
+def test_a_line_is_answered_before_the_next_is_there(
+    cli: Cli, monitor: Callable[..., Monitor], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = [threading.Event() for _ in range(3)]
+    told = iter(answered)
+    say = score.print_item
+    monkeypatch.setattr(score, "print_item", lambda row: (say(row), next(told).set()))
+
+    def lines() -> Iterator[str]:
+        for number, event in enumerate(answered):
+            yield json.dumps({"prompt": f"Why {number}?", "id": number})
+            assert event.wait(60)
+
+    monkeypatch.setattr("sys.stdin", lines())
+    ended = cli("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny)
+    assert [json.loads(line)["id"] for line in ended.out.splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.slow  # a process of its own
 def test_a_stream_is_answered_line_by_line(monitor: Callable[..., Monitor], tiny: Path) -> None:
     words = ("monitor", "--data", "-", "--vector", "v.safetensors", "--model", tiny)
     process = start(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -34,6 +34,8 @@ WORDS: dict[str, tuple[object, ...]] = {
     "report": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--max-new-tokens", 4, *FEW),
     "bake": ("--vector", "v.safetensors", "--scope", "all", "--untie", "--out", "baked"),
     "export": ("--to", "peft", "--vector", "v.safetensors", "--scope", "all"),
+    "chat": ("--compare", "--max-new-tokens", 2),
+    "serve": ("--check", "--port", 0),
     "lm-eval": ("--tasks", "steerkit_choice", "--include-path", TASKS, "--limit", 2),
     "persona draft": ("merry", "--description", "It laughs."),
     "persona extract": ("glad.toml", "--max-new-tokens", 6, "--margin", "-1000", "--layers", "1-2", *LOOSE),

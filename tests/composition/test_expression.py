@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 import steerkit
 from steerkit.composition import Composition, Term
 from steerkit.errors import CompositionError, SteerError
+from steerkit.maths.predicates import P, Predicate
 from steerkit.tokens.fade import SHAPES, Fade
+from steerkit.vector.hold import Hold
+from steerkit.vector.when import Comparison, When
 from tests.docs.pages import ROOT
 
 SCHEMA = json.loads((ROOT / "steerkit/composition/schema.json").read_text("utf-8"))
@@ -42,11 +45,42 @@ FADES = st.builds(
 )
 
 
+NUMBERS = st.floats(-9, 9) | st.sampled_from([0, 1.5, -2, 1e-9, -3e38])
+
+
+@st.composite
+def comparisons(draw: Any, per_token: bool) -> Predicate:
+    value, above = draw(NUMBERS), draw(st.booleans())
+    off = value + (-1 if above else 1) * draw(st.floats(0.5, 3)) if per_token and abs(value) < 9 else None
+    return P(str(Comparison(draw(NAMES), value, above, draw(st.none() | st.just(off)))))
+
+
+@st.composite
+def whens(draw: Any) -> When:
+    per_token = draw(st.booleans())
+
+    def joined(parts: Any) -> Any:
+        both = st.tuples(st.sampled_from(["and", "or"]), parts, parts)
+        return both.map(lambda one: Predicate(one[0], one[1:])) | parts.map(lambda one: ~one)
+
+    return When(draw(st.recursive(comparisons(per_token), joined, max_leaves=5)), per_token)
+
+
+HOLDS = st.builds(
+    lambda reading, at, low, more: Hold(reading, at, (low, low + more)),
+    NAMES,
+    NUMBERS,
+    st.floats(-9, 9),
+    st.floats(0.001, 9),
+)
+
+
 @st.composite
 def terms(draw: Any) -> Term:
     window = draw(st.none() | WINDOWS)
     scopes = ["response", "generated"] + ([] if window else ["all", "answer", "first(4)", "response(3)", "after(0)"])
-    strength = draw(st.none() | STRENGTHS)
+    hold = draw(st.none() | HOLDS)
+    strength = draw(st.none() | STRENGTHS) if hold is None else None
     return Term(
         draw(NAMES),
         strength=strength,
@@ -54,8 +88,10 @@ def terms(draw: Any) -> Term:
         scope=draw(st.none() | st.sampled_from(scopes)),
         window=window,
         without=draw(st.none() | NAMES),
-        minus=strength is None and draw(st.booleans()),
-        fade=draw(st.none() | FADES),
+        minus=strength is None and hold is None and draw(st.booleans()),
+        fade=draw(st.none() | FADES) if hold is None else None,
+        when=draw(st.none() | whens()),
+        hold=hold,
     )
 
 
@@ -77,12 +113,31 @@ def test_text_object_json_object_text(drawn: tuple[Term, ...]) -> None:
 LETTERS = "aZ09_./-~@[]:*+()\"'\\, é\u00df\u4e2d\U0001f600"
 
 
+def random_rule(draw: random.Random, names: list[str], per_token: bool, depth: int = 3) -> Predicate:
+    kind = draw.choice(["name", "name", "and", "or", "not"]) if depth else "name"
+    if kind == "name":
+        value, above = draw.choice([1.5, -2.0, draw.uniform(-3, 3), 1e-9]), draw.random() < 0.5
+        off = value - 1 if above else value + 0.25
+        return P(str(Comparison(draw.choice(names), value, above, off if per_token and draw.random() < 0.5 else None)))
+    parts = [random_rule(draw, names, per_token, depth - 1) for _ in range(1 if kind == "not" else 2)]
+    return Predicate(kind, tuple(parts))
+
+
+def random_when(draw: random.Random, names: list[str]) -> When:
+    per_token = draw.random() < 0.5
+    return When(random_rule(draw, names, per_token), per_token)
+
+
 def random_term(draw: random.Random) -> Term:
     strength = draw.choice([None, draw.uniform(-3, 3), float(draw.randint(-3, 3)), draw.random() ** 99, -7])
     start = draw.choice([0, draw.randrange(10**6)])
     window = draw.choice([None, (start, None), (start, start + draw.randint(1, 99))])
     names = ["optimism-caa", "two words", "./x.safetensors", "".join(draw.choices(LETTERS, k=draw.randint(1, 9))) + "x"]
     scopes = [None, "response", "generated"] + ([] if window else ["all", "first(4)", "response(2:5)"])
+    if draw.random() < 0.2:
+        low = draw.uniform(-3, 3)
+        hold = Hold(draw.choice(names), draw.uniform(-3, 3), (low, low + draw.choice([1, 0.1, 1e-3])))
+        return Term(draw.choice(names), scope=draw.choice(scopes), window=window, hold=hold)
     return Term(
         draw.choice(names),
         strength=strength,
@@ -92,6 +147,7 @@ def random_term(draw: random.Random) -> Term:
         without=draw.choice([None, *names]),
         minus=strength is None and draw.random() < 0.5,
         fade=draw.choice([None, Fade(draw.choice(SHAPES), draw.randint(1, 99), draw.choice([0, 0.5, -1e-9]))]),
+        when=draw.choice([None, random_when(draw, names)]),
     )
 
 
@@ -113,7 +169,8 @@ def test_the_schema_says_what_from_json_says() -> None:
         data = random_composition(draw).as_json()
         CHECKER.validate(data)
         entry = draw.choice([data, *data["terms"]])
-        key = draw.choice([*entry, "terms", "fade", "strength", "minus", "window", "nonsense", "unit", "vector"])
+        inner = ["when", "when", "hold", "fade", "strength", "minus", "window", "unit", "vector", "terms", "nonsense"]
+        key = draw.choice([*entry, *inner])
         value = draw.choice(
             [
                 None,
@@ -127,6 +184,14 @@ def test_the_schema_says_what_from_json_says() -> None:
                 [2, None],
                 {"shape": "linear", "over": 2},
                 {"over": 2},
+                {"rule": {"reading": "a", "above": 1}, "per_token": True},
+                {"rule": {"reading": "a", "above": 1, "below": 2}},
+                {"rule": {"reading": "a", "below": "1"}},
+                {"rule": {"all": [{"reading": "a", "below": 1}]}},
+                {"rule": {"any": [{"not": {"reading": "a", "below": 1}}, {"reading": "b", "above": 0}]}},
+                {"rule": {"reading": "a", "above": 1}, "per_token": 1},
+                {"reading": "a", "at": 1, "within": [0, 3]},
+                {"reading": "a", "at": 1, "within": [0]},
                 "norm",
                 -1,
                 "response",
@@ -141,8 +206,8 @@ def test_the_schema_says_what_from_json_says() -> None:
         except CompositionError as error:
             refused += 1
             assert "\n" not in str(error)
-            # A schema cannot say what a scope is, which scopes have windows, and that a window ends late enough.
-            if not any(word in str(error) for word in ("scope", "window")):
+            # A schema cannot say what a scope is, which scopes have windows, and on which side a number lies.
+            if not any(word in str(error) for word in ("scope", "window", "off ", "per token")):
                 assert not CHECKER.is_valid(data), data
         else:
             lenient = any(term.get(name, 0) is None for term in data["terms"] for name in term)
@@ -169,6 +234,13 @@ def test_the_schema_in_the_docs_is_that_of_the_package() -> None:
         ("fade*2 - fade fade(linear over 4 to 1)", "fade*2 - fade fade(linear over 4 to 1)"),
         ("a@response( 2 : 5 )", "a@response(2:5)"),
         ("a@response(0:3)", "a@response(3)"),
+        ("a when( refusal-caa>1.50 )*2", "a*2 when(refusal-caa > 1.5)"),
+        ("a when(b<-1 off 0 per  token) - when*2", "a when(b < -1 off 0 per token) - when*2"),
+        ("a when(((b > 1) & c > 2) | ~d > 3)", "a when(b > 1 & c > 2 | ~(d > 3))"),
+        ("a when(b > 1 & (c > 2 | d > 3))", "a when(b > 1 & (c > 2 | d > 3))"),
+        ('a when("b c" > 1e3)', 'a when("b c" > 1000)'),
+        ("a when(b > 1) hold( a at 2.0 within 0 to 3 )", "a hold(a at 2 within 0 to 3) when(b > 1)"),
+        ("hold hold(at  at 1 within -1 to +1)", "hold hold(at at 1 within -1 to 1)"),
     ],
 )
 def test_what_is_read_is_printed_in_one_way(loose: str, tidy: str) -> None:
@@ -192,7 +264,31 @@ def test_what_is_read_is_printed_in_one_way(loose: str, tidy: str) -> None:
         ("a[1:9999999999]", 3, "window"),
         ("1.5*a", 1, "behind the vector, as in optimism-caa*1.5"),
         ("a b", 3, "got 'b'"),
-        ("a when(p > 0)", 3, "got 'when'"),
+        ("a when p > 0", 3, "got 'when'"),
+        ("a when()", 8, "got ')' where the name of a vector"),
+        ("a when(p)", 9, "got ')' where > or < stands"),
+        ("a when(p = 1)", 10, "got '=' where > or <"),
+        ("a when(p >= 1)", 10, "got '>' where > or <"),
+        ("a when(p > x)", 12, "got 'x' where a number stands"),
+        ("a when(p > 1e99)", 12, "finite"),
+        ("a when(p > 1 off 2 per token)", 12, "off 2 is not below 1"),
+        ("a when(p < 1 off 0 per token)", 12, "off 0 is not above 1"),
+        ("a when(p > 1 off 0)", 8, "write per token"),
+        ("a when(p > 1 of 0)", 14, "got 'of'"),
+        ("a when(p > 1 per toke)", 14, "got 'per'"),
+        ("a when(p > 1", 13, "got 'the end'"),
+        ("a when(p > 1 & )", 16, "got ')' where the name"),
+        ("a when((p > 1 | q > 2)", 23, "got 'the end'"),
+        ("a when(" + "(" * 17 + "p > 1", 24, "deeper than 16"),
+        ("a when(" + "p > 1 & " * 17 + "p > 1)", 136, "more than 16 comparisons"),
+        ("a when(p > 1) when(p > 1)", 15, "a second when"),
+        ("a hold(a at 2)", 14, "got ')' where within 0 to 3"),
+        ("a hold(a within 0 to 3)", 10, "got 'within' where at 2"),
+        ("a hold(a at 2 within 3 to 0)", 8, "within 3 to 0 ends before it begins"),
+        ("a hold(a at 2 within 0 to 3 5)", 29, "got '5' where ) closes"),
+        ("a*2 hold(a at 2 within 0 to 3)", 5, "hold finds the strength itself"),
+        ("a hold(a at 2 within 0 to 3)*2", 29, "hold finds the strength itself"),
+        ("a - b hold(a at 2 within 0 to 3)", 5, "hold finds the strength itself"),
         ("a*1*2", 4, "a second strength"),
         ("a~b~c", 4, "a second ~other"),
         ("a*1e99", 2, "finite"),
@@ -241,6 +337,7 @@ def test_hostile_text_gives_one_line() -> None:
         "\0",
         "\ud800",
     ]
+    pieces += ["when(", "hold(", " > ", " < 1", "&", "|", " off ", " per token", " at ", " within 0 to "]
     pieces += ["\u202e", "norm", "first(", "9" * 400, "response", "\U0001f600", "٣", "{}", "%s", "'"]
     texts = ["".join(draw.choices(pieces, k=draw.randint(0, 12))) for _ in range(2000)]
     texts += [

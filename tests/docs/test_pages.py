@@ -29,7 +29,8 @@ RUN = [
     if any(one.language in ("python", "console", "bash") for one in blocks(page.read_text("utf-8")))
 ]
 SLOW = [page for page in RUN if any(one.is_slow for one in blocks(page.read_text("utf-8")))]
-LONG = {  # more than ten seconds each; README, AGENTS and the page on own data are run every time
+LONG = {  # more than ten seconds each; README and the page on own data are run every time
+    "AGENTS.md",
     "docs/how-to/choose-a-strength.md",
     "docs/how-to/measure.md",
     "docs/how-to/prevent-drift.md",
@@ -153,7 +154,7 @@ def check_command(words: list[str], where: str) -> None:
         for named in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
             assert set(named.split(",")) <= set(extras), f"{where}: no extra {named}"
     else:
-        assert program in ("git", "cd", "llama-cli"), f"{where}: what is {program!r}?"
+        assert program in ("git", "cd", "curl", "llama-cli"), f"{where}: what is {program!r}?"
 
 
 @pytest.mark.parametrize("page", ids(WITH_CODE))

@@ -20,7 +20,9 @@ from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.trial import Trial
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.vector.hold import Hold
 from steerkit.vector.steering_vector import SteeringVector
+from steerkit.vector.when import When
 from tests.families import build
 from tests.gated import gated_vector
 from tests.modes import vector_for
@@ -184,7 +186,10 @@ def test_who_runs_alone() -> None:
         [(vector, 1.0), (vector, 2.0), (elsewhere, 1.0), (gated, 1.0), ([vector, elsewhere], 1.0)]
     )
     (rows,) = setup.trials([(by_row, None)])
+    ruled = vector.at(when=When.parse("it > 0").bound(lambda _: elsewhere))
+    held = vector.at(hold=Hold.parse("it at 1 within 0 to 2").bound(lambda _: vector))
+    read = setup.trials([(ruled, 1.0), (held, None), (vector, 1.0)])[:2]
     assert companions(one, same_sites=True) == [one, other]
     assert companions(one, same_sites=False) == [one, other, far]
-    for single in (gate, two, rows):
+    for single in (gate, two, rows, *read):
         assert companions(single, same_sites=False) == [single]

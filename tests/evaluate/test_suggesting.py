@@ -9,9 +9,9 @@ import torch
 
 import steerkit
 from steerkit.errors import StrengthError
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evaluate.suggesting import LIMIT_KL, MAX_KL, can_be_suggested, suggest_strength, with_suggestion
 from steerkit.network.sites import Site
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import render
 from steerkit.steering.strengths import _WARNED
 from steerkit.vector.description import strength_source

@@ -6,12 +6,12 @@ import json
 from collections import Counter
 
 from steerkit._support.shipped import recipes, traits
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.evidence.behaviours import asked_of, behaviours
 from steerkit.evidence.questions import Question, measured_on, open_questions, requests
 from steerkit.persona.traits import TraitSpec
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.likeness import asked_by
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.recipe.recipe import Recipe
 
 

@@ -17,7 +17,6 @@ import steerkit
 from steerkit.activations.recording import record_ids
 from steerkit.errors import DataError, ModelError, ScopeError, SiteError, VectorMismatchError
 from steerkit.evaluate.intervals import NotScored, correlation, separability
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.methods._registry import method_of
 from steerkit.monitor.difference import own_answers, projection_difference
 from steerkit.monitor.items import conversation_of
@@ -27,6 +26,7 @@ from steerkit.monitor.watched import Watched
 from steerkit.monitor.watched_call import Step
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import build
@@ -112,7 +112,7 @@ def test_the_scale_is_that_of_neutral_texts() -> None:
 
 
 def test_the_scale_is_that_of_the_baseline_model_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from steerkit.monitor import monitor as monitoring
+    from steerkit.steering import readings
 
     model = build("llama")
     vector = vector_at(model)
@@ -127,9 +127,7 @@ def test_the_scale_is_that_of_the_baseline_model_and_read_once(monkeypatch: pyte
     moved = 2.0 * float(vector.params(Site(1))["direction"].norm()) / float(plain.scale("prompt_last").deviation[0])
     torch.testing.assert_close(steered - plain.score(PROMPTS), torch.full((3,), moved), rtol=1e-3, atol=1e-3)
     calls = []
-    monkeypatch.setattr(
-        monitoring, "record", lambda *args, **kwargs: calls.append(1) or steerkit.record(*args, **kwargs)
-    )
+    monkeypatch.setattr(readings, "record", lambda *args, **kwargs: calls.append(1) or steerkit.record(*args, **kwargs))
     plain.score(PROMPTS)
     assert len(calls) == 1
 

@@ -549,12 +549,12 @@ def test_an_answer_stands_behind_the_header_of_its_channel(model: Any) -> None:
 
 
 def test_generated_text_keeps_its_channels() -> None:
-    from steerkit.generation import _decoded
+    from steerkit.generation import AnswerText
 
     tokenizer = harmony()
     ids = torch.tensor([tokenizer(f"{REPLY}<|return|></s>", add_special_tokens=False)["input_ids"]])
-    assert spoken(_decoded(tokenizer, ids)[0]) == "Hello."
-    assert "<|message|>" not in _decoded(byte_tokenizer(), ids[:, -1:])[0]
+    assert spoken(AnswerText(tokenizer)(ids[0].tolist())) == "Hello."
+    assert "<|message|>" not in AnswerText(byte_tokenizer())(ids[0, -1:].tolist())
 
 
 def test_thinking_without_tokens_of_its_own() -> None:

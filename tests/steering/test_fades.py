@@ -195,7 +195,7 @@ def test_changed_strength_and_strength_that_rises_from_nothing() -> None:
 def test_what_cannot_fade_is_refused() -> None:
     model = model_of()
     fading = scheduled(model, "linear everywhere")
-    with pytest.raises(StrengthError, match="fades"), steerkit.edited(model, fading):
+    with pytest.raises(StrengthError, match=r"fade\(linear"), steerkit.edited(model, fading):
         pass
     with steerkit.steer(model, fading), pytest.raises(ScopeError, match="a fade counts generated tokens, and this"):
         model(torch.tensor([LONG]))

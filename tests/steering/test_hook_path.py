@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import steerkit
+from steerkit.composition import Composition
 from steerkit.methods._addition import MeanDifference
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Gated
@@ -31,6 +32,7 @@ from tests.families import BLOCKS, build
 from tests.gated import gated_vector
 from tests.methods.test_every_method import data_for
 from tests.plugged import register
+from tests.steering.test_when import HOLD, KINDS, RULES, known
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 PACKAGE = str(Path(steerkit.__file__).parent)
@@ -109,6 +111,16 @@ def test_no_step_looks_at_a_tensor(looks: Looks, name: str) -> None:
             looks.forbidden = not once
             answer([modes.LONG, modes.SHORT], 3, looks.forbid)
             looks.forbidden = False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_looks_at_a_reading(looks: Looks, kind: str) -> None:
+    """Nor does the prompt's pass, but where the prompt decides."""
+    line = HOLD if kind == "hold" else RULES[kind][0]
+    with steerkit.steer(model_of(), Composition.parse(line).vectors(known())):
+        looks.forbidden = not kind.startswith("prompt")
+        answer([modes.LONG, modes.SHORT], 4, looks.forbid)
+        looks.forbidden = False
 
 
 @dataclass(frozen=True)

@@ -256,6 +256,7 @@ CHANGED: dict[str, Any] = {
     "seed": 8,
     "paper": "other",
     "held_out": {"items": 9},
+    "neutral": {"prompt_last": {"joint": 1.0, "sites": {"resid_post.1": {"mean": 0.5, "deviation": 2.0}}}},
     "steerkit_version": "0.1.1",
     "recipe": "format = 1",
     "extra": {"weights": "8" * 64},
@@ -272,7 +273,7 @@ def test_every_stored_field_is_part_of_the_identity(name: str) -> None:
 
 
 def test_every_field_is_stored_or_said_not_to_be() -> None:
-    not_stored = {"strength", "fade", "rows", "own_scope", "own_unit"}
+    not_stored = {"strength", "fade", "when", "hold", "rows", "own_scope", "own_unit"}
     assert {entry.name for entry in fields(SteeringVector)} == CHANGED.keys() | not_stored | {"hidden_size", "widths"}
     changed = full(hidden_size=6, widths={POST: 4})
     assert_same(SteeringVector.from_bytes(changed.to_bytes()), changed)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from steerkit.checks.doctor.case import Case
 from steerkit.errors import ModelError
-from steerkit.evaluate.neutral import neutral_texts
 from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.tokens.transformers_facts import eager_attention

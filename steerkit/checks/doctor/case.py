@@ -47,7 +47,7 @@ class Case:
         compiled: compile for real, with the default backend.
         decoder: the text decoder inside.
         data: items whose texts are read; None takes plain sentences.
-        given: a vector of the user's, for the checks that ask about one.
+        given: a vector of the user's or several, for the checks that ask about one.
         strength: at which it is applied; None takes its own.
     """
 
@@ -56,7 +56,7 @@ class Case:
     compiled: bool
     decoder: Decoder
     data: ContrastSet | None = None
-    given: SteeringVector | None = None
+    given: SteeringVector | Sequence[SteeringVector] | None = None
     strength: float | None = None
     passes: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     """Plain passes that several checks compare with."""

@@ -10,7 +10,7 @@ judged beside the unsteered one, so that no model is called broken for its arith
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ from steerkit.checks.fitted_method import Finding
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.steering.strengths import vectors_of
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["CHECKS", "checks_of", "doctor"]
@@ -35,7 +36,7 @@ def doctor(
     tokenizer: Any,
     *,
     data: ContrastSet | None = None,
-    vector: SteeringVector | None = None,
+    vector: SteeringVector | Sequence[SteeringVector] | None = None,
     strength: float | None = None,
     compiled: bool = False,
     step: Callable[[], None] = lambda: None,
@@ -47,7 +48,7 @@ def doctor(
         tokenizer: its tokenizer.
         data: items, of which a short and a longer one are the texts that the checks read; None takes plain sentences.
             Of pairs of answers it is told which are nearly one thing to the model.
-        vector: one of yours: does it break the attention sink? None leaves that out.
+        vector: one of yours, or several: do they break the attention sink? None leaves that out.
         strength: at which it is applied; None takes its own, else the suggested one.
         compiled: let `compile` generate code with the default backend, which takes a minute or more.
         step: called after each check, for a progress bar.
@@ -64,8 +65,8 @@ def doctor(
     plain = getattr(model, "_orig_mod", model)
     called = plain if hasattr(plain, "generate") else inner_model(model)
     case = Case(called, tokenizer, compiled, decoder, data, vector, strength)
-    if vector is not None:
-        vector.check(called, tokenizer)
+    for one in () if vector is None else vectors_of(vector):
+        one.check(called, tokenizer)
     findings = []
     with evaluation_mode(decoder.model):
         for check in checks_of(data, vector):
@@ -74,12 +75,12 @@ def doctor(
     return findings
 
 
-def checks_of(data: ContrastSet | None, vector: SteeringVector | None) -> tuple[Callable[[Case], str], ...]:
+def checks_of(data: ContrastSet | None, vector: Any) -> tuple[Callable[[Case], str], ...]:
     """The checks that `doctor` runs: those of any model, and those of what it was given besides.
 
     Args:
         data: items of the user's.
-        vector: a vector of the user's.
+        vector: a vector of the user's, or several; None for none.
     """
     asked = {sink: vector is not None, pairs: data is not None}
     return (*CHECKS, *(check for check, is_asked in asked.items() if is_asked))

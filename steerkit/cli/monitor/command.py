@@ -70,7 +70,7 @@ NoThinkingOption = Annotated[
 @loads_model
 def run(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to read.")] = None,
-    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file, or a shipped vector's name.")] = "",
+    vector: Annotated[str, typer.Option(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")] = "",
     data: DataOption = None,
     columns: ColumnsOption = None,
     read: ReadOption = None,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from steerkit.errors import VectorFileError
 from steerkit.vector.foreign.kinds import Kind
 
-__all__ = ["Directions", "as_direction"]
+__all__ = ["Directions", "as_direction", "by_name", "layer_number"]
+
+_MOST_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,49 @@ def as_direction(name: str, value: Any) -> Tensor:
     Raises:
         VectorFileError: they are no numbers, or there are none, or not all are finite.
     """
+    name = name[:80]
+    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+        raise VectorFileError(f"{name}: holds {value.dtype}; a direction consists of real numbers")
+    if isinstance(value, numpy.ndarray):
+        with numpy.errstate(all="ignore"):  # what is no finite number is seen right after
+            value = value.astype(numpy.float64)
     try:
         found = torch.as_tensor(value, dtype=torch.float32).clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise VectorFileError(f"{name}: holds no numbers ({error})") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise VectorFileError(f"{name}: holds no numbers ({str(error)[:200]})") from None
     if not found.numel() or not bool(torch.isfinite(found).all()):
         raise VectorFileError(f"{name}: holds no numbers, or some that are not finite")
     return found
+
+
+def layer_number(text: str) -> int | None:
+    """The number of a block as a file writes it; None where it is none that a model could have.
+
+    Args:
+        text: digits.
+    """
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS else None
+
+
+def by_name(kind: Kind, found: Mapping[str, Any], tensor: str | None = None) -> Directions:
+    """Tensors by name; those whose names hold one number each, all different, belong to these layers.
+
+    Args:
+        kind: of the file that they are from.
+        found: name to an array or a tensor, of any shape.
+        tensor: the name of the one that is meant; None takes what there is.
+
+    Raises:
+        VectorFileError: there is no such tensor, or one holds no numbers.
+    """
+    if tensor is not None:
+        if tensor not in found:
+            raise VectorFileError(f"no tensor {tensor!r}; there are {', '.join(sorted(found)[:12]) or 'none'}")
+        return Directions(kind, {}, {tensor: as_direction(tensor, found[tensor])})
+    kept = {name: as_direction(name, value) for name, value in sorted(found.items())}
+    numbers = {name: re.findall(r"[0-9]+", name) for name in kept}
+    layers = {name: layer_number(given[0]) for name, given in numbers.items() if len(given) == 1}
+    placed = {layer: kept[name].reshape(-1) for name, layer in layers.items() if layer is not None}
+    if len(found) > 1 and len(placed) == len(found) and all(value.squeeze().dim() == 1 for value in kept.values()):
+        return Directions(kind, dict(sorted(placed.items())), {})
+    return Directions(kind, {}, kept)

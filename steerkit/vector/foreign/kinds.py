@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes whatever its name says; pickles are recognised and never opened."""
+"""What a file is, told by its first bytes whatever its name says; nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ class Kind(Enum):
 
     SAFETENSORS = "a safetensors file"
     GGUF = "a GGUF file"
-    SVEC = "a .svec file of activation-steering"
+    SVEC = "a .svec file of activation-steering or AISteer360"
     NPY = "a NumPy array (.npy)"
     NPZ = "several NumPy arrays (.npz)"
-    PICKLE = "a pickle or a zip of one (.pt, .pkl, .bin)"
+    TORCH = "a file of torch.save (.pt)"
+    PICKLE = "a pickle (.pkl, .bin)"
     ZIP = "a zip file"
     JSON = "JSON text"
 
     @property
     def can_be_imported(self) -> bool:
         """Whether `steerkit import` reads it."""
-        return self in (Kind.SAFETENSORS, Kind.GGUF, Kind.SVEC, Kind.NPY)
+        return self in (Kind.SAFETENSORS, Kind.GGUF, Kind.SVEC, Kind.NPY, Kind.TORCH)
 
 
 def kind_of(data: bytes) -> Kind | None:
@@ -51,10 +52,10 @@ def kind_of(data: bytes) -> Kind | None:
 def _of_zip(data: bytes) -> Kind:
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return Kind.PICKLE  # cut short: what torch.save writes is the commonest by far
+    except Exception:  # noqa: BLE001 - the library checks little, so damage ends in any error
+        return Kind.TORCH  # cut short: what torch.save writes is the commonest by far
     if any(name.endswith(".pkl") for name in names):
-        return Kind.PICKLE
+        return Kind.TORCH
     return Kind.NPZ if names and all(name.endswith(".npy") for name in names) else Kind.ZIP
 
 

@@ -1,8 +1,9 @@
-"""`.svec`, the JSON of activation-steering (conditional activation steering): a direction for each layer.
+"""`.svec`, the JSON of activation-steering (conditional activation steering) and of AISteer360: a direction by layer.
 
-Its number N names the block whose output the direction was read at, blocks counted from 0, which is `resid_post.N`.
-That library adds it one place earlier, to what block N reads; here it is added where it was read. What it says of
-explained variance is left out.
+The number N of a layer names the block whose output the direction was read at, blocks counted from 0, which is
+`resid_post.N`. activation-steering writes lists of d numbers, and adds them one place earlier, to what block N reads;
+here they are added where they were read. AISteer360 writes [1, d] and adds at the block's output. What it writes for
+one token after another, [t, d], has no place in a plain addition. What both say of explained variance is left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from torch import Tensor
 
 from steerkit.errors import VectorFileError
-from steerkit.vector.foreign.directions import Directions, as_direction
+from steerkit.vector.foreign.directions import Directions, as_direction, layer_number
 from steerkit.vector.foreign.kinds import Kind
 
 __all__ = ["read_svec"]
@@ -25,15 +26,26 @@ def read_svec(data: bytes) -> Directions:
         data: the file, which `kind_of` has recognised.
 
     Raises:
-        VectorFileError: a layer is no number, or its direction no list of numbers.
+        VectorFileError: a layer is no number, or its direction no list of numbers, or one for each of several tokens.
     """
     content = json.loads(data)
     by_layer: dict[int, Tensor] = {}
-    for layer, value in content["directions"].items():
-        if not layer.isdecimal():
-            raise VectorFileError(f"directions: {layer[:80]!r} is no layer; they are numbers from 0")
-        by_layer[int(layer)] = as_direction(f"directions, {layer}", value)
+    is_nested = False
+    for name, value in content["directions"].items():
+        layer = layer_number(name)
+        if layer is None:
+            raise VectorFileError(f"directions: {name[:80]!r} is no layer; they are numbers from 0")
+        direction = as_direction(f"directions, {layer}", value)
+        is_nested |= direction.dim() > 1
+        if direction.dim() > 2 or (direction.dim() == 2 and len(direction) > 1):
+            raise VectorFileError(
+                f"directions, {layer}: shape {list(direction.shape)}, one direction for each of several tokens; a "
+                "plain addition has one, so import a file of one"
+            )
+        by_layer[layer] = direction.reshape(-1)
     if not by_layer:
         raise VectorFileError("a .svec file without a direction; get it anew")
     named = content.get("model_type")
-    return Directions(Kind.SVEC, dict(sorted(by_layer.items())), {}, named if isinstance(named, str) else None, "all")
+    family = named[:80] if isinstance(named, str) else None
+    # AISteer360 leaves the tokens to whoever applies the file; activation-steering adds at all of them.
+    return Directions(Kind.SVEC, dict(sorted(by_layer.items())), {}, family, None if is_nested else "all")
