@@ -32,22 +32,23 @@ def write_vector_file(path: Path, data: bytes) -> None:
         raise VectorFileError(f"{path}: cannot be written ({reason}); choose another folder") from None
 
 
-def read_vector_file(path: Path) -> bytes:
+def read_vector_file(path: Path, wanted: str = "a .safetensors file that steerkit saved") -> bytes:
     """Read a file that may be a vector.
 
     Args:
         path: a regular file.
+        wanted: what it should be, for messages.
 
     Raises:
         VectorFileError: there is no such file, it is too large, or it cannot be read.
     """
     try:
         if path.is_dir():
-            raise VectorFileError(f"{path}: is a folder; give a .safetensors file")
+            raise VectorFileError(f"{path}: is a folder; give {wanted}")
         if not path.exists():
-            raise VectorFileError(f"{path}: no such file; give a .safetensors file that steerkit saved")
+            raise VectorFileError(f"{path}: no such file; give {wanted}")
         if not path.is_file():
-            raise VectorFileError(f"{path}: is no regular file; give a .safetensors file")
+            raise VectorFileError(f"{path}: is no regular file; give {wanted}")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise VectorFileError(f"{path}: {size} bytes are too many for a vector (at most {MAX_FILE_BYTES})")

@@ -39,7 +39,7 @@ def read_foreign(path: str | Path, *, tensor: str | None = None) -> Directions:
         VectorFileError: there is no such file, it is of no such kind (pickles are never read), or damaged.
     """
     path = Path(path)
-    data = read_vector_file(path)
+    data = read_vector_file(path, "a vector file of another program")
     kind = kind_of(data)
     named = {Kind.SAFETENSORS: read_tensors, Kind.TORCH: read_torch}
     others = {Kind.GGUF: read_gguf_vector, Kind.SVEC: read_svec, Kind.NPY: read_npy}
