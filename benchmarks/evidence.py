@@ -19,6 +19,12 @@ from steerkit.report.plots.confusion import plot_confusion
 
 VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M, a base model"}
+NOTES = {
+    "gemma3-270m": "No vectors ship for this model: the recipes were fitted on it as they are, blocks scaled by depth, at "
+    "the quick strength that `extract` measures (KL about 0.15), not calibrated. `optimism-steer2edit` has its method's "
+    "own strength 1 instead, which breaks the text here. The model has no chat template and was never taught to answer, so "
+    "a system prompt is text before the question; traits were left out."
+}
 
 
 def span(found: Mapping[str, float], form: str = ".2f") -> str:
@@ -116,8 +122,9 @@ def tally(vectors: Mapping[str, Any]) -> str:
     wins = [one["against prompting"]["wins"] for one in vectors.values()]
     words = {"shows": "show", "weak": "are weak", "nothing": "show nothing", "cannot be told": "cannot be told"}
     parts = [f"{said.count(one)} {told}" for one, told in words.items() if one in said]
-    beside = [f"{one} wins {wins.count(one)} times" for one in ("steering", "prompting") if one in wins]
-    beside += [f"{wins.count('cannot be told')} times it cannot be told"] if "cannot be told" in wins else []
+    often = {one: "once" if wins.count(one) == 1 else f"{wins.count(one)} times" for one in wins}
+    beside = [f"{one} wins {often[one]}" for one in ("steering", "prompting") if one in wins]
+    beside += [f"{often['cannot be told']} it cannot be told"] if "cannot be told" in wins else []
     return f"Of {len(said)} vectors {', '.join(parts)}. Beside the system prompt, {', '.join(beside)}."
 
 
@@ -150,6 +157,7 @@ def model_parts(name: str, found: Mapping[str, Any], folder: Path) -> list[Any]:
         f"`{name}`: {model['hub_id']}, {rounded}, computed in {model['dtype']}, weights `{model['digest'][:16]}`. "
         f"`{found['command']}` at commit `{found['commit']}`.",
         tally(vectors),
+        *([NOTES[name]] if name in NOTES else []),
         scores(vectors),
         "What steering costs, and the parts of the score:",
         costs(vectors),

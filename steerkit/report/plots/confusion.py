@@ -41,7 +41,7 @@ def plot_confusion(
     with style():
         figure, axes = new_figure(2.3 + 0.52 * len(traits), 1.9 + 0.27 * len(moves))
         _draw(axes, moves, own, traits)
-        axes.set_title(title)
+        axes.set_title(title, loc="right")
         return save(figure, Path(path))
 
 
