@@ -21,10 +21,10 @@ VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M, a base model"}
 NOTES = {
     "gemma3-270m": (
-        "No vectors ship for this model: the recipes were fitted on it as they are, blocks scaled by depth, at the quick "
-        "strength that `extract` measures (KL about 0.15), not calibrated. `optimism-steer2edit` has its method's own "
-        "strength 1 instead, which breaks the text here. The model has no chat template and was never taught to answer, "
-        "so a system prompt is text before the question; traits were left out."
+        "No vectors ship for this model: the recipes were fitted on it as they are, blocks scaled by depth, at the "
+        "quick strength that `extract` measures (KL about 0.15), not calibrated. `optimism-steer2edit` has its own "
+        "strength 1 instead, which breaks the text here. The model has no chat template and was never taught to "
+        "answer, so a system prompt is text before the question; traits were left out."
     )
 }
 
