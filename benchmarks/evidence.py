@@ -22,9 +22,10 @@ TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M,
 NOTES = {
     "gemma3-270m": (
         "No vectors ship for this model: the recipes were fitted on it as they are, blocks scaled by depth, at the "
-        "quick strength that `extract` measures (KL about 0.15), not calibrated. `optimism-steer2edit` has its own "
-        "strength 1 instead, which breaks the text here. The model has no chat template and was never taught to "
-        "answer, so a system prompt is text before the question; traits were left out."
+        "quick strength that `extract` measures (KL about 0.15), not calibrated. `optimism-steer2edit` had the "
+        "strength of the recipe's own model, which breaks the text here; `extract` measures one by now. The model has "
+        "no chat template and was never taught to answer, so a system prompt is text before the question; traits were "
+        "left out."
     )
 }
 

@@ -17,6 +17,7 @@ from steerkit.methods import _registry as registry
 from steerkit.prompts import SystemPrompts
 from steerkit.recipe import Recipe, find_recipe
 from tests.families import build
+from tests.modes import vector_for
 from tests.plugged import register
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -340,3 +341,12 @@ def test_blocks_count_for_the_model_the_recipe_was_made_on(caplog: pytest.LogCap
     assert recipe.at_depth(sites, 60).sites == ("mlp_out.20", "resid_post.41")
     unknown = replace(recipe, model=replace(recipe.model, num_layers=None))
     assert unknown.at_depth(part, 18) == part
+
+
+def test_a_strength_of_the_recipe_s_own_model_is_no_strength_of_another() -> None:
+    recipe = Recipe.load(shipped.recipes()["optimism-steer2edit"])  # names no blocks, so depth moves nothing in it
+    vector = vector_for(build("llama"), scope="all")
+    assert vector.num_layers != recipe.model.num_layers
+    assert recipe.signed(vector, recipe.method).suggested_strength is None
+    own = replace(vector, num_layers=recipe.model.num_layers)
+    assert recipe.signed(own, recipe.method).suggested_strength == recipe.apply.strength

@@ -217,7 +217,7 @@ class Recipe:
             progress=progress,
         )
         vector = self.signed(vector, part)
-        if part == self.method and self.apply.no_effect:
+        if self._is_own(vector, part) and self.apply.no_effect:
             return replace(vector, calibration=NO_EFFECT)
         return with_suggestion(model, tokenizer, vector, batch_size=batch_size)
 
@@ -297,14 +297,19 @@ class Recipe:
         own = tuple(layer for layer in part.layers or sites if layer < num_layers)
         return default_candidates(resolve(method or self.method.name), num_layers, [own] if own else [])
 
+    def _is_own(self, vector: SteeringVector, part: MethodPart) -> bool:
+        """Whether a vector was fitted in the recipe's own way, on a model as deep as the recipe's."""
+        return part == self.method and self.model.num_layers in (None, vector.num_layers)
+
     def signed(self, vector: SteeringVector, part: MethodPart) -> SteeringVector:
         """Write into a vector which recipe and data it came from.
 
         Args:
             vector: the vector.
-            part: how it was fitted. Scope and strength of the recipe were found for its own way, and go with that only.
+            part: how it was fitted. Scope and strength of the recipe were found for its own way on its own model, and
+                go with that only.
         """
-        same = part == self.method
+        same = self._is_own(vector, part)
         return replace(
             vector,
             scope=(self.apply.scope or vector.scope) if same else vector.scope,
