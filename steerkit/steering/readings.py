@@ -121,6 +121,7 @@ class VectorReading:
         self._units = _units(model, vector)
         self._model, self._vector, self._tokenizer = model, vector, tokenizer
         self._scales: dict[Read, NeutralScale] = {}
+        self._placed: dict[tuple[Read, torch.device], list[Tensor]] = {}
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -183,9 +184,19 @@ class VectorReading:
 
     def _mean(self, found: Mapping[Site, Tensor], read: Read) -> Tensor:
         scale = self.scale(read)
-        along = [coordinates(found[site], unit.to(found[site].device)) for site, unit in self._units.items()]
-        values = torch.stack(along, dim=-1)
-        return ((values - scale.mean.to(values)) / scale.deviation.to(values)).mean(dim=-1) / scale.joint
+        mean, deviation, *units = self._on(read, next(iter(found.values())).device)
+        along = [coordinates(found[site], unit) for site, unit in zip(self._units, units, strict=True)]
+        return ((torch.stack(along, dim=-1) - mean) / deviation).mean(dim=-1) / scale.joint
+
+    def _on(self, read: Read, device: torch.device) -> list[Tensor]:
+        """Mean and deviation [s], then the directions [d], on a device, brought there once."""
+        if (read, device) not in self._placed:
+            scale = self.scale(read)
+            with torch.inference_mode(mode=False):
+                self._placed[read, device] = [
+                    one.to(device) for one in (scale.mean, scale.deviation, *self._units.values())
+                ]
+        return self._placed[read, device]
 
 
 def _units(model: nn.Module, vector: SteeringVector) -> dict[Site, Tensor]:
