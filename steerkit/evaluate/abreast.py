@@ -23,7 +23,7 @@ from steerkit.vector.steering_vector import SteeringVector
 if TYPE_CHECKING:
     from steerkit.evaluate.trial import Trial
 
-__all__ = ["ABREAST", "by_row", "companions", "takes_baseline"]
+__all__ = ["ABREAST", "by_row", "can_share", "companions"]
 
 ABREAST = 4
 """So many trials share a pass at most, which then has so many times the rows of `Setup.batch_size`."""
@@ -36,11 +36,11 @@ def companions(trial: Trial, *, same_sites: bool) -> list[Trial]:
         trial: that is measured now.
         same_sites: only those that write where it does: others would have blocks run that are known.
     """
-    if not _can_share(trial):
+    if not can_share(trial):
         return [trial]
     found = [trial]
     for other in trial.abreast:
-        if other is trial or other.setup is not trial.setup or not _can_share(other):
+        if other is trial or other.setup is not trial.setup or not can_share(other):
             continue
         (mine,), (its,) = trial.vectors, other.vectors
         if same_sites and set(mine.sites) != set(its.sites):
@@ -49,13 +49,17 @@ def companions(trial: Trial, *, same_sites: bool) -> list[Trial]:
     return found
 
 
-def takes_baseline(trial: Trial) -> bool:
-    """Whether rows of the unsteered model can run beside those of a trial.
+def can_share(trial: Trial) -> bool:
+    """Whether a trial has one vector, at one strength, that writes every row alike: then others may run beside it.
 
     Args:
-        trial: steered.
+        trial: any; the baseline has none.
     """
-    return _can_share(trial)
+    if len(trial.vectors) != 1:
+        return False
+    (vector,) = trial.vectors
+    is_read = vector.when is not None or vector.hold is not None
+    return not is_read and not isinstance(vector.strength, tuple) and editor_of(method_of(vector), vector) is None
 
 
 def by_row(trials: Sequence[Trial]) -> list[SteeringVector]:
@@ -78,15 +82,6 @@ def _applied(trial: Trial) -> list[SteeringVector] | None:
         )
         for vector in trial.vectors
     ] or None
-
-
-def _can_share(trial: Trial) -> bool:
-    """Whether a trial has one vector, at one strength, that writes every row alike."""
-    if len(trial.vectors) != 1:
-        return False
-    (vector,) = trial.vectors
-    is_read = vector.when is not None or vector.hold is not None
-    return not is_read and not isinstance(vector.strength, tuple) and editor_of(method_of(vector), vector) is None
 
 
 def _strength(trial: Trial) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from steerkit._support.processes import processes
 from steerkit.activations.recording import Activations
 from steerkit.errors import DataError
-from steerkit.evaluate.abreast import ABREAST, by_row, companions, takes_baseline
+from steerkit.evaluate.abreast import ABREAST, by_row, can_share, companions
 from steerkit.evaluate.answer_passes import AnswerPasses
 from steerkit.fitting.held_out import record_steered
 from steerkit.generation import generate
@@ -129,7 +129,7 @@ class Trial:
         if key not in self.known:
             together = [one for one in companions(self, same_sites=False) if key not in one.known]
             beside = self.baseline
-            if takes_baseline(self) and beside.setup is self.setup and key not in beside.known:
+            if can_share(self) and beside.setup is self.setup and key not in beside.known:
                 together.append(beside)
             if len(together) == 1:
                 self.known[key] = tuple(self.answer(prompts, **options))
