@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure() -> None:
     import torch
+
+    # Inductor takes code that was compiled for another instruction set from its cache, and that does not build.
+    isa = torch.backends.cpu.get_cpu_capability().lower()
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.environ.get('USER', 'tests')}_{isa}"
+    )
 
     # Tiny models spend their time in thread hand-overs; on two cores one thread each is five times faster.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

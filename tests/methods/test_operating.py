@@ -105,8 +105,19 @@ def fitted(name: str, *, topics: bool = True, held_out: bool = False, **settings
 
 
 def flags(vector: SteeringVector, prompts: Any) -> list[bool]:
+    """Which prompts open the gate by more than rounding.
+
+    The threshold is the score of one of them, and read beside other prompts it may differ in its last bit.
+    """
     rows = steerkit.explain(build("llama"), byte_tokenizer(CHATML), prompts, vector)
-    return [row["open"] for row in rows]
+    return [row["open"] and all(abs(by) > 1e-6 for by in distances(row)) for row in rows]
+
+
+def distances(row: dict[str, Any]) -> list[float]:
+    """How far what a gate reads lies from where it opens."""
+    if "conditions" in row:
+        return [one["score"] - one["threshold"] for one in row["conditions"].values()]
+    return [row["gain"] - row["dead_zone"]]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -141,7 +152,8 @@ def test_what_is_kept_apart_has_no_part_in_the_fit(name: str) -> None:
     moved = steerkit.fit(build("llama"), byte_tokenizer(CHATML), other, method=name, settings=settings)
     for tensor in ("shared/probe_weight", "shared/mean", "shared/condition"):
         if tensor in moved.tensors:
-            assert torch.equal(moved.tensors[tensor], fitted(name).tensors[tensor])
+            # Texts of other lengths stand beside them in the batches: a product may be summed in another order.
+            torch.testing.assert_close(moved.tensors[tensor], fitted(name).tensors[tensor], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -155,9 +155,10 @@ def test_items_may_be_written_in_every_way() -> None:
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
     ways = [chat, {"messages": chat}, {"prompt": "Why?", "system": "Be kind."}, {"prompt": chat, "more": 1}]
     scores = monitor.score([*ways, Conversation("Why?", system="Be kind."), "Why?", {"prompt": "Why?", "response": ""}])
-    assert torch.equal(scores[:5], scores[:1].expand(5))
-    assert torch.equal(scores[5], scores[6])
-    assert scores[5] != scores[0]
+    # Not to the bit: the rows of a batch need not be summed in one order.
+    torch.testing.assert_close(scores[:5], scores[:1].expand(5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores[5], scores[6], rtol=1e-5, atol=1e-5)
+    assert abs(scores[5] - scores[0]) > 1e-3
     assert not torch.equal(monitor.score(["Why?"], raw=True), monitor.score(["Why?"]))
     with pytest.raises(DataError, match="one string"):
         monitor.score("Why?")
