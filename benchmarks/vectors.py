@@ -51,7 +51,7 @@ def calibrated(recipe: Recipe, model: Any, tokenizer: Any) -> Calibration:
 def at_strengths(recipe: Recipe, model: Any, tokenizer: Any, strengths: Sequence[float] | None = None) -> Calibration:
     """The best of some strengths, else of the method's ladder."""
     train, held_out = recipe.split()
-    part, setup = recipe.method, Setup(model, tokenizer, held_out, texts=TEXTS).with_neutral(NEUTRAL)
+    part, setup = recipe.method, Setup(model, tokenizer, held_out, texts=TEXTS).first_neutral(NEUTRAL)
     return calibrate(
         setup,
         train,

@@ -63,7 +63,7 @@ def evaluate_steering(
 
     loaded, tokenizer = model.load()
     options = {name: size for name, size in sizes.items() if name != "neutral"}
-    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **options).with_neutral(sizes["neutral"])
+    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **options).first_neutral(sizes["neutral"])
     with status("measuring"):
         measured = measure(setup.trial(used.vectors), kept)
     line = str(used.composition)

@@ -114,7 +114,7 @@ def run(
     check_items(chosen.name, part.name, train, held_out)
     model = model.of(chosen.model)
     loaded, tokenizer = model.load()
-    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     search = Search(candidates=listed, strengths=ladder, controls=controls, trials=trials, seed=seed)

@@ -113,7 +113,7 @@ def run(
         check_items(recipe.name, one, recipe.split(one)[0], held_out)
     model = model.of(default.model)
     loaded, tokenizer = model.load()
-    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).first_neutral(neutral)
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
     asked = [*([] if behaviour is None else [behaviour]), *given.words(), *_words(prompting, system)]
     words = command_line(asked, method or [], budget, numbered, model)

@@ -129,7 +129,7 @@ def run(
     systems = systems_for(loaded_vector, system, strongest) if prompting or system else ()
     loaded, tokenizer = model.load()
     loaded_vector.check(loaded, tokenizer)
-    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **sizes).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **sizes).first_neutral(neutral)
     with status("measuring") as step:
         evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
         found = evaluation.run(step)

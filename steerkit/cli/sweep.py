@@ -129,7 +129,7 @@ def run(
         raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
     train, measured = _items(chosen, part.name, on)
     loaded, tokenizer = model.of(chosen.model).load()
-    setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     fits = _fits(setup, train, chosen, part, listed)

@@ -98,7 +98,7 @@ def test_evaluate_is_the_library_s_measure(measured: Any, tiny: Path, vector: St
     found = measured("--data", "joy.jsonl", "--strength", "0.5,-1", "--strength", "2", "--controls", 2)
     assert [one["strength"] for one in found["strengths"]] == [0.5, -1, 2]
     data = ContrastSet.from_jsonl("joy.jsonl")
-    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).with_neutral(2)
+    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).first_neutral(2)
     for one in found["strengths"]:
         expected = measure(setup.trial(vector, one["strength"]), ["preference_margin", "divergence", "repetition"])
         for name, figure in expected.items():
@@ -143,7 +143,7 @@ def test_evaluate_sets_system_prompts_beside_the_vector(cli: Cli, measured: Any,
     words = ("--data", "joy.jsonl", "--controls", 0, "--system", "Be glad.", "--system", "Be sad, please.")
     found = measured(*words, "--strength", "0.5,-1")["prompting"]
     data = ContrastSet.from_jsonl("joy.jsonl")
-    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).with_neutral(2)
+    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).first_neutral(2)
     for place, system in enumerate(("Be glad.", "Be sad, please.")):
         for key, one, dose in (("alone", None, None), ("with_vector", vector, -1)):
             row = found[key]["wordings"][place]
