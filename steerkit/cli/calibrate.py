@@ -113,6 +113,7 @@ def run(
     train, held_out = chosen.split(part.name)
     check_items(chosen.name, part.name, train, held_out)
     model = model.of(chosen.model)
+    model.check_layers(layers, chosen.model)
     loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers

@@ -128,7 +128,9 @@ def run(
     if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
         raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
     train, measured = _items(chosen, part.name, on)
-    loaded, tokenizer = model.of(chosen.model).load()
+    model = model.of(chosen.model)
+    model.check_layers(layers, chosen.model)
+    loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)

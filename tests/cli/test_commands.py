@@ -672,6 +672,15 @@ def test_no_model_is_loaded_for_what_cannot_be_written(
     assert cli("generate", "Hello", "--vector", "v.safetensors", "--strength", "nan").code == 1
 
 
+@pytest.mark.parametrize("command", ["extract", "calibrate", "sweep", "layers"])
+def test_no_model_is_loaded_for_a_block_that_the_recipe_s_own_lacks(
+    cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(steerkit, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    ended = cli(command, "optimism-caa", "--layers", "12-120")
+    assert (ended.code, ended.err) == (1, "error: layer 120 is outside the model; layers go from 0 to 29\n")
+
+
 @pytest.mark.parametrize(
     "words",
     [
