@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
-from steerkit.cli._evidence import columns_table, jsonable
+from steerkit.cli._evidence import columns_table
 from steerkit.cli._shared import print_json, stdout
 from steerkit.cli._steering import check_chosen, chosen
 

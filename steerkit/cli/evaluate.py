@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
 from steerkit.cli._data import NO_DATA, DataChoice, takes_data
 from steerkit.cli._evaluate_doubts import RefitIntervals, check_refits, doubted, show_doubts
@@ -19,7 +20,6 @@ from steerkit.cli._evidence import (
     check_way,
     columns_table,
     data_of,
-    jsonable,
     numbers,
     scorers_of,
 )

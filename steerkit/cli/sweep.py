@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import bar
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
     Markers,
-    jsonable,
     layers_text,
     numbers,
     scorers_of,
@@ -171,8 +171,7 @@ def _fits(
     from steerkit.evaluate.fits import Fits
 
     every = sorted({layer for one in listed for layer in one})
-    scope = recipe.apply.scope if part == recipe.method else None
-    how = (part.name, every, part.settings, part.readout, scope)
+    how = (part.name, every, part.settings, part.readout, recipe.scope_of(part))
     return Fits(setup, train, *how, kinds=recipe.kinds(part), progress=True)
 
 
