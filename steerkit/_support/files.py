@@ -169,6 +169,7 @@ def _prefix(target: Path) -> str:
 
 
 def _clear_leftovers(target: Path) -> None:
+    """Delete what killed processes left behind beside the target; what a living one holds is locked and stays."""
     import filelock
 
     for work in target.parent.glob(f"{_prefix(target)}*"):

@@ -319,6 +319,7 @@ class ModelSubject:
 
     @property
     def _found(self) -> dict[int, Anatomy]:
+        """What every block is made of, found out once."""
         from steerkit.network.tap import anatomies
 
         if self._anatomies is None:  # one pass for all sites
