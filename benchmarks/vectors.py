@@ -22,7 +22,7 @@ import torch
 import steerkit
 from benchmarks import results
 from steerkit._support.shipped import recipes
-from steerkit.evaluate.calibration import Calibration, Search, calibrate
+from steerkit.evaluate.calibration import Calibration, Search
 from steerkit.evaluate.calibration.problem import strength_of
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
@@ -51,20 +51,15 @@ def calibrated(recipe: Recipe, model: Any, tokenizer: Any) -> Calibration:
 def at_strengths(recipe: Recipe, model: Any, tokenizer: Any, strengths: Sequence[float] | None = None) -> Calibration:
     """The best of some strengths, else of the method's ladder."""
     train, held_out = recipe.split()
-    part, setup = recipe.method, Setup(model, tokenizer, held_out, texts=TEXTS).with_neutral(NEUTRAL)
-    return calibrate(
+    part, setup = recipe.method, Setup(model, tokenizer, held_out, texts=TEXTS).first_neutral(NEUTRAL)
+    return recipe.calibrate(
         setup,
         train,
-        method=part.name,
-        settings=dict(part.settings),
-        readout=part.readout,
+        part,
         search=Search(
             candidates=[part.layers or tuple(range(setup.decoder.num_layers))], strengths=strengths, controls=CONTROLS
         ),
         store=Store(KEPT / f"{recipe.name}.rows.jsonl"),
-        scope=recipe.apply.scope,
-        validation=recipe.validation(),
-        kinds=recipe.kinds(part),
         step=lambda words: print(f"{recipe.name}: {words}", file=sys.stderr, flush=True),
     )
 

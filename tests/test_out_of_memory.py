@@ -97,7 +97,7 @@ def fitted(method: str, family: str, size: int) -> Any:
 def setup(size: int) -> Setup:
     return Setup(
         model(), TOKENIZER, steerkit.ContrastSet.from_answers(PAIRS), batch_size=size, max_new_tokens=4
-    ).with_neutral(4)
+    ).first_neutral(4)
 
 
 def measured(size: int) -> Any:

@@ -96,6 +96,7 @@ def test_a_recipe_is_read_and_run(folder: Path) -> None:
     ("strength = 1.5", 'scope = "front"', "is none of caa's"),
     ("layers = [1, 2]", 'layers = [1]\nsites = ["resid_post.1"]', "both layers and sites"),
     ("layers = [1, 2]", "layers = [-1]", "whole number from 0"),
+    ("[method]", "[model]\nnum_layers = 2\n[method]", "[method] block 2 is outside of [model] num_layers = 2"),
     ("layers = [1, 2]", "settings = 3", "a table is wanted"),
     ("layers = [1, 2]", "settings = {x = 1}", "unknown setting 'x'"),
     ('name = "caa"', 'name = "cca"', "did you mean 'caa'"),

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from steerkit._support.processes import is_first
-from steerkit.errors import ModelError
+from steerkit.errors import ModelError, SteerError
 
-__all__ = ["append", "check_folder", "whole_file", "whole_folder", "write_whole"]
+__all__ = ["append", "check_folder", "check_place", "whole_file", "whole_folder", "write_whole"]
 
 _MARKS = ("config.json", "adapter_config.json")
 
@@ -101,12 +101,25 @@ def check_folder(target: Path, *, replace: bool = False) -> None:
             raise ModelError(f"{target}: is there already; choose another folder, or replace it with --force")
         if target.is_symlink() or not any((target / mark).is_file() for mark in _MARKS):
             raise ModelError(f"{target}: is no folder of a model or adapter, so it is not replaced; choose another")
+    check_place(target, ModelError)
+
+
+def check_place(target: Path, error: type[SteerError]) -> None:
+    """Find out whether anything could be written at a place. Leaves nothing behind.
+
+    Args:
+        target: the file or folder to be; missing folders on the way are fine.
+        error: what is raised where nothing can.
+
+    Raises:
+        SteerError: nothing can be written there.
+    """
     folder = next(parent for parent in target.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise ModelError(f"{target}: cannot be written ({error.strerror}); choose another folder") from None
+    except OSError as reason:
+        raise error(f"{target}: cannot be written ({reason.strerror}); choose another folder") from None
 
 
 @contextlib.contextmanager
@@ -156,6 +169,7 @@ def _prefix(target: Path) -> str:
 
 
 def _clear_leftovers(target: Path) -> None:
+    """Delete what killed processes left behind beside the target; what a living one holds is locked and stays."""
     import filelock
 
     for work in target.parent.glob(f"{_prefix(target)}*"):

@@ -89,6 +89,7 @@ class Journal:
             raise DataError(f"{self.path}: cannot be read ({error.strerror}); choose another folder") from None
 
     def _read(self, content: bytes) -> None:
+        """Take the rows of a file; a last line without an end was torn when its writer died, and is left out."""
         *lines, torn = content.split(b"\n")
         place = 0
         for number, line in enumerate(lines, start=1):

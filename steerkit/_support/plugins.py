@@ -187,6 +187,7 @@ def _installed(group: str) -> tuple[EntryPoint, ...]:
 def _entry_points(
     group: str, _state: tuple[tuple[str, int | None], ...], read: Callable[..., Any]
 ) -> tuple[EntryPoint, ...]:
+    """The entry points of a group, read anew only where `_state`, what is installed and when, has changed."""
     return tuple(read(group=group))
 
 

@@ -170,6 +170,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
             self._handles.pop().remove()
 
     def _note_routed(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add up what each expert reads of each side, weighted by how much a token counts."""
         places = self.weights.nonzero()[:, 0]
         device = argument_of(args, kwargs).device
         routed = self.experts.routed(args, kwargs, places.to(device))
@@ -185,6 +186,7 @@ class _Watch(contextlib.AbstractContextManager["_Watch"]):
         self._routed_now = (*read, texts)
 
     def _note_shared(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same for an expert that reads every token."""
         read = argument_of(args, kwargs)
         read = read.reshape(-1, read.shape[-1])
         places = self.weights.nonzero()[:, 0]

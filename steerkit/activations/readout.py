@@ -139,6 +139,7 @@ class Readout:
         ]
 
     def _span(self, rendered: Rendered) -> range:
+        """The tokens of the answer that touch the characters from `start` to `stop`."""
         answer = rendered.ids[rendered.prompt_length :]
         if not answer or not rendered.offsets:
             return range(0)

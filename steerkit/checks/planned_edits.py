@@ -145,6 +145,7 @@ def _described(
 
 
 def _times(value: float | tuple[float, ...], factor: float | None) -> float | tuple[float, ...] | None:
+    """A strength in the method's own unit; None where the model has not been measured."""
     if factor is None:
         return None
     return tuple(row * factor for row in value) if isinstance(value, tuple) else value * factor

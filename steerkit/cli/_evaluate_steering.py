@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
-from steerkit.cli._evidence import columns_table, jsonable
+from steerkit.cli._evidence import columns_table
 from steerkit.cli._shared import print_json, stdout
 from steerkit.cli._steering import check_chosen, chosen
 
@@ -63,7 +64,7 @@ def evaluate_steering(
 
     loaded, tokenizer = model.load()
     options = {name: size for name, size in sizes.items() if name != "neutral"}
-    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **options).with_neutral(sizes["neutral"])
+    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **options).first_neutral(sizes["neutral"])
     with status("measuring"):
         measured = measure(setup.trial(used.vectors), kept)
     line = str(used.composition)

@@ -32,7 +32,6 @@ __all__ = [
     "columns_table",
     "data_of",
     "estimate",
-    "jsonable",
     "layers_text",
     "numbers",
     "scorers_of",
@@ -237,12 +236,3 @@ def columns_table(scores: Mapping[str, Measured]) -> Table:
             *(["-" if measured.wrong_way is None else f"{measured.wrong_way:.0%}"] if told else []),
         )
     return shown
-
-
-def jsonable(value: Any) -> Any:
-    """Plain data with null in the place of numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from steerkit._support.files import check_place
 from steerkit.errors import VectorFileError
 
 if TYPE_CHECKING:
@@ -54,9 +54,4 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise VectorFileError(f"{path}: is a folder; give the name of a file, such as {path / 'x.safetensors'}")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise VectorFileError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+    check_place(path, VectorFileError)

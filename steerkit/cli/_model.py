@@ -111,6 +111,21 @@ class ModelChoice:
         kept = {name: value for name, value in said.items() if getattr(self, name) is None and value is not None}
         return replace(self, **kept)
 
+    def check_layers(self, layers: str | None, part: ModelPart) -> None:
+        """Refuse a block that the recipe's own model lacks, before it is loaded.
+
+        Args:
+            layers: sets of blocks as the command line writes them; None names none.
+            part: the recipe's table. How deep another model is, nobody knows before it is loaded.
+
+        Raises:
+            SiteError: it means nothing, or a block does not exist.
+        """
+        from steerkit.evaluate.layer_sets import parse_candidates
+
+        if layers is not None and part.num_layers is not None and self.name == part.name:
+            parse_candidates(layers, part.num_layers)
+
     def options(self) -> dict[str, str | None]:
         """The options that say the same on another command line, with their values; None for one that takes none."""
         given = {field.name: getattr(self, field.name) for field in fields(self)} | {"model": self.name}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
@@ -20,7 +21,6 @@ from steerkit.cli._evidence import (
     Neutral,
     check_items,
     columns_table,
-    jsonable,
     layers_text,
     numbers,
     scorers_of,
@@ -42,8 +42,6 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.calibration.result import Calibration
-    from steerkit.evaluate.setup import Setup
-    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import MethodPart, Recipe
 
 __all__ = ["run"]
@@ -113,14 +111,16 @@ def run(
     train, held_out = chosen.split(part.name)
     check_items(chosen.name, part.name, train, held_out)
     model = model.of(chosen.model)
+    model.check_layers(layers, chosen.model)
     loaded, tokenizer = model.load()
-    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     search = Search(candidates=listed, strengths=ladder, controls=controls, trials=trials, seed=seed)
     rows = target.with_name(f"{target.stem}.rows.jsonl")
     options: dict[str, Any] = {"effect": shown, "beside": beside, "budget": budget, "search": search}
-    found = _calibrated(setup, train, chosen, part, store=Store(rows), **options)
+    with status("fitting") as step:
+        found = chosen.calibrate(setup, train, part, store=Store(rows), step=step, **options)
     _save(found, chosen, part, target)
     rows.unlink(missing_ok=True)
     if as_json:
@@ -145,25 +145,6 @@ def _ladder(strengths: list[str] | None, method: str) -> list[float] | None:
     if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):
         raise typer.BadParameter(f"--strengths: a ladder leads away from {lowest:g}; give strengths on one side of it")
     return ladder
-
-
-def _calibrated(setup: Setup, train: ContrastSet, recipe: Recipe, part: MethodPart, **options: Any) -> Calibration:
-    """The search, with what the recipe says of the method."""
-    from steerkit.evaluate.calibration.search import calibrate
-
-    with status("fitting") as step:
-        return calibrate(
-            setup,
-            train,
-            method=part.name,
-            settings=dict(part.settings),
-            readout=part.readout,
-            scope=recipe.apply.scope if part == recipe.method else None,
-            validation=recipe.validation(part.name),
-            kinds=recipe.kinds(part),
-            step=step,
-            **options,
-        )
 
 
 def _save(found: Calibration, recipe: Recipe, part: MethodPart, target: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
 from steerkit.cli._compare_files import command_line, kept_rows, together, write
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
@@ -18,7 +19,6 @@ from steerkit.cli._evidence import (
     MaxRepetition,
     Neutral,
     check_items,
-    jsonable,
 )
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
@@ -113,7 +113,7 @@ def run(
         check_items(recipe.name, one, recipe.split(one)[0], held_out)
     model = model.of(default.model)
     loaded, tokenizer = model.load()
-    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).first_neutral(neutral)
     numbered = {"controls": controls, "texts": texts, "neutral": neutral, "seed": seed, "batch-size": batch_size}
     asked = [*([] if behaviour is None else [behaviour]), *given.words(), *_words(prompting, system)]
     words = command_line(asked, method or [], budget, numbered, model)
@@ -205,22 +205,16 @@ def _row(
     """One method calibrated and measured, and its vector; what cannot be is told as such, and the rest goes on."""
     from steerkit.errors import SteerError
     from steerkit.evaluate.calibration.budget import Search
-    from steerkit.evaluate.calibration.search import calibrate
     from steerkit.evaluate.compare import Row, compared
     from steerkit.methods._registry import resolve
 
-    (part, readout, scope), kind = _way(name, recipe), resolve(name)
+    kind = resolve(name)
     try:
-        found = calibrate(
+        found = recipe.calibrate(
             setup,
             recipe.split(name)[0],
-            method=name,
-            settings=dict(part.settings),
-            readout=readout,
+            _way(name, recipe),
             search=Search(candidates=recipe.candidates(setup.decoder.num_layers, name), **search),
-            scope=scope,
-            validation=recipe.validation(name),
-            kinds=recipe.kinds(part),
             step=lambda note: step(f"{name}: {note}"),
             **common,
         )
@@ -252,20 +246,21 @@ def _again(row: Row, default: Recipe, setup: Any) -> SteeringVector:
     from steerkit.fitting.fitting import fit
 
     recipe = _sources([row.method], default)[row.method]
-    part, readout, scope = _way(row.method, recipe)
+    part = _way(row.method, recipe)
+    scope = recipe.scope_of(part)
     items, sites = recipe.split(row.method)[0], row.sites
-    common: dict[str, Any] = {"settings": dict(part.settings), "readout": readout, "batch_size": setup.batch_size}
+    common: dict[str, Any] = {"settings": dict(part.settings), "readout": part.readout, "batch_size": setup.batch_size}
     vector = fit(setup.model, setup.tokenizer, items, method=row.method, sites=sites, **common)
     return vector if scope is None else replace(vector, scope=scope)
 
 
-def _way(name: str, recipe: Recipe) -> tuple[MethodPart, str | int | None, str | None]:
-    """How a recipe fits a method: its part, the tokens that are read, the scope."""
+def _way(name: str, recipe: Recipe) -> MethodPart:
+    """How a recipe fits a method; another method reads the tokens that the recipe's own does."""
     from steerkit.methods._registry import resolve
 
     part = recipe.method_part(name)
     readout = part.readout or (None if resolve(name).readout is None else recipe.method.readout)
-    return part, readout, recipe.apply.scope if part == recipe.method else None
+    return replace(part, readout=readout)
 
 
 def _content(default: Recipe, model: str, setup: Any, budget: Any, command: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
 from steerkit.cli._data import NO_DATA, DataChoice, takes_data
 from steerkit.cli._evaluate_doubts import RefitIntervals, check_refits, doubted, show_doubts
@@ -19,7 +20,6 @@ from steerkit.cli._evidence import (
     check_way,
     columns_table,
     data_of,
-    jsonable,
     numbers,
     scorers_of,
 )
@@ -129,7 +129,7 @@ def run(
     systems = systems_for(loaded_vector, system, strongest) if prompting or system else ()
     loaded, tokenizer = model.load()
     loaded_vector.check(loaded, tokenizer)
-    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **sizes).with_neutral(neutral)
+    setup = Setup(loaded, tokenizer, held_out, prompts=asked, **sizes).first_neutral(neutral)
     with status("measuring") as step:
         evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
         found = evaluation.run(step)

@@ -81,6 +81,7 @@ def run(
     if recipe is not None:
         chosen = recipe_of(recipe, given)
         target, model = out or Path(f"{chosen.name}.safetensors"), model.of(chosen.model)
+        model.check_layers(None if layers == "auto" else layers, chosen.model)
         question = next(iter(chosen.evaluate.questions), QUESTION)
         part = chosen.method_part(method)
         train, name = chosen.split(part.name)[0], part.name  # mistakes in the data are told before a model is loaded

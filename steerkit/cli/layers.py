@@ -70,7 +70,9 @@ def run(
     part = chosen_recipe.method_part(method)
     part = replace(part, readout=readout_of(readout)) if readout is not None else part
     train, kept = chosen_recipe.split(part.name)
-    loaded, tokenizer = model.of(chosen_recipe.model).load()
+    model = model.of(chosen_recipe.model)
+    model.check_layers(layers, chosen_recipe.model)
+    loaded, tokenizer = model.load()
     setup = Setup(loaded, tokenizer, kept, batch_size=batch_size)
     depth = setup.decoder.num_layers
     chosen = middle_layers(depth) if layers is None else parse_layers(layers, depth)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import bar
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
     Judge,
     Markers,
-    jsonable,
     layers_text,
     numbers,
     scorers_of,
@@ -128,8 +128,10 @@ def run(
     if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
         raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
     train, measured = _items(chosen, part.name, on)
-    loaded, tokenizer = model.of(chosen.model).load()
-    setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).with_neutral(neutral)
+    model = model.of(chosen.model)
+    model.check_layers(layers, chosen.model)
+    loaded, tokenizer = model.load()
+    setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     fits = _fits(setup, train, chosen, part, listed)
@@ -169,8 +171,7 @@ def _fits(
     from steerkit.evaluate.fits import Fits
 
     every = sorted({layer for one in listed for layer in one})
-    scope = recipe.apply.scope if part == recipe.method else None
-    how = (part.name, every, part.settings, part.readout, scope)
+    how = (part.name, every, part.settings, part.readout, recipe.scope_of(part))
     return Fits(setup, train, *how, kinds=recipe.kinds(part), progress=True)
 
 

@@ -70,6 +70,7 @@ def without(vector: SteeringVector, other: SteeringVector) -> SteeringVector:
 
 
 def _left(site: Site, vector: SteeringVector, other: SteeringVector) -> Tensor:
+    """What is left [d] of a direction without its part along another."""
     own, off = _direction(vector, site), _direction(other, site)
     if own is None or off is None:
         which = vector if own is None else other

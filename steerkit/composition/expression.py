@@ -198,6 +198,7 @@ class _Reader(TextReader):
         return {"hold": self._in_brackets(read_hold)}
 
     def _in_brackets(self, read: Callable[[TextReader], Any]) -> Any:
+        """Read something up to the bracket that closes it."""
         self.at += 1
         found = read(self)
         if self.here() != ")":

@@ -70,7 +70,9 @@ def vectors_by_row(rows: Sequence[Any]) -> list[SteeringVector]:
     known: dict[str, list[SteeringVector]] = {}
     listed = [_of_row(number, row, known) for number, row in enumerate(rows)]
     found = shared(
-        [(_key(vector), vector, _strength(number, vector)) for vector in row] for number, row in enumerate(listed)
+        # A vector without a strength takes the suggested one, and one tuple cannot hold that beside numbers.
+        [((vector.application, vector.strength is None), vector, _strength(number, vector)) for vector in row]
+        for number, row in enumerate(listed)
     )
     if not found:
         raise CompositionError(f"got {len(rows)} rows and none of them is steered; give at least one composition")
@@ -91,12 +93,6 @@ def _of_row(number: int, row: Any, known: dict[str, list[SteeringVector]]) -> li
     raise CompositionError(
         f"row {number}: got {repr(row)[:60]}; give a composition or its text, a list of vectors, or None"
     )
-
-
-def _key(vector: SteeringVector) -> tuple[Any, ...]:
-    """What tells a vector as it is applied from others, but for its strength."""
-    applied = (vector.scope, vector.own_scope, vector.unit, vector.own_unit, vector.strength is None)
-    return (vector.digest, *applied, vector.fade, vector.when, vector.hold)
 
 
 def _strength(number: int, vector: SteeringVector) -> float | None:

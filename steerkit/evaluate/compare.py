@@ -176,4 +176,5 @@ def _plain(found: Estimate | None) -> dict[str, float] | None:
 
 
 def _end(end: float | None, sign: int) -> float:
+    """An end of an interval; what no number bounds is infinite on its side."""
     return sign * math.inf if end is None else end

@@ -108,6 +108,7 @@ def orthogonalise(vectors: Sequence[SteeringVector], *, symmetric: bool = False)
 
 
 def _only_direction(vector: SteeringVector, site: Site) -> Tensor:
+    """The one direction [d] of a vector at a site, in double precision."""
     direction = vector.params(site).get("direction")
     if direction is None or direction.dim() != 1 or not bool(direction.any()):
         raise FitError(f"{site}: a vector of {vector.method} has no single direction there to be made orthogonal")

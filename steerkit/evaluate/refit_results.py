@@ -79,6 +79,7 @@ class Refits:
         return sum(map(self._is_same_axis, self.shuffled))
 
     def _is_same_axis(self, other: SteeringVector) -> bool:
+        """Whether a refit lies along the same axis at every site, either way round."""
         method = method_of(self.vector)
         found = [
             (direction_at(method, self.vector, site), direction_at(method, other, site)) for site in self.vector.sites

@@ -195,7 +195,7 @@ class Setup:
         prompts = None if self.prompts is None else half_of([Conversation.of(one) for one in self.prompts], number)
         return replace(self, neutral=half_of(self.calm, number), prompts=prompts)
 
-    def with_neutral(self, count: int) -> Setup:
+    def first_neutral(self, count: int) -> Setup:
         """The same with the first neutral texts only.
 
         Args:

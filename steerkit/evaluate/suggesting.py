@@ -95,7 +95,7 @@ def suggest_strength(
     setup = (
         Setup(model, tokenizer, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs)
         .half(0)
-        .with_neutral(texts)
+        .first_neutral(texts)
     )
     plain = replace(vector, unit="paper", suggested_strength=None, strength=None, own_unit=False)
     method = method_of(vector)

@@ -103,7 +103,8 @@ def to_measure(
 
 
 def _key(vector: SteeringVector | None, strength: float | None, scorers: Any, identity: str, seed: int) -> str:
-    used = None if vector is None else [vector.digest, vector.scope, vector.unit, vector.strength]
+    """What kept figures are found by: all that they depend on."""
+    used = None if vector is None else [repr(vector.application), vector.strength, vector.rows]
     return digest_of([identity, used, strength, [identity_of(scorer) for scorer in scorers], seed])
 
 

@@ -141,6 +141,7 @@ def _ends_in_mark(text: str) -> float:
 
 
 def _class_of(text: str) -> str:
+    """What kind of character a text begins with."""
     first = text.lstrip()[:1]
     category = unicodedata.category(first) if first else ""
     return _CLASSES.get(category, "a mark" if category[:1] in ("P", "S") else "another character")

@@ -133,7 +133,7 @@ class Run:
         self.folder.write(subject.name, facts, scored)
 
     def _costs(self, subject: Subject) -> dict[str, Any]:
-        setup = Setup(self.bench.model, self.bench.tokenizer, batch_size=NEUTRAL).with_neutral(NEUTRAL)
+        setup = Setup(self.bench.model, self.bench.tokenizer, batch_size=NEUTRAL).first_neutral(NEUTRAL)
         found = measure(setup.trial(subject.vector, subject.strength), ["divergence"])
         return {
             name: dict(zip(("mean", "low", "high"), found[name].effect, strict=True))

@@ -134,6 +134,7 @@ def _confusion(scorer: Scorer, texts: Mapping[str, Sequence[Row]]) -> dict[str, 
 
 
 def _is_named(found: Estimate, own: Estimate, said: str) -> bool:
+    """Whether a change is clear, and large enough beside the behaviour's own to be told by name."""
     is_clear = found.low > 0 or found.high < 0
     return is_clear and (said == "nothing" or abs(found.mean) >= NAMED * abs(own.mean))
 

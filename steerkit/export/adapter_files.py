@@ -82,6 +82,7 @@ def _tensors(model: nn.Module, parts: AdapterParts, rank: int) -> dict[str, Tens
 
 
 def _padded(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors, [out, r] and [r, in], widened with zeros to the wanted rank: their product stays."""
     more = rank - left.shape[-1]
     return nn.functional.pad(left, (0, more)), nn.functional.pad(right, (0, 0, 0, more))
 

@@ -229,6 +229,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _typical(found: Tensor, wanted: Tensor) -> float:
+    """The difference of logits at the median token, relative to the largest logit."""
     return float((found - wanted).abs().amax(-1).median() / _largest(wanted))
 
 
@@ -237,6 +238,7 @@ def _largest(logits: Tensor) -> Tensor:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference of logits, relative to the largest logit."""
     return float((found - wanted).abs().max() / _largest(wanted))
 
 

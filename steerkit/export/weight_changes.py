@@ -26,6 +26,8 @@ def changes_of(updates: Sequence[WeightUpdate]) -> dict[str, Change]:
 
 
 def _in_turn(changes: Sequence[Change]) -> Change:
+    """Several changes of one weight as one, the first given applied first."""
+
     def change(old: Tensor | None) -> Tensor:
         value = old
         for one in changes:

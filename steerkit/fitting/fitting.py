@@ -272,6 +272,7 @@ def _sites(
     layers: str | int | Sequence[int] | None,
     sites: Sequence[Site | str] | Site | str | None,
 ) -> list[Site]:
+    """Where to fit: the sites or layers that were asked for, else the method's own."""
     if layers is not None and sites is not None:
         raise SiteError("fit: got both layers and sites; give one of them")
     if isinstance(sites, str | int | Site):

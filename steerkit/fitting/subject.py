@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from steerkit.activations.expert_activations import ExpertMeans
     from steerkit.fitting.passes import Passes
     from steerkit.methods._base import Method
+    from steerkit.methods._subject import Schedule
     from steerkit.network.anatomy import Anatomy
 
 __all__ = ["ModelSubject"]
@@ -223,14 +224,9 @@ class ModelSubject:
         parameters: Sequence[Tensor],
         loss: Callable[[Tensor], Tensor],
         items: int,
+        schedule: Schedule,
         *,
-        epochs: int,
-        batch_size: int = 32,
-        rate: float = 1e-3,
-        decay: float = 0.0,
-        seed: int = 0,
         judge: Callable[[], float] | None = None,
-        patience: int | None = None,
         title: str = "training",
     ) -> list[float]:
         """Train parameters in place, the model frozen and in evaluation mode meanwhile.
@@ -239,13 +235,8 @@ class ModelSubject:
             parameters: leaves that need gradients.
             loss: from the indices of a batch of items to a scalar; it may run the model.
             items: how many there are.
-            epochs: passes over them.
-            batch_size: items in a batch.
-            rate: learning rate.
-            decay: weight decay.
-            seed: of the order.
+            schedule: how long and how fast.
             judge: asked after each epoch; lower is better, and the best state stays.
-            patience: epochs without a better judgement before it ends.
             title: what the progress bar says, where one is shown.
 
         Returns:
@@ -256,19 +247,7 @@ class ModelSubject:
 
         model = self._decoder.model
         with frozen(model), evaluation_mode(model), torch.enable_grad():
-            return minimise(
-                parameters,
-                loss,
-                items,
-                epochs=epochs,
-                batch_size=batch_size,
-                rate=rate,
-                decay=decay,
-                seed=seed,
-                judge=judge,
-                patience=patience,
-                progress=title if self._progress else None,
-            )
+            return minimise(parameters, loss, items, schedule, judge=judge, progress=title if self._progress else None)
 
     def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Token ids of the one pair of prompts the method is fitted on.
@@ -340,6 +319,7 @@ class ModelSubject:
 
     @property
     def _found(self) -> dict[int, Anatomy]:
+        """What every block is made of, found out once."""
         from steerkit.network.tap import anatomies
 
         if self._anatomies is None:  # one pass for all sites

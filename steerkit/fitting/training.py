@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from steerkit._support.progress import bar
 from steerkit.errors import FitError
+from steerkit.methods._subject import Schedule
 
 __all__ = ["frozen", "minimise"]
 
@@ -19,14 +20,9 @@ def minimise(
     parameters: Sequence[Tensor],
     loss: Callable[[Tensor], Tensor],
     items: int,
+    schedule: Schedule,
     *,
-    epochs: int,
-    batch_size: int = 32,
-    rate: float = 1e-3,
-    decay: float = 0.0,
-    seed: int = 0,
     judge: Callable[[], float] | None = None,
-    patience: int | None = None,
     progress: str | None = None,
 ) -> list[float]:
     """Train parameters in place with AdamW; gradients are clipped to length 1.
@@ -34,14 +30,9 @@ def minimise(
     Args:
         parameters: leaves that need gradients; left at their best state where there is a judge, else at the last.
         loss: from the indices [k] of a batch of items to a scalar.
-        items: how many there are; each is seen once an epoch, in an order drawn anew.
-        epochs: passes over the items.
-        batch_size: items in a batch.
-        rate: learning rate.
-        decay: weight decay.
-        seed: of the order.
+        items: how many there are.
+        schedule: how long and how fast.
         judge: asked after each epoch, without gradients; lower is better.
-        patience: epochs without a better judgement before it ends; None never ends early.
         progress: what a bar on stderr says; None shows none.
 
     Returns:
@@ -50,17 +41,17 @@ def minimise(
     Raises:
         FitError: the loss is not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(list(parameters), lr=rate, weight_decay=decay)
+    generator = torch.Generator().manual_seed(schedule.seed)
+    optimiser = torch.optim.AdamW(list(parameters), lr=schedule.rate, weight_decay=schedule.decay)
     history: list[float] = []
     best, kept, waited = math.inf, [parameter.detach().clone() for parameter in parameters], 0
-    starts = range(0, items, batch_size)
-    shown = _silent() if progress is None else bar(progress, epochs * len(starts))
+    starts = range(0, items, schedule.batch_size)
+    shown = _silent() if progress is None else bar(progress, schedule.epochs * len(starts))
     with shown as step:
-        for _ in range(epochs):
+        for _ in range(schedule.epochs):
             order, total = torch.randperm(items, generator=generator), 0.0
             for start in starts:
-                batch = order[start : start + batch_size]
+                batch = order[start : start + schedule.batch_size]
                 optimiser.zero_grad()
                 value = loss(batch)
                 if not bool(torch.isfinite(value)):
@@ -78,7 +69,7 @@ def minimise(
                 best, kept, waited = history[-1], [parameter.detach().clone() for parameter in parameters], 0
             else:
                 waited += 1
-            if patience is not None and waited > patience:
+            if schedule.patience is not None and waited > schedule.patience:
                 break
     if judge is not None:
         with torch.no_grad():

@@ -1,9 +1,9 @@
 """One file, one published method; no method imports another. `steerkit.methods.caa` is the file `caa.py`.
 
 To write one, derive from `Method`, `AddDirection` or `MeanDifference` in a file of this folder, or in a package of your
-own with an entry point of the group `steerkit.methods`. `Subject` is what `fit` may ask of the model; `Params` and
-`Prepared` are its tensors as stored and as applied; `CONTRAST`, `PAIRS`, `ONE_PAIR` and `TWO_KINDS` are what a method
-may be fitted on. Files with an underscore are what several methods share.
+own with an entry point of the group `steerkit.methods`. `Subject` is what `fit` may ask of the model, `Schedule` how it
+trains parameters; `Params` and `Prepared` are a method's tensors as stored and as applied; `CONTRAST`, `PAIRS`,
+`ONE_PAIR` and `TWO_KINDS` are what it may be fitted on. Files with an underscore are what several methods share.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from steerkit.methods._addition import AddDirection, MeanDifference
     from steerkit.methods._base import CONTRAST, ONE_PAIR, PAIRS, TWO_KINDS, FittedOn, Method
     from steerkit.methods._protocols import Editor, HeatMap, Params, PartsTable, Prepared, WeightUpdate
-    from steerkit.methods._subject import Subject
+    from steerkit.methods._subject import Schedule, Subject
 
 _HOMES = {
     "CONTRAST": "_base",
@@ -31,6 +31,7 @@ _HOMES = {
     "Params": "_protocols",
     "PartsTable": "_protocols",
     "Prepared": "_protocols",
+    "Schedule": "_subject",
     "Subject": "_subject",
     "WeightUpdate": "_protocols",
 }
@@ -49,6 +50,7 @@ __all__ = [
     "Params",
     "PartsTable",
     "Prepared",
+    "Schedule",
     "Subject",
     "WeightUpdate",
 ]

@@ -135,6 +135,8 @@ class MeanDifference(FittedOnMeans, AddDirection):
 
 
 def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:
+    """A change that adds `shift` to a bias, and makes the bias where there is none."""
+
     def update(old: Tensor | None) -> Tensor:
         return shift.clone() if old is None else old + shift.to(old.device)  # [out], or of experts [n, out]
 

@@ -161,6 +161,7 @@ class RotateInPlane(Method):
         return {**plane, "shared/second": -plane["shared/second"] if turn < 0 else plane["shared/second"]}
 
     def _difference(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """The difference of means [d], or zeros where both sides read the same."""
         try:
             return mean_difference(positive, negative)
         except FitError:  # such as the first norm, where every prompt ends in the same token
@@ -179,6 +180,7 @@ def _norm_outputs(anatomy: Anatomy, norms: str) -> list[str]:
 
 
 def _canonical(anatomy: Anatomy, kind: str) -> str | None:
+    """The name that this family's tensor of a kind is stored under; None where it has none."""
     try:
         return anatomy.find(kind).kind
     except SiteError:

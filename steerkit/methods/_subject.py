@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -18,7 +19,28 @@ if TYPE_CHECKING:
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.prompts.rendering import Rendered
 
-__all__ = ["Subject"]
+__all__ = ["Schedule", "Subject"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast parameters are trained.
+
+    Attributes:
+        epochs: passes over the items, each of which is seen once in a pass, in an order drawn anew.
+        batch_size: items in a batch.
+        rate: learning rate.
+        decay: weight decay.
+        seed: of the order.
+        patience: epochs without a better judgement before it ends; None never ends early.
+    """
+
+    epochs: int
+    batch_size: int = 32
+    rate: float = 1e-3
+    decay: float = 0.0
+    seed: int = 0
+    patience: int | None = None
 
 
 class Subject(Protocol):
@@ -82,14 +104,9 @@ class Subject(Protocol):
         parameters: Sequence[Tensor],
         loss: Callable[[Tensor], Tensor],
         items: int,
+        schedule: Schedule,
         *,
-        epochs: int,
-        batch_size: int = 32,
-        rate: float = 1e-3,
-        decay: float = 0.0,
-        seed: int = 0,
         judge: Callable[[], float] | None = None,
-        patience: int | None = None,
         title: str = "training",
     ) -> list[float]:
         """Train parameters of any shape in place, the model frozen; see `steerkit.fitting.training.minimise`."""

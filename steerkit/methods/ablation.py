@@ -203,6 +203,8 @@ class DirectionalAblation(FittedOnMeans):
 
 
 def _without(direction: Tensor, axis: int, share: float) -> Callable[[Tensor | None], Tensor]:
+    """A change that takes a share of a direction out of a weight, along the axis that writes it."""
+
     def update(old: Tensor | None) -> Tensor:
         assert old is not None
         return edits.project_out(old.movedim(axis, -1), direction, share=share).movedim(-1, axis)

@@ -235,6 +235,7 @@ class AUSteer(Method):
         return replace(data, positive=positive, negative=negative)
 
     def _alone(self, item: Conversation) -> Conversation:
+        """An answer as a raw text of its own, where the text `alone` stands in it; else the item as it is."""
         if item.answer is None or self.alone not in item.answer:
             return item
         return replace(item, prompt=item.answer, answer=None, system=None, raw=True)

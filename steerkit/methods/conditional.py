@@ -179,6 +179,7 @@ class ConditionalSteering(GatedAddition):
         return blocks_written(decoder, self.writes, [round(0.4 * (decoder.num_layers - 1))])
 
     def _condition(self, positive: Tensor, negative: Tensor, *, paired: bool) -> Tensor:
+        """The direction [d] that tells the kinds of prompts apart."""
         if self.condition == "mean_difference":
             return unit(mean_difference(positive, negative))
         if self.condition == "probe":

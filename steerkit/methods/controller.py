@@ -49,7 +49,7 @@ from steerkit.methods._gate import Gate
 from steerkit.methods._gated_addition import RIDGE, GatedAddition, Parts, behaviour, blocks_written
 from steerkit.methods._protocols import Params
 from steerkit.methods._refusal import COMPLYING, REFUSING
-from steerkit.methods._subject import Subject
+from steerkit.methods._subject import Schedule, Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.rendering import spread
@@ -222,12 +222,8 @@ class WeightedController(GatedAddition):
             leaves,
             lambda batch: loss(training[batch]),
             len(training),
-            epochs=self.epochs,
-            rate=self.rate,
-            decay=0.01,
-            seed=self.seed,
+            Schedule(self.epochs, rate=self.rate, decay=0.01, seed=self.seed, patience=3),
             judge=(lambda: float(loss(kept.nonzero()[:, 0]))) if has_both else None,
-            patience=3,
             title="training the gate",
         )
         for name in GAIN:
@@ -279,10 +275,7 @@ class WeightedController(GatedAddition):
             leaves,
             loss,
             len(rows),
-            epochs=2,
-            batch_size=8,
-            rate=10 * self.rate,
-            seed=self.seed,
+            Schedule(epochs=2, batch_size=8, rate=10 * self.rate, seed=self.seed),
             title="learning weights",
         )
         for name in WEIGHTS:

@@ -95,6 +95,7 @@ class RepresentationControl(AddDirection):
         return self._read(positive, negative, positive.shape == negative.shape)
 
     def _read(self, positive: Tensor, negative: Tensor, paired: bool) -> dict[str, Tensor]:
+        """One site's direction, by the reading and the scaling that the settings name."""
         if self.reading == "mean":
             return {"direction": positive.float().mean(dim=0)}
         difference = mean_difference(positive, negative)
@@ -132,4 +133,5 @@ class RepresentationControl(AddDirection):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The wider of a dtype and float32."""
     return torch.promote_types(dtype, torch.float32)

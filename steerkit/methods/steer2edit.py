@@ -138,6 +138,7 @@ class Steer2Edit(Method):
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
     def _rho(self, site: Site) -> float:
+        """The penalty at a site."""
         return self.rho_mlp if site.kind.startswith("mlp") else self.rho_attn
 
     def sites(self, decoder: Decoder) -> list[Site]:

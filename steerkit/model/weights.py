@@ -87,6 +87,7 @@ def _plain(weight: Tensor) -> Iterator[Tensor]:
 
 
 def _quantisation(model: nn.Module) -> str | None:
+    """How weights are quantised, in words; None where they are not."""
     config: Any = getattr(model, "config", None)
     found = getattr(config, "quantization_config", None)
     if found is not None:

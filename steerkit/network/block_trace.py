@@ -180,12 +180,16 @@ def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
     made: dict[str, Seen | None] = {}
 
     def note_made(name: str) -> Callable[..., None]:
+        """A hook that notes what a module gave."""
+
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             made[name] = Seen.of(tensor_of(output))
 
         return hook
 
     def note_call(name: str) -> Callable[..., None]:
+        """A hook that notes one call of a module: what it read and gave."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             read, gave = Seen.of(argument_of(args, kwargs)), Seen.of(tensor_of(output))
             trace.calls.append(Call(name, module, read, made[name], gave))

@@ -147,6 +147,11 @@ def _find_blocks(body: nn.Module, num_layers: int, owner: str) -> nn.ModuleList:
     outer = [name for name in fits if not any(name.startswith(f"{other}.") for other in fits)]
     if not outer:
         found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+        if not num_layers:
+            raise SiteError(
+                f"the config of {owner} has no number of blocks, and its module lists are: {found}; where several "
+                "stacks run after one another, there is no one residual stream to be steered"
+            )
         if any(0 < len(one) < num_layers and num_layers % len(one) == 0 for one in lists.values()):
             found += _CACHE_SLOTS
         raise SiteError(f"the config of {owner} says {num_layers} blocks, but its module lists are: {found}")

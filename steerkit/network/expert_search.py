@@ -69,6 +69,7 @@ def find_down_projections(module: nn.Module, read: Tensor, gave: Tensor) -> Foun
 
 
 def _search(module: nn.Module, read: Tensor, gave: Tensor) -> Found | str:
+    """Find the matrices that write a module's output, by changing each alone; else say why none are told."""
     twin, width = bare_copy(module), gave.shape[-1]
     stacks: list[Down] = []
     linears: list[Down] = []

@@ -187,6 +187,7 @@ def experts_at(decoder: Decoder, anatomy: Anatomy, site: Site) -> Experts | None
 
 
 def _matrix(stored: Tensor, down: Down) -> Tensor:
+    """A stored matrix as [out, in], float32, on the CPU."""
     found = stored.detach().to("cpu", torch.float32, copy=True)
     return found.T if down.transposed else found
 

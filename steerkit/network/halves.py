@@ -75,6 +75,7 @@ def halves_of(parts: list[Call], calls: list[Call]) -> list[Half]:
 
 
 def _linears(group: list[Call], calls: list[Call]) -> list[Call]:
+    """The outermost linear layers that were called inside of a group of calls."""
     inside = [call for call in calls if call in group or any(call.inside(part) for part in group)]
     return outermost([call for call in inside if is_linear(call.module)])
 

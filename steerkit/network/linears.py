@@ -88,6 +88,7 @@ class Linear:
 
 
 def _is_bare(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing wrapped around one."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 

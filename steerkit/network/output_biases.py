@@ -32,6 +32,7 @@ def output_biases(decoder: Decoder, layers: set[int]) -> dict[int, list[str]]:
 
 
 def _output_biases(block: str, anatomy: Anatomy) -> list[str]:
+    """Names of the biases, there or to be made, that add to what a block writes last."""
     if not anatomy.halves:
         raise SiteError(f"block {anatomy.layer} of {anatomy.owner} has no part that writes to the residual stream")
     half = anatomy.halves[-1]  # a later half of the block would read what an earlier one adds

@@ -112,6 +112,7 @@ def _excess(start: Seen, parts: list[Call], end: Seen) -> float:
 
 
 def _rounding(seen: Seen) -> float:
+    """How far sums of the tensor's dtype may lie apart."""
     return _TOLERANCE.get(seen.tensor.dtype, 1e-4)
 
 

@@ -110,6 +110,7 @@ def matrices_at(decoder: Decoder, sites: Sequence[Site]) -> dict[Site, list[Matr
 
 
 def _matrices_at(decoder: Decoder, found: Mapping[int, Anatomy], site: Site) -> list[Matrix]:
+    """The matrices that write at a site, an expert's each by itself."""
     anatomy = found[site.layer]
     for half in anatomy.halves:
         if anatomy.output_kind(half) == site.kind == "mixer_out":  # a state-space module has no heads to read at

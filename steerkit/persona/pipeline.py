@@ -181,7 +181,7 @@ class Pipeline:
             max_new_tokens=self.choice.max_new_tokens,
             chat_template_kwargs=self.plan.chat_template_kwargs,
         )
-        return setup.with_neutral(self.choice.neutral)
+        return setup.first_neutral(self.choice.neutral)
 
     def roll_out(self) -> list[Rollout]:
         """Both answers to everything asked."""

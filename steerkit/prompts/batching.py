@@ -58,6 +58,7 @@ class Batch:
         return [self._of(slice(start, start + step)) for start in range(0, len(self.rows), step)]
 
     def _of(self, rows: slice) -> Batch:
+        """Some of the rows, without the columns that are pads in all of them."""
         mask = self.attention_mask[rows]
         wide = mask.any(dim=0)  # pads are at one side, so what is left is one piece
         return Batch(

@@ -118,6 +118,7 @@ def _folded(text: object) -> str:
 
 
 def _keys(item: Conversation) -> set[Hashable]:
+    """What makes two items one: the same question, or the same answer."""
     return {("asked", asked_by(item)), ("said", said_by(item))}
 
 

@@ -186,6 +186,7 @@ class Marks:
         return self._ended(Reading(ids, max(len(m.core) + len(m.tail) for m in (self.assistant, *self.others)) - 1))
 
     def _ended(self, reading: Reading) -> Tensor:
+        """How many turns have ended up to each token [b, t]."""
         assistant, others, closes = self._events(reading)
         shared = any(mark.core == self.assistant.core[: len(mark.core)] for mark in self.others)
         opens = others if shared else others | assistant

@@ -82,6 +82,7 @@ class Probes:
         self.merged = False  # whether the template writes the system prompt into the first user turn
 
     def _probe(self, roles: Sequence[str], edges: tuple[str, str], *, prompted: bool = True) -> _Probe:
+        """Render a chat of known words in the given roles, and note what stands around each."""
         messages = [
             {"role": role, "content": f"{edges[0]}{word}{edges[1]}"} for role, word in zip(roles, _WORDS, strict=False)
         ]

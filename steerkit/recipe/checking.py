@@ -90,6 +90,12 @@ def check_meaning(path: Path, recipe: Recipe) -> None:
             Readout.parse(method.readout)
     except SteerError as error:
         raise RecipeError(f"{path}: {error}") from None
+    depth = recipe.model.num_layers
+    outside = [site.layer for site in sites if depth is not None and site.layer >= depth]
+    if outside:
+        raise RecipeError(
+            f"{path}: [method] block {outside[0]} is outside of [model] num_layers = {depth}; blocks count from 0"
+        )
     if scope is not None and scope.kind not in known.scopes:
         raise RecipeError(f"{path}: [apply] scope '{scope}' is none of {method.name}'s: {', '.join(known.scopes)}")
     try:

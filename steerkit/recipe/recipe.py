@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -28,6 +28,10 @@ from steerkit.prompts.system_prompts import SystemPrompts
 from steerkit.recipe.checking import check_keys, check_meaning, check_title, part_of, prompting_of, read_toml
 from steerkit.recipe.parts import PARTS, ApplyPart, DataPart, EvaluatePart, MethodPart, ModelPart
 from steerkit.vector.steering_vector import SteeringVector
+
+if TYPE_CHECKING:
+    from steerkit.evaluate.calibration import Calibration
+    from steerkit.evaluate.setup import Setup
 
 __all__ = ["Recipe"]
 
@@ -284,6 +288,40 @@ class Recipe:
         """
         kind = resolve(method or self.method.name)
         return replace(self, data=replace(self.data, pair=None)).split()[0] if takes_pair(kind) else None
+
+    def scope_of(self, part: MethodPart) -> str | None:
+        """Which tokens are written; None takes the method's own, since the recipe's was found for its own way.
+
+        Args:
+            part: how the vector is fitted.
+        """
+        return self.apply.scope if part == self.method else None
+
+    def calibrate(self, setup: Setup, train: ContrastSet, part: MethodPart, **options: Any) -> Calibration:
+        """Find the layers and the strength with the largest effect inside a budget; see `steerkit.calibrate`.
+
+        Args:
+            setup: model, tokenizer and the held-out items.
+            train: what is fitted on.
+            part: how the vector is fitted.
+            options: budget, search, scorers, store and progress, as for `steerkit.calibrate`.
+
+        Raises:
+            SteerError: see `steerkit.calibrate`.
+        """
+        from steerkit.evaluate.calibration.search import calibrate
+
+        return calibrate(
+            setup,
+            train,
+            method=part.name,
+            settings=dict(part.settings),
+            readout=part.readout,
+            scope=self.scope_of(part),
+            validation=self.validation(part.name),
+            kinds=self.kinds(part),
+            **options,
+        )
 
     def candidates(self, num_layers: int, method: str | None = None) -> list[tuple[int, ...]]:
         """Sets of layers worth trying: the recipe's own, and those that the method names.

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from steerkit._support.json_values import jsonable
 from steerkit.evaluate.blocks import Separation
 from steerkit.evaluate.curve import Curve
 from steerkit.evaluate.scoring import Measured
 from steerkit.report.evidence_parts import EvidencePlan, Heat, Projections, Texts
-from steerkit.report.figures_text import plain
 from steerkit.report.plots.scatter import Spot
 from steerkit.report.verdict import spots_of, verdict_of
 
@@ -95,7 +95,7 @@ class Evidence:
     def as_json(self) -> dict[str, Any]:
         """Plain data; numbers that JSON does not have are None."""
         heat = self.heat
-        found: dict[str, Any] = plain(
+        found: dict[str, Any] = jsonable(
             {
                 "name": self.name,
                 "title": self.title,

@@ -1,14 +1,12 @@
-"""Numbers as people and JSON read them."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from steerkit.evaluate.intervals import Estimate
 
-__all__ = ["mean", "plain", "signed", "span"]
+__all__ = ["mean", "signed", "span"]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -36,16 +34,3 @@ def signed(value: float) -> str:
         value: the change.
     """
     return f"{value:+.3g}"
-
-
-def plain(value: Any) -> Any:
-    """Plain data with None in the place of numbers that JSON does not have.
-
-    Args:
-        value: mappings, lists, tuples and what JSON holds.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

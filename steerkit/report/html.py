@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from steerkit._support.json_values import jsonable
 from steerkit.report import plots
 from steerkit.report.evidence import Evidence
-from steerkit.report.figures_text import plain
 from steerkit.report.heat_cells import heat_part
 from steerkit.report.page import json_text, render_page
 from steerkit.report.pareto import pareto_part
@@ -48,5 +48,5 @@ def report_html(evidence: Evidence) -> str:
         heat=heat_part(evidence),
         mirrored=2 * (evidence.neutral or 0.0) - evidence.strength,
         recipe=json_text(evidence.vector.get("extra", {}).get("recipe")),
-        plan=json_text(plain(asdict(evidence.plan))),
+        plan=json_text(jsonable(asdict(evidence.plan))),
     )

@@ -70,7 +70,7 @@ class Workbench:
             batch_size=self.plan.batch_size,
             texts=self.plan.texts,
             max_new_tokens=self.plan.new_tokens,
-        ).with_neutral(self.plan.neutral)
+        ).first_neutral(self.plan.neutral)
 
     @property
     def neutral(self) -> float | None:

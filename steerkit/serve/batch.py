@@ -147,6 +147,7 @@ class Batch:
             prefixes.keep(row.steering.key, ids, cache)
 
     def _changed(self) -> None:
+        """Forget what was laid out for the rows as they were."""
         self._under = self._mask = self._positions = None
 
 

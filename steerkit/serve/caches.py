@@ -107,6 +107,7 @@ def _held(layer: Any, width: int) -> int:
 
 
 def _count(layer: Any, width: int) -> None:
+    """Tell a layer with a sliding window how many tokens it holds; it counts them itself."""
     if layer.is_sliding:
         layer.cumulative_length = width
 

@@ -130,6 +130,7 @@ class Passes:
         self._active = None
 
     def _enter(self, steering: Steering | None) -> None:
+        """Have this steering on from now on, and only this; entering anew costs, so the same one stays on."""
         if steering is self._active:
             return
         self.release()

@@ -128,6 +128,7 @@ class Row:
         self._tell(Done(self.choice, finish, self.prompt_length, self.cached, self.generated, error))
 
     def _tell(self, event: Event) -> None:
+        """Hand an event to whoever waits; a request whose reader has failed is cancelled."""
         if self.ticket.is_cancelled and not isinstance(event, Done):
             return
         try:

@@ -68,6 +68,7 @@ class Stream:
         self.close()
 
     def _take(self, taken: asyncio.Future[list[Ticket]]) -> None:
+        """Keep the tickets of what was asked; a stream that was closed meanwhile gives them back."""
         if not taken.cancelled() and taken.exception() is None:
             self._tickets = taken.result()
             if self._is_closed:

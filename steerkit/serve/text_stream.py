@@ -74,4 +74,5 @@ class TextStream:
 
 
 def _begins(text: str, stops: Sequence[str]) -> bool:
+    """Whether a stop text may begin with this."""
     return any(stop.startswith(text) for stop in stops)

@@ -114,6 +114,7 @@ class Worker:
         return groups
 
     def _probe(self, asked: SteeringVector | str | None) -> Probe | None:
+        """What reads tokens along a vector, made once for each name."""
         if asked is None or isinstance(asked, SteeringVector):
             return None if asked is None else Probe(self.passes.model, "probe", asked, self._tokenizer)
         if asked not in self._probes:

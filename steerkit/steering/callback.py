@@ -125,6 +125,7 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
             self._step_aside()
 
     def _plan(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Plan the steering and refuse what would train without it."""
         model: nn.Module = kwargs["model"]
         if (getattr(args, "n_gpu", 1) or 1) > 1:
             raise ModelError(
@@ -169,6 +170,7 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self._forget()
 
     def _attach(self) -> None:
+        """Put the hooks on, and beside them guards that see the training loop end."""
         if self.is_attached or self._steering is None or self._model is None:
             return
         self._loop = _Loop.around()
@@ -180,6 +182,7 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self._guards = [one.register_forward_pre_hook(_Guard(self)) for one in places]
 
     def _step_aside(self) -> None:
+        """Leave the model unsteered while it is evaluated, unless that is asked for."""
         if self.during_evaluation:
             return
         if not self._is_compiled:
@@ -191,6 +194,7 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
             self._pause.enter_context(clock.suspended())
 
     def _detach(self) -> None:
+        """Take hooks and guards off, where they are on."""
         self._pause.close()
         guards, self._guards, self._loop = self._guards, [], None
         for guard in guards:
@@ -199,6 +203,7 @@ class SteeringCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
             self._steering.__exit__(None, None, None)
 
     def _forget(self) -> None:
+        """Take everything off for good, compiled code with the hooks in it too."""
         self._detach()
         if self._model is not None:
             forget_compiled(find_decoder(self._model).model)

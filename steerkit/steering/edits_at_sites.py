@@ -233,6 +233,7 @@ class Edit:
         return step is not None and fade.ends_before(step)
 
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
+        """Write the tokens that the scope means, [b, t, d]; all other values stay bitwise."""
         prepared, active = self._prepared(h, facts, tokens)
         if read is not None:
             prepared = {**prepared, "input": read}
@@ -302,6 +303,7 @@ class Edit:
     def _prepare(
         self, device: torch.device, dtype: torch.dtype, facts: Pass | None
     ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the method needs at the present strength, and which rows are active, on a device."""
         # Not under inference_mode or autograd of whoever happens to run the first pass.
         with torch.inference_mode(mode=False), torch.no_grad():
             value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor

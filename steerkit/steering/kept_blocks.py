@@ -213,6 +213,7 @@ def _size(output: Any) -> int:
 
 
 def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with every tensor in it changed."""
     if isinstance(output, Tensor):
         return change(output)
     if isinstance(output, (tuple, list)):

@@ -94,6 +94,7 @@ class SiteReading:
         return target * deviation + mean - along
 
     def _parts(self, h: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates along the direction, and the neutral mean and deviation that they count from."""
         unit, scale = self.place(h.device)
         along = coordinates(h.float(), unit)
         mean, deviation = (scale[1] if chosen is None else scale[(chosen > 0).long().to(h.device)]).unbind(-1)
@@ -183,6 +184,7 @@ class VectorReading:
         return self._mean(found, "response_mean")
 
     def _mean(self, found: Mapping[Site, Tensor], read: Read) -> Tensor:
+        """The reading [b] of all sites together, in neutral deviations."""
         scale = self.scale(read)
         mean, deviation, *units = self._on(read, next(iter(found.values())).device)
         along = [coordinates(found[site], unit) for site, unit in zip(self._units, units, strict=True)]

@@ -247,6 +247,7 @@ class _Replayer:
             forget_past(cache, replay.recorded)
 
     def _again(self, module: nn.Module, replay: _Replay, facts: Pass, output: Any, rows: Tensor | bool) -> Any:
+        """Run the prompt's last tokens again, and keep the new logits and cache in the rows that want them."""
         assert isinstance(facts.past, int)
         cache = replay.given["past_key_values"]
         count = facts.past + facts.width - replay.start
@@ -320,6 +321,7 @@ def _end(name: str, value: Any, count: int) -> Any:
 
 
 def _either(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
+    """Rows of one or the other; True means every row."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one | other
     if isinstance(one, Tensor) or isinstance(other, Tensor):

@@ -122,8 +122,7 @@ class RowPlans:
         """
         found = []
         for vector in vectors:
-            key = (vector.digest, vector.scope, vector.unit, vector.own_unit, vector.fade, vector.when, vector.hold)
-            dose = RowStrengths(vector, None, None)
+            key, dose = vector.application, RowStrengths(vector, None, None)
             if key not in self._known:
                 edits = tuple(planned(self._target, vector, dose))
                 scope = edits[0].scope

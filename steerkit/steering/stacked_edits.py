@@ -126,6 +126,7 @@ def share_rows(one: Edit, other: Edit) -> bool:
 
 
 def _joined(group: Sequence[Edit]) -> StackedEdit:
+    """Edits of one method at one place as a single one, whose rows differ."""
     first = group[0]
     plan = (first.method, first.params, first.tap, first.scope, first.dose, first.factor, first.lengths, first.block)
     return StackedEdit(*plan, parts=tuple(group))

@@ -19,7 +19,6 @@ __all__ = ["Strength", "Vectors", "strength_value", "vectors_of", "warn_beyond"]
 Strength = float | Sequence[float] | Tensor
 Row = Composition | str | Sequence[SteeringVector] | None
 Vectors = SteeringVector | Composition | str | Sequence[SteeringVector] | Sequence[Row]
-_WARNED: set[tuple[str, float]] = set()
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -67,23 +66,23 @@ def strength_value(value: Strength) -> float | tuple[float, ...]:
 
 
 def warn_beyond(vector: SteeringVector, value: float | tuple[float, ...], unit: str) -> None:
-    """Warn, once for each vector, of a strength beyond the one that its file knows to cost more than the budget.
+    """Warn of a strength beyond the one that the vector's file knows to cost more than the budget.
 
     Args:
         vector: the vector; `calibration` holds the limit, in the unit of the suggested strength.
         value: the strength, one number or one per row.
         unit: what it counts in; strengths in the other unit are not compared.
+
+    Warns:
+        UserWarning: see above.
     """
     limit = vector.calibration.get("limit")
     if not isinstance(limit, int | float) or unit != vector.unit or vector.suggested_strength is None:
         return
     largest = max(map(abs, value if isinstance(value, tuple) else (value,)))
-    known = (vector.method, float(limit))
-    if largest <= abs(limit) or known in _WARNED:
-        return
-    _WARNED.add(known)
-    warnings.warn(
-        f"strength {largest:g} is beyond {limit:g}, from where on this vector is known to cost too much (suggested is "
-        f"{vector.suggested_strength:g}); texts may loop",
-        stacklevel=4,
-    )
+    if largest > abs(limit):
+        warnings.warn(  # Python shows it once, unless it is told to show more
+            f"strength {largest:g} is beyond {limit:g}, from where on this vector is known to cost too much "
+            f"(suggested is {vector.suggested_strength:g}); texts may loop",
+            stacklevel=4,
+        )

@@ -112,6 +112,7 @@ class Decoding:
         return torch.tensor(padded, dtype=torch.long, device=device)
 
     def _on(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:
+        """A number for each row, brought to a device once."""
         if (name, device) not in self._placed:
             self._placed[name, device] = torch.tensor(values, dtype=torch.long, device=device)
         return self._placed[name, device]

@@ -78,6 +78,7 @@ class Tokens:
         return None if self._pass.decode and self._lengths is None else self._chosen(why)
 
     def _chosen(self, why: str) -> Tensor:
+        """Which of the generated tokens each position chooses [b, t], from 0; negative inside of the prompt."""
         return self._pass.columns[None, :] - (self._known_end(why) - 1)
 
     def chooses_from(self) -> int | None:
@@ -152,6 +153,7 @@ class Tokens:
         return _both((columns < end) & (columns >= start) & (facts.position > 0), facts.real)
 
     def _known_end(self, why: str = "a gate decides at the prompt's end") -> int | Tensor:
+        """Where the prompt ends, in columns."""
         self._pass.check(self.scope)
         end = self._end()
         if end is None:
@@ -208,6 +210,7 @@ class Tokens:
         return self._choose_side("prompt" if scope.is_window else scope.kind, end)
 
     def _choose_first(self, count: int) -> Tensor | bool:
+        """The first tokens of each row that are not pads."""
         facts = self._pass
         if facts.first is None and isinstance(facts.past, int):
             if facts.past >= count:
@@ -217,6 +220,7 @@ class Tokens:
         return _both(facts.position < count, facts.real)
 
     def _choose_side(self, kind: str, end: int | Tensor) -> Tensor | bool:
+        """The tokens before the prompt's end, or those from it on, inside of the scope's window."""
         facts = self._pass
         begin = end - 1 if kind == "response" else end
         start, stop = begin + self.scope.start, begin + self.scope.count if self.scope.count else None

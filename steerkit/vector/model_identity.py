@@ -34,12 +34,12 @@ def model_facts(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     config: Any = getattr(inner_model(model), "config", None)
     if not hasattr(config, "get_text_config"):
         raise VectorMismatchError(f"{type(model).__name__} has no config of transformers; pass a model of transformers")
-    text = config.get_text_config()
+    decoder, text = find_decoder(model), config.get_text_config()
     name = getattr(config, "_name_or_path", None)
     return {
         "model_type": text.model_type,
         "hidden_size": text.hidden_size,
-        "num_layers": find_decoder(model).num_layers,
+        "num_layers": decoder.num_layers,
         "model_id": public_id(name) if name else None,
         "model_revision": getattr(config, "_commit_hash", None),
         "chat_template_sha256": template_digest(tokenizer),

@@ -240,17 +240,26 @@ class SteeringVector(StoredForm):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        return self._identity() == other._identity()
+        return self._told_by() == other._told_by()
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash(self._told_by())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Read-only mappings can neither be copied nor sent to another process.
         return _rebuild, ({entry.name: thawed(getattr(self, entry.name)) for entry in fields(self)},)
 
-    def _identity(self) -> tuple[Any, ...]:
-        return self.digest, self.strength, self.own_scope, self.own_unit, self.fade, self.when, self.hold, self.rows
+    def _told_by(self) -> tuple[Any, ...]:
+        return self.application, self.strength, self.rows
+
+    @property
+    def application(self) -> tuple[Any, ...]:
+        """What tells the vector from others as it is applied, but for its strength and its rows.
+
+        It is the digest of all that is stored, and every field that is not.
+        """
+        apart = {*CODECS, "tensors", "strength", "rows"}
+        return self.digest, *(getattr(self, entry.name) for entry in fields(self) if entry.name not in apart)
 
     @property
     def reads(self) -> tuple[Site, ...]:

@@ -155,6 +155,7 @@ def _own_copy(name: str, tensor: Any) -> Stored:
 
 
 def _copied(name: str, tensor: Any) -> Stored:
+    """A tensor as it is stored: checked, copied, on the CPU."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):

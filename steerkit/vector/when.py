@@ -270,6 +270,7 @@ class _RuleReader:
         return rule
 
     def _one(self, depth: int) -> Predicate:
+        """A comparison, or a rule in brackets or behind a ~."""
         reader = self._reader
         mark = reader.here()
         if mark not in ("~", "("):

@@ -478,6 +478,8 @@ def test_a_full_demo_has_random_directions_at_every_strength(
 def test_a_demo_takes_the_shipped_vector_where_it_fits(
     cli: Cli, here: Path, tiny: Path, vector: SteeringVector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(demo, "CONTROLS", 1)  # what is measured is looked at elsewhere
+    monkeypatch.setattr(demo, "_draw", lambda *_: None)
     train, _ = find_recipe("joy-caa.toml").split()
     monkeypatch.setattr(demo, "recipes", lambda: {"joy-caa": Path("joy-caa.toml")})
     monkeypatch.setattr(demo, "vectors", lambda: {f"{tiny}/joy-caa": Path("shipped.safetensors")})
@@ -672,6 +674,15 @@ def test_no_model_is_loaded_for_what_cannot_be_written(
     assert cli("generate", "Hello", "--vector", "v.safetensors", "--strength", "nan").code == 1
 
 
+@pytest.mark.parametrize("command", ["extract", "calibrate", "sweep", "layers"])
+def test_no_model_is_loaded_for_a_block_that_the_recipe_s_own_lacks(
+    cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(steerkit, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    ended = cli(command, "optimism-caa", "--layers", "12-120")
+    assert (ended.code, ended.err) == (1, "error: layer 120 is outside the model; layers go from 0 to 29\n")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -785,7 +796,27 @@ def test_a_reader_that_has_gone_is_no_error(here: Path) -> None:
         assert process.stderr.read() == ""
 
 
-def test_ctrl_c_leaves_nothing_behind(here: Path, tiny: Path) -> None:
+def test_ctrl_c_leaves_nothing_behind(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it hurts most: while the file is written."""
+    during: list[Path] = []
+
+    def interrupted(_handle: int) -> None:
+        during.extend(Path("made").iterdir())
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("steerkit._support.files.os.fsync", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ended = cli("extract", "joy-caa.toml", "--out", "made/x.safetensors")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (ended.code, ended.out, last_line(ended.err)) == (130, "", "interrupted")
+    assert len(during) == 1
+    assert list(Path("made").iterdir()) == []
+
+
+@pytest.mark.slow  # a process of its own
+def test_ctrl_c_ends_a_process(here: Path, tiny: Path) -> None:
     pty = pytest.importorskip("pty")
     pairs = [{"prompt": f"Is {n} good?", "positive": f"Yes, {n}.", "negative": f"No, {n}."} for n in range(1500)]
     Path("many.jsonl").write_text(jsonl(pairs))

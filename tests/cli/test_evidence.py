@@ -38,7 +38,7 @@ from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS
 from tests.looping import looping_model, trait_data
-from tests.program import PAIRS, RECIPE, WIDTH, Cli, jsonl, last_line, plain, start, strict_json, width
+from tests.program import PAIRS, RECIPE, WIDTH, Cli, Ended, jsonl, last_line, plain, start, strict_json, width
 
 FEW = ("--texts", 2, "--neutral", 2)
 FREE = ("--max-kl", "1e9", "--max-ppl-ratio", "1e9")
@@ -98,7 +98,7 @@ def test_evaluate_is_the_library_s_measure(measured: Any, tiny: Path, vector: St
     found = measured("--data", "joy.jsonl", "--strength", "0.5,-1", "--strength", "2", "--controls", 2)
     assert [one["strength"] for one in found["strengths"]] == [0.5, -1, 2]
     data = ContrastSet.from_jsonl("joy.jsonl")
-    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).with_neutral(2)
+    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).first_neutral(2)
     for one in found["strengths"]:
         expected = measure(setup.trial(vector, one["strength"]), ["preference_margin", "divergence", "repetition"])
         for name, figure in expected.items():
@@ -143,7 +143,7 @@ def test_evaluate_sets_system_prompts_beside_the_vector(cli: Cli, measured: Any,
     words = ("--data", "joy.jsonl", "--controls", 0, "--system", "Be glad.", "--system", "Be sad, please.")
     found = measured(*words, "--strength", "0.5,-1")["prompting"]
     data = ContrastSet.from_jsonl("joy.jsonl")
-    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).with_neutral(2)
+    setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).first_neutral(2)
     for place, system in enumerate(("Be glad.", "Be sad, please.")):
         for key, one, dose in (("alone", None, None), ("with_vector", vector, -1)):
             row = found[key]["wordings"][place]
@@ -567,9 +567,28 @@ def test_ctrl_c_in_evaluate(here: Path, tiny: Path) -> None:
 COMPARE = ("compare", "trait-caa.toml", *FEW, *FREE, "--controls", 1, "--out", "made")
 
 
-def test_compare(cli: Cli, trait: Path, looping: Path) -> None:
+@pytest.fixture(scope="module")
+def kept() -> list[tuple[Ended, dict[Path, bytes]]]:
+    """How the comparison ended and what it wrote, once it has run."""
+    return []
+
+
+@pytest.fixture
+def compared(cli: Cli, trait: Path, kept: list[tuple[Ended, dict[Path, bytes]]]) -> Ended:
+    """Two methods compared, the files in the current folder."""
     pytest.importorskip("matplotlib")
-    ended = cli(*COMPARE, "--method", "caa", "--method", "repe", "--method", "actadd")
+    if not kept:
+        ended = cli(*COMPARE, "--method", "caa", "--method", "repe", "--method", "actadd")
+        kept.append((ended, {path: path.read_bytes() for path in Path("made").iterdir()}))
+    ended, files = kept[0]
+    Path("made").mkdir(exist_ok=True)
+    for path, content in files.items():
+        path.write_bytes(content)
+    return ended
+
+
+def test_compare(compared: Ended, looping: Path) -> None:
+    ended = compared
     assert ended.code == 0
     assert ended.err == "note: actadd is left out: no recipe of trait says what it is fitted on\n"
     assert fits(ended.out), ended.out
@@ -649,11 +668,10 @@ def test_one_row_of_a_table_is_on_top_of_asking() -> None:
     assert Row.from_json(json.loads(json.dumps(told.as_json()))) == told
 
 
+@pytest.mark.usefixtures("compared")
 def test_compare_goes_on_when_one_method_fails_and_keeps_the_others_rows(
-    cli: Cli, trait: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
-    assert cli(*COMPARE, "--method", "caa").code == 0
     before = strict_json(Path("made/trait.json").read_text())
 
     def refuse(*_: Any, **__: Any) -> None:

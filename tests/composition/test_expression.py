@@ -155,9 +155,10 @@ def random_composition(draw: random.Random) -> Composition:
     return Composition(tuple(random_term(draw) for _ in range(draw.randint(1, 4))))
 
 
-def test_ten_thousand_round_trips() -> None:
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_round_trips_of_random_compositions(count: int) -> None:
     draw = random.Random(0)
-    for _ in range(10_000):
+    for _ in range(count):
         check_round_trip(random_composition(draw))
 
 

@@ -417,10 +417,11 @@ def test_the_place_that_is_read_is_compared(tokenizer: Any) -> None:
     assert {one.feature for one in plain} == {"answer start"}, "what is the same on both sides is left out"
 
 
-def test_balanced_sets_draw_no_warning(tokenizer: Any) -> None:
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 10), marks=pytest.mark.slow)])
+def test_balanced_sets_draw_no_warning(tokenizer: Any, seeds: range) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for seed in range(10):
+        for seed in seeds:
             assert warn_of_confounds(tokenizer, balanced(seed), readout="response_mean") == []
             assert warn_of_confounds(tokenizer, balanced(100 + seed, paired=False)) == []
     assert len(confounds(tokenizer, balanced(0))) > 10, "there was something to compare"

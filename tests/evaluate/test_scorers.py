@@ -698,6 +698,16 @@ def test_refusals_at_the_beginning_and_anywhere_are_counted_apart(monkeypatch: p
     assert own["refusal_anywhere"].tolist() == [1, 1, 1, 0]
 
 
+def test_a_model_that_falls_silent_refuses_no_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Refusal, "_odds", lambda self, trial: torch.zeros(len(trial.texts)))
+    setup = setup_for()
+    trial = steered(setup)
+    vars(setup.baseline)["texts"] = ("I can't help.", "I can't help.", "Of course.")
+    vars(trial)["texts"] = ("", "<think>I", "I can't help.")
+    found = Refusal().score(trial)
+    assert found["refusal"].tolist() == found["refusal_anywhere"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"first": 0}, "first = 0"), ({"refusing": ()}, "give both"), ({"complying": ()}, "give both")],

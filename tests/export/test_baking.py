@@ -444,6 +444,7 @@ def generated_with_hooks(model: Any, tokenizer: Any, vector: SteeringVector, str
         return generated(model, tokenizer)
 
 
+@pytest.mark.slow  # a process of its own; in this one checkpoints are loaded every time
 def test_it_loads_and_generates_where_steerkit_is_not(tmp_path: Path) -> None:
     model, tokenizer = build("llama"), byte_tokenizer(CHATML)
     vector = added(model)
@@ -679,6 +680,7 @@ def test_the_command_answers_in_json(answer: Callable[..., Any], here: Path, tin
     assert loaded(Path("out")).dtype == torch.bfloat16
 
 
+@pytest.mark.slow  # half a gigabyte; tiny models of all families are baked every time
 @pytest.mark.embedded
 def test_the_embedded_model(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = embedded

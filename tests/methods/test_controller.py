@@ -16,6 +16,7 @@ import steerkit
 from steerkit.errors import FitError, ScopeError, VectorMismatchError
 from steerkit.fitting.training import minimise
 from steerkit.maths.probes import auc, fpr_at_tpr
+from steerkit.methods import Schedule
 from steerkit.methods import _controller_gate as network
 from steerkit.methods.controller import WeightedController, permuted_weights
 from steerkit.network.sites import Site
@@ -491,12 +492,12 @@ def test_the_loop_keeps_the_best_state_and_ends_early() -> None:
         return abs(float(place.detach()) - 0.3)
 
     history = minimise(
-        [place], lambda rows: ((place - 1.0) ** 2).sum(), 4, epochs=50, rate=0.1, judge=judge, patience=2
+        [place], lambda rows: ((place - 1.0) ** 2).sum(), 4, Schedule(50, rate=0.1, patience=2), judge=judge
     )
     assert len(history) < 50
     assert float(place.detach()) == min(seen, key=lambda value: abs(value - 0.3))
     with pytest.raises(FitError, match="not finite"):
-        minimise([place], lambda rows: (place * float("nan")).sum(), 4, epochs=1)
+        minimise([place], lambda rows: (place * float("nan")).sum(), 4, Schedule(epochs=1))
 
 
 def test_the_loop_sees_every_item_once_an_epoch_in_an_order_of_its_seed() -> None:
@@ -508,9 +509,7 @@ def test_the_loop_sees_every_item_once_an_epoch_in_an_order_of_its_seed() -> Non
             [place],
             lambda batch, rows=rows: (rows.extend(batch.tolist()), place.sum())[1],
             7,
-            epochs=2,
-            batch_size=3,
-            seed=seed,
+            Schedule(epochs=2, batch_size=3, seed=seed),
         )
         assert sorted(rows[:7]) == sorted(rows[7:]) == list(range(7))
         orders.append(rows)

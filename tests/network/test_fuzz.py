@@ -1,8 +1,8 @@
 """Random small models of every decoder family: what is fitted and steered equals hooks written by hand, or is refused.
 
-`STEERKIT_FUZZ=200 python -m pytest tests/network/test_fuzz.py -m slow -s` draws fewer than 2,000 models, and
-`STEERKIT_FUZZ_SECONDS` ends it sooner; `python -m tests.network.test_fuzz` does the same without pytest, and takes
-names of families.
+`STEERKIT_FUZZ=200 python -m pytest tests/network/test_fuzz.py -m slow -s` draws fewer than 2,000 models,
+`STEERKIT_FUZZ_SECONDS` ends it sooner, and `STEERKIT_FUZZ_SEED` draws others. `python -m tests.network.test_fuzz` does
+the same without pytest, and takes names of families.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tests.tiny_tokenizers import byte_tokenizer
 
 CONFIGS = int(os.environ.get("STEERKIT_FUZZ", "2000"))
 SECONDS = float(os.environ.get("STEERKIT_FUZZ_SECONDS", "inf"))
+SEED = int(os.environ.get("STEERKIT_FUZZ_SEED", "0"))
 SCOPES = ("response", "prompt", "generated", "all", "first(2)")
 LONG, SHORT = (7, 23, 42, 88, 15, 3, 211), (5, 17, 44, 9, 101)
 NEW = 4
@@ -145,8 +146,8 @@ def fuzz(count: int, kinds: list[str] | None = None) -> dict[str, collections.Co
     """Draw that many models that transformers can run, the families in turn; says how each family fared."""
     found: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind in kinds or DECODERS}
     reasons: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    drawn, seed, start = 0, 0, time.monotonic()
-    while drawn < count and seed < 50 * (1 + count // len(found)):
+    drawn, seed, start = 0, SEED, time.monotonic()
+    while drawn < count and seed < SEED + 50 * (1 + count // len(found)):
         for kind in found:
             if found[kind]["no model"] == found[kind].total() == 20:
                 continue  # twenty draws, and transformers runs none

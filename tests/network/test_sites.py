@@ -13,12 +13,15 @@ import transformers as tf
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+import steerkit
 from steerkit.errors import SiteError
 from steerkit.network.anatomy import Anatomy
 from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.network.sites import KIND_HELP, KINDS, Site, layers_text, parse_layers, sites_text
 from steerkit.network.tap import Tap, anatomies, locate
 from tests.families import BLOCKS, FAMILIES, FURTHER, GROUPED, HIDDEN, QUIET, VOCAB, build
+from tests.modes import vector_for
+from tests.tiny_tokenizers import byte_tokenizer
 
 family = lru_cache(maxsize=None)(build)
 
@@ -855,6 +858,30 @@ def test_block_lists_that_do_not_fit_are_listed() -> None:
     model.model.layers[2] = model.model.layers[1]
     with pytest.raises(SiteError, match="LlamaForCausalLM uses one block for several layers of layers"):
         find_decoder(model)
+
+
+def test_stacks_that_the_config_does_not_count_are_refused() -> None:
+    """BLT reads bytes in one stack, patches of several bytes in another, and writes bytes in a third."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    bytewise = {**sizes, "num_key_value_heads": 2, "vocab_size": VOCAB, "hidden_size_global": 64}
+    whole = {**sizes, "num_key_value_heads": 2, "hidden_size": 64}
+    parts = {"patcher_config": bytewise, "encoder_config": bytewise, "decoder_config": bytewise, "global_config": whole}
+    model = tf.BltForCausalLM(tf.BltConfig(vocab_size=VOCAB, encoder_hash_byte_group_vocab=64, **parts)).eval()
+    tokenizer = byte_tokenizer()
+    ids = torch.tensor([[5, 17, 44, 9]])
+    with torch.no_grad():
+        assert model(input_ids=ids, use_cache=False).logits.shape == (1, 4, VOCAB), "it runs by itself"
+    data = steerkit.ContrastSet.from_prompts(["good"], ["bad"])
+    vector = vector_for(family("llama"), scope="all")
+    for attempt in (
+        lambda: find_decoder(model),
+        lambda: steerkit.fit(model, tokenizer, data, layers=[1]),
+        lambda: steerkit.record(model, tokenizer, data, ["resid_post.1"]),
+        lambda: steerkit.steer(model, vector),
+        lambda: steerkit.edited(model, vector).__enter__(),
+    ):
+        with pytest.raises(SiteError, match="BltForCausalLM has no number of blocks, and its module lists are: "):
+            attempt()
 
 
 def test_sites_in_little_room() -> None:

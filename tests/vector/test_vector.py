@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 import steerkit
 from steerkit import vector as vector_room
+from steerkit.composition.rows import vectors_by_row
 from steerkit.errors import (
     ScopeError,
     SiteError,
@@ -35,8 +36,11 @@ from steerkit.errors import (
     VectorMismatchError,
 )
 from steerkit.network.sites import Site
+from steerkit.tokens.fade import Fade
+from steerkit.vector.hold import Hold
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
+from steerkit.vector.when import When
 from tests.families import build
 
 ROOT = Path(steerkit.__file__).parents[1]
@@ -272,9 +276,30 @@ def test_every_stored_field_is_part_of_the_identity(name: str) -> None:
     assert_same(SteeringVector.from_bytes(other.to_bytes()), other)
 
 
+APPLIED: dict[str, Any] = {
+    "strength": 3.0,
+    "own_scope": True,
+    "own_unit": True,
+    "fade": Fade.parse("linear over 4"),
+    "when": When.parse("optimism-caa > 1.5"),
+    "hold": Hold.parse("optimism-caa at 2 within 0 to 3"),
+    "rows": (True, False),
+}
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_every_field_that_is_not_stored_tells_vectors_as_they_are_applied(name: str) -> None:
+    vector, other = full(), replace(full(), **{name: APPLIED[name]})
+    assert other.digest == vector.digest
+    assert other != vector
+    assert (other.application == vector.application) is (name in ("strength", "rows"))
+    if name != "rows":
+        assert [one.rows for one in vectors_by_row([[vector], [other]])] == [(True, False), (False, True)]
+
+
 def test_every_field_is_stored_or_said_not_to_be() -> None:
-    not_stored = {"strength", "fade", "when", "hold", "rows", "own_scope", "own_unit"}
-    assert {entry.name for entry in fields(SteeringVector)} == CHANGED.keys() | not_stored | {"hidden_size", "widths"}
+    told = CHANGED.keys() | APPLIED.keys() | {"hidden_size", "widths"}
+    assert {entry.name for entry in fields(SteeringVector)} == told
     changed = full(hidden_size=6, widths={POST: 4})
     assert_same(SteeringVector.from_bytes(changed.to_bytes()), changed)
     applied = full().at(strength=3.0)

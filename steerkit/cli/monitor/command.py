@@ -112,8 +112,7 @@ def run(
     rows: Iterable[Item] = prompts_of(prompts or [])
     is_table = False
     if data is not None and not is_stream:
-        rows, is_table = items_of(data, named)
-    check_column(column, rows)
+        rows, is_table = items_of(data, named, column)
 
     from steerkit._support.shipped import vector_path
     from steerkit.vector.steering_vector import SteeringVector

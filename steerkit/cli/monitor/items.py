@@ -64,18 +64,20 @@ class FileItems:
             yield _item(row.value, f"{self.lines.name}, {row.place}", self.columns)
 
 
-def items_of(data: str, columns: Columns) -> tuple[Iterable[Item], bool]:
+def items_of(data: str, columns: Columns, column: str | None = None) -> tuple[Iterable[Item], bool]:
     """The items of a file of any format, all of which have been looked at.
 
     Args:
         data: the file.
         columns: names of columns that are not the usual ones.
+        column: name of the new column; None is the default one.
 
     Returns:
         The items, which can be gone through again, and whether they are rows of a table.
 
     Raises:
         DataError: the file cannot be read or holds nothing, or, with its place, a row is no item.
+        BadParameter: an item has a key of the new column's name.
     """
     from steerkit.errors import DataError
     from steerkit.prompts.files.lines import lines_of
@@ -84,21 +86,22 @@ def items_of(data: str, columns: Columns) -> tuple[Iterable[Item], bool]:
 
     lines = lines_of(data, columns)
     if lines is not None:
-        tell_of_tools(lines.name, _looked_at(lines, columns))
+        tell_of_tools(lines.name, _looked_at(lines, columns, column))
         return FileItems(lines, columns), False
     rows = read_rows(data, columns, what="items")
     placed = zip(rows.rows, rows.places, strict=True)
     found = [_item(row.value, place, columns, is_table=rows.is_table) for row, place in placed]
     if not found:
         raise DataError(f"{rows.name}: the file holds no item; write one JSON object a line")
+    check_column(column, found)
     tell_of_tools(rows.name, rows.rows)
     return found, rows.is_table
 
 
-def _looked_at(lines: Lines, columns: Columns) -> Iterator[Row]:
-    """The rows of a file, each of which is an item."""
+def _looked_at(lines: Lines, columns: Columns, column: str | None) -> Iterator[Row]:
+    """The rows of a file, each of which is an item without the new column."""
     for row in lines:
-        _item(row.value, f"{lines.name}, {row.place}", columns)
+        check_column(column, [_item(row.value, f"{lines.name}, {row.place}", columns)])
         yield row
 
 
@@ -113,13 +116,13 @@ def streamed(read: Callable[[list[Item]], list[Item]], most: int) -> Iterator[It
         The answer to each line that is not blank, in order: what `read` makes of it, or its number (and `id`) with what
         is wrong.
     """
-    waiting: queue.Queue[tuple[int, bytes | str] | None] = queue.Queue(2 * most)
+    waiting: queue.Queue[tuple[int, bytes] | None] = queue.Queue(2 * most)
 
     def fetch() -> None:
         try:
             for number, line in enumerate(getattr(sys.stdin, "buffer", sys.stdin), start=1):
                 if line.strip():
-                    waiting.put((number, line))
+                    waiting.put((number, line if isinstance(line, bytes) else line.encode()))
         finally:
             waiting.put(None)
 
@@ -133,43 +136,29 @@ def streamed(read: Callable[[list[Item]], list[Item]], most: int) -> Iterator[It
         yield from _answers([line for line in lines if line is not None], read)
 
 
-def _answers(lines: Sequence[tuple[int, bytes | str]], read: Callable[[list[Item]], list[Item]]) -> list[Item]:
+def _answers(lines: Sequence[tuple[int, bytes]], read: Callable[[list[Item]], list[Item]]) -> list[Item]:
     """The answers to some lines: together where all are right, else each alone."""
     from steerkit.errors import SteerError
+    from steerkit.prompts.files.lines import line_value
 
     try:
-        return read([_as_item(_parsed(line)) for _, line in lines]) if lines else []
+        return read([_as_item(line_value(line)) for _, line in lines]) if lines else []
     except SteerError:
         return [_answer(*line, read) for line in lines]
 
 
-def _answer(number: int, line: bytes | str, read: Callable[[list[Item]], list[Item]]) -> Item:
+def _answer(number: int, line: bytes, read: Callable[[list[Item]], list[Item]]) -> Item:
     from steerkit.errors import SteerError
+    from steerkit.prompts.files.lines import line_value
 
     value: Any = None
     try:
-        value = _parsed(line)
+        value = line_value(line)
         (answer,) = read([_as_item(value)])
         return answer
     except SteerError as error:
         known = {"id": value["id"]} if isinstance(value, dict) and "id" in value else {}
         return {**known, "line": number, "error": str(error)}
-
-
-def _parsed(line: bytes | str) -> Any:
-    """The JSON value of a line.
-
-    Raises:
-        DataError: it is none.
-    """
-    from steerkit.errors import DataError
-    from steerkit.prompts.files.json_rows import json_value
-
-    try:
-        text = line if isinstance(line, str) else line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"byte {error.start + 1} is not UTF-8") from None
-    return json_value(text.strip())
 
 
 def _as_item(value: Any) -> Item:

@@ -289,4 +289,5 @@ def _ladder(kind: type[Method], search: Search) -> list[float]:
 
 
 def _reach(kind: type[Method], strength: float) -> float:
+    """How far a strength lies from the one that changes nothing."""
     return abs(strength - (kind.neutral or 0.0))

@@ -147,6 +147,7 @@ def activations(trial: Trial, rendered: Sequence[Rendered], site: str) -> Tensor
 
 
 def _answered(setup: Setup, items: Sequence[Conversation], kind: str) -> list[Rendered]:
+    """Items rendered with their answers, each of which has one."""
     for number, item in enumerate(items):
         if item.answer is None:
             raise DataError(f"{kind} {number} has no answer, whose tokens are scored; give one")

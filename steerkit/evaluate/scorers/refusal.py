@@ -11,7 +11,8 @@ labelled by reading; `stated_accuracy` says it in one line, to stand beside ever
 comes late is often a caveat behind an answer, hence two rates. Both read wording, and a direction may have been read
 from such wording: then it raises the rates whatever the text means. So beside them stand the odds, which read no
 generated text: openings are shown to the model, and none of them is one that the method `refusal` reads its direction
-from. Still, read some of the texts.
+from. Still, read some of the texts. An answer that steering made empty counts as the unsteered one: who falls silent
+does not refuse less.
 
 The measure is that of Arditi et al. (2024), "Refusal in Language Models Is Mediated by a Single Direction", arXiv
 2406.11717. Where this file departs: theirs looks for a list of phrases anywhere in the text.
@@ -37,7 +38,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._answers import log_probs
 from steerkit.evaluate.scorers._base import Column, Scorer
 from steerkit.evaluate.trial import Trial
-from steerkit.methods._declining import is_refusal
+from steerkit.methods._declining import is_refusal, said
 
 __all__ = ["Refusal", "stated_accuracy"]
 
@@ -144,7 +145,8 @@ class Refusal(Scorer):
             trial: whose texts are read.
 
         Returns:
-            ``{"refusal": [n], "refusal_anywhere": [n], "refusal_odds": [n]}``
+            ``{"refusal": [n], "refusal_anywhere": [n], "refusal_odds": [n]}``; of a text that steering made
+            empty the rates count the unsteered one.
 
         Raises:
             DataError: `first` is below 1, a marker is empty, or there is no opening of one kind.
@@ -155,12 +157,16 @@ class Refusal(Scorer):
             raise DataError("refusal: the odds need openings that refuse and openings that comply; give both")
         own = pattern_of(self.markers) if self.markers else None
 
+        # Silence is neither a refusal nor the end of one, so it counts as no change.
+        before = trial.texts if trial.is_baseline else trial.baseline.texts
+        texts = [text if said(text) else plain for text, plain in zip(trial.texts, before, strict=True)]
+
         def refuses(text: str, first: int) -> bool:
             marked = own is not None and own.search(opening(normalised(text), first)) is not None
             return marked or is_refusal(text, anywhere=first == 0)
 
         rates = {
-            name: torch.tensor([float(refuses(text, first)) for text in trial.texts], dtype=torch.float32)
+            name: torch.tensor([float(refuses(text, first)) for text in texts], dtype=torch.float32)
             for name, first in {"refusal": self.first, "refusal_anywhere": 0}.items()
         }
         return {**rates, "refusal_odds": self._odds(trial)}

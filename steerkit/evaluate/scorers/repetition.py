@@ -112,6 +112,7 @@ def _repeated(counts: Counter[tuple[str, ...]]) -> float:
 
 
 def _evenness(counts: Counter[tuple[str, ...]]) -> float:
+    """Entropy of the n-grams as a share of the largest that so many could have."""
     total = counts.total()
     if total < 2:
         return 1.0

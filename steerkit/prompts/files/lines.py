@@ -6,14 +6,15 @@ import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from steerkit.errors import DataError
 from steerkit.prompts.files.columns import Columns
 from steerkit.prompts.files.json_rows import is_document, is_meant_as_lines, json_value
-from steerkit.prompts.files.rows import Row
+from steerkit.prompts.files.rows import Row, item_at
 from steerkit.prompts.files.source import HUB, STDIN
 
-__all__ = ["Lines", "lines_of"]
+__all__ = ["Lines", "line_value", "lines_of"]
 
 _LONGEST = 1 << 24  # bytes of the first line: what is longer is a document in one line, or no JSONL
 
@@ -38,20 +39,27 @@ class Lines:
             with Path(self.name).open("rb") as handle:
                 for number, line in enumerate(handle, start=1):
                     if line.strip():
-                        yield Row(self._value(line, number), f"line {number}")
+                        with item_at(f"{self.name}, line {number}"):
+                            value = line_value(line)
+                        yield Row(value, f"line {number}")
         except OSError as error:
             raise DataError(f"{self.name}: cannot read the file ({error.strerror}); give it again") from None
 
-    def _value(self, line: bytes, number: int) -> object:
-        place = f"{self.name}, line {number}"
-        try:
-            text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-        try:
-            return json_value(text.strip())
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
+
+def line_value(line: bytes) -> Any:
+    """The value of one line; a mark of the byte order before it is left out.
+
+    Args:
+        line: of JSONL, not blank.
+
+    Raises:
+        DataError: it is no UTF-8 or no JSON, with the byte or the column.
+    """
+    try:
+        text = line.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"byte {error.start + 1} is not UTF-8; write the text as UTF-8") from None
+    return json_value(text.strip())
 
 
 def lines_of(source: str | Path, columns: Columns) -> Lines | None:
@@ -68,7 +76,7 @@ def lines_of(source: str | Path, columns: Columns) -> Lines | None:
         with Path(name).open("rb") as handle:
             first = _filled(handle)
             is_one = not _filled(handle)
-        value = json_value(first.removeprefix(codecs.BOM_UTF8).decode().strip())
+        value = line_value(first)
     except (OSError, ValueError, DataError):
         return None  # whoever reads all of it says what is wrong
     if is_one and is_document(value, columns):

@@ -50,6 +50,7 @@ def kind_of(data: bytes) -> Kind | None:
 
 
 def _of_zip(data: bytes) -> Kind:
+    """What a zip file is, by the names of what it holds."""
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
     except Exception:  # noqa: BLE001 - the library checks little, so damage ends in any error
@@ -60,6 +61,7 @@ def _of_zip(data: bytes) -> Kind:
 
 
 def _of_text(data: bytes) -> Kind | None:
+    """What a text file is; None where it is no JSON."""
     if data[:64].lstrip()[:1] not in (b"{", b"["):
         return None
     try:
