@@ -1,0 +1,127 @@
+"""What is hung on vLLM's parts: admission in the front end, hooks and steps in the workers, keys in the scheduler."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from steerkit.engines.vllm import names
+from steerkit.engines.vllm.plan import Served
+from steerkit.engines.vllm.prefixes import steering_keys
+from steerkit.engines.vllm.settings import Settings
+from steerkit.errors import SteerError
+
+__all__ = ["register"]
+
+_KEPT = "_steerkit"
+
+
+def register() -> None:
+    """Hang steering on vLLM's parts, once.
+
+    Raises:
+        ModelError: this vLLM has other parts than those that are known.
+    """
+    parts = names.parts()
+    names.wrap(parts.processor, "process_inputs", _admit)
+    for runner in (parts.runner, parts.cpu_runner):
+        names.wrap(runner, "load_model", _place)
+    names.wrap(parts.runner, "_model_forward", _run)
+    names.wrap(sys.modules[parts.keys.__module__], parts.keys.__name__, _key)
+
+
+def _served(config: Any, settings: Settings) -> Served:
+    text = config.model_config.hf_text_config
+    whole = config.parallel_config.pipeline_parallel_size == 1
+    sizes = (text.hidden_size, text.num_hidden_layers)
+    return Served(*sizes, settings.kinds, settings.levels, settings.terms, whole)
+
+
+def _admit(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make a request, and refuse it alone where its steering cannot be had."""
+    request = inner(processor, *args, **kwargs)
+    params = request.sampling_params
+    if params is None:
+        return request
+    try:
+        admission = _admission(processor)
+        prompt = len(request.prompt_token_ids or request.prompt_embeds or ())
+        extra = admission.admitted(params.extra_args, prompt)
+        if extra and "steerkit" in extra and names.has_new_runner(processor.vllm_config):
+            raise SteerError("this vLLM runs its second model runner; start it with VLLM_USE_V2_MODEL_RUNNER=0")
+        params.extra_args = extra
+        if extra and extra.get("steerkit", {}).get("whole"):
+            params.skip_reading_prefix_cache = True  # a gate over the whole prompt has to see all of it
+    except SteerError as error:
+        raise names.parts().wrong_request(str(error), parameter="steering") from None
+    return request
+
+
+def _admission(processor: Any) -> Any:
+    """The admission of a front end, made with its first request."""
+    from steerkit.engines.vllm.requests import Admission
+
+    found = getattr(processor, _KEPT, None)
+    if found is None:
+        settings = Settings.of(processor.vllm_config.additional_config)
+        found = Admission(settings, _served(processor.vllm_config, settings))
+        setattr(processor, _KEPT, found)
+    return found
+
+
+def _place(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load a model, and hook it before it is compiled."""
+    result = inner(runner, *args, **kwargs)
+    if getattr(runner, _KEPT, None) is None:
+        setattr(runner, _KEPT, _steerer(runner))
+    return result
+
+
+def _steerer(runner: Any) -> Any:
+    from steerkit.engines.vllm.board import Board
+    from steerkit.engines.vllm.places import places
+    from steerkit.engines.vllm.points import Point
+    from steerkit.engines.vllm.steps import Steerer
+
+    config = runner.vllm_config
+    settings = Settings.of(config.additional_config)
+    served = _served(config, settings)
+    found = places(runner.get_model(), served.num_layers, served.kinds, names.has_attention)
+    rows = config.scheduler_config.max_num_seqs
+    board = Board(
+        places=len(found),
+        rows=rows,
+        tokens=runner.max_num_tokens,
+        width=served.hidden_size,
+        entries=settings.vectors * served.num_layers + 1,
+        levels=served.levels,
+        terms=served.terms,
+        device=runner.device,
+    )
+    points = [Point(place.site, number, board) for number, place in enumerate(found)]
+    for point, place in zip(points, found, strict=True):
+        point.hang(place.module)
+    # What vLLM compiled without hooks before, it may not take for this: the key of its cache holds this mapping.
+    if isinstance(config.additional_config, dict):
+        config.additional_config["steerkit-graph"] = [str(point.site) for point in points] + [served.levels]
+    graphed = names.is_graphed(config)
+    return Steerer(points, board, served, rows=rows, eagerly=names.run_eagerly, graphed=graphed)
+
+
+def _run(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the model for a step, steered."""
+    steerer = getattr(runner, _KEPT, None)
+    if steerer is None:
+        return inner(runner, *args, **kwargs)
+
+    def extra(request: str) -> Any:
+        return names.extra_of(runner, request)
+
+    return steerer.run(names.step_of(runner), extra, lambda: inner(runner, *args, **kwargs))
+
+
+def _key(inner: Callable[..., Any], request: Any, start: int, end: int) -> list[Any]:
+    """What a block is keyed by, with its steering."""
+    params = request.sampling_params
+    return [*inner(request, start, end), *steering_keys(None if params is None else params.extra_args, end)]
