@@ -81,8 +81,10 @@ class Prompt:
         if not bool(decision.is_open[0]):
             return {}
         limit = torch.inf if gate.limit is None else gate.limit
-        gains = {site: float(decision.gains[site][0]) if site in decision.gains else 1.0 for site in self.plan.edits}
-        return {site: min(max(self.plan.strength * gain, -limit), limit) for site, gain in gains.items()}
+        strengths = {site: self.plan.strength * factor for site, factor in self.plan.factors.items()}
+        for site, gain in decision.gains.items():
+            strengths[site] *= float(gain[0])
+        return {site: min(max(strength, -limit), limit) for site, strength in strengths.items()}
 
 
 def opened(edit: RankTwo, strength: float) -> RankTwo:

@@ -44,11 +44,10 @@ def places(
     """
     found = []
     for layer, block in enumerate(_blocks(model, count, has_attention)):
-        if not any(True for _ in block.parameters()):
+        if not has_attention(block) and not list(block.children()):
             continue  # stands for a block of another pipeline stage
-        modules = {"resid_post": block, **_halves(layer, block, has_attention)} if set(kinds) - {"resid_post"} else {}
-        modules.setdefault("resid_post", block)
-        found += [Place(Site(layer, kind), modules[kind]) for kind in kinds if kind in modules]
+        halves = _halves(layer, block, has_attention) if set(kinds) - {"resid_post"} else {}
+        found += [Place(Site(layer, kind), {"resid_post": block, **halves}[kind]) for kind in kinds]
     return found
 
 
@@ -69,18 +68,14 @@ def _halves(layer: int, block: nn.Module, has_attention: Callable[[nn.Module], b
     """The modules whose outputs attention and MLP add to the stream."""
     children = dict(block.named_children())
     attention = [name for name, child in children.items() if has_attention(child)]
-    # What is no norm holds a matrix.
-    others = [
-        name
-        for name, child in children.items()
-        if name not in attention and any(parameter.dim() > 1 for parameter in child.parameters())
-    ]
-    if len(attention) != 1 or len(others) > 1:
+    # A norm consists of nothing else. Its weights tell less: on CPUs vLLM repacks matrices and leaves empty ones behind.
+    others = [name for name, child in children.items() if name not in attention and list(child.children())]
+    if len(attention) != 1 or len(others) != 1:
         raise SiteError(
             f"block {layer} ({type(block).__name__}): one attention and one MLP are wanted, found "
             f"{', '.join(attention) or 'none'} and {', '.join(others) or 'none'}; start with kinds ['resid_post']"
         )
-    names = {"attn_out": attention[0], **({"mlp_out": others[0]} if others else {})}
+    names = {"attn_out": attention[0], "mlp_out": others[0]}
     for behind_mlp, behind_attention in _BEHIND_MLP.items():
         if behind_mlp in children and behind_attention in children:
             names = {"attn_out": behind_attention, "mlp_out": behind_mlp}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorMismatchError
-from steerkit.maths.rank_two import RankTwo
+from steerkit.maths.rank_two import TURNS, RankTwo
 from steerkit.methods._base import Method
 from steerkit.methods._gate import Gate
 from steerkit.methods._protocols import HasRankTwoForm, editor_of
@@ -56,6 +56,7 @@ class TermPlan:
         fade: how that goes on; None where it stays.
         neutral: the strength that changes nothing; None where none does.
         edits: by written site the numbers.
+        factors: by written site what the strength is multiplied with, where `edits` do not hold that already.
         gate: what decides by the prompt; None where nothing does.
     """
 
@@ -65,6 +66,7 @@ class TermPlan:
     fade: Fade | None
     neutral: float | None
     edits: Mapping[Site, RankTwo]
+    factors: Mapping[Site, float]
     gate: Gate | None
 
     @property
@@ -114,20 +116,22 @@ def _plan(vector: SteeringVector, served: Served) -> TermPlan | None:
     strength = default_strength(vector) if vector.strength is None else vector.strength
     ends = [strength] if vector.fade is None else [strength, vector.fade.to]
     edits: dict[Site, RankTwo] = {}
+    factors: dict[Site, float] = {}
     for site in vector.sites:
         if site.kind not in served.kinds:
             raise SiteError(f"{site}: the server writes {', '.join(served.kinds)}; fit the vector there")
         params = vector.params(site)
         method.check(site, params)
         factor = 1.0 if vector.unit == "paper" else norm_factor(method, vector, site, params)
-        found = method.rank_two(params)
-        weights = found.weights.clone()
-        weights[..., 1] *= factor
-        edits[site] = found._replace(weights=weights)
+        edits[site] = method.rank_two(params)
+        if gate is None:
+            edits[site].weights[..., TURNS.index("strength")] *= factor
+        else:  # whose limit counts in the method's own unit
+            factors[site] = factor
     if all(method.is_neutral(end) for end in ends) and len(set(ends)) == 1:
         return None
     digest = hashlib.sha256(f"{vector.digest} {vector.unit}".encode()).hexdigest()
-    return TermPlan(digest, scope, strength, vector.fade, method.neutral, edits, gate)
+    return TermPlan(digest, scope, strength, vector.fade, method.neutral, edits, factors, gate)
 
 
 def _check_model(vector: SteeringVector, served: Served) -> None:
