@@ -18,12 +18,13 @@ def run(
     model: Annotated[
         str, typer.Option(help="Alias, hub name or folder, as vLLM takes it. (default: smollm2-135m)")
     ] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="Of the weights in vLLM, such as bfloat16.")] = "auto",
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Load the model in transformers too, and compare.")
     ] = True,
-    options: Annotated[str, typer.Option(metavar="JSON", help="More of what vLLM's LLM takes.")] = "{}",
+    options: Annotated[
+        str, typer.Option(metavar="JSON", help="More of what vLLM's LLM takes, such as '{\"dtype\": \"float32\"}'.")
+    ] = "{}",
     as_json: Json = False,
 ) -> None:
     """Start vLLM on a model and test that it steers. Exit code 1 if something fails.
@@ -35,7 +36,7 @@ def run(
     from steerkit.engines.vllm.verify import CHECKS, verify
     from steerkit.model import ALIASES, converted, embedded_gguf
 
-    given = _options(options) | {"dtype": dtype, "enforce_eager": eager}
+    given = {"enforce_eager": eager} | _options(options)
     path = model
     if model in ALIASES:
         path = str(converted(model, embedded_gguf(ALIASES[model]), sha256=ALIASES[model].sha256))

@@ -31,6 +31,6 @@ def pair(request: pytest.FixtureRequest, place: Path) -> Iterator[Any]:
     from tests.engines.vllm.engine import Pair
 
     options = {**getattr(request.module, "ENGINE", {}), **getattr(request, "param", {})}
-    made = Pair(options.pop("family", "llama"), place, **options)
+    made = Pair.of(options.pop("family", "llama"), place, **options)
     yield made
     made.close()

@@ -23,13 +23,19 @@ Answer = tuple[list[int], list[float]]
 class Pair:
     """A vLLM engine and a transformers model of the same weights, with the same vectors by name."""
 
-    def __init__(self, family: str, folder: Path, **options: Any) -> None:
+    @classmethod
+    def of(cls, family: str, folder: Path, **options: Any) -> Pair:
+        """A tiny random model of a family."""
+        path = models.saved(family, folder)
+        model = models.loaded(path)
+        return cls(path, model, models.vectors(model), folder / f"{family}-vectors", **options)
+
+    def __init__(
+        self, path: Path, model: Any, known: dict[str, SteeringVector], vectors: Path, **options: Any
+    ) -> None:
         from vllm import LLM
 
-        path = models.saved(family, folder)
-        self.model = models.loaded(path)
-        self.known = models.vectors(self.model)
-        self.vectors = folder / f"{family}-vectors"
+        self.model, self.known, self.vectors = model, known, vectors
         self.vectors.mkdir(exist_ok=True)
         for name, vector in self.known.items():
             vector.save(self.vectors / f"{name}.safetensors")

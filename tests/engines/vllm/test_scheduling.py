@@ -18,7 +18,7 @@ STEERED = "add-post@all*1"
 @pytest.fixture(scope="module")
 def chunked(place: Path) -> Iterator[Pair]:
     """Steps of 16 tokens at most: a prompt of 17 leaves one token for its last chunk. Room for 16 blocks of 32."""
-    made = Pair("llama", place, max_num_batched_tokens=16, num_gpu_blocks_override=17)
+    made = Pair.of("llama", place, max_num_batched_tokens=16, num_gpu_blocks_override=17)
     yield made
     made.close()
 
@@ -71,19 +71,6 @@ def test_a_longer_prompt_does_not_take_over_what_was_steered_as_an_answer(chunke
     for cut in (1, 20, 40):
         one = ([*begun, *tokens[:cut]], "add-post@response*1")
         chunked.check([one], chunked.answers([one]))
-
-
-def test_speculated_tokens(place: Path) -> None:
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    pair = Pair("llama", place, speculative_config=speculative)
-    try:
-        repeated = [5, 17, 44, 9] * 4
-        asked = [([*repeated, *one[:3]], said) for one, said in every_edit((9, 17))[::2]]
-        pair.check(asked, pair.answers(asked, 12), 12)
-        taken = {one.name: one.value for one in pair.llm.get_metrics() if "spec_decode" in one.name and hasattr(one, "value")}
-        assert taken["vllm:spec_decode_num_accepted_tokens"] > 0
-    finally:
-        pair.close()
 
 
 @pytest.mark.slow
