@@ -1,8 +1,8 @@
 """What steering costs vLLM: `python -m benchmarks.vllm`, in vLLM's environment (`make test-vllm` makes it).
 
-Three engines in processes of their own, the same model and eight requests of a length: without this plug-in, with it and
-idle, and with every row steered at every block. They answer in turn, one at a time, so that whatever else the machine
-does falls on all alike; a ratio is the median over turns, with its 95 % bootstrap interval.
+Three engines in processes of their own, the same model and eight requests of a length: without this plug-in, with it
+and idle, and with every row steered at every block. They answer in turn, one at a time, so that whatever else the
+machine does falls on all alike; a ratio is the median over turns, with its 95 % bootstrap interval.
 """
 
 from __future__ import annotations

@@ -55,4 +55,3 @@ def run(
         print_findings(model.name, findings, "steering holds what it promises")
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
-

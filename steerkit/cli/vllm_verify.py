@@ -23,7 +23,7 @@ def run(
         bool, typer.Option("--compare/--no-compare", help="Load the model in transformers too, and compare.")
     ] = True,
     options: Annotated[
-        str, typer.Option(metavar="JSON", help="More of what vLLM's LLM takes, such as '{\"dtype\": \"float32\"}'.")
+        str, typer.Option(metavar="JSON", help='More of what vLLM\'s LLM takes, such as \'{"dtype": "float32"}\'.')
     ] = "{}",
     as_json: Json = False,
 ) -> None:

@@ -61,8 +61,8 @@ def rank_two(
     Example:
         >>> import torch
         >>> plan = rank_two(torch.tensor([1.0, 0.0]), {("along", "strength"): -1.0})
-        >>> h = torch.tensor([[3.0, 4.0]])
-        >>> by, _ = displacement(h, *plan.basis, plan.weights, features(torch.tensor(1.0)), torch.tensor(plan.threshold))
+        >>> h, threshold = torch.tensor([[3.0, 4.0]]), torch.tensor(plan.threshold)
+        >>> by, _ = displacement(h, *plan.basis, plan.weights, features(torch.tensor(1.0)), threshold)
         >>> h + by
         tensor([[0., 4.]])
     """

@@ -12,7 +12,10 @@ from steerkit.methods import _registry as registry
 from steerkit.methods._protocols import HasRankTwoForm
 
 WIDTH = 48
-SETTINGS: dict[str, dict[str, Any]] = {"set_projection": {"origin": "other"}, "angular": {"adaptive": True, "threshold": 0.5}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "set_projection": {"origin": "other"},
+    "angular": {"adaptive": True, "threshold": 0.5},
+}
 WITH_FORM = [name for name in registry.method_names() if isinstance(registry.resolve(name)(), HasRankTwoForm)]
 
 

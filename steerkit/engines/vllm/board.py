@@ -115,10 +115,10 @@ class Board:
         self.room = Room(entries)
 
     def _make(self, entries: int, width: int) -> None:
-        made = {"dtype": torch.float32, "device": self.device}
-        self.directions = torch.zeros(entries, width, **made)
-        self.weights = torch.zeros(entries, 2, len(READS), len(TURNS), **made)
-        self.threshold = torch.full((entries,), -torch.inf, **made)
+        exact, device = torch.float32, self.device
+        self.directions = torch.zeros(entries, width, dtype=exact, device=device)
+        self.weights = torch.zeros(entries, 2, len(READS), len(TURNS), dtype=exact, device=device)
+        self.threshold = torch.full((entries,), -torch.inf, dtype=exact, device=device)
         self.second = torch.zeros(entries, dtype=torch.long, device=self.device)
 
     @property

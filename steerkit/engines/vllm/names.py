@@ -24,12 +24,13 @@ __all__ = [
     "Step",
     "extra_of",
     "has_attention",
-    "has_new_runner",
     "is_graphed",
     "parts",
     "run_eagerly",
     "step_of",
+    "unsteered",
     "wrap",
+    "writes_text",
 ]
 
 READ_IN = "0.32.0"
@@ -43,7 +44,7 @@ _HOMES = {
     "keys": "vllm.v1.core.kv_cache_utils:_gen_prompt_embeds_extra_hash_keys",
 }
 # What is wrapped or called, with the arguments that are counted on.
-_CALLED = {
+_CALLED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "processor": {"process_inputs": ("self", "request_id", "prompt", "params")},
     "runner": {"load_model": ("self",), "_model_forward": ("self", "input_ids", "positions")},
     "cpu_runner": {"load_model": ("self",)},
@@ -96,7 +97,7 @@ def parts() -> Parts:
     Raises:
         ModelError: one is not there, or takes other arguments.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, home in _HOMES.items():
         module, _, attribute = home.partition(":")
         try:
@@ -167,13 +168,29 @@ def extra_of(runner: Any, request: str) -> tuple[Mapping[str, Any], int] | None:
     return (params.extra_args or {}) if params is not None else {}, known.num_prompt_tokens
 
 
-def has_new_runner(config: Any) -> bool:
-    """Whether this vLLM runs models by its second runner, whose parts are others.
+def unsteered(config: Any) -> str | None:
+    """Why no request is steered under a configuration; None where requests are.
 
     Args:
         config: vLLM's.
     """
-    return bool(config.use_v2_model_runner)
+    if config.use_v2_model_runner:
+        return "this vLLM runs its second model runner; start it with VLLM_USE_V2_MODEL_RUNNER=0"
+    # In these a module sees a part of a step's tokens, and which they are is not known here.
+    if config.parallel_config.use_ubatching or config.parallel_config.prefill_context_parallel_size > 1:
+        return "microbatches and context parallelism are not steered; start without them"
+    if config.cache_config.kv_sharing_fast_prefill:
+        return "with kv_sharing_fast_prefill blocks see a part of the prompt only; start without it"
+    return None
+
+
+def writes_text(runner: Any) -> bool:
+    """Whether a runner generates, and does not pool.
+
+    Args:
+        runner: of a model.
+    """
+    return not runner.is_pooling_model
 
 
 def is_graphed(config: Any) -> bool:

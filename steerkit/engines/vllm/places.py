@@ -13,7 +13,10 @@ from steerkit.network.sites import Site
 __all__ = ["Place", "places"]
 
 # Where a family norms what a half adds, before it is added, the norm's output is what the half adds.
-_BEHIND_MLP = {"post_feedforward_layernorm": "post_attention_layernorm", "post_mlp_layernorm": "post_self_attn_layernorm"}
+_BEHIND_MLP = {
+    "post_feedforward_layernorm": "post_attention_layernorm",
+    "post_mlp_layernorm": "post_self_attn_layernorm",
+}
 
 
 class Place(NamedTuple):
@@ -68,7 +71,7 @@ def _halves(layer: int, block: nn.Module, has_attention: Callable[[nn.Module], b
     """The modules whose outputs attention and MLP add to the stream."""
     children = dict(block.named_children())
     attention = [name for name, child in children.items() if has_attention(child)]
-    # A norm consists of nothing else. Its weights tell less: on CPUs vLLM repacks matrices and leaves empty ones behind.
+    # A norm has no parts. Weights tell less: on CPUs vLLM repacks matrices, and leaves empty ones behind.
     others = [name for name, child in children.items() if name not in attention and list(child.children())]
     if len(attention) != 1 or len(others) != 1:
         raise SiteError(

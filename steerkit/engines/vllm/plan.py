@@ -19,7 +19,7 @@ from steerkit.tokens.fade import Fade
 from steerkit.tokens.scope import ANSWER, Scope
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["NEVER", "Served", "TermPlan", "digest_of", "planned", "span"]
+__all__ = ["NEVER", "Served", "TermPlan", "digest_of", "key_of", "planned", "span"]
 
 NEVER = 2**31 - 1
 _COUNTED = ("all", "prompt", "first", *ANSWER)
@@ -90,11 +90,15 @@ def planned(vectors: Sequence[SteeringVector], served: Served) -> tuple[TermPlan
     """
     plans = [plan for plan in (_plan(vector, served) for vector in vectors) if plan is not None]
     if len(plans) > served.terms:
-        raise SiteError(f"{len(plans)} vectors in one request, and the server takes {served.terms}; see setting 'terms'")
+        raise SiteError(
+            f"{len(plans)} vectors in one request, and the server takes {served.terms}; see setting 'terms'"
+        )
     for site in dict.fromkeys(site for plan in plans for site in plan.edits):
         count = sum(site in plan.edits for plan in plans)
         if count > served.levels:
-            raise SiteError(f"{site}: {count} vectors, and the server takes {served.levels} a site; see setting 'levels'")
+            raise SiteError(
+                f"{site}: {count} vectors, and the server takes {served.levels} a site; see setting 'levels'"
+            )
     return tuple(plans)
 
 
@@ -147,7 +151,9 @@ def _gate(method: Method, vector: SteeringVector, served: Served) -> Gate | None
     if editor is None:
         return None
     if not isinstance(editor, Gate) or editor.follows:
-        raise VectorMismatchError(f"{method.name}: its gate decides anew at every token, which vLLM is not steered with")
+        raise VectorMismatchError(
+            f"{method.name}: its gate decides anew at every token, which vLLM is not steered with"
+        )
     if vector.fade is not None:
         raise StrengthError(f"{method.name}: a gated vector does not fade in vLLM; leave fade out")
     wrong = [site for site in editor.reads if site.kind not in served.kinds]
@@ -185,14 +191,23 @@ def span(scope: Scope, prompt: int) -> tuple[int, int]:
     return 0, {"all": NEVER, "prompt": prompt, "first": scope.count}[scope.kind]
 
 
-def digest_of(plans: Sequence[TermPlan], prompt: int) -> tuple[str, int]:
+def digest_of(plans: Sequence[TermPlan]) -> str:
+    """What tells the steering of a request from that of others.
+
+    Args:
+        plans: of the request.
+    """
+    said = "\n".join(f"{one.digest} {one.scope} {one.strength!r} {one.fade}" for one in plans)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def key_of(plans: Sequence[TermPlan], prompt: int) -> tuple[str, int]:
     """What tells the cached keys and values of a request from those of others, and the first token that differs.
 
     Args:
         plans: of the request.
         prompt: tokens of its prompt.
     """
-    said = [f"{one.digest} {one.scope} {one.strength!r} {one.fade}" for one in plans]
     # Where steering counts from the prompt's end, the same tokens are steered otherwise behind another prompt.
-    said += [str(prompt)] * any(one.counts_from_end for one in plans)
-    return hashlib.sha256("\n".join(said).encode()).hexdigest(), min(span(one.scope, prompt)[0] for one in plans)
+    ends = f" {prompt}" if any(one.counts_from_end for one in plans) else ""
+    return f"{digest_of(plans)}{ends}", min(span(one.scope, prompt)[0] for one in plans)

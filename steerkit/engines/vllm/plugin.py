@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from steerkit.engines.vllm import names
+from steerkit.engines.vllm.board import Board
+from steerkit.engines.vllm.places import places
 from steerkit.engines.vllm.plan import Served
+from steerkit.engines.vllm.points import Point
 from steerkit.engines.vllm.prefixes import steering_keys
+from steerkit.engines.vllm.requests import CARRIED, Admission
 from steerkit.engines.vllm.settings import Settings
-from steerkit.errors import SteerError
+from steerkit.engines.vllm.steps import Steerer
+from steerkit.errors import ModelError, SteerError
 
 __all__ = ["register"]
 
@@ -45,24 +50,22 @@ def _admit(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any)
     if params is None:
         return request
     try:
-        admission = _admission(processor)
         prompt = len(request.prompt_token_ids or request.prompt_embeds or ())
-        extra = admission.admitted(params.extra_args, prompt)
-        if extra and "steerkit" in extra and names.has_new_runner(processor.vllm_config):
-            raise SteerError("this vLLM runs its second model runner; start it with VLLM_USE_V2_MODEL_RUNNER=0")
-        params.extra_args = extra
-        if extra and extra.get("steerkit", {}).get("whole"):
-            params.skip_reading_prefix_cache = True  # a gate over the whole prompt has to see all of it
+        extra = _admission(processor).admitted(params.extra_args, prompt)
+        why = names.unsteered(processor.vllm_config) if CARRIED in (extra or {}) else None
+        if why is not None:
+            raise ModelError(why)
     except SteerError as error:
         raise names.parts().wrong_request(str(error), parameter="steering") from None
+    params.extra_args = extra
+    if extra and extra.get(CARRIED, {}).get("whole"):
+        params.skip_reading_prefix_cache = True  # a gate over the whole prompt has to see all of it
     return request
 
 
-def _admission(processor: Any) -> Any:
+def _admission(processor: Any) -> Admission:
     """The admission of a front end, made with its first request."""
-    from steerkit.engines.vllm.requests import Admission
-
-    found = getattr(processor, _KEPT, None)
+    found: Admission | None = getattr(processor, _KEPT, None)
     if found is None:
         settings = Settings.of(processor.vllm_config.additional_config)
         found = Admission(settings, _served(processor.vllm_config, settings))
@@ -73,17 +76,13 @@ def _admission(processor: Any) -> Any:
 def _place(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     """Load a model, and hook it before it is compiled."""
     result = inner(runner, *args, **kwargs)
-    if getattr(runner, _KEPT, None) is None:
+    if getattr(runner, _KEPT, None) is None and names.writes_text(runner):
         setattr(runner, _KEPT, _steerer(runner))
     return result
 
 
-def _steerer(runner: Any) -> Any:
-    from steerkit.engines.vllm.board import Board
-    from steerkit.engines.vllm.places import places
-    from steerkit.engines.vllm.points import Point
-    from steerkit.engines.vllm.steps import Steerer
-
+def _steerer(runner: Any) -> Steerer:
+    """What steers a runner's model, hung on its places."""
     config = runner.vllm_config
     settings = Settings.of(config.additional_config)
     served = _served(config, settings)

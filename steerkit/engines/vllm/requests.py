@@ -17,7 +17,7 @@ from typing import Any
 from steerkit._support.hub import PREFIX
 from steerkit._support.shipped import vector_path, vectors
 from steerkit.composition.terms import Composition
-from steerkit.engines.vllm.plan import Served, TermPlan, digest_of, planned
+from steerkit.engines.vllm.plan import Served, TermPlan, digest_of, key_of, planned
 from steerkit.engines.vllm.settings import Settings
 from steerkit.errors import CompositionError, SteerError, VectorFileError, unknown_name
 from steerkit.vector.steering_vector import SteeringVector
@@ -42,6 +42,7 @@ class Admission:
     def __init__(self, settings: Settings, served: Served) -> None:
         self._settings, self._served = settings, served
         self._files: OrderedDict[Path, tuple[tuple[int, int], SteeringVector]] = OrderedDict()
+        self._plans: OrderedDict[Any, tuple[tuple[TermPlan, ...], dict[str, bytes]]] = OrderedDict()
         self._lock = threading.Lock()
         if settings.default is not None:
             self._carried(Composition.parse(settings.default), 1)
@@ -58,7 +59,7 @@ class Admission:
         """
         found = dict(extra or {})
         found.pop(CARRIED, None)
-        composition = _composition(found[ASKED] if ASKED in found else self._settings.default)
+        composition = _composition(found.get(ASKED, self._settings.default))
         if composition is not None:
             carried = self._carried(composition, prompt)
             if carried is not None:
@@ -68,19 +69,22 @@ class Admission:
     def _carried(self, composition: Composition, prompt: int) -> dict[str, Any] | None:
         names = dict.fromkeys(name for term in composition.terms for name in term.names)
         known = {name: self._vector(name) for name in names}
-        plans = planned(composition.vectors(known), self._served)
+        text = composition.as_json()
+        made = json.dumps(text), tuple(vector.digest for vector in known.values())
+        with self._lock:
+            kept = self._plans.get(made)
+        if kept is None:
+            plans = planned(composition.vectors(known), self._served)
+            kept = plans, {name: vector.to_bytes() for name, vector in known.items()}
+            with self._lock:
+                _keep(self._plans, made, kept)
+        plans, files = kept
         if not plans:
             return None
-        key, first = digest_of(plans, prompt)
-        files = {name: vector.to_bytes() for name, vector in known.items()}
+        key, first = key_of(plans, prompt)
         whole = any(plan.gate is not None and plan.gate.readout == "mean" for plan in plans)
-        return {
-            "composition": composition.as_json(),
-            "vectors": files,
-            "key": key,
-            "first": first,
-            "whole": whole,
-        }
+        facts = {"digest": digest_of(plans), "key": key, "first": first, "whole": whole}
+        return {"composition": text, "vectors": files, **facts}
 
     def _vector(self, name: str) -> SteeringVector:
         """A vector by its name; a file is read again only when it has changed."""
@@ -93,10 +97,8 @@ class Admission:
         with self._lock:
             kept = self._files.get(path)
             if kept is None or kept[0] != mark:
-                kept = self._files[path] = (mark, SteeringVector.load(path))
-            self._files.move_to_end(path)
-            while len(self._files) > _KEPT:
-                self._files.popitem(last=False)
+                kept = mark, SteeringVector.load(path)
+            _keep(self._files, path, kept)
             return kept[1]
 
     def _path(self, name: str) -> Path:
@@ -112,6 +114,14 @@ class Admission:
         if name not in shipped and name not in {key.partition("/")[2] for key in shipped}:
             raise unknown_name("vector", name, sorted(files))
         return vector_path(name)
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Keep something as the newest, and only so many."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)
 
 
 def _composition(asked: Any) -> Composition | None:

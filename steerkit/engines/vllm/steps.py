@@ -20,7 +20,7 @@ from torch import Tensor
 from steerkit.engines.vllm.board import Board
 from steerkit.engines.vllm.gates import Prompt, opened
 from steerkit.engines.vllm.names import Step
-from steerkit.engines.vllm.plan import Served, TermPlan, span
+from steerkit.engines.vllm.plan import Served, TermPlan
 from steerkit.engines.vllm.points import Point
 from steerkit.engines.vllm.requests import CARRIED, carried_plans
 from steerkit.engines.vllm.schedule import Schedule
@@ -80,7 +80,7 @@ class Steerer:
         self._schedule = Schedule(served.terms, rows, board.device)
         self._free = list(range(rows, 0, -1))
         self._live: dict[str, _Live] = {}
-        self._plans: OrderedDict[bytes, tuple[TermPlan, ...]] = OrderedDict()
+        self._plans: OrderedDict[str, tuple[TermPlan, ...]] = OrderedDict()
         self._eagerly, self._graphed, self._is_plain = eagerly, graphed, True
         self._outgrown = False
 
@@ -137,8 +137,7 @@ class Steerer:
             self._begin(request, self._planned(carried), prompt)
 
     def _planned(self, carried: Mapping[str, Any]) -> tuple[TermPlan, ...]:
-        key = repr((carried["composition"], sorted((name, hash(data)) for name, data in carried["vectors"].items())))
-        mark = key.encode()
+        mark = carried["digest"]
         if mark not in self._plans:
             self._plans[mark] = carried_plans(carried, self._served)
         self._plans.move_to_end(mark)
@@ -171,8 +170,8 @@ class Steerer:
             self._outgrown |= grown
             if grown:
                 _LOG.warning(
-                    "more vectors at one time than there is room for, so steps run uncompiled from now on; start with a "
-                    "larger setting 'vectors' (room for %d directions now)",
+                    "more vectors at one time than there is room for, so steps run uncompiled from now on; start with "
+                    "a larger setting 'vectors' (room for %d directions now)",
                     self._board.entries,
                 )
             live.taken.append((key, bool(edit.basis[1].any())))
@@ -180,9 +179,9 @@ class Steerer:
             level = sum(site in plan.edits for plan in live.plans[:term])
             where.append((self._numbers[site], level, entry, term))
         if where:
-            place, level, entry, term = torch.tensor(where, dtype=torch.long, device=self._board.device).unbind(dim=1)
-            self._board.entry[place, level, live.row] = entry
-            self._board.term[place, level, live.row] = term
+            places, levels, entries, terms = torch.tensor(where, dtype=torch.long, device=self._board.device).unbind(1)
+            self._board.entry[places, levels, live.row] = entries
+            self._board.term[places, levels, live.row] = terms
 
     def _fill(self, step: Step, rows: Sequence[int]) -> None:
         """Write to the board which row each token of a step has, and what its terms do to it."""
@@ -205,12 +204,11 @@ class Steerer:
 
     def _asking(self, step: Step) -> list[tuple[int, Prompt]]:
         """The gates that read something of this step, each with the place of its request in it."""
-        found = []
+        found: list[tuple[int, Prompt]] = []
         for number, request in enumerate(step.requests):
-            live = self._live.get(request)
-            for prompt in live.prompts.values() if live else ():
-                if prompt.wants(step.first[number], step.starts[number + 1] - step.starts[number]):
-                    found.append((number, prompt))
+            live, count = self._live.get(request), step.starts[number + 1] - step.starts[number]
+            prompts = live.prompts.values() if live else ()
+            found += [(number, prompt) for prompt in prompts if prompt.wants(step.first[number], count)]
         return found
 
     def _listen(self, step: Step, asking: Sequence[tuple[int, Prompt]]) -> None:

@@ -94,7 +94,7 @@ def verify(
         if size is None:
             return found
         said = [None, f"one*{size:g}", f"other@all*{-size:g}", f"one[2:5]*{size:g} + other*{size:g}"] * 2
-        checks = {
+        checks: dict[str, Callable[[], tuple[bool, str]]] = {
             "plain_is_plain": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if not one]),
             "rows_are_apart": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if one]),
             "prefixes_are_apart": lambda: _prefixes(engine, size),
@@ -205,7 +205,10 @@ def _as_transformers(
             gaps[steering is not None] += [abs(a - b) for a, b in zip(logs, wanted, strict=True)]
     steered, plain = max(gaps[True]), max(gaps[False])
     limit = max(4 * plain, _ROUNDING)
-    return steered <= limit, f"log-probabilities differ by {steered:.1e} steered, {plain:.1e} plain (at most {limit:.1e})"
+    return (
+        steered <= limit,
+        f"log-probabilities differ by {steered:.1e} steered, {plain:.1e} plain (at most {limit:.1e})",
+    )
 
 
 def _cost(engine: _Engine, prompts: Sequence[Sequence[int]], said: str) -> tuple[bool, str]:

@@ -30,10 +30,7 @@ def prompt(seed: int, length: int) -> list[int]:
 def every_edit(lengths: Sequence[int]) -> list[tuple[list[int], str | None]]:
     """Requests with every edit at every kind of site in every scope, plain ones between them."""
     said: list[str | None] = [
-        f"{edit}-{kind}{scope}*{strength:g}"
-        for edit, strength in EDITS.items()
-        for kind in KINDS
-        for scope in SCOPES
+        f"{edit}-{kind}{scope}*{strength:g}" for edit, strength in EDITS.items() for kind in KINDS for scope in SCOPES
     ]
     said += [f"{edit}-post@response*{strength:g} {FADES[0]}" for edit, strength in EDITS.items()]
     said += [f"add-attn*2 {fade}" for fade in FADES]

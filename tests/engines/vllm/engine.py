@@ -30,9 +30,7 @@ class Pair:
         model = models.loaded(path)
         return cls(path, model, models.vectors(model), folder / f"{family}-vectors", **options)
 
-    def __init__(
-        self, path: Path, model: Any, known: dict[str, SteeringVector], vectors: Path, **options: Any
-    ) -> None:
+    def __init__(self, path: Path, model: Any, known: dict[str, SteeringVector], vectors: Path, **options: Any) -> None:
         from vllm import LLM
 
         self.model, self.known, self.vectors = model, known, vectors

@@ -11,7 +11,9 @@ from tests.engines.vllm.asked import every_edit, gated, prompt
 OPTIONS = {"enforce_eager": False, "max_num_batched_tokens": 64}
 SLOW = [pytest.param({"family": one, **OPTIONS}, marks=pytest.mark.slow, id=one) for one in ("qwen3", "gemma3")]
 
-pytestmark = pytest.mark.parametrize("pair", [pytest.param({"family": "llama", **OPTIONS}, id="llama"), *SLOW], indirect=True)
+pytestmark = pytest.mark.parametrize(
+    "pair", [pytest.param({"family": "llama", **OPTIONS}, id="llama"), *SLOW], indirect=True
+)
 
 
 def test_every_edit(pair: Any) -> None:

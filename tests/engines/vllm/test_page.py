@@ -112,7 +112,10 @@ def test_every_way_to_ask(server: Server) -> None:
     assert server.chat(json.dumps(composition))[1] == steered
     said = {"vllm_xargs": {"steering": "mine@all*2"}}
     body = {**GREEDY, "prompt": "The weather today is", "max_tokens": 8}
-    assert server.post("/v1/completions", {**body, **said})[1]["choices"] != server.post("/v1/completions", body)[1]["choices"]
+    assert (
+        server.post("/v1/completions", {**body, **said})[1]["choices"]
+        != server.post("/v1/completions", body)[1]["choices"]
+    )
     response = {"model": "smollm2", "input": "How was your day?", "temperature": 0, "max_output_tokens": 12}
     texts = [
         server.post("/v1/responses", {**response, **more})[1]["output"][0]["content"][0]["text"]

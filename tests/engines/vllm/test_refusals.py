@@ -61,7 +61,9 @@ def _strange(pair: Any) -> None:
     from dataclasses import replace
 
     usual = pair.known["add-post"]
-    pair.add("wide", replace(usual, hidden_size=32, tensors={"resid_post.1/direction": torch.ones(32)}, sites=(Site(1),)))
+    pair.add(
+        "wide", replace(usual, hidden_size=32, tensors={"resid_post.1/direction": torch.ones(32)}, sites=(Site(1),))
+    )
     pair.add("elsewhere", _vector(pair.model, "caa", "add", (Site(1, "attn_in"),), 0, {}))
     rows = {"resid_post.1/direction": torch.ones(2, 64)}
     window = replace(usual, method="actadd", edit="add_window", scope="front", tensors=rows, sites=(Site(1),))
@@ -106,7 +108,10 @@ def test_more_vectors_at_one_time_than_there_is_room_for(pair: Any) -> None:
     # Room for one vector at every block: five entries, the first of which is nothing.
     before = pair.runner._steerkit._board.entries
     names = ("add-post", "add-attn", "off-mlp", "turn-post", "set-attn", "aim-mlp", "off-post", None)
-    asked = [(prompt(number, 9), name and f"{name}*{60 if 'turn' in name or 'aim' in name else 1}") for number, name in enumerate(names)]
+    asked = [
+        (prompt(number, 9), name and f"{name}*{60 if 'turn' in name or 'aim' in name else 1}")
+        for number, name in enumerate(names)
+    ]
     pair.check(asked, pair.answers(asked))
     assert pair.runner._steerkit._board.entries > before
 

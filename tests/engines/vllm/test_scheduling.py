@@ -41,7 +41,15 @@ def test_gates_over_chunks(chunked: Pair) -> None:
 
 
 def test_preempted_and_resumed(chunked: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ("add-post@response*1", "off-attn*1", "turn-mlp[3:]*70", None, "late", "mean@response", "add-mlp*2 fade(linear over 30)")
+    said = (
+        "add-post@response*1",
+        "off-attn*1",
+        "turn-mlp[3:]*70",
+        None,
+        "late",
+        "mean@response",
+        "add-mlp*2 fade(linear over 30)",
+    )
     asked = [(prompt(100 + number, 40), one) for number, one in enumerate((*said, "controller"))]
     asked[4] = ([5, 17, 44, 9, 101, 63], "late")
     count, preempt = [], type(chunked.scheduler)._preempt_request
@@ -73,7 +81,6 @@ def test_a_longer_prompt_does_not_take_over_what_was_steered_as_an_answer(chunke
         chunked.check([one], chunked.answers([one]))
 
 
-@pytest.mark.slow
 def test_300_requests_at_random(chunked: Pair) -> None:
     draw = random.Random(0)
     known = [said for _, said in every_edit((5,))] + [said for _, said in gated()]
