@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ __all__ = [
     "READ_IN",
     "Parts",
     "Step",
+    "beam_requests",
     "extra_of",
     "has_attention",
     "is_graphed",
@@ -166,6 +168,24 @@ def extra_of(runner: Any, request: str) -> tuple[Mapping[str, Any], int] | None:
         return None
     params = known.sampling_params
     return (params.extra_args or {}) if params is not None else {}, known.num_prompt_tokens
+
+
+def beam_requests() -> list[Any]:
+    """The classes of requests over HTTP that may ask for beams, of which vLLM then drops all extra arguments.
+
+    Returns:
+        Those that a server has loaded; none in other processes.
+    """
+    homes = ("chat_completion.protocol:ChatCompletionRequest", "completion.protocol:CompletionRequest")
+    found = []
+    for home in homes:
+        module, _, name = home.partition(":")
+        loaded = sys.modules.get(f"vllm.entrypoints.openai.{module}")
+        if loaded is not None:
+            if not hasattr(getattr(loaded, name, None), "to_beam_search_params"):
+                raise _strange(f"vllm.entrypoints.openai.{home}", "has no to_beam_search_params")
+            found.append(getattr(loaded, name))
+    return found
 
 
 def unsteered(config: Any) -> str | None:

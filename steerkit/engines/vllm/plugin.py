@@ -12,7 +12,7 @@ from steerkit.engines.vllm.places import places
 from steerkit.engines.vllm.plan import Served
 from steerkit.engines.vllm.points import Point
 from steerkit.engines.vllm.prefixes import steering_keys
-from steerkit.engines.vllm.requests import CARRIED, Admission
+from steerkit.engines.vllm.requests import ASKED, CARRIED, Admission
 from steerkit.engines.vllm.settings import Settings
 from steerkit.engines.vllm.steps import Steerer
 from steerkit.errors import ModelError, SteerError
@@ -29,6 +29,7 @@ def register() -> None:
         ModelError: this vLLM has other parts than those that are known.
     """
     parts = names.parts()
+    names.wrap(parts.processor, "__init__", _open)
     names.wrap(parts.processor, "process_inputs", _admit)
     for runner in (parts.runner, parts.cpu_runner):
         names.wrap(runner, "load_model", _place)
@@ -39,8 +40,13 @@ def register() -> None:
 def _served(config: Any, settings: Settings) -> Served:
     text = config.model_config.hf_text_config
     whole = config.parallel_config.pipeline_parallel_size == 1
-    sizes = (text.hidden_size, text.num_hidden_layers)
-    return Served(*sizes, settings.kinds, settings.levels, settings.terms, whole)
+    width, blocks = (getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers"))
+    if not isinstance(width, int) or not isinstance(blocks, int):
+        raise ModelError(
+            f"{text.model_type}: its config names no width and number of blocks, so it is not steered; start vLLM "
+            "without this plug-in (VLLM_PLUGINS)"
+        )
+    return Served(width, blocks, settings.kinds, settings.levels, settings.terms, whole)
 
 
 def _admit(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,26 +57,34 @@ def _admit(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any)
         return request
     try:
         prompt = len(request.prompt_token_ids or request.prompt_embeds or ())
-        extra = _admission(processor).admitted(params.extra_args, prompt)
+        extra = getattr(processor, _KEPT).admitted(params.extra_args, prompt)
         why = names.unsteered(processor.vllm_config) if CARRIED in (extra or {}) else None
         if why is not None:
             raise ModelError(why)
     except SteerError as error:
-        raise names.parts().wrong_request(str(error), parameter="steering") from None
+        raise names.parts().wrong_request(str(error), parameter=ASKED) from None
     params.extra_args = extra
     if extra and extra.get(CARRIED, {}).get("whole"):
         params.skip_reading_prefix_cache = True  # a gate over the whole prompt has to see all of it
     return request
 
 
-def _admission(processor: Any) -> Admission:
-    """The admission of a front end, made with its first request."""
-    found: Admission | None = getattr(processor, _KEPT, None)
-    if found is None:
-        settings = Settings.of(processor.vllm_config.additional_config)
-        found = Admission(settings, _served(processor.vllm_config, settings))
-        setattr(processor, _KEPT, found)
-    return found
+def _open(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> None:
+    """Make a front end, and what admits its requests; settings that cannot be are refused here."""
+    inner(processor, *args, **kwargs)
+    config = processor.vllm_config
+    if config.model_config.runner_type == "pooling":
+        return
+    settings = Settings.of(config.additional_config)
+    setattr(processor, _KEPT, Admission(settings, _served(config, settings)))
+    for kind in names.beam_requests():
+        names.wrap(kind, "to_beam_search_params", _refuse_beams)
+
+
+def _refuse_beams(inner: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
+    if (getattr(request, "vllm_xargs", None) or {}).get(ASKED) is not None:
+        raise names.parts().wrong_request("vLLM's beam search is not steered; sample instead", parameter=ASKED)
+    return inner(request, *args, **kwargs)
 
 
 def _place(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:

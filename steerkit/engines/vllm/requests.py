@@ -22,7 +22,7 @@ from steerkit.engines.vllm.settings import Settings
 from steerkit.errors import CompositionError, SteerError, VectorFileError, unknown_name
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["CARRIED", "Admission", "carried_plans"]
+__all__ = ["ASKED", "CARRIED", "Admission", "carried_plans"]
 
 ASKED, CARRIED = "steering", "steerkit"
 _KEPT = 256

@@ -110,7 +110,8 @@ def verify(
 
 def _direction(engine: _Engine, seed: int) -> SteeringVector:
     site = Site(engine.sizes["num_layers"] // 2)
-    direction = torch.randn(engine.sizes["hidden_size"], generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    direction = torch.randn(engine.sizes["hidden_size"], generator=draw, dtype=torch.float32)
     return SteeringVector(
         method="caa",
         tensors={f"{site}/direction": direction / direction.norm()},

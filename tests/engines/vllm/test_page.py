@@ -146,6 +146,13 @@ def test_a_wrong_request_gets_its_400_and_its_neighbours_their_answers(server: S
             assert found[number] == wanted[said]
 
 
+def test_beams_are_not_steered(server: Server) -> None:
+    asked = {**GREEDY, **QUESTION, "n": 2, "use_beam_search": True}
+    assert server.post("/v1/chat/completions", asked)[0] == 200
+    status, body = server.post("/v1/chat/completions", {**asked, "vllm_xargs": {"steering": "mine*2"}})
+    assert (status, "beam" in body["error"]["message"]) == (400, True)
+
+
 def test_a_vector_that_goes_is_missed_by_its_requests_alone(server: Server) -> None:
     mine = server.folder / "vectors" / "mine.safetensors"
     copy = mine.with_name("copy.safetensors")
