@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["READS", "TURNS", "RankTwo", "displacement", "features", "rank_two"]
+from steerkit.errors import FitError
+
+__all__ = ["READS", "TURNS", "RankTwo", "displacement", "features", "leads", "offsets", "rank_two"]
 
 READS = ("one", "along", "across", "length")
 """What an amount may be proportional to of the token: 1, c1, c2, r."""
@@ -60,10 +62,10 @@ def rank_two(
 
     Example:
         >>> import torch
-        >>> plan = rank_two(torch.tensor([1.0, 0.0]), {("along", "strength"): -1.0})
-        >>> h, threshold = torch.tensor([[3.0, 4.0]]), torch.tensor(plan.threshold)
-        >>> by, _ = displacement(h, *plan.basis, plan.weights, features(torch.tensor(1.0)), threshold)
-        >>> h + by
+        >>> edit = rank_two(torch.tensor([1.0, 0.0]), {("along", "strength"): -1.0})
+        >>> lead = leads(edit.weights, features(torch.tensor(1.0)))
+        >>> h = torch.tensor([[3.0, 4.0]])
+        >>> h + displacement(h, *edit.basis, offsets(edit), lead, torch.tensor(edit.threshold))[0]
         tensor([[0., 4.]])
     """
     weights = torch.zeros(2, len(READS), len(TURNS), dtype=torch.float32)
@@ -90,8 +92,39 @@ def features(strength: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(exact), exact, less, torch.sin(full)], dim=-1).float()
 
 
+def offsets(edit: RankTwo) -> Tensor:
+    """What of an edit reads nothing of the token, so that it may differ from site to site.
+
+    Args:
+        edit: the edit at one site.
+
+    Returns:
+        [4] float32: how far along b1 whatever the strength, and by strength; the same for b2.
+
+    Raises:
+        FitError: it goes with an angle, which no method's does.
+    """
+    if bool(edit.weights[:, 0, 2:].any()):
+        raise FitError("an edit that adds by an angle, without reading the token, has no such numbers")
+    return edit.weights[:, 0, :2].flatten()
+
+
+def leads(weights: Tensor, turns: Tensor) -> Tensor:
+    """What of an edit is the same at all sites: the strength, and the factors of what is read of a token.
+
+    Args:
+        weights: [..., 2, 4, 4] of the edit at any site.
+        turns: [..., 4] what `features` gave.
+
+    Returns:
+        [..., 7] float32: the strength; for b1 the factors of c1, c2 and r; for b2 the same.
+    """
+    factors = (weights[..., 1:, :] * turns[..., None, None, :]).sum(dim=-1)
+    return torch.cat([turns[..., 1:2], factors.flatten(start_dim=-2)], dim=-1)
+
+
 def displacement(
-    wide: Tensor, first: Tensor, second: Tensor, weights: Tensor, turns: Tensor, threshold: Tensor
+    wide: Tensor, first: Tensor, second: Tensor, offset: Tensor, lead: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How far tokens are moved, each by an edit of its own.
 
@@ -99,16 +132,18 @@ def displacement(
         wide: [..., d] activations, float32.
         first: [..., d] b1 of each token, or [d].
         second: [..., d] b2.
-        weights: [..., 2, 4, 4].
-        turns: [..., 4] what `features` gave.
+        offset: [..., 4] what `offsets` gave.
+        lead: [..., 7] what `leads` gave.
         threshold: [...].
 
     Returns:
         [..., d] what is to be added, and [...] bool, which tokens are moved at all.
     """
-    along, across = (wide * first).sum(dim=-1), (wide * second).sum(dim=-1)
-    length = torch.sqrt(along * along + across * across)
-    read = torch.stack([torch.ones_like(along), along, across, length], dim=-1)
-    by = (weights * turns[..., None, None, :]).sum(dim=-1)  # [..., 2, 4]
-    amount = (by * read[..., None, :]).sum(dim=-1)  # [..., 2]
-    return amount[..., :1] * first + amount[..., 1:] * second, along > threshold
+    c1, c2 = (wide * first).sum(dim=-1), (wide * second).sum(dim=-1)
+    r = torch.sqrt(c1 * c1 + c2 * c2)
+    strength, *by = lead.unbind(dim=-1)
+    start1, slope1, start2, slope2 = offset.unbind(dim=-1)
+    # One expression for each direction, which a compiler appends to the sums above.
+    along = start1 + slope1 * strength + by[0] * c1 + by[1] * c2 + by[2] * r
+    across = start2 + slope2 * strength + by[3] * c1 + by[4] * c2 + by[5] * r
+    return along[..., None] * first + across[..., None] * second, c1 > threshold

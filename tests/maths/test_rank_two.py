@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from steerkit.maths.rank_two import displacement, features
+from steerkit.maths.rank_two import displacement, features, leads, offsets
 from steerkit.methods import _registry as registry
 from steerkit.methods._protocols import HasRankTwoForm
 
@@ -39,7 +39,8 @@ def test_the_form_is_the_edit(name: str, set_up: bool, strength: float) -> None:
     dose = torch.tensor(strength)
     wanted = method.edit(h, method.prepare(params(), dose, h.dtype, h.device), None)
     form = method.rank_two(params())
-    by, reached = displacement(h, *form.basis, form.weights, features(dose), torch.tensor(form.threshold))
+    lead = leads(form.weights, features(dose))
+    by, reached = displacement(h, *form.basis, offsets(form), lead, torch.tensor(form.threshold))
     found = torch.where(reached[..., None], h + by, h)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5 * max(1.0, abs(strength) / 45))
     if method.is_neutral(strength):
@@ -56,8 +57,8 @@ def test_tokens_have_edits_of_their_own() -> None:
         h,
         basis[:, 0],
         basis[:, 1],
-        torch.stack([form.weights for form in forms]),
-        features(strengths),
+        torch.stack([offsets(form) for form in forms]),
+        leads(torch.stack([form.weights for form in forms]), features(strengths)),
         torch.tensor([form.threshold for form in forms]),
     )
     for row, method in enumerate(methods):

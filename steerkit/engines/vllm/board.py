@@ -1,8 +1,8 @@
 """`Board`: all numbers that the model's graph reads, at addresses that stay, and the room that they take.
 
 A step's tokens belong to rows (0 for all plain ones, one for each steered request). A place of the model holds for each
-row and level which entry writes there and by which of the request's terms; an entry holds two directions and the
-weights of an edit. Entry 0 is nothing. So one graph serves every mix of requests, and a plain token comes out bitwise.
+row and level which entry writes there and by which of the request's terms; an entry holds two directions and what
+is added along them. Entry 0 is nothing. So one graph serves every mix of requests, and a plain token comes out bitwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from steerkit.maths.rank_two import READS, TURNS, RankTwo
+from steerkit.maths.rank_two import RankTwo, offsets
 
 __all__ = ["Board", "Room"]
 
@@ -109,7 +109,7 @@ class Board:
         self.device, self.levels, self.tokens = device, levels, tokens
         self.row, self.place = whole(tokens), torch.arange(tokens, device=device)
         self.on = torch.zeros(terms, tokens, dtype=torch.bool, device=device)
-        self.turns = torch.zeros(terms, tokens, len(TURNS), dtype=torch.float32, device=device)
+        self.lead = torch.zeros(terms, tokens, 7, dtype=torch.float32, device=device)
         self.entry, self.term = whole(places, levels, rows + 1), whole(places, levels, rows + 1)
         self._make(entries, width)
         self.room = Room(entries)
@@ -117,7 +117,7 @@ class Board:
     def _make(self, entries: int, width: int) -> None:
         exact, device = torch.float32, self.device
         self.directions = torch.zeros(entries, width, dtype=exact, device=device)
-        self.weights = torch.zeros(entries, 2, len(READS), len(TURNS), dtype=exact, device=device)
+        self.offsets = torch.zeros(entries, 4, dtype=exact, device=device)
         self.threshold = torch.full((entries,), -torch.inf, dtype=exact, device=device)
         self.second = torch.zeros(entries, dtype=torch.long, device=self.device)
 
@@ -157,7 +157,7 @@ class Board:
         for place, direction in zip(places, edit.basis, strict=False):
             self.directions[place].copy_(direction)
         first, second = places[0], (*places, 0)[1]
-        self.weights[first].copy_(edit.weights)
+        self.offsets[first].copy_(offsets(edit))
         self.threshold[first], self.second[first] = edit.threshold, second
 
     def give(self, key: Hashable, *, has_second: bool) -> None:
@@ -172,9 +172,9 @@ class Board:
             self.room.give((key, "second"))
 
     def _grow(self) -> None:
-        old = self.directions, self.weights, self.threshold, self.second
+        old = self.directions, self.offsets, self.threshold, self.second
         before = self.entries
         self._make(2 * before, old[0].shape[1])
-        for new, kept in zip((self.directions, self.weights, self.threshold, self.second), old, strict=True):
+        for new, kept in zip((self.directions, self.offsets, self.threshold, self.second), old, strict=True):
             new[:before].copy_(kept)
         self.room.grow(before, 2 * before)

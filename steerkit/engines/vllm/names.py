@@ -27,6 +27,7 @@ __all__ = [
     "extra_of",
     "has_attention",
     "is_graphed",
+    "is_one_graph",
     "parts",
     "run_eagerly",
     "step_of",
@@ -221,6 +222,15 @@ def is_graphed(config: Any) -> bool:
     """
     compilation = config.compilation_config
     return bool(compilation.mode) or bool(getattr(compilation.cudagraph_mode, "value", 0))
+
+
+def is_one_graph(config: Any) -> bool:
+    """Whether torch compiles the model as a whole, and vLLM does not cut it into pieces.
+
+    Args:
+        config: vLLM's.
+    """
+    return getattr(config.compilation_config.mode, "name", "") == "DYNAMO_TRACE_ONCE"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from steerkit.errors import ScopeError, SiteError, StrengthError, VectorMismatchError
 from steerkit.maths.rank_two import TURNS, RankTwo
 from steerkit.methods._base import Method
@@ -132,6 +134,9 @@ def _plan(vector: SteeringVector, served: Served) -> TermPlan | None:
             edits[site].weights[..., TURNS.index("strength")] *= factor
         else:  # whose limit counts in the method's own unit
             factors[site] = factor
+    weights = [edit.weights[:, 1:] for edit in edits.values()]
+    if not all(torch.equal(one, weights[0]) for one in weights):
+        raise VectorMismatchError(f"{method.name}: its edit reads tokens otherwise at each site; serve another vector")
     if all(method.is_neutral(end) for end in ends) and len(set(ends)) == 1:
         return None
     digest = hashlib.sha256(f"{vector.digest} {vector.unit}".encode()).hexdigest()

@@ -112,7 +112,8 @@ def _steerer(runner: Any) -> Steerer:
         terms=served.terms,
         device=runner.device,
     )
-    points = [Point(place.site, number, board) for number, place in enumerate(found)]
+    nests = names.is_one_graph(config)
+    points = [Point(place.site, number, board, nests=nests) for number, place in enumerate(found)]
     for point, place in zip(points, found, strict=True):
         point.hang(place.module)
     # What vLLM compiled without hooks before, it may not take for this: the key of its cache holds this mapping.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steerkit.engines.vllm.plan import TermPlan, span
-from steerkit.maths.rank_two import features
+from steerkit.maths.rank_two import READS, TURNS, features, leads
 from steerkit.tokens.fade import SHAPES, Fade
 
 __all__ = ["Schedule"]
@@ -31,6 +31,8 @@ class Schedule:
     def __init__(self, terms: int, rows: int, device: torch.device) -> None:
         self._strengths = torch.full((3, terms, rows + 1), math.nan, dtype=torch.float64, device=device)
         self._counts = torch.zeros(5, terms, rows + 1, dtype=torch.long, device=device)
+        shape = (terms, rows + 1, 2, len(READS), len(TURNS))
+        self._weights = torch.zeros(shape, dtype=torch.float32, device=device)
         self._fades = False
 
     def begin(self, row: int, plans: Sequence[TermPlan], prompt: int) -> None:
@@ -50,16 +52,18 @@ class Schedule:
             shape, over = (_CONSTANT, 1) if fade is None else (SHAPES.index(fade.shape), fade.over)
             counts.append((*span(plan.scope, prompt), prompt - 1, shape, over))
         device = self._counts.device
+        for term, plan in enumerate(plans):
+            self._weights[term, row].copy_(next(iter(plan.edits.values())).weights)
         self._counts[:, :, row] = 0
         self._strengths[:, : len(plans), row] = torch.tensor(strengths, dtype=torch.float64, device=device).T
         self._counts[:, : len(plans), row] = torch.tensor(counts, dtype=torch.long, device=device).T
 
-    def fill(self, on: Tensor, turns: Tensor, row: Tensor, positions: Tensor) -> None:
+    def fill(self, on: Tensor, lead: Tensor, row: Tensor, positions: Tensor) -> None:
         """Say for each token and term whether and how strongly it is written.
 
         Args:
             on: [terms, n] bool, to be filled.
-            turns: [terms, n, 4] float32, to be filled (`steerkit.maths.rank_two.features`).
+            lead: [terms, n, 7] float32, to be filled (`steerkit.maths.rank_two.leads`).
             row: [n] of each token.
             positions: [n] of each token in its request, counted from 0.
         """
@@ -75,7 +79,7 @@ class Schedule:
             strength = strengths[_END] + (strength - strengths[_END]) * share
         inside = (place >= counts[_START]) & (place < counts[_STOP])
         on.copy_(inside & (strength != strengths[_NEUTRAL]))
-        turns.copy_(features(torch.nan_to_num(strength)))
+        lead.copy_(leads(self._weights[:, row], features(torch.nan_to_num(strength))))
 
 
 def _share(shape: str, steps: Tensor, over: Tensor) -> Tensor:

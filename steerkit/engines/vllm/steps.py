@@ -199,7 +199,7 @@ class Steerer:
         row = row.to(board.device, non_blocking=True)
         board.row.zero_()
         board.row[:count] = row
-        self._schedule.fill(board.on[:, :count], board.turns[:, :count], row, step.positions)
+        self._schedule.fill(board.on[:, :count], board.lead[:, :count], row, step.positions)
         self._is_plain = False
 
     def _asking(self, step: Step) -> list[tuple[int, Prompt]]:
