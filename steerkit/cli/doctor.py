@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from steerkit._support.progress import bar
 from steerkit.cli._data import NO_DATA, DataChoice, takes_data
+from steerkit.cli._findings import print_findings
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._shared import (
-    Json,
-    print_json,
-    stdout,
-    table,
-)
+from steerkit.cli._shared import Json, print_json
 from steerkit.cli._steering import SteeringOption, check_chosen, chosen
-
-if TYPE_CHECKING:
-    from steerkit.checks.fitted_method import Finding
 
 __all__ = ["run"]
 
@@ -60,20 +52,6 @@ def run(
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
-        _print(model.name, findings)
+        print_findings(model.name, findings, "steering holds what it promises")
     if not all(finding.passed for finding in findings):
         raise typer.Exit(1)
-
-
-def _print(model: str, findings: Sequence[Finding]) -> None:
-    from rich.text import Text
-
-    console = stdout()
-    shown = table("check", "", "seen")
-    for finding in findings:
-        word, colour = ("pass", "green") if finding.passed else ("fail", "red")
-        shown.add_row(finding.check, Text(word, style=colour), finding.reason)
-    console.print(shown)
-    failed = [finding.check for finding in findings if not finding.passed]
-    verdict = f"{', '.join(failed)} failed" if failed else "steering holds what it promises"
-    console.print(f"{model}: {len(findings) - len(failed)} of {len(findings)} checks passed; {verdict}", soft_wrap=True)

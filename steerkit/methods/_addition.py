@@ -13,6 +13,7 @@ from steerkit.activations.moments import Means
 from steerkit.errors import SiteError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference
+from steerkit.maths.rank_two import RankTwo, rank_two
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.network.sites import Site
@@ -66,6 +67,14 @@ class AddDirection(Method):
             [b, t, d]
         """
         return edits.add(h, prepared["direction"])
+
+    def rank_two(self, params: Params) -> RankTwo:
+        """The addition as numbers.
+
+        Args:
+            params: the tensors of one site.
+        """
+        return rank_two(params["direction"], {("one", "strength"): 1.0})
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """A constant at a block's output is a bias of the last linear layer that writes to it, or of every expert.

@@ -79,6 +79,21 @@ class Gate(ABC):
         """Where it reads."""
         return self._reads
 
+    @property
+    def readout(self) -> str | None:
+        """Which prompt tokens it reads: ``"last"`` or ``"mean"``."""
+        return self._readout
+
+    @property
+    def limit(self) -> float | None:
+        """How far gains times strength go at most; None for no limit."""
+        return self._limit
+
+    @property
+    def follows(self) -> bool:
+        """Whether it decides again behind every generated token."""
+        return self._follows
+
     @abstractmethod
     def opening(self, found: Mapping[Site, Tensor]) -> Tensor:
         """By what it decides, as one number per row: the gate opens where that is large enough.

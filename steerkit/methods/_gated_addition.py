@@ -19,6 +19,7 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, unit
+from steerkit.maths.rank_two import RankTwo, rank_two
 from steerkit.methods._base import TWO_KINDS, FittedOn, Method
 from steerkit.methods._fingerprint import fits
 from steerkit.methods._gate import Gate
@@ -262,6 +263,14 @@ class GatedAddition(Method):
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """`h + strength * direction`: what an open gate with gain 1 does."""
         return edits.add(h, (prepared["strength"] * prepared["direction"]).to(h.dtype))
+
+    def rank_two(self, params: Params) -> RankTwo:
+        """What an open gate with gain 1 does, as numbers.
+
+        Args:
+            params: the tensors of one site.
+        """
+        return rank_two(params["direction"], {("one", "strength"): 1.0})
 
 
 def behaviour(subject: Subject, source: str, sites: list[Site]) -> dict[Site, Tensor]:

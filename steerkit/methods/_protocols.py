@@ -18,6 +18,7 @@ from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
     from steerkit.activations.recording import Activations
+    from steerkit.maths.rank_two import RankTwo
     from steerkit.methods._base import Method
     from steerkit.methods._subject import Subject
     from steerkit.network.tap import Tap
@@ -30,6 +31,7 @@ __all__ = [
     "DrawsMaps",
     "Editor",
     "Gated",
+    "HasRankTwoForm",
     "HasWeightForm",
     "HeatMap",
     "LayerInput",
@@ -166,6 +168,14 @@ class Gated(Protocol):
         Raises:
             VectorMismatchError: the vector lacks what the gate needs.
         """
+
+
+@runtime_checkable
+class HasRankTwoForm(Protocol):
+    """A method whose edit moves every token inside the plane of two directions, by the token's coordinates in it."""
+
+    def rank_two(self, params: Params) -> RankTwo:
+        """The edit at one site as numbers, see `steerkit.maths.rank_two`."""
 
 
 @runtime_checkable

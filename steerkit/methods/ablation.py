@@ -30,6 +30,7 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import unit
+from steerkit.maths.rank_two import RankTwo, rank_two
 from steerkit.methods._addition import FittedOnMeans
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.methods._subject import Subject
@@ -157,6 +158,14 @@ class DirectionalAblation(FittedOnMeans):
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """`h - strength * (h . u) u`."""
         return edits.project_out(h, prepared["direction"], share=prepared["share"], is_unit=True)
+
+    def rank_two(self, params: Params) -> RankTwo:
+        """The projection as numbers.
+
+        Args:
+            params: the tensors of one site.
+        """
+        return rank_two(unit(params["direction"].double()), {("along", "strength"): -1.0})
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """Take the direction out of the matrices and biases that write at the vector's sites.

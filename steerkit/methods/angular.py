@@ -24,6 +24,7 @@ are selected. It also acts at the norms behind attention and MLP, where a model 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,6 +35,7 @@ from steerkit.activations.moments import Means
 from steerkit.activations.recording import Activations
 from steerkit.maths import edits
 from steerkit.maths.directions import side_projections
+from steerkit.maths.rank_two import RankTwo, rank_two
 from steerkit.methods._plane import RotateInPlane
 from steerkit.methods._protocols import Params, Prepared
 from steerkit.methods._subject import Subject
@@ -103,3 +105,14 @@ class AngularSteering(RotateInPlane):
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """Turn every token to the angle, or those beyond the threshold."""
         return edits.aim(h, prepared["basis"], prepared["ray"], self.threshold if self.adaptive else None)
+
+    def rank_two(self, params: Params) -> RankTwo:
+        """The turn as numbers: both axes of the ray, less what lies along them.
+
+        Args:
+            params: the tensors of one site.
+        """
+        first, second = edits.plane(params["direction"], params["second"], torch.float32)
+        moves = {("length", "one"): 1.0, ("length", "less"): 1.0, ("along", "one"): -1.0}
+        turns = {("length", "sine"): 1.0, ("across", "one"): -1.0}
+        return rank_two(first, moves, second, turns, self.threshold if self.adaptive else -math.inf)

@@ -41,6 +41,7 @@ from steerkit.activations.recording import Activations
 from steerkit.errors import FitError, SiteError
 from steerkit.maths import edits
 from steerkit.maths.directions import discriminative_sites, side_projections
+from steerkit.maths.rank_two import RankTwo, rank_two
 from steerkit.methods._plane import RotateInPlane
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.methods._subject import Subject
@@ -138,6 +139,16 @@ class SelectiveSteering(RotateInPlane):
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """Rotate every token."""
         return edits.turn(h, prepared["basis"], prepared["less"], prepared["sine"])
+
+    def rank_two(self, params: Params) -> RankTwo:
+        """The rotation as numbers.
+
+        Args:
+            params: the tensors of one site.
+        """
+        first, second = edits.plane(params["direction"], params["second"], torch.float32)
+        moves = {("along", "less"): 1.0, ("across", "sine"): -1.0}
+        return rank_two(first, moves, second, {("along", "sine"): 1.0, ("across", "less"): 1.0})
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
         """The linear layers that read a norm's output take over its rotation; biases stay.

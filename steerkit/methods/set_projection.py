@@ -30,6 +30,7 @@ from torch import Tensor
 from steerkit.errors import VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.directions import mean_difference, unit
+from steerkit.maths.rank_two import RankTwo, rank_two
 from steerkit.methods._addition import FittedOnMeans
 from steerkit.methods._protocols import Params, Prepared
 from steerkit.network.sites import Site
@@ -107,3 +108,14 @@ class SetProjection(FittedOnMeans):
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:
         """`h + (target - h . u) u`."""
         return edits.set_projection(h, prepared["direction"], prepared["target"], is_unit=True)
+
+    def rank_two(self, params: Params) -> RankTwo:
+        """The new coordinate as numbers.
+
+        Args:
+            params: the tensors of one site.
+        """
+        trait, other = float(params["trait"]), float(params["other"])
+        start = 0.0 if self.origin == "zero" else other
+        moves = {("one", "one"): start, ("one", "strength"): trait - start, ("along", "one"): -1.0}
+        return rank_two(unit(params["direction"].double()), moves)

@@ -1,0 +1,161 @@
+"""`Admission`: what a request asks for, checked, and sent to the workers with all that they need.
+
+A request names its composition under `steering`, in vLLM's `extra_args` (over HTTP: `vllm_xargs`): its text, its JSON,
+or its JSON as text. What goes on to the workers stands under `CARRIED`: the composition as plain data, and the vector
+files' bytes by name, so that no worker depends on files that may be gone.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steerkit._support.hub import PREFIX
+from steerkit._support.shipped import vector_path, vectors
+from steerkit.composition.terms import Composition
+from steerkit.engines.vllm.plan import Served, TermPlan, digest_of, key_of, planned
+from steerkit.engines.vllm.settings import Settings
+from steerkit.errors import CompositionError, SteerError, VectorFileError, unknown_name
+from steerkit.vector.steering_vector import SteeringVector
+
+__all__ = ["ASKED", "CARRIED", "Admission", "carried_plans"]
+
+ASKED, CARRIED = "steering", "steerkit"
+_KEPT = 256
+
+
+class Admission:
+    """Reads and checks what requests ask for.
+
+    Args:
+        settings: of the server.
+        served: the model.
+
+    Raises:
+        SteerError: the default composition cannot be had.
+    """
+
+    def __init__(self, settings: Settings, served: Served) -> None:
+        self._settings, self._served = settings, served
+        self._files: OrderedDict[Path, tuple[tuple[int, int], SteeringVector]] = OrderedDict()
+        self._plans: OrderedDict[Any, tuple[tuple[TermPlan, ...], dict[str, bytes]]] = OrderedDict()
+        self._lock = threading.Lock()
+        if settings.default is not None:
+            self._carried(Composition.parse(settings.default), 1)
+
+    def admitted(self, extra: Mapping[str, Any] | None, prompt: int) -> dict[str, Any] | None:
+        """The `extra_args` of a request as the workers get them.
+
+        Args:
+            extra: as the request has them.
+            prompt: tokens of its prompt.
+
+        Raises:
+            SteerError: the request asks for what cannot be done.
+        """
+        found = dict(extra or {})
+        found.pop(CARRIED, None)
+        composition = _composition(found.get(ASKED, self._settings.default))
+        if composition is not None:
+            carried = self._carried(composition, prompt)
+            if carried is not None:
+                found[CARRIED] = carried
+        return found or None
+
+    def _carried(self, composition: Composition, prompt: int) -> dict[str, Any] | None:
+        names = dict.fromkeys(name for term in composition.terms for name in term.names)
+        known = {name: self._vector(name) for name in names}
+        text = composition.as_json()
+        made = json.dumps(text), tuple(vector.digest for vector in known.values())
+        with self._lock:
+            kept = self._plans.get(made)
+        if kept is None:
+            plans = planned(composition.vectors(known), self._served)
+            kept = plans, {name: vector.to_bytes() for name, vector in known.items()}
+            with self._lock:
+                _keep(self._plans, made, kept)
+        plans, files = kept
+        if not plans:
+            return None
+        key, first = key_of(plans, prompt)
+        whole = any(plan.gate is not None and plan.gate.readout == "mean" for plan in plans)
+        facts = {"digest": digest_of(plans), "key": key, "first": first, "whole": whole}
+        return {"composition": text, "vectors": files, **facts}
+
+    def _vector(self, name: str) -> SteeringVector:
+        """A vector by its name; a file is read again only when it has changed."""
+        path = self._path(name)
+        try:
+            facts = path.stat()
+        except OSError:
+            raise VectorFileError(f"{name}: there is no such vector file (any more)") from None
+        mark = facts.st_mtime_ns, facts.st_size
+        with self._lock:
+            kept = self._files.get(path)
+            if kept is None or kept[0] != mark:
+                kept = mark, SteeringVector.load(path)
+            _keep(self._files, path, kept)
+            return kept[1]
+
+    def _path(self, name: str) -> Path:
+        if name.startswith(PREFIX) and not self._settings.hub:
+            raise VectorFileError(f"{name}: this server takes nothing from the Hub; start it with setting 'hub'")
+        if self._settings.folder is None or name.startswith(PREFIX):
+            return vector_path(name)
+        # A name of a request is never taken for a path.
+        files = {path.stem: path for path in Path(self._settings.folder).glob("*.safetensors")}
+        if name in files:
+            return files[name]
+        shipped = vectors()
+        if name not in shipped and name not in {key.partition("/")[2] for key in shipped}:
+            raise unknown_name("vector", name, sorted(files))
+        return vector_path(name)
+
+
+def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Keep something as the newest, and only so many."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)
+
+
+def _composition(asked: Any) -> Composition | None:
+    """The composition of a request; None for a plain one.
+
+    Raises:
+        CompositionError: what was asked is none.
+    """
+    if asked is None or (isinstance(asked, str) and not asked.strip()):
+        return None
+    if isinstance(asked, str):
+        if not asked.lstrip().startswith("{"):
+            return Composition.parse(asked)
+        try:
+            asked = json.loads(asked)
+        except ValueError as error:
+            raise CompositionError(f"steering: {error} in the JSON of a composition") from None
+    if not isinstance(asked, Mapping):
+        raise CompositionError(f"steering: got {repr(asked)[:40]}; give a composition's text, or its JSON")
+    return Composition.from_json(asked)
+
+
+def carried_plans(carried: Mapping[str, Any], served: Served) -> tuple[TermPlan, ...]:
+    """The plans of what a request carries.
+
+    Args:
+        carried: under `CARRIED`.
+        served: the model.
+
+    Raises:
+        SteerError: it is not what `Admission` made.
+    """
+    known = {name: SteeringVector.from_bytes(bytes(data), name) for name, data in carried["vectors"].items()}
+    try:
+        return planned(Composition.from_json(carried["composition"]).vectors(known), served)
+    except SteerError as error:
+        raise type(error)(f"a request that was admitted cannot be served: {error}") from None

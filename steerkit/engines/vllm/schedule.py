@@ -1,0 +1,87 @@
+"""`Schedule`: from a request's vectors and a token's position to whether each writes the token, and how strongly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steerkit.engines.vllm.plan import TermPlan, span
+from steerkit.maths.rank_two import READS, TURNS, features, leads
+from steerkit.tokens.fade import SHAPES, Fade
+
+__all__ = ["Schedule"]
+
+_BEGIN, _END, _NEUTRAL = range(3)
+_START, _STOP, _LAST, _SHAPE, _OVER = range(5)
+_CONSTANT = len(SHAPES)
+
+
+class Schedule:
+    """What is known of each row's terms.
+
+    Args:
+        terms: of one request.
+        rows: steered requests at one time.
+        device: of the model.
+    """
+
+    def __init__(self, terms: int, rows: int, device: torch.device) -> None:
+        self._strengths = torch.full((3, terms, rows + 1), math.nan, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(5, terms, rows + 1, dtype=torch.long, device=device)
+        shape = (terms, rows + 1, 2, len(READS), len(TURNS))
+        self._weights = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._fades = False
+
+    def begin(self, row: int, plans: Sequence[TermPlan], prompt: int) -> None:
+        """Take a request in.
+
+        Args:
+            row: that it gets.
+            plans: of its vectors.
+            prompt: tokens of its prompt.
+        """
+        strengths, counts = [], []
+        for plan in plans:
+            fade = plan.fade
+            self._fades |= fade is not None
+            neutral = math.nan if plan.neutral is None else plan.neutral
+            strengths.append((plan.strength, plan.strength if fade is None else fade.to, neutral))
+            shape, over = (_CONSTANT, 1) if fade is None else (SHAPES.index(fade.shape), fade.over)
+            counts.append((*span(plan.scope, prompt), prompt - 1, shape, over))
+        device = self._counts.device
+        for term, plan in enumerate(plans):
+            self._weights[term, row].copy_(next(iter(plan.edits.values())).weights)
+        self._counts[:, :, row] = 0
+        self._strengths[:, : len(plans), row] = torch.tensor(strengths, dtype=torch.float64, device=device).T
+        self._counts[:, : len(plans), row] = torch.tensor(counts, dtype=torch.long, device=device).T
+
+    def fill(self, on: Tensor, lead: Tensor, row: Tensor, positions: Tensor) -> None:
+        """Say for each token and term whether and how strongly it is written.
+
+        Args:
+            on: [terms, n] bool, to be filled.
+            lead: [terms, n, 7] float32, to be filled (`steerkit.maths.rank_two.leads`).
+            row: [n] of each token.
+            positions: [n] of each token in its request, counted from 0.
+        """
+        counts, strengths = self._counts[:, :, row], self._strengths[:, :, row]
+        place = positions[None].long()
+        strength = strengths[_BEGIN]
+        if self._fades:
+            steps = (place - counts[_LAST]).clamp_min(0)
+            share = torch.ones_like(strength)
+            for number, shape in enumerate(SHAPES):
+                of_shape = _share(shape, steps, counts[_OVER])
+                share = torch.where(counts[_SHAPE] == number, of_shape, share)
+            strength = strengths[_END] + (strength - strengths[_END]) * share
+        inside = (place >= counts[_START]) & (place < counts[_STOP])
+        on.copy_(inside & (strength != strengths[_NEUTRAL]))
+        lead.copy_(leads(self._weights[:, row], features(torch.nan_to_num(strength))))
+
+
+def _share(shape: str, steps: Tensor, over: Tensor) -> Tensor:
+    """`Fade.share` with a length for each token."""
+    return Fade(shape, 1).share(steps.double() / over.clamp_min(1)).double()

@@ -1,0 +1,242 @@
+"""`Steerer`: what one worker does for a step: rows for its requests, numbers for its tokens, gates at prompts' ends.
+
+Which tokens are written follows from each token's position in its request and from where the request's prompt ends,
+never from how many tokens a step holds, so that chunks of a prompt, speculated tokens and what is computed again after
+preemption are all steered alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerkit.engines.vllm.board import Board
+from steerkit.engines.vllm.gates import Prompt, opened
+from steerkit.engines.vllm.names import Step
+from steerkit.engines.vllm.plan import Served, TermPlan
+from steerkit.engines.vllm.points import Point
+from steerkit.engines.vllm.requests import CARRIED, carried_plans
+from steerkit.engines.vllm.schedule import Schedule
+from steerkit.maths.rank_two import RankTwo
+from steerkit.network.sites import Site
+
+__all__ = ["Steerer"]
+
+_LOG = logging.getLogger(__name__)
+_KEPT = 256
+Extra = Callable[[str], tuple[Mapping[str, Any], int] | None]
+
+
+@dataclass
+class _Live:
+    """A steered request.
+
+    Attributes:
+        row: its row on the board.
+        plans: of its vectors.
+        prompts: what the gates among these have read, by term.
+        taken: entries that it holds, with whether each has two directions.
+        sites: where it writes.
+    """
+
+    row: int
+    plans: tuple[TermPlan, ...]
+    prompts: dict[int, Prompt]
+    taken: list[tuple[Any, bool]] = field(default_factory=list)
+    sites: set[Site] = field(default_factory=set)
+
+
+class Steerer:
+    """Steers the requests of one worker.
+
+    Args:
+        points: the places of the model.
+        board: their numbers.
+        served: the model.
+        rows: steered requests at one time.
+        eagerly: has the pass under way run as Python.
+        graphed: the model runs as a graph, so that Python does not run in each step.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        board: Board,
+        served: Served,
+        *,
+        rows: int,
+        eagerly: Callable[[], AbstractContextManager[None]],
+        graphed: bool,
+    ) -> None:
+        self._points, self._board, self._served = {point.site: point for point in points}, board, served
+        self._numbers = {point.site: number for number, point in enumerate(points)}
+        self._schedule = Schedule(served.terms, rows, board.device)
+        self._free = list(range(rows, 0, -1))
+        self._live: dict[str, _Live] = {}
+        self._plans: OrderedDict[str, tuple[TermPlan, ...]] = OrderedDict()
+        self._eagerly, self._graphed, self._is_plain = eagerly, graphed, True
+        self._outgrown = False
+
+    def run(self, step: Step, extra: Extra, forward: Callable[[], Any]) -> Any:
+        """Run the model for a step, steered.
+
+        Args:
+            step: what it holds.
+            extra: from a request's id to its `extra_args` and the tokens of its prompt; None for one that is gone.
+            forward: runs the model.
+
+        Returns:
+            What `forward` gave, the second time where a gate has opened.
+        """
+        self._meet(step, extra)
+        rows = [self._live[one].row if one in self._live else 0 for one in step.requests]
+        self._fill(step, rows)
+        asking = self._asking(step)
+        for point in self._points.values():
+            point.rests = not self._graphed and not any(
+                point.site in live.sites for one in step.requests if (live := self._live.get(one))
+            )
+        self._listen(step, asking)
+        try:
+            with self._eagerly() if asking or self._outgrown else nullcontext():
+                output = forward()
+        finally:
+            for point in self._points.values():
+                point.reader = None
+        if not self._decide(step, asking):
+            return output
+        # What opened writes from the prompt's last token on, which has just been computed without it.
+        self._fill(step, rows)
+        for live in self._live.values():
+            for site in live.sites:
+                self._points[site].rests = False
+        with self._eagerly() if self._outgrown else nullcontext():
+            return forward()
+
+    def _meet(self, step: Step, extra: Extra) -> None:
+        """Let go of requests that are gone, and make room for those that are new."""
+        for request in [one for one in self._live if one not in step.requests and extra(one) is None]:
+            live = self._live.pop(request)
+            for key, has_second in live.taken:
+                self._board.give(key, has_second=has_second)
+            self._free.append(live.row)
+        for request in step.requests:
+            if request in self._live:
+                continue
+            found = extra(request)
+            if found is None or not found[0].get(CARRIED):
+                continue
+            carried, prompt = found[0][CARRIED], found[1]
+            self._begin(request, self._planned(carried), prompt)
+
+    def _planned(self, carried: Mapping[str, Any]) -> tuple[TermPlan, ...]:
+        mark = carried["digest"]
+        if mark not in self._plans:
+            self._plans[mark] = carried_plans(carried, self._served)
+        self._plans.move_to_end(mark)
+        while len(self._plans) > _KEPT:
+            self._plans.popitem(last=False)
+        return self._plans[mark]
+
+    def _begin(self, request: str, plans: tuple[TermPlan, ...], prompt: int) -> None:
+        gates = {term: Prompt(plan, prompt) for term, plan in enumerate(plans) if plan.gate is not None}
+        live = self._live[request] = _Live(self._free.pop(), plans, gates)
+        self._board.entry[:, :, live.row] = 0
+        self._schedule.begin(live.row, plans, prompt)
+        writes = [
+            (term, site, (plan.digest, site), edit)
+            for term, plan in enumerate(plans)
+            if plan.gate is None
+            for site, edit in plan.edits.items()
+        ]
+        self._write(live, writes)
+
+    def _write(self, live: _Live, writes: Sequence[tuple[int, Site, Any, RankTwo]]) -> None:
+        """Put edits where their request's row finds them.
+
+        Each term of a request has its level at a site by how many before it write there, so that vectors are applied
+        in their order, whichever of them has been opened by a gate.
+        """
+        where: list[tuple[int, int, int, int]] = []
+        for term, site, key, edit in writes:
+            entry, grown = self._board.take(key, edit)
+            self._outgrown |= grown
+            if grown:
+                _LOG.warning(
+                    "more vectors at one time than there is room for, so steps run uncompiled from now on; start with "
+                    "a larger setting 'vectors' (room for %d directions now)",
+                    self._board.entries,
+                )
+            live.taken.append((key, bool(edit.basis[1].any())))
+            live.sites.add(site)
+            level = sum(site in plan.edits for plan in live.plans[:term])
+            where.append((self._numbers[site], level, entry, term))
+        if where:
+            places, levels, entries, terms = torch.tensor(where, dtype=torch.long, device=self._board.device).unbind(1)
+            self._board.entry[places, levels, live.row] = entries
+            self._board.term[places, levels, live.row] = terms
+
+    def _fill(self, step: Step, rows: Sequence[int]) -> None:
+        """Write to the board which row each token of a step has, and what its terms do to it."""
+        board = self._board
+        if not any(rows):
+            if not self._is_plain:
+                board.row.zero_()
+                self._is_plain = True
+            return
+        counts = [end - start for start, end in zip(step.starts, step.starts[1:], strict=False)]
+        count = step.starts[-1]
+        row = torch.repeat_interleave(
+            torch.tensor(rows, dtype=torch.long), torch.tensor(counts, dtype=torch.long), output_size=count
+        )
+        row = row.to(board.device, non_blocking=True)
+        board.row.zero_()
+        board.row[:count] = row
+        self._schedule.fill(board.on[:, :count], board.lead[:, :count], row, step.positions)
+        self._is_plain = False
+
+    def _asking(self, step: Step) -> list[tuple[int, Prompt]]:
+        """The gates that read something of this step, each with the place of its request in it."""
+        found: list[tuple[int, Prompt]] = []
+        for number, request in enumerate(step.requests):
+            live, count = self._live.get(request), step.starts[number + 1] - step.starts[number]
+            prompts = live.prompts.values() if live else ()
+            found += [(number, prompt) for prompt in prompts if prompt.wants(step.first[number], count)]
+        return found
+
+    def _listen(self, step: Step, asking: Sequence[tuple[int, Prompt]]) -> None:
+        for site in {site for _, prompt in asking if prompt.plan.gate for site in prompt.plan.gate.reads}:
+
+            def read(stream: Tensor, site: Site = site) -> None:
+                for number, prompt in asking:
+                    if prompt.plan.gate is not None and site in prompt.plan.gate.reads:
+                        part = stream[step.starts[number] : step.starts[number + 1]]
+                        prompt.read(site, part, step.first[number])
+
+            self._points[site].reader = read
+
+    def _decide(self, step: Step, asking: Sequence[tuple[int, Prompt]]) -> bool:
+        """Have the gates decide whose prompts are complete; whether one has opened."""
+        any_open = False
+        for number, prompt in asking:
+            if step.first[number] + step.starts[number + 1] - step.starts[number] < prompt.tokens:
+                continue
+            request = step.requests[number]
+            live = self._live[request]
+            term = next(term for term, one in live.prompts.items() if one is prompt)
+            strengths = prompt.decide()
+            edits = prompt.plan.edits
+            writes = [
+                (term, site, (request, term, site), opened(edits[site], strength))
+                for site, strength in strengths.items()
+            ]
+            self._write(live, writes)
+            any_open |= bool(writes)
+        return any_open
