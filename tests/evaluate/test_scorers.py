@@ -393,7 +393,7 @@ def test_divergence_has_no_epsilon() -> None:
     from steerkit.evaluate.trial import Answer
 
     steered_logits, bare_logits = torch.tensor([[0.0, 50.0]]), torch.tensor([[50.0, 0.0]])
-    compared = _compared(Answer(0, torch.tensor([0]), steered_logits, bare_logits))
+    compared = _compared(Answer(0, torch.tensor([0]), steered_logits, bare_logits.log_softmax(dim=-1)))
     assert compared.tolist() == pytest.approx([50.0, 0.0, 0.0, 50.0], abs=1e-4)
 
 

@@ -5,7 +5,7 @@ What is asked of the unsteered model is kept with the setup, so that scorers and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,9 +25,12 @@ __all__ = [
     "expected",
     "log_probs",
     "on_topic_texts",
+    "tiles",
     "token_counts",
     "token_kl",
 ]
+
+_TILE = 2**16  # logits
 
 
 def calm_texts(setup: Setup) -> list[Rendered]:
@@ -110,6 +113,23 @@ def expected(logs: Tensor, values: Tensor) -> Tensor:
     return torch.linalg.vecdot(logs.exp(), values)
 
 
+def tiles(answer: Answer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One answer in pieces that a CPU keeps in its cache while they are looked at several times; else in one piece.
+
+    Args:
+        answer: with what the unsteered model predicts.
+
+    Yields:
+        Log-probabilities [t, v] with and without steering, and the tokens [t].
+    """
+    assert answer.baseline is not None
+    count, width = answer.logits.shape
+    size = max(1, _TILE // width) if answer.logits.device.type == "cpu" else count
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        yield torch.log_softmax(answer.logits[part], dim=-1), answer.baseline[part], answer.targets[part]
+
+
 def answer_kl(answer: Answer) -> Tensor:
     """KL divergence from the unsteered model at every token of one answer.
 
@@ -119,8 +139,7 @@ def answer_kl(answer: Answer) -> Tensor:
     Returns:
         [t] nats, on the CPU.
     """
-    assert answer.baseline is not None
-    return token_kl(torch.log_softmax(answer.logits, dim=-1), answer.baseline).cpu()
+    return torch.cat([token_kl(steered, base) for steered, base, _ in tiles(answer)]).cpu()
 
 
 def log_probs(trial: Trial, rendered: Sequence[Rendered]) -> list[Tensor]:
