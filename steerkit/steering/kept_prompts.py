@@ -77,7 +77,7 @@ class Split:
             for part, side in ((prompts, "left"), (rests, "right"))
         ]
         listed = [tuple(row.tolist()) for row in prompts]
-        repeated = Repeated.of(listed)
+        repeated = Repeated.of(listed).in_order(listed)  # in whatever order a batch has them
         prompt, rest, mask = (one.to(device) for one in (*ids, torch.cat(masks, dim=1)))
         return cls(prompt, rest, mask, repeated, tuple(listed[row] for row in repeated.firsts))
 
