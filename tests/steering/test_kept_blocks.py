@@ -172,8 +172,8 @@ def test_what_all_prompts_begin_with_is_read_once() -> None:
     predicted(model, vector, 1.0, setup, begun(TEXTS))
     predicted(model, vector, 1.0, setup, [replace(one, ids=(*one.ids, 9)) for one in reversed(begun(TEXTS))])
     handle.remove()
-    # The beginning, the prompts without it and without their last tokens, the answers; the second time the last two.
-    assert sizes == [(1, 9), (3, 4), (3, 3), (3, 4), (3, 4)]
+    # The beginning, the prompts without it and without their last tokens, the answers; the second time these alone.
+    assert sizes == [(1, 9), (3, 4), (3, 3), (3, 4)]
 
 
 def test_what_the_unsteered_model_ran_through_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
