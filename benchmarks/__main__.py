@@ -33,6 +33,7 @@ from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
+from steerkit.recipe.finding import find_recipe
 from steerkit.vector.hold import Hold
 from steerkit.vector.steering_vector import SteeringVector
 from steerkit.vector.when import When
@@ -75,7 +76,18 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
         return lambda: ratio(*make(), pairs)
 
     works: list[tuple[str, Timing, str]] = [
-        ("extraction, 30 layers / baseline forward", paired(lambda: extraction(model, tokenizer)), "<= 1.05"),
+        *(
+            (
+                f"extraction, 30 layers, {name}{', shared' if shares else ''} / baseline forward",
+                paired(functools.partial(extraction, model, tokenizer, data, readout, shares=shares)),
+                aim,
+            )
+            for name, data, readout, shares, aim in (
+                ("prompts", contrast(64), "mean", False, "<= 1.02"),
+                ("answer pairs", answer_pairs(32), "response_mean", False, ""),
+                ("answer pairs", answer_pairs(32), "response_mean", True, "<= 0.75"),
+            )
+        ),
         (
             "generation, 100 units in 30 blocks / baseline",
             paired(lambda: generation(model, tokenizer, 1, hundred_units(model))),
@@ -236,8 +248,15 @@ def contrast(count: int) -> ContrastSet:
     return ContrastSet.from_prompts(listed[: count // 2], listed[count // 2 :])
 
 
-def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    data = contrast(64)
+def answer_pairs(count: int) -> ContrastSet:
+    """The first pairs of a shipped set: two answers to a question each."""
+    data = find_recipe("optimism-caa").items()
+    return replace(data, positive=data.positive[:count], negative=data.negative[:count], marks=())
+
+
+def extraction(
+    model: Any, tokenizer: Any, data: ContrastSet, readout: str, *, shares: bool
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     decoder = find_decoder(model)
     sites = [Site(layer) for layer in range(decoder.num_layers)]
     pairs = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair]
@@ -245,7 +264,8 @@ def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[
     work = batches(rendered, 16, pad_id=pad_token_id(tokenizer), groups=2)
 
     def ours() -> None:
-        stream(model, tokenizer, data, {site: Means() for site in sites}, readout="mean", batch_size=16)
+        means = {site: Means() for site in sites}
+        stream(model, tokenizer, data, means, readout=readout, batch_size=16, shares=shares)
 
     def baseline() -> None:
         # The same sorted batches through the same decoder body; rendering them is part of both.

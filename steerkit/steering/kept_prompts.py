@@ -14,8 +14,6 @@ between it and a prompt's end no pads may come, and those behind a prompt would 
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from steerkit.activations.caches import common_beginning, pads_first, rows_of
 from steerkit.activations.reading import position_inputs
 from steerkit.steering.repeated import Repeated
 from steerkit.tokens.transformers_facts import is_attention_cache
@@ -82,9 +81,6 @@ class Split:
         return cls(prompt, rest, mask, repeated, tuple(listed[row] for row in repeated.firsts))
 
 
-_LEAST = 8  # tokens in common for which a pass of their own is worth it
-
-
 @dataclass(eq=False)
 class KeptPrompts:
     """The caches of prompts, each read once for all rows that go on from it, as long as there is room.
@@ -138,7 +134,7 @@ class KeptPrompts:
             of their own.
         """
         taken = torch.arange(len(split.rest)) if rows is None else rows
-        cache = _rows_of(self._kept[split.prompts], split.repeated.again[taken])
+        cache = rows_of(self._kept[split.prompts], split.repeated.again[taken])
         mask, width = split.mask[taken, :-1], split.prompt.shape[1]
         positions = {name: ids[:, width:] for name, ids in position_inputs(decoder.model, mask).items()}
         return {
@@ -164,11 +160,8 @@ class KeptPrompts:
 
     def _beginning(self, decoder: Decoder, split: Split) -> tuple[int, ...] | None:
         """What all prompts of a batch begin with, read and kept; None where it is short or cannot be gone on from."""
-        if self._is_apart or len(split.prompts) < 2:
-            return None
-        columns = zip(*split.prompts, strict=False)
-        common = tuple(column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-        if len(common) < _LEAST:
+        common = () if self._is_apart else common_beginning(split.prompts)
+        if not common:
             return None
         known = [ids for ids in self._begun if common[: len(ids)] == ids and 2 * len(ids) > len(common)]
         begun = max(known, key=len, default=common)
@@ -204,22 +197,8 @@ def _gone_on(decoder: Decoder, begun: tuple[int, ...], cache: Any, split: Split)
     """
     rests = [torch.tensor(prompt[len(begun) :], dtype=torch.long) for prompt in split.prompts]
     ends = torch.tensor([len(prompt) for prompt in split.prompts], dtype=torch.long)
-    columns = torch.arange(int(ends.max()))
-    mask, moved = (
-        one.to(split.prompt.device)
-        for one in ((columns < ends[:, None]).long(), (columns + ends[:, None]) % len(columns))
-    )
+    mask = (torch.arange(int(ends.max())) < ends[:, None]).long().to(split.prompt.device)
     ids = pad_sequence(rests, batch_first=True).to(split.prompt.device)
-    found = _read(decoder, ids, mask, _rows_of(cache, torch.zeros(len(rests), dtype=torch.long)))
-    for layer in found.layers:
-        at = moved[:, None, :, None].to(layer.keys.device)
-        layer.keys, layer.values = (torch.take_along_dim(one, at, dim=2) for one in (layer.keys, layer.values))
-    return found
-
-
-def _rows_of(cache: Any, rows: Tensor) -> Any:
-    """A cache of some rows of another, which stays as it is."""
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
-    found.batch_select_indices(rows)
+    found = _read(decoder, ids, mask, rows_of(cache, torch.zeros(len(rests), dtype=torch.long)))
+    pads_first(found, ends)
     return found

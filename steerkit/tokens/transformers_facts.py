@@ -32,6 +32,7 @@ __all__ = [
     "can_be_cut",
     "columns_cached",
     "eager_attention",
+    "empty_attention_cache",
     "first_of_real",
     "forget_past",
     "is_attention_cache",
@@ -202,6 +203,13 @@ def is_attention_cache(cache: Any, *, windows: bool = True) -> bool:
         type(layer) in plain and isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor)
         for layer in cache.layers
     )
+
+
+def empty_attention_cache() -> Any:
+    """A cache that keeps the keys and values of every token, of those layers alone that run."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache()
 
 
 def is_static(cache: Any) -> bool:
