@@ -29,14 +29,17 @@ from steerkit.methods.austeer import AUSteer, activation_momentum
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.batching import batches, pad_token_id
+from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
+from steerkit.recipe.finding import find_recipe
 from steerkit.vector.hold import Hold
 from steerkit.vector.steering_vector import SteeringVector
 from steerkit.vector.when import When
 
 Timing = Callable[[], tuple[float, float, float]]
+CLOCK = [time.perf_counter]
 TITLES = {"speed": "Speed and memory", "operators": "Speed of the operators"}
 WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while", "children", "counted", "birds")
 
@@ -46,9 +49,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="interleaved pairs per ratio")
     parser.add_argument("--operators", action="store_true", help="only the operators, without a model")
     parser.add_argument("--only", default="", help="only the timings of the model whose name holds this")
+    parser.add_argument("--cpu", action="store_true", help="CPU time, which other programs disturb less; one thread")
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cpu:
+        torch.set_num_threads(1)
+        CLOCK[0] = time.process_time
     page = "operators" if options.operators else "speed"
     with recorded(page, TITLES[page], "benchmarks", wanted=options.write, printed=True) as facts:
         run(options, facts)
@@ -69,21 +76,22 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
         return lambda: ratio(*make(), pairs)
 
     works: list[tuple[str, Timing, str]] = [
-        ("extraction, 30 layers / baseline forward", paired(lambda: extraction(model, tokenizer)), "<= 1.05"),
-        (
-            "generation, 30 blocks steered / baseline, batch 1",
-            paired(lambda: generation(model, tokenizer, 1)),
-            "<= 1.02",
+        *(
+            (
+                f"extraction, 30 layers, {name}{', shared' if shares else ''} / baseline forward",
+                paired(functools.partial(extraction, model, tokenizer, data, readout, shares=shares)),
+                aim,
+            )
+            for name, data, readout, shares, aim in (
+                ("prompts", contrast(64), "mean", False, "<= 1.02"),
+                ("answer pairs", answer_pairs(32), "response_mean", False, ""),
+                ("answer pairs", answer_pairs(32), "response_mean", True, "<= 0.75"),
+            )
         ),
         (
             "generation, 100 units in 30 blocks / baseline",
             paired(lambda: generation(model, tokenizer, 1, hundred_units(model))),
             "<= 1.028",
-        ),
-        (
-            "generation, 30 blocks steered / baseline, batch 8",
-            paired(lambda: generation(model, tokenizer, 8)),
-            "<= 1.02",
         ),
         (
             "generation, 100 units baked / untouched",
@@ -97,18 +105,24 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
         ),
     ]
     for batch in (1, 8):
+        for scope, aim in (("response", "<= 1.01"), ("answer", "<= 1.03")):
+            name = f"generation, 30 blocks steered (scope {scope}) / baseline, batch {batch}"
+            vector = every_block(model).at(scope=scope)
+            steered = functools.partial(generation, model, tokenizer, batch, vector, is_chat=scope == "answer")
+            works.append((name, paired(steered), aim))
         for opens, over in ((True, "ungated"), (True, "baseline"), (False, "baseline")):
             name = f"generation, 30 blocks gated ({'open' if opens else 'closed'}) / {over}, batch {batch}"
             gated = functools.partial(gates, model, tokenizer, batch, opens=opens, over=over)
-            works.append((name, paired(gated), "<= 1.02" if over != "ungated" else "<= 1.05"))
+            works.append((name, paired(gated), "<= 1.04" if over != "ungated" else "<= 1.05"))
         for kind, aim in COMPOSED.items():
             name = f"composition, {kind} / one shared vector, batch {batch}"
             works.append((name, paired(functools.partial(composed, model, tokenizer, batch, kind)), aim))
+    works.append(("a steered block over a bare hook, us", lambda: over_bare_hooks(model, tokenizer, pairs), "<= 15"))
     rows = [(name, *work(), aim) for name, work, aim in works if options.only in name]
     print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")
     print(f"{'':<70}{'median':>8}  {'95 % interval':<16}{'aim':>8}")
     for name, median, low, high, aim in rows:
-        print(f"{name:<70}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}")
+        print(f"{name:<70}{median:>8.3f}  {f'{low:.3f} to {high:.3f}':<16}{aim:>8}", flush=True)
     if options.only:
         return
     print(f"{'entering and leaving a context of 30 blocks':<48}{entering(model):>6.1f} ms")
@@ -199,24 +213,34 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
 def ratio(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> tuple[float, float, float]:
     """Time of `first` over time of `second`: median of interleaved pairs, with its interval."""
+    return middle([one / other for one, other in interleaved(first, second, pairs)])
+
+
+def interleaved(first: Callable[[], Any], second: Callable[[], Any], pairs: int) -> list[tuple[float, float]]:
+    """Times of both, which take turns in coming first."""
     first(), second()
-    quotients = []
+    found = []
     for number in range(pairs):
         order = (first, second) if number % 2 == 0 else (second, first)
         times = {id(work): timed(work) for work in order}
-        quotients.append(times[id(first)] / times[id(second)])
-    values = torch.tensor(quotients, dtype=torch.double)
+        found.append((times[id(first)], times[id(second)]))
+    return found
+
+
+def middle(found: list[float]) -> tuple[float, float, float]:
+    """The median of what pairs gave, with its interval."""
+    values = torch.tensor(found, dtype=torch.double)
     generator = torch.Generator().manual_seed(0)
-    draws = values[torch.randint(pairs, (4000, pairs), generator=generator)].quantile(0.5, dim=1)
+    draws = values[torch.randint(len(found), (4000, len(found)), generator=generator)].quantile(0.5, dim=1)
     low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return float(values.quantile(0.5)), low, high
 
 
 def timed(work: Callable[[], Any]) -> float:
     """Seconds; what `work` measured itself, where it gives a number."""
-    start = time.perf_counter()
+    start = CLOCK[0]()
     own = work()
-    return own if isinstance(own, float) else time.perf_counter() - start
+    return own if isinstance(own, float) else CLOCK[0]() - start
 
 
 def contrast(count: int) -> ContrastSet:
@@ -224,8 +248,15 @@ def contrast(count: int) -> ContrastSet:
     return ContrastSet.from_prompts(listed[: count // 2], listed[count // 2 :])
 
 
-def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    data = contrast(64)
+def answer_pairs(count: int) -> ContrastSet:
+    """The first pairs of a shipped set: two answers to a question each."""
+    data = find_recipe("optimism-caa").items()
+    return replace(data, positive=data.positive[:count], negative=data.negative[:count], marks=())
+
+
+def extraction(
+    model: Any, tokenizer: Any, data: ContrastSet, readout: str, *, shares: bool
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
     decoder = find_decoder(model)
     sites = [Site(layer) for layer in range(decoder.num_layers)]
     pairs = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair]
@@ -233,7 +264,8 @@ def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[
     work = batches(rendered, 16, pad_id=pad_token_id(tokenizer), groups=2)
 
     def ours() -> None:
-        stream(model, tokenizer, data, {site: Means() for site in sites}, readout="mean", batch_size=16)
+        means = {site: Means() for site in sites}
+        stream(model, tokenizer, data, means, readout=readout, batch_size=16, shares=shares)
 
     def baseline() -> None:
         # The same sorted batches through the same decoder body; rendering them is part of both.
@@ -253,21 +285,27 @@ def extraction(model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[
 
 
 def generation(
-    model: Any, tokenizer: Any, batch: int, vector: SteeringVector | None = None
+    model: Any, tokenizer: Any, batch: int, vector: SteeringVector, *, is_chat: bool = False
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    vector = every_block(model) if vector is None else vector
-    inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
-    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    run = answering(model, tokenizer, batch, is_chat=is_chat)
+    return lambda: run(vector), lambda: run(None)
 
-    def baseline() -> None:
-        with torch.no_grad():
-            model.generate(**options)
 
-    def steered() -> float:
-        with torch.no_grad(), steerkit.steer(model, vector, 1.0):
-            return timed(lambda: model.generate(**options))
+def over_bare_hooks(model: Any, tokenizer: Any, pairs: int) -> tuple[float, float, float]:
+    """Microseconds a block and pass that steering takes over hooks that add a tensor and do nothing else."""
+    run, vector = answering(model, tokenizer, 1), every_block(model)
+    blocks, passes = find_decoder(model).blocks, 24
 
-    return steered, baseline
+    def bare() -> float:
+        directions = [vector.params(site)["direction"] for site in vector.sites]
+        with contextlib.ExitStack() as stack:
+            for block, direction in zip(blocks, directions, strict=True):
+                hook = block.register_forward_hook(lambda _module, _args, output, own=direction: output + own)
+                stack.callback(hook.remove)
+            return run(None)
+
+    times = interleaved(lambda: run(vector), bare, pairs)
+    return middle([1e6 * (ours - its) / passes / len(blocks) for ours, its in times])
 
 
 def baked_ratio(model: Any, tokenizer: Any, vector: SteeringVector, pairs: int) -> tuple[float, float, float]:
@@ -311,13 +349,20 @@ def gates(
     return lambda: run(vector), lambda: run(plain if over == "ungated" else None)
 
 
-def answering(model: Any, tokenizer: Any, batch: int) -> Callable[[Any], float]:
+def answering(model: Any, tokenizer: Any, batch: int, *, is_chat: bool = False) -> Callable[[Any], float]:
     """Seconds that answers of 24 tokens take under some vectors, or none."""
-    inputs = tokenizer([f"Tell me about number {row}." for row in range(batch)], return_tensors="pt", padding=True)
+    asked = [f"Tell me about number {row}." for row in range(batch)]
+    if is_chat:
+        asked = [render(tokenizer, Conversation.of(one)).text for one in asked]
+    inputs = tokenizer(asked, return_tensors="pt", padding=True, add_special_tokens=not is_chat)
+    roles = Roles(tokenizer)
     options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
 
     def run(steered: Any) -> float:
-        with torch.no_grad(), contextlib.nullcontext() if steered is None else steerkit.steer(model, steered, 1.0):
+        with (
+            torch.no_grad(),
+            contextlib.nullcontext() if steered is None else steerkit.steer(model, steered, 1.0, tokenizer=roles),
+        ):
             return timed(lambda: model.generate(**options))
 
     return run

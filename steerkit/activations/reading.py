@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
+from steerkit.activations.shared_prompts import Stretch, may_share, stretches
 from steerkit.activations.token_scale import MASSIVE_TOKEN, PassScale, TokenScale, TokenScales
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
@@ -36,6 +37,7 @@ def forward_body(
     input_ids: Tensor,
     attention_mask: Tensor,
     read: Callable[[Site, Tensor], None],
+    past: Any = None,
 ) -> None:
     """Run the decoder body, hand every tap's tensor [b, t, d] to `read`, and stop after the deepest.
 
@@ -43,8 +45,9 @@ def forward_body(
         decoder: whose body runs.
         taps: where to read.
         input_ids: [b, t].
-        attention_mask: [b, t].
+        attention_mask: [b, t], or [b, past + t] over what the cache holds too.
         read: called once per site; it must not keep the tensor (Falcon changes one in place afterwards).
+        past: a cache that the pass goes on from, and adds to.
 
     Raises:
         FitError: the model never ran one of the places.
@@ -60,9 +63,11 @@ def forward_body(
     inputs: dict[str, Any] = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "use_cache": False,
-        **position_inputs(entry, attention_mask),
+        "use_cache": past is not None,
+        **{name: ids[:, -input_ids.shape[1] :] for name, ids in position_inputs(entry, attention_mask).items()},
     }
+    if past is not None:
+        inputs["past_key_values"] = past
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():
             stack.callback(attach_reader(tap, site, notice).remove)
@@ -120,6 +125,7 @@ def read_passes(
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
     no_massive: bool = False,
+    shares: bool = False,
 ) -> dict[Site, TokenScale]:
     """Run all batches and pool what is read to one row per text.
 
@@ -131,6 +137,7 @@ def read_passes(
         take: called with each site's rows [b, d] of a batch, float32.
         progress: show a progress bar on stderr.
         no_massive: leave tokens whose activation is massive out of means and norms.
+        shares: run what texts have in common once, where that is possible (`steerkit.activations.shared_prompts`).
 
     Returns:
         By site how long activations are.
@@ -139,13 +146,19 @@ def read_passes(
     device = execution_device(decoder)
     clock = PassClock.of(decoder.model)  # the model is being steered: values given per item follow their items
 
-    def run(batch: Batch) -> list[tuple[Site, PassScale, Tensor]]:
+    # What is steered may differ between texts that begin alike, and what is massive is told of whole texts.
+    shares = shares and clock is None and not no_massive and may_share(decoder)
+
+    def run(batch: Batch) -> list[tuple[Site, list[PassScale], Tensor]]:
+        passes = stretches(batch, device) if shares else None
+        if passes is not None:
+            return _read_stretches(decoder, taps, passes, [chosen[row] for row in batch.rows])
         pool = _Pool(batch, [chosen[row] for row in batch.rows], device)
-        found: list[tuple[Site, PassScale, Tensor]] = []
+        found: list[tuple[Site, list[PassScale], Tensor]] = []
 
         def read(site: Site, h: Tensor) -> None:
             massive = pool.massive(h) if no_massive else None
-            found.append((site, pool.scale(h, massive), pool(h, massive)))
+            found.append((site, [pool.scale(h, massive)], pool(h, massive)))
 
         with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
             forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), read)
@@ -153,10 +166,42 @@ def read_passes(
 
     # What is read is counted once its pass has ended: one that does not fit into memory is run again.
     for batch, found in _with_progress(run_batches(work, run), work, progress):
-        for site, scale, rows in found:
-            scales[site].add(scale)
+        for site, seen, rows in found:
+            for scale in seen:
+                scales[site].add(scale)
             take(site, rows, batch)
     return {site: scale.result() for site, scale in scales.items()}
+
+
+def _read_stretches(
+    decoder: Decoder, taps: Mapping[Site, Tap], passes: Iterator[Stretch], chosen: Sequence[Sequence[int]]
+) -> list[tuple[Site, list[PassScale], Tensor]]:
+    """What is read of a batch, by site, in passes that each hold a stretch of every text."""
+    scales: dict[Site, list[PassScale]] = {site: [] for site in taps}
+    pooled: dict[Site, Tensor] = {}
+    for one in passes:
+        weights = one.weights(chosen)
+
+        def read(site: Site, h: Tensor, one: Stretch = one, weights: Tensor | None = weights) -> None:
+            scales[site].append(PassScale.of(h, one.counted.to(h.device)))
+            if weights is None:
+                return
+            values = h if one.rows == tuple(range(len(h))) else h[list(one.rows)]
+            part = _weighted(weights.to(h.device)[:, None], values.float(), is_padded=True)
+            pooled[site] = pooled[site] + part if site in pooled else part
+
+        forward_body(decoder, taps, one.ids, one.mask, read, one.past)
+    return [(site, scales[site], pooled[site]) for site in taps]
+
+
+def _weighted(weights: Tensor, values: Tensor, *, is_padded: bool) -> Tensor:
+    """[b, d] weighted sums over tokens, of weights [b, 1, t] and values [b, t, d]."""
+    with torch.autocast(values.device.type, enabled=False):  # it would give products in half precision
+        pooled = torch.bmm(weights, values)[:, 0]
+        # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
+        if is_padded and (values.device.type != "cpu" or not bool(torch.isfinite(pooled).all())):
+            pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
+    return pooled
 
 
 class _Pool:
@@ -202,12 +247,7 @@ class _Pool:
         if massive is not None:
             weights = weights * ~massive[:, None]
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        with torch.autocast(h.device.type, enabled=False):  # it would give products in half precision
-            pooled = torch.bmm(weights, values)[:, 0]
-            # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
-            if self._padded and (h.device.type != "cpu" or not bool(torch.isfinite(pooled).all())):
-                pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
-        return pooled
+        return _weighted(weights, values, is_padded=self._padded)
 
 
 def _with_progress(runs: Iterator[tuple[Batch, T]], work: Sequence[Batch], progress: bool) -> Iterator[tuple[Batch, T]]:

@@ -84,6 +84,7 @@ def record(
     padding_side: Literal["right", "left"] = "right",
     max_tokens: int | None = None,
     progress: bool = False,
+    shares: bool = False,
 ) -> Activations:
     """Read activations of prompts, chats or a contrast set at some sites.
 
@@ -101,6 +102,7 @@ def record(
         padding_side: where pads go; the result is the same.
         max_tokens: tokens of a text that are read, the rest being cut off at the right; None reads all.
         progress: show a progress bar on stderr.
+        shares: run what texts have in common once: fewer tokens, and the same up to rounding instead of to the bit.
 
     Returns:
         One row per item and site, float32.
@@ -142,7 +144,7 @@ def record(
 
     check_lengths(decoder, rendered, shown)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive)
+    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive, shares)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
     return Activations(

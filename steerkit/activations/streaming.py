@@ -33,6 +33,7 @@ def stream(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
+    shares: bool = False,
 ) -> Activations:
     """Feed the activations of a contrast set to accumulators, batch by batch; no sample is kept.
 
@@ -46,6 +47,7 @@ def stream(
         chat_template_kwargs: passed on to the chat template.
         max_tokens: tokens of a text that are read, the rest being cut off at the right; None reads all.
         progress: show a progress bar on stderr.
+        shares: run what texts have in common once: fewer tokens, and the same up to rounding instead of to the bit.
 
     Returns:
         What each accumulator gives for the two sides.
@@ -85,7 +87,7 @@ def stream(
     check_lengths(decoder, rendered, shown)
     taps = locate(model, accumulators)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, feed, progress, plan.no_massive)
+    scales = read_passes(decoder, taps, work, chosen, feed, progress, plan.no_massive, shares)
     warn_of_special(tokenizer, plan, rendered)
     results = {site: accumulator.result() for site, accumulator in accumulators.items()}
     positive = {site: pair[0] for site, pair in results.items()}

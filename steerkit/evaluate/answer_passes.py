@@ -101,7 +101,15 @@ class AnswerPasses:
         count, setup = len(self._trials), self._setup
         items = [text for text in self._rendered for _ in range(count)]
         # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
-        return batches(items, count * setup.batch_size, pad_id=pad_token_id(setup.tokenizer), side="left")
+        # Behind kept prompts a pass is as wide as its longest answer.
+        is_behind = setup.read.may_have and all(one.leaves_prompts for one in self._trials)
+        return batches(
+            items,
+            count * setup.batch_size,
+            pad_id=pad_token_id(setup.tokenizer),
+            side="left",
+            length=_count if is_behind else None,
+        )
 
     def __call__(self, batch: Batch) -> Seen:
         """Run one batch.
@@ -116,9 +124,9 @@ class AnswerPasses:
         with torch.no_grad(), evaluation_mode(setup.decoder.model):
             layout = self._behind_prompts(batch, texts) if getattr(planned, "leaves_prompts", True) else None
             layout = layout or self._whole(batch, texts)
-            baseline = self._unsteered(numbers, once, layout, repeated)
             key, again = (layout.name, once), repeated.again if repeated.any else None
             steering = planned if isinstance(planned, Steering) else None
+            baseline = self._unsteered(numbers, once, layout, repeated, steering)
             if again is not None:
                 first = repeated.once
                 setup.kept.learn(setup.decoder, steering, key, lambda: setup.model(**layout.inputs(first)), len(first))
@@ -144,7 +152,7 @@ class AnswerPasses:
             seen: what the batch gave.
 
         Returns:
-            [t, v] float32; None where it was not asked for.
+            [t, v] float32 log-probabilities; None where it was not asked for.
         """
         if self._plain is None:
             return None
@@ -152,12 +160,20 @@ class AnswerPasses:
         if text in unsteered.predicted:
             return unsteered.predicted[text]
         assert seen.baseline is not None
-        return unsteered.keep(text, seen.baseline[place].float())
+        return unsteered.keep(text, torch.log_softmax(seen.baseline[place].float(), dim=-1))
 
     def _unsteered(
-        self, numbers: Sequence[int], once: tuple[Rendered, ...], layout: _Layout, repeated: Repeated
+        self,
+        numbers: Sequence[int],
+        once: tuple[Rendered, ...],
+        layout: _Layout,
+        repeated: Repeated,
+        steering: Steering | None,
     ) -> list[Tensor] | None:
-        """By row the logits of the unsteered model, if any of the batch are wanted and not known."""
+        """By row the logits of the unsteered model, if any of the batch are wanted and not known.
+
+        The steered pass that follows can leave out what this one and it have in common.
+        """
         setup = self._setup
         if self._plain is None:
             return None
@@ -165,7 +181,8 @@ class AnswerPasses:
         if all(text in setup.plain.predicted for text in plain):
             return None
         if plain == once:
-            found = layout.run(setup.model, repeated.once if repeated.any else None)
+            with setup.kept.around(setup.decoder, steering, (layout.name, once)):
+                found = layout.run(setup.model, repeated.once if repeated.any else None)
         else:  # behind a system prompt that the unsteered model does not read
             pad = pad_token_id(setup.tokenizer)
             batch = batches(plain, len(plain), pad_id=pad, side="left", groups=len(plain))[0]
@@ -208,4 +225,8 @@ class AnswerPasses:
 
 def _counts(texts: Sequence[Rendered]) -> list[int]:
     """Tokens of each text's answer."""
-    return [len(text.ids) - text.prompt_length for text in texts]
+    return [_count(text) for text in texts]
+
+
+def _count(text: Rendered) -> int:
+    return len(text.ids) - text.prompt_length

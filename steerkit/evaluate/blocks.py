@@ -91,7 +91,7 @@ def separation_by_block(fits: Fits, held_out: ContrastSet, layers: Sequence[int]
     """
     method = fits.method_object
     vectors: dict[int, tuple[Site, SteeringVector]] = {}
-    fits.layers = layers
+    fits.layers, fits.shares = layers, True
     for layer in layers:
         try:
             vector = fits.at([layer])
@@ -111,6 +111,7 @@ def separation_by_block(fits: Fits, held_out: ContrastSet, layers: Sequence[int]
         readout=next(iter(vectors.values()))[1].readout or "last",
         batch_size=setup.batch_size,
         chat_template_kwargs=setup.chat_template_kwargs,
+        shares=True,
     )
     found = []
     for layer, (site, vector) in vectors.items():

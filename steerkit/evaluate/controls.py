@@ -71,7 +71,7 @@ def refits(
         seed: fixes the draws.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
-        acts: every row of the items at the vector's sites, as its fit read them; None reads them.
+        acts: every row of the items at the vector's sites, and perhaps others, as its fit read them; None reads them.
 
     Returns:
         The refits; only a `reason` where the method reads no contrast set.
@@ -111,7 +111,7 @@ def read_again(
         vector: the vector, of a method that reads a contrast set.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
-        acts: what was read before; None, or other sites than the vector's, reads again.
+        acts: what was read before; None, or a site of the vector's that is not there, reads again.
 
     Returns:
         Both sides at the vector's sites, the door to the model, and which rows belong together.
@@ -132,7 +132,7 @@ def read_again(
     chat_template_kwargs = as_fitted([vector], tokenizer, chat_template_kwargs)
     common: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
     items, longest = (method.contrast(data), method.longest_text) if isinstance(method, PreparesData) else (data, None)
-    if acts is None or set(acts.sites) != set(vector.reads):
+    if acts is None or not set(vector.reads) <= set(acts.sites):
         acts = record(model, tokenizer, items, vector.reads, readout=readout, max_tokens=longest, **common)
     subject = ModelSubject(model, tokenizer, data, find_decoder(model), batch_size, chat_template_kwargs, method.name)
     return acts, subject, turns_of(items.sides, paired=items.paired)

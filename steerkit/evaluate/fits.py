@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from steerkit.activations.recording import Activations
 from steerkit.errors import SiteError
 from steerkit.evaluate.setup import Setup
 from steerkit.fitting.fitting import fit, read
 from steerkit.methods._base import Method
+from steerkit.methods._protocols import PreparesData
 from steerkit.methods._registry import resolve
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
@@ -35,6 +38,8 @@ class Fits:
         kinds: kinds of site, such as ``["mlp_out"]``; None takes those of the method.
         progress: show a progress bar while reading.
         rows: keep every row that is read (`acts`), even where the method needs no more than sums.
+        shares: run what texts have in common once, where figures are wanted and no file (see `steerkit.fit`).
+        whole: the same on a set that `train` is a part of: then it is read once for both.
     """
 
     setup: Setup
@@ -47,6 +52,8 @@ class Fits:
     kinds: Sequence[str] | None = None
     progress: bool = False
     rows: bool = False
+    shares: bool = False
+    whole: Fits | None = None
     _acts: Activations | None = field(default=None, init=False, repr=False)
     _read: bool = field(default=False, init=False, repr=False)
     _fitted: dict[tuple[int, ...], SteeringVector] = field(default_factory=dict, init=False, repr=False)
@@ -77,6 +84,16 @@ class Fits:
             return self.method_object.sites_at(self.setup.decoder, chosen)
         return [Site(layer, kind) for layer in chosen for kind in dict.fromkeys(self.kinds)]
 
+    def part(self, train: ContrastSet) -> Fits:
+        """The method fitted on some of the items, whose activations are read once for these and for all of them.
+
+        Args:
+            train: made of items of `self.train` (the very objects).
+        """
+        method = self.method_object
+        is_read = self.rows and method.readout is not None and not isinstance(method, PreparesData)
+        return replace(self, train=train, whole=self if is_read else None, rows=is_read)
+
     def at(self, layers: Sequence[int]) -> SteeringVector:
         """The vector fitted at some layers.
 
@@ -88,21 +105,37 @@ class Fits:
         """
         key = tuple(sorted(set(layers)))
         if key not in self._fitted:
-            common: dict[str, Any] = {
-                "method": self.method,
-                "settings": self.settings,
-                "batch_size": self.setup.batch_size,
-                "chat_template_kwargs": self.setup.chat_template_kwargs,
-            }
-            model, tokenizer = self.setup.model, self.setup.tokenizer
-            if not self._read:
-                every = self._possible(self.sites({*self.layers, *key}))
-                options: dict[str, Any] = {"readout": self.readout, "progress": self.progress, "rows": self.rows}
-                self._acts = read(model, tokenizer, self.train, sites=every, **options, **common)
-                self._read = True
-            vector = fit(model, tokenizer, self.train, sites=self.sites(key), acts=self._acts, **common)
+            self._read_once(key)
+            options = self._options()
+            vector = fit(*self._on, self.train, sites=self.sites(key), acts=self._acts, **options)
             self._fitted[key] = vector if self.scope is None else replace(vector, scope=self.scope)
         return self._fitted[key]
+
+    @property
+    def _on(self) -> tuple[Any, Any]:
+        return self.setup.model, self.setup.tokenizer
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "settings": self.settings,
+            "batch_size": self.setup.batch_size,
+            "chat_template_kwargs": self.setup.chat_template_kwargs,
+        }
+
+    def _read_once(self, layers: Sequence[int]) -> None:
+        """Read at all layers that will be asked for, and at these."""
+        if self._read:
+            return
+        if self.whole is not None:
+            self.whole._read_once(layers)
+            self._acts = None if self.whole.acts is None else _some(self.whole.acts, self.whole.train, self.train)
+        else:
+            every = self._possible(self.sites({*self.layers, *layers}))
+            how: dict[str, Any] = {"readout": self.readout, "progress": self.progress}
+            how |= {"rows": self.rows, "shares": self.shares}
+            self._acts = read(*self._on, self.train, sites=every, **how, **self._options())
+        self._read = True
 
     def _possible(self, sites: list[Site]) -> list[Site]:
         """The sites that this model has: a layer without one must not spoil the others."""
@@ -118,3 +151,16 @@ class Fits:
         except SiteError:
             return False
         return True
+
+
+def _some(acts: Activations, whole: ContrastSet, part: ContrastSet) -> Activations:
+    """Of what was read of a set, the rows of a part of it; how long activations are is told of the whole."""
+    sides = []
+    for every, some, rows in (
+        (whole.positive, part.positive, acts.positive),
+        (whole.negative, part.negative, acts.negative),
+    ):
+        places = {id(item): row for row, item in enumerate(every)}
+        taken = torch.tensor([places[id(item)] for item in some], dtype=torch.long)
+        sides.append({site: found[taken] for site, found in rows.items()})
+    return replace(acts, positive=sides[0], negative=sides[1], paired=part.paired)

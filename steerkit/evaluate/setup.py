@@ -66,7 +66,7 @@ class Setup:
     scored: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
     """Scores of the baseline model, by scorer: they do not change with the strength."""
     predicted: dict[Any, Tensor] = field(init=False, default_factory=dict, repr=False)
-    """Logits of the baseline model for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
+    """What the baseline model predicts for the answers of texts, as long as all of them fit into `KEPT_BYTES`."""
     kept: KeptBlocks = field(init=False, default_factory=KeptBlocks, repr=False)
     """What leaves the blocks that no strength changes."""
     read: KeptPrompts = field(init=False, default_factory=KeptPrompts, repr=False)
@@ -285,20 +285,17 @@ class Setup:
         """The neutral texts."""
         return tuple(neutral_texts() if self.neutral is None else self.neutral)
 
-    def keep(self, text: Rendered, logits: Tensor) -> Tensor:
-        """Keep the unsteered model's logits for a text, while there is room, because every strength needs them.
+    def keep(self, text: Rendered, logs: Tensor) -> Tensor:
+        """Keep what the unsteered model predicts for a text, while there is room, because every strength needs it.
 
         Args:
             text: the text.
-            logits: [t, v].
-
-        Returns:
-            The logits, on their own.
+            logs: [t, v] log-probabilities, on their own.
         """
         used = sum(one.nbytes for one in self.predicted.values())
-        if used + logits.nbytes <= KEPT_BYTES:
-            self.predicted[text] = logits.clone()
-        return logits
+        if used + logs.nbytes <= KEPT_BYTES:
+            self.predicted[text] = logs
+        return logs
 
     def render(self, item: Conversation) -> Rendered:
         """A conversation as the model reads it, behind the system prompt.

@@ -28,6 +28,7 @@ from steerkit.prompts.batching import run_batches
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.steering import steer
+from steerkit.tokens.scope import Scope
 from steerkit.vector.steering_vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Answer(NamedTuple):
         row: which of the texts.
         targets: [t] ids of the answer's tokens.
         logits: [t, v] float32, row `i` predicts `targets[i]`.
-        baseline: [t, v] float32, the same of the unsteered model; None unless asked for.
+        baseline: [t, v] float32, log-probabilities of the unsteered model; None unless asked for.
     """
 
     row: int
@@ -94,6 +95,12 @@ class Trial:
         if self.vector is None:
             return ()
         return (self.vector,) if isinstance(self.vector, SteeringVector) else tuple(self.vector)
+
+    @property
+    def leaves_prompts(self) -> bool:
+        """Whether by its scopes nothing is written before the last token of a prompt."""
+        written = [one.scope if one.own_scope or self.scope is None else self.scope for one in self.vectors]
+        return all(Scope.parse(scope).leaves_prompts for scope in written)
 
     def steering(self, prompt_lengths: Any = None) -> contextlib.AbstractContextManager[Any]:
         """The context in which the model is steered; nothing for the baseline model.

@@ -48,6 +48,7 @@ def fit(
     acts: Activations | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
+    shares: bool = False,
 ) -> SteeringVector:
     """Learn a steering vector from a contrast set.
 
@@ -66,6 +67,7 @@ def fit(
         acts: what `read` gave for this model, data and method, at these sites and perhaps others; saves the pass.
         chat_template_kwargs: passed on to the chat template.
         progress: show a progress bar on stderr.
+        shares: run what texts have in common once: fewer tokens, and the same up to rounding instead of to the bit.
 
     Returns:
         The fitted vector, with norms, digests and settings.
@@ -103,9 +105,8 @@ def fit(
     if acts is None:
         _refuse_unread(chosen, readout, held_out)
         if chosen.readout is not None:
-            acts = _read(
-                model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, progress
-            )
+            how: dict[str, Any] = {"progress": progress, "shares": shares}
+            acts = _read(model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, **how)
     vector = _vector(chosen, subject, acts, model, taps, tokenizer)
     if isinstance(chosen, SetsOperatingPoint) and acts is not None:
         vector = chosen.settled(vector, data, acts)
@@ -212,6 +213,7 @@ def read(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
     rows: bool = False,
+    shares: bool = False,
 ) -> Activations | None:
     """Read once what `fit` needs at many sites, to fit at some of them again and again.
 
@@ -227,6 +229,7 @@ def read(
         chat_template_kwargs: passed on to the chat template.
         progress: show a progress bar on stderr.
         rows: keep every row, even where the method needs no more than sums.
+        shares: see `fit`.
 
     Returns:
         What `fit` takes as `acts`; None where the method reads for itself.
@@ -239,7 +242,8 @@ def read(
         return None
     places = list(locate(model, _sites(chosen, find_decoder(model), None, sites)))
     reading = chosen.readout if readout is None else readout
-    return _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, progress, rows)
+    how: dict[str, Any] = {"progress": progress, "rows": rows, "shares": shares}
+    return _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, **how)
 
 
 def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
@@ -298,7 +302,9 @@ def _read(
     readout: Any,
     batch_size: int,
     chat_template_kwargs: Mapping[str, Any] | None,
+    *,
     progress: bool,
+    shares: bool,
     rows: bool = False,
 ) -> Activations:
     """Stream where the method needs only statistics, keep the samples where it needs them."""
@@ -308,6 +314,7 @@ def _read(
         "chat_template_kwargs": chat_template_kwargs,
         "max_tokens": method.longest_text if isinstance(method, PreparesData) else None,
         "progress": progress,
+        "shares": shares,
     }
     data = method.contrast(data) if isinstance(method, PreparesData) else data
     streams = {site: method.statistics(site) for site in places}

@@ -36,6 +36,7 @@ def separation(
     *,
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    shares: bool = False,
 ) -> dict[str, Any]:
     """How well each site's direction separates items it was not fitted on.
 
@@ -46,6 +47,7 @@ def separation(
         vector: the vector.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
+        shares: see `steerkit.record`.
 
     Returns:
         ``{"items": n, "data_digest": ..., "sites": {site: {"auc", "cohens_d"}}}``, and under ``"gate"`` what a gated
@@ -64,6 +66,7 @@ def separation(
         readout=Readout.parse(vector.readout or "last"),  # type: ignore[arg-type]
         batch_size=batch_size,
         chat_template_kwargs=chat_template_kwargs,
+        shares=shares,
     )
     return figures(vector, held_out, acts)
 

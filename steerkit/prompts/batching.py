@@ -147,6 +147,7 @@ def batches(
     pad_id: int,
     side: Literal["right", "left"] = "right",
     groups: int = 1,
+    length: Callable[[Rendered], int] | None = None,
 ) -> list[Batch]:
     """Sort by length, longest first so that memory peaks at once, and pad each batch to its longest row.
 
@@ -156,6 +157,7 @@ def batches(
         pad_id: the id to pad with, see `pad_token_id`.
         side: where the pads go.
         groups: how many neighbours stay together in one batch: with 2, items 2i and 2i+1.
+        length: what is sorted by; None takes the number of tokens.
 
     Returns:
         The batches. Together their `rows` are every index of `rendered` once.
@@ -171,7 +173,8 @@ def batches(
     if side not in ("right", "left"):
         raise DataError(f"padding side {side!r}; {near_miss(side, ('right', 'left'))}")
     together = [range(start, start + groups) for start in range(0, len(rendered), groups)]
-    together.sort(key=lambda group: -max(len(rendered[row].ids) for row in group))
+    sizes = [len(one.ids) if length is None else length(one) for one in rendered]
+    together.sort(key=lambda group: -max(sizes[row] for row in group))
     per_batch = max(1, batch_size // groups)
     return [
         _pad(rendered, [row for group in together[start : start + per_batch] for row in group], pad_id, side, groups)

@@ -99,6 +99,7 @@ class Edit:
 
     def __post_init__(self) -> None:
         self._ready: dict[tuple[torch.device, torch.dtype, int], tuple[dict[str, Tensor], Tensor]] = {}
+        self._latest: tuple[Any, Any, int, tuple[dict[str, Tensor], Tensor] | None] = (None, None, 0, None)
         self._minimum = self.method.minimum_prompt(self.params) if isinstance(self.method, NeedsPrompt) else 0
         self._inert = self._some_inert = self._per_row = False
         self._active: list[bool] | bool = True
@@ -113,6 +114,7 @@ class Edit:
         self._active = active if self._per_row else active[0]
         if self.source is not None:
             self.source.refresh()
+        self._latest = (None, None, 0, None)
         for key in list(self._ready):
             device, dtype, batch = key
             old, old_active = self._ready.pop(key)
@@ -210,7 +212,8 @@ class Edit:
             shape = facts.batch, facts.width, -1
             read = None if read is None else read.reshape(shape)
             return self._write(h.reshape(shape), read, facts, tokens).reshape(h.shape)
-        if h.shape[:-1] != (facts.batch, facts.width):  # no mask is laid over anything else
+        shape = h.shape
+        if len(shape) != 3 or shape[0] != facts.batch or shape[1] != facts.width:  # no mask is laid over anything else
             raise SiteError(
                 f"{self.tap.site}: {list(h.shape)} came from {self.tap.name} in a pass of {facts.batch} rows and "
                 f"{facts.width} tokens; steerkit writes [b, t, d]"
@@ -234,7 +237,8 @@ class Edit:
 
     def _write(self, h: Tensor, read: Tensor | None, facts: Pass, tokens: Tokens) -> Tensor:
         """Write the tokens that the scope means, [b, t, d]; all other values stay bitwise."""
-        prepared, active = self._prepared(h, facts, tokens)
+        is_compiling = torch.compiler.is_compiling()
+        prepared, active = self._prepared(h, facts, tokens, is_compiling)
         if read is not None:
             prepared = {**prepared, "input": read}
         gate = self._gate
@@ -247,7 +251,7 @@ class Edit:
         if edited.dtype != h.dtype:
             edited = edited.to(h.dtype)
         written = tokens.mask
-        if torch.compiler.is_compiling() or self._some_inert:
+        if is_compiling or self._some_inert:
             written = active if written is None else written & active
         return edited if written is None else torch.where(written, edited, h)
 
@@ -256,18 +260,21 @@ class Edit:
         """Whether every row is at its neutral strength."""
         return self._inert
 
-    def _prepared(self, h: Tensor, facts: Pass, tokens: Tokens) -> tuple[dict[str, Tensor], Tensor]:
+    def _prepared(self, h: Tensor, facts: Pass, tokens: Tokens, is_compiling: bool) -> tuple[dict[str, Tensor], Tensor]:
         """What `prepare` gives for this pass, and which rows [b, 1, 1] or tokens [b, t, 1] it changes."""
-        if torch.compiler.is_compiling():
+        if is_compiling:
             made = self.prepare_compiled(h, facts)
         elif self._per_row and facts.rows is not None:
             made = self._prepare(h.device, h.dtype, facts)
-        else:  # once per device, dtype and number of rows
-            key = (h.device, h.dtype, h.shape[0] if self._per_row else 0)
-            found = self._ready.get(key)
-            if found is None:
-                found = self._ready[key] = self._prepare(h.device, h.dtype, facts)
-            made = found
+        else:  # once per device, dtype and number of rows; a key of these three takes longer to make than to compare
+            device, dtype, rows, latest = self._latest
+            if latest is None or h.dtype is not dtype or h.device != device or (self._per_row and facts.batch != rows):
+                key = (h.device, h.dtype, facts.batch if self._per_row else 0)
+                latest = self._ready.get(key)
+                if latest is None:
+                    latest = self._ready[key] = self._prepare(h.device, h.dtype, facts)
+                self._latest = (*key, latest)
+            made = latest
         return self._at_tokens(h, *made, tokens) if self.dose.varies else made
 
     def _at_tokens(

@@ -86,15 +86,15 @@ class KeptBlocks:
     def around(
         self, decoder: Decoder, steering: Steering | None, texts: Hashable, again: Tensor | None = None
     ) -> Iterator[None]:
-        """One pass over some texts, without a cache, in which known blocks do not run.
+        """One pass over some texts in which known blocks do not run, and after which those of a steering are known.
 
         Args:
             decoder: the model's decoder.
-            steering: active at present; None for the unsteered model, of which nothing is left out.
+            steering: active at present, or later; None where none will be.
             texts: what identifies the whole input of the pass.
             again: by row [b] which of the texts it is, where they stand there more than once (see `learn`).
         """
-        count = 0 if steering is None else steering.untouched
+        count = self._known(texts, len(decoder.blocks)) if steering is None else steering.untouched
         if count < 1 or not _can_spare(decoder, count):
             yield
             return

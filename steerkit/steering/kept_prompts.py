@@ -7,11 +7,13 @@ Scopes that begin at the last prompt token (`response`) or later leave what the 
 is. Rows are laid out anew for it: prompts end in one column, answers begin in the next. Sums over keys run in another
 order then, so figures differ from those of whole passes by rounding. Only attention caches are continued: what a
 recurrent state has seen is not told by its size, and not every family goes on from one over several tokens.
+
+What all prompts of a batch begin with, such as a system prompt, is read once for all of them, but for sliding windows:
+between it and a prompt's end no pads may come, and those behind a prompt would push it out of a window.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from steerkit.activations.caches import common_beginning, pads_first, rows_of
 from steerkit.activations.reading import position_inputs
 from steerkit.steering.repeated import Repeated
 from steerkit.tokens.transformers_facts import is_attention_cache
@@ -73,7 +76,7 @@ class Split:
             for part, side in ((prompts, "left"), (rests, "right"))
         ]
         listed = [tuple(row.tolist()) for row in prompts]
-        repeated = Repeated.of(listed)
+        repeated = Repeated.of(listed).in_order(listed)  # in whatever order a batch has them
         prompt, rest, mask = (one.to(device) for one in (*ids, torch.cat(masks, dim=1)))
         return cls(prompt, rest, mask, repeated, tuple(listed[row] for row in repeated.firsts))
 
@@ -88,9 +91,16 @@ class KeptPrompts:
 
     budget: int = 512 * 2**20
     _kept: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False)
+    _begun: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, repr=False)
     _used: int = field(init=False, default=0)
     _refused: bool = field(init=False, default=False)
+    _is_apart: bool = field(init=False, default=False)  # what prompts have in common cannot be gone on from
     _is_full: bool = field(init=False, default=False)  # or prompts would be read again and again, for nothing
+
+    @property
+    def may_have(self) -> bool:
+        """Whether this model's cache can be continued, as far as is known."""
+        return not self._refused
 
     def has(self, decoder: Decoder, split: Split) -> bool:
         """Whether a pass can go on from what the prompts of a batch left in a cache; they are read if need be.
@@ -124,9 +134,7 @@ class KeptPrompts:
             of their own.
         """
         taken = torch.arange(len(split.rest)) if rows is None else rows
-        cache = copy.copy(self._kept[split.prompts])
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        cache.batch_select_indices(split.repeated.again[taken])
+        cache = rows_of(self._kept[split.prompts], split.repeated.again[taken])
         mask, width = split.mask[taken, :-1], split.prompt.shape[1]
         positions = {name: ids[:, width:] for name, ids in position_inputs(decoder.model, mask).items()}
         return {
@@ -139,22 +147,58 @@ class KeptPrompts:
 
     def _read(self, decoder: Decoder, split: Split) -> Any:
         """The cache after the different prompts; None where it cannot be used or there is no room."""
-        model, width, once = decoder.model, split.prompt.shape[1], split.repeated.once
-        mask = split.mask[once, :width]
-        out = model(
-            input_ids=split.prompt[once],
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=1,
-            **position_inputs(model, mask),
-        )
-        cache: Any = getattr(out, "past_key_values", None)
+        begun = self._beginning(decoder, split)
+        if begun is not None:
+            cache = _gone_on(decoder, begun, self._begun[begun], split)
+        else:
+            once = split.repeated.once
+            cache = _read(decoder, split.prompt[once], split.mask[once, : split.prompt.shape[1]])
         if not is_attention_cache(cache):
             self._refused = True
             return None
-        size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-        if self._used + size > self.budget:
-            self._is_full = True
+        return cache if self._has_room(cache) else None
+
+    def _beginning(self, decoder: Decoder, split: Split) -> tuple[int, ...] | None:
+        """What all prompts of a batch begin with, read and kept; None where it is short or cannot be gone on from."""
+        common = () if self._is_apart else common_beginning(split.prompts)
+        if not common:
             return None
-        self._used += size
-        return cache
+        known = [ids for ids in self._begun if common[: len(ids)] == ids and 2 * len(ids) > len(common)]
+        begun = max(known, key=len, default=common)
+        if begun not in self._begun:
+            ids = torch.tensor([begun], dtype=torch.long, device=split.prompt.device)
+            cache = _read(decoder, ids, torch.ones_like(ids))
+            self._is_apart = not is_attention_cache(cache, windows=False)
+            if self._is_apart or not self._has_room(cache):
+                return None
+            self._begun[begun] = cache
+        return begun
+
+    def _has_room(self, cache: Any) -> bool:
+        """Whether there is room for one more cache, which then is taken."""
+        size = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+        self._is_full = self._used + size > self.budget
+        self._used += 0 if self._is_full else size
+        return not self._is_full
+
+
+def _read(decoder: Decoder, ids: Tensor, mask: Tensor, past: Any = None) -> Any:
+    """The cache after a pass over ids [b, t], behind what another one holds; the mask [b, past + t] is over both."""
+    positions = {name: one[:, -ids.shape[1] :] for name, one in position_inputs(decoder.model, mask).items()}
+    given = {} if past is None else {"past_key_values": past}
+    out = decoder.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **given, **positions)
+    return getattr(out, "past_key_values", None)
+
+
+def _gone_on(decoder: Decoder, begun: tuple[int, ...], cache: Any, split: Split) -> Any:
+    """The cache after the different prompts of a batch, from one after what they all begin with.
+
+    Pads stand behind the prompts in that pass, and before them in what is given.
+    """
+    rests = [torch.tensor(prompt[len(begun) :], dtype=torch.long) for prompt in split.prompts]
+    ends = torch.tensor([len(prompt) for prompt in split.prompts], dtype=torch.long)
+    mask = (torch.arange(int(ends.max())) < ends[:, None]).long().to(split.prompt.device)
+    ids = pad_sequence(rests, batch_first=True).to(split.prompt.device)
+    found = _read(decoder, ids, mask, rows_of(cache, torch.zeros(len(rests), dtype=torch.long)))
+    pads_first(found, ends)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,19 @@ class Repeated:
             first.setdefault(row, len(first))
         places = tuple(first[row] for row in rows)
         return cls(tuple(map(places.index, range(len(first)))), places)
+
+    def in_order(self, rows: Sequence[Any]) -> Repeated:
+        """The same with the different rows in their own order, not in that of the batch.
+
+        Args:
+            rows: what they were found by, of a kind that has an order.
+
+        Example:
+            >>> Repeated.of(["b", "a", "b"]).in_order(["b", "a", "b"])
+            Repeated(firsts=(1, 0), places=(1, 0, 1))
+        """
+        order = sorted(range(len(self.firsts)), key=lambda number: rows[self.firsts[number]])
+        return Repeated(tuple(self.firsts[number] for number in order), tuple(map(order.index, self.places)))
 
     @property
     def any(self) -> bool:

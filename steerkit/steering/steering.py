@@ -122,7 +122,7 @@ class Steering:
     @property
     def leaves_prompts(self) -> bool:
         """Whether every token before the last one of a prompt is left as it is, and so is what it puts into a cache."""
-        return all(edit.scope.kind in ("response", "generated") for edit in self._edits) and not any(
+        return all(edit.scope.leaves_prompts for edit in self._edits) and not any(
             isinstance(edit, GuidedEdit) for edit in self._edits
         )
 

@@ -101,6 +101,11 @@ class Scope:
             raise ScopeError(f"unknown scope {text!r}; {near_miss(name, SCOPES)}")
         return cls(name)
 
+    @property
+    def leaves_prompts(self) -> bool:
+        """Whether nothing is written before the last token of a prompt, whatever the tokens are."""
+        return self.kind in ANSWER
+
     @classmethod
     def window(cls, kind: str, start: int, end: int | None) -> Scope:
         """A stretch of the answer.

@@ -32,6 +32,7 @@ __all__ = [
     "can_be_cut",
     "columns_cached",
     "eager_attention",
+    "empty_attention_cache",
     "first_of_real",
     "forget_past",
     "is_attention_cache",
@@ -188,19 +189,27 @@ def can_be_cut(cache: Any) -> bool:
     return all(type(layer) in growing for layer in cache.layers)
 
 
-def is_attention_cache(cache: Any) -> bool:
+def is_attention_cache(cache: Any, *, windows: bool = True) -> bool:
     """Whether a cache is keys and values of every layer and nothing else, so that a copy of it can be gone on from.
 
     Args:
         cache: what a pass gave back; None is none.
+        windows: whether layers may keep the last tokens only.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer) if windows else (DynamicLayer,)
     return type(cache) is DynamicCache and all(
         type(layer) in plain and isinstance(layer.keys, Tensor) and isinstance(layer.values, Tensor)
         for layer in cache.layers
     )
+
+
+def empty_attention_cache() -> Any:
+    """A cache that keeps the keys and values of every token, of those layers alone that run."""
+    from transformers.cache_utils import DynamicCache
+
+    return DynamicCache()
 
 
 def is_static(cache: Any) -> bool:

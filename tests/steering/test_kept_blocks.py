@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import steerkit
+from steerkit.evaluate.scorers._answers import calm_texts
 from steerkit.evaluate.scorers.divergence import Divergence
 from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
 from steerkit.evaluate.setup import Setup
@@ -129,10 +132,17 @@ TEXTS = [
 ]
 
 
-def predicted(model: Any, vector: Any, strength: float, setup: Setup) -> list[Tensor]:
+BEGUN = (9, 4, 7, 5, 30, 6, 11, 12, 3)  # what all prompts begin with is read once
+
+
+def begun(texts: list[Rendered]) -> list[Rendered]:
+    return [Rendered("", (*BEGUN, *one.ids), len(BEGUN) + one.prompt_length, ()) for one in texts]
+
+
+def predicted(model: Any, vector: Any, strength: float, setup: Setup, texts: list[Rendered] = TEXTS) -> list[Tensor]:
     """By text the logits [t, v] of its answer."""
-    found = {one.row: one.logits for one in setup.trial(vector, strength).answers(TEXTS)}
-    return [found[row] for row in range(len(TEXTS))]
+    found = {one.row: one.logits for one in setup.trial(vector, strength).answers(texts)}
+    return [found[row] for row in range(len(texts))]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
@@ -142,13 +152,50 @@ def test_answers_behind_kept_prompts_get_the_same_numbers(name: str, monkeypatch
         return  # several rows with a state are refused
     vector = vector_for(model, scope="response", site=Site(2))
     kept = Setup(model, byte_tokenizer(), DATA)
-    mine = [predicted(model, vector, strength, kept) for strength in (1.0, -0.5, 1.0)]
+    asked = [(TEXTS, 1.0), (TEXTS, -0.5), (begun(TEXTS), -0.5), (TEXTS, 1.0)]
+    mine = [predicted(model, vector, strength, kept, texts) for texts, strength in asked]
     monkeypatch.setattr("steerkit.evaluate.answer_passes.AnswerPasses._behind_prompts", lambda *_: None)
     monkeypatch.setattr("steerkit.steering.kept_blocks._can_spare", lambda *_: False)
-    for one, strength in zip(mine, (1.0, -0.5, 1.0), strict=True):
-        plain = predicted(model, vector, strength, Setup(model, byte_tokenizer(), DATA))
+    for one, (texts, strength) in zip(mine, asked, strict=True):
+        plain = predicted(model, vector, strength, Setup(model, byte_tokenizer(), DATA), texts)
         for here, there in zip(one, plain, strict=True):
             torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+
+
+def test_what_all_prompts_begin_with_is_read_once() -> None:
+    model = family("llama").eval()
+    setup, sizes = Setup(model, byte_tokenizer(), DATA), []
+    vector = vector_for(model, scope="response", site=Site(2))
+    handle = model.register_forward_pre_hook(
+        lambda _module, _args, given: sizes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    predicted(model, vector, 1.0, setup, begun(TEXTS))
+    predicted(model, vector, 1.0, setup, [replace(one, ids=(*one.ids, 9)) for one in reversed(begun(TEXTS))])
+    handle.remove()
+    # The beginning, the prompts without it and without their last tokens, the answers; the second time these alone.
+    assert sizes == [(1, 9), (3, 4), (3, 3), (3, 4)]
+
+
+def test_what_the_unsteered_model_ran_through_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, columns = family("llama").eval(), Counter[int]()
+    attention = type(model.model.layers[0].self_attn)
+    plain = attention.forward
+
+    def counted(self: Any, *args: Any, **given: Any) -> Any:
+        columns[self.layer_idx] += given["hidden_states"].shape[1]
+        return plain(self, *args, **given)
+
+    def setup() -> Setup:
+        return Setup(model, byte_tokenizer(), DATA, neutral=DATA.positive)
+
+    def score() -> None:
+        Divergence().score(setup().trial(vector_for(model, scope="response", site=Site(2)), 1.0))
+
+    score()  # whether a family allows it is found out in passes of its own
+    monkeypatch.setattr(attention, "forward", counted)
+    score()
+    answers = max(len(one.ids) - one.prompt_length for one in calm_texts(setup()))
+    assert columns[0] == columns[2] == columns[3] - answers
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,7 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
     strength = strength_of(best)
     problem.step("fitting on all items")
     try:
-        fits = replace(problem.final, layers=best.layers, rows=True)
-        vector = fits.at(best.layers)
+        vector = problem.final.at(best.layers)
     except FitError as error:  # a method that chooses among its sites may find none on other items
         return nothing_found(
             problem,
@@ -62,7 +61,7 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
     trial = problem.confirming.trial(vector, strength)
     costs = measure(trial, ["divergence", *problem.of_texts], seed=problem.search.seed)
     confirmed = {**curve.points[curve.strengths.index(strength)], **costs}
-    refitted = _refitted(problem, vector, fits.acts)
+    refitted = _refitted(problem, vector, problem.final.acts)
     shuffled = _shuffled(problem, refitted, strength)
     randoms = [control[strength] for control in curve.controls]
     verdict = judged(problem, confirmed, [*randoms, *shuffled])
@@ -157,6 +156,7 @@ def _finished(problem: Problem, vector: SteeringVector, found: Calibration) -> S
             vector,
             batch_size=setup.batch_size,
             chat_template_kwargs=setup.chat_template_kwargs,
+            shares=True,
         )
     return replace(
         vector,

@@ -242,9 +242,11 @@ def problem_of(
             "give those of one side"
         )
     every = sorted({layer for layers in candidates for layer in layers})
+    whole = replace(fits, layers=every, rows=True)
+    part = whole.part(rest)
     return Problem(
-        final=fits,
-        fits=replace(fits, setup=setup, train=rest, layers=every),
+        final=whole if part.whole is whole else replace(fits, rows=True),
+        fits=replace(part, setup=setup),
         setup=setup,
         confirming=held_out.half(1),
         candidates=candidates,

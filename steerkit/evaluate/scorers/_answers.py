@@ -5,7 +5,7 @@ What is asked of the unsteered model is kept with the setup, so that scorers and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,11 +22,15 @@ __all__ = [
     "answer_kl",
     "calm_pairs",
     "calm_texts",
+    "expected",
     "log_probs",
     "on_topic_texts",
+    "tiles",
     "token_counts",
     "token_kl",
 ]
+
+_TILE = 2**16  # logits
 
 
 def calm_texts(setup: Setup) -> list[Rendered]:
@@ -89,22 +93,53 @@ def token_kl(steered: Tensor, baseline: Tensor) -> Tensor:
     Returns:
         [t] nats.
     """
-    # A token that is ruled out altogether counts nothing: 0 * log 0 = 0. Below zero there is rounding only.
-    ruled_out = torch.isneginf(baseline)
-    return (baseline.exp() * (baseline - steered)).masked_fill(ruled_out, 0.0).sum(dim=-1).clamp_min(0.0)
+    # Below zero there is rounding only.
+    return expected(baseline, baseline - steered).clamp_min(0.0)
+
+
+def expected(logs: Tensor, values: Tensor) -> Tensor:
+    """What values are on average under a prediction, at every token.
+
+    Args:
+        logs: [t, v] log-probabilities.
+        values: [t, v]; what they are of a token that is ruled out altogether counts nothing, be it infinite.
+
+    Returns:
+        [t]
+    """
+    # Looking is cheap beside masking, which is nearly always for nothing.
+    if bool(torch.isneginf(logs.amin())):
+        values = values.masked_fill(torch.isneginf(logs), 0.0)
+    return torch.linalg.vecdot(logs.exp(), values)
+
+
+def tiles(answer: Answer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One answer in pieces that a CPU keeps in its cache while they are looked at several times; else in one piece.
+
+    Args:
+        answer: with what the unsteered model predicts.
+
+    Yields:
+        Log-probabilities [t, v] with and without steering, and the tokens [t].
+    """
+    assert answer.baseline is not None
+    count, width = answer.logits.shape
+    size = max(1, _TILE // width) if answer.logits.device.type == "cpu" else count
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        yield torch.log_softmax(answer.logits[part], dim=-1), answer.baseline[part], answer.targets[part]
 
 
 def answer_kl(answer: Answer) -> Tensor:
     """KL divergence from the unsteered model at every token of one answer.
 
     Args:
-        answer: with the unsteered model's logits.
+        answer: with what the unsteered model predicts.
 
     Returns:
         [t] nats, on the CPU.
     """
-    assert answer.baseline is not None
-    return token_kl(torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.baseline, dim=-1)).cpu()
+    return torch.cat([token_kl(steered, base) for steered, base, _ in tiles(answer)]).cpu()
 
 
 def log_probs(trial: Trial, rendered: Sequence[Rendered]) -> list[Tensor]:

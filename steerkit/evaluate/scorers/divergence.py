@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steerkit.evaluate.scorers._answers import calm_pairs, token_counts, token_kl
+from steerkit.evaluate.scorers._answers import calm_pairs, expected, tiles, token_counts, token_kl
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.trial import Answer, Trial
 
@@ -71,16 +71,17 @@ class Divergence(Scorer):
 
 def _compared(answer: Answer) -> Tensor:
     """[4] means over the tokens of one answer, on the CPU."""
-    assert answer.baseline is not None
-    steered, base = torch.log_softmax(answer.logits, dim=-1), torch.log_softmax(answer.baseline, dim=-1)
-    own = answer.targets[:, None]
+    return torch.cat([_columns(*part) for part in tiles(answer)], dim=1).mean(dim=1).cpu()
+
+
+def _columns(steered: Tensor, base: Tensor, targets: Tensor) -> Tensor:
+    """[4, t] the columns at every token."""
+    own = targets[:, None]
     ratio = (base.gather(-1, own) - steered.gather(-1, own))[:, 0]
-    same = steered.argmax(dim=-1) == base.argmax(dim=-1)
-    columns = (token_kl(steered, base), _entropy(steered) - _entropy(base), same.float(), ratio)
-    return torch.stack([column.mean() for column in columns]).cpu()
+    same = steered.max(dim=-1).indices == base.max(dim=-1).indices  # twice as fast as argmax on a CPU
+    return torch.stack((token_kl(steered, base), _entropy(steered) - _entropy(base), same.float(), ratio))
 
 
 def _entropy(logs: Tensor) -> Tensor:
     """[t] entropy in bits of log-probabilities [t, v]."""
-    nats = -(logs.exp() * logs).masked_fill(torch.isneginf(logs), 0.0).sum(dim=-1)
-    return nats / math.log(2)
+    return -expected(logs, logs) / math.log(2)

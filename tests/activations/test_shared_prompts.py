@@ -1,0 +1,116 @@
+"""Texts that begin alike, read in fewer tokens: the numbers of whole texts in every family, or read as whole texts."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+import steerkit
+from steerkit.activations.moments import Means
+from steerkit.activations.recording import Activations, record
+from steerkit.activations.shared_prompts import may_share, stretches
+from steerkit.activations.streaming import stream
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site
+from steerkit.prompts.batching import batches
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.rendering import Rendered
+from tests.families import BLOCKS, FAMILIES, FURTHER, build
+from tests.modes import vector_for
+from tests.tiny_tokenizers import CHATML, byte_tokenizer
+
+family = lru_cache(maxsize=None)(build)
+TOKENIZER = byte_tokenizer(CHATML)
+BEGUN = (9, 4, 7, 5, 30, 6, 11, 12)
+
+
+def texts(begun: tuple[int, ...] = BEGUN) -> list[Rendered]:
+    """Two answers to each of three prompts, the last of which is all that the others begin with."""
+    prompts = [(*begun, 7, 9), (*begun, 5, 6, 7, 21), (*begun, 3)]
+    answers = [[(4, 30, 8), (12,)], [(31, 8), (6, 5, 4, 3, 22)], [(5, 6), (7, 7, 7, 8)]]
+    return [
+        Rendered("", (*prompt, *answer), len(prompt), ())
+        for prompt, pair in zip(prompts, answers, strict=True)
+        for answer in pair
+    ]
+
+
+def read(name: str, items: Any, readout: Any = "response_mean", **options: Any) -> Activations:
+    sites = [Site(layer) for layer in range(BLOCKS)]
+    return record(family(name).eval(), TOKENIZER, items, sites, readout=readout, **options)
+
+
+def assert_same(one: Activations, other: Activations) -> None:
+    assert one.sites == other.sites
+    for site in one.sites:
+        torch.testing.assert_close(one[site], other[site], rtol=1e-4, atol=1e-5)
+        mine, its = one.scales[site], other.scales[site]
+        assert mine.norm == pytest.approx(its.norm, rel=0.01)  # a bin's width
+        torch.testing.assert_close(mine.deviation, its.deviation, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
+def test_every_family_gives_the_numbers_of_whole_texts(name: str) -> None:
+    if find_decoder(family(name)).model_type == "rwkv":
+        return  # several rows with a state are refused
+    assert_same(read(name, texts(), shares=True), read(name, texts()))
+
+
+def test_most_families_share() -> None:
+    assert sum(may_share(find_decoder(family(name).eval())) for name in FAMILIES) > len(FAMILIES) / 2
+
+
+@pytest.mark.parametrize("readout", ["last", "mean", "prompt_last", "prompt_mean", "predicting_mean", 2, -3])
+@pytest.mark.parametrize("begun", [BEGUN, (1,)])
+def test_every_readout(readout: Any, begun: tuple[int, ...]) -> None:
+    assert_same(read("llama", texts(begun), readout, shares=True), read("llama", texts(begun), readout))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+def test_batches_of_any_size(size: int) -> None:
+    assert_same(read("llama", texts(), shares=True, batch_size=size), read("llama", texts()))
+
+
+def test_running_sums_and_prompts_without_answers() -> None:
+    model = family("llama").eval()
+    sets = [
+        ContrastSet.from_answers([(f"Is {n} so?", "Yes, it is.", "No.") for n in range(5)]),
+        ContrastSet.from_prompts([f"I love number {n}" for n in range(5)], ["I hate it", "I hate that"]),
+    ]
+    for data in sets:
+        one, other = (
+            stream(model, TOKENIZER, data, {Site(1): Means(), Site(2): Means()}, readout="last", shares=shares)
+            for shares in (True, False)
+        )
+        assert_same(one, other)
+
+
+def test_columns_that_run() -> None:
+    items = texts()
+    (batch,) = batches(items, 16, pad_id=0)
+    passes = stretches(batch, torch.device("cpu"))
+    assert passes is not None
+    sizes = []
+    for one in passes:
+        sizes.append(tuple(one.ids.shape))
+        for layer in range(2):  # as a pass would
+            keys = torch.zeros(len(one.ids), 1, one.ids.shape[1], 4)
+            one.past.update(keys, keys, layer)
+    # What all begin with, the rest of the three prompts, the six answers; instead of six rows of 17 tokens.
+    assert sizes == [(1, 8), (3, 4), (6, 5)]
+    assert batch.input_ids.shape == (6, 17)
+
+
+def test_what_shares_too_little_is_read_as_whole_texts() -> None:
+    apart = [Rendered("", (row, 3, 4, 5, 6), 3, ()) for row in range(4)]
+    (batch,) = batches(apart, 16, pad_id=0)
+    assert stretches(batch, torch.device("cpu")) is None
+
+
+def test_a_steered_model_is_read_as_whole_texts() -> None:
+    model = family("llama").eval()
+    with steerkit.steer(model, vector_for(model, scope="all", site=Site(0)), 2.0):
+        assert torch.equal(read("llama", texts(), shares=True)[Site(2)], read("llama", texts())[Site(2)])
