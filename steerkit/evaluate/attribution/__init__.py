@@ -1,0 +1,11 @@
+"""Which site, head or neuron to steer, before any sweep: slopes of effects, what they cost, and patching.
+
+`gradients` runs the passes, `slopes` attributes a vector's effect, `costs` what it begins to cost; `patching` asks the
+same of two prompts' activations.
+"""
+
+from __future__ import annotations
+
+from steerkit.evaluate.attribution.slopes import Attribution, Part, Slope, attribute, attribute_all
+
+__all__ = ["Attribution", "Part", "Slope", "attribute", "attribute_all"]
