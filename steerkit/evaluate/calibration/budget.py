@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
-from steerkit.errors import DataError
+from steerkit.errors import DataError, near_miss
 from steerkit.evaluate.scoring import Measured
 
-__all__ = ["Budget", "Search"]
+__all__ = ["SCREENS", "Budget", "Search"]
+
+SCREENS = ("steering", "attribution")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Search:
         trials: number of points an optimiser (optuna) may try instead of the ladder; None climbs.
         seed: fixes splits, controls, intervals and the optimiser.
         together: whether the best single blocks are tried together too.
+        screen: how candidates are ranked before the best climb: each steered at one strength, or all of them by the
+            slopes of their effects and costs (`steerkit.evaluate.attribution`), and then only the best one climbs.
     """
 
     candidates: Sequence[Sequence[int]] | None = None
@@ -100,8 +105,11 @@ class Search:
     trials: int | None = None
     seed: int = 0
     together: bool = True
+    screen: Literal["steering", "attribution"] = "steering"
 
     def __post_init__(self) -> None:
+        if self.screen not in SCREENS:
+            raise DataError(f"search: screen {self.screen!r}; {near_miss(str(self.screen), SCREENS)}")
         if self.controls < 1 or self.finalists < 1 or self.screened_items < 2 or self.neutral_texts < 1:
             raise DataError(
                 f"search: {self.controls} controls, {self.finalists} finalists, {self.screened_items} items to screen "
