@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AddDirection", "FittedOnMeans", "MeanDifference"]
 
-_PROJECTED = {"z": "attn_raw", "mlp_post": "mlp_raw"}
-"""What a projection reads, and what it gives."""
-
 
 @dataclass(frozen=True)
 class AddDirection(Method):
@@ -88,9 +85,10 @@ class AddDirection(Method):
             SiteError: the block has no such layer behind which nothing changes the sum.
         """
         from steerkit.network.decoder import find_decoder
+        from steerkit.network.kernel_share import PROJECTED
 
         for site in vector.sites:
-            if site.kind not in ("resid_post", *_PROJECTED):
+            if site.kind not in ("resid_post", *PROJECTED):
                 raise SiteError(
                     f"{site}: only additions at resid_post, z and mlp_post have an exact weight form; steer with hooks"
                 )
@@ -165,15 +163,13 @@ def _through_projection(decoder: Decoder, site: Site, shift: Tensor) -> WeightUp
     Raises:
         SiteError: no one linear layer reads the site.
     """
-    from steerkit.network.linears import linears_at
+    from steerkit.network.kernel_share import projection
 
     try:
-        (linear,) = linears_at(decoder, [Site(site.layer, _PROJECTED[site.kind])]).values()
+        linear = projection(decoder, site)
         matrix = linear.weight(decoder.model.dtype)
     except SiteError as error:
         raise SiteError(f"{site}: an addition there has no exact weight form ({error}); steer with hooks") from None
-    if linear.read != site:
-        raise SiteError(f"{site}: the projection reads {linear.read} and not this; steer with hooks")
     return WeightUpdate(f"{linear.tap.name}.bias", _shifted(matrix @ shift.to(matrix.device)))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,8 @@ from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Differentiable, Scorer
 from steerkit.evaluate.scoring import ends, scorer_of
 from steerkit.maths.probes import head_count
+from steerkit.methods._registry import method_of
+from steerkit.network.kernel_share import seen_shares
 from steerkit.network.sites import Site
 
 if TYPE_CHECKING:
@@ -103,12 +105,14 @@ class Attribution:
         column: what the slopes are of.
         scores: [n] of the items without steering.
         sites: by site.
+        seen: of sites at `z` and `mlp_post` the share of the direction that the projection behind them sees.
     """
 
     vector: SteeringVector
     column: str
     scores: Tensor
     sites: Mapping[Site, Slope]
+    seen: Mapping[Site, float] = field(default_factory=dict)
 
     @cached_property
     def total(self) -> Slope:
@@ -143,7 +147,10 @@ class Attribution:
         return {
             "column": self.column,
             "unsteered": float(self.scores.mean()),
-            "sites": [{"site": str(site), **one.as_row()} for site, one in self.sites.items()],
+            "sites": [
+                {"site": str(site), **one.as_row(), "seen_share": self.seen.get(site)}
+                for site, one in self.sites.items()
+            ],
             "total": self.total.as_row(),
             "parts": [
                 {"site": str(one.site), "index": one.index, **dict(zip(("slope", "low", "high"), one.slope, strict=True))}
@@ -177,7 +184,9 @@ def attribute(
         ModelError: no gradient goes through the model, such as a quantised one.
     """
     (found,) = attribute_all(setup, [vector], scorer, controls=controls, seed=seed)
-    return found
+    directions = {site: method_of(vector).direction(vector.params(site)) for site in vector.sites}
+    seen = seen_shares(setup.decoder, {site: one for site, one in directions.items() if one is not None})
+    return replace(found, seen=seen)
 
 
 def attribute_all(
