@@ -181,29 +181,23 @@ def slopes_of_texts(
     """
     beside = list(others) or [[] for _ in vectors]
     probes = [_planned(setup, vector, also, parts) for vector, also in zip(vectors, beside, strict=True)]
-    passes = AnswerPasses([setup.baseline], texts, None)
-    scores: Tensor | None = None
-    sums: list[list[Tensor]] = []
-    split: list[list[Tensor | None]] = []
-    order: list[int] = []
     flat = [probe for own in probes for probe in own]
-    for batch, (values, found) in run_batches(passes.work(), lambda batch: _run(setup, passes, batch, score, flat)):
-        scores = values if scores is None else torch.cat([scores, values], dim=-1)
-        order += batch.rows
-        sums.append([one for one, _ in found])
-        split.append([one for _, one in found])
-    if scores is None:
+    with torch.inference_mode(mode=False):  # whose tensors nothing can be differentiated through
+        passes = AnswerPasses([setup.baseline], texts, None)
+        ran = list(run_batches(passes.work(), lambda batch: _run(setup, passes, batch, score, flat)))
+    if not ran:
         raise DataError("attribution: there is no text to score; give data")
-    place = torch.tensor(order, dtype=torch.long).argsort()
-    alongs = []
-    for number, probe in enumerate(flat):
-        every = torch.cat([one[number] for one in sums], dim=-1)[..., place]
-        whole = None
-        if probe.in_parts:
-            whole = torch.cat([one[number] for one in split if one[number] is not None], dim=1)[:, place]  # type: ignore[misc]
-        alongs.append(Along(every[0], every[1:], whole))
-    rest = iter(alongs)
-    return scores[..., place], [{probe.tap.site: next(rest) for probe in own} for own in probes]
+    place = torch.tensor([row for batch, _ in ran for row in batch.rows], dtype=torch.long).argsort()
+    alongs = iter([_joined([found[number] for _, (_, found) in ran], place) for number in range(len(flat))])
+    scores = torch.cat([values for _, (values, _) in ran], dim=-1)[..., place]
+    return scores, [{probe.tap.site: next(alongs) for probe in own} for own in probes]
+
+
+def _joined(found: Sequence[tuple[Tensor, Tensor | None]], place: Tensor) -> Along:
+    """What one probe was told in all batches, in the order of the texts."""
+    every = torch.cat([one for one, _ in found], dim=-1)[..., place]
+    parts = [own for _, own in found if own is not None]
+    return Along(every[0], every[1:], torch.cat(parts, dim=1)[:, place] if parts else None)
 
 
 def _planned(
@@ -229,7 +223,7 @@ def _run(
     model = setup.decoder.model
     lengths = PromptLengths(batch.prompt_lengths)
     placed = [replace(probe, lengths=lengths) for probe in probes]
-    with frozen(model), evaluation_mode(model), torch.inference_mode(mode=False), torch.enable_grad():
+    with frozen(model), evaluation_mode(model), torch.enable_grad():
         with Steering(setup.decoder, placed, ()):
             seen = passes.whole(batch)
         rows = zip(batch.rows, seen.targets, seen.logits, strict=True)
