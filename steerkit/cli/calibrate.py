@@ -18,6 +18,7 @@ from steerkit.cli._evidence import (
     MaxPplRatio,
     MaxRepetition,
     Neutral,
+    Screen,
     check_items,
     columns_table,
     jsonable,
@@ -57,6 +58,10 @@ EffectOption = Annotated[str, typer.Option(help="The scorer that shows the effec
 ScorerOption = Annotated[
     list[str] | None, typer.Option(help="Shown beside, at the same strengths; chooses nothing. Repeatable.")
 ]
+ScreenOption = Annotated[
+    Screen,
+    typer.Option(help="Rank the layers by steering at each, or by slopes from gradients: only the best climbs then."),
+]
 TrialsOption = Annotated[int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")]
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <name>.safetensors)")]
 
@@ -79,6 +84,7 @@ def run(
     markers: Markers = None,
     behaviour: Behaviour = None,
     judge: Judge = None,
+    screen: ScreenOption = Screen.steering,
     trials: TrialsOption = None,
     controls: Annotated[int, typer.Option(min=1, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
@@ -117,7 +123,8 @@ def run(
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
-    search = Search(candidates=listed, strengths=ladder, controls=controls, trials=trials, seed=seed)
+    how: dict[str, Any] = {"controls": controls, "trials": trials, "seed": seed, "screen": screen.value}
+    search = Search(candidates=listed, strengths=ladder, **how)
     rows = target.with_name(f"{target.stem}.rows.jsonl")
     options: dict[str, Any] = {"effect": shown, "beside": beside, "budget": budget, "search": search}
     found = _calibrated(setup, train, chosen, part, store=Store(rows), **options)

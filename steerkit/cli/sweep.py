@@ -15,8 +15,12 @@ from steerkit._support.progress import bar
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
+    Items,
     Judge,
     Markers,
+    OnOption,
+    Screen,
+    items_on,
     jsonable,
     layers_text,
     numbers,
@@ -46,13 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-class Items(StrEnum):
-    """What is measured on."""
-
-    validation = "validation"
-    held_out = "held-out"
-
-
 class Format(StrEnum):
     """How the table is stored."""
 
@@ -71,8 +68,9 @@ ScorerOption = Annotated[
     list[str] | None,
     typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)"),
 ]
-OnOption = Annotated[
-    Items, typer.Option(help="Measure on a quarter of the training items, left out of the fit, or on the held-out.")
+ScreenOption = Annotated[
+    Screen,
+    typer.Option(help="Layers in the order given, or (attribution) those first whose slopes promise most."),
 ]
 OutOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<name>)")
@@ -91,6 +89,7 @@ def run(
     readout: ReadoutOption = None,
     scorer: ScorerOption = None,
     on: OnOption = Items.validation,
+    screen: ScreenOption = Screen.steering,
     out: OutOption = None,
     form: Annotated[Format, typer.Option("--format", help="Of the table.")] = Format.jsonl,
     markers: Markers = None,
@@ -127,12 +126,17 @@ def run(
     check_writable(target)
     if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
         raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
-    train, measured = _items(chosen, part.name, on)
+    train, measured = items_on(chosen, part.name, on)
     loaded, tokenizer = model.of(chosen.model).load()
     setup = Setup(loaded, tokenizer, measured, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     fits = _fits(setup, train, chosen, part, listed)
+    if screen is Screen.attribution:
+        from steerkit.evaluate.attribution.promises import Promises
+        from steerkit.evaluate.calibration.budget import Budget
+
+        listed = list(Promises(setup, fits, scorers[0], max_kl=Budget().max_kl).of(listed))
     store = Store(folder / "rows.jsonl")
     with bar("measuring", 1 + len(listed) * len(doses)) as step:
         points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
@@ -145,15 +149,6 @@ def run(
         return
     _show(points, effect, [next(iter(scorer.columns)) for scorer in scorers])
     _show_files(target, picture)
-
-
-def _items(recipe: Recipe, method: str, on: Items) -> tuple[ContrastSet, ContrastSet]:
-    """The items to fit on and those to measure on."""
-    train, held_out = recipe.split(method)
-    if on is Items.held_out:
-        return train, held_out
-    validation = recipe.validation(method)
-    return train.split(held_out=0.25, seed=recipe.data.seed) if validation is None else (train, validation)
 
 
 def _both_signs(method: Any) -> list[float]:

@@ -6,8 +6,8 @@
     x' = x + strength * s * u,   s the standard deviation of (x . u) over all items of both sides
 
 with x what one head gives before the output projection. Li, Patel, Viegas, Pfister, Wattenberg (2023), "Inference-Time
-Intervention: Eliciting Truthful Answers from a Language Model", arXiv 2306.03341, with k = 48 of 1024 heads and strength
-15 on LLaMA-7B.
+Intervention: Eliciting Truthful Answers from a Language Model", arXiv 2306.03341, with k = 48 of 1024 heads and a
+strength of 15 on LLaMA-7B.
 
 Where this file departs. The probe is a penalised logistic regression of standardised features, so that it does not
 depend on how large a head's activations are (the released code fits activations as they are); heads that sort equally

@@ -5,8 +5,8 @@ At the heads (`z`) and the neurons (`mlp_post`) one matrix W reads everything. A
     v = v_row + v_null,     W v_null = 0,     seen share = |v_row|^2 / |v|^2
 
 Adding v does what adding v_row does. But an edit that reads the coordinate along v, as ablation and set-projection do,
-measures v_null as well, which nothing behind it sees: it works through a dormant part (Makelov, Lange, Nanda (2023), "Is
-This the Subspace You Are Looking For?", arXiv 2311.17030). The test is to run it again with v_row alone. A random
+measures v_null as well, which nothing behind it sees: it works through a dormant part (Makelov, Lange, Nanda (2023),
+"Is This the Subspace You Are Looking For?", arXiv 2311.17030). The test is to run it again with v_row alone. A random
 direction has a share of about rows / columns of W, a quarter to two fifths at the neurons of today's models. At the
 residual stream many matrices read, and there is no such kernel.
 """

@@ -16,11 +16,12 @@ from steerkit.evaluate.attribution import attribute, attribute_all, kl_curvature
 from steerkit.evaluate.attribution.costs import strength_within
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.scoring import measure, scores_of, scorer_of
+from steerkit.evaluate.scoring import measure, scorer_of, scores_of
 from steerkit.evaluate.trial import Answer, Trial
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
 from steerkit.vector.steering_vector import SteeringVector
+from tests import quantised
 from tests.families import BLOCKS, build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -44,9 +45,7 @@ def setup() -> steerkit.Setup:
 
 def vector_of(setup: steerkit.Setup, method: str, *sites: str, **settings: Any) -> SteeringVector:
     data = steerkit.ContrastSet.from_prompts(["joy"], ["woe is"], raw=True) if method == "actadd" else pairs(0, 8)
-    return steerkit.fit(
-        setup.model, setup.tokenizer, data, method=method, sites=list(sites) or None, settings=settings
-    )
+    return steerkit.fit(setup.model, setup.tokenizer, data, method=method, sites=list(sites) or None, settings=settings)
 
 
 def difference(setup: steerkit.Setup, vector: SteeringVector, step: float = 1e-2, **options: Any) -> Tensor:
@@ -144,7 +143,9 @@ def test_random_directions_have_the_spread_that_the_gradient_says(setup: steerki
     vector = vector_of(setup, "caa", "resid_post.1")
     found = attribute(setup, vector, controls=300)
     width, length = 32, float(vector.params(Site(1))["direction"].norm())
-    ways = [SteeringVector(**{**vars_of(vector), "tensors": {"resid_post.1/direction": row}}) for row in torch.eye(width)]
+    ways = [
+        SteeringVector(**{**vars_of(vector), "tensors": {"resid_post.1/direction": row}}) for row in torch.eye(width)
+    ]
     gradient = torch.tensor([one.total.estimate.mean for one in attribute_all(setup, ways)])
     assert found.total.spread == pytest.approx(length * float(gradient.norm()) / width**0.5, rel=0.12)
     assert found.total.z == pytest.approx(found.total.estimate.mean / found.total.spread)
@@ -203,7 +204,7 @@ def test_what_has_no_slope_is_refused(setup: steerkit.Setup) -> None:
         attribute(setup, vector_of(setup, "caa", "resid_post.1").at(fade="linear over 4"))
 
 
-def test_checkpointing_precision_and_quantisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointing_and_precision() -> None:
     """The same ranking, or refused."""
     setup = setup_of(build("llama"))
     vectors = [vector_of(setup, "caa", f"resid_post.{layer}") for layer in range(BLOCKS)]
@@ -229,9 +230,22 @@ def test_checkpointing_precision_and_quantisation(monkeypatch: pytest.MonkeyPatc
 
     block = setup.model.model.layers[2]
     handle = block.register_forward_hook(lambda _m, _a, output: Opaque.apply(output))
-    with pytest.raises(ModelError, match="no gradient goes through it .no backward of this kernel."):
+    with pytest.raises(ModelError, match=r"no gradient goes through it .no backward of this kernel."):
         attribute(setup, vectors[0])
     handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries
+@pytest.mark.parametrize("kind", ["torchao", "bnb4", "quanto", "dynamic"])
+def test_a_quantised_model_is_right_or_refused(kind: str, tmp_path: Any) -> None:
+    setup = setup_of(quantised.quantised(kind, tmp_path))
+    vector = vector_of(setup, "caa", "resid_post.1")
+    if kind == "dynamic":  # whose kernels have no backward pass
+        with pytest.raises(ModelError, match="no gradient goes through it"):
+            attribute(setup, vector)
+        return
+    found, slow = attribute(setup, vector, controls=0), difference(setup, vector, 3e-2)
+    assert torch.allclose(found.total.items, slow, rtol=0.02, atol=0.02 * float(slow.abs().max()))
 
 
 @pytest.mark.parametrize("layers", [(0,), (2,), (1, 3)])

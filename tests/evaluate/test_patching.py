@@ -69,7 +69,7 @@ def test_it_is_the_slope_of_the_patched_metric(pairs: PromptPairs, metric: Any, 
         sides = (pairs.corrupt, pairs.clean) if way == "denoising" else (pairs.clean, pairs.corrupt)
         base, source = (side[row].ids for side in sides)
         step = held(model, site, source, row) - held(model, site, base, row)
-        up, down = (at(model, site, lambda h, e=e: h + e * step, base, row) for e in (0.01, -0.01))
+        up, down = (at(model, site, lambda h, e=e, step=step: h + e * step, base, row) for e in (0.01, -0.01))
         assert float(found.change[row]) == pytest.approx(float(up - down) / 0.02, rel=1e-3, abs=2e-4)
 
 
@@ -168,7 +168,7 @@ def test_grad_drop_in_its_slow_form(pairs: PromptPairs, metric: Any) -> None:
             for site in sites:
                 (tap,) = locate(model, [Site.parse(site)]).values()
 
-                def keep(h: Tensor, site: str = site) -> Tensor:
+                def keep(h: Tensor, site: str = site, leaves: dict[str, Tensor] = leaves) -> Tensor:
                     own = h if h.requires_grad else h.detach().requires_grad_(True)
                     leaves[site] = own * 1.0
                     leaves[site].retain_grad()
@@ -192,7 +192,7 @@ def test_grad_drop_in_its_slow_form(pairs: PromptPairs, metric: Any) -> None:
 
 
 def test_grad_drop_costs_half_of_its_backward_passes(pairs: PromptPairs, metric: Any) -> None:
-    """A pass from block d runs the d blocks before it backward: with the first one L (L + 1) / 2 blocks of L (L + 1)."""
+    """A pass from block d runs the d blocks before it: with the first one L (L + 1) / 2 blocks of L (L + 1)."""
     model, ran = build("llama"), [0] * BLOCKS
     hooks = []
     for layer, block in enumerate(model.model.layers):
@@ -216,7 +216,7 @@ def test_grad_drop_costs_half_of_its_backward_passes(pairs: PromptPairs, metric:
 
 def test_what_cannot_be_patched_is_refused(pairs: PromptPairs, metric: Any) -> None:
     model, tokenizer = build("llama"), byte_tokenizer(CHATML)
-    with pytest.raises(DataError, match="pair 0 have .* tokens; replace words"):
+    with pytest.raises(DataError, match=r"pair 0 have .* tokens; replace words"):
         PromptPairs.of(tokenizer, ["a cat"], ["a horse"])
     with pytest.raises(DataError, match="2 clean and 1 corrupt"):
         PromptPairs.of(tokenizer, ["a", "b"], ["c"])

@@ -84,7 +84,9 @@ def test_an_edit_that_reads_what_is_not_seen_is_warned_of(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match=r"set_projection at mlp_post.1: the projection behind it sees \d+%"):
         vector = steerkit.fit(model, tokenizer, data(), method="set_projection", sites=["mlp_post.1"])
     share = vector.describe()["sites"][0]["seen_share"]
-    assert share == pytest.approx(seen_shares(find_decoder(model), {Site(1, "mlp_post"): direction(vector)}).popitem()[1], abs=1e-4)
+    assert share == pytest.approx(
+        seen_shares(find_decoder(model), {Site(1, "mlp_post"): direction(vector)}).popitem()[1], abs=1e-4
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steerkit.fit(model, tokenizer, data(), method="caa", sites=["mlp_post.1"])  # what is added is not read

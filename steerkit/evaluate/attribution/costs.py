@@ -31,9 +31,7 @@ __all__ = ["curvature", "drawn_slopes", "kl_curvatures", "strength_within"]
 DRAWS = 8
 
 
-def kl_curvatures(
-    setup: Setup, vectors: Sequence[SteeringVector], *, draws: int = DRAWS, seed: int = 0
-) -> list[float]:
+def kl_curvatures(setup: Setup, vectors: Sequence[SteeringVector], *, draws: int = DRAWS, seed: int = 0) -> list[float]:
     """The curvature of each vector's KL divergence where it does nothing.
 
     Args:

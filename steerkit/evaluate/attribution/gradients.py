@@ -11,6 +11,7 @@ vectors share the passes; other tensors for the same edit (random directions, fo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steerkit._support.memory import is_out_of_memory
 from steerkit.errors import DataError, ModelError
 from steerkit.evaluate.answer_passes import AnswerPasses
 from steerkit.evaluate.trial import Answer
@@ -82,7 +84,9 @@ class _Probe(Edit):
         h = (h if h.requires_grad else h.detach().requires_grad_(True)).view_as(h)
         at, given = h.detach(), None if read is None else read.detach()
 
-        def arrived(gradient: Tensor) -> None:
+        def arrived(gradient: Tensor | None) -> None:
+            if gradient is None:
+                raise NotImplementedError(f"none arrives at {self.tap.site}")
             self.seen.append(self._slopes(at, given, gradient, tokens))
 
         h.register_hook(arrived)
@@ -241,13 +245,15 @@ def _backward(model: Any, values: Tensor) -> None:
         ModelError: no gradient goes through the model.
     """
     try:
-        for number, value in enumerate(values):
-            value.sum().backward(retain_graph=number + 1 < len(values))  # type: ignore[no-untyped-call]
-    except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*an autograd kernel was not registered")  # wrong, and not silent
+            for number, value in enumerate(values):
+                value.sum().backward(retain_graph=number + 1 < len(values))  # type: ignore[no-untyped-call]
+    except (RuntimeError, UserWarning) as error:
+        if is_out_of_memory(error):
             raise
+        said = str(error).partition("\n")[0][:200]
         raise ModelError(
-            f"{type(model).__name__}: no gradient goes through it ({error}); load the model unquantised, in float32 "
-            "or bfloat16"
+            f"{type(model).__name__}: no gradient goes through it ({said}); load the model unquantised, in float32 or "
+            "bfloat16"
         ) from None
-

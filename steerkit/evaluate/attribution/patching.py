@@ -1,21 +1,21 @@
 """Patching: what a part of the network carries of the difference between two prompts, exactly and by gradients.
 
-Two prompts of one pair differ in some tokens and have equally many. A run on one of them (the base) is given, at a node,
-what the other one (the source) has there, and a metric tells how far it goes:
+Two prompts of one pair differ in some tokens and have equally many. A run on one of them (the base) is given, at a
+node, what the other one (the source) has there, and a metric tells how far it goes:
 
     denoising   base corrupt, source clean     what is enough to bring the behaviour back
     noising     base clean, source corrupt     what cannot be done without
     share       (L_patched - L_base) / (L_source - L_base)          0 nothing, 1 all of the way
 
 The two ways are not each other's mirror, so each is asked by name. Exact patching costs a pass for every node.
-Attribution patching takes  I = (n_source - n_base) . d L / d n  at the base: two forward passes and one backward pass for
-all nodes. A node far from linear is misjudged, and so is one whose direct and indirect effects cancel: GradDrop averages
-sizes over backward passes in each of which one block's contribution to the stream lets no gradient through,
+Attribution patching takes  I = (n_source - n_base) . d L / d n  at the base: two forward passes and one backward pass
+for all nodes. A node far from linear is misjudged, and so is one whose direct and indirect effects cancel: GradDrop
+averages sizes over backward passes in each of which one block's contribution to the stream lets no gradient through,
 
     c(n in block l) = (l |I| + sum over d > l of |I_d|) / (L - 1)
 
-Dropping block d changes gradients of earlier blocks only, and a node's own block would give none at all, so the backward
-pass for d starts behind block d from the gradient that is there already: half the work of whole passes.
+Dropping block d changes gradients of earlier blocks only, and a node's own block would give none at all, so the
+backward pass for d starts behind block d from the gradient that is there already: half the work of whole passes.
 
 Attribution patching: Nanda (2023); Kramar, Lieberum, Shah, Nanda (2024), "AtP*: An efficient and scalable method for
 localizing LLM behaviour to components", arXiv 2403.00745. On metrics, corruption and the two ways: Zhang, Nanda (2023),
@@ -100,8 +100,8 @@ class Patched:
         error = float(span.std() / count**0.5) if count > 1 else float("inf")
         if not abs(float(span.mean())) > 3 * error:
             raise DataError(
-                f"{self.node}: the metric differs by {float(span.mean()):.3g} (s.e. {error:.2g}) between the prompts of "
-                f"{count} pairs, less than 3 standard errors; give other prompts, more of them, or another metric"
+                f"{self.node}: the metric differs by {float(span.mean()):.3g} (s.e. {error:.2g}) between the prompts "
+                f"of {count} pairs, less than 3 standard errors; give other prompts, more of them, or another metric"
             )
         return interval(self.change.double() / span.mean(), shares=False)
 
@@ -209,10 +209,8 @@ def attribution_patching(
     return {site: Patched(Node((site,)), way, own[:, 0], span, own[:, 1:]) for site, own in parts.items()}
 
 
-def _effects(
-    decoder: Decoder, tap: Tap, difference: Tensor, passes: Sequence[Tensor], grad_drop: bool
-) -> Tensor:
-    """[b, 1 + p] of the site and by head or coordinate: of one backward pass, or mean sizes over those of `grad_drop`."""
+def _effects(decoder: Decoder, tap: Tap, difference: Tensor, passes: Sequence[Tensor], grad_drop: bool) -> Tensor:
+    """[b, 1 + p] of the site and by head or coordinate: of one backward pass, or mean sizes over several."""
     products = [(difference * gradient.float()).sum(dim=1).cpu() for gradient in passes]
     heads = head_count(decoder.model) if tap.site.kind == "z" else 0
     if heads and tap.width % heads == 0:
@@ -227,7 +225,7 @@ def _effects(
 def _gradients(
     decoder: Decoder, batch: Batch, taps: Mapping[Site, Tap], metric: Metric, grad_drop: bool
 ) -> tuple[Tensor, dict[Site, tuple[Tensor, list[Tensor]]]]:
-    """The base's metric [b]; by site its tensor [b, t, d] and gradients: of the whole, then without each later block."""
+    """The base's metric [b]; by site its tensor [b, t, d] and gradients, of the whole and without each later block."""
     stream: dict[Site, Tap] = {}
     if grad_drop:
         stream = locate(decoder.model, [Site(at, kind) for at in range(decoder.num_layers) for kind in _STREAM])
@@ -247,9 +245,7 @@ def _gradients(
         if not before:
             continue
         start = kept[Site(dropped.layer, "resid_pre")]
-        got = torch.autograd.grad(
-            start, [kept[site] for site in before], behind, retain_graph=True, allow_unused=True
-        )
+        got = torch.autograd.grad(start, [kept[site] for site in before], behind, retain_graph=True, allow_unused=True)
         for site, gradient in zip(before, got, strict=True):
             found[site].append(torch.zeros_like(kept[site]) if gradient is None else gradient)
     return values.detach(), {site: (kept[site], own) for site, own in found.items()}

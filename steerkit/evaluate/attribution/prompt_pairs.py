@@ -39,9 +39,7 @@ class PromptPairs:
     batch_size: int
 
     @classmethod
-    def of(
-        cls, tokenizer: Any, clean: Sequence[Any], corrupt: Sequence[Any], *, batch_size: int = 16
-    ) -> PromptPairs:
+    def of(cls, tokenizer: Any, clean: Sequence[Any], corrupt: Sequence[Any], *, batch_size: int = 16) -> PromptPairs:
         """Render pairs of prompts.
 
         Args:

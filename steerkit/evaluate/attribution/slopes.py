@@ -119,7 +119,8 @@ class Attribution:
         """The slope of the whole vector, all of its sites moving together."""
         listed = list(self.sites.values())
         return Slope(
-            torch.stack([one.items for one in listed]).sum(dim=0), torch.stack([one.random for one in listed]).sum(dim=0)
+            torch.stack([one.items for one in listed]).sum(dim=0),
+            torch.stack([one.random for one in listed]).sum(dim=0),
         )
 
     def parts(self, count: int | None = None) -> list[Part]:
@@ -153,7 +154,11 @@ class Attribution:
             ],
             "total": self.total.as_row(),
             "parts": [
-                {"site": str(one.site), "index": one.index, **dict(zip(("slope", "low", "high"), one.slope, strict=True))}
+                {
+                    "site": str(one.site),
+                    "index": one.index,
+                    **dict(zip(("slope", "low", "high"), one.slope, strict=True)),
+                }
                 for one in self.parts(parts)
             ],
         }

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from steerkit.errors import FitError, SiteError
-from steerkit.evaluate.calibration.attributed import Promise, Promises
+from steerkit.evaluate.attribution.promises import Promise, Promises
 from steerkit.evaluate.calibration.problem import Place, Problem, layers_name
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.intervals import Estimate
@@ -110,16 +110,20 @@ class Choosing:
 
     def _attributed(self) -> list[tuple[int, ...]]:
         """Rank the candidates by the slopes of their effects and costs, without steering; give the best."""
-        self._problem.step(f"slopes at {len(self.candidates)} sets of layers")
-        promises = Promises(self._problem)
-        self.promised = promises.of(self.candidates)
-        together = self._together(sorted(self.promised, key=self._promise, reverse=True))
-        if together is not None:
-            self.promised |= promises.of([together])
-        return [max(self.promised, key=self._promise)]
-
-    def _promise(self, layers: tuple[int, ...]) -> float:
-        return self.promised[layers].effect
+        problem = self._problem
+        problem.step(f"slopes at {len(self.candidates)} sets of layers")
+        promises = Promises(
+            problem.few[-1],
+            problem.fits,
+            problem.scorer,
+            max_kl=problem.budget.max_kl,
+            is_above=problem.ladder[0] > (problem.kind.neutral or 0.0),
+            seed=problem.search.seed,
+        )
+        ranked = list(promises.of(self.candidates))
+        together = self._together(ranked)
+        self.promised = promises.of(self.candidates if together is None else [*self.candidates, together])
+        return list(self.promised)[:1]
 
     def climb(self, layers: tuple[int, ...]) -> list[Place]:
         """Find the strengths inside the budget: from the weakest on, up to the first that exceeds it.
