@@ -164,7 +164,7 @@ def _show(found: Attribution, parts: int) -> None:
             "part", "slope (95 %)", right=("slope (95 %)",), title=f"the {len(listed)} largest heads and neurons"
         )
         for part in listed:
-            own.add_row(f"{part.site}[{part.index}]", _estimate(part.slope))
+            own.add_row(f"{part.site}[{part.number}]", _estimate(part.slope))
         console.print(own)
     console.print(
         "per unit of strength, at the strength that changes nothing; z in random directions of the same norms"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steerkit._support.progress import bar
+from steerkit._support.progress import bar, status
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
@@ -42,6 +42,7 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.fits import Fits
+    from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.sweeps import Point
     from steerkit.prompts.contrast_set import ContrastSet
@@ -133,10 +134,7 @@ def run(
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     fits = _fits(setup, train, chosen, part, listed)
     if screen is Screen.attribution:
-        from steerkit.evaluate.attribution.promises import Promises
-        from steerkit.evaluate.calibration.budget import Budget
-
-        listed = list(Promises(setup, fits, scorers[0], max_kl=Budget().max_kl).of(listed))
+        listed = _by_promise(setup, fits, listed, scorers[0])
     store = Store(folder / "rows.jsonl")
     with bar("measuring", 1 + len(listed) * len(doses)) as step:
         points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
@@ -167,6 +165,15 @@ def _fits(
     scope = recipe.apply.scope if part == recipe.method else None
     how = (part.name, every, part.settings, part.readout, scope)
     return Fits(setup, train, *how, kinds=recipe.kinds(part), progress=True)
+
+
+def _by_promise(setup: Setup, fits: Fits, listed: Sequence[tuple[int, ...]], scorer: Scorer) -> list[tuple[int, ...]]:
+    """Sets of layers, those first whose slopes promise the largest effect at an equal cost."""
+    from steerkit.evaluate.attribution.promises import Promises
+    from steerkit.evaluate.calibration.budget import Budget
+
+    with status("slopes"):
+        return list(Promises(setup, fits, scorer, max_kl=Budget().max_kl).of(listed))
 
 
 def _show_files(target: Path, picture: Path | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steerkit.activations.moments import Means
 from steerkit.errors import SiteError
 from steerkit.maths import edits
-from steerkit.maths.directions import mean_difference
+from steerkit.maths.directions import coordinates, mean_difference
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.network.sites import Site
@@ -170,7 +170,7 @@ def _through_projection(decoder: Decoder, site: Site, shift: Tensor) -> WeightUp
         matrix = linear.weight(decoder.model.dtype)
     except SiteError as error:
         raise SiteError(f"{site}: an addition there has no exact weight form ({error}); steer with hooks") from None
-    return WeightUpdate(f"{linear.tap.name}.bias", _shifted(matrix @ shift.to(matrix.device)))
+    return WeightUpdate(f"{linear.tap.name}.bias", _shifted(coordinates(matrix, shift.to(matrix.device))))
 
 
 def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:

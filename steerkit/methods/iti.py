@@ -28,7 +28,7 @@ from torch import Tensor
 
 from steerkit.activations import Activations
 from steerkit.errors import FitError
-from steerkit.maths.directions import mean_difference, random_direction, unit
+from steerkit.maths.directions import coordinates, mean_difference, random_direction, unit
 from steerkit.maths.probes import LinearProbe, auc, head_count, linear_probe
 from steerkit.methods import AddDirection, PartsTable, Subject
 from steerkit.network import Decoder, Site
@@ -44,7 +44,7 @@ _PUBLISHED = 48 / 1024
 
 class _Head(NamedTuple):
     site: Site
-    index: int
+    number: int
     probe: LinearProbe
     accuracy: float
     area: float
@@ -124,8 +124,10 @@ class InferenceTimeIntervention(AddDirection):
             shifts = torch.zeros(count, width, dtype=torch.float32)
             for head in best:
                 if head.site == site:
-                    sides = (_by_head(side[site], count)[:, head.index] for side in (acts.positive, acts.negative))
-                    shifts[head.index] = self._shift(*sides, head.probe)
+                    plus, minus = (
+                        _by_head(side[site], count)[:, head.number] for side in (acts.positive, acts.negative)
+                    )
+                    shifts[head.number] = self._shift(plus, minus, head.probe)
             tensors[f"{site}/direction"] = shifts.flatten()
             own = [head.accuracy for head in found if head.site == site]
             tensors[f"{site}/accuracy"] = torch.tensor(own, dtype=torch.float32)
@@ -149,7 +151,7 @@ class InferenceTimeIntervention(AddDirection):
         rows = len(acts.positive[site]), len(acts.negative[site])
         if rows == (len(data.positive), len(data.negative)):
             marks = drawn((data.positive, data.negative), paired=data.paired, share=self.held_out, seed=self.seed)
-            return torch.tensor(marks.positive), torch.tensor(marks.negative)
+            return torch.tensor(marks.positive, dtype=torch.bool), torch.tensor(marks.negative, dtype=torch.bool)
         # Rows of other items than the data's, as where a fit is repeated on parts of them.
         every = max(2, round(1 / self.held_out))
         positive, negative = (torch.arange(count) % every == every - 1 for count in rows)
@@ -176,7 +178,7 @@ class InferenceTimeIntervention(AddDirection):
     def _shift(self, positive: Tensor, negative: Tensor, probe: LinearProbe) -> Tensor:
         """One standard deviation [head width] along a head's direction, from [n, head width] of both sides."""
         direction = unit(mean_difference(positive, negative) if self.along == "mean" else probe.weight)
-        return direction * (torch.cat([positive, negative]).float() @ direction).std(correction=0)
+        return direction * coordinates(torch.cat([positive, negative]).float(), direction).std(correction=0)
 
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
         """The sites with a shifted head.

@@ -63,7 +63,8 @@ def seen_part(matrix: Tensor, directions: Tensor) -> Tensor:
     if not bool(rank.all()):  # rows that depend on each other: a basis that tells them apart
         left, sizes, _ = torch.linalg.svd(exact.T, full_matrices=False)
         basis = left[:, sizes > torch.finfo(torch.float32).eps * sizes.max()]
-    return (basis @ (basis.T @ columns)).T.reshape(directions.shape)
+    seen: Tensor = (basis @ (basis.T @ columns)).T.reshape(directions.shape)
+    return seen
 
 
 def seen_shares(decoder: Decoder, directions: Mapping[Site, Tensor]) -> dict[Site, float]:

@@ -89,7 +89,7 @@ class _Probe(Edit):
                 raise NotImplementedError(f"none arrives at {self.tap.site}")
             self.seen.append(self._slopes(at, given, gradient, tokens))
 
-        h.register_hook(arrived)
+        h.register_hook(arrived)  # type: ignore[no-untyped-call]
         return h
 
     def _slopes(self, h: Tensor, read: Tensor | None, gradient: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
@@ -248,7 +248,7 @@ def _backward(model: Any, values: Tensor) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*an autograd kernel was not registered")  # wrong, and not silent
             for number, value in enumerate(values):
-                value.sum().backward(retain_graph=number + 1 < len(values))  # type: ignore[no-untyped-call]
+                value.sum().backward(retain_graph=number + 1 < len(values))
     except (RuntimeError, UserWarning) as error:
         if is_out_of_memory(error):
             raise

@@ -214,7 +214,7 @@ def _effects(decoder: Decoder, tap: Tap, difference: Tensor, passes: Sequence[Te
     products = [(difference * gradient.float()).sum(dim=1).cpu() for gradient in passes]
     heads = head_count(decoder.model) if tap.site.kind == "z" else 0
     if heads and tap.width % heads == 0:
-        products = [one.unflatten(1, (heads, -1)).sum(dim=-1) for one in products]
+        products = [one.reshape(len(one), heads, -1).sum(dim=-1) for one in products]
     products = [torch.cat([one.sum(dim=1, keepdim=True), one], dim=1) for one in products]
     if not grad_drop:
         return products[0]
@@ -277,8 +277,9 @@ def _replaced(tap: Tap, source: Tensor, written: Tensor, part: slice | None) -> 
 
 def _inside(part: slice, width: int, device: torch.device) -> Tensor:
     """[d] which coordinates belong to a part."""
-    place = torch.arange(width, device=device)
-    return (place >= part.start) & (place < part.stop)
+    inside = torch.zeros(width, device=device, dtype=torch.bool)
+    inside[part] = True
+    return inside
 
 
 def _slice(decoder: Decoder, tap: Tap, part: int) -> slice:
@@ -320,7 +321,7 @@ def _measured(decoder: Decoder, batch: Batch, metric: Metric) -> Tensor:
     """The metric [b] of a batch that is padded at the left."""
     ids, mask = (one.to(execution_device(decoder)) for one in (batch.input_ids, batch.attention_mask))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **position_inputs(decoder.model, mask)}
-    logits = decoder.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+    logits: Tensor = decoder.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
     return metric(logits, torch.tensor(batch.rows, device=logits.device, dtype=torch.long))
 
 

@@ -48,12 +48,12 @@ class Part(NamedTuple):
 
     Attributes:
         site: where it is.
-        index: which head (of `z`) or neuron (of `mlp_post`), counted from 0.
+        number: which head (of `z`) or neuron (of `mlp_post`), counted from 0.
         slope: mean over items with its 95 % interval.
     """
 
     site: Site
-    index: int
+    number: int
     slope: Estimate
 
 
@@ -156,7 +156,7 @@ class Attribution:
             "parts": [
                 {
                     "site": str(one.site),
-                    "index": one.index,
+                    "number": one.number,
                     **dict(zip(("slope", "low", "high"), one.slope, strict=True)),
                 }
                 for one in self.parts(parts)
@@ -274,6 +274,6 @@ def _slope(scorer: Differentiable, found: Along, heads: int) -> Slope:
     if found.parts is not None:
         parts = scorer.of_items(found.parts[0].T).T  # [n, d]
         if heads and parts.shape[1] % heads == 0:
-            parts = parts.unflatten(1, (heads, -1)).sum(dim=-1)
+            parts = parts.reshape(len(parts), heads, -1).sum(dim=-1)
     random = scorer.of_items(found.others[:, 0]).mean(dim=-1)
     return Slope(scorer.of_items(found.own[0]), random, parts)
