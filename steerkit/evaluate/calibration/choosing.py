@@ -50,6 +50,11 @@ class Choosing:
         """What was tried, with the figures of the most items each was measured on."""
         return list(self._points.values())
 
+    @property
+    def promised_rows(self) -> dict[str, dict[str, Any]]:
+        """What the slopes of candidates promise, as plain data, those that promise most first."""
+        return {layers_name(layers): promise.as_row() for layers, promise in self.promised.items()}
+
     def drop_impossible(self) -> None:
         """Drop candidates at which the method cannot be fitted, and fail at once if none is left.
 
