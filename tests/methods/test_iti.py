@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from torch import Tensor
 
 import steerkit
 from steerkit.activations.recording import record
-from steerkit.errors import FitError
+from steerkit.errors import FitError, UnknownNameError
+from steerkit.evaluate.calibration import Budget, Search, calibrate
 from steerkit.evaluate.controls import refits
 from steerkit.evaluate.curve import random_like
 from steerkit.methods.iti import InferenceTimeIntervention
@@ -168,3 +171,24 @@ def test_it_is_fitted_again_on_rearranged_rows() -> None:
     vector = fitted(items=data(24), heads=3)
     found = refits(build("llama"), byte_tokenizer(CHATML), data(24), vector, shuffled=1, halves=1, resamples=2)
     assert found.as_json()
+
+
+def test_calibration_tries_numbers_of_heads() -> None:
+    """Each goes through the whole search on the validation items; the held-out ones see the best alone."""
+    calm = [steerkit.Conversation(prompt, answer="So it is.") for prompt in ("Hi", "Where?")]
+    setup = steerkit.Setup(
+        build("llama"), byte_tokenizer(CHATML), data(8), neutral=calm, texts=1, max_new_tokens=2, batch_size=32
+    )
+    search = Search(
+        candidates=[tuple(range(BLOCKS))], strengths=[-2.0, -5.0], controls=1, settings={"heads": [1, 12], "along": ["mean"]}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these few items are all of one form
+        common = {"method": "iti", "readout": "response_mean", "validation": data(8), "budget": Budget(1e9, 1e9, 1.0)}
+        found = calibrate(setup, data(16), search=search, **common)
+        with pytest.raises(UnknownNameError, match="iti: unknown setting 'head'"):
+            calibrate(setup, data(16), search=replace(search, settings={"head": [1]}), **common)
+    assert [one["settings"] for one in found.variants] == [{"heads": n, "along": "mean"} for n in (1, 12)]
+    assert found.vector is not None
+    best = max(found.variants, key=lambda one: one["gain"] or -math.inf)
+    assert (found.vector.settings["heads"], found.strength) == (best["settings"]["heads"], best["strength"])

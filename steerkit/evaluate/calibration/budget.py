@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Literal
 
 from steerkit.errors import DataError, near_miss
 from steerkit.evaluate.scoring import Measured
@@ -93,6 +94,7 @@ class Search:
         together: whether the best single blocks are tried together too.
         screen: how candidates are ranked before the best climb: each steered at one strength, or all of them by the
             slopes of their effects and costs (`steerkit.evaluate.attribution`), and then only the best one climbs.
+        settings: settings of the method with the values that are tried, each with each, such as ``{"heads": [8, 16]}``.
     """
 
     candidates: Sequence[Sequence[int]] | None = None
@@ -106,6 +108,7 @@ class Search:
     seed: int = 0
     together: bool = True
     screen: Literal["steering", "attribution"] = "steering"
+    settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.screen not in SCREENS:
@@ -115,3 +118,8 @@ class Search:
                 f"search: {self.controls} controls, {self.finalists} finalists, {self.screened_items} items to screen "
                 f"on, {self.neutral_texts} neutral texts; give at least 1 of each, and 2 items"
             )
+
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        """Settings of the method to try, one after the other; the method's own alone where none are named."""
+        return [dict(zip(self.settings, values, strict=True)) for values in product(*self.settings.values())]
