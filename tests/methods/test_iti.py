@@ -180,7 +180,10 @@ def test_calibration_tries_numbers_of_heads() -> None:
         build("llama"), byte_tokenizer(CHATML), data(8), neutral=calm, texts=1, max_new_tokens=2, batch_size=32
     )
     search = Search(
-        candidates=[tuple(range(BLOCKS))], strengths=[-2.0, -5.0], controls=1, settings={"heads": [1, 12], "along": ["mean"]}
+        candidates=[tuple(range(BLOCKS))],
+        strengths=[-2.0, -5.0],
+        controls=1,
+        settings={"heads": [1, 12], "along": ["mean"]},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # these few items are all of one form
