@@ -12,6 +12,7 @@ import typer
 
 import steerkit
 from steerkit.cli import (
+    attribute,
     bake,
     calibrate,
     chat,
@@ -65,6 +66,7 @@ for _command in (
     evaluate,
     sweep,
     layers,
+    attribute,
     calibrate,
     compare,
     evidence,

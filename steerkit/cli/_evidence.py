@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -17,25 +18,45 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.scoring import Measured
     from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.recipe import Recipe
     from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = [
     "Behaviour",
+    "Items",
     "Judge",
     "Markers",
     "MaxKl",
     "MaxPplRatio",
     "MaxRepetition",
     "Neutral",
+    "OnOption",
+    "Screen",
     "check_items",
     "check_way",
     "columns_table",
     "data_of",
     "estimate",
+    "items_on",
     "layers_text",
     "numbers",
     "scorers_of",
 ]
+
+
+class Items(StrEnum):
+    """What is measured on."""
+
+    validation = "validation"
+    held_out = "held-out"
+
+
+class Screen(StrEnum):
+    """How sets of layers are ranked before strengths are tried."""
+
+    steering = "steering"
+    attribution = "attribution"
+
 
 DEFAULT_SCORERS = ("preference_margin", "divergence", "repetition")
 
@@ -46,6 +67,9 @@ Markers = Annotated[list[str] | None, typer.Option(help="What the scorer markers
 Behaviour = Annotated[str | None, typer.Option(help="What the scorers judge and concept ask for.")]
 Judge = Annotated[
     str | None, typer.Option(metavar="URL#MODEL", help="An OpenAI-compatible endpoint, or a local model's name.")
+]
+OnOption = Annotated[
+    Items, typer.Option(help="Measure on a quarter of the training items, left out of the fit, or on the held-out.")
 ]
 Neutral = Annotated[int, typer.Option(min=2, help="Neutral texts for the costs: half to choose on, half to confirm.")]
 
@@ -131,6 +155,21 @@ def check_items(name: str, method: str, train: ContrastSet, held_out: ContrastSe
             f"{name}: {len(train)} training and {len(held_out)} held-out items are too few to calibrate {method} on; "
             f"give at least {fewest[0]} and {fewest[1]}"
         )
+
+
+def items_on(recipe: Recipe, method: str, on: Items) -> tuple[ContrastSet, ContrastSet]:
+    """The items to fit on and those to measure on.
+
+    Args:
+        recipe: whose items they are.
+        method: that is fitted.
+        on: what is measured on.
+    """
+    train, held_out = recipe.split(method)
+    if on is Items.held_out:
+        return train, held_out
+    validation = recipe.validation(method)
+    return train.split(held_out=0.25, seed=recipe.data.seed) if validation is None else (train, validation)
 
 
 def check_way(

@@ -19,6 +19,7 @@ from steerkit.cli._evidence import (
     MaxPplRatio,
     MaxRepetition,
     Neutral,
+    Screen,
     check_items,
     columns_table,
     layers_text,
@@ -55,6 +56,14 @@ EffectOption = Annotated[str, typer.Option(help="The scorer that shows the effec
 ScorerOption = Annotated[
     list[str] | None, typer.Option(help="Shown beside, at the same strengths; chooses nothing. Repeatable.")
 ]
+ScreenOption = Annotated[
+    Screen,
+    typer.Option(help="Rank the layers by steering at each, or by slopes from gradients: only the best climbs then."),
+]
+TryOption = Annotated[
+    list[str] | None,
+    typer.Option("--try", metavar="SETTING=VALUES", help="Values of a method's setting: heads=8,16,32. Repeatable."),
+]
 TrialsOption = Annotated[int | None, typer.Option(min=1, help="Let optuna choose so many points, for large grids.")]
 OutOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Where to write. (default: <name>.safetensors)")]
 
@@ -77,6 +86,8 @@ def run(
     markers: Markers = None,
     behaviour: Behaviour = None,
     judge: Judge = None,
+    screen: ScreenOption = Screen.steering,
+    tried: TryOption = None,
     trials: TrialsOption = None,
     controls: Annotated[int, typer.Option(min=1, help="Random directions, and fits on shuffled labels.")] = 5,
     texts: Annotated[int, typer.Option(min=1, help="Prompts answered at the most.")] = 12,
@@ -116,7 +127,9 @@ def run(
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
-    search = Search(candidates=listed, strengths=ladder, controls=controls, trials=trials, seed=seed)
+    how: dict[str, Any] = {"controls": controls, "trials": trials, "seed": seed, "screen": screen.value}
+    how["settings"] = _settings(tried)
+    search = Search(candidates=listed, strengths=ladder, **how)
     rows = target.with_name(f"{target.stem}.rows.jsonl")
     options: dict[str, Any] = {"effect": shown, "beside": beside, "budget": budget, "search": search}
     with status("fitting") as step:
@@ -145,6 +158,28 @@ def _ladder(strengths: list[str] | None, method: str) -> list[float] | None:
     if ladder and lowest is not None and not (min(ladder) > lowest or max(ladder) < lowest):
         raise typer.BadParameter(f"--strengths: a ladder leads away from {lowest:g}; give strengths on one side of it")
     return ladder
+
+
+def _settings(tried: list[str] | None) -> dict[str, list[Any]]:
+    """Settings with the values to try, read as recipes write them; what is no TOML value is a text.
+
+    Raises:
+        BadParameter: one is not of the form SETTING=VALUES.
+    """
+    import tomllib
+
+    found: dict[str, list[Any]] = {}
+    for text in tried or ():
+        name, equals, values = text.partition("=")
+        if not (equals and name.strip() and all(one.strip() for one in values.split(","))):
+            raise typer.BadParameter(f"--try: {text!r}; give a setting and its values, such as heads=8,16,32")
+        for value in values.split(","):
+            try:
+                read = tomllib.loads(f"value = {value.strip()}")["value"]
+            except tomllib.TOMLDecodeError:
+                read = value.strip()
+            found.setdefault(name.strip(), []).append(read)
+    return found
 
 
 def _save(found: Calibration, recipe: Recipe, part: MethodPart, target: Path) -> None:
@@ -181,6 +216,10 @@ def _show(found: Calibration, target: Path) -> None:
         )
     console.print(f"tried on the validation split; budget: {_budget(found)}")
     console.print(shown)
+    for one in found.variants:
+        values = ", ".join(f"{name} = {value}" for name, value in one["settings"].items())
+        gain = "nothing" if one["gain"] is None else f"{one['gain']:+.3f} at strength {one['strength']:g}"
+        console.print(f"{values}: {gain}")
     if found.confirmed:
         console.print(f"held-out items at layers {layers_text(found.layers)}, strength {found.strength:g}")
         console.print(columns_table(found.confirmed))

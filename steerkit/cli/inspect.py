@@ -96,6 +96,8 @@ def run(
     for site in facts["sites"]:
         if site["massive"]:
             shown.add_row("massive dimensions", f"{site['site']}: {_shares(site['massive'])} of the squared norm")
+        if site["seen_share"] is not None:
+            shown.add_row("seen by the projection", f"{site['site']}: {site['seen_share']:.0%} of the direction")
     left_out = loaded.extra.get("massive_tokens_left_out")
     if isinstance(left_out, Mapping):
         shown.add_row("massive tokens left out", _text("", dict(left_out)))

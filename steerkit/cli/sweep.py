@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.json_values import jsonable
-from steerkit._support.progress import bar
+from steerkit._support.progress import bar, status
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
 from steerkit.cli._evidence import (
     Behaviour,
+    Items,
     Judge,
     Markers,
+    OnOption,
+    Screen,
+    items_on,
     layers_text,
     numbers,
     scorers_of,
@@ -38,19 +42,13 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.fits import Fits
+    from steerkit.evaluate.scorers._base import Scorer
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.sweeps import Point
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import MethodPart, Recipe
 
 __all__ = ["run"]
-
-
-class Items(StrEnum):
-    """What is measured on."""
-
-    validation = "validation"
-    held_out = "held-out"
 
 
 class Format(StrEnum):
@@ -71,8 +69,9 @@ ScorerOption = Annotated[
     list[str] | None,
     typer.Option(help="Repeatable. (default: preference_margin, divergence, repetition)"),
 ]
-OnOption = Annotated[
-    Items, typer.Option(help="Measure on a quarter of the training items, left out of the fit, or on the held-out.")
+ScreenOption = Annotated[
+    Screen,
+    typer.Option(help="Layers in the order given, or (attribution) those first whose slopes promise most."),
 ]
 OutOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where the figures go. (default: out/sweep-<name>)")
@@ -91,6 +90,7 @@ def run(
     readout: ReadoutOption = None,
     scorer: ScorerOption = None,
     on: OnOption = Items.validation,
+    screen: ScreenOption = Screen.steering,
     out: OutOption = None,
     form: Annotated[Format, typer.Option("--format", help="Of the table.")] = Format.jsonl,
     markers: Markers = None,
@@ -127,7 +127,7 @@ def run(
     check_writable(target)
     if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
         raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
-    train, measured = _items(chosen, part.name, on)
+    train, measured = items_on(chosen, part.name, on)
     model = model.of(chosen.model)
     model.check_layers(layers, chosen.model)
     loaded, tokenizer = model.load()
@@ -135,6 +135,8 @@ def run(
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
     fits = _fits(setup, train, chosen, part, listed)
+    if screen is Screen.attribution:
+        listed = _by_promise(setup, fits, listed, scorers[0])
     store = Store(folder / "rows.jsonl")
     with bar("measuring", 1 + len(listed) * len(doses)) as step:
         points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
@@ -147,15 +149,6 @@ def run(
         return
     _show(points, effect, [next(iter(scorer.columns)) for scorer in scorers])
     _show_files(target, picture)
-
-
-def _items(recipe: Recipe, method: str, on: Items) -> tuple[ContrastSet, ContrastSet]:
-    """The items to fit on and those to measure on."""
-    train, held_out = recipe.split(method)
-    if on is Items.held_out:
-        return train, held_out
-    validation = recipe.validation(method)
-    return train.split(held_out=0.25, seed=recipe.data.seed) if validation is None else (train, validation)
 
 
 def _both_signs(method: Any) -> list[float]:
@@ -173,6 +166,15 @@ def _fits(
     every = sorted({layer for one in listed for layer in one})
     how = (part.name, every, part.settings, part.readout, recipe.scope_of(part))
     return Fits(setup, train, *how, kinds=recipe.kinds(part), progress=True)
+
+
+def _by_promise(setup: Setup, fits: Fits, listed: Sequence[tuple[int, ...]], scorer: Scorer) -> list[tuple[int, ...]]:
+    """Sets of layers, those first whose slopes promise the largest effect at an equal cost."""
+    from steerkit.evaluate.attribution.promises import Promises
+    from steerkit.evaluate.calibration.budget import Budget
+
+    with status("slopes"):
+        return list(Promises(setup, fits, scorer, max_kl=Budget().max_kl).of(listed))
 
 
 def _show_files(target: Path, picture: Path | None) -> None:

@@ -69,6 +69,10 @@ class _Layout:
         spans = self.spans if rows is None else [self.spans[row] for row in rows.tolist()]
         return [row[span] for row, span in zip(logits, spans, strict=True)]
 
+    def answers(self, device: torch.device) -> list[Tensor]:
+        """By row the ids [t] of its answer."""
+        return [ids[span].to(device) for ids, span in zip(self.targets, self.spans, strict=True)]
+
 
 class AnswerPasses:
     """Runs texts with answers under one trial, or under several that share passes (`steerkit.evaluate.abreast`).
@@ -132,8 +136,17 @@ class AnswerPasses:
                 setup.kept.learn(setup.decoder, steering, key, lambda: setup.model(**layout.inputs(first)), len(first))
             with planned, setup.kept.around(setup.decoder, steering, key, again):
                 logits = layout.run(setup.model)
-        targets = [ids[span].to(logits[0].device) for ids, span in zip(layout.targets, layout.spans, strict=True)]
-        return Seen(targets, logits, baseline)
+        return Seen(layout.answers(logits[0].device), logits, baseline)
+
+    def whole(self, batch: Batch) -> Seen:
+        """Run one batch as it comes: whole texts, steered or watched by whoever calls, gradients and all.
+
+        Args:
+            batch: one of `work`, or a part of one.
+        """
+        layout = self._whole(batch, [self._rendered[row // len(self._trials)] for row in batch.rows])
+        logits = layout.run(self._setup.model)
+        return Seen(layout.answers(logits[0].device), logits, None)
 
     def _steering(self, batch: Batch) -> Any:
         """The steering of a batch, whose rows belong to one trial or to several."""

@@ -73,6 +73,21 @@ class Fits:
         """The method with its settings."""
         return self.kind.from_settings(self.settings or {}) if isinstance(self.method, str) else self.method
 
+    def varied(self, settings: Mapping[str, Any]) -> Fits:
+        """The same by the method with some settings changed; the method itself where there are none.
+
+        Args:
+            settings: name to value.
+
+        Raises:
+            UnknownNameError: the method has no such setting.
+            FitError: a value that it does not take.
+        """
+        if not settings:
+            return self
+        own = self.method_object.settings
+        return replace(self, method=self.kind.from_settings({**own, **settings}), settings=None)
+
     def sites(self, layers: Iterable[int]) -> list[Site]:
         """The method's own sites at some layers, or those of the kinds asked for.
 

@@ -34,7 +34,7 @@ from steerkit.vector.steering_vector import SteeringVector
 if TYPE_CHECKING:
     from steerkit.evaluate.setup import Setup
 
-__all__ = ["Answer", "Trial"]
+__all__ = ["Answer", "Trial", "token_log_probs"]
 
 T = TypeVar("T")
 
@@ -284,6 +284,18 @@ class Trial:
         )
 
 
+def token_log_probs(answer: Answer) -> Tensor:
+    """Log-probabilities of the tokens of one answer.
+
+    Args:
+        answer: with logits [t, v].
+
+    Returns:
+        [t] float32, nats.
+    """
+    return torch.log_softmax(answer.logits, dim=-1).gather(-1, answer.targets[:, None])[:, 0]
+
+
 def _log_probs(answer: Answer) -> Tensor:
-    """[t] log-probabilities of the tokens of one answer, on the CPU."""
-    return torch.log_softmax(answer.logits, dim=-1).gather(-1, answer.targets[:, None])[:, 0].cpu()
+    """The same on the CPU."""
+    return token_log_probs(answer).cpu()

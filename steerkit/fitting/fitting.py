@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from steerkit.methods._base import Method
 from steerkit.methods._protocols import AddsFacts, PreparesData, SetsOperatingPoint
 from steerkit.methods._registry import method_names, registration_problem, resolve
 from steerkit.network.decoder import Decoder, find_decoder
+from steerkit.network.kernel_share import PROJECTED, seen_shares
 from steerkit.network.sites import Site, parse_layers
 from steerkit.network.tap import Tap, locate
 from steerkit.prompts.contrast_set import ContrastSet
@@ -31,6 +33,8 @@ from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["fit", "read", "tokenizer_digest"]
+
+_HALF = 0.5
 
 
 def fit(
@@ -79,8 +83,9 @@ def fit(
         FitError: the sides do not differ, or activations are not finite; the site is named.
 
     Warns:
-        UserWarning: a held-out item asks what an item of the data asks, or the model has no chat template and items
-            have answers: it says what stands before them.
+        UserWarning: a held-out item asks what an item of the data asks; the model has no chat template and items have
+            answers: it says what stands before them; or the edit reads along a direction at the heads or neurons of
+            which the projection behind them sees less than half.
     """
     chosen = _method(method, settings)
     if not isinstance(data, ContrastSet):
@@ -163,6 +168,8 @@ def _vector(
     if acts is not None and acts.readout.endswith(NO_MASSIVE):
         left_out = {str(site): scale.left_out for site, scale in scales.items()}
         facts = {**facts, "massive_tokens_left_out": left_out}
+    if seen := _seen_shares(method, decoder, tensors, written):
+        facts = {**facts, "seen_share": seen}
     scales = {**subject.scales([*reads, *written]), **scales}
     return SteeringVector(
         method=method.name,
@@ -186,6 +193,28 @@ def _vector(
         steerkit_version=steerkit.__version__,
         **model_facts(decoder.model, tokenizer),
     )
+
+
+def _seen_shares(
+    method: Method, decoder: Decoder, tensors: Mapping[str, Tensor], written: Sequence[Site]
+) -> dict[str, float]:
+    """How much of each direction the one matrix behind its site sees.
+
+    Warns:
+        UserWarning: less than half of a direction along which the edit reads a coordinate.
+    """
+    directions = {site: tensors.get(f"{site}/direction") for site in written if site.kind in PROJECTED}
+    vectors = {site: one for site, one in directions.items() if one is not None and one.dim() == 1}
+    found = seen_shares(decoder, vectors) if vectors else {}
+    low = [site for site, share in found.items() if share < _HALF]
+    if low and not method.edit_name.startswith("add"):
+        warnings.warn(
+            f"{method.name} at {low[0]}: the projection behind it sees {found[low[0]]:.0%} of the direction, and the "
+            "edit sets a coordinate that is measured along all of it, dormant parts too; fit at "
+            f"{PROJECTED[low[0].kind]}, or compare with the seen part alone (steerkit.network.kernel_share)",
+            stacklevel=4,
+        )
+    return {str(site): round(share, 4) for site, share in found.items()}
 
 
 def _spreads(

@@ -172,10 +172,4 @@ def _attach_shift(tap: Tap, shift: Tensor, written: Tensor) -> Any:
     def moved(h: Tensor) -> Tensor:
         return torch.where(written.to(h.device), h + shift.to(h.device, h.dtype)[:, None, :], h)
 
-    if tap.side == "input":
-        return tap.module.register_forward_pre_hook(
-            lambda _module, args, kwargs: tap.write_input(args, kwargs, moved(tap.read(args, kwargs))), with_kwargs=True
-        )
-    return tap.module.register_forward_hook(
-        lambda _module, args, output: tap.write_output(output, moved(tap.read(args, {}, output)))
-    )
+    return tap.attach(moved)

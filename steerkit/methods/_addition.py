@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from steerkit.activations.moments import Means
 from steerkit.errors import SiteError
 from steerkit.maths import edits
-from steerkit.maths.directions import mean_difference
+from steerkit.maths.directions import coordinates, mean_difference
 from steerkit.maths.rank_two import RankTwo, rank_two
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Params, Prepared, WeightUpdate
 from steerkit.network.sites import Site
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
+
+if TYPE_CHECKING:
+    from steerkit.network.decoder import Decoder
 
 __all__ = ["AddDirection", "FittedOnMeans", "MeanDifference"]
 
@@ -77,7 +80,10 @@ class AddDirection(Method):
         return rank_two(params["direction"], {("one", "strength"): 1.0})
 
     def weight_updates(self, model: nn.Module, vector: SteeringVector, strength: float) -> list[WeightUpdate]:
-        """A constant at a block's output is a bias of the last linear layer that writes to it, or of every expert.
+        """A constant is a bias of the linear layer behind it.
+
+        At a block's output, of the last one that writes to it, or of every expert; at the heads (`z`) or the neurons
+        (`mlp_post`), of the projection that reads them, which takes what it makes of the constant.
 
         Args:
             model: the transformers model.
@@ -88,19 +94,22 @@ class AddDirection(Method):
             SiteError: the block has no such layer behind which nothing changes the sum.
         """
         from steerkit.network.decoder import find_decoder
-        from steerkit.network.output_biases import output_biases
+        from steerkit.network.kernel_share import PROJECTED
 
         for site in vector.sites:
-            if site.kind != "resid_post":
-                raise SiteError(f"{site}: only additions at resid_post have an exact weight form; steer with hooks")
-        try:
-            names = output_biases(find_decoder(model), {site.layer for site in vector.sites})
-        except SiteError as error:
-            raise SiteError(f"an addition at a block's output has no exact weight form here ({error})") from None
+            if site.kind not in ("resid_post", *PROJECTED):
+                raise SiteError(
+                    f"{site}: only additions at resid_post, z and mlp_post have an exact weight form; steer with hooks"
+                )
+        decoder = find_decoder(model)
+        names = _output_biases(decoder, {site.layer for site in vector.sites if site.kind == "resid_post"})
         updates = []
         for site in vector.sites:
             shift = strength * vector.params(site)["direction"].float()
-            updates += [WeightUpdate(name, _shifted(shift)) for name in names[site.layer]]
+            if site.kind == "resid_post":
+                updates += [WeightUpdate(name, _shifted(shift)) for name in names[site.layer]]
+            else:
+                updates.append(_through_projection(decoder, site, shift))
         return updates
 
 
@@ -141,6 +150,36 @@ class MeanDifference(FittedOnMeans, AddDirection):
         >>> MeanDifference().fit_site(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         {'direction': tensor([ 2., -1.])}
     """
+
+
+def _output_biases(decoder: Decoder, layers: set[int]) -> dict[int, list[str]]:
+    """The biases that take a constant at the outputs of some blocks.
+
+    Raises:
+        SiteError: a block has none.
+    """
+    from steerkit.network.output_biases import output_biases
+
+    try:
+        return output_biases(decoder, layers)
+    except SiteError as error:
+        raise SiteError(f"an addition at a block's output has no exact weight form here ({error})") from None
+
+
+def _through_projection(decoder: Decoder, site: Site, shift: Tensor) -> WeightUpdate:
+    """What the projection that reads a site makes of a constant [d] there, as a change of its bias.
+
+    Raises:
+        SiteError: no one linear layer reads the site.
+    """
+    from steerkit.network.kernel_share import projection
+
+    try:
+        linear = projection(decoder, site)
+        matrix = linear.weight(decoder.model.dtype)
+    except SiteError as error:
+        raise SiteError(f"{site}: an addition there has no exact weight form ({error}); steer with hooks") from None
+    return WeightUpdate(f"{linear.tap.name}.bias", _shifted(coordinates(matrix, shift.to(matrix.device))))
 
 
 def _shifted(shift: Tensor) -> Callable[[Tensor | None], Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steerkit.errors import SiteError
 from steerkit.network.anatomy import Anatomy, Place
@@ -78,6 +79,26 @@ class Tap:
         if args:
             return (value, *args[1:]), dict(kwargs)
         return args, {**kwargs, "hidden_states": value}
+
+    def attach(self, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Put a function between the site and all that reads it.
+
+        Args:
+            change: from the tensor [b, t, width] (or [b*t, width] where `flat`) to one of its shape.
+
+        Returns:
+            The hook's handle.
+        """
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.write_input(args, kwargs, change(self.read(args, kwargs)))
+
+        def behind(_module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return self.write_output(output, change(self.read(args, {}, output)))
+
+        if self.side == "input":
+            return self.module.register_forward_pre_hook(before, with_kwargs=True)
+        return self.module.register_forward_hook(behind)
 
     def write_output(self, output: Any, value: Tensor) -> Any:
         """The output with the tensor replaced, of the same type; what was given is left alone.

@@ -46,8 +46,9 @@ def described_site(vector: SteeringVector, site: Site, params: Mapping[str, Stor
         params: its tensors there.
 
     Returns:
-        The site's width; by parameter its dtype and shape; the direction's norm, the activation norm, and, for edits
-        that add a direction, the strength in both units (the one set, else the suggested one).
+        The site's width; by parameter its dtype and shape; the direction's norm, the activation norm, the share of the
+        direction that the projection behind heads or neurons sees, and, for edits that add a direction, the strength in
+        both units (the one set, else the suggested one).
     """
     length, norm = direction_length(params.get("direction")), vector.typical(site)
     given = vector.strength if vector.strength is not None else vector.suggested_strength
@@ -66,6 +67,7 @@ def described_site(vector: SteeringVector, site: Site, params: Mapping[str, Stor
         "direction_norm": length,
         "activation_norm": vector.norms.get(site),
         "spread": vector.spreads.get(site),
+        "seen_share": vector.extra.get("seen_share", {}).get(str(site)),
         "massive": {str(place): share for place, share in vector.massive.get(site, {}).items()},
         "strength": strengths,
     }

@@ -25,12 +25,13 @@ from steerkit.vector.steering_vector import SteeringVector
 from tests.cli.test_model_options import COMMANDS
 from tests.program import PAIRS, Cli, jsonl, plain
 
-FITTED = {"extract", "layers", "calibrate", "sweep", "compare"}
+FITTED = {"extract", "layers", "attribute", "calibrate", "sweep", "compare"}
 TAKE_DATA = FITTED | {"evaluate", "report", "doctor"}
 WORDS: dict[str, tuple[object, ...]] = {
     "extract": ("--readout", "response_mean", "--out", "x.safetensors"),
     "calibrate": ("--controls", 1),
     "layers": (),
+    "attribute": ("--controls", 2),
     "sweep": (),
     "compare": ("--method", "caa"),
     "evaluate": ("--vector", "v.safetensors"),

@@ -31,6 +31,7 @@ WORDS: dict[str, tuple[object, ...]] = {
     "evidence": ("--estimate", "--no-traits", "--out", "evidence"),
     "import": ("row.npy", "--layers", "1", "--out", "row.safetensors"),
     "layers": ("joy-caa.toml", "--no-effect"),
+    "attribute": ("joy-caa.toml", "--controls", 2),
     "report": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--max-new-tokens", 4, *FEW),
     "bake": ("--vector", "v.safetensors", "--scope", "all", "--untie", "--out", "baked"),
     "export": ("--to", "peft", "--vector", "v.safetensors", "--scope", "all"),

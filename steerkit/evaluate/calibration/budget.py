@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Literal
 
-from steerkit.errors import DataError
+from steerkit.errors import DataError, near_miss
 from steerkit.evaluate.scoring import Measured
 
-__all__ = ["Budget", "Search"]
+__all__ = ["SCREENS", "Budget", "Search"]
+
+SCREENS = ("steering", "attribution")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,9 @@ class Search:
         trials: number of points an optimiser (optuna) may try instead of the ladder; None climbs.
         seed: fixes splits, controls, intervals and the optimiser.
         together: whether the best single blocks are tried together too.
+        screen: how candidates are ranked before the best climb: each steered at one strength, or all of them by the
+            slopes of their effects and costs (`steerkit.evaluate.attribution`), and then only the best one climbs.
+        settings: settings of the method with the values that are tried, each with each, such as ``{"heads": [8, 16]}``.
     """
 
     candidates: Sequence[Sequence[int]] | None = None
@@ -100,10 +107,19 @@ class Search:
     trials: int | None = None
     seed: int = 0
     together: bool = True
+    screen: Literal["steering", "attribution"] = "steering"
+    settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.screen not in SCREENS:
+            raise DataError(f"search: screen {self.screen!r}; {near_miss(str(self.screen), SCREENS)}")
         if self.controls < 1 or self.finalists < 1 or self.screened_items < 2 or self.neutral_texts < 1:
             raise DataError(
                 f"search: {self.controls} controls, {self.finalists} finalists, {self.screened_items} items to screen "
                 f"on, {self.neutral_texts} neutral texts; give at least 1 of each, and 2 items"
             )
+
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        """Settings of the method to try, one after the other; the method's own alone where none are named."""
+        return [dict(zip(self.settings, values, strict=True)) for values in product(*self.settings.values())]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from steerkit.errors import FitError, SiteError
+from steerkit.evaluate.attribution.promises import Promise, Promises
 from steerkit.evaluate.calibration.problem import Place, Problem, layers_name
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.intervals import Estimate
@@ -31,6 +32,7 @@ class Choosing:
     Attributes:
         candidates: sets of layers at which the method can be fitted.
         skipped: candidates at which the method cannot be fitted, with the reason.
+        promised: what the slopes of candidates promise, where they were ranked by these.
 
     Args:
         problem: what is calibrated.
@@ -41,11 +43,17 @@ class Choosing:
         self.candidates = list(problem.candidates)
         self._points: dict[Place, Point] = {}
         self.skipped: dict[str, str] = {}
+        self.promised: dict[tuple[int, ...], Promise] = {}
 
     @property
     def points(self) -> list[Point]:
         """What was tried, with the figures of the most items each was measured on."""
         return list(self._points.values())
+
+    @property
+    def promised_rows(self) -> dict[str, dict[str, Any]]:
+        """What the slopes of candidates promise, as plain data, those that promise most first."""
+        return {layers_name(layers): promise.as_row() for layers, promise in self.promised.items()}
 
     def drop_impossible(self) -> None:
         """Drop candidates at which the method cannot be fitted, and fail at once if none is left.
@@ -74,6 +82,8 @@ class Choosing:
     def screened(self) -> list[tuple[int, ...]]:
         """Rank the candidates by effect per KL divergence at one strength; give the best, and single ones together."""
         problem, search = self._problem, self._problem.search
+        if search.screen == "attribution":
+            return self._attributed()
         if len(self.candidates) <= search.finalists:
             return self.candidates
         strength = problem.ladder[len(problem.ladder) // 2]
@@ -91,13 +101,34 @@ class Choosing:
             left = survivors(promised, wanted)
         ranked = sorted(left, key=lambda layers: -promised[layers].mean)
         finalists = ranked[: search.finalists]
-        if not search.together:
-            return finalists
-        singles = [one for one in ranked if len(one) == 1][:_TOGETHER]
-        together = tuple(sorted({layer for layers in singles for layer in layers}))
-        if len(together) > 1 and together not in finalists and self.is_possible(together):
+        together = self._together(ranked)
+        if together is not None and together not in finalists:
             finalists.append(together)
         return finalists
+
+    def _together(self, ranked: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+        """The best single blocks in one set; None where they are none, or not wanted."""
+        singles = [one for one in ranked if len(one) == 1][:_TOGETHER]
+        together = tuple(sorted({layer for layers in singles for layer in layers}))
+        is_wanted = self._problem.search.together and len(together) > 1
+        return together if is_wanted and self.is_possible(together) else None
+
+    def _attributed(self) -> list[tuple[int, ...]]:
+        """Rank the candidates by the slopes of their effects and costs, without steering; give the best."""
+        problem = self._problem
+        problem.step(f"slopes at {len(self.candidates)} sets of layers")
+        promises = Promises(
+            problem.few[-1],
+            problem.fits,
+            problem.scorer,
+            max_kl=problem.budget.max_kl,
+            is_above=problem.ladder[0] > (problem.kind.neutral or 0.0),
+            seed=problem.search.seed,
+        )
+        ranked = list(promises.of(self.candidates))
+        together = self._together(ranked)
+        self.promised = promises.of(self.candidates if together is None else [*self.candidates, together])
+        return list(self.promised)[:1]
 
     def climb(self, layers: tuple[int, ...]) -> list[Place]:
         """Find the strengths inside the budget: from the weakest on, up to the first that exceeds it.

@@ -82,6 +82,7 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
         search=problem.search,
         refits={} if refitted is None else refitted.as_json(),
         skipped=choosing.skipped,
+        promised=choosing.promised_rows,
     )
     return replace(found, vector=_finished(problem, vector, found))
 
@@ -105,6 +106,7 @@ def nothing_found(problem: Problem, choosing: Choosing, reason: str) -> Calibrat
         points=tuple(choosing.points),
         search=problem.search,
         skipped=choosing.skipped,
+        promised=choosing.promised_rows,
     )
 
 

@@ -37,6 +37,8 @@ class Calibration:
         search: how it was looked for.
         refits: how stable the direction is on other items, as plain data.
         skipped: candidates at which the method cannot be fitted, with the reason.
+        variants: what was chosen with each of several settings of the method, as plain data.
+        promised: what slopes promise of the candidates, where these were ranked by them, as plain data.
     """
 
     works: bool
@@ -55,6 +57,8 @@ class Calibration:
     search: Search = field(default_factory=Search)
     refits: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    variants: tuple[Mapping[str, Any], ...] = ()
+    promised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: what the vector file keeps of it."""
@@ -72,4 +76,6 @@ class Calibration:
             "search": asdict(self.search),
             "direction": dict(self.refits),
             "skipped": dict(self.skipped),
+            **({"variants": [dict(one) for one in self.variants]} if self.variants else {}),
+            **({"promised": {name: dict(one) for name, one in self.promised.items()}} if self.promised else {}),
         }

@@ -4,6 +4,8 @@
 2. Every candidate set of layers is screened at one strength on few items, and those not clearly behind on some more.
    Effects grow about linearly with the strength and the KL divergence about quadratically, so candidates are ranked by
    `effect * sqrt(max_kl / kl)`, the effect they promise at the KL budget.
+   With `screen="attribution"` slopes at strength 0 take the place of this: the effect's, and the KL divergence's
+   curvature. Settings of the method that are tried (`Search.settings`) each go through this and the next two steps.
 3. The best candidates climb the ladder of strengths until one is outside of the budget. A strength counts only if all
    below it are inside too: a loop has a low perplexity, so a figure that falls again is no proof of health.
    Costs are measured on few texts first, and on all where the interval holds the limit; effects too, and on all items
@@ -15,13 +17,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.choosing import Choosing
 from steerkit.evaluate.calibration.confirming import confirm, nothing_found
-from steerkit.evaluate.calibration.problem import problem_of, strength_of
+from steerkit.evaluate.calibration.problem import Problem, problem_of, strength_of
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.sampling import sampled_points
 from steerkit.evaluate.calibration.verdict import unfound
@@ -30,6 +34,7 @@ from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
+from steerkit.evaluate.sweeps import Point
 from steerkit.methods._base import Method, takes_pair
 from steerkit.prompts.contrast_set import ContrastSet
 
@@ -83,15 +88,56 @@ def calibrate(
     read = readout or fits.kind.readout
     if not takes_pair(fits.kind):
         warn_of_confounds(setup.tokenizer, train, readout=read, chat_template_kwargs=setup.chat_template_kwargs)
-    problem = problem_of(fits, validation, budget or Budget(), search or Search(), effect, beside, store, step)
+    how = search or Search()
+    found = []
+    for variant in how.variants:
+        one = fits.varied(variant)
+        problem = problem_of(one, validation, budget or Budget(), how, effect, beside, store, step)
+        choosing = Choosing(problem)
+        found.append(Chosen(variant, problem, choosing, _best(problem, choosing)))
+    best = max(found, key=lambda one: one.gain)
+    if best.point is None:
+        answer = nothing_found(best.problem, best.choosing, unfound(best.problem, best.choosing.points))
+    else:
+        answer = confirm(best.problem, best.point, best.choosing)
+    return answer if len(found) == 1 else replace(answer, variants=tuple(one.as_row() for one in found))
+
+
+class Chosen(NamedTuple):
+    """What was chosen on the validation split with some settings of the method.
+
+    Attributes:
+        settings: those that differ from the method's own.
+        problem: what was calibrated.
+        choosing: the search.
+        point: the best one; None where there is none inside the budget.
+    """
+
+    settings: Mapping[str, Any]
+    problem: Problem
+    choosing: Choosing
+    point: Point | None
+
+    @property
+    def gain(self) -> float:
+        """Its mean effect, counted so that more is better."""
+        return -math.inf if self.point is None else self.problem.gain(self.point).mean
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        point = self.point
+        where = {"layers": [], "strength": None, "gain": None}
+        if point is not None:
+            where = {"layers": list(point.layers), "strength": point.strength, "gain": self.gain}
+        return {"settings": dict(self.settings), **where}
+
+
+def _best(problem: Problem, choosing: Choosing) -> Point | None:
+    """The best point inside the budget, on the validation split."""
     problem.step("fitting")
-    choosing = Choosing(problem)
     choosing.drop_impossible()
     if problem.search.trials is not None:
         inside = [(point.layers, strength_of(point)) for point in sampled_points(problem, choosing)]
     else:
         inside = [place for layers in choosing.screened() for place in choosing.climb(layers)]
-    best = choosing.without_loops(inside)
-    if best is None:
-        return nothing_found(problem, choosing, unfound(problem, choosing.points))
-    return confirm(problem, best, choosing)
+    return choosing.without_loops(inside)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from steerkit._support.plugins import Configured
-from steerkit.evaluate.trial import Trial
+from steerkit.evaluate.trial import Answer, Trial
 
-__all__ = ["Column", "Scorer", "Weighted"]
+if TYPE_CHECKING:
+    from steerkit.evaluate.setup import Setup
+    from steerkit.prompts.rendering import Rendered
+
+__all__ = ["Column", "Differentiable", "Scorer", "Weighted"]
 
 
 class Column(NamedTuple):
@@ -102,3 +106,21 @@ class Scorer(Configured):
             same order, for every trial of one setup.
         """
         raise NotImplementedError
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A scorer whose first column is a fixed sum of what it says of single texts, so that gradients go through it."""
+
+    def texts(self, setup: Setup) -> Sequence[Rendered]:
+        """The texts with answers that are scored.
+
+        Raises:
+            DataError: the data lacks what the scorer needs.
+        """
+
+    def of_text(self, answer: Answer) -> Tensor:
+        """[] what is said of one text, float32, with gradients to `answer.logits`."""
+
+    def of_items(self, values: Tensor) -> Tensor:
+        """The items' scores [..., n] from what is said of the texts [..., t]; linear in these."""

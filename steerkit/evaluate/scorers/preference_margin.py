@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from steerkit.evaluate.scorers._base import Column, Scorer
-from steerkit.evaluate.trial import Trial
+from steerkit.evaluate.trial import Answer, Trial, token_log_probs
+
+if TYPE_CHECKING:
+    from steerkit.evaluate.setup import Setup
+    from steerkit.prompts.rendering import Rendered
 
 __all__ = ["PreferenceMargin"]
 
@@ -43,6 +47,38 @@ class PreferenceMargin(Scorer):
         Raises:
             DataError: a pair lacks an answer or has two prompts.
         """
-        texts = [text for pair in trial.setup.pairs for text in pair]
-        means = torch.stack([tokens.mean() for tokens in trial.log_probs(texts)])
-        return {"preference_margin": means[0::2] - means[1::2]}
+        means = torch.stack([tokens.mean() for tokens in trial.log_probs(self.texts(trial.setup))])
+        return {"preference_margin": self.of_items(means)}
+
+    def texts(self, setup: Setup) -> list[Rendered]:
+        """Both answers of each pair, one after the other.
+
+        Args:
+            setup: where the pairs stand.
+
+        Raises:
+            DataError: a pair lacks an answer or has two prompts.
+        """
+        return [text for pair in setup.pairs for text in pair]
+
+    def of_text(self, answer: Answer) -> Tensor:
+        """Mean log-probability of an answer's tokens.
+
+        Args:
+            answer: with the model's logits [t, v].
+
+        Returns:
+            []
+        """
+        return token_log_probs(answer).mean()
+
+    def of_items(self, values: Tensor) -> Tensor:
+        """The positive answer's minus the negative one's.
+
+        Args:
+            values: [..., 2n], of the texts.
+
+        Returns:
+            [..., n]
+        """
+        return values[..., 0::2] - values[..., 1::2]
