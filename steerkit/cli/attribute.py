@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit._support.files import write_whole
+from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
 from steerkit.cli._data import NO_DATA, DataChoice, recipe_of, takes_data
-from steerkit.cli._evidence import Items, OnOption, data_of, items_on, jsonable
+from steerkit.cli._evidence import Items, OnOption, data_of, items_on
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import BatchSize, Json, ReadoutOption, number, print_json, readout_of, stdout, table

@@ -43,6 +43,8 @@ from steerkit.cli._shared import (
 
 if TYPE_CHECKING:
     from steerkit.evaluate.calibration.result import Calibration
+    from steerkit.evaluate.setup import Setup
+    from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.recipe import MethodPart, Recipe
 
 __all__ = ["run"]
@@ -109,13 +111,13 @@ def run(
     from steerkit.evaluate.calibration.budget import Budget, Search
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
-    from steerkit.evaluate.store import Store
 
     chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
     part = replace(part, readout=readout_of(readout)) if readout is not None else part
     shown, *beside = scorers_of([effect, *(scorer or [])], markers, behaviour, judge)
-    ladder = _ladder(strengths, part.name)
+    how: dict[str, Any] = {"controls": controls, "trials": trials, "seed": seed, "screen": screen.value}
+    how |= {"strengths": _ladder(strengths, part.name), "settings": _settings(tried)}
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
     target = out or Path(f"{chosen.name}.safetensors")
     check_writable(target)
@@ -127,15 +129,8 @@ def run(
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).first_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
-    how: dict[str, Any] = {"controls": controls, "trials": trials, "seed": seed, "screen": screen.value}
-    how["settings"] = _settings(tried)
-    search = Search(candidates=listed, strengths=ladder, **how)
-    rows = target.with_name(f"{target.stem}.rows.jsonl")
-    options: dict[str, Any] = {"effect": shown, "beside": beside, "budget": budget, "search": search}
-    with status("fitting") as step:
-        found = chosen.calibrate(setup, train, part, store=Store(rows), step=step, **options)
-    _save(found, chosen, part, target)
-    rows.unlink(missing_ok=True)
+    options = {"effect": shown, "beside": beside, "budget": budget, "search": Search(candidates=listed, **how)}
+    found = _calibrated(setup, train, chosen, part, target, **options)
     if as_json:
         print_json(jsonable({"file": str(target) if found.vector is not None else None, **found.as_json()}))
     else:
@@ -179,6 +174,20 @@ def _settings(tried: list[str] | None) -> dict[str, list[Any]]:
             except tomllib.TOMLDecodeError:
                 read = value.strip()
             found.setdefault(name.strip(), []).append(read)
+    return found
+
+
+def _calibrated(
+    setup: Setup, train: ContrastSet, recipe: Recipe, part: MethodPart, target: Path, **options: Any
+) -> Calibration:
+    """The search and its vector's file, with figures beside the file for as long as it is not written."""
+    from steerkit.evaluate.store import Store
+
+    rows = target.with_name(f"{target.stem}.rows.jsonl")
+    with status("fitting") as step:
+        found = recipe.calibrate(setup, train, part, store=Store(rows), step=step, **options)
+    _save(found, recipe, part, target)
+    rows.unlink(missing_ok=True)
     return found
 
 

@@ -147,9 +147,9 @@ class Fits:
             self._acts = None if self.whole.acts is None else _some(self.whole.acts, self.whole.train, self.train)
         else:
             every = self._possible(self.sites({*self.layers, *layers}))
-            how: dict[str, Any] = {"readout": self.readout, "progress": self.progress}
+            how: dict[str, Any] = {**self._options(), "readout": self.readout, "progress": self.progress}
             how |= {"rows": self.rows, "shares": self.shares}
-            self._acts = read(*self._on, self.train, sites=every, **how, **self._options())
+            self._acts = read(*self._on, self.train, sites=every, **how)
         self._read = True
 
     def _possible(self, sites: list[Site]) -> list[Site]:
