@@ -109,7 +109,6 @@ def run(
     a killed sweep goes on where it was. Writes FOLDER/table.jsonl (or .parquet) and FOLDER/sweep.png. Choose on the
     validation items: what the held-out ones say counts only if nothing was chosen on them.
     """
-    from steerkit.errors import SteerError
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.store import Store
@@ -124,9 +123,7 @@ def run(
     scorers = scorers_of(scorer, markers, behaviour, judge)
     folder = out or Path("out") / f"sweep-{chosen.name}"
     target = folder / f"table.{form.value}"
-    check_writable(target)
-    if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
-        raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
+    _check_table(target, form)
     train, measured = items_on(chosen, part.name, on)
     model = model.of(chosen.model)
     model.check_layers(layers, chosen.model)
@@ -149,6 +146,19 @@ def run(
         return
     _show(points, effect, [next(iter(scorer.columns)) for scorer in scorers])
     _show_files(target, picture)
+
+
+def _check_table(target: Path, form: Format) -> None:
+    """Find out whether the table can be written.
+
+    Raises:
+        SteerError: it cannot, or pyarrow is missing.
+    """
+    from steerkit.errors import SteerError
+
+    check_writable(target)
+    if form is Format.parquet and importlib.util.find_spec("pyarrow") is None:
+        raise SteerError(f"{target}: parquet needs pyarrow; pip install 'steerkit-hf[datasets]'")
 
 
 def _both_signs(method: Any) -> list[float]:
