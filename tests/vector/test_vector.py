@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ from steerkit.errors import (
     VectorFileError,
     VectorMismatchError,
 )
+from steerkit.evaluate import sweeps
+from steerkit.evaluate.store import Store
 from steerkit.network.sites import Site
 from steerkit.tokens.fade import Fade
 from steerkit.vector.hold import Hold
@@ -295,6 +298,19 @@ def test_every_field_that_is_not_stored_tells_vectors_as_they_are_applied(name: 
     assert (other.application == vector.application) is (name in ("strength", "rows"))
     if name != "rows":
         assert [one.rows for one in vectors_by_row([[vector], [other]])] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_figures_of_a_vector_are_not_taken_for_those_of_one_applied_in_another_way(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[SteeringVector] = []
+    setup = SimpleNamespace(trial=lambda vector, _strength: asked.append(vector))
+    monkeypatch.setattr(sweeps, "measure", lambda *_, **__: {})
+    store, vectors = Store(None), [full(), replace(full(), **{name: APPLIED[name]})]
+    for vector in [*vectors, *vectors]:
+        sweeps.measure_point(setup, vector, 1.0, [], identity="one", store=store)  # type: ignore[arg-type]
+    assert asked == vectors
 
 
 def test_every_field_is_stored_or_said_not_to_be() -> None:
