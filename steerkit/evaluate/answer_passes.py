@@ -145,7 +145,8 @@ class AnswerPasses:
             batch: one of `work`, or a part of one.
         """
         layout = self._whole(batch, [self._rendered[row // len(self._trials)] for row in batch.rows])
-        logits = layout.run(self._setup.model)
+        model: Any = self._setup.model
+        logits = layout.run(getattr(model, "_orig_mod", model))  # compiled code has no hooks on its tensors
         return Seen(layout.answers(logits[0].device), logits, None)
 
     def _steering(self, batch: Batch) -> Any:

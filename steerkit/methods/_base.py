@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeAlias
 
 import torch
@@ -26,7 +27,17 @@ if TYPE_CHECKING:
     from steerkit.methods._subject import Subject
     from steerkit.tokens.forward_pass import Tokens
 
-__all__ = ["CONTRAST", "ONE_PAIR", "PAIRS", "TWO_KINDS", "FittedOn", "Method", "sorts_prompts", "takes_pair"]
+__all__ = [
+    "CONTRAST",
+    "ONE_PAIR",
+    "PAIRS",
+    "TWO_KINDS",
+    "FittedOn",
+    "Method",
+    "sorts_prompts",
+    "takes_pair",
+    "whole_and_thirds",
+]
 
 FittedOn: TypeAlias = Literal[
     "contrast set", "contrast set of pairs", "one pair of prompts", "harmful and harmless prompts"
@@ -319,6 +330,17 @@ class Method(Configured):
             raise FitError(f"{self.name}: the vector holds no direction, so it has no random control")
         drawn = {name: random_direction(vector.tensors[name], generator) for name in sorted(directions)}
         return replace(vector, tensors={**vector.tensors, **drawn})
+
+
+def whole_and_thirds(num_layers: int) -> list[tuple[int, ...]]:
+    """All blocks, and each third of them: candidates of methods that rank the parts of several blocks together.
+
+    Args:
+        num_layers: of the model.
+    """
+    ends = [round(part * num_layers / 3) for part in range(4)]
+    thirds = [tuple(range(start, stop)) for start, stop in pairwise(ends) if start < stop]
+    return list(dict.fromkeys([tuple(range(num_layers)), *thirds]))
 
 
 def takes_pair(kind: Method | type[Method]) -> bool:

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -45,7 +44,7 @@ from steerkit.maths import edits
 from steerkit.maths.probes import head_count
 from steerkit.methods._austeer_data import as_it_stands, balanced
 from steerkit.methods._austeer_neurons import neurons_table, scaled_weights
-from steerkit.methods._base import PAIRS, FittedOn, Method
+from steerkit.methods._base import PAIRS, FittedOn, Method, whole_and_thirds
 from steerkit.methods._protocols import Params, PartsTable, Prepared, WeightUpdate
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
@@ -210,9 +209,7 @@ class AUSteer(Method):
         Args:
             num_layers: of the model.
         """
-        ends = [round(part * num_layers / 3) for part in range(4)]
-        thirds = [tuple(range(start, stop)) for start, stop in pairwise(ends) if start < stop]
-        return list(dict.fromkeys([tuple(range(num_layers)), *thirds]))
+        return whole_and_thirds(num_layers)
 
     def contrast(self, data: ContrastSet) -> ContrastSet:
         """The pairs as they are read: balanced, without a template, good answers alone, as the settings say.

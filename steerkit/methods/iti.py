@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ from steerkit.errors import FitError
 from steerkit.maths.directions import coordinates, mean_difference, random_direction, unit
 from steerkit.maths.probes import LinearProbe, auc, head_count, linear_probe
 from steerkit.methods import AddDirection, PartsTable, Subject
+from steerkit.methods._base import whole_and_thirds
 from steerkit.network import Decoder, Site
 from steerkit.prompts.splitting import drawn
 
@@ -91,9 +91,7 @@ class InferenceTimeIntervention(AddDirection):
         Args:
             num_layers: of the model.
         """
-        ends = [round(part * num_layers / 3) for part in range(4)]
-        thirds = [tuple(range(start, stop)) for start, stop in pairwise(ends) if start < stop]
-        return list(dict.fromkeys([tuple(range(num_layers)), *thirds]))
+        return whole_and_thirds(num_layers)
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         """Rank the heads of all sites together by their probes, and give the best ones a shift.
