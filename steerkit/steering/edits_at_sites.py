@@ -209,9 +209,9 @@ class Edit:
             tokens.require_prompt(self._minimum, self._rows_of(facts))
         read = None if self.source is None else self.source(args[0])
         if self.tap.flat:  # OPT runs its MLP on rows and tokens in one dimension
-            shape = facts.batch, facts.width, -1
-            read = None if read is None else read.reshape(shape)
-            return self._write(h.reshape(shape), read, facts, tokens).reshape(h.shape)
+            parted = facts.batch, facts.width, -1
+            read = None if read is None else read.reshape(parted)
+            return self._write(h.reshape(parted), read, facts, tokens).reshape(h.shape)
         shape = h.shape
         if len(shape) != 3 or shape[0] != facts.batch or shape[1] != facts.width:  # no mask is laid over anything else
             raise SiteError(

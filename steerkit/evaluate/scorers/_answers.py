@@ -110,7 +110,8 @@ def expected(logs: Tensor, values: Tensor) -> Tensor:
     # Looking is cheap beside masking, which is nearly always for nothing.
     if bool(torch.isneginf(logs.amin())):
         values = values.masked_fill(torch.isneginf(logs), 0.0)
-    return torch.linalg.vecdot(logs.exp(), values)
+    found: Tensor = torch.linalg.vecdot(logs.exp(), values)
+    return found
 
 
 def tiles(answer: Answer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
