@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from steerkit.activations.caches import common_beginning
 from steerkit.errors import DataError, StrengthError
 from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import execution_device, find_decoder
@@ -23,6 +24,7 @@ from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.marks import CHANNEL, FRAME, THINKING
 from steerkit.prompts.rendering import Rendered, render
+from steerkit.steering.kept_prompts import KeptPrompts, Split
 from steerkit.steering.steering import steer
 from steerkit.steering.strengths import Strength, Vectors, strength_value, vectors_of
 from steerkit.tokens.scope import Scope
@@ -46,6 +48,7 @@ def generate(
     seed: int | Sequence[int] | None = None,
     raw: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    shares: bool = False,
     **options: Any,
 ) -> list[str]:
     """Answer prompts, steered where a vector is given. Greedy unless `do_sample=True`.
@@ -65,6 +68,8 @@ def generate(
             then a text does not depend on batches, and `temperature` is the only further option of sampling.
         raw: leave strings as they are, without the chat template.
         chat_template_kwargs: passed on to the chat template.
+        shares: read what prompts have in common once, and a prompt that stands there several times once, where steering
+            leaves prompts alone and options mean one answer to each: the same up to rounding.
         options: handed on to `transformers`' own `generate` (`num_return_sequences`, `do_sample`, ...).
 
     Returns:
@@ -107,12 +112,31 @@ def generate(
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             own = [rows[row] for row in batch.rows] if rows is not None else strength
             drawn = {} if seeds is None else _drawn([seeds[row] for row in batch.rows], options)
-            with torch.no_grad(), _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles):
-                out = model.generate(input_ids=ids, attention_mask=mask, **{**settings, **drawn})  # type: ignore[operator]
+            steering = _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles)
+            with torch.no_grad():
+                given = _read_once(model, batch, steering, device) if shares and options.keys() <= _ONE_ANSWER else {}
+                with steering:
+                    out = model.generate(input_ids=ids, attention_mask=mask, **{**settings, **drawn, **given})  # type: ignore[operator]
             out = getattr(out, "sequences", out)
             return [text_of(row) for row in out[:, ids.shape[1] :].tolist()]
 
         return _in_order(run_batches(batches(rendered, batch_size, pad_id=pad, side="left"), run), len(prompts))
+
+
+_ONE_ANSWER = frozenset({"do_sample", "min_new_tokens", "temperature", "top_k", "top_p"})
+
+
+def _read_once(model: nn.Module, batch: Batch, steering: Any, device: torch.device) -> dict[str, Any]:
+    """A cache of all prompts but for their last tokens, as an argument; nothing where it saves nothing."""
+    split = Split.of(batch, device) if getattr(steering, "leaves_prompts", True) else None
+    own = getattr(model, "generation_config", None)
+    several = [getattr(own, name, None) not in (None, 1) for name in ("num_beams", "num_return_sequences")]
+    if split is None or any(several) or not (split.repeated.any or common_beginning(split.prompts)):
+        return {}
+    decoder, prompts = find_decoder(model), KeptPrompts()
+    if not prompts.has(decoder, split):
+        return {}
+    return {"past_key_values": prompts.inputs(decoder, split)["past_key_values"]}
 
 
 def _in_order(runs: Iterable[tuple[Batch, list[str]]], prompts: int) -> list[str]:

@@ -9,8 +9,11 @@ import torch
 
 import steerkit
 from steerkit.errors import DataError, StrengthError
+from steerkit.network.decoder import find_decoder
+from steerkit.network.sites import Site
 from tests import modes
-from tests.families import build
+from tests.families import FAMILIES, FURTHER, build
+from tests.modes import vector_for
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 PROMPTS = ["Hi", "Tell me about the long and winding road to the sea.", "Why?"]
@@ -147,3 +150,36 @@ def test_a_seed_per_prompt_draws_tokens_with_their_probability(model: Any, token
 def test_what_a_seed_per_prompt_cannot_do(model: Any, tokenizer: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         steerkit.generate(model, tokenizer, PROMPTS, **{"seed": [1, 2, 3], **options})
+
+
+BEGUN = "You are kind. "
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
+def test_what_prompts_share_is_read_once(name: str) -> None:
+    tiny = build(name).eval()
+    if find_decoder(tiny).model_type == "rwkv":
+        return  # several rows with a state are refused
+    prompts = [f"{BEGUN}{asked}" for asked in ("Hi", "And you?", "Hi", "Well, how was it?")]
+    steering = {"vector": vector_for(tiny, scope="response", site=Site(1)), "strength": [1.0, 2.0, -1.0, 0.0]}
+    seen: list[int] = []
+    handle = tiny.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    options: dict[str, Any] = {"max_new_tokens": 3, "raw": True, **steering}
+    whole = steerkit.generate(tiny, byte_tokenizer(), prompts, **options)
+    columns, seen[:] = sum(seen), []
+    assert steerkit.generate(tiny, byte_tokenizer(), prompts, shares=True, **options) == whole
+    handle.remove()
+    if name == "llama":
+        assert sum(seen) < 0.7 * columns
+
+
+@pytest.mark.parametrize("options", [{"num_return_sequences": 2, "do_sample": True, "seed": 1}, {"num_beams": 2}])
+def test_several_answers_to_a_prompt_share_nothing(model: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+    prompts = [f"{BEGUN}{asked}" for asked in ("Hi", "And you?", "Hi")]
+    one, other = (
+        steerkit.generate(model, tokenizer, prompts, max_new_tokens=3, shares=shares, **options)
+        for shares in (True, False)
+    )
+    assert one == other

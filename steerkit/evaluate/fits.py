@@ -121,17 +121,14 @@ class Fits:
         key = tuple(sorted(set(layers)))
         if key not in self._fitted:
             self._read_once(key)
-            options = self._options()
-            vector = fit(*self._on, self.train, sites=self.sites(key), acts=self._acts, **options)
+            vector = fit(data=self.train, sites=self.sites(key), acts=self._acts, **self._options())
             self._fitted[key] = vector if self.scope is None else replace(vector, scope=self.scope)
         return self._fitted[key]
 
-    @property
-    def _on(self) -> tuple[Any, Any]:
-        return self.setup.model, self.setup.tokenizer
-
     def _options(self) -> dict[str, Any]:
         return {
+            "model": self.setup.model,
+            "tokenizer": self.setup.tokenizer,
             "method": self.method,
             "settings": self.settings,
             "batch_size": self.setup.batch_size,

@@ -172,6 +172,7 @@ class Trial:
             setup.tokenizer,
             [setup.instructed(Conversation.of(prompt)) for prompt in prompts],
             chat_template_kwargs=setup.chat_template_kwargs,
+            shares=True,
             **{"batch_size": setup.batch_size, "max_new_tokens": setup.max_new_tokens, **steering, **options},
         )
 

@@ -120,7 +120,7 @@ def test_texts_of_all_and_of_the_baseline_in_one_generation() -> None:
         for trial in trials:
             Repetition().score(trial)
         assert setup.baseline.texts
-    assert rows == [(len(pairs) + 1) * len(DATA)] * 3
+    assert rows == [len(DATA), *[(len(pairs) + 1) * len(DATA)] * 3], "and the prompts are read once for all"
 
 
 def test_no_more_rows_than_asked() -> None:

@@ -29,6 +29,8 @@ from steerkit.evaluate.store_identity import digest_of, setup_identity
 from steerkit.evaluate.sweep_table import save_table
 from steerkit.evaluate.sweeps import sweep
 from steerkit.methods._registry import resolve
+from steerkit.network.sites import Site
+from steerkit.network.tap import locate
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import build
 from tests.looping import LOOPS_ABOVE, NEUTRAL, answer, looping_model, swapped, trait_data
@@ -181,6 +183,34 @@ def test_mistakes() -> None:
 def points_of(setup: Setup, store: Store | None = None) -> list[Any]:
     fits = Fits(setup, trait_data(16), "caa", [1, 2], readout="response_mean")
     return list(sweep(setup, fits, [(1,), (1, 2)], [-1.0, 0.0, 1.0], store=store))
+
+
+def test_a_fit_on_a_part_reads_nothing_that_the_whole_reads(looping: tuple[Any, Any]) -> None:
+    setup, train = setup_of(looping), trait_data(40)
+    rest, _ = train.split(held_out=0.25, seed=3)
+    assert 0 < len(rest) < len(train)
+    passes: list[int] = []
+    locate(looping[0], [Site(1)])  # what form the residual stream has is seen in a pass of its own, once
+    handle = looping[0].model.register_forward_pre_hook(lambda *_: passes.append(1))
+    whole = Fits(setup, train, "caa", [1, 2], readout="response_mean", rows=True)
+    part = whole.part(rest)
+    vectors = part.at([1]), part.at([2]), whole.at([1, 2])
+    read, passes[:] = len(passes), []
+    again = Fits(setup, train, "caa", [1, 2], readout="response_mean", rows=True).at([1, 2])
+    handle.remove()
+    assert read == len(passes)
+    assert again.digest == vectors[2].digest, "what is confirmed is not touched"
+    for vector, layer in zip(vectors, (1, 2), strict=False):
+        alone = Fits(setup, rest, "caa", [layer], readout="response_mean").at([layer])
+        assert vector.data_digest == alone.data_digest
+        for name, tensor in alone.tensors.items():
+            torch.testing.assert_close(vector.tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_that_arranges_its_data_reads_a_part_by_itself(looping: tuple[Any, Any]) -> None:
+    train = trait_data(40)
+    rest, _ = train.split(held_out=0.25, seed=3)
+    assert Fits(setup_of(looping), train, "austeer", [1], rows=True).part(rest).whole is None
 
 
 def test_a_sweep_is_what_single_measurements_give(looping: tuple[Any, Any]) -> None:
