@@ -154,7 +154,7 @@ def check_command(words: list[str], where: str) -> None:
         for named in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
             assert set(named.split(",")) <= set(extras), f"{where}: no extra {named}"
     else:
-        assert program in ("git", "cd", "curl", "llama-cli"), f"{where}: what is {program!r}?"
+        assert program in ("git", "cd", "curl", "llama-cli", "vllm"), f"{where}: what is {program!r}?"
 
 
 @pytest.mark.parametrize("page", ids(WITH_CODE))
