@@ -30,6 +30,7 @@ __all__ = [
     "is_one_graph",
     "parts",
     "run_eagerly",
+    "shut",
     "step_of",
     "unsteered",
     "wrap",
@@ -255,3 +256,12 @@ def has_attention(module: nn.Module) -> bool:
         module: of vLLM's model.
     """
     return any(isinstance(one, parts().attention) for one in module.modules())
+
+
+def shut(llm: Any) -> None:
+    """End an engine.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    llm.llm_engine.engine_core.shutdown()
