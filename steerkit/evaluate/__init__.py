@@ -2,9 +2,9 @@
 
 `setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `blocks` compares places by
 steering, `attribution` by gradients; `suggesting`, `curve`, `sweeps` and `calibration` look for a strength; `controls`,
-`confounding`, `refit_intervals`, `removal` and `answer_likeness` doubt the result; `prompting` measures system prompts,
-`compare` sets methods side by side, `together` tells whether several vectors disturb each other, `lm_eval` runs tasks of
-the LM Evaluation Harness.
+`confounding`, `refit_intervals`, `removal` and `answer_likeness` doubt the result; `prompting` measures system
+prompts, `compare` sets methods side by side, `together` tells whether several vectors disturb each other, `lm_eval`
+runs tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ class Prompt:
         sums: by read site [d], over the tokens read so far.
         seen: position behind the last token read.
         decided: whether it has been decided; that stays, through preemption too.
+        strengths: by written site how strongly the vector is added; empty while the gate is closed.
     """
 
     plan: TermPlan
@@ -34,6 +35,12 @@ class Prompt:
     sums: dict[Site, Tensor] = field(default_factory=dict)
     seen: int = 0
     decided: bool = False
+    strengths: dict[Site, float] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> tuple[Site, ...]:
+        """Where it reads."""
+        return () if self.plan.gate is None else self.plan.gate.reads
 
     def wants(self, first: int, count: int) -> bool:
         """Whether a step holds what the gate reads.
@@ -63,12 +70,8 @@ class Prompt:
         new = of_prompt[max(1 - first, 0) :].sum(dim=0)
         self.sums[site] = new if first == 0 or site not in self.sums else self.sums[site] + new
 
-    def decide(self) -> dict[Site, float]:
-        """Decide, once the prompt has been read.
-
-        Returns:
-            By written site how strongly the vector is added; empty where the gate stays closed.
-        """
+    def decide(self) -> None:
+        """Decide, once the prompt has been read."""
         gate, self.decided = self.plan.gate, True
         assert gate is not None
         count = max(self.tokens - 1, 1) if gate.readout == "mean" else 1
@@ -76,15 +79,15 @@ class Prompt:
         self.sums.clear()
         if not all(bool(torch.isfinite(rows).all()) for rows in found.values()):
             _LOG.warning("a gate read activations that are not finite, and stays closed")
-            return {}
+            return
         decision = gate.decide(found)
         if not bool(decision.is_open[0]):
-            return {}
+            return
         limit = torch.inf if gate.limit is None else gate.limit
         strengths = {site: self.plan.strength * factor for site, factor in self.plan.factors.items()}
         for site, gain in decision.gains.items():
             strengths[site] *= float(gain[0])
-        return {site: min(max(strength, -limit), limit) for site, strength in strengths.items()}
+        self.strengths = {site: min(max(strength, -limit), limit) for site, strength in strengths.items()}
 
 
 def opened(edit: RankTwo, strength: float) -> RankTwo:

@@ -30,6 +30,7 @@ __all__ = [
     "is_one_graph",
     "parts",
     "run_eagerly",
+    "shut",
     "step_of",
     "unsteered",
     "wrap",
@@ -41,6 +42,7 @@ _HOMES = {
     "processor": "vllm.v1.engine.input_processor:InputProcessor",
     "runner": "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
     "cpu_runner": "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
+    "worker": "vllm.v1.worker.worker_base:WorkerBase",
     "attention": "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
     "wrong_request": "vllm.exceptions:VLLMValidationError",
     "context": "vllm.forward_context:get_forward_context",
@@ -62,6 +64,7 @@ class Parts(NamedTuple):
         processor: class; makes of what a caller asks a request to the engine, in the front end.
         runner: class; runs the model, in each worker.
         cpu_runner: class; the same on CPUs, with a `load_model` of its own.
+        worker: class; base of what holds a runner and answers calls to all workers.
         attention: class; base of all layers that keep keys and values.
         wrong_request: error; answered with 400 over HTTP.
         context: gives what is known of the forward pass under way.
@@ -71,6 +74,7 @@ class Parts(NamedTuple):
     processor: Any
     runner: Any
     cpu_runner: Any
+    worker: Any
     attention: Any
     wrong_request: Any
     context: Any
@@ -252,3 +256,12 @@ def has_attention(module: nn.Module) -> bool:
         module: of vLLM's model.
     """
     return any(isinstance(one, parts().attention) for one in module.modules())
+
+
+def shut(llm: Any) -> None:
+    """End an engine.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    llm.llm_engine.engine_core.shutdown()

@@ -12,7 +12,8 @@ from steerkit.engines.vllm.places import places
 from steerkit.engines.vllm.plan import Served
 from steerkit.engines.vllm.points import Point
 from steerkit.engines.vllm.prefixes import steering_keys
-from steerkit.engines.vllm.requests import ASKED, CARRIED, Admission
+from steerkit.engines.vllm.recording import TAKEN
+from steerkit.engines.vllm.requests import ASKED, CARRIED, READ, Admission
 from steerkit.engines.vllm.settings import Settings
 from steerkit.engines.vllm.steps import Steerer
 from steerkit.errors import ModelError, SteerError
@@ -34,6 +35,7 @@ def register() -> None:
     for runner in (parts.runner, parts.cpu_runner):
         names.wrap(runner, "load_model", _place)
     names.wrap(parts.runner, "_model_forward", _run)
+    setattr(parts.worker, TAKEN, _take)
     names.wrap(sys.modules[parts.keys.__module__], parts.keys.__name__, _key)
 
 
@@ -58,14 +60,14 @@ def _admit(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any)
     try:
         prompt = len(request.prompt_token_ids or request.prompt_embeds or ())
         extra = getattr(processor, _KEPT).admitted(params.extra_args, prompt)
-        why = names.unsteered(processor.vllm_config) if CARRIED in (extra or {}) else None
+        why = names.unsteered(processor.vllm_config) if {CARRIED, READ} & set(extra or ()) else None
         if why is not None:
             raise ModelError(why)
     except SteerError as error:
         raise names.parts().wrong_request(str(error), parameter=ASKED) from None
     params.extra_args = extra
-    if extra and extra.get(CARRIED, {}).get("whole"):
-        params.skip_reading_prefix_cache = True  # a gate over the whole prompt has to see all of it
+    if extra and (READ in extra or extra.get(CARRIED, {}).get("whole")):
+        params.skip_reading_prefix_cache = True  # what reads the whole prompt has to see all of it
     return request
 
 
@@ -133,6 +135,12 @@ def _run(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> A
         return names.extra_of(runner, request)
 
     return steerer.run(names.step_of(runner), extra, lambda: inner(runner, *args, **kwargs))
+
+
+def _take(worker: Any, wanted: list[str]) -> dict[str, dict[str, list[float]]]:
+    """What was read, by the names of `recording.record`; a worker's answer to it."""
+    steerer: Steerer = getattr(worker.model_runner, _KEPT)
+    return steerer.take(wanted)
 
 
 def _key(inner: Callable[..., Any], request: Any, start: int, end: int) -> list[Any]:

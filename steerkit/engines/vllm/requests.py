@@ -19,12 +19,13 @@ from steerkit._support.shipped import vector_path, vectors
 from steerkit.composition.terms import Composition
 from steerkit.engines.vllm.plan import Served, TermPlan, digest_of, key_of, planned
 from steerkit.engines.vllm.settings import Settings
-from steerkit.errors import CompositionError, SteerError, VectorFileError, unknown_name
+from steerkit.errors import CompositionError, SiteError, SteerError, VectorFileError, unknown_name
+from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["ASKED", "CARRIED", "Admission", "carried_plans"]
+__all__ = ["ASKED", "CARRIED", "READ", "Admission", "carried_plans"]
 
-ASKED, CARRIED = "steering", "steerkit"
+ASKED, CARRIED, READ = "steering", "steerkit", "steerkit_read"
 _KEPT = 256
 
 
@@ -64,7 +65,29 @@ class Admission:
             carried = self._carried(composition, prompt)
             if carried is not None:
                 found[CARRIED] = carried
+        if READ in found:
+            self._check_reading(found[READ], prompt)
         return found or None
+
+    def _check_reading(self, asked: Any, prompt: int) -> None:
+        """Hold what is to be read to what there is.
+
+        Raises:
+            SiteError: a place that the server does not know.
+            CompositionError: something else than what `recording` asks for.
+        """
+        try:
+            sites, (start, end) = [Site.parse(site) for site in asked["sites"]], asked["span"]
+            is_whole = isinstance(asked["name"], str) and 0 <= start < end <= prompt
+        except (KeyError, TypeError, ValueError):
+            is_whole = False
+        if not is_whole:
+            raise CompositionError(f"{READ}: got {repr(asked)[:60]}; give name, sites and span")
+        for site in sites:
+            if site.kind not in self._served.kinds or site.layer >= self._served.num_layers or not self._served.whole:
+                raise SiteError(
+                    f"{site}: the server knows {', '.join(self._served.kinds)} of {self._served.num_layers} blocks"
+                )
 
     def _carried(self, composition: Composition, prompt: int) -> dict[str, Any] | None:
         names = dict.fromkeys(name for term in composition.terms for name in term.names)

@@ -35,7 +35,7 @@ class Settings:
     folder: str | None = None
     hub: bool = False
     default: str | None = None
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = ("resid_post",)
     levels: int = 2
     terms: int = 8
     vectors: int = 64

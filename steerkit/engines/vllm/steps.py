@@ -22,7 +22,8 @@ from steerkit.engines.vllm.gates import Prompt, opened
 from steerkit.engines.vllm.names import Step
 from steerkit.engines.vllm.plan import Served, TermPlan
 from steerkit.engines.vllm.points import Point
-from steerkit.engines.vllm.requests import CARRIED, carried_plans
+from steerkit.engines.vllm.recording import Reading
+from steerkit.engines.vllm.requests import CARRIED, READ, carried_plans
 from steerkit.engines.vllm.schedule import Schedule
 from steerkit.maths.rank_two import RankTwo
 from steerkit.network.sites import Site
@@ -30,25 +31,23 @@ from steerkit.network.sites import Site
 __all__ = ["Steerer"]
 
 _LOG = logging.getLogger(__name__)
-_KEPT = 256
+_KEPT, _READ = 256, 2**14
 Extra = Callable[[str], tuple[Mapping[str, Any], int] | None]
 
 
 @dataclass
 class _Live:
-    """A steered request.
+    """A steered request that has a row.
 
     Attributes:
         row: its row on the board.
         plans: of its vectors.
-        prompts: what the gates among these have read, by term.
         taken: entries that it holds, with whether each has two directions.
         sites: where it writes.
     """
 
     row: int
     plans: tuple[TermPlan, ...]
-    prompts: dict[int, Prompt]
     taken: list[tuple[Any, bool]] = field(default_factory=list)
     sites: set[Site] = field(default_factory=set)
 
@@ -80,6 +79,9 @@ class Steerer:
         self._schedule = Schedule(served.terms, rows, board.device)
         self._free = list(range(rows, 0, -1))
         self._live: dict[str, _Live] = {}
+        self._prompts: dict[str, dict[int, Prompt]] = {}
+        self._readings: dict[str, Reading] = {}
+        self._read: dict[str, dict[str, list[float]]] = {}
         self._plans: OrderedDict[str, tuple[TermPlan, ...]] = OrderedDict()
         self._eagerly, self._graphed, self._is_plain = eagerly, graphed, True
         self._outgrown = False
@@ -121,20 +123,45 @@ class Steerer:
             return forward()
 
     def _meet(self, step: Step, extra: Extra) -> None:
-        """Let go of requests that are gone, and make room for those that are new."""
-        for request in [one for one in self._live if one not in step.requests and extra(one) is None]:
-            live = self._live.pop(request)
+        """Let go of requests that are gone, and make room for those that are new, or back."""
+        known = {*self._prompts, *self._readings}
+        for request in [one for one in known if one not in step.requests and extra(one) is None]:
+            self._release(request)
+            self._prompts.pop(request, None)
+            reading = self._readings.pop(request, None)
+            if reading is not None:
+                self._read[reading.name] = reading.means()
+                while len(self._read) > _READ:
+                    del self._read[next(iter(self._read))]
+        for request in step.requests:
+            found = None if request in self._live else extra(request)
+            if found is None:
+                continue
+            if READ in found[0] and request not in self._readings:
+                self._readings[request] = Reading.of(found[0][READ])
+            if CARRIED in found[0]:
+                if not self._free:  # requests that wait after preemption do not need theirs meanwhile
+                    self._release(next(one for one in self._live if one not in step.requests))
+                self._begin(request, self._planned(found[0][CARRIED]), found[1])
+
+    def _release(self, request: str) -> None:
+        """Take a request's row and entries back."""
+        live = self._live.pop(request, None)
+        if live is not None:
             for key, has_second in live.taken:
                 self._board.give(key, has_second=has_second)
             self._free.append(live.row)
-        for request in step.requests:
-            if request in self._live:
-                continue
-            found = extra(request)
-            if found is None or not found[0].get(CARRIED):
-                continue
-            carried, prompt = found[0][CARRIED], found[1]
-            self._begin(request, self._planned(carried), prompt)
+
+    def take(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+        """What has been read for some names, which is then forgotten.
+
+        Args:
+            names: of readings.
+        """
+        for reading in self._readings.values():
+            if reading.name in names:
+                self._read[reading.name] = reading.means()
+        return {name: self._read.pop(name) for name in names if name in self._read}
 
     def _planned(self, carried: Mapping[str, Any]) -> tuple[TermPlan, ...]:
         mark = carried["digest"]
@@ -147,7 +174,8 @@ class Steerer:
 
     def _begin(self, request: str, plans: tuple[TermPlan, ...], prompt: int) -> None:
         gates = {term: Prompt(plan, prompt) for term, plan in enumerate(plans) if plan.gate is not None}
-        live = self._live[request] = _Live(self._free.pop(), plans, gates)
+        prompts = self._prompts.setdefault(request, gates)
+        live = self._live[request] = _Live(self._free.pop(), plans)
         self._board.entry[:, :, live.row] = 0
         self._schedule.begin(live.row, plans, prompt)
         writes = [
@@ -157,6 +185,18 @@ class Steerer:
             for site, edit in plan.edits.items()
         ]
         self._write(live, writes)
+        for term in prompts:
+            self._open(request, term)
+
+    def _open(self, request: str, term: int) -> bool:
+        """Put the edits of a gated term where it has opened; whether it has."""
+        found = self._prompts[request][term]
+        writes = [
+            (term, site, (request, term, site), opened(found.plan.edits[site], strength))
+            for site, strength in found.strengths.items()
+        ]
+        self._write(self._live[request], writes)
+        return bool(writes)
 
     def _write(self, live: _Live, writes: Sequence[tuple[int, Site, Any, RankTwo]]) -> None:
         """Put edits where their request's row finds them.
@@ -202,41 +242,35 @@ class Steerer:
         self._schedule.fill(board.on[:, :count], board.lead[:, :count], row, step.positions)
         self._is_plain = False
 
-    def _asking(self, step: Step) -> list[tuple[int, Prompt]]:
-        """The gates that read something of this step, each with the place of its request in it."""
-        found: list[tuple[int, Prompt]] = []
+    def _asking(self, step: Step) -> list[tuple[int, Prompt | Reading]]:
+        """What reads something of this step, each with the place of its request in it."""
+        found: list[tuple[int, Prompt | Reading]] = []
         for number, request in enumerate(step.requests):
-            live, count = self._live.get(request), step.starts[number + 1] - step.starts[number]
-            prompts = live.prompts.values() if live else ()
-            found += [(number, prompt) for prompt in prompts if prompt.wants(step.first[number], count)]
+            count = step.starts[number + 1] - step.starts[number]
+            readers: list[Prompt | Reading] = [*self._prompts.get(request, {}).values()]
+            readers += [self._readings[request]] if request in self._readings else []
+            found += [(number, reader) for reader in readers if reader.wants(step.first[number], count)]
         return found
 
-    def _listen(self, step: Step, asking: Sequence[tuple[int, Prompt]]) -> None:
-        for site in {site for _, prompt in asking if prompt.plan.gate for site in prompt.plan.gate.reads}:
+    def _listen(self, step: Step, asking: Sequence[tuple[int, Prompt | Reading]]) -> None:
+        for site in {site for _, prompt in asking for site in prompt.reads}:
 
             def read(stream: Tensor, site: Site = site) -> None:
                 for number, prompt in asking:
-                    if prompt.plan.gate is not None and site in prompt.plan.gate.reads:
+                    if site in prompt.reads:
                         part = stream[step.starts[number] : step.starts[number + 1]]
                         prompt.read(site, part, step.first[number])
 
             self._points[site].reader = read
 
-    def _decide(self, step: Step, asking: Sequence[tuple[int, Prompt]]) -> bool:
+    def _decide(self, step: Step, asking: Sequence[tuple[int, Prompt | Reading]]) -> bool:
         """Have the gates decide whose prompts are complete; whether one has opened."""
         any_open = False
         for number, prompt in asking:
-            if step.first[number] + step.starts[number + 1] - step.starts[number] < prompt.tokens:
-                continue
-            request = step.requests[number]
-            live = self._live[request]
-            term = next(term for term, one in live.prompts.items() if one is prompt)
-            strengths = prompt.decide()
-            edits = prompt.plan.edits
-            writes = [
-                (term, site, (request, term, site), opened(edits[site], strength))
-                for site, strength in strengths.items()
-            ]
-            self._write(live, writes)
-            any_open |= bool(writes)
+            end = step.first[number] + step.starts[number + 1] - step.starts[number]
+            if isinstance(prompt, Prompt) and end >= prompt.tokens:
+                prompt.decide()
+                request = step.requests[number]
+                term = next(term for term, one in self._prompts[request].items() if one is prompt)
+                any_open |= self._open(request, term)
         return any_open

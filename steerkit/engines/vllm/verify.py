@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from steerkit.checks.fitted_method import Finding
+from steerkit.engines.vllm import names
 from steerkit.errors import ModelError
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
@@ -46,7 +47,7 @@ class _Engine:
 
     def ask(self, prompts: Sequence[Sequence[int]], said: Sequence[str | None], count: int = 8) -> list[Answer]:
         """Answers to requests that are there together."""
-        wanted = {"temperature": 0.0, "max_tokens": count, "ignore_eos": True, "logprobs": 0}
+        wanted = {"temperature": 0.0, "max_tokens": count, "ignore_eos": True, "logprobs": 0, "detokenize": False}
         params = [self._params(**wanted, extra_args=None if one is None else {"steering": one}) for one in said]
         inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         found = []
@@ -85,27 +86,34 @@ def verify(
     """
     with tempfile.TemporaryDirectory() as folder:
         engine = _Engine(path, Path(folder), options or {})
-        for name, seed in (("one", 1), ("other", 2)):
-            _direction(engine, seed).save(Path(folder) / f"{name}.safetensors")
-        prompts = _prompts(engine.vocabulary)
-        size, reason = _size(engine, prompts[0])
-        found = [Finding("steers", size is not None, reason)]
-        step()
-        if size is None:
-            return found
-        said = [None, f"one*{size:g}", f"other@all*{-size:g}", f"one[2:5]*{size:g} + other*{size:g}"] * 2
-        checks: dict[str, Callable[[], tuple[bool, str]]] = {
-            "plain_is_plain": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if not one]),
-            "rows_are_apart": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if one]),
-            "prefixes_are_apart": lambda: _prefixes(engine, size),
-            "as_transformers": lambda: _as_transformers(engine, path, Path(folder), prompts[:4], said[:4]),
-            "cost": lambda: _cost(engine, prompts, f"one*{size:g}"),
-        }
-        for name, check in checks.items():
-            if compared or name != "as_transformers":
-                found.append(Finding(name, *check()))
-            step()
+        try:
+            return _findings(engine, path, Path(folder), compared, step)
+        finally:
+            names.shut(engine.llm)
+
+
+def _findings(engine: _Engine, path: str, folder: Path, compared: bool, step: Callable[[], None]) -> list[Finding]:
+    for name, seed in (("one", 1), ("other", 2)):
+        _direction(engine, seed).save(folder / f"{name}.safetensors")
+    prompts = _prompts(engine.vocabulary)
+    size, reason = _size(engine, prompts[0])
+    found = [Finding("steers", size is not None, reason)]
+    step()
+    if size is None:
         return found
+    said = [None, f"one*{size:g}", f"other@all*{-size:g}", f"one[2:5]*{size:g} + other*{size:g}"] * 2
+    checks: dict[str, Callable[[], tuple[bool, str]]] = {
+        "plain_is_plain": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if not one]),
+        "rows_are_apart": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if one]),
+        "prefixes_are_apart": lambda: _prefixes(engine, size),
+        "as_transformers": lambda: _as_transformers(engine, path, folder, prompts[:4], said[:4]),
+        "cost": lambda: _cost(engine, prompts, f"one*{size:g}"),
+    }
+    for name, check in checks.items():
+        if compared or name != "as_transformers":
+            found.append(Finding(name, *check()))
+        step()
+    return found
 
 
 def _direction(engine: _Engine, seed: int) -> SteeringVector:

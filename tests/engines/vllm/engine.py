@@ -12,6 +12,7 @@ import torch
 
 import steerkit
 from steerkit.composition.terms import Composition
+from steerkit.engines.vllm.settings import KINDS
 from steerkit.vector.steering_vector import SteeringVector
 from tests.engines.vllm import models
 
@@ -38,7 +39,7 @@ class Pair:
         for name, vector in self.known.items():
             vector.save(self.vectors / f"{name}.safetensors")
         given = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, "block_size": 32}
-        settings = {"folder": str(self.vectors), **options.pop("steerkit", {})}
+        settings = {"folder": str(self.vectors), "kinds": list(KINDS), **options.pop("steerkit", {})}
         self.llm = LLM(
             str(path),
             dtype="float32",

@@ -30,6 +30,7 @@ def embedded(place: Path) -> Iterator[tuple[Pair, list[list[int]]]]:
     path = converted("smollm2-135m", embedded_gguf(ALIASES["smollm2-135m"]))
     known = {name: steerkit.SteeringVector.load(name) for name in SHIPPED}
     options = {"enforce_eager": False, "max_model_len": 256, "max_num_batched_tokens": 256}
+    options |= {"steerkit": {"kinds": ["resid_post"]}}
     pair = Pair(path, model, known, place / "shipped", **options)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]

@@ -57,7 +57,7 @@ class Server(NamedTuple):
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("page")
     page = (DOCS / "how-to" / "serve-with-vllm.md").read_text(encoding="utf-8")
-    install, extract, model, serve, curl = blocks(page)[0].text.strip().splitlines()
+    install, extract, fetch, serve, curl = blocks(page)[0].text.strip().splitlines()
     assert install.startswith("pip install vllm==")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -67,10 +67,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     serve = serve.replace("vllm serve", "python -m vllm.entrypoints.openai.api_server --model")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    subprocess.run(["bash", "-ec", f"mkdir -p vectors\n{extract}"], cwd=folder, env=env, check=True)
+    subprocess.run(["bash", "-ec", f"mkdir -p vectors\n{extract}\n{fetch}"], cwd=folder, env=env, check=True)
     log = (folder / "log").open("w")
     process = subprocess.Popen(
-        ["bash", "-ec", f"{model}\nexec {serve} {more}"], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
+        ["bash", "-ec", f"exec {serve} {more}"], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
     )
     try:
         _wait(process, port, folder / "log")

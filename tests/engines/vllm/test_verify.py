@@ -1,0 +1,67 @@
+"""The command that tests a vLLM passes on one that steers, and fails on one that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerkit.engines.vllm.steps import Steerer
+from steerkit.engines.vllm.verify import CHECKS, verify
+from tests.engines.vllm import models
+
+OPTIONS = {
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Any:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    yield
+    cleanup_dist_env_and_memory()
+
+
+def test_one_that_steers(place: Path) -> None:
+    steps: list[int] = []
+    found = verify(str(models.saved("llama", place)), options=OPTIONS, step=lambda: steps.append(1))
+    assert [one.check for one in found] == list(CHECKS)
+    # What it costs shows on models that have something to do.
+    assert all(one.passed for one in found if one.check != "cost"), found
+    assert len(steps) == len(CHECKS)
+
+
+def test_one_that_does_not(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain(_steerer: Steerer, _step: Any, _extra: Any, forward: Callable[[], Any]) -> Any:
+        return forward()
+
+    monkeypatch.setattr(Steerer, "run", plain)
+    (found,) = verify(str(models.saved("llama", place)), options=OPTIONS)
+    assert (found.check, found.passed) == ("steers", False)
+
+
+def test_one_in_which_rows_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Steerer.run
+
+    def mixed(steerer: Steerer, step: Any, extra: Any, forward: Callable[[], Any]) -> Any:
+        def swapped() -> Any:
+            steerer._board.row[:] = steerer._board.row.max()
+            return forward()
+
+        return run(steerer, step, extra, swapped)
+
+    monkeypatch.setattr(Steerer, "run", mixed)
+    found = {
+        one.check: one.passed for one in verify(str(models.saved("llama", place)), options=OPTIONS, compared=False)
+    }
+    assert found["steers"]
+    assert not found["plain_is_plain"]
+    assert not found["rows_are_apart"]
+    assert "as_transformers" not in found
