@@ -146,7 +146,7 @@ class Fits:
             every = self._possible(self.sites({*self.layers, *layers}))
             how: dict[str, Any] = {**self._options(), "readout": self.readout, "progress": self.progress}
             how |= {"rows": self.rows, "shares": self.shares}
-            self._acts = read(*self._on, self.train, sites=every, **how)
+            self._acts = read(data=self.train, sites=every, **how)
         self._read = True
 
     def _possible(self, sites: list[Site]) -> list[Site]:
