@@ -1,11 +1,11 @@
-"""AUSteer beside random units and beside CAA: `python -m benchmarks.units [RECIPE]`.
+"""AUSteer beside random neurons and beside CAA: `python -m benchmarks.units [RECIPE]`.
 
-For several numbers of units and several strengths: the preference margin, and what it costs in KL divergence to the
-unsteered model on neutral texts, with 95 % intervals over the items. The random units are as many at the same sites
+For several numbers of neurons and several strengths: the preference margin, and what it costs in KL divergence to the
+unsteered model on neutral texts, with 95 % intervals over the items. The random neurons are as many at the same sites
 with the same gains. CAA is fitted on the same items, by the behaviour's own recipe where there is one.
 
 By default the recipe's training items are fitted on and its held-out items measured. `--validation` parts the training
-items instead and leaves the held-out ones alone: that is where units, site and strength are to be chosen.
+items instead and leaves the held-out ones alone: that is where neurons, site and strength are to be chosen.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def compare(options: argparse.Namespace, model: Any, tokenizer: Any) -> None:
     print(f"{recipe.behaviour}: fitted on {len(train)} pairs, measured on {len(held_out)} {measured}")
     unsteered = f"{baseline.mean:+.3f} ({baseline.low:+.3f} to {baseline.high:+.3f})"
     print(f"unsteered margin {unsteered}; below what is added to it\n")
-    draws = f"random units, mean of {options.draws} draws (lowest to highest)"
+    draws = f"random neurons, mean of {options.draws} draws (lowest to highest)"
     print(f"| method | site | strength | margin | {draws} | KL |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     caa, strengths = addition(recipe, model, tokenizer, train)
@@ -70,18 +70,23 @@ def compare(options: argparse.Namespace, model: Any, tokenizer: Any) -> None:
         for method in ways:
             vector = steerkit.fit(model, tokenizer, train, method=method, sites=sites, acts=acts)
             for strength in options.strengths:
-                table.row(f"{method.k} units", f"`{kind}`, {len(vector.sites)} blocks", vector, strength)
+                table.row(
+                    f"{method.k} neuron{'s' * (method.k > 1)}",
+                    f"`{kind}`, {len(vector.sites)} block{'s' * (len(vector.sites) > 1)}",
+                    vector,
+                    strength,
+                )
 
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.units")
     parser.add_argument("recipe", nargs="?", default="optimism-austeer", help="whose items are used")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 100], help="numbers of units")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 10, 100], help="numbers of neurons")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 2.0])
     parser.add_argument("--kinds", nargs="+", help="kinds of site; default: the recipe's")
     parser.add_argument("--readout", help="tokens read; default: the recipe's")
-    parser.add_argument("--draws", type=int, default=5, help="draws of random units")
+    parser.add_argument("--draws", type=int, default=5, help="draws of random neurons")
     parser.add_argument("--neutral", type=int, default=16, help="neutral texts on which the cost is measured")
     parser.add_argument("--train", type=int, help="fit on so many pairs only")
     parser.add_argument("--items", type=int, help="measure on so many pairs only")
