@@ -93,7 +93,7 @@ class Search:
         seed: fixes splits, controls, intervals and the optimiser.
         together: whether the best single blocks are tried together too.
         screen: how candidates are ranked before the best climb: each steered at one strength, or all of them by the
-            slopes of their effects and costs (`steerkit.evaluate.attribution`), and then only the best one climbs.
+            slopes of their effects and costs (`steerkit.evaluate.attribution`); then only those near the best climb.
         settings: settings of the method with the values that are tried, each with each, such as ``{"heads": [8, 16]}``.
     """
 
