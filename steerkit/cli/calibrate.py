@@ -119,7 +119,7 @@ def run(
     part = chosen.method_part(method)
     part = replace(part, readout=readout_of(readout)) if readout is not None else part
     shown, *beside = scorers_of([effect, *(scorer or [])], markers, behaviour, judge)
-    ladder = _ladder(strengths, part.name)
+    ladder, settings = _ladder(strengths, part.name), _settings(tried)
     budget = Budget(max_kl, max_ppl_ratio, max_repetition)
     target = out or Path(f"{chosen.name}.safetensors")
     check_writable(target)
@@ -130,9 +130,7 @@ def run(
     setup = Setup(loaded, tokenizer, held_out, batch_size=batch_size, texts=texts).with_neutral(neutral)
     depth = setup.decoder.num_layers
     listed = parse_candidates(layers, depth) if layers else chosen.candidates(depth, part.name)
-    how: dict[str, Any] = {"controls": controls, "trials": trials, "seed": seed, "screen": screen.value}
-    how["settings"] = _settings(tried)
-    search = Search(candidates=listed, strengths=ladder, **how)
+    search = Search(listed, ladder, controls=controls, trials=trials, seed=seed, screen=screen.value, settings=settings)
     rows = target.with_name(f"{target.stem}.rows.jsonl")
     options: dict[str, Any] = {"effect": shown, "beside": beside, "budget": budget, "search": search}
     found = _calibrated(setup, train, chosen, part, store=Store(rows), **options)

@@ -126,7 +126,7 @@ class Chosen(NamedTuple):
     def as_row(self) -> dict[str, Any]:
         """Plain data for JSON."""
         point = self.point
-        where = {"layers": [], "strength": None, "gain": None}
+        where: dict[str, Any] = {"layers": [], "strength": None, "gain": None}
         if point is not None:
             where = {"layers": list(point.layers), "strength": point.strength, "gain": self.gain}
         return {"settings": dict(self.settings), **where}
