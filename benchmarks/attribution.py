@@ -155,7 +155,7 @@ def calibrations(name: str, model: Any, tokenizer: Any, options: argparse.Namesp
         if options.every_block:
             candidates = [(block,) for block in range(round(0.2 * (depth - 1)), round(0.8 * (depth - 1)) + 1)]
         for screen in ("steering", "attribution"):
-            search = Search(candidates=candidates, controls=3, screen=screen)  # type: ignore[arg-type]
+            search = Search(candidates=candidates, controls=3, screen=screen)
             marks: dict[str, Spent] = {}
             setup = Setup(model, tokenizer, held_out, texts=options.texts).first_neutral(options.neutral)
             with counted(model) as spent:

@@ -60,7 +60,9 @@ ScorerOption = Annotated[
 ]
 ScreenOption = Annotated[
     Screen,
-    typer.Option(help="Rank the layers by steering at each, or by slopes from gradients: only the best climbs then."),
+    typer.Option(
+        help="Rank the layers by steering at each, or by slopes from gradients: only those near the best climb then."
+    ),
 ]
 TryOption = Annotated[
     list[str] | None,

@@ -11,6 +11,7 @@ import pytest
 import steerkit
 from steerkit.evaluate.attribution import attribute
 from steerkit.evaluate.setup import Setup
+from steerkit.network.sites import layers_text
 from steerkit.recipe import find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 from tests.program import WIDTH, Cli, plain, strict_json
@@ -74,7 +75,9 @@ def test_calibrate_ranks_by_slopes(cli: Cli, here: Path) -> None:
         (one["effect"] for one in promised.values()), reverse=True
     )
     tried = {tuple(row["layers"]) for row in found["validation"]}
-    assert len(tried) == 1, "only the one that promises most climbs"
+    most = max(one["effect"] for one in promised.values())
+    near = [name for name, one in promised.items() if one["effect"] >= 0.8 * most][:2]
+    assert {layers_text(layers) for layers in tried} == set(near)
     assert "promised" not in strict_json(cli(*words, "--json", "--out", "b.safetensors").out)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Promise", "Promises"]
 
-_DRAWS = 2  # the same for all candidates, whose ranks need less than the figures themselves
+_TEXT_DRAWS = 48  # drawn answers in all: a curvature is then known to about a fifth, a promise to a tenth
 
 
 class Promise(NamedTuple):
@@ -98,7 +98,8 @@ class Promises:
         if not vectors:
             return
         effects = attribute_all(self._setup, vectors, self._scorer, in_parts=False)
-        drawn = drawn_slopes(self._setup, vectors, draws=_DRAWS, seed=self._seed)
+        draws = max(2, math.ceil(_TEXT_DRAWS / len(self._setup.calm)))
+        drawn = drawn_slopes(self._setup, vectors, draws=draws, seed=self._seed)
         for vector, effect, cost in zip(vectors, effects, drawn, strict=True):
             slopes = zip(effect.sites.values(), cost.values(), strict=True)
             self._known |= {key: (own.items, texts) for key, (own, texts) in zip(_keys(vector), slopes, strict=True)}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from steerkit.errors import DataError, near_miss
 from steerkit.evaluate.scoring import Measured
@@ -92,8 +92,8 @@ class Search:
         trials: number of points an optimiser (optuna) may try instead of the ladder; None climbs.
         seed: fixes splits, controls, intervals and the optimiser.
         together: whether the best single blocks are tried together too.
-        screen: how candidates are ranked before the best climb: each steered at one strength, or all of them by the
-            slopes of their effects and costs (`steerkit.evaluate.attribution`), and then only the best one climbs.
+        screen: how candidates are ranked before the best climb: `steering` at each, at one strength; or `attribution`,
+            slopes of their effects and costs for all at once, after which only those near the best climb.
         settings: settings of the method with the values that are tried, each with each, such as ``{"heads": [8, 16]}``.
     """
 
@@ -107,7 +107,7 @@ class Search:
     trials: int | None = None
     seed: int = 0
     together: bool = True
-    screen: Literal["steering", "attribution"] = "steering"
+    screen: str = "steering"
     settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,8 @@ from steerkit.evaluate.sweeps import Point
 __all__ = ["Choosing", "survivors"]
 
 Kind = TypeVar("Kind")
+_NEAR = 0.8
+"""What promises so much of the most that anything promises climbs too: promises are known to about a tenth."""
 _TOGETHER = 3
 """So many of the best single blocks are tried together."""
 
@@ -128,7 +130,9 @@ class Choosing:
         ranked = list(promises.of(self.candidates))
         together = self._together(ranked)
         self.promised = promises.of(self.candidates if together is None else [*self.candidates, together])
-        return list(self.promised)[:1]
+        best = max(promise.effect for promise in self.promised.values())
+        near = [layers for layers, promise in self.promised.items() if promise.effect >= _NEAR * best]
+        return (near or list(self.promised))[: problem.search.finalists]
 
     def climb(self, layers: tuple[int, ...]) -> list[Place]:
         """Find the strengths inside the budget: from the weakest on, up to the first that exceeds it.
