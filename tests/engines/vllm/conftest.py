@@ -19,6 +19,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # N-gram speculation imports numba, behind which this vLLM starts no other engine in one process: it looks through
+    # all modules for its kernels, and trips over llvmlite's.
+    items.sort(key=lambda item: "test_speculation" in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where models and vectors lie."""

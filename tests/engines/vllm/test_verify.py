@@ -51,11 +51,13 @@ def test_one_in_which_rows_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run = Steerer.run
 
     def mixed(steerer: Steerer, step: Any, extra: Any, forward: Callable[[], Any]) -> Any:
-        def swapped() -> Any:
-            steerer._board.row[:] = steerer._board.row.max()
+        def shifted() -> Any:  # every token has what its neighbour should have
+            board = steerer._board
+            for tokens in (board.row, board.on, board.lead) if len(step.requests) > 1 else ():
+                tokens.copy_(tokens.roll(1, dims=min(tokens.dim() - 1, 1)))
             return forward()
 
-        return run(steerer, step, extra, swapped)
+        return run(steerer, step, extra, shifted)
 
     monkeypatch.setattr(Steerer, "run", mixed)
     found = {
