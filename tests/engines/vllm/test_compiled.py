@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.asked import every_edit, gated, prompt
+from tests.engines.vllm.models import FAMILIES
 
 OPTIONS = {"enforce_eager": False, "max_num_batched_tokens": 64}
-SLOW = [pytest.param({"family": one, **OPTIONS}, marks=pytest.mark.slow, id=one) for one in ("qwen3", "gemma3")]
-
 pytestmark = pytest.mark.parametrize(
-    "pair", [pytest.param({"family": "llama", **OPTIONS}, id="llama"), *SLOW], indirect=True
+    "pair", [{"family": family, **OPTIONS} for family in FAMILIES], indirect=True, ids=FAMILIES
 )
 
 
