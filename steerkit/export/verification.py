@@ -7,7 +7,8 @@ Weights that hold an edit round it elsewhere than hooks do, so the two agree onl
 does to the logits depends on the model, its precision and the processor. It is therefore measured where it is needed:
 the hooked model runs again with its input embeddings moved by one unit in the last place, and a small multiple of what
 that does is allowed. In float32 the largest logit difference of all is held against it; in bfloat16 and float16, where
-rounding alone makes a router send single tokens elsewhere, the largest one of the median token.
+rounding alone makes a router send single tokens elsewhere, the largest one of the median token. So too where layers
+round their activations to int8 themselves (LLM.int8): one value on an edge between two codes moves its token far.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Verification(NamedTuple):
         rows: texts compared.
         effect: the largest difference that steering makes, as `relative`.
         dtype: the model's precision.
+        is_full: whether that is float32 or higher, and no layer rounds activations to fewer values.
     """
 
     absolute: float
@@ -67,11 +69,7 @@ class Verification(NamedTuple):
     rows: int
     effect: float
     dtype: str
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the model's precision is float32 or higher."""
-        return is_full(getattr(torch, self.dtype))
+    is_full: bool
 
     @property
     def difference(self) -> float:
@@ -107,6 +105,7 @@ class Expected(NamedTuple):
         effect: as in `Verification`.
         rounding: as in `Verification`.
         dtype: the model's precision.
+        is_full: as in `Verification`.
     """
 
     ids: Tensor
@@ -114,6 +113,7 @@ class Expected(NamedTuple):
     effect: float
     rounding: float
     dtype: torch.dtype
+    is_full: bool
 
 
 def probe_ids(model: nn.Module, tokenizer: Any = None) -> Tensor:
@@ -163,7 +163,8 @@ def expected(model: nn.Module, tokenizer: Any, vectors: Sequence[SteeringVector]
     with steer(model, vectors, strength):
         hooked = logits_of(model, ids)
         rounding = spread(model, ids, hooked)
-    return Expected(ids, hooked, _relative(logits_of(model, ids), hooked), rounding, _dtype(model))
+    effect = _relative(logits_of(model, ids), hooked)
+    return Expected(ids, hooked, effect, rounding, _dtype(model), is_full(model))
 
 
 @torch.no_grad()
@@ -185,16 +186,26 @@ def spread(model: nn.Module, ids: Tensor, logits: Tensor) -> float:
     """
     decoder = find_decoder(model)
     dtype = _dtype(model)
-    apart = _relative if is_full(dtype) else _typical
+    apart = _relative if is_full(model) else _typical
     generator = torch.Generator().manual_seed(0)
     draws = [_noise(model, ids, dtype, generator) for _ in range(_DRAWS)]
     least = float(torch.finfo(torch.float32).eps) * math.sqrt(decoder.hidden_size * 2 * decoder.num_layers)
     return max(least, *(apart(logits_of(model, ids, noise=noise), logits) for noise in draws))
 
 
-def is_full(dtype: torch.dtype) -> bool:
-    """Whether a precision is float32 or higher."""
-    return torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps
+def is_full(model: nn.Module) -> bool:
+    """Whether a model computes in float32 or higher throughout.
+
+    Args:
+        model: the transformers model. Layers of bitsandbytes' LLM.int8, and of quanto where activations are quantised
+            too, round what they read to 256 values.
+    """
+    if torch.finfo(_dtype(model)).eps > torch.finfo(torch.float32).eps:
+        return False
+    return not any(
+        type(layer).__name__ == "Linear8bitLt" or getattr(layer, "activation_qtype", None) is not None
+        for layer in model.modules()
+    )
 
 
 def verify(found: Tensor, wanted: Expected) -> Verification:
@@ -219,6 +230,7 @@ def verify(found: Tensor, wanted: Expected) -> Verification:
         rows=len(wanted.ids),
         effect=wanted.effect,
         dtype=str(wanted.dtype).removeprefix("torch."),
+        is_full=wanted.is_full,
     )
 
 
