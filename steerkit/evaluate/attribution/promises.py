@@ -2,8 +2,8 @@
 
     effect(s) = effect(0) + a s,   KL(s) = c s^2 / 2     so at KL = max_kl the effect is about  a sqrt(2 max_kl / c)
 
-Both hold for small strengths. Effects bend before the budget ends, and not everywhere alike:
-`docs/results/attribution.md` has how far that misleads.
+Both hold for small strengths. Effects bend before the budget ends, and not everywhere alike, so what comes near the
+best climbs too.
 """
 
 from __future__ import annotations
