@@ -98,7 +98,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     if not hasattr(body, "get_input_embeddings"):  # ModernBERT calls its head a decoder
         body = inner.base_model
     if _is_encoder(inner, body):
-        raise SiteError(f"{owner} is an encoder, its attention is not causal; pass a causal language model")
+        raise SiteError(
+            f"{owner} is an encoder, or sees its whole prompt: it is not causal; pass a causal language model"
+        )
     if all(parameter.is_meta for parameter in inner.parameters()) and not _is_dispatched(inner):
         raise SiteError(f"{owner} has no weights: all parameters are on the meta device; load it with from_pretrained")
     blocks = _find_blocks(body, getattr(text, "num_hidden_layers", None) or 0, owner)
@@ -155,6 +157,8 @@ def _find_blocks(body: nn.Module, num_layers: int, owner: str) -> nn.ModuleList:
         if any(0 < len(one) < num_layers and num_layers % len(one) == 0 for one in lists.values()):
             found += _CACHE_SLOTS
         raise SiteError(f"the config of {owner} says {num_layers} blocks, but its module lists are: {found}")
+    if len(outer) > 1:  # towers for images or sound may be as deep; they are modules of their own inside the body
+        outer = [name for name in outer if "." not in name] or outer
     if len(outer) > 1:
         raise SiteError(
             f"{owner} has {len(outer)} lists of {num_layers} modules: {', '.join(outer)}; which are blocks?"

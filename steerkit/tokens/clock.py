@@ -74,8 +74,8 @@ class PassClock:
         self._local = threading.local()
         self._handles: list[Any] = []
         self._names = {id(module): tuple(inspect.signature(module.forward).parameters) for module in (model, body)}
-        self._frames, self._texts = GenerateFrames(model), Texts(self._local)
-        self._reader = PassReader(model, self._frames, self._texts, self._local)
+        self._frames, self._texts = GenerateFrames(model, body), Texts(self._local)
+        self._reader = PassReader(model, body, self._frames, self._texts, self._local)
         self._checks: list[Callable[[], None]] = []
         self.owners: dict[int, int] = {}
         self.is_shared = self.is_compiled = self._runs = False

@@ -41,13 +41,14 @@ class GenerateFrames:
     """Finds the frames of one model's `generate` on the Python stack of this thread.
 
     Args:
-        model: the transformers model itself; a weak reference is kept.
+        model: the transformers model itself; a weak reference is kept, as of the body.
+        body: its decoder body: a model around a language model (BLIP-2, KOSMOS-2) may call that one's own `generate`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, body: nn.Module) -> None:
         from transformers.generation.utils import GenerationMixin
 
-        self._model = weakref.ref(model)
+        self._models = weakref.ref(model), weakref.ref(body)
         self._generate = inspect.unwrap(GenerationMixin.generate).__code__
         loops = (getattr(GenerationMixin, name, None) for name in _LOOPS)
         # By identity: the hash of a code object is that of all it holds.
@@ -90,17 +91,21 @@ class GenerateFrames:
         """See `prompt`; goes through the whole stack."""
         found, settings, drafts = None, None, False
         frame: Any = sys._getframe(2)
-        model = self._model()
         while frame is not None:
             code = frame.f_code
             if code is self._generate:
-                if (found is None or drafts) and frame.f_locals.get("self") is model:
+                if (found is None or drafts) and self._is_own(frame):
                     names = frame.f_locals
                     found, settings, drafts = names.get(_PROMPT), names.get(_SETTINGS), False
             elif code.co_name == _DRAFTING:
                 drafts = True
             frame = frame.f_back
         return (found, settings) if isinstance(found, Tensor) else (None, None)
+
+    def _is_own(self, frame: Any) -> bool:
+        """Whether a frame of `generate` or of a loop is this model's."""
+        caller = frame.f_locals.get("self")
+        return any(model() is caller for model in self._models)
 
     def text(self) -> Tensor | None:
         """The ids [b, t] of the whole text in the innermost decoding of this model on the stack; None outside of one.
@@ -109,7 +114,7 @@ class GenerateFrames:
         """
         frame: Any = sys._getframe(1)
         while frame is not None:
-            if id(frame.f_code) in self._loops and frame.f_locals.get("self") is self._model():
+            if id(frame.f_code) in self._loops and self._is_own(frame):
                 names = frame.f_locals
                 return next((names[name] for name in _TEXT if isinstance(names.get(name), Tensor)), None)
             frame = frame.f_back

@@ -38,16 +38,20 @@ class PassReader:
 
     Args:
         model: the transformers model itself; a weak reference is kept.
+        body: its decoder body, which some models let generate.
         frames: finds the `generate` call of this model that a pass is in.
         texts: what goes on from pass to pass.
         local: the switches of each thread: `rows`, `suspended`, `aside` and `decoding`, see `PassClock`.
     """
 
-    def __init__(self, model: nn.Module, frames: GenerateFrames, texts: Texts, local: threading.local) -> None:
+    def __init__(
+        self, model: nn.Module, body: nn.Module, frames: GenerateFrames, texts: Texts, local: threading.local
+    ) -> None:
         self._model = weakref.ref(model)
         self._frames, self._texts, self._local = frames, texts, local
-        # `generate` always says how many logits it wants, where the model's forward can be told.
-        self._tells = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # `generate` always says how many logits it wants, where the forward of the model that generates can be told.
+        generating = body if hasattr(body, "generate") else model
+        self._tells = "logits_to_keep" in inspect.signature(generating.forward).parameters
 
     # See the table of modes in the tests for what each branch is for.
     def read(self, tokens: Tensor, given: Mapping[str, Any]) -> Pass:
@@ -87,6 +91,8 @@ class PassReader:
         facts["is_apart"] = own_sequence
         self._read_end(facts, cache, None if own_sequence else call, given)
         if not compiling:
+            if facts["given"] is None and call is not None and not own_sequence:
+                facts["given"] = self._ids_of(facts)
             facts["store"] = self._texts.store_of(None if own_sequence else call, cache, past)
             facts |= getattr(self._local, "aside", None) or {}
         self._read_pads(facts, mask, cache, call, given)
@@ -112,6 +118,13 @@ class PassReader:
         """Whether a pass without a cache carries less than the text of its `generate` call."""
         text = self._frames.text()
         return text is not None and width < text.shape[1]
+
+    def _ids_of(self, facts: dict[str, Any]) -> Tensor | None:
+        """The ids [b, t] that embeddings stand for, where `generate` was given both; None where it knows none."""
+        text, end = self._frames.text(), facts["past"] + facts["width"]
+        if text is None or not isinstance(facts["past"], int) or text.shape != (facts["batch"], end):
+            return None
+        return text[:, facts["past"] :]
 
     def _read_end(self, facts: dict[str, Any], cache: Any, call: GenerateCall | None, given: Mapping[str, Any]) -> None:
         """Where the prompt ends, and whether this is a decoding step."""

@@ -807,7 +807,7 @@ def _tiny(config: type, model: type, **sizes: Any) -> Any:
 
 def test_encoders_and_encoder_decoders_are_refused() -> None:
     bert = _tiny(tf.BertConfig, tf.BertModel)
-    with pytest.raises(SiteError, match="BertModel is an encoder, its attention is not causal"):
+    with pytest.raises(SiteError, match="BertModel is an encoder, or sees its whole prompt: it is not causal"):
         find_decoder(bert)
     with pytest.raises(SiteError, match="BertForMaskedLM is an encoder"):
         find_decoder(_tiny(tf.BertConfig, tf.BertForMaskedLM))

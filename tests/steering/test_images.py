@@ -3,100 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from torch import Tensor
 
 import steerkit
 from steerkit.network.decoder import find_decoder
 from tests import modes
 from tests.by_hand import adding, blocks_of, columns_of
-from tests.families import BLOCKS, GROUPED, HIDDEN, QUIET, build
+from tests.image_models import END, FURTHER_SEEING, IMAGE, SEEING, START, phi4_multimodal
 from tests.pairwise import pairwise
 from tests.prompts.test_chat_roles import expected
 from tests.tiny_tokenizers import TEMPLATES, byte_tokenizer
 
-IMAGE, START, END = 300, 301, 302  # beyond the tokenizer's ids
 NEW = 5
 PLAIN = ("response", "all", "prompt", "generated", "first(4)")
 ROLES = ("assistant", "answer", "after(0)")
+SCOPES = [*PLAIN, *ROLES]
 TOKENIZER = byte_tokenizer(TEMPLATES["chatml"])
-VISION: dict[str, Any] = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": BLOCKS,  # as deep as the text part
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 4,
-}
-
-
-def _llava() -> Any:
-    config = tf.LlavaConfig(
-        text_config=tf.LlamaConfig(**GROUPED, **QUIET),
-        vision_config=tf.CLIPVisionConfig(**VISION),
-        image_token_id=IMAGE,
-    )
-    return tf.LlavaForConditionalGeneration(config)
-
-
-def _qwen() -> Any:
-    vision = {"depth": 2, "hidden_size": HIDDEN, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": HIDDEN}
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-    config = tf.Qwen2_5_VLConfig(
-        text_config={**GROUPED, **QUIET, "rope_parameters": rope},
-        vision_config={**vision, "patch_size": 4, "fullatt_block_indexes": [1], "window_size": 16},
-        image_token_id=IMAGE,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    return tf.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _smolvlm() -> Any:
-    config = tf.SmolVLMConfig(
-        text_config=tf.LlamaConfig(**GROUPED, **QUIET), vision_config=VISION, image_token_id=IMAGE, scale_factor=2
-    )
-    return tf.SmolVLMForConditionalGeneration(config)
-
-
-def _pixels(batch: int, *, images: bool = False) -> Tensor:
-    drawn = torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return drawn[:, None] if images else drawn
-
-
-def _patches(batch: int) -> dict[str, Tensor]:
-    """Qwen's processor lays the patches of all images out in one list of rows: two frames, three colours."""
-    drawn = torch.randn(16 * batch, 2 * 3 * 4 * 4, generator=torch.Generator().manual_seed(0))
-    return {"pixel_values": drawn, "image_grid_thw": torch.tensor([[1, 4, 4]] * batch)}
-
-
-def _seen_by(name: str, batch: int, ids: Tensor) -> dict[str, Tensor]:
-    if name == "qwen2_5_vl":
-        return {**_patches(batch), "mm_token_type_ids": (ids == IMAGE).long()}
-    if name == "gemma3":
-        return {"pixel_values": _pixels(batch), "token_type_ids": (ids == IMAGE).long()}
-    return {"pixel_values": _pixels(batch, images=name == "smolvlm")}
-
-
-# By name: how it is made, and the tokens that stand for one image of sixteen patches.
-MODELS: dict[str, tuple[Callable[[], Any], list[int]]] = {
-    "llava": (_llava, [IMAGE] * 16),
-    "qwen2_5_vl": (_qwen, [START, *[IMAGE] * 4, END]),
-    "gemma3": (lambda: build("gemma3_vlm"), [START, *[IMAGE] * 4, END]),
-    "smolvlm": (_smolvlm, [IMAGE] * 4),
-}
+MODELS = {**SEEING, **FURTHER_SEEING}
 
 
 @functools.cache
 def model_of(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MODELS[name][0]().eval()
+        model = MODELS[name].build().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -105,7 +40,7 @@ def model_of(name: str) -> Any:
 
 def prompts(name: str) -> list[list[int]]:
     """Two chats about an image each, of unequal length, up to where the assistant speaks."""
-    image, rows = MODELS[name][1], []
+    image, rows = MODELS[name].tokens, []
     for question in ("What is it?", "Look. And who is that?"):
         text = TOKENIZER.apply_chat_template(
             [{"role": "user", "content": f"%{question}"}], tokenize=False, add_generation_prompt=True
@@ -122,7 +57,7 @@ def answered(name: str, use_cache: bool) -> tuple[Tensor, Tensor]:
     out = model_of(name).generate(
         input_ids=ids,
         attention_mask=mask,
-        **_seen_by(name, len(ids), ids),
+        **MODELS[name].given(len(ids), ids),
         use_cache=use_cache,
         max_new_tokens=NEW,
         min_new_tokens=NEW,
@@ -148,7 +83,17 @@ def meant(scope: str, name: str, sequences: Tensor) -> Tensor:
     return written
 
 
-@pytest.mark.parametrize(("name", "scope", "use_cache"), pairwise(list(MODELS), [*PLAIN, *ROLES], [True, False]))
+@pytest.mark.parametrize(
+    ("name", "scope", "use_cache"),
+    [
+        *pairwise(list(SEEING), SCOPES, [True, False]),
+        ("kosmos2", "response", False),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in itertools.product(FURTHER_SEEING, SCOPES, [True, False])
+        ),
+    ],
+)
 def test_an_image_is_answered_as_by_hand(name: str, scope: str, use_cache: bool) -> None:
     model = model_of(name)
     vector = modes.vector_for(model, scope="all")
@@ -163,17 +108,47 @@ def test_an_image_is_answered_as_by_hand(name: str, scope: str, use_cache: bool)
     assert float((plain - right).abs().max() / right.abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*SEEING, *(pytest.param(name, marks=pytest.mark.slow) for name in FURTHER_SEEING)])
 def test_the_image_is_seen_and_the_text_part_is_steered(name: str) -> None:
     model = model_of(name)
     blocks = find_decoder(model).blocks
     assert blocks is blocks_of(model)
     assert not any("vision" in type(block).__name__.lower() for block in blocks)
     ids, _ = modes.rows_of(prompts(name)[:1])
-    given = _seen_by(name, 1, ids)
-    with torch.no_grad():
+    given = MODELS[name].given(1, ids)
+    shown = next(name for name in ("pixel_values", "input_features") if name in given)
+    with torch.no_grad():  # an image of zeros counts as none in Idefics
         seen, blank = (
-            model(input_ids=ids, **{**given, "pixel_values": pixels}).logits
-            for pixels in (given["pixel_values"], torch.zeros_like(given["pixel_values"]))
+            model(input_ids=ids, **{**given, shown: values}).logits
+            for values in (given[shown], torch.full_like(given[shown], 0.1))
         )
     assert not torch.allclose(seen[0, -1], blank[0, -1], atol=1e-4)
+
+
+def test_blocks_are_told_from_towers_of_the_same_depth() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = phi4_multimodal().eval()
+    assert find_decoder(model).blocks is model.model.layers
+    vector, ids = modes.vector_for(model, scope="all"), torch.tensor([modes.SHORT])
+    with torch.no_grad():
+        with steerkit.steer(model, vector):
+            found = model(input_ids=ids).logits
+        with adding(model.model.layers[1], vector.tensors[f"{modes.RESID}/direction"], torch.ones_like(ids).bool()):
+            assert torch.equal(found, model(input_ids=ids).logits)
+
+
+def test_embeddings_with_their_ids_are_told_by_role() -> None:
+    """`generate` takes both, and feeds the embeddings alone."""
+    model, (ids, mask) = model_of("llava"), modes.rows_of([[5, *prompts("llava")[0][-12:]]])
+    vector = modes.vector_for(model, scope="all")
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": modes.PAD}
+
+    def answer(**given: Tensor) -> Tensor:
+        with torch.no_grad(), steerkit.steer(model, vector, scope="answer", tokenizer=TOKENIZER):
+            return model.generate(**given, **options)[:, -NEW:]
+
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(answer(input_ids=ids, inputs_embeds=embedded), answer(input_ids=ids))
+    with pytest.raises(steerkit.errors.ScopeError, match="no token ids"):
+        answer(inputs_embeds=embedded)
