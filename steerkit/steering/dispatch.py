@@ -11,9 +11,6 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from steerkit.errors import ModelError
-from steerkit.network.decoder import Decoder
-from steerkit.steering.edits_at_sites import GuidedEdit
 from steerkit.steering.replay import Reading
 from steerkit.tokens.clock import Hook, PassClock
 
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from steerkit.network.tap import Tap
     from steerkit.steering.edits_at_sites import Edit
 
-__all__ = ["attached_edits", "forget_compiled", "make_compiled_code_see_hooks", "refuse_compiled_model", "settle"]
+__all__ = ["attached_edits", "forget_compiled", "make_compiled_code_see_hooks", "settle"]
 
 
 class _Dispatcher(Hook):
@@ -155,19 +152,6 @@ def forget_compiled(model: nn.Module) -> None:
     for module in model.modules():
         for dispatcher in _DISPATCHERS.get(module, {}).values():
             dispatcher.settle()
-
-
-def refuse_compiled_model(model: nn.Module, decoder: Decoder, edits: Sequence[Edit]) -> None:
-    """Refuse gated vectors on a compiled model: compiled code would keep the first prompt's decision.
-
-    Raises:
-        ModelError: the model or one of its blocks is compiled.
-    """
-    if not any(isinstance(edit, GuidedEdit) for edit in edits):
-        return
-    modules = [model, decoder.model, decoder.body, *decoder.blocks]
-    if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
-        raise ModelError("a gated vector cannot steer a compiled model: load it anew, without torch.compile")
 
 
 def make_compiled_code_see_hooks() -> None:

@@ -21,12 +21,13 @@ from steerkit.errors import ModelError, StrengthError, near_miss
 from steerkit.network.decoder import Decoder
 from steerkit.network.placement import Placement
 from steerkit.network.sites import Site
-from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, refuse_compiled_model, settle
+from steerkit.steering.dispatch import attached_edits, make_compiled_code_see_hooks, settle
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths
 from steerkit.steering.planning import Target, joined, planned
 from steerkit.steering.replay import Reading, replaying
 from steerkit.steering.shared_prefixes import drop_shared_prefixes, refuse_running_batches
 from steerkit.steering.strengths import strength_value, vectors_of
+from steerkit.steering.uncompiled import gates_uncompiled, refuse_compiled_model
 from steerkit.tokens.clock import PassClock
 from steerkit.tokens.scope import PromptLengths
 from steerkit.vector.steering_vector import UNITS
@@ -185,6 +186,7 @@ class Steering:
             for edit in self._edits:
                 edit.clock = clock
                 edit.refresh()
+            stack.enter_context(gates_uncompiled(self._decoder, self._edits))
             guided: set[int] = set()
             for edit in self._edits:
                 if isinstance(edit, GuidedEdit) and id(edit.guide) not in guided:
