@@ -67,14 +67,14 @@ def trait_of(vector: SteeringVector) -> TraitSpec:
 def measured(model: Any, tokenizer: Any, name: str, vector: SteeringVector) -> Facts:
     """Answers before and after, and for a gate what either kind of prompts got."""
     own, gated = strength_of(vector), is_gated(vector)
-    doses = (0.0, own) if gated else (-own, 0.0, own)
-    rows = [(question, dose) for question in asked(name, vector) for dose in doses]
+    shown = (0.0, own) if gated else (-own, 0.0, own)
+    rows = [(question, strength) for question in asked(name, vector) for strength in shown]
     texts = steerkit.generate(
         model,
         tokenizer,
         [question for question, _ in rows],
         vector=vector,
-        strength=[dose for _, dose in rows],
+        strength=[strength for _, strength in rows],
         max_new_tokens=NEW_TOKENS,
     )
     found: Facts = {

@@ -202,7 +202,7 @@ def main(steps: int) -> Any:
     print("| trained on | prevention | shift, prompts | shift, answers | margin | perplexity ratio | loss |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     arms: list[tuple[str, str, Any]] = [("plain", "-", None), ("pirate", "-", None)]
-    arms += [("pirate", f"add {dose:g}", steerkit.SteeringCallback(vector, dose)) for dose in STRENGTHS]
+    arms += [("pirate", f"add {one:g}", steerkit.SteeringCallback(vector, one)) for one in STRENGTHS]
     control = random_like(vector, seed=1)
     arms += [
         ("pirate", f"add {STRENGTHS[-1]:g}, random direction", steerkit.SteeringCallback(control, STRENGTHS[-1])),

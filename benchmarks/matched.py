@@ -74,15 +74,15 @@ def compare(name: str) -> tuple[Any, dict[str, str]]:
     cases += [
         (f"random addition {seed}", random_like(addition, seed=seed), strength) for seed in range(1, ADDITIONS + 1)
     ]
-    for title, one, dose in cases:
+    for title, one, strength in cases:
         is_control = title.startswith("random")
         scorers = ["preference_margin", "divergence"] + ([] if is_control else ["repetition"])
-        found, moved = measure(setup.trial(one, dose), scorers), displacement(setup, one, dose)
+        found, moved = measure(setup.trial(one, strength), scorers), displacement(setup, one, strength)
         cells = []
         for column in ("preference_margin", "kl", "perplexity_ratio", "repetition"):
             effect = found[column].effect if column in found else None
             cells.append("-" if effect is None else f"{effect.mean:+.3f} ({effect.low:+.3f} to {effect.high:+.3f})")
-        print(f"| {title} | {dose:.3g} | {moved:.3f} | {' | '.join(cells)} |", flush=True)
+        print(f"| {title} | {strength:.3g} | {moved:.3f} | {' | '.join(cells)} |", flush=True)
     return model, {name: vector.digest}
 
 

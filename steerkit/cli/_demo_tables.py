@@ -43,8 +43,8 @@ def show_answers(
     typer.echo("steered with the vector that is shipped" if is_shipped else "steered with a vector fitted just now")
     for number, question in enumerate(recipe.evaluate.questions):
         shown = Table(expand=True, title=question, title_justify="left", title_style="bold")
-        for dose in answers:
-            shown.add_column("unsteered" if dose == neutral else f"strength {_signed(dose)}", ratio=1)
+        for strength in answers:
+            shown.add_column("unsteered" if strength == neutral else f"strength {_signed(strength)}", ratio=1)
         shown.add_row(*(" ".join(texts[number].split()) for texts in answers.values()))
         console.print(shown)
     console.print(sites_table(vector.describe()))

@@ -96,8 +96,8 @@ def chosen(
         return Chosen(found.terms, found.vectors(model=model))
     terms = tuple(Term(name) for name in names or ())
     loaded = [SteeringVector.load(vector_path(name, model)) for name in names or ()]
-    doses = itertools.zip_longest(loaded, strengths or ())
-    return Chosen(terms, [one.at(strength=dose, scope=scope, unit=unit) for one, dose in doses])
+    pairs = itertools.zip_longest(loaded, strengths or ())
+    return Chosen(terms, [one.at(strength=strength, scope=scope, unit=unit) for one, strength in pairs])
 
 
 def composition_of(text: str) -> Composition:

@@ -172,12 +172,12 @@ def _answers(
     """The recipe's questions answered at strength 0, at the given one and, if it has two ways, at minus it."""
     import steerkit
 
-    doses = (0.0, strength) if recipe.data.positive is not None else (-strength, 0.0, strength)
+    shown = (0.0, strength) if recipe.data.positive is not None else (-strength, 0.0, strength)
     answers = {}
-    with bar("answering", len(doses)) as step:
-        for dose in doses:
-            answers[dose] = steerkit.generate(
-                model, tokenizer, recipe.evaluate.questions, vector=vector, strength=dose, max_new_tokens=MAX_NEW_TOKENS
+    with bar("answering", len(shown)) as step:
+        for one in shown:
+            answers[one] = steerkit.generate(
+                model, tokenizer, recipe.evaluate.questions, vector=vector, strength=one, max_new_tokens=MAX_NEW_TOKENS
             )
             step()
     return answers
@@ -234,9 +234,9 @@ def _write_card(
     from steerkit.report.card import Answer, vector_card
 
     listed = [
-        Answer(question, dose, texts[number])
+        Answer(question, strength, texts[number])
         for number, question in enumerate(questions)
-        for dose, texts in answers.items()
+        for strength, texts in answers.items()
     ]
     card = vector_card(
         path.stem, vector, curve=curve, kinds=kinds, answers=listed, new_tokens=MAX_NEW_TOKENS, weights=weights

@@ -42,9 +42,9 @@ def run(
     given.check()
     if strength is not None and vector is None and steering is None:
         raise typer.BadParameter("--strength is that of a vector; give --vector")
-    names, doses = [] if vector is None else [vector], [] if strength is None else [strength]
-    check_chosen(names, doses, steering)
-    own = chosen(names, doses, steering, model.name).vectors or None
+    names, strengths = [] if vector is None else [vector], [] if strength is None else [strength]
+    check_chosen(names, strengths, steering)
+    own = chosen(names, strengths, steering, model.name).vectors or None
     items = next(part for part in reversed(given.parts()) if part is not None) if given.is_given else None
     loaded, tokenizer = model.load()
     with bar("checking", len(checks_of(items, own))) as step:

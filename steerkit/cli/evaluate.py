@@ -118,20 +118,20 @@ def run(
         evaluate_steering(steering, alone, given, prompts, scorers, {**sizes, "neutral": neutral}, model, as_json)
         return
     loaded_vector = SteeringVector.load(vector_path(vector, model.name))
-    doses = numbers(strength, "--strength") or [default_strength(loaded_vector)]
+    strengths = numbers(strength, "--strength") or [default_strength(loaded_vector)]
     way: dict[str, Any] = {"scope": scope, "unit": None if unit is None else unit.value}
     check_way(loaded_vector, **way, has_strength=bool(strength))
     train, held_out, asked = _items(vector, loaded_vector, given, prompts)
     check_refits(vector, train, refit_intervals)
     if held_out is None and scorer is None:
         scorers = [one for one in scorers if one.name != "preference_margin"]
-    strongest = max(doses, key=abs)
+    strongest = max(strengths, key=abs)
     systems = systems_for(loaded_vector, system, strongest) if prompting or system else ()
     loaded, tokenizer = model.load()
     loaded_vector.check(loaded, tokenizer)
     setup = Setup(loaded, tokenizer, held_out, prompts=asked, **sizes).first_neutral(neutral)
     with status("measuring") as step:
-        evaluation = _Evaluation(setup, loaded_vector, way, doses, scorers, controls, train)
+        evaluation = _Evaluation(setup, loaded_vector, way, strengths, scorers, controls, train)
         found = evaluation.run(step)
         found |= doubted(evaluation, found["control"]["strength"], refit_intervals, step)
         beside = evaluation.asked(systems, strongest, step)
@@ -168,12 +168,12 @@ class _Evaluation:
         setup: Setup,
         vector: SteeringVector,
         way: dict[str, Any],
-        doses: list[float],
+        strengths: list[float],
         scorers: list[Scorer],
         controls: int,
         train: Any,
     ) -> None:
-        self.setup, self.vector, self.way, self.doses = setup, vector, way, doses
+        self.setup, self.vector, self.way, self.strengths = setup, vector, way, strengths
         self.scorers, self.controls, self.train = scorers, controls, train
         self.measured: list[dict[str, Measured]] = []
 
@@ -182,19 +182,19 @@ class _Evaluation:
         from steerkit.evaluate.scoring import measure
 
         found: dict[str, Any] = {"unit": self.way["unit"] or self.vector.unit, "strengths": []}
-        trials = self.setup.trials(((self.vector, dose) for dose in self.doses), **self.way)
-        for dose, trial in zip(self.doses, trials, strict=True):
-            step(f"strength {dose:g}")
+        trials = self.setup.trials(((self.vector, strength) for strength in self.strengths), **self.way)
+        for strength, trial in zip(self.strengths, trials, strict=True):
+            step(f"strength {strength:g}")
             measured = measure(trial, self.scorers)
-            found["strengths"].append({"strength": dose, "scores": {n: m.as_row() for n, m in measured.items()}})
+            found["strengths"].append({"strength": strength, "scores": {n: m.as_row() for n, m in measured.items()}})
             self.measured.append(measured)
-        strongest = max(self.doses, key=abs)
+        strongest = max(self.strengths, key=abs)
         first = next(iter(self.scorers[0].columns))
         refitted = self.refits(step)
         found["control"] = {
             "column": first,
             "strength": strongest,
-            "effect": self.measured[self.doses.index(strongest)][first].estimate.mean,
+            "effect": self.measured[self.strengths.index(strongest)][first].estimate.mean,
             "random": self.effects(self.randoms(), strongest, step, "random direction"),
             "shuffled": self.effects(refitted.matched() if refitted else (), strongest, step, "shuffled labels"),
         }
@@ -265,8 +265,8 @@ class _Evaluation:
 
 def _show(name: str, figures: list[dict[str, Measured]], found: dict[str, Any]) -> None:
     console = stdout()
-    for dose, measured in zip(found["strengths"], figures, strict=True):
-        console.print(f"{name} at strength {dose['strength']:g}", soft_wrap=True)
+    for one, measured in zip(found["strengths"], figures, strict=True):
+        console.print(f"{name} at strength {one['strength']:g}", soft_wrap=True)
         console.print(columns_table(measured))
     control = found["control"]
     shown = table("", "from", "to", "n", right=("from", "to", "n"))

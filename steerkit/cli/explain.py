@@ -41,9 +41,9 @@ def run(
 
     if vector is None and steering is None:
         raise typer.BadParameter("give a --vector, or several in one line with --steering")
-    names, doses = [] if vector is None else [vector], [] if strength is None else [strength]
-    check_chosen(names, doses, steering)
-    used = chosen(names, doses, steering, model.name)
+    names, strengths = [] if vector is None else [vector], [] if strength is None else [strength]
+    check_chosen(names, strengths, steering)
+    used = chosen(names, strengths, steering, model.name)
     gated = [one for one in zip(used.terms, used.vectors, strict=True) if is_gated(one[1]) or _asks_prompts(one[1])]
     if not gated:  # before a model is loaded
         what = " and ".join(dict.fromkeys(one.method for one in used.vectors))

@@ -85,7 +85,7 @@ def run(
     given.check()
     file = vector_path(vector, model.name)
     loaded_vector = SteeringVector.load(file)
-    doses = numbers(strength, "--strength")
+    strengths = numbers(strength, "--strength")
     train, held_out = data_of(loaded_vector, given)
     if held_out is None:
         raise DataError(f"{vector}: its recipe's held-out items are not known here; give --data")
@@ -93,14 +93,14 @@ def run(
     asked, usual = _recipe_of(loaded_vector)
     extent = {"controls": controls, "texts": texts, "neutral": neutral, "new_tokens": max_new_tokens}
     plan = EvidencePlan(
-        strengths=doses or (None if quick else usual),
+        strengths=strengths or (None if quick else usual),
         questions=asked or _questions(held_out),
         refitted=not quick,
         seed=seed,
         batch_size=batch_size,
         **_extent(extent, quick),
     )
-    command = _command(vector, given, doses, plan, model)
+    command = _command(vector, given, strengths, plan, model)
     loaded, tokenizer = model.load()
     with status("measuring") as step:
         sides: dict[str, Any] = {"train": train, "held_out": held_out}
@@ -147,12 +147,12 @@ def _write(evidence: Evidence, out: Path) -> None:
         raise SteerError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
-def _command(vector: str, given: DataChoice, doses: list[float], plan: EvidencePlan, model: ModelChoice) -> str:
+def _command(vector: str, given: DataChoice, strengths: list[float], plan: EvidencePlan, model: ModelChoice) -> str:
     """The command line that gives the same page, with every option that changes it."""
     options: dict[str, Any] = {"controls": plan.controls, "texts": plan.texts, "neutral": plan.neutral}
     options |= {"max-new-tokens": plan.new_tokens, "seed": plan.seed, "batch-size": plan.batch_size}
     words = ["steerkit", "report", "--vector", vector, *given.words(), *([] if plan.refitted else ["--quick"])]
-    words += [f"--strength={','.join(f'{dose:g}' for dose in doses)}"] if doses else []
+    words += [f"--strength={','.join(f'{one:g}' for one in strengths)}"] if strengths else []
     for name, value in options.items():
         words += [f"--{name}", str(value)]
     return shlex.join([*words, *model.words(every=True)])

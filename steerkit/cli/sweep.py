@@ -119,7 +119,7 @@ def run(
     chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
     part = replace(part, readout=readout_of(readout)) if readout is not None else part
-    doses = numbers(strengths, "--strengths") or _both_signs(resolve(part.name))
+    wanted = numbers(strengths, "--strengths") or _both_signs(resolve(part.name))
     scorers = scorers_of(scorer, markers, behaviour, judge)
     folder = out or Path("out") / f"sweep-{chosen.name}"
     target = folder / f"table.{form.value}"
@@ -135,8 +135,8 @@ def run(
     if screen is Screen.attribution:
         listed = _by_promise(setup, fits, listed, scorers[0])
     store = Store(folder / "rows.jsonl")
-    with bar("measuring", 1 + len(listed) * len(doses)) as step:
-        points = list(sweep(setup, fits, listed, doses, scorers=scorers, store=store, controls=controls, step=step))
+    with bar("measuring", 1 + len(listed) * len(wanted)) as step:
+        points = list(sweep(setup, fits, listed, wanted, scorers=scorers, store=store, controls=controls, step=step))
     save_table(points, target)
     effect = next(iter(scorers[0].columns))
     picture = _draw(points, effect, folder / "sweep.png")
@@ -164,7 +164,7 @@ def _check_table(target: Path, form: Format) -> None:
 def _both_signs(method: Any) -> list[float]:
     """The method's ladder, mirrored where it has a neutral strength of 0."""
     ladder = list(method.ladder)
-    return [-dose for dose in reversed(ladder)] + ladder if method.neutral == 0 else ladder
+    return [-strength for strength in reversed(ladder)] + ladder if method.neutral == 0 else ladder
 
 
 def _fits(

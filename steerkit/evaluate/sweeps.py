@@ -150,9 +150,9 @@ def sweep(
     for layers in candidates:
         vector = fits.at(layers)
         randoms = [random_like(vector, seed=seed + 1 + number) for number in range(controls)]
-        key, doses = tuple(sorted(set(layers))), [one for one in strengths if one != fits.kind.neutral]
-        trials = iter(to_measure(setup, [(vector, dose) for dose in doses], chosen, **common))
-        pairs = [(one, dose) for dose in doses for one in randoms]
+        key, steered = tuple(sorted(set(layers))), [one for one in strengths if one != fits.kind.neutral]
+        trials = iter(to_measure(setup, [(vector, strength) for strength in steered], chosen, **common))
+        pairs = [(one, strength) for strength in steered for one in randoms]
         beside = iter(to_measure(setup, pairs, chosen[:1], **common))
         for strength in strengths:
             if strength == fits.kind.neutral:

@@ -340,7 +340,7 @@ def span_ablation(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
 
 
 def _made(vector: SteeringVector, directions: dict[Site, Tensor], method: str, edit: str) -> SteeringVector:
-    """A vector of another method, for the model of a given one; its dose only where it still means the same."""
+    """A vector of another method, for the model of a given one; its strength only where it still means the same."""
     adds = edit == "add" and vector.edit == "add"
     return SteeringVector(
         method=method,

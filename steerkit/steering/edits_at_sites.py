@@ -76,7 +76,7 @@ class Edit:
         params: the vector's tensors at the site.
         tap: the module that is hooked, and which of its values is changed.
         scope: which tokens are written.
-        dose: the strength, shared by all sites of the vector.
+        row_strengths: the strength, shared by all sites of the vector.
         factor: what the strength is multiplied with to be in the method's own unit.
         lengths: prompt tokens of each row, where the caller told them.
         block: the block that the site lies inside of; None at the residual stream.
@@ -89,7 +89,7 @@ class Edit:
     params: Params
     tap: Tap
     scope: Scope
-    dose: RowStrengths
+    row_strengths: RowStrengths
     factor: float
     lengths: PromptLengths | None
     block: nn.Module | None
@@ -109,8 +109,8 @@ class Edit:
     def refresh(self) -> None:
         """Bring everything prepared to the present strength, in place."""
         active = self.activity()
-        self._per_row = isinstance(self.dose.value, tuple) or self.dose.rows is not None
-        self._inert, self._some_inert = not any(active), not all(active) or self.dose.varies
+        self._per_row = isinstance(self.row_strengths.value, tuple) or self.row_strengths.rows is not None
+        self._inert, self._some_inert = not any(active), not all(active) or self.row_strengths.varies
         self._active = active if self._per_row else active[0]
         if self.source is not None:
             self.source.refresh()
@@ -150,9 +150,9 @@ class Edit:
         return (self.tap,)
 
     @property
-    def doses(self) -> tuple[RowStrengths, ...]:
+    def all_row_strengths(self) -> tuple[RowStrengths, ...]:
         """The strengths of its vectors."""
-        return (self.dose,)
+        return (self.row_strengths,)
 
     def _strengths(self) -> tuple[float, ...]:
         """The strength of each row; one where all rows are treated alike.
@@ -160,7 +160,7 @@ class Edit:
         Raises:
             StrengthError: another number of strengths than of rows.
         """
-        values, rows = self.dose.value, self.dose.rows
+        values, rows = self.row_strengths.value, self.row_strengths.rows
         listed = values if isinstance(values, tuple) else (values,) * (1 if rows is None else len(rows))
         if rows is not None and len(rows) != len(listed):
             raise StrengthError(f"strength: got {len(listed)} numbers for {len(rows)} rows; give one, or one per row")
@@ -172,11 +172,14 @@ class Edit:
         Raises:
             StrengthError: another number of strengths than of rows.
         """
-        return [self.dose.acts_on(row) and not self._stays_neutral(one) for row, one in enumerate(self._strengths())]
+        return [
+            self.row_strengths.acts_on(row) and not self._stays_neutral(one)
+            for row, one in enumerate(self._strengths())
+        ]
 
     def _stays_neutral(self, strength: float) -> bool:
         """Whether a strength that the vector begins with, and all that it fades to, changes nothing."""
-        fade = self.dose.fade
+        fade = self.row_strengths.fade
         if self.held is not None:
             return False
         if fade is not None and fade.to != strength:
@@ -203,7 +206,7 @@ class Edit:
         if facts.suspended:
             return h
         tokens = facts.tokens(self.scope, self.lengths)
-        if tokens.nothing or (self.dose.fade is not None and self._has_faded(tokens)):
+        if tokens.nothing or (self.row_strengths.fade is not None and self._has_faded(tokens)):
             return h
         if self._minimum:
             tokens.require_prompt(self._minimum, self._rows_of(facts))
@@ -229,7 +232,7 @@ class Edit:
 
     def _has_faded(self, tokens: Tokens) -> bool:
         """Whether this is a decoding step in which nothing is left of a strength that fades to the neutral one."""
-        fade = self.dose.fade
+        fade = self.row_strengths.fade
         if fade is None or not self.method.is_neutral(fade.to * self.factor):
             return False
         step = tokens.chooses_from()
@@ -275,13 +278,13 @@ class Edit:
                     latest = self._ready[key] = self._prepare(h.device, h.dtype, facts)
                 self._latest = (*key, latest)
             made = latest
-        return self._at_tokens(h, *made, tokens) if self.dose.varies else made
+        return self._at_tokens(h, *made, tokens) if self.row_strengths.varies else made
 
     def _at_tokens(
         self, h: Tensor, start: dict[str, Tensor], active: Tensor, tokens: Tokens
     ) -> tuple[dict[str, Tensor], Tensor]:
         """What `prepare` gives for the strength of each token: what is left of it, or what a reading asks for."""
-        fade = self.dose.fade
+        fade = self.row_strengths.fade
         assert self._compiled is not None
         with contextlib.nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(mode=False):
             if self.held is not None:
@@ -303,7 +306,7 @@ class Edit:
         """
         assert self._compiled is not None
         value, active = self._compiled.of_rows(facts, h.device)
-        if self.dose.varies:
+        if self.row_strengths.varies:
             return {"strength": value}, active
         return self.method.prepare(self._compiled.params_on(h.device), value, h.dtype, h.device), active
 
@@ -313,13 +316,13 @@ class Edit:
         """What the method needs at the present strength, and which rows are active, on a device."""
         # Not under inference_mode or autograd of whoever happens to run the first pass.
         with torch.inference_mode(mode=False), torch.no_grad():
-            value = torch.tensor(self.dose.value, dtype=torch.float32, device=device) * self.factor
+            value = torch.tensor(self.row_strengths.value, dtype=torch.float32, device=device) * self.factor
             active = torch.tensor(self._active, device=device, dtype=torch.bool)
             value, active = (
                 one if one.dim() == 0 else (one if facts is None else facts.expand(one, "strength"))[:, None, None]
                 for one in (value, active)
             )
-            if self.dose.varies:
+            if self.row_strengths.varies:
                 return {"strength": value}, active
             return self.method.prepare(self.params, value, dtype, device), active
 

@@ -26,7 +26,7 @@ from steerkit.steering.when_gates import gate_of
 from steerkit.tokens.scope import PromptLengths, Scope
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Target", "joined", "planned", "with_dose"]
+__all__ = ["Target", "joined", "planned", "with_row_strengths"]
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,18 @@ class Target:
 
 
 def planned(
-    target: Target, vector: SteeringVector, dose: RowStrengths, scope: str | None = None, unit: str | None = None
+    target: Target,
+    vector: SteeringVector,
+    row_strengths: RowStrengths,
+    scope: str | None = None,
+    unit: str | None = None,
 ) -> list[Edit]:
     """Turn one vector into edits, checking all that can be checked.
 
     Args:
         target: the model.
         vector: the vector.
-        dose: its strength.
+        row_strengths: its strength.
         scope: which tokens are written; None takes the vector's own.
         unit: what the strength counts in; None takes the vector's own.
 
@@ -91,7 +95,7 @@ def planned(
     _refuse_window(vector, written)
     written = written.marked(target.roles)
     counted = vector.unit if vector.own_unit or unit is None else unit
-    warn_beyond(vector, dose.value, counted)
+    warn_beyond(vector, row_strengths.value, counted)
     sources: Mapping[Site, LayerInput] = method.inputs_at(decoder, vector) if isinstance(method, ReadsInput) else {}
     taps = {site: one.tap for site, one in sources.items()} or locate(decoder.model, vector.sites)
     edits: list[Edit] = []
@@ -116,19 +120,19 @@ def planned(
         more: dict[str, Any] = {"source": sources.get(tap.site)}
         if hold is not None and reading is not None:
             more["held"] = HeldStrength(hold, reading, tap.site, method, params, factor)
-        plan = (method, params, tap, written, dose, factor, lengths, block)
+        plan = (method, params, tap, written, row_strengths, factor, lengths, block)
         edits.append(Edit(*plan, **more) if guide is None else GuidedEdit(*plan, **more, guide=guide))
     return _siblings(edits)
 
 
-def with_dose(edits: Sequence[Edit], dose: RowStrengths) -> list[Edit]:
+def with_row_strengths(edits: Sequence[Edit], row_strengths: RowStrengths) -> list[Edit]:
     """The edits of a vector for other rows and strengths, without planning them again.
 
     Args:
         edits: what `planned` gave.
-        dose: the strengths.
+        row_strengths: the strengths.
     """
-    return _siblings([replace(edit, dose=dose) for edit in edits])
+    return _siblings([replace(edit, row_strengths=row_strengths) for edit in edits])
 
 
 def joined(edits: Sequence[Edit]) -> list[Edit]:

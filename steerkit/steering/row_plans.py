@@ -18,7 +18,7 @@ from steerkit.composition.rows import shared
 from steerkit.errors import StrengthError
 from steerkit.methods._protocols import NeedsPrompt
 from steerkit.steering.edits_at_sites import Edit, GuidedEdit, RowStrengths
-from steerkit.steering.planning import Target, joined, planned, with_dose
+from steerkit.steering.planning import Target, joined, planned, with_row_strengths
 from steerkit.steering.steering import Steering
 from steerkit.tokens.scope import Scope
 from steerkit.vector.steering_vector import SteeringVector
@@ -32,13 +32,13 @@ class _Planned:
 
     Attributes:
         edits: of it, at any strength.
-        dose: the strength that it was planned with.
+        row_strengths: the strength that it was planned with.
         scope: which tokens are written.
         minimum: the fewest tokens of a prompt that it can write.
     """
 
     edits: tuple[Edit, ...]
-    dose: RowStrengths
+    row_strengths: RowStrengths
     scope: Scope
     minimum: int
 
@@ -81,7 +81,7 @@ class PlannedRow:
         """
         if self.is_gated:
             return 0
-        counted = [prompt for _, one, _ in self.vectors if one.dose.varies]  # from the prompt's end on
+        counted = [prompt for _, one, _ in self.vectors if one.row_strengths.varies]  # from the prompt's end on
         return min([length, *counted, *(one.scope.settled(prompt, length) for _, one, _ in self.vectors)])
 
 
@@ -122,16 +122,16 @@ class RowPlans:
         """
         found = []
         for vector in vectors:
-            key, dose = vector.application, RowStrengths(vector, None, None)
+            key, row_strengths = vector.application, RowStrengths(vector, None, None)
             if key not in self._known:
-                edits = tuple(planned(self._target, vector, dose))
+                edits = tuple(planned(self._target, vector, row_strengths))
                 scope = edits[0].scope
                 needs = [one.method.minimum_prompt(one.params) for one in edits if isinstance(one.method, NeedsPrompt)]
-                self._known[key] = _Planned(edits, dose, scope, max(needs, default=1))
-            if isinstance(dose.value, tuple) or vector.rows is not None:
+                self._known[key] = _Planned(edits, row_strengths, scope, max(needs, default=1))
+            if isinstance(row_strengths.value, tuple) or vector.rows is not None:
                 raise StrengthError("a vector of one row has one strength, this one has some for several rows")
             self._known.move_to_end(key)
-            found.append((key, self._known[key], dose.value))
+            found.append((key, self._known[key], row_strengths.value))
         while len(self._known) > self._most:  # scopes and fades are as many as people can write
             self._known.popitem(last=False)
         return PlannedRow(tuple((key, value) for key, _, value in found), tuple(found))
@@ -147,6 +147,6 @@ class RowPlans:
             strengths = [one.strengths.get(row) for row in range(len(rows))]
             some = next(value for value in strengths if value is not None)
             values = tuple(some if value is None else value for value in strengths)
-            dose = one.vector.dose.at(values, tuple(value is not None for value in strengths))
-            edits += with_dose(one.vector.edits, dose)
+            row_strengths = one.vector.row_strengths.at(values, tuple(value is not None for value in strengths))
+            edits += with_row_strengths(one.vector.edits, row_strengths)
         return Steering(self._target.decoder, joined(edits), []) if edits else None

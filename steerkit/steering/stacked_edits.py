@@ -28,9 +28,9 @@ class StackedEdit(Edit):
     parts: Sequence[Edit] = field(kw_only=True)
 
     @property
-    def doses(self) -> tuple[Any, ...]:
+    def all_row_strengths(self) -> tuple[Any, ...]:
         """The strengths of all its vectors."""
-        return tuple(part.dose for part in self.parts)
+        return tuple(part.row_strengths for part in self.parts)
 
     def activity(self) -> list[bool]:
         """Which rows are changed."""
@@ -79,7 +79,7 @@ class StackedEdit(Edit):
 
     def _owner(self, row: int) -> int:
         """Which of its vectors is the row's; any where none is."""
-        return next((place for place, part in enumerate(self.parts) if part.dose.acts_on(row)), 0)
+        return next((place for place, part in enumerate(self.parts) if part.row_strengths.acts_on(row)), 0)
 
 
 def stacked(edits: Sequence[Edit]) -> list[Edit]:
@@ -105,8 +105,13 @@ def stacked(edits: Sequence[Edit]) -> list[Edit]:
 def _fits(edit: Edit, group: Sequence[Edit]) -> bool:
     """Whether an edit differs from others at its site in its vector and its rows alone."""
     first = group[0]
-    is_plain = all(type(one) is Edit and one.source is None and not one.dose.varies for one in (edit, first))
-    if not is_plain or not edit.method.takes_rows or edit.dose.rows is None or first.dose.rows is None:
+    is_plain = all(type(one) is Edit and one.source is None and not one.row_strengths.varies for one in (edit, first))
+    if (
+        not is_plain
+        or not edit.method.takes_rows
+        or edit.row_strengths.rows is None
+        or first.row_strengths.rows is None
+    ):
         return False
     same = edit.method == first.method and edit.scope == first.scope
     shapes = [{name: value.shape for name, value in one.params.items()} for one in (edit, first)]
@@ -120,13 +125,22 @@ def share_rows(one: Edit, other: Edit) -> bool:
         one: an edit.
         other: another one of the same steering.
     """
-    if one.dose.rows is None or other.dose.rows is None:
+    if one.row_strengths.rows is None or other.row_strengths.rows is None:
         return True
-    return any(both == (True, True) for both in zip(one.dose.rows, other.dose.rows, strict=False))
+    return any(both == (True, True) for both in zip(one.row_strengths.rows, other.row_strengths.rows, strict=False))
 
 
 def _joined(group: Sequence[Edit]) -> StackedEdit:
     """Edits of one method at one place as a single one, whose rows differ."""
     first = group[0]
-    plan = (first.method, first.params, first.tap, first.scope, first.dose, first.factor, first.lengths, first.block)
+    plan = (
+        first.method,
+        first.params,
+        first.tap,
+        first.scope,
+        first.row_strengths,
+        first.factor,
+        first.lengths,
+        first.block,
+    )
     return StackedEdit(*plan, parts=tuple(group))

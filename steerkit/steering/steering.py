@@ -91,20 +91,20 @@ def steer(
     if unit not in (None, *UNITS):
         raise StrengthError(f"unknown unit {unit!r}; {near_miss(str(unit), UNITS)}")
     target = Target.of(model, None if prompt_lengths is None else PromptLengths(prompt_lengths), tokenizer)
-    doses = [RowStrengths(vector, strength, unit) for vector in listed]
+    listed_strengths = [RowStrengths(vector, strength, unit) for vector in listed]
     edits: list[Edit] = []
-    for vector, dose in zip(listed, doses, strict=True):
-        edits += planned(target, vector, dose, scope, unit)
+    for vector, row_strengths in zip(listed, listed_strengths, strict=True):
+        edits += planned(target, vector, row_strengths, scope, unit)
     edits = joined(edits)
     refuse_compiled_model(model, target.decoder, edits)
-    return Steering(target.decoder, edits, [dose for dose in doses if not dose.fixed])
+    return Steering(target.decoder, edits, [one for one in listed_strengths if not one.fixed])
 
 
 class Steering:
     """A planned steering; attach it with `with`. Made by `steer`."""
 
-    def __init__(self, decoder: Decoder, edits: Sequence[Edit], doses: Sequence[RowStrengths]) -> None:
-        self._decoder, self._edits, self._doses = decoder, tuple(edits), tuple(doses)
+    def __init__(self, decoder: Decoder, edits: Sequence[Edit], row_strengths: Sequence[RowStrengths]) -> None:
+        self._decoder, self._edits, self._row_strengths = decoder, tuple(edits), tuple(row_strengths)
         self._entered: list[tuple[int, contextlib.ExitStack]] = []
 
     @property
@@ -130,7 +130,7 @@ class Steering:
     @property
     def strength(self) -> float | tuple[float, ...] | None:
         """The strength in use; None where every vector has its own."""
-        return self._doses[0].value if self._doses else None
+        return self._row_strengths[0].value if self._row_strengths else None
 
     @strength.setter
     def strength(self, value: Strength) -> None:
@@ -140,15 +140,19 @@ class Steering:
             StrengthError: every vector has its own strength, or the value is not finite.
             ModelError: continuous batching runs at present and shares what was made with the old strength.
         """
-        if not self._doses:
+        if not self._row_strengths:
             raise StrengthError("strength: every vector has its own (vector.at); make new ones")
         checked = strength_value(value)
         if self._entered:
             refuse_running_batches(self._decoder.model, "strength")
             drop_shared_prefixes(self._decoder.model)
-        for dose in self._doses:
-            dose.value = checked
-        changed = [edit for edit in self._edits if any(own is dose for own in edit.doses for dose in self._doses)]
+        for one in self._row_strengths:
+            one.value = checked
+        changed = [
+            edit
+            for edit in self._edits
+            if any(own is one for own in edit.all_row_strengths for one in self._row_strengths)
+        ]
         for edit in changed:
             edit.refresh()
         if self._entered:

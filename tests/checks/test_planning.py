@@ -75,7 +75,8 @@ def test_what_is_planned_is_what_steer_does() -> None:
     planned = steer(model, vectors, scope="first(3)")._edits
     assert [edit.module for edit in found.edits] == [one.tap.name for one in planned]
     assert [edit.scope for edit in found.edits] == [str(one.scope) for one in planned]
-    assert [edit.paper for edit in found.edits] == pytest.approx([one.dose.value * one.factor for one in planned])
+    in_paper_units = [one.row_strengths.value * one.factor for one in planned]
+    assert [edit.paper for edit in found.edits] == pytest.approx(in_paper_units)
 
 
 def test_the_shape_and_dtype_are_those_that_are_written() -> None:

@@ -145,10 +145,10 @@ def test_evaluate_sets_system_prompts_beside_the_vector(cli: Cli, measured: Any,
     data = ContrastSet.from_jsonl("joy.jsonl")
     setup = Setup(*steerkit.load_model(str(tiny)), data, texts=2, max_new_tokens=4).first_neutral(2)
     for place, system in enumerate(("Be glad.", "Be sad, please.")):
-        for key, one, dose in (("alone", None, None), ("with_vector", vector, -1)):
+        for key, one, strength in (("alone", None, None), ("with_vector", vector, -1)):
             row = found[key]["wordings"][place]
             assert row["system"] == system
-            expected = measure(setup.prompted(system).trial(one, dose), ["preference_margin", "divergence"])
+            expected = measure(setup.prompted(system).trial(one, strength), ["preference_margin", "divergence"])
             change = expected["preference_margin"].change
             assert row["scores"]["preference_margin"]["change"] == pytest.approx(change.mean, abs=1e-6)  # type: ignore[union-attr]
             assert row["scores"]["kl"]["mean"] == pytest.approx(expected["kl"].estimate.mean, abs=1e-6)

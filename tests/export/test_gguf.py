@@ -195,7 +195,7 @@ def test_refuses_a_vector_without_a_direction(tmp_path: Path) -> None:
     refused(vector_at(1, tensors={"resid_post.1/weight": torch.ones(4)}), VectorFileError, "has none", tmp_path)
 
 
-def test_bug_19_refuses_strengths_that_are_no_dose(tmp_path: Path) -> None:
+def test_bug_19_refuses_what_is_no_strength(tmp_path: Path) -> None:
     refused(vector_at(1, unit="norm"), StrengthError, "no norm to convert", tmp_path)
     refused(vector_at(1).at(strength=[1.0, 2.0]), StrengthError, "2 strengths", tmp_path)
     refused(vector_at(1), StrengthError, "finite", tmp_path, strength=float("nan"))

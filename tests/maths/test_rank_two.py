@@ -36,10 +36,10 @@ def test_all_edits_in_a_plane_have_a_form() -> None:
 def test_the_form_is_the_edit(name: str, set_up: bool, strength: float) -> None:
     method: Any = registry.resolve(name)(**(SETTINGS.get(name, {}) if set_up else {}))
     h = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(2))
-    dose = torch.tensor(strength)
-    wanted = method.edit(h, method.prepare(params(), dose, h.dtype, h.device), None)
+    value = torch.tensor(strength)
+    wanted = method.edit(h, method.prepare(params(), value, h.dtype, h.device), None)
     form = method.rank_two(params())
-    lead = leads(form.weights, features(dose))
+    lead = leads(form.weights, features(value))
     by, reached = displacement(h, *form.basis, offsets(form), lead, torch.tensor(form.threshold))
     found = torch.where(reached[..., None], h + by, h)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-5 * max(1.0, abs(strength) / 45))

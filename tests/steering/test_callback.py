@@ -203,7 +203,7 @@ def test_a_subclass_steers_every_step_too(tmp_path: Any) -> None:
     assert any(not torch.allclose(one, other, atol=1e-5) for one, other in zip(got, plain, strict=True))
 
 
-def test_a_dose_stays_only_where_it_means_the_same() -> None:
+def test_a_strength_stays_only_where_it_means_the_same() -> None:
     vector = replace(vector_for(build("llama"), scope="response"), suggested_strength=4.0)
     assert additions([vector])[0].suggested_strength == 4.0
     (added,) = additions([vector.at(strength=0.3, unit="norm")])

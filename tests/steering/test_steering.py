@@ -689,7 +689,7 @@ def slow_spread(tokens: Tensor, direction: Tensor) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
-def test_bug_23_a_dose_in_norms_is_the_same_share_of_the_stream_at_every_depth(family: str) -> None:
+def test_bug_23_a_strength_in_norms_is_the_same_share_of_the_stream_at_every_depth(family: str) -> None:
     model, tokenizer = model_of(family), byte_tokenizer(None)
     texts = ["a first text to read", "another text", "and some more to be read here"]
     data = steerkit.ContrastSet.from_prompts(texts, [text[::-1] for text in texts], raw=True)
