@@ -172,17 +172,13 @@ class Edit:
         Raises:
             StrengthError: another number of strengths than of rows.
         """
-        return [
-            self.row_strengths.acts_on(row) and not self._stays_neutral(one)
-            for row, one in enumerate(self._strengths())
-        ]
+        acts = self.row_strengths.acts_on
+        return [acts(row) and not self._stays_neutral(one) for row, one in enumerate(self._strengths())]
 
     def _stays_neutral(self, strength: float) -> bool:
         """Whether a strength that the vector begins with, and all that it fades to, changes nothing."""
         fade = self.row_strengths.fade
-        if self.held is not None:
-            return False
-        if fade is not None and fade.to != strength:
+        if self.held is not None or (fade is not None and fade.to != strength):
             return False
         return self.method.is_neutral(strength * self.factor)
 
