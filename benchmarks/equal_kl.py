@@ -114,7 +114,8 @@ class Costs:
         if method.neutral != 0.0:  # nothing is known to cost nothing
             below = next((found for one in method.ladder if (found := self.at(one)).kl < kl), None)
             if below is None:
-                return f"every strength of the ladder costs more, {method.ladder[0]:g} costs {self.at(method.ladder[0]).kl:.3g}"
+                least = min(map(self.at, method.ladder), key=lambda one: one.kl)
+                return f"every strength of the ladder costs more, {least.strength:g} costs {least.kl:.3g}"
             low = below
         strength = low.strength or method.ladder[0]
         for _ in range(WIDER):
