@@ -14,9 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from steerkit.evaluate.intervals import Estimate
+import torch
+
+from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._answers import answer_kl, calm_pairs
-from steerkit.evaluate.scoring import measure
+from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
+from steerkit.evaluate.scoring import measure, scores_of
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import method_of
 from steerkit.vector.steering_vector import SteeringVector
@@ -44,6 +47,7 @@ class Row:
         kl: the wanted KL divergence, nats per token.
         reached: the strength; None where none costs so much (or so little).
         figures: change of the preference margin, KL divergence and perplexity ratio, by `COLUMNS`.
+        margins: the preference margin of each item, nats per token.
         why: why there is no strength.
     """
 
@@ -51,7 +55,18 @@ class Row:
     kl: float
     reached: Reached | None
     figures: Mapping[str, Estimate]
+    margins: tuple[float, ...] = ()
     why: str = ""
+
+    def beside(self, other: Row) -> Estimate | None:
+        """How much larger the effect is than another's, from the paired differences of the items.
+
+        Args:
+            other: measured on the same items.
+        """
+        if self.reached is None or other.reached is None:
+            return None
+        return interval(torch.tensor(self.margins), before=torch.tensor(other.margins))
 
     def cells(self) -> list[str]:
         """The row of a Markdown table: wanted KL, name, strength, and the figures with their intervals."""
@@ -71,7 +86,20 @@ class Row:
         """Plain data."""
         reached = None if self.reached is None else self.reached._asdict()
         figures = {name: figure._asdict() for name, figure in self.figures.items()}
-        return {"name": self.name, "kl": self.kl, "reached": reached, "why": self.why, **figures}
+        margins = [round(margin, 5) for margin in self.margins]
+        plain = {"name": self.name, "kl": self.kl, "reached": reached, "margins": margins, "why": self.why}
+        return {**plain, "figures": figures}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Row:
+        """Read what `as_json` wrote.
+
+        Args:
+            plain: plain data.
+        """
+        reached = None if plain["reached"] is None else Reached(**plain["reached"])
+        figures = {name: Estimate(**figure) for name, figure in plain["figures"].items()}
+        return cls(plain["name"], plain["kl"], reached, figures, tuple(plain["margins"]), plain["why"])
 
 
 HEAD = ["KL wanted", "vector", "strength", "effect", "KL", "perplexity ratio"]
@@ -154,8 +182,12 @@ def measured(setup: Setup, name: str, vector: SteeringVector, kls: Sequence[floa
     for kl in kls:
         found = costs.reaching(kl)
         if isinstance(found, str):
-            rows.append(Row(name, kl, None, {}, found))
+            rows.append(Row(name, kl, None, {}, why=found))
             continue
-        scores = measure(setup.trial(plain, found.strength), ["preference_margin", "divergence"])
-        rows.append(Row(name, kl, found, {column: scores[column].effect for column in COLUMNS}))
+        trial = setup.trial(plain, found.strength)
+        scores = measure(trial, ["preference_margin", "divergence"])
+        margins = scores_of(trial, PreferenceMargin())["preference_margin"]
+        assert isinstance(margins, torch.Tensor)
+        figures = {column: scores[column].effect for column in COLUMNS}
+        rows.append(Row(name, kl, found, figures, tuple(margins.tolist())))
     return rows

@@ -97,7 +97,8 @@ def quantile_covariance(source: Tensor, target: Tensor) -> Tensor:
         [d] float64, of at least 0.
     """
     n, m = len(source), len(target)
-    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()  # in parts of 1 / (n m)
+    steps = {*range(m, n * m + 1, m), *range(n, n * m + 1, n)}  # in parts of 1 / (n m)
+    ends = torch.tensor(sorted(steps), dtype=torch.long)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     weights = ((ends - starts).double() / (n * m)).to(source.device)
     pieces = []

@@ -267,7 +267,7 @@ class Transport(Method):
             vector: what this method fitted.
             generator: what draws.
         """
-        dealt = {}
+        dealt: dict[str, Tensor] = {}
         for site in vector.sites:
             params = vector.params(site)
             order = torch.randperm(len(params["scale"]), generator=generator)
