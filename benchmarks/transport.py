@@ -28,13 +28,12 @@ from steerkit.vector.steering_vector import SteeringVector
 MODELS = ("smollm2-135m", "gemma3-270m")
 BEHAVIOURS = ("optimism", "refusal", "formality")
 KLS = (0.1, 0.3)
-NEUTRAL, PAIRS_OUT = 8, 1 / 3
+NEUTRAL, ITEMS, PAIRS_OUT = 6, 20, 0.5
 KEPT = Path(__file__).resolve().parents[1] / "out" / "transport.jsonl"
 CAA = "CAA"
 TRANSPORTS: dict[str, dict[str, Any]] = {
     "transport": {},
     "transport, all at once": {"sequential": False},
-    "transport, shifts alone": {"kind": "mean"},
 }
 
 
@@ -55,25 +54,21 @@ def vectors(model: Any, tokenizer: Any, behaviour: str, train: ContrastSet) -> d
     return {**found, "set-projection": coordinate.at(scope=found[CAA].scope)}
 
 
-def rows_of(name: str) -> None:
-    """Measure a model, and keep the rows of each behaviour as they come."""
-    model, tokenizer = steerkit.load_model(name)
-    for behaviour in BEHAVIOURS:
-        if (name, behaviour) in kept():
-            continue
-        train, held_out = find_recipe(f"{behaviour}-caa").split()
-        train, _ = train.split(held_out=PAIRS_OUT, seed=0)
-        setup = Setup(model, tokenizer, held_out).first_neutral(NEUTRAL)
-        rows = [
-            row
-            for title, vector in vectors(model, tokenizer, behaviour, train).items()
-            for row in measured(setup, title, vector, KLS)
-        ]
-        entry = {"model": name, "behaviour": behaviour, "pairs": len(train), "items": len(held_out)}
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        with KEPT.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**entry, "rows": [row.as_json() for row in rows]}) + "\n")
-        print(f"{name}, {behaviour}: measured", file=sys.stderr, flush=True)
+def measure_one(name: str, model: Any, tokenizer: Any, behaviour: str) -> None:
+    """Measure one behaviour on one model, and keep the rows."""
+    train, held_out = find_recipe(f"{behaviour}-caa").split()
+    train, _ = train.split(held_out=PAIRS_OUT, seed=0)
+    setup = Setup(model, tokenizer, held_out).first(ITEMS, NEUTRAL)
+    rows = [
+        row
+        for title, vector in vectors(model, tokenizer, behaviour, train).items()
+        for row in measured(setup, title, vector, KLS)
+    ]
+    entry = {"model": name, "behaviour": behaviour, "pairs": len(train), "items": ITEMS}
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    with KEPT.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**entry, "rows": [row.as_json() for row in rows]}) + "\n")
+    print(f"{name}, {behaviour}: measured", file=sys.stderr, flush=True)
 
 
 def kept() -> dict[tuple[str, str], dict[str, Any]]:
@@ -98,7 +93,7 @@ WORDS = """Vectors of the same pairs, at the strengths at which each costs the s
 model on {neutral} neutral texts; effect: change of the preference margin on held-out pairs, nats per token, with 95 %
 intervals; the last column is the paired difference to CAA's effect on the same items. `transport` is Linear-AcT at the
 outputs of all norms, fitted site by site in the order of a pass, on all tokens; `all at once` is the same fitted in one
-unsteered pass; `shifts alone` is Mean-AcT in the order of a pass. CAA and set-projection (which counts from the other
+unsteered pass. CAA and set-projection (which counts from the other
 side's mean here) act at the blocks of the behaviour's CAA recipe, on answers alone."""
 TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M"}
 
@@ -124,8 +119,11 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="repeatable (default: smollm2-135m and gemma3-270m)")
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of all models")
     options = parser.parse_args()
-    for name in options.model or MODELS:
-        rows_of(name)
+    models = {name: steerkit.load_model(name) for name in options.model or MODELS}
+    for behaviour in BEHAVIOURS:
+        for name, (model, tokenizer) in models.items():
+            if (name, behaviour) not in kept():
+                measure_one(name, model, tokenizer, behaviour)
     for (name, behaviour), entry in kept().items():
         print(f"{name}, {behaviour}\n")
         print("\n".join(" | ".join(cells) for cells in table(entry)["rows"]), end="\n\n")

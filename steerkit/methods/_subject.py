@@ -99,8 +99,8 @@ class Subject(Protocol):
     ) -> dict[str, Tensor]:
         """Fit site by site in the order of a pass, each on the data as all sites before it have changed it.
 
-        `fit_one` gets a site and what reads it (`Read`). It gives the site's tensors by name, under which the later
-        sites are read, at strength 1 and in the method's own scope.
+        `fit_one` gets a site and what reads it (`Read`). It gives the site's tensors by name, of any shape, under which
+        the later sites are read, at strength 1 and in the method's own scope.
         """
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:

@@ -21,8 +21,8 @@ they are, by the exact integral of their quantile functions; the released code c
 and all is computed in float64. A neuron whose source does not vary is shifted and not stretched, where the released
 code leaves it alone (mean, gaussian) or stretches it without bounds (linear). The order of sites is that of a pass, not
 of registration, and the final norm is no site. `support="pooled"` is what is published for mitigation: numbers outside
-of the source's range stay. That range is one of means over tokens and is applied to single tokens, of which it holds
-half; so by default there is none, and `support="tokens"` takes the range of the tokens themselves.
+of the source's range stay. That range is one of means over tokens and is applied to single tokens, which vary far more;
+so by default there is none, and `support="tokens"` takes the range of the tokens themselves.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import steerkit
 from steerkit.activations.recording import record
@@ -205,6 +206,17 @@ def test_nine_one_pass_is_a_pass_for_each_site_whatever_the_batch(monkeypatch: p
         for name, tensor in whole.tensors.items():
             assert gap(again.tensors[name], tensor) < 1e-4, (batch_size, name)
     assert not any("forward" in vars(block) for block in find_decoder(model_of("llama")).blocks)
+
+
+def test_all_sites_take_little_more_than_one_pass() -> None:
+    """Beside the unsteered pass: every block once to be done with, and its attention once more."""
+    counts = []
+    fitted()  # what is found out once in a model's life
+    for sequential in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            fitted(sequential=sequential)
+        counts.append(counter.get_total_flops())
+    assert 2 < counts[1] / counts[0] < 3, counts
 
 
 def test_a_target_may_stay_natural() -> None:
