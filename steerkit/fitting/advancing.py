@@ -88,7 +88,8 @@ class Advance:
 
         Args:
             sites: where.
-            fit_one: from a site, and what reads it, to the tensors of the site by name, of any shape.
+            fit_one: from a site, and what reads it, to the tensors of the site by name, of any shape; none where it is
+                left as it is.
             vector: makes what steers of the tensors of some sites.
             progress: show a progress bar on stderr.
 
@@ -111,7 +112,7 @@ class Advance:
             for site in ordered:
                 found = fit_one(site, lambda readout, site=site: self._rows(taps[site], readout, under))  # type: ignore[misc]
                 tensors |= {f"{site}/{name}": one for name, one in found.items()}
-                done.append(site)
+                done += [site] if found else []
                 step()
         return {name: tensors[name] for site in taps for name in tensors if name.startswith(f"{site}/")}
 

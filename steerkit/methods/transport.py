@@ -27,6 +27,7 @@ so by default there is none, and `support="tokens"` takes the range of the token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -60,7 +61,7 @@ class Transport(Method):
     """Map every neuron of the norms' outputs affinely from the negative side's values to the positive side's.
 
     Strength 0 is the identity, 1 the whole way; below 0 and above 1 it extrapolates. Fit it at all layers, which is the
-    default: 1 is then right by construction, and no strength has to be searched for.
+    default. Where both sides are the same, such as at the template's tokens before the first block, it does not act.
 
     Example:
         >>> import torch
@@ -90,6 +91,11 @@ class Transport(Method):
     """Map only numbers inside the range of the source: of its texts' rows, or of their tokens; or map all."""
     std_eps: float = 1e-4
     """A neuron whose source has a standard deviation of at most this much is shifted and not stretched."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.std_eps, bool) or not 0 <= self.std_eps < math.inf:
+            raise FitError(f"transport: std_eps = {self.std_eps!r}; give a finite number of at least 0")
 
     @property
     def edit_name(self) -> str:
@@ -140,11 +146,9 @@ class Transport(Method):
             ``{"scale": [d], "source": [d], "target": [d]}``, float32: the factor, and the two means.
 
         Raises:
-            FitError: a side is empty, or the map is the identity.
+            FitError: a side is empty.
         """
         found = affine_map(negative, positive, self.kind, std_eps=self.std_eps)
-        if torch.equal(found.source, found.target) and bool((found.scale == 1).all()):
-            raise FitError("the two sides have the same mean and spread, so there is nothing to transport")
         return {name: value.float() for name, value in found._asdict().items()}
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
@@ -161,7 +165,7 @@ class Transport(Method):
             mean of the unsteered model.
 
         Raises:
-            FitError: the two sides are the same somewhere, with the site named.
+            FitError: the two sides are the same at every site.
         """
         assert acts is not None
         data, plan = subject.data, Readout.parse(acts.readout)
@@ -178,28 +182,39 @@ class Transport(Method):
         def in_turn(site: Site, read: Read) -> dict[str, Tensor]:
             rows = read(plan)
             target = rows[positive] if self.target == "mapped" else acts.positive[site]
-            found = self._map(site, rows[negative], target, lambda readout: read(readout)[negative], plan)
-            return found | {"difference": acts.positive[site].mean(dim=0) - acts.negative[site].mean(dim=0)}
+            found = self._map(rows[negative], target, lambda readout: read(readout)[negative], plan)
+            apart = acts.positive[site].mean(dim=0) - acts.negative[site].mean(dim=0)
+            return {**found, "difference": apart} if found else {}
 
         if self.sequential and len(sites) > 1:
-            return subject.advance(self, sites, in_turn)
-        found: dict[str, Tensor] = {}
-        for site in sites:
-            read: Read = lambda readout, site=site: unsteered(site, readout)[negative]  # type: ignore[misc]  # noqa: E731
-            made = self._map(site, acts.negative[site], acts.positive[site], read, plan)
-            found |= {f"{site}/{name}": value for name, value in made.items()}
-        return found
+            tensors = subject.advance(self, sites, in_turn)
+        else:
+            tensors = {}
+            for site in sites:
+                read: Read = lambda readout, site=site: unsteered(site, readout)[negative]  # type: ignore[misc]  # noqa: E731
+                found = self._map(acts.negative[site], acts.positive[site], read, plan)
+                tensors |= {f"{site}/{name}": value for name, value in found.items()}
+        if not tensors:
+            raise FitError(
+                f"{self.name}: the two sides have the same mean and spread at every site, nothing to transport"
+            )
+        return tensors
 
-    def _map(self, site: Site, source: Tensor, target: Tensor, read: Read, plan: Readout) -> dict[str, Tensor]:
-        """The map at one site, and the range of what it is for.
+    def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
+        """The sites at which the two sides differ.
 
-        Raises:
-            FitError: the map is the identity, with the site named.
+        Args:
+            sites: where it was fitted.
+            tensors: what `fit` gave.
+            decoder: unused.
         """
-        try:
-            found = self.fit_site(target, source)
-        except FitError as error:
-            raise FitError(f"{self.name} at {site}: {error}") from None
+        return [site for site in sites if f"{site}/scale" in tensors]
+
+    def _map(self, source: Tensor, target: Tensor, read: Read, plan: Readout) -> dict[str, Tensor]:
+        """The map at one site, and the range of what it is for; nothing where the map is the identity."""
+        found = self.fit_site(target, source)
+        if torch.equal(found["source"], found["target"]) and bool((found["scale"] == 1).all()):
+            return {}
         if self.support == "pooled":
             found |= {"low": source.amin(dim=0), "high": source.amax(dim=0)}
         elif self.support == "tokens":
@@ -227,6 +242,8 @@ class Transport(Method):
         Args:
             params: the tensors of one site.
         """
+        if "target" not in params:  # read, and not written
+            return None
         direction = params["target"] - params["source"]
         return direction if bool(direction.any()) else None
 

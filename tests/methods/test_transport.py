@@ -250,6 +250,22 @@ def test_supports_are_ranges_of_the_source(sequential: bool) -> None:
     torch.testing.assert_close(params["high"], torch.cat(values).amax(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sequential", [True, False])
+def test_where_the_sides_are_the_same_it_does_not_act(sequential: bool) -> None:
+    """Every text ends in the same token: before the first block the last token tells nothing of what came before."""
+    model, tokenizer = model_of("llama"), byte_tokenizer(CHATML)
+    items = ContrastSet.from_prompts(["so good.", "how fine."], ["so bad.", "how poor."], raw=True)
+    how: dict[str, Any] = {"readout": "last", "settings": {"sequential": sequential}, "held_out": items}
+    with pytest.warns(UserWarning):  # what it is fitted on is held out too
+        vector = steerkit.fit(model, tokenizer, items, method="transport", **how)
+    assert vector.sites == tuple(SITES[1:])
+    assert set(vector.held_out["sites"]) == set(map(str, SITES[1:]))
+    with steerkit.steer(model, vector, 1.0):
+        assert gap(logits(model), logits(model)) == 0
+    with pytest.raises(FitError, match="the same mean and spread at every site"):
+        steerkit.fit(model, tokenizer, items, method="transport", sites=["attn_in.0"], readout="last")
+
+
 def test_default_sites_are_the_outputs_of_norms() -> None:
     kinds = {
         family: {site.kind for site in Transport().sites(find_decoder(model_of(family)))}
@@ -433,8 +449,9 @@ def test_directions_written_and_read() -> None:
 def test_wrong_settings_and_tensors_are_refused() -> None:
     with pytest.raises(FitError, match="'cubic'"):
         Transport(kind="cubic")  # type: ignore[arg-type]
-    with pytest.raises(FitError, match="same mean and spread"):
-        Transport().fit_site(torch.ones(2, 3), torch.ones(4, 3))
+    for std_eps in (-1.0, float("nan"), True):
+        with pytest.raises(FitError, match="std_eps = "):
+            Transport(std_eps=std_eps)
     with pytest.raises(FitError, match=r"give \[n, d\] and \[m, d\]"):
         affine_map(torch.ones(2, 3), torch.ones(2, 4))
     vector = fitted(sites=["mlp_in.1"], support="tokens")
