@@ -195,9 +195,7 @@ class Transport(Method):
                 found = self._map(acts.negative[site], acts.positive[site], read, plan)
                 tensors |= {f"{site}/{name}": value for name, value in found.items()}
         if not tensors:
-            raise FitError(
-                f"{self.name}: the two sides have the same mean and spread at every site, nothing to transport"
-            )
+            raise FitError(f"{self.name}: both sides have the same mean and spread at every site; read other tokens")
         return tensors
 
     def written(self, sites: list[Site], tensors: Mapping[str, Tensor], decoder: Decoder) -> list[Site]:
