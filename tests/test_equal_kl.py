@@ -36,8 +36,8 @@ def slow_kl(model: Any, vector: Any, strength: float) -> float:
             plain = model(input_ids=ids).logits[0].double().log_softmax(-1)
             with steerkit.steer(model, vector, strength, prompt_lengths=[text.prompt_length]):
                 steered = model(input_ids=ids).logits[0].double().log_softmax(-1)
-        for place in range(text.prompt_length - 1, len(text.ids) - 1):
-            found.append(float((plain[place].exp() * (plain[place] - steered[place])).sum()))
+        answer = slice(text.prompt_length - 1, len(text.ids) - 1)
+        found += (plain.exp() * (plain - steered)).sum(-1)[answer].tolist()
     return sum(found) / len(found)
 
 
