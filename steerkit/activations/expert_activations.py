@@ -82,8 +82,8 @@ def expert_means(
     texts = [*sides[0], *sides[1]]
     check_lengths(decoder, texts, named("text", texts))
     plan = Readout.parse(readout)
-    if plan.no_massive:
-        raise DataError(f"readout '{plan}': experts are read token by token; leave no_massive_tokens out")
+    if plan.no_massive or plan.pool != "mean":
+        raise DataError(f"readout '{plan}': experts are read token by token; give a plain mean, or one token")
     chosen = [plan.tokens(text) for text in texts]
     watches = {site: _Watch(one) for site, one in experts.items()}
     taps = {site: one.tap for site, one in experts.items()}

@@ -6,12 +6,13 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
+from steerkit.activations.readout import Readout
 from steerkit.activations.shared_prompts import Stretch, may_share, stretches
 from steerkit.activations.token_scale import MASSIVE_TOKEN, PassScale, TokenScale, TokenScales
 from steerkit.errors import FitError
@@ -124,8 +125,10 @@ def read_passes(
     chosen: Sequence[Sequence[int]],
     take: Callable[[Site, Tensor, Batch], None],
     progress: bool,
-    no_massive: bool = False,
+    plan: Readout,
+    *,
     shares: bool = False,
+    around: Callable[[Batch], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> dict[Site, TokenScale]:
     """Run all batches and pool what is read to one row per text.
 
@@ -136,8 +139,9 @@ def read_passes(
         chosen: by text the tokens that are read.
         take: called with each site's rows [b, d] of a batch, float32.
         progress: show a progress bar on stderr.
-        no_massive: leave tokens whose activation is massive out of means and norms.
+        plan: how the tokens of a text become one row, and whether massive ones are left out, of norms too.
         shares: run what texts have in common once, where that is possible (`steerkit.activations.shared_prompts`).
+        around: the context that each pass runs in; None runs it as it is.
 
     Returns:
         By site how long activations are.
@@ -147,20 +151,23 @@ def read_passes(
     clock = PassClock.of(decoder.model)  # the model is being steered: values given per item follow their items
 
     # What is steered may differ between texts that begin alike, and what is massive is told of whole texts.
-    shares = shares and clock is None and not no_massive and may_share(decoder)
+    is_sum = plan.pool == "mean" and not plan.no_massive
+    shares = shares and clock is None and around is None and is_sum and may_share(decoder)
 
     def run(batch: Batch) -> list[tuple[Site, list[PassScale], Tensor]]:
         passes = stretches(batch, device) if shares else None
         if passes is not None:
             return _read_stretches(decoder, taps, passes, [chosen[row] for row in batch.rows])
-        pool = _Pool(batch, [chosen[row] for row in batch.rows], device)
+        pool = _Pool(batch, [chosen[row] for row in batch.rows], device, plan.pool)
         found: list[tuple[Site, list[PassScale], Tensor]] = []
 
         def read(site: Site, h: Tensor) -> None:
-            massive = pool.massive(h) if no_massive else None
+            massive = pool.massive(h) if plan.no_massive else None
             found.append((site, [pool.scale(h, massive)], pool(h, massive)))
 
-        with contextlib.nullcontext() if clock is None else clock.items(batch.rows):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.nullcontext() if clock is None else clock.items(batch.rows))
+            stack.enter_context(contextlib.nullcontext() if around is None else around(batch))
             forward_body(decoder, taps, batch.input_ids.to(device), batch.attention_mask.to(device), read)
         return found
 
@@ -205,9 +212,12 @@ def _weighted(weights: Tensor, values: Tensor, *, is_padded: bool) -> Tensor:
 
 
 class _Pool:
-    """Turns [b, t, d] into one row [b, d] per text: one token, or the mean of several, in float32."""
+    """Turns [b, t, d] into one row [b, d] per text: one token, or the mean or an extreme of several, in float32."""
 
-    def __init__(self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(
+        self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device, how: Literal["mean", "max", "min"]
+    ) -> None:
+        self._how = how
         starts = (batch.attention_mask != 0).long().argmax(dim=1).tolist()
         places = [[start + token for token in tokens] for start, tokens in zip(starts, chosen, strict=True)]
         self._single = all(len(tokens) == 1 for tokens in places)
@@ -247,6 +257,9 @@ class _Pool:
         if massive is not None:
             weights = weights * ~massive[:, None]
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        if self._how != "mean":
+            sign = 1.0 if self._how == "max" else -1.0
+            return sign * (sign * values).masked_fill(weights.mT == 0, -torch.inf).amax(dim=1)
         return _weighted(weights, values, is_padded=self._padded)
 
 

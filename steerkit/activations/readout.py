@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from steerkit.errors import DataError
 from steerkit.prompts.marks import outside_thinking
@@ -15,6 +16,7 @@ __all__ = ["Readout", "chosen_columns", "cut_to"]
 NO_MASSIVE = ",no_massive_tokens"
 """Written behind a readout that is a mean: tokens whose activations are massive do not enter it."""
 _COUNTED = re.compile(r"index\((-?\d+)\)|span\((\d+),(\d+)\)")
+_EXTREME = re.compile(r"(|.+_)(max|min)")
 _NAMES = (
     "last",
     "mean",
@@ -39,14 +41,18 @@ class Readout:
     assistant messages, those of the history too), `answer_mean` (the same without thinking and its marks), an index
     (negative ones count from the end), or a character span of the answer (`span(0,3)`, the end excluded).
 
-    Behind one that is a mean, such as `response_mean,no_massive_tokens`: tokens whose activation is more than ten times
-    as long as the median one of their text leave the mean, site by site.
+    With `max` or `min` for `mean`, such as `max` or `response_min`: of the same tokens the largest or smallest value of
+    each dimension on its own. Such a row is no activation of any token.
+
+    Behind one of several tokens, such as `response_mean,no_massive_tokens`: tokens whose activation is more than ten
+    times as long as the median one of their text are left out, site by site.
     """
 
     kind: str
     start: int = 0
     stop: int = 0
     no_massive: bool = False
+    pool: Literal["mean", "max", "min"] = "mean"
 
     @classmethod
     def parse(cls, readout: str | int | tuple[int, int] | Readout) -> Readout:
@@ -76,18 +82,35 @@ class Readout:
         counted = _COUNTED.fullmatch(str(readout).replace(" ", ""))
         if counted:
             return cls("index", int(counted[1])) if counted[1] else cls("span", int(counted[2]), int(counted[3]))
+        extreme = _EXTREME.fullmatch(str(readout))
+        if extreme and f"{extreme[1]}mean" in _NAMES:
+            return cls(f"{extreme[1]}mean", pool="max" if extreme[2] == "max" else "min")
         if readout not in _NAMES:
             raise DataError(
                 f"unknown readout {readout!r}; allowed: {', '.join(_NAMES)}, a token index, or span(a,b); "
-                f"means also with {NO_MASSIVE} behind"
+                f"for mean also max and min, and means also with {NO_MASSIVE} behind"
             )
         return cls(str(readout))
+
+    def pooled(self, how: Literal["mean", "max", "min"]) -> Readout:
+        """The same tokens, of which the mean, the largest or the smallest values are taken.
+
+        Args:
+            how: which.
+
+        Raises:
+            DataError: it is one token, or a span, of which only the mean is taken.
+        """
+        if self.kind in (*_ONE_TOKEN, "span") and how != "mean":
+            raise DataError(f"readout '{self}' has no {how}; give one such as mean or response_mean")
+        return replace(self, pool=how)
 
     def __str__(self) -> str:
         more = NO_MASSIVE if self.no_massive else ""
         if self.kind == "index":
             return f"index({self.start})"
-        return (f"span({self.start},{self.stop})" if self.kind == "span" else self.kind) + more
+        named = self.kind.removesuffix("mean") + self.pool if self.kind.endswith("mean") else self.kind
+        return (f"span({self.start},{self.stop})" if self.kind == "span" else named) + more
 
     def tokens(self, rendered: Rendered) -> Sequence[int]:
         """The token indices read in one text.

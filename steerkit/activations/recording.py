@@ -45,6 +45,8 @@ class Activations:
         scales: per site how long activations are.
         readout: which tokens were read.
         paired: row `i` of both sides belong together.
+        items: by side which item of the data each row [n] is of, positive ones counted first; None where rows stand as
+            the data does. For fits that go back to the items.
     """
 
     positive: Mapping[Site, Tensor]
@@ -52,6 +54,7 @@ class Activations:
     scales: Mapping[Site, TokenScale] = field(default_factory=dict)
     readout: str = "last"
     paired: bool = False
+    items: tuple[Tensor, Tensor] | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -144,7 +147,7 @@ def record(
 
     check_lengths(decoder, rendered, shown)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan.no_massive, shares)
+    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan, shares=shares)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
     return Activations(

@@ -87,7 +87,7 @@ def stream(
     check_lengths(decoder, rendered, shown)
     taps = locate(model, accumulators)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, feed, progress, plan.no_massive, shares)
+    scales = read_passes(decoder, taps, work, chosen, feed, progress, plan, shares=shares)
     warn_of_special(tokenizer, plan, rendered)
     results = {site: accumulator.result() for site, accumulator in accumulators.items()}
     positive = {site: pair[0] for site, pair in results.items()}

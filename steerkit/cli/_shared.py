@@ -38,8 +38,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ReadoutOption = Annotated[
     str | None,
     typer.Option(
-        help="Tokens read: last, mean, response_mean, answer_mean, an index; of a mean without massive tokens: "
-        "mean,no_massive_tokens. (default: the method's)"
+        help="Tokens read: last, mean, response_mean, answer_mean, an index; max for mean takes the largest values; of "
+        "a mean without massive tokens: mean,no_massive_tokens. (default: the method's)"
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per pass.")]

@@ -91,7 +91,7 @@ class RearrangedRows:
             for site, stream in kept.items():
                 stream.update(positive[site], negative[site])
                 positive[site], negative[site] = stream.result()
-        acts = replace(self._acts, positive=positive, negative=negative)
+        acts = replace(self._acts, positive=positive, negative=negative, items=arrangement)
         tensors = self._method.fit(acts, self._subject, list(self._vector.reads))
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):

@@ -1,8 +1,8 @@
 """What a checkpoint with changed weights holds: its config, its parameters, new biases and untied embeddings.
 
 A bias that the model lacks needs a switch of the config (Llama's `mlp_bias`; the other biases that come with it are
-zero); a change of one of two shared uses needs untied embeddings. Whether a family has such a switch is seen by
-building the model of the switched config without weights and looking at its names.
+zero), biases in several places perhaps several; a change of one of two shared uses needs untied embeddings. Whether a
+family has such switches is seen by building the model of the switched config without weights and looking at its names.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -86,8 +87,8 @@ def plan_checkpoint(model: Any, changes: Mapping[str, Change], *, untie: bool) -
     present = set(model.state_dict())
     missing = sorted(set(changes) - present)
     if missing:
-        config, switch = _with_biases(model, config, missing)
-        switches[switch] = True
+        config, turned = _with_biases(model, config, missing)
+        switches |= dict.fromkeys(turned, True)
     made = _empty(type(model), config)
     again = _shared(made, changes)
     if again:
@@ -111,24 +112,25 @@ def _shared(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, str]:
     }
 
 
-def _with_biases(model: Any, config: Any, missing: Sequence[str]) -> tuple[Any, str]:
-    """The config with the one switch under which the model has the missing biases and no other new weights.
+def _with_biases(model: Any, config: Any, missing: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """The config with the fewest switches under which the model has the missing biases and no other new weights.
 
     Raises:
-        SiteError: no switch does that.
+        SiteError: no switches do that.
     """
     present = set(model.state_dict())
     text = config.get_text_config()
     switches = sorted(name for name, value in text.to_dict().items() if value is False and "bias" in name)
-    for switch in switches:
+    for turned in (some for count in range(1, len(switches) + 1) for some in combinations(switches, count)):
         tried = copy.deepcopy(config)
-        setattr(tried.get_text_config(), switch, True)
+        for switch in turned:
+            setattr(tried.get_text_config(), switch, True)
         try:
             names = set(_empty(type(model), tried).state_dict())
         except (TypeError, ValueError, NotImplementedError):
             continue
         if names >= present.union(missing) and all(name.endswith("bias") for name in names - present):
-            return tried, switch
+            return tried, turned
     tried_out = f" ({', '.join(switches)} tried)" if switches else ""
     raise SiteError(
         f"{type(model).__name__} has no bias at `{missing[0]}` and no switch in its config that brings one{tried_out}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from steerkit.activations.reading import position_inputs
 from steerkit.activations.recording import Activations
 from steerkit.errors import ModelError
 from steerkit.fitting.held_out import record_steered
+from steerkit.methods._subject import Read
 from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import Decoder, execution_device
 from steerkit.network.experts import Experts
@@ -65,6 +66,29 @@ class Passes:
             batch_size=self._batch_size,
             steering=lambda lengths: steer(self._model, under, prompt_lengths=lengths, tokenizer=self._roles),
         )
+
+    def advance(
+        self,
+        rendered: Sequence[Rendered],
+        sites: Sequence[Site],
+        fit_one: Callable[[Site, Read], Mapping[str, Tensor]],
+        vector: Callable[[Mapping[str, Tensor], Sequence[Site]], SteeringVector],
+        *,
+        progress: bool,
+    ) -> dict[str, Tensor]:
+        """Fit site by site, see `steerkit.fitting.advancing`.
+
+        Args:
+            rendered: the texts.
+            sites: where.
+            fit_one: from a site and what reads it to its tensors, of any shape.
+            vector: makes what steers of the tensors of some sites.
+            progress: show a progress bar on stderr.
+        """
+        from steerkit.fitting.advancing import Advance
+
+        run = Advance(self._model, self._tokenizer, self._decoder, self._roles, rendered, self._batch_size)
+        return run.fitted(sites, fit_one, vector, progress=progress)
 
     def logits(self, rendered: Sequence[Rendered], under: SteeringVector | None) -> Tensor:
         """Next-token logits behind each text.

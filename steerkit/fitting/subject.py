@@ -17,6 +17,7 @@ from steerkit.activations.token_scale import TokenScale, scale_of
 from steerkit.errors import DataError
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
+from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from steerkit.activations.expert_activations import ExpertMeans
     from steerkit.fitting.passes import Passes
     from steerkit.methods._base import Method
-    from steerkit.methods._subject import Schedule
+    from steerkit.methods._subject import Read, Schedule
     from steerkit.network.anatomy import Anatomy
 
 __all__ = ["ModelSubject"]
@@ -167,9 +168,9 @@ class ModelSubject:
 
         Raises:
             VectorFileError: a tensor has a wrong name, shape or value.
+            SiteError: the model lacks a site.
         """
-        width = self._decoder.hidden_size
-        wide = {site: tensors[f"{site}/direction"].shape[-1] for site in sites if f"{site}/direction" in tensors}
+        taps = locate(self._model, sites)
         facts = model_facts(self._decoder.model)
         return SteeringVector(
             method=method.name,
@@ -180,8 +181,31 @@ class ModelSubject:
             unit="paper",
             suggested_strength=1.0,
             settings=method.settings,
-            widths={site: wide[site] for site in wide if wide[site] != width},
+            widths={site: tap.width for site, tap in taps.items() if tap.width != self._decoder.hidden_size},
             **{name: facts[name] for name in ("model_type", "hidden_size", "num_layers")},
+        )
+
+    def advance(
+        self, method: Method, sites: Sequence[Site], fit_one: Callable[[Site, Read], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Fit site by site in the order of a pass, each on the data as all sites before it have changed it.
+
+        Args:
+            method: applies what has been fitted, at strength 1 and in its own scope.
+            sites: where.
+            fit_one: from a site, and what reads it, to the site's tensors by name, of any shape.
+
+        Returns:
+            ``"<site>/<name>"`` to tensor.
+
+        Raises:
+            DataError: an item has no token to be read.
+            SiteError: the model lacks a site.
+            FitError: an activation is not finite, with the site named; or what `fit_one` raises.
+        """
+        items = self.rendered((*self._data.positive, *self._data.negative))
+        return self._passes.advance(
+            items, sites, fit_one, lambda tensors, some: self.vector(method, tensors, some), progress=self._progress
         )
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:

@@ -15,6 +15,7 @@ __all__ = [
     "add",
     "add_gated",
     "add_window",
+    "affine",
     "aim",
     "heading",
     "keep_norm",
@@ -78,6 +79,26 @@ def add_window(h: Tensor, directions: Tensor, offset: Tensor) -> Tensor:
     else:
         added = directions.gather(1, row[..., None].expand(-1, -1, directions.shape[-1]))
     return torch.where(inside[..., None], h + added, h)
+
+
+def affine(h: Tensor, gain: Tensor, shift: Tensor, inside: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Stretch and shift every number of every token: `h + gain * h + shift` (activation transport, arXiv 2410.23054).
+
+    Args:
+        h: [..., d] activations.
+        gain: [d], or [b, 1, d] where every row has its own: what each is multiplied by, less 1.
+        shift: [d], or [b, 1, d].
+        inside: [d] each: numbers that do not lie between them, both ends excluded, stay bitwise what they were.
+
+    Returns:
+        [..., d] in the dtype of `h`; computed in float32 at least, or in the wider dtype of gain and shift.
+    """
+    wide = h.to(torch.promote_types(torch.promote_types(h.dtype, torch.float32), gain.dtype))
+    moved = (wide + torch.addcmul(shift.to(wide), gain.to(wide), wide)).to(h.dtype)
+    if inside is None:
+        return moved
+    low, high = inside
+    return torch.where((wide > low) & (wide < high), moved, h)
 
 
 def keep_norm(edited: Tensor, h: Tensor) -> Tensor:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from steerkit.prompts.contrast_set import ContrastSet
     from steerkit.prompts.rendering import Rendered
 
-__all__ = ["Schedule", "Subject"]
+__all__ = ["Read", "Schedule", "Subject"]
+
+Read = Callable[[Any], Tensor]
+"""From a readout to the rows [n + m, d] of all items, the positive ones first."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,15 @@ class Subject(Protocol):
             tensors: ``"<site>/<param>"`` to tensor, of any shape that the method's `params` name.
             sites: where it is applied.
             scope: which tokens are written; None takes the method's own.
+        """
+
+    def advance(
+        self, method: Method, sites: Sequence[Site], fit_one: Callable[[Site, Read], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Fit site by site in the order of a pass, each on the data as all sites before it have changed it.
+
+        `fit_one` gets a site and what reads it (`Read`). It gives the site's tensors by name, of any shape, under which
+        the later sites are read, at strength 1 and in the method's own scope.
         """
 
     def logits(self, items: Sequence[Any], *, under: SteeringVector | None = None) -> Tensor:

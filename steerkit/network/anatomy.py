@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import nn
 
 from steerkit.errors import SiteError
@@ -165,6 +166,30 @@ class Anatomy:
             raise self._refuse(kind, f"`{added.name}` norms what `{read.name}` gives; ask for {raw_kind}.{self.layer}")
         own = kind if raw is not added else kind.replace("_raw", "_out")
         return read, replace(read, kind=own, side="output", width=self.left.values.shape[-1])
+
+    def giver(self, kind: str) -> Call:
+        """The linear layer whose output is the tensor of a kind, number for number.
+
+        Args:
+            kind: attn_out, attn_raw, mlp_out, mlp_raw or mixer_out.
+
+        Raises:
+            SiteError: another kind, a norm or a number between the layer and the tensor, or no one layer.
+        """
+        if kind not in ("attn_out", "attn_raw", "mlp_out", "mlp_raw", "mixer_out"):
+            raise self._refuse(kind, "no linear layer of this block gives it")
+        half = self._half(kind)
+        if half.experts:
+            raise self._refuse(kind, f"{half} routes tokens to `{half.experts}`, so no one layer gives it")
+        added, raw = self._added(kind)[self.halves.index(half)]
+        source = raw if kind.endswith("_raw") else added
+        if source.gave is not None:
+            values = source.gave.values.flatten()
+            for linear in reversed(half.linears):
+                if linear.gave is not None and torch.equal(linear.gave.values.flatten(), values):
+                    return linear
+        between = f"`{added.name}` norms what {half} gives" if source is not raw else "a number is multiplied to it"
+        raise self._refuse(kind, f"no linear layer gives it as it is; {between}")
 
     def output_kind(self, half: Half) -> str:
         """The kind of site at which a half adds to the residual stream.

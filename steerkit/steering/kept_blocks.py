@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from steerkit.network.decoder import Decoder
     from steerkit.steering.steering import Steering
 
-__all__ = ["KeptBlocks"]
+__all__ = ["KeptBlocks", "can_spare", "given", "moved_to", "noted"]
 
 # By the last block that is left out: whether the blocks behind it need nothing but what it gives.
 _SPARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -68,15 +68,15 @@ class KeptBlocks:
             rows: of that pass.
         """
         count = 0 if steering is None else steering.untouched
-        if (texts, count) in self._kept or count < 1 or not _can_spare(decoder, count):
+        if (texts, count) in self._kept or count < 1 or not can_spare(decoder, count):
             return
         known, seen = self._known(texts, count), list[Any]()
         with contextlib.ExitStack() as stack:
             if known:
-                stack.enter_context(_given(decoder, known, self._kept[texts, known]))
+                stack.enter_context(given(decoder, known, self._kept[texts, known]))
             if "torch._dynamo" in sys.modules:  # a compiled block would not stop
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_noted(decoder.blocks[count - 1], seen, stops=True))
+            stack.enter_context(noted(decoder.blocks[count - 1], seen, stops=True))
             with contextlib.suppress(_Stop):
                 run()
         if seen and _has_rows(seen[0], rows):
@@ -95,7 +95,7 @@ class KeptBlocks:
             again: by row [b] which of the texts it is, where they stand there more than once (see `learn`).
         """
         count = self._known(texts, len(decoder.blocks)) if steering is None else steering.untouched
-        if count < 1 or not _can_spare(decoder, count):
+        if count < 1 or not can_spare(decoder, count):
             yield
             return
         known = self._known(texts, count)
@@ -103,9 +103,9 @@ class KeptBlocks:
         with contextlib.ExitStack() as stack:
             if known:
                 self._kept.move_to_end((texts, known))
-                stack.enter_context(_given(decoder, known, self._kept[texts, known], again))
+                stack.enter_context(given(decoder, known, self._kept[texts, known], again))
             if known < count and again is None:
-                stack.enter_context(_noted(decoder.blocks[count - 1], seen))
+                stack.enter_context(noted(decoder.blocks[count - 1], seen))
             yield
         if seen:
             self._keep((texts, count), seen[0])
@@ -125,8 +125,13 @@ class KeptBlocks:
             self._used -= _size(self._kept.popitem(last=False)[1])
 
 
-def _can_spare(decoder: Decoder, count: int) -> bool:
-    """Whether the first blocks can be left out here: nobody else watches or replaces anything in them."""
+def can_spare(decoder: Decoder, count: int) -> bool:
+    """Whether the first blocks can be left out here: nobody else watches or replaces anything in them.
+
+    Args:
+        decoder: the model's decoder.
+        count: how many blocks.
+    """
     blocks = decoder.blocks[:count]
     if decoder.entry is not decoder.body:  # FSDP gathers the weights block by block
         return False
@@ -147,12 +152,12 @@ def _is_enough(decoder: Decoder, count: int) -> bool:
     ends: list[Any] = []
     with plain_tokens(decoder) as input_ids, contextlib.ExitStack() as stack:
         seen: list[Any] = []
-        with _noted(last, ends), _noted(decoder.blocks[count - 1], seen):
+        with noted(last, ends), noted(decoder.blocks[count - 1], seen):
             run_body(decoder.entry, input_ids)
         if not seen or not ends:
             return False
-        stack.enter_context(_given(decoder, count, seen[0]))
-        with _noted(last, ends):
+        stack.enter_context(given(decoder, count, seen[0]))
+        with noted(last, ends):
             try:
                 run_body(decoder.entry, input_ids)
             except SiteError:
@@ -161,8 +166,15 @@ def _is_enough(decoder: Decoder, count: int) -> bool:
 
 
 @contextlib.contextmanager
-def _given(decoder: Decoder, count: int, output: Any, again: Tensor | None = None) -> Iterator[None]:
-    """Let the first blocks give an output without running, or for each row of a pass one of its rows."""
+def given(decoder: Decoder, count: int, output: Any, again: Tensor | None = None) -> Iterator[None]:
+    """Let the first blocks give an output without running, or for each row of a pass one of its rows.
+
+    Args:
+        decoder: the model's decoder.
+        count: how many blocks.
+        output: what the last of them gives.
+        again: [b] which of its rows each row is; None gives them as they are.
+    """
 
     def forward(*_args: Any, **_kwargs: Any) -> Any:
         return _copied(output) if again is None else _mapped(output, lambda tensor: tensor[again])
@@ -178,15 +190,22 @@ def _given(decoder: Decoder, count: int, output: Any, again: Tensor | None = Non
 
 
 @contextlib.contextmanager
-def _noted(block: nn.Module, seen: list[Any], *, stops: bool = False) -> Iterator[None]:
-    """Note what leaves a block, before anybody changes it; end the pass there if asked to."""
+def noted(block: nn.Module, seen: list[Any], *, stops: bool = False, edited: bool = False) -> Iterator[None]:
+    """Note what leaves a block.
+
+    Args:
+        block: the block.
+        seen: what it gives is appended here, copied.
+        stops: end the pass there.
+        edited: note it as it flows on, hooks attached before this included; else before anybody changes it.
+    """
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> None:
         seen.append(_copied(output))
         if stops:
             raise _Stop
 
-    handle = block.register_forward_hook(hook, prepend=True)
+    handle = block.register_forward_hook(hook, prepend=not edited)
     try:
         yield
     finally:
@@ -203,6 +222,16 @@ def _has_rows(output: Any, rows: int) -> bool:
 def _copied(output: Any) -> Any:
     """The output with copies of its tensors: some blocks write into what they are given."""
     return _mapped(output, lambda tensor: tensor.detach().clone())
+
+
+def moved_to(device: str | torch.device, output: Any) -> Any:
+    """The output with its tensors on a device.
+
+    Args:
+        device: where.
+        output: a module's, with tensors of any shape.
+    """
+    return _mapped(output, lambda tensor: tensor.to(device))
 
 
 def _size(output: Any) -> int:

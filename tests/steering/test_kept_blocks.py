@@ -155,7 +155,7 @@ def test_answers_behind_kept_prompts_get_the_same_numbers(name: str, monkeypatch
     asked = [(TEXTS, 1.0), (TEXTS, -0.5), (begun(TEXTS), -0.5), (TEXTS, 1.0)]
     mine = [predicted(model, vector, strength, kept, texts) for texts, strength in asked]
     monkeypatch.setattr("steerkit.evaluate.answer_passes.AnswerPasses._behind_prompts", lambda *_: None)
-    monkeypatch.setattr("steerkit.steering.kept_blocks._can_spare", lambda *_: False)
+    monkeypatch.setattr("steerkit.steering.kept_blocks.can_spare", lambda *_: False)
     for one, (texts, strength) in zip(mine, asked, strict=True):
         plain = predicted(model, vector, strength, Setup(model, byte_tokenizer(), DATA), texts)
         for here, there in zip(one, plain, strict=True):
@@ -227,7 +227,7 @@ def test_scores_are_those_of_whole_passes(monkeypatch: pytest.MonkeyPatch) -> No
     setup = Setup(model, byte_tokenizer(), DATA, neutral=DATA.positive)
     found = [setup.trial(vector, strength) for strength in (1.0, 2.0, 1.0)]
     scores = [(PreferenceMargin().score(one), Divergence().score(one)) for one in found]
-    monkeypatch.setattr("steerkit.steering.kept_blocks._can_spare", lambda *_: False)
+    monkeypatch.setattr("steerkit.steering.kept_blocks.can_spare", lambda *_: False)
     plain = Setup(model, byte_tokenizer(), DATA, neutral=DATA.positive)
     for (margin, cost), strength in zip(scores, (1.0, 2.0, 1.0), strict=True):
         trial = plain.trial(vector, strength)
