@@ -105,6 +105,15 @@ class MELBO(AddDirection):
         """
         return [layers for layers in super().candidates(num_layers) if layers[0] <= (num_layers - 1) // 2]
 
+    def target_site(self, decoder: Decoder) -> Site:
+        """The block whose output is to change.
+
+        Args:
+            decoder: the model's decoder.
+        """
+        layer = round(_TARGET * (decoder.num_layers - 1)) if self.target < 0 else self.target
+        return Site(layer, "resid_post")
+
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         """Find all directions by gradients through the blocks from the source to the target.
 
@@ -210,9 +219,11 @@ class _Search:
     def over(cls, method: MELBO, subject: Subject, source: Site) -> _Search:
         """Read what does not change: the prompts, the source's scale and the target unsteered."""
         depth = subject.decoder.num_layers
-        target = round(_TARGET * (depth - 1)) if method.target < 0 else method.target
-        if not source.layer < target < depth:
-            raise FitError(f"melbo: target = {target} with the source {source}; give a later block, up to {depth - 1}")
+        target = method.target_site(subject.decoder)
+        if not source.layer < target.layer < depth:
+            raise FitError(
+                f"melbo: target = {target.layer} with the source {source}; give a later block, up to {depth - 1}"
+            )
         prompts = subject.rendered(subject.prompts)
         for number, prompt in enumerate(prompts):
             if len(prompt.ids) < 2:
@@ -222,10 +233,9 @@ class _Search:
         read = subject.record(prompts, [source], readout="mean").positive
         (activations,) = read.values()
         radius = method.norm or _SHARE * subject.norms(list(read))[next(iter(read))]
-        place = Site(target, "resid_post")
         with torch.no_grad():
-            unsteered = [subject.read_shifted([prompt], {}, place)[0][0] for prompt in prompts]
-        return cls(method, subject, source, place, radius, activations.shape[-1], prompts, unsteered)
+            unsteered = [subject.read_shifted([prompt], {}, target)[0][0] for prompt in prompts]
+        return cls(method, subject, source, target, radius, activations.shape[-1], prompts, unsteered)
 
     def changes(self, shifts: Tensor) -> Tensor:
         """[k] the change that each of [k, d] makes, without gradients, on the CPU."""
