@@ -134,7 +134,7 @@ def _setup(model: Any, tokenizer: Any, ask: str, neutral: int, max_new_tokens: i
     from steerkit.evaluate.setup import Setup
     from steerkit.prompts.conversation import Conversation
 
-    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     return Setup(model, tokenizer, prompts=[Conversation(ask)], **how).first_neutral(neutral)
 
 
