@@ -13,9 +13,10 @@ Where this file departs. All vectors are trained at once, each a row of the batc
 to those before it, which do not feel it, so that the first one is what it would be alone (the released code trains one
 after the other). Each token's change is a norm over the width; the released code takes it over the tokens, which is
 the same for p = 2 only. Pads are never counted, nor is each row's first token: it holds the massive activations that
-attention rests on, and what shakes them would be all that is found. The released code reports the loss of the last
-prompt; here the change of every vector, over all prompts, is kept for every step. The optimiser is AdamW without
-AMSGrad, on the logarithm of the change, so that a rate means the same whatever R and the model are.
+attention rests on, is the same in every prompt, and moves further than all others under any push. The released code
+reports the loss of the last prompt; here the change of every vector, over all prompts, is kept for every step. The
+optimiser is AdamW without AMSGrad, on the logarithm of the change, so that a rate means the same whatever R and the
+model are.
 """
 
 from __future__ import annotations
