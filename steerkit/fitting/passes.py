@@ -143,7 +143,7 @@ class Passes:
             # A copy: Falcon adds into such a tensor in place afterwards.
             keep = lambda _, h: found.append(h.to(torch.float32, copy=True))  # noqa: E731
             forward_body(self._decoder, taps, ids, mask, keep, gradients=True)
-        return found[0], mask != 0
+        return found[0], (mask != 0).to(found[0].device)
 
     def _one_batch(self, rendered: Sequence[Rendered]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [b, t], mask [b, t] and prompt lengths [b, 1] of texts in one batch, in their order, on the device."""

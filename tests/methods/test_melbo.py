@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor
 import steerkit
 from steerkit.errors import DataError, FitError
 from steerkit.evaluate.curve import random_like
+from steerkit.fitting.subject import ModelSubject
+from steerkit.methods._authoring import class_problem
 from steerkit.methods.melbo import MELBO
+from steerkit.network.decoder import find_decoder
 from steerkit.prompts.prompt_set import PromptSet
 from steerkit.vector.steering_vector import SteeringVector
 from tests.families import BLOCKS, HIDDEN, build
@@ -183,6 +186,22 @@ def test_prompts_are_for_methods_without_sides() -> None:
         fitted(prompts="Why?")
     with pytest.raises(DataError, match="there is no prompt"):
         fitted(prompts=[])
+
+
+def test_a_method_of_prompts_has_no_sides() -> None:
+    model = build("llama")
+    subject = ModelSubject(model, byte_tokenizer(CHATML), PromptSet.of(PROMPTS), find_decoder(model), 16, None, "it")
+    assert [one.prompt for one in subject.prompts] == PROMPTS
+    with pytest.raises(DataError, match="it is fitted on prompts, which have no sides"):
+        _ = subject.data
+
+    @dataclass(frozen=True)
+    class ReadsBefore(MELBO):
+        """Asks for sides that are not there."""
+
+        readout: ClassVar[str | None] = "last"
+
+    assert "write readout = None" in str(class_problem(ReadsBefore))
 
 
 @pytest.mark.parametrize(
