@@ -46,8 +46,8 @@ OTHERS = (
     "My friend has not called me back for a week.",
     "Which is heavier, a litre of milk or a litre of oil?",
 )
-COUNT, STEPS, BLOCK, SEED = 5, 60, 7, 0
-KL, TEXTS = 0.1, 16
+COUNT, STEPS, BLOCK, SEED = 5, 40, 7, 0
+KL, TEXTS = 0.1, 12
 
 
 @dataclass(frozen=True)
