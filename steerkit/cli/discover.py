@@ -43,6 +43,9 @@ SourceOption = Annotated[int | None, typer.Option(min=0, help="Block whose outpu
 TargetOption = Annotated[
     int | None, typer.Option(min=0, help="Block whose output is to change most. (default: at three quarters)")
 ]
+LastOption = Annotated[
+    int, typer.Option(min=0, help="Count only so many tokens at a prompt's end. (default: all but the first)")
+]
 KnownOption = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE", help="Vectors to lie beside. (default: those shipped for the model)"),
@@ -62,6 +65,7 @@ def run(
     norm: NormOption = None,
     source_block: SourceOption = None,
     target_block: TargetOption = None,
+    last: LastOption = 0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 60,
     controls: Annotated[int, typer.Option(min=0, help="Random directions of the same length, shown beside.")] = 3,
     known: KnownOption = None,
@@ -92,7 +96,7 @@ def run(
     learned_on = learned_on[: limit or (len(learned_on) if recipe is None else _OF_A_RECIPE)]
     beside = _known(known, model.name)
     loaded, tokenizer = model.load()
-    settings: dict[str, Any] = {"count": count, "norm": norm or 0.0, "steps": steps, "seed": seed}
+    settings: dict[str, Any] = {"count": count, "norm": norm or 0.0, "last": last, "steps": steps, "seed": seed}
     settings["target"] = -1 if target_block is None else target_block
     how: dict[str, Any] = {"site": None if source_block is None else Site(source_block), "batch_size": batch_size}
     found = discover(loaded, tokenizer, learned_on, settings=settings, progress=True, **how)

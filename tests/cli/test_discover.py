@@ -64,7 +64,7 @@ def test_a_pack_and_what_each_direction_does(answer: Callable[..., Any], here: P
 
 
 def test_the_table_fits_and_says_what_to_do_next(cli: Cli, here: Path) -> None:
-    ended = cli("discover", "--recipe", "joy-caa.toml", "--source-block", 0, "--out", "pack", *SMALL)
+    ended = cli("discover", "--recipe", "joy-caa.toml", "--source-block", 0, "--last", 2, "--out", "pack", *SMALL)
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert max(map(len, lines)) <= WIDTH or max(map(len, lines[:-1])) <= WIDTH  # the command to copy is one line
@@ -73,6 +73,7 @@ def test_the_table_fits_and_says_what_to_do_next(cli: Cli, here: Path) -> None:
         assert name in ended.out
     assert "pack/melbo-1.safetensors" in lines[-1]
     assert json.loads(Path("pack/discovered.json").read_text())["prompts"] == 4
+    assert SteeringVector.load("pack/melbo-1.safetensors").settings["last"] == 2
 
 
 def test_known_vectors_are_told_apart_by_site_and_sign() -> None:
