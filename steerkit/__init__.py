@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.scoring import measure
     from steerkit.evaluate.setup import Setup
     from steerkit.evaluate.suggesting import suggest_strength
+    from steerkit.fitting.discovering import discover
     from steerkit.fitting.fitting import fit
     from steerkit.generation import generate
     from steerkit.model import load_model
@@ -79,6 +80,7 @@ _HOMES = {
     "UnknownNameError": "errors",
     "VectorFileError": "errors",
     "VectorMismatchError": "errors",
+    "discover": "fitting.discovering",
     "edited": "steering",
     "explain": "monitor",
     "finetuning_shift": "monitor",
@@ -121,6 +123,7 @@ __all__ = [
     "UnknownNameError",
     "VectorFileError",
     "VectorMismatchError",
+    "discover",
     "edited",
     "explain",
     "finetuning_shift",

@@ -39,6 +39,8 @@ def forward_body(
     attention_mask: Tensor,
     read: Callable[[Site, Tensor], None],
     past: Any = None,
+    *,
+    gradients: bool = False,
 ) -> None:
     """Run the decoder body, hand every tap's tensor [b, t, d] to `read`, and stop after the deepest.
 
@@ -49,6 +51,7 @@ def forward_body(
         attention_mask: [b, t], or [b, past + t] over what the cache holds too.
         read: called once per site; it must not keep the tensor (Falcon changes one in place afterwards).
         past: a cache that the pass goes on from, and adds to.
+        gradients: record the pass for gradients, where they are on.
 
     Raises:
         FitError: the model never ran one of the places.
@@ -72,7 +75,8 @@ def forward_body(
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():
             stack.callback(attach_reader(tap, site, notice).remove)
-        stack.enter_context(torch.no_grad())
+        if not gradients:
+            stack.enter_context(torch.no_grad())
         stack.enter_context(evaluation_mode(decoder.body))
         if "torch._dynamo" in sys.modules:  # a compiled block would not stop, nor call hooks it has not seen
             stack.enter_context(torch.compiler.set_stance("force_eager"))

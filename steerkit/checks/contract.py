@@ -10,7 +10,7 @@ import contextlib
 import copy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from steerkit.methods._protocols import NeedsPrompt, read_direction
 from steerkit.methods._registry import registration_problem
 from steerkit.prompts.batching import pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.conversation import Prompt
 from steerkit.steering.steering import steer
 from steerkit.tokens.forward_pass import Pass
 from steerkit.tokens.scope import WINDOWS, PromptLengths, Scope
@@ -41,7 +42,7 @@ TOLERANCE = 1e-5
 
 
 def conformance(
-    method: Method, model: nn.Module, tokenizer: Any, data: ContrastSet, *, strength: float = 1.0
+    method: Method, model: nn.Module, tokenizer: Any, data: ContrastSet | Sequence[Prompt], *, strength: float = 1.0
 ) -> list[Finding]:
     """Fit a method and run every check on it.
 
@@ -52,7 +53,7 @@ def conformance(
         method: the method with its settings, or its class.
         model: a decoder-only transformers model; a tiny random one will do.
         tokenizer: its tokenizer.
-        data: what the method is fitted on.
+        data: what the method is fitted on, see `steerkit.fit`.
         strength: one that changes the logits.
 
     Returns:
@@ -246,6 +247,7 @@ def positive_side_lies_further_along(subject: FittedMethod) -> str | None:
     """Where there is one direction, the positive items lie further along it than the negative ones."""
     if (
         subject.method.readout is None
+        or not isinstance(subject.data, ContrastSet)
         or read_direction(subject.method, subject.vector.params(subject.vector.reads[0])) is None
     ):
         return "has no single direction per site"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from steerkit.methods._protocols import Gated, ReadsInput
 from steerkit.network.decoder import execution_device, find_decoder, inner_model
 from steerkit.prompts.batching import batches, pad_token_id
 from steerkit.prompts.contrast_set import ContrastSet
-from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.conversation import Conversation, Prompt
 from steerkit.prompts.rendering import render
 from steerkit.steering.steering import steer
 from steerkit.tokens.forward_pass import Pass
@@ -48,7 +49,7 @@ class FittedMethod:
     method: Method
     model: nn.Module
     tokenizer: Any
-    data: ContrastSet
+    data: ContrastSet | Sequence[Prompt]
     vector: SteeringVector
     strength: float = 1.0
 
@@ -103,7 +104,7 @@ class FittedMethod:
             [b, t] ids and [b, t] mask.
         """
         rendered = [render(self.tokenizer, Conversation(text, raw=True)) for text in TEXTS]
-        if isinstance(self.method, Gated):
+        if isinstance(self.method, Gated) and isinstance(self.data, ContrastSet):
             prompt = max((render(self.tokenizer, item) for item in self.data.positive), key=lambda item: len(item.ids))
             rendered[1] = replace(prompt, ids=(*prompt.ids, prompt.ids[0]))
         batch = batches(rendered, len(TEXTS), pad_id=pad_token_id(self.tokenizer), side=side)[0]  # type: ignore[arg-type]

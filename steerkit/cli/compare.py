@@ -139,13 +139,13 @@ def _words(prompting: bool, system: list[str] | None) -> list[str]:
 
 def _every() -> list[str]:
     """All methods that pairs of answers measure; those that cannot be used are told of."""
-    from steerkit.methods._base import sorts_prompts
+    from steerkit.methods._base import has_sides, sorts_prompts
     from steerkit.methods._registry import usable_methods
 
     usable, broken = usable_methods()
     for problem in broken.values():
         typer.echo(f"note: {problem}", err=True)
-    return [name for name, kind in usable.items() if not sorts_prompts(kind)]
+    return [name for name, kind in usable.items() if has_sides(kind) and not sorts_prompts(kind)]
 
 
 def _sources(names: Sequence[str], default: Recipe) -> dict[str, Recipe]:

@@ -142,17 +142,23 @@ def _tell_of_items(data: ContrastSet, method: str, *, is_read: bool) -> None:
 def _tell_of_confounds(tokenizer: Any, data: ContrastSet, method: str, readout: str | int | None) -> None:
     """Warn of length and format that predict the label."""
     from steerkit.evaluate.data_notes import confound_notes
+    from steerkit.methods._base import has_sides
     from steerkit.methods._registry import resolve
 
+    if not has_sides(resolve(method)):
+        return
     reading = resolve(method).readout if readout is None else readout
     for note in confound_notes(tokenizer, data, readout=reading):
         warnings.warn(note, stacklevel=2)
 
 
 def _show(vector: SteeringVector, target: Path, usage: str) -> None:
+    from steerkit.methods._registry import resolve
+
     console, facts = stdout(), vector.describe()
     items = (facts["held_out"] or {}).get("items")
     measured = f"separation measured on {items} held-out items" if items else "--held-out 0.25 measures the separation"
-    typer.echo(f"wrote {target}\n{vector.method}; {measured}")
+    separates = resolve(vector.method).readout is not None
+    typer.echo(f"wrote {target}\n{vector.method}" + (f"; {measured}" if separates else ""))
     console.print(sites_table(facts))
     typer.echo(f"use it:\n  {usage}")

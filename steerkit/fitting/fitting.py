@@ -19,7 +19,7 @@ from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
 from steerkit.fitting.subject import ModelSubject
 from steerkit.methods._authoring import check_fitted, class_problem, fitted_tensors
-from steerkit.methods._base import Method
+from steerkit.methods._base import Method, has_sides
 from steerkit.methods._protocols import AddsFacts, PreparesData, SetsOperatingPoint
 from steerkit.methods._registry import method_names, registration_problem, resolve
 from steerkit.network.decoder import Decoder, find_decoder
@@ -27,6 +27,8 @@ from steerkit.network.kernel_share import PROJECTED, seen_shares
 from steerkit.network.sites import Site, parse_layers
 from steerkit.network.tap import Tap, locate
 from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.conversation import Prompt
+from steerkit.prompts.prompt_set import PromptSet
 from steerkit.prompts.rendering import answer_separator, warn_of_separator
 from steerkit.prompts.splitting import warn_of_known_items
 from steerkit.vector.model_identity import model_facts
@@ -40,7 +42,7 @@ _HALF = 0.5
 def fit(
     model: nn.Module,
     tokenizer: Any,
-    data: ContrastSet,
+    data: ContrastSet | PromptSet | Sequence[Prompt],
     *,
     method: str | Method = "caa",
     layers: str | int | Sequence[int] | None = None,
@@ -59,7 +61,8 @@ def fit(
     Args:
         model: any decoder-only transformers model; unchanged afterwards.
         tokenizer: its tokenizer; unchanged afterwards.
-        data: the contrast set (for `actadd`: one pair of raw prompts).
+        data: the contrast set (for `actadd`: one pair of raw prompts), or, for methods without sides (`melbo`), a list
+            of prompts; of a contrast set they take the prompts of both sides.
         method: a name of `steerkit methods`, or a method with its settings.
         layers: blocks counted from 0, such as ``[11, 12]`` or ``"11-13"`` (both ends included), at the method's own
             kind of site.
@@ -88,10 +91,7 @@ def fit(
             which the projection behind them sees less than half.
     """
     chosen = _method(method, settings)
-    if not isinstance(data, ContrastSet):
-        raise DataError(
-            f"fit: got {type(data).__name__} for data; make a ContrastSet of it (from_prompts, from_answers, ...)"
-        )
+    data = _data(chosen, data)
     decoder = find_decoder(model)
     taps = locate(model, _sites(chosen, decoder, layers, sites))
     reading = chosen.readout if readout is None else readout
@@ -106,17 +106,18 @@ def fit(
         readout=reading,
         progress=progress,
     )
-    warn_of_separator(tokenizer, (*data.positive, *data.negative), chat_template_kwargs)
+    if isinstance(data, ContrastSet):  # prompts have no answers to stand before
+        warn_of_separator(tokenizer, (*data.positive, *data.negative), chat_template_kwargs)
     if acts is None:
         _refuse_unread(chosen, readout, held_out)
-        if chosen.readout is not None:
+        if isinstance(data, ContrastSet) and chosen.readout is not None:
             how: dict[str, Any] = {"progress": progress, "shares": shares}
             acts = _read(model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, **how)
-    vector = _vector(chosen, subject, acts, model, taps, tokenizer)
-    if isinstance(chosen, SetsOperatingPoint) and acts is not None:
+    vector = _vector(chosen, subject, acts, model, taps, tokenizer, data)
+    if isinstance(data, ContrastSet) and isinstance(chosen, SetsOperatingPoint) and acts is not None:
         vector = chosen.settled(vector, data, acts)
     vector = replace(vector, answer_separator=answer_separator(tokenizer, chat_template_kwargs))
-    if held_out is None or acts is None:
+    if held_out is None or acts is None or not isinstance(data, ContrastSet):
         return vector
     from steerkit.fitting.held_out import separation
 
@@ -125,6 +126,21 @@ def fit(
         model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
     )
     return vector.with_held_out(measured)
+
+
+def _data(method: Method, data: Any) -> ContrastSet | PromptSet:
+    """What the method is fitted on, in its form.
+
+    Raises:
+        DataError: it has no sides and the method needs them, or it is no data.
+    """
+    if not has_sides(method):
+        return PromptSet.of(data)
+    if not isinstance(data, ContrastSet):
+        raise DataError(
+            f"fit: got {type(data).__name__} for data; make a ContrastSet of it (from_prompts, from_answers, ...)"
+        )
+    return data
 
 
 def _refuse_unread(method: Method, readout: Any, held_out: ContrastSet | None) -> None:
@@ -146,13 +162,14 @@ def _vector(
     model: nn.Module,
     taps: Mapping[Site, Tap],
     tokenizer: Any,
+    data: ContrastSet | PromptSet,
 ) -> SteeringVector:
     """Fit the method at the sites of the taps, and put what it found together with all that a file says.
 
     Raises:
         FitError: activations are missing at a site, or what was fitted is not finite or not what the method declares.
     """
-    places, decoder, data = list(taps), subject.decoder, subject.data
+    places, decoder = list(taps), subject.decoder
     missing = [site for site in places if acts is not None and site not in acts.positive]
     if missing:
         raise FitError(f"{method.name}: acts were not read at {', '.join(map(str, missing))}; read them there too")

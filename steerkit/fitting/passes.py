@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.activations.expert_activations import ExpertMeans, expert_means
-from steerkit.activations.reading import position_inputs
+from steerkit.activations.reading import forward_body, position_inputs
 from steerkit.activations.recording import Activations
 from steerkit.errors import ModelError
 from steerkit.fitting.held_out import record_steered
@@ -134,13 +134,8 @@ class Passes:
         Returns:
             Logits [b, t, v], ids [b, t], and [b, t] which positions' logits predict a token of the answer.
         """
-        check_lengths(self._decoder, rendered, named("text", rendered))
-        batch = batches(rendered, len(rendered), pad_id=pad_token_id(self._tokenizer))[0]
-        order = torch.tensor(batch.rows, dtype=torch.long).argsort()
-        device = execution_device(self._decoder)
-        ids, mask = batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
-        lengths = batch.prompt_lengths[order].to(device)[:, None]
-        place = torch.arange(ids.shape[1], device=device)
+        ids, mask, lengths = self._one_batch(rendered)
+        place = torch.arange(ids.shape[1], device=ids.device)
         written = (((place >= lengths - 1) | prompts) & (mask != 0))[..., None]
         with contextlib.ExitStack() as stack:
             for site, tap in locate(self._model, list(shifts)).items():
@@ -149,6 +144,39 @@ class Passes:
             logits: Tensor = self._decoder.model(**inputs, use_cache=False).logits
         predicts = (place >= lengths - 1) & (place < mask.sum(dim=1, keepdim=True) - 1)
         return logits, ids, predicts
+
+    def read_shifted(
+        self, rendered: Sequence[Rendered], shifts: Mapping[Site, Tensor], site: Site
+    ) -> tuple[Tensor, Tensor]:
+        """Read texts in one pass whose every token is written with a shift, where gradients are on with gradients.
+
+        Args:
+            rendered: the texts.
+            shifts: per site [b, d] float32, one row per text; none runs the model as it is.
+            site: where to read; the pass ends there.
+
+        Returns:
+            Activations [b, t, d] float32, and [b, t] which positions are no pads.
+        """
+        ids, mask, _ = self._one_batch(rendered)
+        found: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            for written, tap in locate(self._model, list(shifts)).items():
+                stack.callback(_attach_shift(tap, shifts[written], (mask != 0)[..., None]).remove)
+            taps = locate(self._model, [site])
+            # A copy: Falcon adds into such a tensor in place afterwards.
+            keep = lambda _, h: found.append(h.to(torch.float32, copy=True))  # noqa: E731
+            forward_body(self._decoder, taps, ids, mask, keep, gradients=True)
+        return found[0], (mask != 0).to(found[0].device)
+
+    def _one_batch(self, rendered: Sequence[Rendered]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [b, t], mask [b, t] and prompt lengths [b, 1] of texts in one batch, in their order, on the device."""
+        check_lengths(self._decoder, rendered, named("text", rendered))
+        batch = batches(rendered, len(rendered), pad_id=pad_token_id(self._tokenizer))[0]
+        order = torch.tensor(batch.rows, dtype=torch.long).argsort()
+        device = execution_device(self._decoder)
+        ids, mask = batch.input_ids[order].to(device), batch.attention_mask[order].to(device)
+        return ids, mask, batch.prompt_lengths[order].to(device)[:, None]
 
     def experts(
         self, sides: tuple[Sequence[Rendered], Sequence[Rendered]], found: Mapping[Site, Experts], readout: Any

@@ -20,6 +20,7 @@ from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.prompt_set import PromptSet
 from steerkit.prompts.rendering import Rendered, render
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
@@ -40,7 +41,7 @@ class ModelSubject:
     Args:
         model: any decoder-only transformers model.
         tokenizer: its tokenizer.
-        data: what the method is fitted on.
+        data: what the method is fitted on: a contrast set, or prompts without sides.
         decoder: the model's decoder.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
@@ -53,7 +54,7 @@ class ModelSubject:
         self,
         model: nn.Module,
         tokenizer: Any,
-        data: ContrastSet,
+        data: ContrastSet | PromptSet,
         decoder: Decoder,
         batch_size: int,
         chat_template_kwargs: Mapping[str, Any] | None,
@@ -77,8 +78,24 @@ class ModelSubject:
 
     @property
     def data(self) -> ContrastSet:
-        """What the method is fitted on."""
+        """What the method is fitted on.
+
+        Raises:
+            DataError: that has no sides.
+        """
+        if isinstance(self._data, PromptSet):
+            raise DataError(f"{self._name} is fitted on prompts, which have no sides; read `subject.prompts`")
         return self._data
+
+    @property
+    def prompts(self) -> tuple[Conversation, ...]:
+        """The prompts of what it is fitted on, each once, without answers."""
+        return PromptSet.of(self._data).prompts
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per pass that the user wants at the most."""
+        return self._batch_size
 
     def rendered(self, items: Sequence[Any]) -> list[Rendered]:
         """Items as the model reads them.
@@ -120,14 +137,8 @@ class ModelSubject:
         """
         from steerkit.generation import generate
 
-        return generate(
-            self._model,
-            self._tokenizer,
-            items,
-            max_new_tokens=max_new_tokens,
-            batch_size=self._batch_size,
-            chat_template_kwargs=self._chat,
-        )
+        how: dict[str, Any] = {"batch_size": self._batch_size, "chat_template_kwargs": self._chat}
+        return generate(self._model, self._tokenizer, items, max_new_tokens=max_new_tokens, **how)
 
     def record(
         self, items: Sequence[Any], sites: Sequence[Site], *, readout: Any = None, under: SteeringVector | None = None
@@ -235,6 +246,19 @@ class ModelSubject:
         """
         return self._passes.shifted(self.rendered(items), shifts, prompts=prompts)
 
+    def read_shifted(self, items: Sequence[Any], shifts: Mapping[Site, Tensor], site: Site) -> tuple[Tensor, Tensor]:
+        """Read texts in one pass whose every token is written with a shift, gradients and all.
+
+        Args:
+            items: prompts, conversations or rendered texts.
+            shifts: per site [b, d] float32, one row per item.
+            site: where to read.
+
+        Returns:
+            Activations [b, t, d] float32, and [b, t] which positions are no pads.
+        """
+        return self._passes.read_shifted(self.rendered(items), shifts, site)
+
     @property
     def _passes(self) -> Passes:
         from steerkit.fitting.passes import Passes
@@ -279,12 +303,13 @@ class ModelSubject:
         Raises:
             DataError: the data is not exactly one pair of prompts.
         """
-        if len(self._data.positive) != 1 or len(self._data.negative) != 1:
+        data = self.data
+        if len(data.positive) != 1 or len(data.negative) != 1:
             raise DataError(
-                f"{self._name} takes one pair of prompts, got {len(self._data.positive)} positive and "
-                f"{len(self._data.negative)} negative ones; give one of each"
+                f"{self._name} takes one pair of prompts, got {len(data.positive)} positive and "
+                f"{len(data.negative)} negative ones; give one of each"
             )
-        sides = (self._data.positive[0], self._data.negative[0])
+        sides = (data.positive[0], data.negative[0])
         # A bare string is meant as it stands: with a chat template around it, most of the window would be template.
         plain = [isinstance(side.prompt, str) and side.system is None and side.answer is None for side in sides]
         raw = [replace(side, raw=side.raw or is_plain) for side, is_plain in zip(sides, plain, strict=True)]
@@ -367,7 +392,7 @@ class ModelSubject:
         from steerkit.network.experts import experts_at
 
         found = {site: experts_at(self._decoder, self._found[site.layer], site) for site in sites}
-        sides = self.rendered(self._data.positive), self.rendered(self._data.negative)
+        sides = self.rendered(self.data.positive), self.rendered(self.data.negative)
         return self._passes.experts(sides, {site: one for site, one in found.items() if one is not None}, readout)
 
     def weight_digests(self, sites: Sequence[Site]) -> dict[str, str]:

@@ -25,7 +25,7 @@ def minimise(
     judge: Callable[[], float] | None = None,
     progress: str | None = None,
 ) -> list[float]:
-    """Train parameters in place with AdamW; gradients are clipped to length 1.
+    """Train parameters in place with AdamW.
 
     Args:
         parameters: leaves that need gradients; left at their best state where there is a judge, else at the last.
@@ -57,7 +57,8 @@ def minimise(
                 if not bool(torch.isfinite(value)):
                     raise FitError("training: the loss is not finite; load the model in float32, or lower the rate")
                 value.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(list(parameters), 1.0)
+                if schedule.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(list(parameters), schedule.clip)
                 optimiser.step()
                 total += float(value.detach()) * len(batch)
                 step()

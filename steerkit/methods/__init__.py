@@ -3,7 +3,8 @@
 To write one, derive from `Method`, `AddDirection` or `MeanDifference` in a file of this folder, or in a package of your
 own with an entry point of the group `steerkit.methods`. `Subject` is what `fit` may ask of the model, `Schedule` how it
 trains parameters; `Params` and `Prepared` are a method's tensors as stored and as applied; `CONTRAST`, `PAIRS`,
-`ONE_PAIR` and `TWO_KINDS` are what it may be fitted on. Files with an underscore are what several methods share.
+`ONE_PAIR`, `TWO_KINDS` and `PROMPTS` are what it may be fitted on. Files with an underscore are what several methods
+share.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from steerkit.methods._addition import AddDirection, MeanDifference
-    from steerkit.methods._base import CONTRAST, ONE_PAIR, PAIRS, TWO_KINDS, FittedOn, Method
+    from steerkit.methods._base import CONTRAST, ONE_PAIR, PAIRS, PROMPTS, TWO_KINDS, FittedOn, Method
     from steerkit.methods._protocols import Editor, HeatMap, Params, PartsTable, Prepared, WeightUpdate
     from steerkit.methods._subject import Schedule, Subject
 
@@ -21,6 +22,7 @@ _HOMES = {
     "CONTRAST": "_base",
     "ONE_PAIR": "_base",
     "PAIRS": "_base",
+    "PROMPTS": "_base",
     "TWO_KINDS": "_base",
     "AddDirection": "_addition",
     "Editor": "_protocols",
@@ -40,6 +42,7 @@ __all__ = [
     "CONTRAST",
     "ONE_PAIR",
     "PAIRS",
+    "PROMPTS",
     "TWO_KINDS",
     "AddDirection",
     "Editor",

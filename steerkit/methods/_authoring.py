@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steerkit.errors import FitError, SteerError, near_miss
-from steerkit.methods._base import FittedOn, Method
+from steerkit.methods._base import FittedOn, Method, has_sides
 from steerkit.methods._params import form_problem, misfit, undeclared
 from steerkit.methods._protocols import Gated
 from steerkit.network.sites import Site
@@ -76,6 +76,8 @@ def _missing_function(kind: type[Method]) -> str | None:
         return "writes neither `fit_site` nor `fit`; write one of them"
     if kind.fit is Method.fit and kind.readout is None:
         return "has readout = None and no `fit` of its own; write `fit`, and read there by `subject.record`"
+    if not has_sides(kind) and kind.readout is not None:
+        return "is fitted on prompts, which have no sides to be read beforehand; write readout = None, and `fit`"
     for name in ("prepare", "edit"):
         if getattr(kind, name) is getattr(Method, name) and not issubclass(kind, Gated):
             return f"writes no `{name}`; write it, or derive from AddDirection"

@@ -31,16 +31,18 @@ __all__ = [
     "CONTRAST",
     "ONE_PAIR",
     "PAIRS",
+    "PROMPTS",
     "TWO_KINDS",
     "FittedOn",
     "Method",
+    "has_sides",
     "sorts_prompts",
     "takes_pair",
     "whole_and_thirds",
 ]
 
 FittedOn: TypeAlias = Literal[
-    "contrast set", "contrast set of pairs", "one pair of prompts", "harmful and harmless prompts"
+    "contrast set", "contrast set of pairs", "one pair of prompts", "harmful and harmless prompts", "prompts"
 ]
 CONTRAST: Final = "contrast set"
 PAIRS: Final = "contrast set of pairs"
@@ -48,6 +50,8 @@ ONE_PAIR: Final = "one pair of prompts"
 """Held-out items then only measure the vector; it is not fitted on more than the pair."""
 TWO_KINDS: Final = "harmful and harmless prompts"
 """What such a method does shows on the two kinds of prompts; pairs of answers to one prompt do not measure it."""
+PROMPTS: Final = "prompts"
+"""Such a method looks for directions that nobody has named; nothing says which behaviour it should find."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Method(Configured):
     Class attributes:
         name: what it is called on the command line and in vector files; the file's name.
         title, paper: how it is shown.
-        data: what it is fitted on: `CONTRAST`, `PAIRS`, `ONE_PAIR` or `TWO_KINDS`.
+        data: what it is fitted on: `CONTRAST`, `PAIRS`, `ONE_PAIR`, `TWO_KINDS` or `PROMPTS`.
         params: the tensors that each site of a vector has, each with its shape in letters, such as ``"d"`` or
             ``"k d"``; an empty shape is one number. Equal letters are equal sizes. What is no float has its dtype in
             front: ``"int64 k"``.
@@ -359,3 +363,12 @@ def sorts_prompts(kind: Method | type[Method]) -> bool:
         kind: a method or its class.
     """
     return kind.data == TWO_KINDS
+
+
+def has_sides(kind: Method | type[Method]) -> bool:
+    """Whether a method is told by two sides which behaviour is meant.
+
+    Args:
+        kind: a method or its class.
+    """
+    return kind.data != PROMPTS

@@ -30,6 +30,7 @@ __all__ = [
     "AddsFacts",
     "DrawsMaps",
     "Editor",
+    "FindsSeveral",
     "Gated",
     "HasRankTwoForm",
     "HasWeightForm",
@@ -298,6 +299,14 @@ class AddsFacts(Protocol):
 
     def extra(self, subject: Subject, sites: Sequence[Site]) -> dict[str, Any]:
         """Entries of `SteeringVector.extra`; ``{"weights": {name: digest}}`` ties the vector to these weights."""
+
+
+@runtime_checkable
+class FindsSeveral(Protocol):
+    """A method that finds several directions in one fit, of which its vector applies the first."""
+
+    def apart(self, vector: SteeringVector) -> list[SteeringVector]:
+        """All of them, each as a vector of its own."""
 
 
 @runtime_checkable

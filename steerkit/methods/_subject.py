@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from steerkit.activations.recording import Activations
     from steerkit.methods._base import Method
     from steerkit.prompts.contrast_set import ContrastSet
+    from steerkit.prompts.conversation import Conversation
     from steerkit.prompts.rendering import Rendered
 
 __all__ = ["Read", "Schedule", "Subject"]
@@ -36,6 +37,7 @@ class Schedule:
         decay: weight decay.
         seed: of the order.
         patience: epochs without a better judgement before it ends; None never ends early.
+        clip: length to which the gradient of all parameters together is clipped; None leaves it.
     """
 
     epochs: int
@@ -44,6 +46,7 @@ class Schedule:
     decay: float = 0.0
     seed: int = 0
     patience: int | None = None
+    clip: float | None = 1.0
 
 
 class Subject(Protocol):
@@ -56,6 +59,14 @@ class Subject(Protocol):
     @property
     def data(self) -> ContrastSet:
         """What the method is fitted on."""
+
+    @property
+    def prompts(self) -> tuple[Conversation, ...]:
+        """The prompts of what it is fitted on, each once, without answers; all that a method of `PROMPTS` may read."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per pass that the user wants at the most."""
 
     def rendered(self, items: Sequence[Any]) -> list[Rendered]:
         """Items as the model reads them."""
@@ -110,6 +121,9 @@ class Subject(Protocol):
         self, items: Sequence[Any], shifts: Mapping[Site, Tensor], *, prompts: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [b, t, v] of texts whose answers are written with shifts [b, d], ids, and which predict the answer."""
+
+    def read_shifted(self, items: Sequence[Any], shifts: Mapping[Site, Tensor], site: Site) -> tuple[Tensor, Tensor]:
+        """Activations [b, t, d] behind shifts [b, d] of every token, with gradients, and which [b, t] are no pads."""
 
     def train(
         self,

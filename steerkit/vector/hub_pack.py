@@ -20,7 +20,7 @@ from steerkit.network.sites import sites_text
 if TYPE_CHECKING:
     from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["pack_card", "push"]
+__all__ = ["pack_card", "pack_index", "push", "vector_facts"]
 
 _MARK = "<!-- made by steerkit of steerkit.json; a page without this line is left alone -->"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
@@ -59,10 +59,8 @@ def push(
         api.create_repo(repo, private=private, exist_ok=True)
         parent = api.repo_info(repo, revision=revision).sha
         listed = read_index(repo, parent)
-        listed[name] = {**_facts(vector, license), "sha256": hashlib.sha256(data).hexdigest()}
-        listed = dict(sorted(listed.items()))
-        index = json.dumps({"format": INDEX_FORMAT, "vectors": listed}, indent=2, ensure_ascii=False) + "\n"
-        files = {f"{name}.safetensors": data, INDEX: index.encode()}
+        listed = dict(sorted({**listed, name: vector_facts(vector, data, license)}.items()))
+        files = {f"{name}.safetensors": data, INDEX: pack_index(listed)}
         if _may_write_card(api, repo, parent):
             files["README.md"] = pack_card(repo, listed).encode()
         done = api.create_commit(
@@ -79,8 +77,23 @@ def push(
     return str(HubName(repo, name, done.oid))
 
 
-def _facts(vector: SteeringVector, license: str | None) -> dict[str, Any]:
-    """What the page says of one vector."""
+def pack_index(listed: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The list of a pack's vectors, as it lies beside them.
+
+    Args:
+        listed: name of each vector to its facts.
+    """
+    return (json.dumps({"format": INDEX_FORMAT, "vectors": listed}, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def vector_facts(vector: SteeringVector, data: bytes, license: str | None = None) -> dict[str, Any]:
+    """What the list and the page say of one vector.
+
+    Args:
+        vector: the vector.
+        data: its file.
+        license: as the Hub writes it.
+    """
     return {
         "method": vector.method,
         "paper": vector.paper,
@@ -93,6 +106,7 @@ def _facts(vector: SteeringVector, license: str | None) -> dict[str, Any]:
         "data_source": vector.data_source,
         "license": license,
         "digest": vector.digest,
+        "sha256": hashlib.sha256(data).hexdigest(),
     }
 
 

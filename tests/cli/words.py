@@ -21,6 +21,7 @@ WORDS: dict[str, tuple[object, ...]] = {
     "explain": ("Hello", "--vector", "gated.safetensors"),
     "gates": ("gated.safetensors", "--data", "asked.jsonl", "--max-false-alarm", 0.5, "--confidence", 0.5),
     "monitor": ("Hello", "--vector", "v.safetensors", "--uncalibrated"),
+    "discover": ("--recipe", "joy-caa.toml", "--steps", 1, "--limit", 1, "--neutral", 2, "--out", "pack"),
     "evaluate": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--max-new-tokens", 4, *FEW),
     "sweep": ("joy-caa.toml", "--layers", 1, "--strengths", 1, *FEW),
     "calibrate": ("joy-caa.toml", "--layers", 1, "--strengths", "1,2", *LOOSE, *FEW),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from steerkit.checks.contract import CHECKS, conformance
 from steerkit.maths.edits import add
 from steerkit.methods import _registry as registry
 from steerkit.methods._addition import AddDirection
-from steerkit.methods._base import Method
+from steerkit.methods._base import Method, has_sides
 from steerkit.prompts.contrast_set import ContrastSet
 from tests.families import build
 from tests.plugged import register
@@ -28,7 +29,9 @@ PAIRS = [
 ]
 
 
-def data_for(method: Method) -> ContrastSet:
+def data_for(method: Method) -> ContrastSet | list[str]:
+    if not has_sides(method):
+        return [PAIRS[0][0]]
     if method.readout == "response_mean":
         return ContrastSet.from_answers([("What was it like?", f" {good}.", f" {bad}.") for good, bad in PAIRS])
     pairs = PAIRS[:1] if method.readout is None else PAIRS
@@ -86,7 +89,7 @@ def test_every_method_says_what_it_is(name: str) -> None:
     assert method.paper
     assert method().default_scope.partition("(")[0] in method.scopes
     module = importlib.import_module(method.__module__)
-    assert "arXiv" in (module.__doc__ or "")
+    assert re.search("arXiv|https://", module.__doc__ or "")
 
 
 def test_no_method_imports_another() -> None:

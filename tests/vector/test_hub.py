@@ -20,6 +20,7 @@ import yaml
 
 import steerkit
 from steerkit.errors import SteerError, UnknownNameError, VectorFileError
+from steerkit.vector.pack import save_pack
 from steerkit.vector.steering_vector import SteeringVector
 from tests.hub import TOKEN, Hub
 from tests.program import ROOT, Cli
@@ -99,6 +100,16 @@ def test_a_pack_and_its_page(hub: Hub, vector: SteeringVector, other: SteeringVe
         SteeringVector.from_hub(REPO)
     with pytest.raises(UnknownNameError, match=r"unknown vector in user/moods 'clam'; did you mean 'calm'"):
         SteeringVector.from_hub(REPO, name="clam")
+
+
+def test_a_folder_of_vectors_is_a_repository_once_it_is_uploaded(
+    hub: Hub, vector: SteeringVector, other: SteeringVector, tmp_path: Path
+) -> None:
+    save_pack({"calm": vector, "wild": other}, tmp_path / "pack")
+    hub.add(REPO, {path.name: path.read_bytes() for path in (tmp_path / "pack").iterdir()})
+    assert SteeringVector.load(f"hub:{REPO}/wild") == other
+    vector.push_to_hub(REPO, "third")
+    assert SteeringVector.from_hub(REPO, name="calm") == vector
 
 
 @pytest.mark.parametrize(
