@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from steerkit._support.hub import PREFIX
-from steerkit._support.shipped import vector_path, vectors
+from steerkit._support.shipped import named_file, vector_names, vector_path
 from steerkit.composition.terms import Composition
 from steerkit.engines.vllm.plan import Served, TermPlan, digest_of, key_of, planned
 from steerkit.engines.vllm.settings import Settings
-from steerkit.errors import CompositionError, SiteError, SteerError, VectorFileError, unknown_name
+from steerkit.errors import CompositionError, SiteError, SteerError, VectorFileError
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -127,16 +127,11 @@ class Admission:
     def _path(self, name: str) -> Path:
         if name.startswith(PREFIX) and not self._settings.hub:
             raise VectorFileError(f"{name}: this server takes nothing from the Hub; start it with setting 'hub'")
-        if self._settings.folder is None or name.startswith(PREFIX):
+        if name.startswith(PREFIX):
             return vector_path(name)
-        # A name of a request is never taken for a path.
-        files = {path.stem: path for path in Path(self._settings.folder).glob("*.safetensors")}
-        if name in files:
-            return files[name]
-        shipped = vectors()
-        if name not in shipped and name not in {key.partition("/")[2] for key in shipped}:
-            raise unknown_name("vector", name, sorted(files))
-        return vector_path(name)
+        folder = self._settings.folder
+        files = {} if folder is None else {path.stem: path for path in Path(folder).glob("*.safetensors")}
+        return named_file(name, {**vector_names(), **files})
 
 
 def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:
