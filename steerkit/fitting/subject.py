@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from steerkit.activations.reading import Reads, read_passes
 from steerkit.activations.recording import Activations, record, record_ids
 from steerkit.activations.token_scale import TokenScale, scale_of
-from steerkit.errors import DataError
+from steerkit.errors import DataError, FitError
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
@@ -30,7 +31,12 @@ if TYPE_CHECKING:
     from steerkit.methods._subject import Schedule
     from steerkit.network.anatomy import Anatomy
 
-__all__ = ["ModelSubject"]
+__all__ = ["BEYOND", "ModelSubject"]
+
+BEYOND = (
+    "asks more of the model than activations of texts, and its engine gives no more (no answers, logits, gradients or "
+    "weights); load the model in transformers, and fit it there"
+)
 
 
 class ModelSubject:
@@ -46,6 +52,8 @@ class ModelSubject:
         name: what errors call the method.
         readout: which tokens `record` reads where it is not told.
         progress: show a progress bar of training on stderr.
+        reads: what runs texts where `record` reads them; what else is asked of the model is then refused, unless it is
+            the model itself.
     """
 
     def __init__(
@@ -60,9 +68,10 @@ class ModelSubject:
         *,
         readout: Any = None,
         progress: bool = False,
+        reads: Reads = read_passes,
     ) -> None:
         self._readout, self._progress, self._name = "last" if readout is None else readout, progress, name
-        self._model, self._tokenizer, self._data = model, tokenizer, data
+        self._given, self._tokenizer, self._data, self._reads = model, tokenizer, data, reads
         self._running: Passes | None = None
         self._batch_size, self._chat = batch_size, chat_template_kwargs
         self._decoder = decoder
@@ -73,6 +82,23 @@ class ModelSubject:
     def decoder(self) -> Decoder:
         """The model's decoder."""
         return self._decoder
+
+    @property
+    def _whole(self) -> Decoder:
+        """The decoder where its weights are used, and not its structure alone.
+
+        Raises:
+            FitError: something else runs them.
+        """
+        if self._reads is not read_passes:
+            raise FitError(f"{self._name}: {BEYOND}")
+        return self._decoder
+
+    @property
+    def _model(self) -> nn.Module:
+        """The model where it is run."""
+        _ = self._whole
+        return self._given
 
     @property
     def data(self) -> ContrastSet:
@@ -108,7 +134,7 @@ class ModelSubject:
         """
         from steerkit.fitting.passes import output_embedding
 
-        return output_embedding(self._decoder)
+        return output_embedding(self._whole)
 
     def answers(self, items: Sequence[Any], *, max_new_tokens: int) -> list[str]:
         """What the model, unsteered and greedy, answers to each item.
@@ -150,7 +176,8 @@ class ModelSubject:
         rendered = self.rendered(items)
         if under is not None:
             return self._passes.record(rendered, sites, reading, under)
-        found = record(self._model, self._tokenizer, rendered, sites, readout=reading, batch_size=self._batch_size)
+        how: dict[str, Any] = {"readout": reading, "batch_size": self._batch_size, "reads": self._reads}
+        found = record(self._given, self._tokenizer, rendered, sites, **how)
         self._scales.update(found.scales)
         return found
 
@@ -245,7 +272,7 @@ class ModelSubject:
         from steerkit.fitting.training import frozen, minimise
         from steerkit.network.block_trace import evaluation_mode
 
-        model = self._decoder.model
+        model = self._whole.model
         with frozen(model), evaluation_mode(model), torch.enable_grad():
             return minimise(parameters, loss, items, schedule, judge=judge, progress=title if self._progress else None)
 
@@ -314,7 +341,7 @@ class ModelSubject:
         """
         from steerkit.network.linears import linears_at
 
-        (linear,) = linears_at(self._decoder, [site], found=self._found).values()
+        (linear,) = linears_at(self._whole, [site], found=self._found).values()
         return linear.weight(self._decoder.model.dtype).cpu()
 
     @property
@@ -342,7 +369,7 @@ class ModelSubject:
         """
         from steerkit.network.experts import experts_at
 
-        found = {site: experts_at(self._decoder, self._found[site.layer], site) for site in sites}
+        found = {site: experts_at(self._whole, self._found[site.layer], site) for site in sites}
         sides = self.rendered(self._data.positive), self.rendered(self._data.negative)
         return self._passes.experts(sides, {site: one for site, one in found.items() if one is not None}, readout)
 
@@ -361,7 +388,7 @@ class ModelSubject:
         """
         from steerkit.network.weight_digests import weight_digests
 
-        return weight_digests(self._decoder, sites)
+        return weight_digests(self._whole, sites)
 
     def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
         """Median token norms at those of the sites that have been read, unsteered."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "READ_IN",
+    "ModelFacts",
     "Parts",
     "Step",
     "beam_requests",
@@ -28,10 +29,13 @@ __all__ = [
     "has_attention",
     "is_graphed",
     "is_one_graph",
+    "longest",
+    "model_facts",
     "parts",
     "run_eagerly",
     "shut",
     "step_of",
+    "unread",
     "unsteered",
     "wrap",
     "writes_text",
@@ -265,3 +269,53 @@ def shut(llm: Any) -> None:
         llm: vLLM's `LLM`.
     """
     llm.llm_engine.engine_core.shutdown()
+
+
+class ModelFacts(NamedTuple):
+    """What an engine says of its model.
+
+    Attributes:
+        text: config of its decoder, of transformers.
+        path: where it came from.
+        commit: of the repository that it came from, where that is known.
+        trusted: whether code of its repository may run.
+    """
+
+    text: Any
+    path: str
+    commit: str | None
+    trusted: bool
+
+
+def model_facts(llm: Any) -> ModelFacts:
+    """What is known of an engine's model.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    config = llm.llm_engine.vllm_config.model_config
+    commit = getattr(config.hf_config, "_commit_hash", None)
+    return ModelFacts(config.hf_text_config, config.model, commit, config.trust_remote_code)
+
+
+def longest(llm: Any) -> int:
+    """How many tokens an engine takes, with what it answers.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    return int(llm.llm_engine.vllm_config.model_config.max_model_len)
+
+
+def unread(llm: Any) -> str | None:
+    """Why activations of an engine's model are not read; None where they are.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    engine = llm.llm_engine
+    if not getattr(type(engine.input_processor).process_inputs, "__steerkit__", False):
+        return "this vLLM runs without the plug-in of steerkit; see VLLM_PLUGINS, and install both together"
+    if engine.vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "activations are read where one process holds all blocks; start vLLM without pipeline stages"
+    return unsteered(engine.vllm_config)

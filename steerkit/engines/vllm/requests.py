@@ -23,9 +23,11 @@ from steerkit.errors import CompositionError, SiteError, SteerError, VectorFileE
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["ASKED", "CARRIED", "READ", "Admission", "carried_plans"]
+__all__ = ["ADMISSION", "ASKED", "CARRIED", "READ", "Admission", "carried_plans"]
 
 ASKED, CARRIED, READ = "steering", "steerkit", "steerkit_read"
+ADMISSION = "_steerkit"
+"""Under which what makes requests keeps its `Admission`."""
 _KEPT = 256
 
 
@@ -66,28 +68,33 @@ class Admission:
             if carried is not None:
                 found[CARRIED] = carried
         if READ in found:
-            self._check_reading(found[READ], prompt)
+            self.check_reading(found[READ], prompt)
         return found or None
 
-    def _check_reading(self, asked: Any, prompt: int) -> None:
+    def check_reading(self, asked: Any, prompt: int) -> None:
         """Hold what is to be read to what there is.
+
+        Args:
+            asked: under `READ` of a request.
+            prompt: tokens of its prompt.
 
         Raises:
             SiteError: a place that the server does not know.
             CompositionError: something else than what `recording` asks for.
         """
         try:
-            sites, (start, end) = [Site.parse(site) for site in asked["sites"]], asked["span"]
-            is_whole = isinstance(asked["name"], str) and 0 <= start < end <= prompt
-        except (KeyError, TypeError, ValueError):
+            sites = [Site.parse(site) for site in asked["sites"]]
+            spans = [span for part in asked["sites"].values() for kind in part for span in kind]
+            is_whole = isinstance(asked["name"], str) and bool(spans)
+            is_whole &= all(0 <= start < end <= prompt for start, end in spans)
+        except (AttributeError, KeyError, TypeError, ValueError):
             is_whole = False
         if not is_whole:
-            raise CompositionError(f"{READ}: got {repr(asked)[:60]}; give name, sites and span")
+            raise CompositionError(f"{READ}: got {repr(asked)[:60]}; give name, and sites with spans")
         for site in sites:
             if site.kind not in self._served.kinds or site.layer >= self._served.num_layers or not self._served.whole:
-                raise SiteError(
-                    f"{site}: the server knows {', '.join(self._served.kinds)} of {self._served.num_layers} blocks"
-                )
+                known = f"{', '.join(self._served.kinds)} of {self._served.num_layers} blocks"
+                raise SiteError(f"{site}: the server knows {known}; see setting 'kinds'")
 
     def _carried(self, composition: Composition, prompt: int) -> dict[str, Any] | None:
         names = dict.fromkeys(name for term in composition.terms for name in term.names)
