@@ -219,7 +219,8 @@ class Steerer:
             level = sum(site in plan.edits for plan in live.plans[:term])
             where.append((self._numbers[site], level, entry, term))
         if where:
-            places, levels, entries, terms = torch.tensor(where, dtype=torch.long, device=self._board.device).unbind(1)
+            found = torch.tensor(where, dtype=torch.long).to(self._board.device, non_blocking=True)
+            places, levels, entries, terms = found.unbind(1)
             self._board.entry[places, levels, live.row] = entries
             self._board.term[places, levels, live.row] = terms
 
