@@ -25,6 +25,7 @@ __all__ = [
     "Parts",
     "Step",
     "beam_requests",
+    "beam_searches",
     "extra_of",
     "has_attention",
     "is_graphed",
@@ -32,6 +33,7 @@ __all__ = [
     "longest",
     "model_facts",
     "parts",
+    "processor_of",
     "run_eagerly",
     "shut",
     "step_of",
@@ -195,6 +197,33 @@ def beam_requests() -> list[Any]:
                 raise _strange(f"vllm.entrypoints.openai.{home}", "has no to_beam_search_params")
             found.append(getattr(loaded, name))
     return found
+
+
+def beam_searches() -> list[Any]:
+    """The classes that search by beams: each step of theirs is a request of its own, whose prompt has grown.
+
+    Returns:
+        Those that are loaded; none where there is no front end.
+    """
+    homes = ("online:BeamSearchOnlineMixin", "offline:BeamSearchOfflineMixin")
+    found = []
+    for home in homes:
+        module, _, name = home.partition(":")
+        loaded = sys.modules.get(f"vllm.entrypoints.generate.beam_search.{module}")
+        if loaded is not None:
+            if not hasattr(getattr(loaded, name, None), "beam_search"):
+                raise _strange(f"vllm.entrypoints.generate.beam_search.{home}", "has no beam_search")
+            found.append(getattr(loaded, name))
+    return found
+
+
+def processor_of(search: Any) -> Any:
+    """What makes the requests of one that searches by beams.
+
+    Args:
+        search: `LLM`, or what serves a route.
+    """
+    return (getattr(search, "engine_client", None) or search.llm_engine).input_processor
 
 
 def unsteered(config: Any) -> str | None:

@@ -81,12 +81,21 @@ def _open(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) 
     setattr(processor, ADMISSION, Admission(settings, _served(config, settings)))
     for kind in names.beam_requests():
         names.wrap(kind, "to_beam_search_params", _refuse_beams)
+    for kind in names.beam_searches():
+        names.wrap(kind, "beam_search", _refuse_default)
 
 
 def _refuse_beams(inner: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     if (getattr(request, "vllm_xargs", None) or {}).get(ASKED) is not None:
         raise names.parts().wrong_request("vLLM's beam search is not steered; sample instead", parameter=ASKED)
     return inner(request, *args, **kwargs)
+
+
+def _refuse_default(inner: Callable[..., Any], search: Any, *args: Any, **kwargs: Any) -> Any:
+    why = getattr(names.processor_of(search), ADMISSION).no_beams()
+    if why is not None:
+        raise names.parts().wrong_request(why, parameter=ASKED)
+    return inner(search, *args, **kwargs)
 
 
 def _place(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:

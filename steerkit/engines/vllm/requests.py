@@ -71,6 +71,20 @@ class Admission:
             self.check_reading(found[READ], prompt)
         return found or None
 
+    def no_beams(self) -> str | None:
+        """Why beams are not searched for; None where they are steered as any answer.
+
+        Each step of a beam search is a request whose prompt holds what has been answered so far, so only what does not
+        depend on the prompt's end is steered alike. And such requests have no words of their own.
+        """
+        composition = _composition(self._settings.default)
+        if composition is None or not any(plan.counts_from_end for plan in self._planned(composition)[0]):
+            return None
+        return (
+            "the default steering of this server counts from the prompt's end, which a beam search moves; sample "
+            "instead, or start vLLM without setting 'default'"
+        )
+
     def check_reading(self, asked: Any, prompt: int) -> None:
         """Hold what is to be read to what there is.
 
@@ -97,10 +111,19 @@ class Admission:
                 raise SiteError(f"{site}: the server knows {known}; see setting 'kinds'")
 
     def _carried(self, composition: Composition, prompt: int) -> dict[str, Any] | None:
+        plans, files = self._planned(composition)
+        if not plans:
+            return None
+        key, first = key_of(plans, prompt)
+        whole = any(plan.gate is not None and plan.gate.readout == "mean" for plan in plans)
+        facts = {"digest": digest_of(plans), "key": key, "first": first, "whole": whole}
+        return {"composition": composition.as_json(), "vectors": files, **facts}
+
+    def _planned(self, composition: Composition) -> tuple[tuple[TermPlan, ...], dict[str, bytes]]:
+        """The plans of a composition, and its vectors' bytes by name."""
         names = dict.fromkeys(name for term in composition.terms for name in term.names)
         known = {name: self._vector(name) for name in names}
-        text = composition.as_json()
-        made = json.dumps(text), tuple(vector.digest for vector in known.values())
+        made = json.dumps(composition.as_json()), tuple(vector.digest for vector in known.values())
         with self._lock:
             kept = self._plans.get(made)
         if kept is None:
@@ -108,13 +131,7 @@ class Admission:
             kept = plans, {name: vector.to_bytes() for name, vector in known.items()}
             with self._lock:
                 _keep(self._plans, made, kept)
-        plans, files = kept
-        if not plans:
-            return None
-        key, first = key_of(plans, prompt)
-        whole = any(plan.gate is not None and plan.gate.readout == "mean" for plan in plans)
-        facts = {"digest": digest_of(plans), "key": key, "first": first, "whole": whole}
-        return {"composition": text, "vectors": files, **facts}
+        return kept
 
     def _vector(self, name: str) -> SteeringVector:
         """A vector by its name; a file is read again only when it has changed."""
