@@ -1,9 +1,10 @@
 """What steering costs vLLM: `python -m benchmarks.vllm`, in vLLM's environment (`make test-vllm` makes it).
 
 Three engines in processes of their own, the same model and eight requests of a length: without this plug-in, with it
-and idle, and with every row steered at every block. They answer in turn, one at a time, and what counts is the time of
-the processor, so that whatever else the machine does falls on none; a ratio is the median over turns, with its 95 %
-bootstrap interval.
+and idle, and with every row steered at every block (`--kinds` at several places of it). They answer in turn, one at
+a time, in an order drawn anew for each turn. Time of the processor leaves out what else the machine does; wall time is
+told beside it. A ratio is the median over turns, with its 95 % bootstrap interval. `--twice` puts a second engine
+without the plug-in beside the first: what differs between these is noise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 BATCH, PROMPT, NEW = 8, 32, 32
-KINDS = ("none", "idle", "steered")
+ENGINES = ("none", "idle", "steered")
+CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 
 
 def main() -> None:
@@ -29,26 +31,30 @@ def main() -> None:
     options.add_argument("--model", default=None, help="folder; the embedded model where none is given")
     options.add_argument("--turns", type=int, default=9)
     options.add_argument("--eager", action="store_true")
+    options.add_argument("--kinds", default="resid_post", help="of sites that are written, with commas")
     options.add_argument("--settings", default="{}", help="of steerkit, as JSON")
-    options.add_argument("--engine", choices=KINDS, help="be one of the engines")
+    options.add_argument("--twice", action="store_true", help="another engine without the plug-in")
+    options.add_argument("--engine", choices=ENGINES, help="be one of the engines")
     given = options.parse_args()
     if given.engine:
         serve(given)
         return
-    engines = {kind: start(given, kind) for kind in KINDS}
+    names = [*ENGINES, "none again"] if given.twice else [*ENGINES]
+    engines = {name: start(given, name.split()[0]) for name in names}
     try:
-        times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for turn in range(given.turns + 1):
-            order = random.Random(turn).sample(KINDS, len(KINDS))
-            for kind in order:
-                seconds = ask(engines[kind])
+            for name in random.Random(turn).sample(names, len(names)):
+                seconds = ask(engines[name])
                 if turn:  # the first one warms up
-                    times[kind].append(seconds)
-        print(f"{BATCH} requests of {PROMPT} tokens, {NEW} new ones each; {given.turns} turns")
-        print(f"none: {statistics.median(times['none']):.2f} s")
-        for kind in KINDS[1:]:
-            middle, low, high = ratio(times[kind], times["none"])
-            print(f"{kind} over none: {middle:.3f} ({low:.3f} to {high:.3f})")
+                    times[name].append(seconds)
+        print(f"{BATCH} requests of {PROMPT} tokens, {NEW} new ones each, at {given.kinds}; {given.turns} turns")
+        for clock in CLOCKS:
+            plain = [one[clock] for one in times["none"]]
+            print(f"{clock}: none {statistics.median(plain):.2f} s")
+            for name in names[1:]:
+                middle, low, high = ratio([one[clock] for one in times[name]], plain)
+                print(f"{clock}: {name} over none {middle:.3f} ({low:.3f} to {high:.3f})")
     finally:
         for engine in engines.values():
             engine.terminate()
@@ -57,6 +63,7 @@ def main() -> None:
 def start(given: argparse.Namespace, kind: str) -> Any:
     """An engine in a process of its own, once it is ready."""
     words = [sys.executable, "-m", "benchmarks.vllm", "--engine", kind, "--settings", given.settings]
+    words += ["--kinds", given.kinds]
     words += ["--model", given.model] if given.model else []
     words += ["--eager"] if given.eager else []
     usual = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -68,13 +75,14 @@ def start(given: argparse.Namespace, kind: str) -> Any:
     return engine
 
 
-def ask(engine: Any) -> float:
-    """Have an engine answer once; the seconds it took."""
+def ask(engine: Any) -> dict[str, float]:
+    """Have an engine answer once; the seconds it took, by clock."""
     engine.stdin.write("\n")
     engine.stdin.flush()
     for line in engine.stdout:
         if line.startswith("{"):
-            return float(json.loads(line)["seconds"])
+            found: dict[str, float] = json.loads(line)
+            return found
     raise SystemExit("an engine ended")
 
 
@@ -91,7 +99,8 @@ def serve(given: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         options = {"max_model_len": 256, "max_num_seqs": BATCH, "max_num_batched_tokens": 256}
-        config = {"steerkit": {"folder": folder, **json.loads(given.settings)}} if given.engine != "none" else {}
+        settings = {"folder": folder, "kinds": given.kinds.split(","), **json.loads(given.settings)}
+        config = {"steerkit": settings} if given.engine != "none" else {}
         model = given.model or embedded()
         llm = LLM(
             model,
@@ -103,15 +112,15 @@ def serve(given: argparse.Namespace) -> None:
         )
         extra = None
         if given.engine == "steered":
-            vector(llm).save(Path(folder) / "all.safetensors")
+            vector(llm, given.kinds.split(",")).save(Path(folder) / "all.safetensors")
             extra = {"steering": "all@all*1"}
         params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args=extra)
         draw = random.Random(0)
         prompts: Any = [{"prompt_token_ids": draw.choices(range(100, 1000), k=PROMPT)} for _ in range(BATCH)]
         for _ in sys.stdin:
-            begun = time.process_time()
+            begun = {name: clock() for name, clock in CLOCKS.items()}
             llm.generate(prompts, params, use_tqdm=False)
-            print(json.dumps({"seconds": time.process_time() - begun}), flush=True)
+            print(json.dumps({name: clock() - begun[name] for name, clock in CLOCKS.items()}), flush=True)
 
 
 def embedded() -> str:
@@ -120,15 +129,15 @@ def embedded() -> str:
     return str(converted("smollm2-135m", embedded_gguf(ALIASES["smollm2-135m"])))
 
 
-def vector(llm: Any) -> Any:
-    """A small addition after every block."""
+def vector(llm: Any, kinds: list[str]) -> Any:
+    """A small addition at some places of every block."""
     import torch
 
     from steerkit.network.sites import Site
     from steerkit.vector.steering_vector import SteeringVector
 
     text = llm.llm_engine.vllm_config.model_config.hf_text_config
-    sites = tuple(Site(layer) for layer in range(text.num_hidden_layers))
+    sites = tuple(Site(layer, kind) for layer in range(text.num_hidden_layers) for kind in kinds)
     draw = torch.Generator().manual_seed(0)
     return SteeringVector(
         method="caa",
