@@ -87,12 +87,12 @@ class Moments(NamedTuple):
     """Mean and spread of some tokens.
 
     Attributes:
-        count: how many they are, as a number or a tensor [].
+        tokens: how many they are, as a number or a tensor [].
         mean: [d] of them.
         power: [d] sum of their squared distances from it.
     """
 
-    count: Tensor | float
+    tokens: Tensor | float
     mean: Tensor
     power: Tensor
 
@@ -102,10 +102,10 @@ class Moments(NamedTuple):
         Args:
             other: of further tokens.
         """
-        total = self.count + other.count
-        share = other.count / (total.clamp_min(1.0) if isinstance(total, Tensor) else max(total, 1.0))
+        total = self.tokens + other.tokens
+        share = other.tokens / (total.clamp_min(1.0) if isinstance(total, Tensor) else max(total, 1.0))
         step = other.mean - self.mean
-        power = self.power + other.power + step.square() * (self.count * share)
+        power = self.power + other.power + step.square() * (self.tokens * share)
         return Moments(total, self.mean + step * share, power)
 
 
@@ -172,7 +172,7 @@ class TokenScales:
 
     def result(self) -> TokenScale:
         """The scale of all tokens counted."""
-        if self._moments is None or float(self._moments.count) == 0:
+        if self._moments is None or float(self._moments.tokens) == 0:
             return TokenScale(self._norms.result(), torch.full((1,), math.nan, dtype=torch.float32), {})
         count, mean, power = self._moments
         variance = power.cpu() / float(count)

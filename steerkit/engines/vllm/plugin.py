@@ -92,7 +92,8 @@ def _refuse_beams(inner: Callable[..., Any], request: Any, *args: Any, **kwargs:
 
 
 def _refuse_default(inner: Callable[..., Any], search: Any, *args: Any, **kwargs: Any) -> Any:
-    why = getattr(names.processor_of(search), ADMISSION).no_beams()
+    admission: Admission | None = getattr(names.processor_of(search), ADMISSION, None)
+    why = None if admission is None else admission.no_beams()
     if why is not None:
         raise names.parts().wrong_request(why, parameter=ASKED)
     return inner(search, *args, **kwargs)

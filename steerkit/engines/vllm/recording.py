@@ -141,7 +141,7 @@ class Reading:
     def settle(self) -> Reading:
         """Bring what is known to the host; nothing more is read."""
         for site, sums in self.sums.items():
-            moments = sums.moments and Moments(sums.moments.count, sums.moments.mean.cpu(), sums.moments.power.cpu())
+            moments = sums.moments and Moments(sums.moments.tokens, sums.moments.mean.cpu(), sums.moments.power.cpu())
             self.sums[site] = _Sums(sums.total.cpu(), [torch.cat(sums.norms).cpu()] if sums.norms else [], moments)
         return self
 
@@ -151,7 +151,8 @@ class Reading:
         for site, sums in self.settle().sums.items():
             count, nothing = sum(end - start for start, end in self.parts[site].tokens), torch.empty(0)
             moments = sums.moments or Moments(0, nothing, nothing)
-            read = Read(sums.total / count if count else nothing, *sums.norms or [nothing], moments.mean, moments.power)
+            mean, norms = sums.total / count if count else nothing, sums.norms[0] if sums.norms else nothing
+            read = Read(mean, norms, moments.mean, moments.power)
             found[str(site)] = [one.float().numpy().tobytes() for one in read]
         return found
 
