@@ -46,27 +46,30 @@ def main() -> None:
     options.add_argument("--eager", action="store_true")
     options.add_argument("--kinds", default="resid_post", help="of sites that are written, with commas")
     options.add_argument("--settings", default="{}", help="of steerkit, as JSON")
+    options.add_argument("--once", action="store_true", help="one engine without the plug-in, and no other")
     options.add_argument("--engine", choices=ENGINES, help="be one of the engines")
     given = options.parse_args()
     if given.engine:
         serve(given)
         return
-    engines = {name: start(given, name) for name in ENGINES}
+    left_out = ("none again",) if given.once else ()
+    turns = {name: each for name, each in TURNS.items() if name not in left_out}
+    engines = {name: start(given, name) for name in ENGINES if name not in left_out}
     try:
-        times: dict[str, list[dict[str, float]]] = {name: [] for name in TURNS}
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
         for turn in range(given.turns + 1):
-            for name in random.Random(turn).sample(list(TURNS), len(TURNS)):
-                seconds = ask(engines[TURNS[name][0]], name)
+            for name in random.Random(turn).sample(list(turns), len(turns)):
+                seconds = ask(engines[turns[name][0]], name)
                 if turn:  # the first one warms up
                     times[name].append(seconds)
         print(f"{BATCH} requests of {PROMPT} tokens, {NEW} new ones each, at {given.kinds}; {given.turns} turns")
         for clock in CLOCKS:
             of_clock = {name: [one[clock] for one in each] for name, each in times.items()}
             print(f"{clock}: none {statistics.median(of_clock['none']):.2f} s")
-            for name, (_, other) in list(TURNS.items())[1:]:
+            for name, (_, other) in list(turns.items())[1:]:
                 middle, low, high = ratio(of_clock[name], of_clock[other])
                 print(f"{clock}: {name} over {other} {middle:.3f} ({low:.3f} to {high:.3f})")
-        for name, (engine, _) in TURNS.items():
+        for name, (engine, _) in turns.items():
             found = ask(engines[engine], f"{name}, profiled")
             print(f"profiled: {name} {found['products']:.2f} s in matrix products, {found['rest']:.2f} s in all else")
     finally:
