@@ -1,9 +1,14 @@
 """What steering costs vLLM: `python -m benchmarks.vllm`, in vLLM's environment (`make test-vllm` makes it).
 
-Three engines in processes of their own, the same model and eight requests of a length: without this plug-in, with it
-and idle, and with every row steered at every block. They answer in turn, one at a time, and what counts is the time of
-the processor, so that whatever else the machine does falls on none; a ratio is the median over turns, with its 95 %
-bootstrap interval.
+Engines in processes of their own, the same model and eight requests of a length: one without this plug-in, another
+one without it, and one with it, which answers plain requests (idle) and requests steered at every block (`--kinds`
+at several places of it). They answer in turn, one at a time, in an order drawn anew for each turn; a ratio is the
+median over turns, with its 95 % bootstrap interval over turns.
+
+Two processes that do the very same differ by several per cent for as long as they live (most of the time goes into
+reading weights, and how fast that is depends on where they lie and on what else the machine does); no interval over
+turns holds that. So the engine without the plug-in is there twice, what steering adds is told within one process, and a
+profiled turn tells the time in matrix products, which the plug-in does not touch, from the rest.
 """
 
 from __future__ import annotations
@@ -17,11 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 BATCH, PROMPT, NEW = 8, 32, 32
-KINDS = ("none", "idle", "steered")
+ENGINES = ("none", "none again", "plug-in")
+# What is timed, with the engine that does it and what that is measured against.
+TURNS = {
+    "none": ("none", ""),
+    "none again": ("none again", "none"),
+    "idle": ("plug-in", "none"),
+    "steered": ("plug-in", "idle"),
+}
+PRODUCTS = ("_C::onednn_mm", "aten::mm", "aten::addmm")
+CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 
 
 def main() -> None:
@@ -29,26 +44,34 @@ def main() -> None:
     options.add_argument("--model", default=None, help="folder; the embedded model where none is given")
     options.add_argument("--turns", type=int, default=9)
     options.add_argument("--eager", action="store_true")
+    options.add_argument("--kinds", default="resid_post", help="of sites that are written, with commas")
     options.add_argument("--settings", default="{}", help="of steerkit, as JSON")
-    options.add_argument("--engine", choices=KINDS, help="be one of the engines")
+    options.add_argument("--once", action="store_true", help="one engine without the plug-in, and no other")
+    options.add_argument("--engine", choices=ENGINES, help="be one of the engines")
     given = options.parse_args()
     if given.engine:
         serve(given)
         return
-    engines = {kind: start(given, kind) for kind in KINDS}
+    left_out = ("none again",) if given.once else ()
+    turns = {name: each for name, each in TURNS.items() if name not in left_out}
+    engines = {name: start(given, name) for name in ENGINES if name not in left_out}
     try:
-        times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        times: dict[str, list[dict[str, float]]] = {name: [] for name in turns}
         for turn in range(given.turns + 1):
-            order = random.Random(turn).sample(KINDS, len(KINDS))
-            for kind in order:
-                seconds = ask(engines[kind])
+            for name in random.Random(turn).sample(list(turns), len(turns)):
+                seconds = ask(engines[turns[name][0]], name)
                 if turn:  # the first one warms up
-                    times[kind].append(seconds)
-        print(f"{BATCH} requests of {PROMPT} tokens, {NEW} new ones each; {given.turns} turns")
-        print(f"none: {statistics.median(times['none']):.2f} s")
-        for kind in KINDS[1:]:
-            middle, low, high = ratio(times[kind], times["none"])
-            print(f"{kind} over none: {middle:.3f} ({low:.3f} to {high:.3f})")
+                    times[name].append(seconds)
+        print(f"{BATCH} requests of {PROMPT} tokens, {NEW} new ones each, at {given.kinds}; {given.turns} turns")
+        for clock in CLOCKS:
+            of_clock = {name: [one[clock] for one in each] for name, each in times.items()}
+            print(f"{clock}: none {statistics.median(of_clock['none']):.2f} s")
+            for name, (_, other) in list(turns.items())[1:]:
+                middle, low, high = ratio(of_clock[name], of_clock[other])
+                print(f"{clock}: {name} over {other} {middle:.3f} ({low:.3f} to {high:.3f})")
+        for name, (engine, _) in turns.items():
+            found = ask(engines[engine], f"{name}, profiled")
+            print(f"profiled: {name} {found['products']:.2f} s in matrix products, {found['rest']:.2f} s in all else")
     finally:
         for engine in engines.values():
             engine.terminate()
@@ -57,24 +80,26 @@ def main() -> None:
 def start(given: argparse.Namespace, kind: str) -> Any:
     """An engine in a process of its own, once it is ready."""
     words = [sys.executable, "-m", "benchmarks.vllm", "--engine", kind, "--settings", given.settings]
+    words += ["--kinds", given.kinds]
     words += ["--model", given.model] if given.model else []
     words += ["--eager"] if given.eager else []
     usual = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     env = {**usual, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if kind == "none":
+    if kind != "plug-in":
         env["VLLM_PLUGINS"] = ""
     engine = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    ask(engine)
+    ask(engine, "none")
     return engine
 
 
-def ask(engine: Any) -> float:
-    """Have an engine answer once; the seconds it took."""
-    engine.stdin.write("\n")
+def ask(engine: Any, what: str) -> dict[str, float]:
+    """Have an engine answer once; the seconds it took, by clock or, profiled, by what they went into."""
+    engine.stdin.write(f"{what}\n")
     engine.stdin.flush()
     for line in engine.stdout:
         if line.startswith("{"):
-            return float(json.loads(line)["seconds"])
+            found: dict[str, float] = json.loads(line)
+            return found
     raise SystemExit("an engine ended")
 
 
@@ -91,27 +116,45 @@ def serve(given: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         options = {"max_model_len": 256, "max_num_seqs": BATCH, "max_num_batched_tokens": 256}
-        config = {"steerkit": {"folder": folder, **json.loads(given.settings)}} if given.engine != "none" else {}
-        model = given.model or embedded()
+        settings = {"folder": folder, "kinds": given.kinds.split(","), **json.loads(given.settings)}
+        config = {"steerkit": settings} if given.engine == "plug-in" else {}
         llm = LLM(
-            model,
+            given.model or embedded(),
             dtype="float32",
             enforce_eager=given.eager,
             enable_prefix_caching=False,
             additional_config=config,
             **options,
         )
-        extra = None
-        if given.engine == "steered":
-            vector(llm).save(Path(folder) / "all.safetensors")
-            extra = {"steering": "all@all*1"}
-        params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args=extra)
+        vector(llm, given.kinds.split(",")).save(Path(folder) / "all.safetensors")
         draw = random.Random(0)
         prompts: Any = [{"prompt_token_ids": draw.choices(range(100, 1000), k=PROMPT)} for _ in range(BATCH)]
-        for _ in sys.stdin:
-            begun = time.process_time()
-            llm.generate(prompts, params, use_tqdm=False)
-            print(json.dumps({"seconds": time.process_time() - begun}), flush=True)
+        for line in sys.stdin:
+            extra = {"steering": "all@all*1"} if line.startswith("steered") else None
+            params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args=extra)
+
+            def turn(params: Any = params) -> None:
+                llm.generate(prompts, params, use_tqdm=False)
+
+            print(json.dumps(profiled(turn) if "profiled" in line else timed(turn)), flush=True)
+
+
+def timed(turn: Callable[[], None]) -> dict[str, float]:
+    """Seconds by clock."""
+    begun = {name: clock() for name, clock in CLOCKS.items()}
+    turn()
+    return {name: clock() - begun[name] for name, clock in CLOCKS.items()}
+
+
+def profiled(turn: Callable[[], None]) -> dict[str, float]:
+    """Seconds in matrix products and in all else."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        turn()
+    spent = {one.key: one.self_cpu_time_total / 1e6 for one in found.key_averages()}
+    products = sum(spent.get(name, 0.0) for name in PRODUCTS)
+    return {"products": products, "rest": sum(spent.values()) - products}
 
 
 def embedded() -> str:
@@ -120,15 +163,15 @@ def embedded() -> str:
     return str(converted("smollm2-135m", embedded_gguf(ALIASES["smollm2-135m"])))
 
 
-def vector(llm: Any) -> Any:
-    """A small addition after every block."""
+def vector(llm: Any, kinds: list[str]) -> Any:
+    """A small addition at some places of every block."""
     import torch
 
     from steerkit.network.sites import Site
     from steerkit.vector.steering_vector import SteeringVector
 
     text = llm.llm_engine.vllm_config.model_config.hf_text_config
-    sites = tuple(Site(layer) for layer in range(text.num_hidden_layers))
+    sites = tuple(Site(layer, kind) for layer in range(text.num_hidden_layers) for kind in kinds)
     draw = torch.Generator().manual_seed(0)
     return SteeringVector(
         method="caa",

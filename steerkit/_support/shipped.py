@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from steerkit._support.hub import PREFIX, HubName, fetched
-from steerkit.errors import unknown_name
+from steerkit.errors import UnknownNameError, near_miss, unknown_name
 
-__all__ = ["recipe_path", "recipes", "shipped_vectors", "trait_path", "traits", "vector_path", "vectors"]
+__all__ = [
+    "named_file",
+    "recipe_path",
+    "recipes",
+    "shipped_vectors",
+    "trait_path",
+    "traits",
+    "vector_names",
+    "vector_path",
+    "vectors",
+]
 
 
 _NAME = re.compile(r"[\w-]+(/[\w-]+)?")  # with a dot it is a file
@@ -111,10 +122,42 @@ def vector_path(name: str, model: str = "") -> Path:
     path = Path(name)
     if path.suffix == ".safetensors" or not _NAME.fullmatch(name) or _exists(path):
         return path
+    return named_file(name, vector_names(model))
+
+
+def vector_names(model: str = "") -> dict[str, Path]:
+    """The shipped vectors by each of their names, ``model/name`` and ``name``.
+
+    Args:
+        model: alias of the model in use, whose vectors have the short names; then come those of the embedded model.
+    """
     shipped = vectors()
-    fitting = [key for key in shipped if name in (key, key.partition("/")[2])]
-    of_model = {key: key.partition("/")[0] for key in fitting}
-    fitting.sort(key=lambda key: (of_model[key] != model, of_model[key] != _EMBEDDED))
-    if not fitting:
-        raise unknown_name("vector", name, {key.partition("/")[2] for key in shipped})
-    return shipped[fitting[0]]
+
+    def last(key: str) -> tuple[bool, bool]:
+        owner = key.partition("/")[0]
+        return owner != model, owner != _EMBEDDED
+
+    short = {key.partition("/")[2]: shipped[key] for key in reversed(sorted(shipped, key=last))}
+    return {**shipped, **short}
+
+
+def named_file(name: str, files: Mapping[str, Path], also: Iterable[str] = ()) -> Path:
+    """The file that a name stands for: one of those given, and never a path, whatever the name looks like.
+
+    Args:
+        name: such as a request's.
+        files: by name.
+        also: further names that an error offers.
+
+    Raises:
+        UnknownNameError: nothing is called so.
+    """
+    if name in files:
+        return files[name]
+    short = {one for one in (*files, *also) if "/" not in one}
+    if _NAME.fullmatch(name):
+        raise unknown_name("vector", name, short)
+    raise UnknownNameError(
+        f"unknown vector {name!r}; a request names vectors, and no files: whoever starts the server gives it the files "
+        f"that have names; {near_miss(name, short)}"
+    )

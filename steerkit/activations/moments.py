@@ -172,7 +172,18 @@ class NormMedian:
         Returns:
             [b, t] int64 bins.
         """
-        norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
+        return cls.bins_of(torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32))
+
+    @classmethod
+    def bins_of(cls, norms: Tensor) -> Tensor:
+        """Where norms belong.
+
+        Args:
+            norms: [...] float32.
+
+        Returns:
+            [...] int64 bins.
+        """
         place = (norms.clamp_min(10.0**cls._LOW).log10() - cls._LOW) / (cls._HIGH - cls._LOW)
         bins: Tensor = (place.nan_to_num(1.0) * cls._BINS).long().clamp(0, cls._BINS - 1)
         return bins

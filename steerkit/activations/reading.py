@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from steerkit._support.progress import bar
 from steerkit.activations.readout import Readout
 from steerkit.activations.shared_prompts import Stretch, may_share, stretches
-from steerkit.activations.token_scale import MASSIVE_TOKEN, PassScale, TokenScale, TokenScales
+from steerkit.activations.token_scale import PassScale, TokenScale, TokenScales, massive_tokens
 from steerkit.errors import FitError
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.decoder import Decoder, execution_device
@@ -23,9 +23,27 @@ from steerkit.network.tap import Tap
 from steerkit.prompts.batching import Batch, run_batches
 from steerkit.tokens.clock import PassClock
 
-__all__ = ["attach_reader", "forward_body", "position_inputs", "read_passes"]
+__all__ = ["Reads", "attach_reader", "forward_body", "position_inputs", "read_passes"]
 
 T = TypeVar("T")
+
+
+class Reads(Protocol):
+    """What runs texts and reads them: `read_passes`, or an engine that runs the same weights."""
+
+    def __call__(
+        self,
+        decoder: Decoder,
+        taps: Mapping[Site, Tap],
+        work: Sequence[Batch],
+        chosen: Sequence[Sequence[int]],
+        take: Callable[[Site, Tensor, Batch], None],
+        progress: bool,
+        plan: Readout,
+        *,
+        shares: bool = False,
+    ) -> dict[Site, TokenScale]:
+        """See `read_passes`; `take` gets one row [d] per text, [b, d] float32."""
 
 
 class _Stop(BaseException):
@@ -238,12 +256,7 @@ class _Pool:
     def massive(self, h: Tensor) -> Tensor:
         """[b, t] whether a token is many times as long as the median of its text; a mean of such alone keeps them."""
         norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
-        counted = self._counted.to(h.device)
-        median = norms.masked_fill(counted == 0, torch.nan).nanmedian(dim=1, keepdim=True).values
-        found: Tensor = (counted > 0) & norms.isfinite() & (norms > MASSIVE_TOKEN * median)
-        read = self._weights.to(h.device)[:, 0] > 0
-        found &= (read & ~found).any(dim=1, keepdim=True)
-        return found
+        return massive_tokens(norms, self._counted.to(h.device), self._weights.to(h.device)[:, 0] > 0)
 
     def scale(self, h: Tensor, massive: Tensor | None) -> PassScale:
         """What the pass says of the site's scale; massive tokens do not count."""

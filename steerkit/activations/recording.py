@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.reading import forward_body, read_passes
+from steerkit.activations.reading import Reads, forward_body, read_passes
 from steerkit.activations.readout import Readout, chosen_columns, cut_to
 from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import DataError, FitError, SiteError
@@ -88,6 +88,7 @@ def record(
     max_tokens: int | None = None,
     progress: bool = False,
     shares: bool = False,
+    reads: Reads = read_passes,
 ) -> Activations:
     """Read activations of prompts, chats or a contrast set at some sites.
 
@@ -106,6 +107,7 @@ def record(
         max_tokens: tokens of a text that are read, the rest being cut off at the right; None reads all.
         progress: show a progress bar on stderr.
         shares: run what texts have in common once: fewer tokens, and the same up to rounding instead of to the bit.
+        reads: what runs the texts; the model itself where nothing else is named.
 
     Returns:
         One row per item and site, float32.
@@ -147,7 +149,7 @@ def record(
 
     check_lengths(decoder, rendered, shown)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, keep, progress, plan, shares=shares)
+    scales = reads(decoder, taps, work, chosen, keep, progress, plan, shares=shares)
     warn_of_special(tokenizer, plan, rendered)
     check_finite(found)
     return Activations(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from steerkit.activations.moments import Accumulator
-from steerkit.activations.reading import read_passes
+from steerkit.activations.reading import Reads, read_passes
 from steerkit.activations.readout import Readout, chosen_columns, cut_to
 from steerkit.activations.recording import Activations, check_finite, rendered_items, warn_of_special
 from steerkit.errors import DataError
@@ -34,6 +34,7 @@ def stream(
     max_tokens: int | None = None,
     progress: bool = False,
     shares: bool = False,
+    reads: Reads = read_passes,
 ) -> Activations:
     """Feed the activations of a contrast set to accumulators, batch by batch; no sample is kept.
 
@@ -48,6 +49,7 @@ def stream(
         max_tokens: tokens of a text that are read, the rest being cut off at the right; None reads all.
         progress: show a progress bar on stderr.
         shares: run what texts have in common once: fewer tokens, and the same up to rounding instead of to the bit.
+        reads: what runs the texts; the model itself where nothing else is named.
 
     Returns:
         What each accumulator gives for the two sides.
@@ -87,7 +89,7 @@ def stream(
     check_lengths(decoder, rendered, shown)
     taps = locate(model, accumulators)
     chosen = chosen_columns(plan, rendered, name)
-    scales = read_passes(decoder, taps, work, chosen, feed, progress, plan, shares=shares)
+    scales = reads(decoder, taps, work, chosen, feed, progress, plan, shares=shares)
     warn_of_special(tokenizer, plan, rendered)
     results = {site: accumulator.result() for site, accumulator in accumulators.items()}
     positive = {site: pair[0] for site, pair in results.items()}

@@ -26,7 +26,16 @@ from torch import Tensor
 
 from steerkit.activations.moments import NormMedian
 
-__all__ = ["MASSIVE", "MASSIVE_TOKEN", "PassScale", "TokenScale", "TokenScales", "scale_of"]
+__all__ = [
+    "MASSIVE",
+    "MASSIVE_TOKEN",
+    "Moments",
+    "PassScale",
+    "TokenScale",
+    "TokenScales",
+    "massive_tokens",
+    "scale_of",
+]
 
 MASSIVE = 100.0
 """A dimension is massive where its mean square is more than so many times the median dimension's."""
@@ -74,6 +83,32 @@ class TokenScale:
         return math.sqrt(common * own)
 
 
+class Moments(NamedTuple):
+    """Mean and spread of some tokens.
+
+    Attributes:
+        tokens: how many they are, as a number or a tensor [].
+        mean: [d] of them.
+        power: [d] sum of their squared distances from it.
+    """
+
+    tokens: Tensor | float
+    mean: Tensor
+    power: Tensor
+
+    def joined(self, other: Moments) -> Moments:
+        """Those of both (Chan's update); tokens that are none change nothing.
+
+        Args:
+            other: of further tokens.
+        """
+        total = self.tokens + other.tokens
+        share = other.tokens / (total.clamp_min(1.0) if isinstance(total, Tensor) else max(total, 1.0))
+        step = other.mean - self.mean
+        power = self.power + other.power + step.square() * (self.tokens * share)
+        return Moments(total, self.mean + step * share, power)
+
+
 class PassScale(NamedTuple):
     """What one pass says of one site's scale; it counts once it is added to a `TokenScales`.
 
@@ -112,9 +147,8 @@ class TokenScales:
 
     def __init__(self) -> None:
         self._norms = NormMedian()
-        self._count: Tensor | None = None
+        self._moments: Moments | None = None
         self._left_out = 0
-        self._mean = self._power = torch.empty(0, dtype=torch.float32)
 
     def update(self, h: Tensor, counted: Tensor) -> None:
         """Count the tokens of a pass.
@@ -133,27 +167,36 @@ class TokenScales:
         """
         self._norms.count(one.bins, one.counted)
         self._left_out += 0 if one.left_out is None else int(one.left_out)
-        new = one.counted.sum()
-        if self._count is None:
-            self._count, self._mean, self._power = new, one.mean, one.power
-            return
-        # Chan's update; a pass without a token that counts changes nothing.
-        total = self._count + new
-        share, step = new / total.clamp_min(1.0), one.mean - self._mean
-        self._power = self._power + one.power + step.square() * (self._count * share)
-        self._mean = self._mean + step * share
-        self._count = total
+        new = Moments(one.counted.sum(), one.mean, one.power)
+        self._moments = new if self._moments is None else self._moments.joined(new)
 
     def result(self) -> TokenScale:
         """The scale of all tokens counted."""
-        if self._count is None or float(self._count) == 0:
+        if self._moments is None or float(self._moments.tokens) == 0:
             return TokenScale(self._norms.result(), torch.full((1,), math.nan, dtype=torch.float32), {})
-        variance = self._power.cpu() / float(self._count)
-        square = variance + self._mean.cpu().square()
+        count, mean, power = self._moments
+        variance = power.cpu() / float(count)
+        square = variance + mean.cpu().square()
         shares = square / square.sum()
         told = (square > MASSIVE * square.median()) & (shares >= _SHARE)
         massive = {int(place): round(float(shares[place]), 4) for place in told.nonzero()[:, 0]}
         return TokenScale(self._norms.result(), variance.sqrt(), massive, self._left_out)
+
+
+def massive_tokens(norms: Tensor, counted: Tensor, read: Tensor) -> Tensor:
+    """Which tokens are many times as long as the median of their text; a mean of such alone keeps them.
+
+    Args:
+        norms: [b, t] of the tokens.
+        counted: [b, t] float32, 1 where a token counts and 0 where it is a pad or a row's first token.
+        read: [b, t] bool, which tokens enter the mean.
+
+    Returns:
+        [b, t] bool.
+    """
+    median = norms.masked_fill(counted == 0, torch.nan).nanmedian(dim=1, keepdim=True).values
+    found: Tensor = (counted > 0) & norms.isfinite() & (norms > MASSIVE_TOKEN * median)
+    return found & (read & ~found).any(dim=1, keepdim=True)
 
 
 def scale_of(rows: Sequence[Tensor]) -> TokenScale:

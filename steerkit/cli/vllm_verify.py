@@ -30,8 +30,8 @@ def run(
     """Start vLLM on a model and test that it steers. Exit code 1 if something fails.
 
     Steering changes answers; plain requests and differently steered ones in one batch get what they get alone; cached
-    prefixes are shared by requests that are steered alike only; steered answers are as near to transformers' as plain
-    ones; what it costs.
+    prefixes are shared by requests that are steered alike only; no request names a file; activations are read as they
+    are; steered answers are as near to transformers' as plain ones; what it costs.
     """
     from steerkit.engines.vllm.verify import CHECKS, verify
     from steerkit.model import ALIASES, converted, embedded_gguf

@@ -12,15 +12,16 @@ from typing import Any
 from torch import Tensor, nn
 
 import steerkit
+from steerkit.activations.reading import Reads, read_passes
 from steerkit.activations.readout import NO_MASSIVE
 from steerkit.activations.recording import Activations, record
 from steerkit.activations.streaming import stream
 from steerkit.activations.token_scale import TokenScale
 from steerkit.errors import DataError, FitError, SiteError, UnknownNameError
-from steerkit.fitting.subject import ModelSubject
+from steerkit.fitting.subject import BEYOND, ModelSubject
 from steerkit.methods._authoring import check_fitted, class_problem, fitted_tensors
 from steerkit.methods._base import Method, has_sides
-from steerkit.methods._protocols import AddsFacts, PreparesData, SetsOperatingPoint
+from steerkit.methods._protocols import AddsFacts, PreparesData, SetsOperatingPoint, TiedToWeights
 from steerkit.methods._registry import method_names, registration_problem, resolve
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.kernel_share import PROJECTED, seen_shares
@@ -55,6 +56,7 @@ def fit(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
     shares: bool = False,
+    reads: Reads = read_passes,
 ) -> SteeringVector:
     """Learn a steering vector from a contrast set.
 
@@ -75,6 +77,8 @@ def fit(
         chat_template_kwargs: passed on to the chat template.
         progress: show a progress bar on stderr.
         shares: run what texts have in common once: fewer tokens, and the same up to rounding instead of to the bit.
+        reads: what runs the texts, such as an engine with the model's weights; the model itself where nothing else is
+            named. Methods that ask more of the model than activations then fail.
 
     Returns:
         The fitted vector, with norms, digests and settings.
@@ -83,7 +87,8 @@ def fit(
         UnknownNameError: no such method or setting.
         SiteError: a layer or site does not exist in this model, or both were given.
         DataError: the data has no token to read, or `actadd` got more than one pair.
-        FitError: the sides do not differ, or activations are not finite; the site is named.
+        FitError: the sides do not differ, or activations are not finite; the site is named. Or the method asks more of
+            the model than `reads` gives.
 
     Warns:
         UserWarning: a held-out item asks what an item of the data asks; the model has no chat template and items have
@@ -95,24 +100,16 @@ def fit(
     decoder = find_decoder(model)
     taps = locate(model, _sites(chosen, decoder, layers, sites))
     reading = chosen.readout if readout is None else readout
-    subject = ModelSubject(
-        model,
-        tokenizer,
-        data,
-        decoder,
-        batch_size,
-        chat_template_kwargs,
-        chosen.name,
-        readout=reading,
-        progress=progress,
-    )
+    common: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "batch_size": batch_size, "reads": reads}
+    told: dict[str, Any] = {"name": chosen.name, "readout": reading, "progress": progress}
+    subject = ModelSubject(model, tokenizer, data, decoder, **common, **told)
     if isinstance(data, ContrastSet):  # prompts have no answers to stand before
         warn_of_separator(tokenizer, (*data.positive, *data.negative), chat_template_kwargs)
     if acts is None:
-        _refuse_unread(chosen, readout, held_out)
+        _refuse_unread(chosen, readout, held_out, reads)
         if isinstance(data, ContrastSet) and chosen.readout is not None:
-            how: dict[str, Any] = {"progress": progress, "shares": shares}
-            acts = _read(model, tokenizer, data, chosen, list(taps), reading, batch_size, chat_template_kwargs, **how)
+            how: dict[str, Any] = {"progress": progress, "shares": shares, **common}
+            acts = _read(model, tokenizer, data, chosen, list(taps), reading, **how)
     vector = _vector(chosen, subject, acts, model, taps, tokenizer, data)
     if isinstance(data, ContrastSet) and isinstance(chosen, SetsOperatingPoint) and acts is not None:
         vector = chosen.settled(vector, data, acts)
@@ -122,9 +119,7 @@ def fit(
     from steerkit.fitting.held_out import separation
 
     warn_of_known_items(data.sides, held_out.sides)
-    measured = separation(
-        model, tokenizer, held_out, vector, batch_size=batch_size, chat_template_kwargs=chat_template_kwargs
-    )
+    measured = separation(model, tokenizer, held_out, vector, **common)
     return vector.with_held_out(measured)
 
 
@@ -143,12 +138,15 @@ def _data(method: Method, data: Any) -> ContrastSet | PromptSet:
     return data
 
 
-def _refuse_unread(method: Method, readout: Any, held_out: ContrastSet | None) -> None:
-    """Refuse what a method that records for itself has no use for.
+def _refuse_unread(method: Method, readout: Any, held_out: ContrastSet | None, reads: Reads) -> None:
+    """Refuse what a method that records for itself has no use for, and a method that has no use for an engine.
 
     Raises:
         DataError: a readout, or held-out items to be separated.
+        FitError: the method's vectors hold something of the weights, and an engine has them.
     """
+    if reads is not read_passes and isinstance(method, TiedToWeights):
+        raise FitError(f"{method.name}: {BEYOND}")
     if method.readout is None and readout is not None:
         raise DataError(f"{method.name} reads for itself; leave readout={readout!r} out")
     if method.readout is None and held_out is not None:
@@ -289,7 +287,8 @@ def read(
     places = list(locate(model, _sites(chosen, find_decoder(model), None, sites)))
     reading = chosen.readout if readout is None else readout
     how: dict[str, Any] = {"progress": progress, "rows": rows, "shares": shares}
-    return _read(model, tokenizer, data, chosen, places, reading, batch_size, chat_template_kwargs, **how)
+    how |= {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
+    return _read(model, tokenizer, data, chosen, places, reading, **how)
 
 
 def _method(method: str | Method, settings: Mapping[str, Any] | None) -> Method:
@@ -346,12 +345,13 @@ def _read(
     method: Method,
     places: Sequence[Site],
     readout: Any,
+    *,
     batch_size: int,
     chat_template_kwargs: Mapping[str, Any] | None,
-    *,
     progress: bool,
     shares: bool,
     rows: bool = False,
+    reads: Reads = read_passes,
 ) -> Activations:
     """Stream where the method needs only statistics, keep the samples where it needs them."""
     common: dict[str, Any] = {
@@ -361,6 +361,7 @@ def _read(
         "max_tokens": method.longest_text if isinstance(method, PreparesData) else None,
         "progress": progress,
         "shares": shares,
+        "reads": reads,
     }
     data = method.contrast(data) if isinstance(method, PreparesData) else data
     streams = {site: method.statistics(site) for site in places}

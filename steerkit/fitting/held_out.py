@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steerkit.activations.reading import Reads, read_passes
 from steerkit.activations.readout import Readout
 from steerkit.activations.recording import Activations, record
 from steerkit.maths.directions import coordinates
@@ -37,6 +38,7 @@ def separation(
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     shares: bool = False,
+    reads: Reads = read_passes,
 ) -> dict[str, Any]:
     """How well each site's direction separates items it was not fitted on.
 
@@ -48,6 +50,7 @@ def separation(
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
         shares: see `steerkit.record`.
+        reads: what runs the items; the model itself where nothing else is named.
 
     Returns:
         ``{"items": n, "data_digest": ..., "sites": {site: {"auc", "cohens_d"}}}``, and under ``"gate"`` what a gated
@@ -67,6 +70,7 @@ def separation(
         batch_size=batch_size,
         chat_template_kwargs=chat_template_kwargs,
         shares=shares,
+        reads=reads,
     )
     return figures(vector, held_out, acts)
 

@@ -6,22 +6,21 @@ What only some methods ask for (answers, training, weights, experts, steered pas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from steerkit.activations.reading import Reads, read_passes
 from steerkit.activations.recording import Activations, record, record_ids
 from steerkit.activations.token_scale import TokenScale, scale_of
-from steerkit.errors import DataError
+from steerkit.errors import FitError
+from steerkit.fitting.data_subject import DataSubject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.prompts.contrast_set import ContrastSet
-from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.prompt_set import PromptSet
-from steerkit.prompts.rendering import Rendered, render
 from steerkit.vector.model_identity import model_facts
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -32,10 +31,15 @@ if TYPE_CHECKING:
     from steerkit.methods._subject import Read, Schedule
     from steerkit.network.anatomy import Anatomy
 
-__all__ = ["ModelSubject"]
+__all__ = ["BEYOND", "ModelSubject"]
+
+BEYOND = (
+    "asks more of the model than activations of texts, and its engine gives no more (no answers, logits, gradients or "
+    "weights); load the model in transformers, and fit it there"
+)
 
 
-class ModelSubject:
+class ModelSubject(DataSubject):
     """The only door through which a method's `fit` reaches the model.
 
     Args:
@@ -48,6 +52,8 @@ class ModelSubject:
         name: what errors call the method.
         readout: which tokens `record` reads where it is not told.
         progress: show a progress bar of training on stderr.
+        reads: what runs texts where `record` reads them; what else is asked of the model is then refused, unless it is
+            the model itself.
     """
 
     def __init__(
@@ -62,12 +68,12 @@ class ModelSubject:
         *,
         readout: Any = None,
         progress: bool = False,
+        reads: Reads = read_passes,
     ) -> None:
-        self._readout, self._progress, self._name = "last" if readout is None else readout, progress, name
-        self._model, self._tokenizer, self._data = model, tokenizer, data
+        super().__init__(tokenizer, data, chat_template_kwargs, name)
+        self._readout, self._progress = "last" if readout is None else readout, progress
+        self._given, self._reads, self._batch_size, self._decoder = model, reads, batch_size, decoder
         self._running: Passes | None = None
-        self._batch_size, self._chat = batch_size, chat_template_kwargs
-        self._decoder = decoder
         self._scales: dict[Site, TokenScale] = {}
         self._anatomies: dict[int, Anatomy] | None = None
 
@@ -77,46 +83,26 @@ class ModelSubject:
         return self._decoder
 
     @property
-    def data(self) -> ContrastSet:
-        """What the method is fitted on.
+    def _whole(self) -> Decoder:
+        """The decoder where its weights are used, and not its structure alone.
 
         Raises:
-            DataError: that has no sides.
+            FitError: something else runs them.
         """
-        if isinstance(self._data, PromptSet):
-            raise DataError(f"{self._name} is fitted on prompts, which have no sides; read `subject.prompts`")
-        return self._data
+        if self._reads is not read_passes:
+            raise FitError(f"{self._name}: {BEYOND}")
+        return self._decoder
 
     @property
-    def prompts(self) -> tuple[Conversation, ...]:
-        """The prompts of what it is fitted on, each once, without answers."""
-        return PromptSet.of(self._data).prompts
+    def _model(self) -> nn.Module:
+        """The model where it is run."""
+        _ = self._whole
+        return self._given
 
     @property
     def batch_size(self) -> int:
         """Rows per pass that the user wants at the most."""
         return self._batch_size
-
-    def rendered(self, items: Sequence[Any]) -> list[Rendered]:
-        """Items as the model reads them.
-
-        Args:
-            items: prompts, conversations or rendered texts.
-        """
-        return [
-            item
-            if isinstance(item, Rendered)
-            else render(self._tokenizer, Conversation.of(item), chat_template_kwargs=self._chat)
-            for item in items
-        ]
-
-    def token_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without special tokens.
-
-        Args:
-            text: such as the beginning of an answer.
-        """
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def unembedding(self) -> Tensor:
         """The output embedding [v, d], float32, on the CPU: row `t` reads the logit of token `t` off the stream.
@@ -126,7 +112,7 @@ class ModelSubject:
         """
         from steerkit.fitting.passes import output_embedding
 
-        return output_embedding(self._decoder)
+        return output_embedding(self._whole)
 
     def answers(self, items: Sequence[Any], *, max_new_tokens: int) -> list[str]:
         """What the model, unsteered and greedy, answers to each item.
@@ -162,7 +148,8 @@ class ModelSubject:
         rendered = self.rendered(items)
         if under is not None:
             return self._passes.record(rendered, sites, reading, under)
-        found = record(self._model, self._tokenizer, rendered, sites, readout=reading, batch_size=self._batch_size)
+        how: dict[str, Any] = {"readout": reading, "batch_size": self._batch_size, "reads": self._reads}
+        found = record(self._given, self._tokenizer, rendered, sites, **how)
         self._scales.update(found.scales)
         return found
 
@@ -214,7 +201,7 @@ class ModelSubject:
             SiteError: the model lacks a site.
             FitError: an activation is not finite, with the site named; or what `fit_one` raises.
         """
-        items = self.rendered((*self._data.positive, *self._data.negative))
+        items = self.rendered((*self.data.positive, *self.data.negative))
         return self._passes.advance(
             items, sites, fit_one, lambda tensors, some: self.vector(method, tensors, some), progress=self._progress
         )
@@ -293,44 +280,9 @@ class ModelSubject:
         from steerkit.fitting.training import frozen, minimise
         from steerkit.network.block_trace import evaluation_mode
 
-        model = self._decoder.model
+        model = self._whole.model
         with frozen(model), evaluation_mode(model), torch.enable_grad():
             return minimise(parameters, loss, items, schedule, judge=judge, progress=title if self._progress else None)
-
-    def pair_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Token ids of the one pair of prompts the method is fitted on.
-
-        Raises:
-            DataError: the data is not exactly one pair of prompts.
-        """
-        data = self.data
-        if len(data.positive) != 1 or len(data.negative) != 1:
-            raise DataError(
-                f"{self._name} takes one pair of prompts, got {len(data.positive)} positive and "
-                f"{len(data.negative)} negative ones; give one of each"
-            )
-        sides = (data.positive[0], data.negative[0])
-        # A bare string is meant as it stands: with a chat template around it, most of the window would be template.
-        plain = [isinstance(side.prompt, str) and side.system is None and side.answer is None for side in sides]
-        raw = [replace(side, raw=side.raw or is_plain) for side, is_plain in zip(sides, plain, strict=True)]
-        plus, minus = self.rendered(raw)
-        return plus.ids, minus.ids
-
-    def filler_id(self, text: str) -> int:
-        """Id of the one token that `text` is.
-
-        Args:
-            text: such as a space.
-
-        Raises:
-            DataError: the tokenizer makes none or several tokens of it.
-        """
-        ids = self.token_ids(text)
-        if len(ids) != 1:
-            raise DataError(
-                f"filler {text!r} is {len(ids)} tokens for this tokenizer; choose one that is a single token"
-            )
-        return ids[0]
 
     def record_ids(self, rows: Sequence[tuple[int, ...]], sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
         """Activations of every token of each row of ids, none of them masked.
@@ -363,7 +315,7 @@ class ModelSubject:
         """
         from steerkit.network.linears import linears_at
 
-        (linear,) = linears_at(self._decoder, [site], found=self._found).values()
+        (linear,) = linears_at(self._whole, [site], found=self._found).values()
         return linear.weight(self._decoder.model.dtype).cpu()
 
     @property
@@ -391,7 +343,7 @@ class ModelSubject:
         """
         from steerkit.network.experts import experts_at
 
-        found = {site: experts_at(self._decoder, self._found[site.layer], site) for site in sites}
+        found = {site: experts_at(self._whole, self._found[site.layer], site) for site in sites}
         sides = self.rendered(self.data.positive), self.rendered(self.data.negative)
         return self._passes.experts(sides, {site: one for site, one in found.items() if one is not None}, readout)
 
@@ -410,7 +362,7 @@ class ModelSubject:
         """
         from steerkit.network.weight_digests import weight_digests
 
-        return weight_digests(self._decoder, sites)
+        return weight_digests(self._whole, sites)
 
     def norms(self, sites: Sequence[Site]) -> dict[Site, float]:
         """Median token norms at those of the sites that have been read, unsteered."""

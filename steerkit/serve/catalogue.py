@@ -6,9 +6,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from steerkit._support.shipped import named_file
 from steerkit._support.shipped import vectors as shipped
 from steerkit.composition.terms import Composition
-from steerkit.errors import CompositionError, unknown_name
+from steerkit.errors import CompositionError
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Catalogue"]
@@ -59,9 +60,7 @@ class Catalogue:
         """
         with self._lock:
             if name not in self._loaded:
-                if name not in self._files:
-                    raise unknown_name("vector", name, self.names)
-                self._loaded[name] = SteeringVector.load(self._files[name])
+                self._loaded[name] = SteeringVector.load(named_file(name, self._files, also=self._loaded))
             return self._loaded[name]
 
     def vectors(self, steering: Composition | str) -> list[SteeringVector]:

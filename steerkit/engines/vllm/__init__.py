@@ -1,5 +1,6 @@
 """vLLM, steered: vectors by request, beside plain ones, in vLLM's own graph. vLLM loads it by an entry point.
 
+use        `fit` learns a vector on the engine, `recording` reads activations of texts, `verify` tests an installation
 front end      `requests` reads what a request asks, `plan` checks it, `prefixes` says which blocks it may share
 each worker    `places` finds blocks and their halves, `points` are the hooks on them, `board` holds all numbers on
 the device, `steps` fills them for the tokens of a step, `gates` decides by prompts
@@ -8,7 +9,15 @@ both           `names` alone knows how vLLM calls its parts; `plugin` hangs the 
 
 from __future__ import annotations
 
-__all__ = ["register"]
+from typing import TYPE_CHECKING
+
+from steerkit._support.lazy import lazily
+
+if TYPE_CHECKING:
+    from steerkit.engines.vllm.fitting import fit
+
+__all__ = ["fit", "register"]
+__getattr__ = lazily(__name__, {"fit": "fitting"})
 
 
 def register() -> None:

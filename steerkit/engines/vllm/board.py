@@ -155,9 +155,9 @@ class Board:
 
     def _fill(self, places: Sequence[int], edit: RankTwo) -> None:
         for place, direction in zip(places, edit.basis, strict=False):
-            self.directions[place].copy_(direction)
+            self.directions[place].copy_(direction, non_blocking=True)
         first, second = places[0], (*places, 0)[1]
-        self.offsets[first].copy_(offsets(edit))
+        self.offsets[first].copy_(offsets(edit), non_blocking=True)
         self.threshold[first], self.second[first] = edit.threshold, second
 
     def give(self, key: Hashable, *, has_second: bool) -> None:

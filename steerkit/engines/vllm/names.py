@@ -21,17 +21,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "READ_IN",
+    "ModelFacts",
     "Parts",
     "Step",
     "beam_requests",
+    "beam_searches",
     "extra_of",
     "has_attention",
     "is_graphed",
     "is_one_graph",
+    "longest",
+    "model_facts",
     "parts",
+    "processor_of",
     "run_eagerly",
     "shut",
     "step_of",
+    "unread",
     "unsteered",
     "wrap",
     "writes_text",
@@ -193,6 +199,33 @@ def beam_requests() -> list[Any]:
     return found
 
 
+def beam_searches() -> list[Any]:
+    """The classes that search by beams: each step of theirs is a request of its own, whose prompt has grown.
+
+    Returns:
+        Those that are loaded; none where there is no front end.
+    """
+    homes = ("online:BeamSearchOnlineMixin", "offline:BeamSearchOfflineMixin")
+    found = []
+    for home in homes:
+        module, _, name = home.partition(":")
+        loaded = sys.modules.get(f"vllm.entrypoints.generate.beam_search.{module}")
+        if loaded is not None:
+            if not hasattr(getattr(loaded, name, None), "beam_search"):
+                raise _strange(f"vllm.entrypoints.generate.beam_search.{home}", "has no beam_search")
+            found.append(getattr(loaded, name))
+    return found
+
+
+def processor_of(search: Any) -> Any:
+    """What makes the requests of one that searches by beams.
+
+    Args:
+        search: `LLM`, or what serves a route.
+    """
+    return (getattr(search, "engine_client", None) or search.llm_engine).input_processor
+
+
 def unsteered(config: Any) -> str | None:
     """Why no request is steered under a configuration; None where requests are.
 
@@ -265,3 +298,53 @@ def shut(llm: Any) -> None:
         llm: vLLM's `LLM`.
     """
     llm.llm_engine.engine_core.shutdown()
+
+
+class ModelFacts(NamedTuple):
+    """What an engine says of its model.
+
+    Attributes:
+        text: config of its decoder, of transformers.
+        path: where it came from.
+        commit: of the repository that it came from, where that is known.
+        trusted: whether code of its repository may run.
+    """
+
+    text: Any
+    path: str
+    commit: str | None
+    trusted: bool
+
+
+def model_facts(llm: Any) -> ModelFacts:
+    """What is known of an engine's model.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    config = llm.llm_engine.vllm_config.model_config
+    commit = getattr(config.hf_config, "_commit_hash", None)
+    return ModelFacts(config.hf_text_config, config.model, commit, config.trust_remote_code)
+
+
+def longest(llm: Any) -> int:
+    """How many tokens an engine takes, with what it answers.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    return int(llm.llm_engine.vllm_config.model_config.max_model_len)
+
+
+def unread(llm: Any) -> str | None:
+    """Why activations of an engine's model are not read; None where they are.
+
+    Args:
+        llm: vLLM's `LLM`.
+    """
+    engine = llm.llm_engine
+    if not getattr(type(engine.input_processor).process_inputs, "__steerkit__", False):
+        return "this vLLM runs without the plug-in of steerkit; see VLLM_PLUGINS, and install both together"
+    if engine.vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "activations are read where one process holds all blocks; start vLLM without pipeline stages"
+    return unsteered(engine.vllm_config)

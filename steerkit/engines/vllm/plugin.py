@@ -13,7 +13,7 @@ from steerkit.engines.vllm.plan import Served
 from steerkit.engines.vllm.points import Point
 from steerkit.engines.vllm.prefixes import steering_keys
 from steerkit.engines.vllm.recording import TAKEN
-from steerkit.engines.vllm.requests import ASKED, CARRIED, READ, Admission
+from steerkit.engines.vllm.requests import ADMISSION, ASKED, CARRIED, READ, Admission
 from steerkit.engines.vllm.settings import Settings
 from steerkit.engines.vllm.steps import Steerer
 from steerkit.errors import ModelError, SteerError
@@ -59,7 +59,7 @@ def _admit(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any)
         return request
     try:
         prompt = len(request.prompt_token_ids or request.prompt_embeds or ())
-        extra = getattr(processor, _KEPT).admitted(params.extra_args, prompt)
+        extra = getattr(processor, ADMISSION).admitted(params.extra_args, prompt)
         why = names.unsteered(processor.vllm_config) if {CARRIED, READ} & set(extra or ()) else None
         if why is not None:
             raise ModelError(why)
@@ -78,15 +78,25 @@ def _open(inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) 
     if config.model_config.runner_type == "pooling":
         return
     settings = Settings.of(config.additional_config)
-    setattr(processor, _KEPT, Admission(settings, _served(config, settings)))
+    setattr(processor, ADMISSION, Admission(settings, _served(config, settings)))
     for kind in names.beam_requests():
         names.wrap(kind, "to_beam_search_params", _refuse_beams)
+    for kind in names.beam_searches():
+        names.wrap(kind, "beam_search", _refuse_default)
 
 
 def _refuse_beams(inner: Callable[..., Any], request: Any, *args: Any, **kwargs: Any) -> Any:
     if (getattr(request, "vllm_xargs", None) or {}).get(ASKED) is not None:
         raise names.parts().wrong_request("vLLM's beam search is not steered; sample instead", parameter=ASKED)
     return inner(request, *args, **kwargs)
+
+
+def _refuse_default(inner: Callable[..., Any], search: Any, *args: Any, **kwargs: Any) -> Any:
+    admission: Admission | None = getattr(names.processor_of(search), ADMISSION, None)
+    why = None if admission is None else admission.no_beams()
+    if why is not None:
+        raise names.parts().wrong_request(why, parameter=ASKED)
+    return inner(search, *args, **kwargs)
 
 
 def _place(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -137,8 +147,8 @@ def _run(inner: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> A
     return steerer.run(names.step_of(runner), extra, lambda: inner(runner, *args, **kwargs))
 
 
-def _take(worker: Any, wanted: list[str]) -> dict[str, dict[str, list[float]]]:
-    """What was read, by the names of `recording.record`; a worker's answer to it."""
+def _take(worker: Any, wanted: list[str]) -> dict[str, dict[str, list[bytes]]]:
+    """What was read, by the names of `recording.ask`; a worker's answer to it."""
     steerer: Steerer = getattr(worker.model_runner, _KEPT)
     return steerer.take(wanted)
 

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from steerkit._support.hub import PREFIX
-from steerkit._support.shipped import vector_path, vectors
+from steerkit._support.shipped import named_file, vector_names, vector_path
 from steerkit.composition.terms import Composition
 from steerkit.engines.vllm.plan import Served, TermPlan, digest_of, key_of, planned
 from steerkit.engines.vllm.settings import Settings
-from steerkit.errors import CompositionError, SiteError, SteerError, VectorFileError, unknown_name
+from steerkit.errors import CompositionError, SiteError, SteerError, VectorFileError
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["ASKED", "CARRIED", "READ", "Admission", "carried_plans"]
+__all__ = ["ADMISSION", "ASKED", "CARRIED", "READ", "Admission", "carried_plans"]
 
 ASKED, CARRIED, READ = "steering", "steerkit", "steerkit_read"
+ADMISSION = "_steerkit"
+"""Under which what makes requests keeps its `Admission`."""
 _KEPT = 256
 
 
@@ -66,34 +68,62 @@ class Admission:
             if carried is not None:
                 found[CARRIED] = carried
         if READ in found:
-            self._check_reading(found[READ], prompt)
+            self.check_reading(found[READ], prompt)
         return found or None
 
-    def _check_reading(self, asked: Any, prompt: int) -> None:
+    def no_beams(self) -> str | None:
+        """Why beams are not searched for; None where they are steered as any answer.
+
+        Each step of a beam search is a request whose prompt holds what has been answered so far, so only what does not
+        depend on the prompt's end is steered alike. And such requests have no words of their own.
+        """
+        composition = _composition(self._settings.default)
+        if composition is None or not any(plan.counts_from_end for plan in self._planned(composition)[0]):
+            return None
+        return (
+            "the default steering of this server counts from the prompt's end, which a beam search moves; sample "
+            "instead, or start vLLM without setting 'default'"
+        )
+
+    def check_reading(self, asked: Any, prompt: int) -> None:
         """Hold what is to be read to what there is.
+
+        Args:
+            asked: under `READ` of a request.
+            prompt: tokens of its prompt.
 
         Raises:
             SiteError: a place that the server does not know.
             CompositionError: something else than what `recording` asks for.
         """
         try:
-            sites, (start, end) = [Site.parse(site) for site in asked["sites"]], asked["span"]
-            is_whole = isinstance(asked["name"], str) and 0 <= start < end <= prompt
-        except (KeyError, TypeError, ValueError):
+            sites = [Site.parse(site) for site in asked["sites"]]
+            spans = [span for part in asked["sites"].values() for kind in part for span in kind]
+            is_whole = isinstance(asked["name"], str) and bool(spans)
+            is_whole &= all(0 <= start < end <= prompt for start, end in spans)
+        except (AttributeError, KeyError, TypeError, ValueError):
             is_whole = False
         if not is_whole:
-            raise CompositionError(f"{READ}: got {repr(asked)[:60]}; give name, sites and span")
+            raise CompositionError(f"{READ}: got {repr(asked)[:60]}; give name, and sites with spans")
         for site in sites:
             if site.kind not in self._served.kinds or site.layer >= self._served.num_layers or not self._served.whole:
-                raise SiteError(
-                    f"{site}: the server knows {', '.join(self._served.kinds)} of {self._served.num_layers} blocks"
-                )
+                known = f"{', '.join(self._served.kinds)} of {self._served.num_layers} blocks"
+                raise SiteError(f"{site}: the server knows {known}; see setting 'kinds'")
 
     def _carried(self, composition: Composition, prompt: int) -> dict[str, Any] | None:
+        plans, files = self._planned(composition)
+        if not plans:
+            return None
+        key, first = key_of(plans, prompt)
+        whole = any(plan.gate is not None and plan.gate.readout == "mean" for plan in plans)
+        facts = {"digest": digest_of(plans), "key": key, "first": first, "whole": whole}
+        return {"composition": composition.as_json(), "vectors": files, **facts}
+
+    def _planned(self, composition: Composition) -> tuple[tuple[TermPlan, ...], dict[str, bytes]]:
+        """The plans of a composition, and its vectors' bytes by name."""
         names = dict.fromkeys(name for term in composition.terms for name in term.names)
         known = {name: self._vector(name) for name in names}
-        text = composition.as_json()
-        made = json.dumps(text), tuple(vector.digest for vector in known.values())
+        made = json.dumps(composition.as_json()), tuple(vector.digest for vector in known.values())
         with self._lock:
             kept = self._plans.get(made)
         if kept is None:
@@ -101,13 +131,7 @@ class Admission:
             kept = plans, {name: vector.to_bytes() for name, vector in known.items()}
             with self._lock:
                 _keep(self._plans, made, kept)
-        plans, files = kept
-        if not plans:
-            return None
-        key, first = key_of(plans, prompt)
-        whole = any(plan.gate is not None and plan.gate.readout == "mean" for plan in plans)
-        facts = {"digest": digest_of(plans), "key": key, "first": first, "whole": whole}
-        return {"composition": text, "vectors": files, **facts}
+        return kept
 
     def _vector(self, name: str) -> SteeringVector:
         """A vector by its name; a file is read again only when it has changed."""
@@ -127,16 +151,11 @@ class Admission:
     def _path(self, name: str) -> Path:
         if name.startswith(PREFIX) and not self._settings.hub:
             raise VectorFileError(f"{name}: this server takes nothing from the Hub; start it with setting 'hub'")
-        if self._settings.folder is None or name.startswith(PREFIX):
+        if name.startswith(PREFIX):
             return vector_path(name)
-        # A name of a request is never taken for a path.
-        files = {path.stem: path for path in Path(self._settings.folder).glob("*.safetensors")}
-        if name in files:
-            return files[name]
-        shipped = vectors()
-        if name not in shipped and name not in {key.partition("/")[2] for key in shipped}:
-            raise unknown_name("vector", name, sorted(files))
-        return vector_path(name)
+        folder = self._settings.folder
+        files = {} if folder is None else {path.stem: path for path in Path(folder).glob("*.safetensors")}
+        return named_file(name, {**vector_names(), **files})
 
 
 def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> None:

@@ -53,10 +53,12 @@ class Schedule:
             counts.append((*span(plan.scope, prompt), prompt - 1, shape, over))
         device = self._counts.device
         for term, plan in enumerate(plans):
-            self._weights[term, row].copy_(next(iter(plan.edits.values())).weights)
+            self._weights[term, row].copy_(next(iter(plan.edits.values())).weights, non_blocking=True)
         self._counts[:, :, row] = 0
-        self._strengths[:, : len(plans), row] = torch.tensor(strengths, dtype=torch.float64, device=device).T
-        self._counts[:, : len(plans), row] = torch.tensor(counts, dtype=torch.long, device=device).T
+        begun = torch.tensor(strengths, dtype=torch.float64), torch.tensor(counts, dtype=torch.long)
+        # Copied without waiting for what the device still has to do.
+        self._strengths[:, : len(plans), row] = begun[0].to(device, non_blocking=True).T
+        self._counts[:, : len(plans), row] = begun[1].to(device, non_blocking=True).T
 
     def fill(self, on: Tensor, lead: Tensor, row: Tensor, positions: Tensor) -> None:
         """Say for each token and term whether and how strongly it is written.

@@ -19,8 +19,8 @@ class Settings:
     """What is decided when vLLM starts.
 
     Attributes:
-        folder: whose vector files requests name, without ending; then no other files, and shipped vectors behind them.
-            None lets requests name any file, which is for programs and not for servers.
+        folder: whose vector files requests name, without ending, before shipped vectors; None has shipped ones only. No
+            request names a path, in a program neither.
         hub: whether requests may name vectors on the Hub.
         default: composition of requests that name none.
         kinds: kinds of sites that can be written, at every block; each costs a little in every step.

@@ -81,7 +81,7 @@ class Steerer:
         self._live: dict[str, _Live] = {}
         self._prompts: dict[str, dict[int, Prompt]] = {}
         self._readings: dict[str, Reading] = {}
-        self._read: dict[str, dict[str, list[float]]] = {}
+        self._read: dict[str, Reading] = {}
         self._plans: OrderedDict[str, tuple[TermPlan, ...]] = OrderedDict()
         self._eagerly, self._graphed, self._is_plain = eagerly, graphed, True
         self._outgrown = False
@@ -130,7 +130,7 @@ class Steerer:
             self._prompts.pop(request, None)
             reading = self._readings.pop(request, None)
             if reading is not None:
-                self._read[reading.name] = reading.means()
+                self._read[reading.name] = reading.settle()
                 while len(self._read) > _READ:
                     del self._read[next(iter(self._read))]
         for request in step.requests:
@@ -152,7 +152,7 @@ class Steerer:
                 self._board.give(key, has_second=has_second)
             self._free.append(live.row)
 
-    def take(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    def take(self, names: Sequence[str]) -> dict[str, dict[str, list[bytes]]]:
         """What has been read for some names, which is then forgotten.
 
         Args:
@@ -160,8 +160,8 @@ class Steerer:
         """
         for reading in self._readings.values():
             if reading.name in names:
-                self._read[reading.name] = reading.means()
-        return {name: self._read.pop(name) for name in names if name in self._read}
+                self._read[reading.name] = reading
+        return {name: self._read.pop(name).result() for name in names if name in self._read}
 
     def _planned(self, carried: Mapping[str, Any]) -> tuple[TermPlan, ...]:
         mark = carried["digest"]
@@ -219,7 +219,8 @@ class Steerer:
             level = sum(site in plan.edits for plan in live.plans[:term])
             where.append((self._numbers[site], level, entry, term))
         if where:
-            places, levels, entries, terms = torch.tensor(where, dtype=torch.long, device=self._board.device).unbind(1)
+            found = torch.tensor(where, dtype=torch.long).to(self._board.device, non_blocking=True)
+            places, levels, entries, terms = found.unbind(1)
             self._board.entry[places, levels, live.row] = entries
             self._board.term[places, levels, live.row] = terms
 

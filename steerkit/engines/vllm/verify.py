@@ -6,6 +6,8 @@ block; what comes out is held to what the same engine answers to each request al
 
 from __future__ import annotations
 
+import functools
+import json
 import statistics
 import tempfile
 import time
@@ -15,15 +17,26 @@ from typing import Any
 
 import torch
 
+from steerkit.activations.recording import record_ids
 from steerkit.checks.fitted_method import Finding
 from steerkit.engines.vllm import names
+from steerkit.engines.vllm.recording import record
 from steerkit.errors import ModelError
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["CHECKS", "verify"]
 
-CHECKS = ("steers", "plain_is_plain", "rows_are_apart", "prefixes_are_apart", "as_transformers", "cost")
+CHECKS = (
+    "steers",
+    "plain_is_plain",
+    "rows_are_apart",
+    "prefixes_are_apart",
+    "names_are_no_paths",
+    "reads",
+    "as_transformers",
+    "cost",
+)
 _SIZES = tuple(2.0**power for power in range(0, 14, 2))
 _ROUNDING = 1e-3
 _MOST = 1.1
@@ -102,11 +115,14 @@ def _findings(engine: _Engine, path: str, folder: Path, compared: bool, step: Ca
     if size is None:
         return found
     said = [None, f"one*{size:g}", f"other@all*{-size:g}", f"one[2:5]*{size:g} + other*{size:g}"] * 2
+    beside = functools.cache(lambda: _beside(engine, path))
     checks: dict[str, Callable[[], tuple[bool, str]]] = {
         "plain_is_plain": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if not one]),
         "rows_are_apart": lambda: _apart(engine, prompts, said, [row for row, one in enumerate(said) if one]),
         "prefixes_are_apart": lambda: _prefixes(engine, size),
-        "as_transformers": lambda: _as_transformers(engine, path, folder, prompts[:4], said[:4]),
+        "names_are_no_paths": lambda: _names(engine, prompts[0], folder / "one.safetensors"),
+        "reads": lambda: _reads(engine, beside if compared else None, prompts[:4]),
+        "as_transformers": lambda: _as_transformers(engine, beside, folder, prompts[:4], said[:4]),
         "cost": lambda: _cost(engine, prompts, f"one*{size:g}"),
     }
     for name, check in checks.items():
@@ -185,17 +201,53 @@ def _prefixes(engine: _Engine, size: float) -> tuple[bool, str]:
     return max(gaps) <= 0.05, f"log-probabilities differ by {max(gaps):.1e} from those with nothing cached"
 
 
-def _as_transformers(
-    engine: _Engine, path: str, folder: Path, prompts: Sequence[Sequence[int]], said: Sequence[str | None]
-) -> tuple[bool, str]:
-    """Whether steered answers are as near to those of transformers as plain ones are."""
+def _names(engine: _Engine, prompt: Sequence[int], file: Path) -> tuple[bool, str]:
+    """Whether a request that names a file is refused."""
+    said = json.dumps({"format": 1, "terms": [{"vector": str(file), "strength": 1}]})
+    try:
+        engine.ask([prompt], [said], 1)
+    except names.parts().wrong_request:
+        return True, "a request that names a file is refused"
+    return False, "a request that names a file got an answer"
+
+
+def _beside(engine: _Engine, path: str) -> Any:
+    """The model in transformers."""
     from transformers import AutoModelForCausalLM
 
+    dtype = engine.llm.llm_engine.vllm_config.model_config.dtype
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def _reads(engine: _Engine, beside: Callable[[], Any] | None, prompts: Sequence[Sequence[int]]) -> tuple[bool, str]:
+    """Whether activations read off a batch are those of each text alone, and of transformers."""
+    site, spans = Site(engine.sizes["num_layers"] // 2), [(1, len(prompt)) for prompt in prompts]
+    found = record(engine.llm, prompts, [site], spans)[site]
+    pairs = zip(prompts, spans, strict=True)
+    wanted = {"alone": torch.cat([record(engine.llm, [one], [site], [span])[site] for one, span in pairs])}
+    if beside is not None:
+        rows = record_ids(beside(), prompts, [site])[site]
+        wanted["in transformers"] = torch.stack([row[1:].mean(dim=0) for row in rows])
+    # Rounding adds up over blocks as steps in random directions do; a block more or less is a share of about 1.
+    rounding = torch.finfo(engine.llm.llm_engine.vllm_config.model_config.dtype).eps
+    limit = max(4 * rounding * engine.sizes["num_layers"] ** 0.5, _ROUNDING)
+    gaps = {name: float(((found - one).norm(dim=-1) / one.norm(dim=-1)).max()) for name, one in wanted.items()}
+    said = ", ".join(f"{gap:.1e} from those {name}" for name, gap in gaps.items())
+    return max(gaps.values()) <= limit, f"activations differ by {said}, as shares (at most {limit:.1e})"
+
+
+def _as_transformers(
+    engine: _Engine,
+    beside: Callable[[], Any],
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    said: Sequence[str | None],
+) -> tuple[bool, str]:
+    """Whether steered answers are as near to those of transformers as plain ones are."""
     from steerkit.composition.terms import Composition
     from steerkit.steering.steering import steer
 
-    dtype = engine.llm.llm_engine.vllm_config.model_config.dtype
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = beside()
     known = {name: SteeringVector.load(folder / f"{name}.safetensors") for name in ("one", "other")}
     gaps: dict[bool, list[float]] = {True: [], False: []}
     for prompt, one in zip(prompts, said, strict=True):

@@ -125,3 +125,13 @@ def answer_of(output: Any) -> Answer:
     (found,) = output.outputs
     tokens = list(found.token_ids)
     return tokens, [place[token].logprob for place, token in zip(found.logprobs, tokens, strict=True)]
+
+
+def addresses(steerer: Any) -> dict[str, int]:
+    """Where everything lies that a graph of a steered model reads."""
+    board, schedule = steerer._board, steerer._schedule
+    found = {f"board.{name}": value for name, value in vars(board).items()}
+    found |= {f"schedule.{name}": value for name, value in vars(schedule).items()}
+    for point in steerer._points.values():
+        found |= {f"{point.site}.{name}": value for name, value in vars(point).items()}
+    return {name: value.data_ptr() for name, value in found.items() if isinstance(value, torch.Tensor)}

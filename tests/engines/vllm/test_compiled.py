@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.asked import every_edit, gated, prompt
+from tests.engines.vllm.engine import addresses
 from tests.engines.vllm.models import FAMILIES
 
 OPTIONS = {"enforce_eager": False, "max_num_batched_tokens": 64}
@@ -19,6 +20,14 @@ def test_every_edit(pair: Any) -> None:
     assert pair.runner._steerkit._graphed
     asked = every_edit((5, 9, 65, 17))  # chunks of 64: one token is left of 65
     pair.check(asked, pair.answers(asked))
+
+
+def test_no_address_of_the_graph_changes(pair: Any) -> None:
+    before = addresses(pair.runner._steerkit)
+    asked = every_edit((5, 9))
+    pair.answers(asked, 2)
+    assert not pair.runner._steerkit._outgrown
+    assert addresses(pair.runner._steerkit) == before
 
 
 def test_gates(pair: Any) -> None:

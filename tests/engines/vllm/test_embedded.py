@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engines.vllm.engine import Pair
 
@@ -43,3 +44,23 @@ def test_shipped_vectors(embedded: tuple[Pair, list[list[int]]]) -> None:
     asked = [(prompt, said) for prompt in prompts for said in ASKED]
     pair.check(asked, pair.answers(asked, 10), 10)
     assert len({tuple(pair.wanted(prompts[0], said, 10)[0]) for said in ASKED}) > 3
+
+
+def test_a_vector_fitted_on_the_engine(embedded: tuple[Pair, list[list[int]]]) -> None:
+    import steerkit
+    from steerkit.engines.vllm import fit
+
+    pair, _ = embedded
+    _, tokenizer = steerkit.load_model()
+    data = steerkit.ContrastSet.from_answers(
+        [
+            ("How was your day?", "Lovely, thank you.", "Dreadful, thank you."),
+            ("How is the soup?", "Warm and delicious.", "Cold and horrible."),
+            ("How was the film?", "Clever and touching.", "Stupid and boring."),
+        ]
+    )
+    for readout in ("last", "mean", "response_mean"):
+        how = {"layers": [12, 24], "readout": readout}
+        one, other = fit(pair.llm, data, tokenizer=tokenizer, **how), steerkit.fit(pair.model, tokenizer, data, **how)
+        for name, wanted in other.tensors.items():
+            torch.testing.assert_close(one.tensors[name], wanted, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.asked import every_edit, gated, prompt
-from tests.engines.vllm.engine import Pair, answer_of
+from tests.engines.vllm.engine import TOLERANCE, Pair, answer_of
 
 STEERED = "add-post@all*1"
 
@@ -99,3 +99,8 @@ def test_300_requests_at_random(chunked: Pair) -> None:
                 found[int(output.request_id)] = answer_of(output)
     for number, one in enumerate(asked):
         chunked.check([one], [found[number]], counts[number])
+        # And what the engine answers to it alone, nothing cached before it.
+        chunked.llm.reset_prefix_cache()
+        ((tokens, logs),) = chunked.answers([one], counts[number])
+        assert tokens == found[number][0], f"{one[1]} on {len(one[0])} tokens"
+        assert max(abs(alone - mixed) for alone, mixed in zip(logs, found[number][1], strict=True)) < TOLERANCE

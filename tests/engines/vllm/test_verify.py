@@ -67,3 +67,19 @@ def test_one_in_which_rows_mix(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not found["plain_is_plain"]
     assert not found["rows_are_apart"]
     assert "as_transformers" not in found
+
+
+def test_one_that_reads_another_block(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerkit.engines.vllm.points import Point
+
+    init = Point.__init__
+
+    def misplaced(point: Point, site: Any, *args: Any, **more: Any) -> None:
+        init(point, site, *args, **more)
+        point.site = type(site)((site.layer + 1) % models.BLOCKS, site.kind)
+
+    monkeypatch.setattr(Point, "__init__", misplaced)
+    found = {one.check: one.passed for one in verify(str(models.saved("llama", place)), options=OPTIONS)}
+    assert found["steers"]
+    assert not found["reads"]
+    assert not found["as_transformers"]

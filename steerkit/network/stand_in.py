@@ -1,0 +1,54 @@
+"""A model's architecture without its weights, for what is found by structure while the weights run elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steerkit.errors import ModelError
+from steerkit.model import quiet
+
+__all__ = ["stand_in"]
+
+_PATTERN = 2**16
+
+
+def stand_in(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
+    """A model of transformers that takes no more memory than its largest weight, and runs, on nonsense.
+
+    All weights lie on one another. They are random, since what a block consists of is told by which of its tensors are
+    equal.
+
+    Args:
+        config: of a decoder in transformers.
+        trust_remote_code: as transformers has it.
+
+    Raises:
+        ModelError: transformers knows no such decoder.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False), quiet():
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        said = str(error).splitlines()[0]
+        raise ModelError(f"{config.model_type}: transformers builds no decoder of it ({said}); fit elsewhere") from None
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    memory = _memory(max(one.numel() for one in parameters.values()))
+    for name, one in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        values = memory[: one.numel()].view(one.shape).to(one.dtype)
+        model.get_submodule(path)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    return model.eval()
+
+
+def _memory(size: int) -> Tensor:
+    pattern = torch.randn(_PATTERN, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 0.1
+    return pattern.repeat(-(-size // _PATTERN))[:size]
