@@ -6,6 +6,7 @@ is compared with it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,7 +31,7 @@ from steerkit.steering.strengths import vectors_of
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Setup", "shared_system"]
+__all__ = ["Setup", "free_unused", "shared_system"]
 
 KEPT_BYTES = 2**28
 
@@ -316,6 +317,15 @@ class Setup:
     @cached_property
     def _has_turn(self) -> bool:
         return takes_system(self.tokenizer)
+
+
+def free_unused() -> None:
+    """Free what setups have kept that nobody holds any more; to be called where many are made in turn.
+
+    A setup holds itself through its baseline, so only Python's collector of circles frees it, and that one counts
+    objects: it comes by seldom, however large a few of them are.
+    """
+    gc.collect()
 
 
 def shared_system(side: Conversation, other: Conversation) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from steerkit.evaluate.scoring import measure
-from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.setup import Setup, free_unused
 from steerkit.evaluate.store_identity import digest_of, weights_digest
 from steerkit.evidence.answering import SHIFT, Bench, Row, shuffled_words
 from steerkit.evidence.behaviours import Behaviour, asked_of
@@ -133,6 +133,7 @@ class Run:
         self.folder.write(subject.name, facts, scored)
 
     def _costs(self, subject: Subject) -> dict[str, Any]:
+        free_unused()
         setup = Setup(self.bench.model, self.bench.tokenizer, batch_size=NEUTRAL).first_neutral(NEUTRAL)
         found = measure(setup.trial(subject.vector, subject.strength), ["divergence"])
         return {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +85,20 @@ def test_bug_26_a_model_that_loops_is_calibrated_below_the_loop(found: Calibrati
     assert SteeringVector.from_bytes(found.vector.to_bytes()) == found.vector
     assert found.confirmed["repetition"].effect.mean <= FREE.max_repetition
     assert found.confirmed["preference_margin"].items == 24
+
+
+def test_what_a_calibration_kept_goes_when_the_next_one_begins(looping: tuple[Any, Any]) -> None:
+    """Setups hold activations and themselves in circles; Python's collector comes by too seldom for such sizes."""
+    search, left = replace(SEARCH, candidates=[(1,)], strengths=(0.5, 1.0)), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            calibrate(setup_of(looping), trait_data(40), readout="response_mean", budget=FREE, search=search)
+            left.append(sum(isinstance(one, Setup) for one in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert left[0] == left[1]
 
 
 def figure(mean: float) -> Measured:

@@ -32,7 +32,7 @@ from steerkit.evaluate.calibration.verdict import unfound
 from steerkit.evaluate.confounding import warn_of_confounds
 from steerkit.evaluate.fits import Fits
 from steerkit.evaluate.scorers._base import Scorer
-from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.setup import Setup, free_unused
 from steerkit.evaluate.store import Store
 from steerkit.evaluate.sweeps import Point
 from steerkit.methods._base import Method, takes_pair
@@ -84,6 +84,7 @@ def calibrate(
         DataError: there are too few items to split, or they lack what the scorer needs.
         SteerError: see `steerkit.fit` and `steerkit.steer`.
     """
+    free_unused()
     fits = Fits(setup, train, method, (), settings, readout, scope, kinds)
     read = readout or fits.kind.readout
     if not takes_pair(fits.kind):
