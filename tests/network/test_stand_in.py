@@ -55,8 +55,8 @@ def test_what_transformers_does_not_build() -> None:
 def _elsewhere(model: Any) -> Any:
     """What runs texts on a model while a stand-in of it is fitted."""
 
-    def reads(_decoder: Any, taps: Any, *args: Any) -> Any:
-        return read_passes(find_decoder(model), locate(model, taps), *args)
+    def reads(_decoder: Any, taps: Any, *args: Any, **how: Any) -> Any:
+        return read_passes(find_decoder(model), locate(model, taps), *args, **how)
 
     return reads
 
