@@ -96,12 +96,13 @@ outputs of all norms, fitted site by site in the order of a pass (`target="mappe
 at once` is the same fitted in one unsteered pass (`sequential=False`). CAA and set-projection (which counts from the
 other side's mean here) act at the blocks of the behaviour's CAA recipe, on answers alone. What was not measured has no
 table."""
-MEANING = """What it means. Fitted all at once, transport is about as good as CAA on SmolLM2 and better on Gemma 3, and
-needs no choice of blocks. Fitted in the order of a pass, as published, its effect at the same cost is smaller than all
-at once, in every table. A likely reason, not tested here: both sides are read under the earlier maps, so the difference
-between them does not shrink, while what it is read from moves away from the model's own activations. Strength 1, the
-whole way, is no safe strength: a KL divergence of 0.3 is often spent well before it. Set-projection is the strongest on
-SmolLM2; on Gemma 3 it often has no strength that costs so little."""
+MEANING = """What it means. Fitted all at once, transport is about as good as CAA or a little behind on SmolLM2 and
+better on Gemma 3, and needs no choice of blocks. Fitted in the order of a pass, as published, its effect at the same
+cost is smaller than all at once, in every table. A likely reason, not tested here: both sides are read under the
+earlier maps, so the difference between them does not shrink, while what it is read from moves away from the model's
+own activations. Strength 1, the whole way, is no safe strength: a KL divergence of 0.3 is spent at a quarter of it to
+a little more than all of it. Set-projection is the strongest on SmolLM2; on Gemma 3 it often has no strength that
+costs so little."""
 TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma3-270m": "Gemma 3 270M"}
 
 
