@@ -186,7 +186,9 @@ def test_six_a_sequential_fit_reaches_the_target_everywhere_and_one_at_once_does
             assert gap(vector.params(site)[name], getattr(maps[site], name)) < 1e-4, (site, name)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon"])
+@pytest.mark.parametrize(
+    "family", ["gemma2", *(pytest.param(one, marks=pytest.mark.slow) for one in ("gpt2", "falcon"))]
+)
 def test_the_fit_is_the_published_loop_in_other_families(family: str) -> None:
     model = model_of(family)
     vector = fitted(family)
@@ -364,8 +366,7 @@ def test_seven_nothing_at_zero_and_half_the_way_at_a_half() -> None:
 @pytest.mark.parametrize(
     ("family", "kinds", "switches"),
     [
-        ("llama", ("mlp_in",), {"mlp_bias"}),
-        ("llama", ("attn_in",), {"attention_bias"}),
+        ("llama", ("attn_in", "mlp_in"), {"attention_bias", "mlp_bias"}),
         ("llama", ("z", "attn_out", "mlp_post", "mlp_out", "resid_post"), {"attention_bias", "mlp_bias"}),
         ("gpt2", ("attn_in", "mlp_in", "mlp_post", "mlp_out"), set()),
         ("gemma2", ("attn_raw",), {"attention_bias"}),
