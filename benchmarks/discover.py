@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import steerkit
-from benchmarks.equal_kl import at_kl
+from benchmarks.equal_kl import Costs
 from benchmarks.results import recorded
 from steerkit._support.shipped import shipped_vectors
 from steerkit.activations.recording import record_ids
@@ -162,7 +162,7 @@ def show(
             strength: Any = 1.0
             first = f"{float(vector.params(Site(BLOCK))['change'][0, -1]):.0f}, {change_on(setup, vector, OTHERS):.0f}"
             if kl is not None:
-                reached = at_kl(setup, replace(vector, calibration={}), kl)
+                reached = Costs(setup, vector).reaching(kl)
                 if isinstance(reached, str):
                     print(f"| {name} {place} | - | {reached} | - | - | - |", flush=True)
                     continue
