@@ -104,13 +104,25 @@ def _acts(trial: Trial, directions: Mapping[str, Mapping[Site, Tensor]]) -> Mapp
 
 def change_on(setup: Setup, vector: SteeringVector, prompts: Sequence[str]) -> float:
     """The change that a vector was learned to make, on other prompts: by hooks as in use, token by token."""
+    return float(torch.stack([one.norm() for one in apart(setup, vector, prompts)]).mean())
+
+
+def largest_token(setup: Setup, vector: SteeringVector, prompt: str) -> str:
+    """Which token of a prompt changes most, with its share of the squared change."""
+    (lengths,) = apart(setup, vector, [prompt])
+    place = int(lengths.argmax())
+    token = setup.tokenizer.decode([setup.render(steerkit.Conversation(prompt)).ids[1 + place]])
+    return f"`{token.strip()}`, token {1 + place} from 0, {float(lengths[place] ** 2 / lengths.square().sum()):.1%}"
+
+
+def apart(setup: Setup, vector: SteeringVector, prompts: Sequence[str]) -> list[Tensor]:
+    """[t - 1] of each prompt: how far the target moves at every token but the first."""
     target = MELBO.from_settings(vector.settings).target_site(setup.decoder)
     rows = [setup.render(steerkit.Conversation(prompt)).ids for prompt in prompts]
     plain = record_ids(setup.model, rows, [target])[target]
     with steerkit.steer(setup.model, vector, 1.0):
         pushed = record_ids(setup.model, rows, [target])[target]
-    apart = [(one - other)[1:].norm() for one, other in zip(pushed, plain, strict=True)]
-    return float(torch.stack(apart).mean())
+    return [(one - other)[1:].norm(dim=-1) for one, other in zip(pushed, plain, strict=True)]
 
 
 def main() -> None:
@@ -142,6 +154,8 @@ def compare(model: Any, tokenizer: Any) -> None:
     print("| | change, other prompts | KL | largest reading | moved by | all readings |")
     print("| --- | --- | --- | --- | --- | --- |")
     show(setup, sets, readings)
+    told = "; ".join(f"{name} 1: {largest_token(setup, one[0], OTHERS[0])}" for name, one in sets.items())
+    print(f"\nThe token that changes most, with its share of the squared change. {told}.")
     print(f"\nThe same at the strength at which each costs {KL:g} nats per token.\n")
     print("| | strength | KL | largest reading | moved by | all readings |\n| --- | --- | --- | --- | --- | --- |")
     show(setup, sets, readings, kl=KL)
