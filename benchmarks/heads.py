@@ -14,15 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import steerkit
-from benchmarks.equal_kl import COLUMNS, Costs
+from benchmarks.equal_kl import COLUMNS, Row, measured
 from benchmarks.results import recorded
 from steerkit.evaluate.curve import random_like
-from steerkit.evaluate.intervals import Estimate, interval
-from steerkit.evaluate.scorers.preference_margin import PreferenceMargin
-from steerkit.evaluate.scoring import measure
+from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.setup import Setup
 from steerkit.maths.probes import head_count
 from steerkit.methods.iti import InferenceTimeIntervention
@@ -60,19 +57,17 @@ def compare(recipe: Recipe, model: Any, tokenizer: Any) -> None:
     print(f"{recipe.behaviour}: {len(train)} items to fit on, {len(held_out)} held out, KL {KL:g} nats per token\n")
     print("| | strength | KL | effect | ITI's effect less this one's | perplexity ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
-    own: Tensor | None = None
+    own: Row | None = None
     for name, vector in vectors(recipe, train, setup).items():
-        found = Costs(setup, vector).reaching(KL)
-        if isinstance(found, str):
-            print(f"| {name} | - | {found} | - | - | - |", flush=True)
+        (row,) = measured(setup, name, vector, [KL])
+        if row.reached is None:
+            print(f"| {name} | - | {row.why} | - | - | - |", flush=True)
             continue
-        trial = setup.trial(vector, found.strength)
-        scores = {column: one.effect for column, one in measure(trial, ["preference_margin", "divergence"]).items()}
-        items = PreferenceMargin().score(trial)["preference_margin"]
-        own = items if own is None else own
-        less = "-" if items is own else shown(interval(own, before=items))
-        effect, kl, ratio = (shown(scores[column]) for column in COLUMNS)
-        print(f"| {name} | {found.strength:.3g} | {kl} | {effect} | {less} | {ratio} |", flush=True)
+        own = row if own is None else own
+        less = None if row is own else own.beside(row)
+        effect, kl, ratio = (shown(row.figures[column]) for column in COLUMNS)
+        beside = "-" if less is None else shown(less)
+        print(f"| {name} | {row.reached.strength:.3g} | {kl} | {effect} | {beside} | {ratio} |", flush=True)
     print()
 
 
