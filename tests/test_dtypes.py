@@ -127,7 +127,7 @@ def test_the_default_dtype_changes_nothing_anywhere(name: str, family: str, dtyp
 
 
 # These run the model while they are fitted, which autocast is there to change.
-ASK_THE_MODEL = {"actadd", "conditional", "controller", "refusal"}
+ASK_THE_MODEL = {"actadd", "conditional", "controller", "melbo", "refusal", "transport"}
 
 
 @pytest.mark.parametrize("name", sorted({*registry.method_names()} - ASK_THE_MODEL))

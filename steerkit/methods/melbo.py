@@ -196,7 +196,7 @@ class MELBO(AddDirection):
             vector: what this method fitted.
         """
         (site,) = vector.sites
-        changes = vector.params(site).get("change", torch.empty(0, 1))
+        changes = vector.params(site).get("change", torch.empty(0, 1, dtype=torch.float32))
         rows = [(place, float(one[-1]), float(one[0])) for place, one in enumerate(changes, start=1)]
         note = "random: the change of the random direction that each was learned from"
         return PartsTable(f"{len(rows)} directions", ("direction", "change", "random"), rows, note)

@@ -137,15 +137,26 @@ def test_a_board_that_grows_is_read_by_python(folder: Path) -> None:
 
 def test_readings_over_chunks(folder: Path) -> None:
     worker = Worker(folder, rows=2)
-    asked = {"name": "x", "sites": ["resid_post.1"], "span": [1, 4]}
+    part = [[[1, 4]], [[1, 5]]]  # what is meant, and what is counted
+    asked = {"name": "x", "sites": {"resid_post.1": part}}
     worker.requests["a"] = (worker.admission.admitted({"steering": "one@first(2)", "steerkit_read": asked}, 5) or {}, 5)
     worker.step(a=(0, 2))
     worker.step(a=(2, 5))
     assert worker.eager == 2
-    assert worker.steerer.take(["x", "y"]) == {"x": {"resid_post.1": [pytest.approx(1 / 3)] * WIDTH}}
-    for wrong in ({}, {**asked, "span": [1, 9]}, {**asked, "sites": ["z.1"]}, {**asked, "sites": ["resid_post.7"]}):
+    found = worker.steerer.take(["x", "y"])
+    assert list(found) == ["x"]
+    mean, norms, middle, power = (
+        torch.frombuffer(bytearray(one), dtype=torch.float32) for one in found["x"]["resid_post.1"]
+    )
+    assert mean.tolist() == [pytest.approx(1 / 3)] * WIDTH  # of tokens that the first block wrote 1, 0 and 0
+    assert norms.tolist() == [pytest.approx(WIDTH**0.5), 0.0, 0.0, 0.0]
+    assert middle.tolist() == [pytest.approx(0.25)] * WIDTH
+    assert power.tolist() == [pytest.approx(0.75**2 + 3 * 0.25**2)] * WIDTH
+    for sites in ({}, {"resid_post.1": [[[1, 9]], []]}, {"z.1": part}, {"resid_post.7": part}, ["resid_post.1"]):
         with pytest.raises(SteerError):
-            worker.admission.admitted({"steerkit_read": wrong}, 5)
+            worker.admission.admitted({"steerkit_read": {**asked, "sites": sites}}, 5)
+    with pytest.raises(SteerError):
+        worker.admission.admitted({"steerkit_read": {}}, 5)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +207,13 @@ def test_a_default_and_what_comes_before_it(folder: Path) -> None:
         Admission(Settings(folder=str(folder), default="nothing"), SERVED)
 
 
-def test_a_name_is_no_path_where_there_is_a_folder(folder: Path) -> None:
+def test_a_name_is_no_path(folder: Path) -> None:
     admission = Admission(Settings(folder=str(folder)), SERVED)
     for name in (f'"{folder}/one.safetensors"', "./one", "../one"):
         with pytest.raises(SteerError):
             admission.admitted({"steering": name}, 4)
-    free = Admission(Settings(), SERVED)
-    assert free.admitted({"steering": f'"{folder}/one.safetensors"'}, 4)
+    with pytest.raises(SteerError, match="a request names vectors, and no files"):
+        Admission(Settings(), SERVED).admitted({"steering": f'"{folder}/one.safetensors"'}, 4)
 
 
 @pytest.mark.parametrize(

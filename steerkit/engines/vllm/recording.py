@@ -149,7 +149,10 @@ class Reading:
         """By site what `Read` holds, as bytes."""
         found = {}
         for site, sums in self.settle().sums.items():
-            count, nothing = sum(end - start for start, end in self.parts[site].tokens), torch.empty(0)
+            count, nothing = (
+                sum(end - start for start, end in self.parts[site].tokens),
+                torch.empty(0, dtype=torch.float32),
+            )
             moments = sums.moments or Moments(0, nothing, nothing)
             mean, norms = sums.total / count if count else nothing, sums.norms[0] if sums.norms else nothing
             read = Read(mean, norms, moments.mean, moments.power)
