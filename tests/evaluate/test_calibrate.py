@@ -87,6 +87,7 @@ def test_bug_26_a_model_that_loops_is_calibrated_below_the_loop(found: Calibrati
     assert found.confirmed["preference_margin"].items == 24
 
 
+@pytest.mark.slow
 def test_what_a_calibration_kept_goes_when_the_next_one_begins(looping: tuple[Any, Any]) -> None:
     """Setups hold activations and themselves in circles; Python's collector comes by too seldom for such sizes."""
     search, left = replace(SEARCH, candidates=[(1,)], strengths=(0.5, 1.0)), []

@@ -64,7 +64,7 @@ def test_seeds_draw_the_same_in_any_company() -> None:
     assert len({tuple(ids_of(answer)) for answer in three}) == 3
 
 
-@pytest.mark.parametrize("family", ["mamba", "qwen3_next"])
+@pytest.mark.parametrize("family", ["mamba", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_models_that_are_more_than_attention_are_served_apart(family: str) -> None:
     with pytest.warns(UserWarning, match="share no pass"):
         engine = engine_of(family)

@@ -165,7 +165,13 @@ def test_the_real_compiler_agrees(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("scope", "thread"),
-    pairwise(["response", "all", "generated", "prompt", "response(3)", "generated(2)"], [False, True], strength=1),
+    [
+        *pairwise(["response", "all"], [False, True], strength=1),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in pairwise(["generated", "prompt", "response(3)", "generated(2)"], [False, True], strength=1)
+        ),
+    ],
 )
 def test_generate_with_a_compiled_static_cache(model: Any, scope: str, thread: bool) -> None:
     """`generate` compiles by itself with a static cache on an accelerator; streamers run it in a worker thread."""
