@@ -73,7 +73,10 @@ def _massive(case: Case) -> str:
 
 
 def changes(case: Case) -> str:
-    """Steering changes the logits, and with scope `response` nothing before the last prompt token."""
+    """Steering changes the logits, and with scope `response` nothing before the last prompt token.
+
+    Unless the model itself lets other tokens there change those before as much.
+    """
     baseline, steered = case.batch(None), case.batch(1.0)
     reached = torch.zeros_like(case.rows("right")[1], dtype=torch.bool)
     for row, prompt in enumerate(case.prompts):
@@ -84,8 +87,18 @@ def changes(case: Case) -> str:
         change > case.tolerance / 4, f"steering changes the logits by no more than {change:.1e}: the edit has no effect"
     )
     leak = largest_gap(steered[before], baseline[before]) if bool(before.any()) else 0.0
-    hold(leak <= case.tolerance, f"tokens before the scope change by {leak:.1e}; allowed {case.tolerance:.1e}")
-    return f"by {change:.2g} of the largest logit; before the scope by {leak:.1g}"
+    if leak <= case.tolerance:
+        return f"by {change:.2g} of the largest logit; before the scope by {leak:.1g}"
+    # Where activations are quantised together, a token's neighbours behind it move its own rounding.
+    ids, mask = case.rows("right")
+    other = ids.clone()
+    other[reached] = ids[reached].roll(1)
+    own = largest_gap(case.logits(other, mask, None)[before], baseline[before])
+    hold(
+        own > case.tolerance and leak <= 3 * own,
+        f"tokens before the scope change by {leak:.1e}; allowed {case.tolerance:.1e}",
+    )
+    return f"by {change:.2g} of the largest logit; the model itself lets later tokens change earlier ones ({own:.1e})"
 
 
 def neutral(case: Case) -> str:
