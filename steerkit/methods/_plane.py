@@ -170,18 +170,10 @@ class RotateInPlane(Method):
 
 def _norm_outputs(anatomy: Anatomy, norms: str) -> list[str]:
     """The kinds of site of one block that are a norm's output, in the order in which they come."""
-    before: list[str] = [kind for kind in ("attn_in", "mlp_in", "block_in") if _canonical(anatomy, kind) == kind]
+    before: list[str] = [kind for kind in ("attn_in", "mlp_in", "block_in") if anatomy.canonical(kind) == kind]
     if norms == "before" and before:
         return before
     # A raw output goes by the plain name where no norm comes behind it.
-    behind = [kind for kind in ("attn", "mlp") if _canonical(anatomy, f"{kind}_raw") == f"{kind}_raw"]
+    behind = [kind for kind in ("attn", "mlp") if anatomy.canonical(f"{kind}_raw") == f"{kind}_raw"]
     order = ("block_in", "attn_in", "attn_out", "mlp_in", "mlp_out")
     return sorted([*before, *(f"{kind}_out" for kind in behind)], key=order.index)
-
-
-def _canonical(anatomy: Anatomy, kind: str) -> str | None:
-    """The name that this family's tensor of a kind is stored under; None where it has none."""
-    try:
-        return anatomy.find(kind).kind
-    except SiteError:
-        return None

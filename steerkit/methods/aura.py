@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import FitError, SiteError
+from steerkit.errors import FitError
 from steerkit.maths import edits
 from steerkit.maths.probes import aucs
 from steerkit.methods._affine_weights import folded
@@ -32,7 +32,7 @@ from steerkit.methods._base import Method, whole_and_thirds
 from steerkit.methods._protocols import Params, PartsTable, Prepared, WeightUpdate
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
-from steerkit.network.tap import anatomies
+from steerkit.network.tap import sites_of_kind
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -81,15 +81,7 @@ class AurA(Method):
         Raises:
             SiteError: no block has them, as with routed experts.
         """
-        found, reasons = [], []
-        for layer, anatomy in anatomies(decoder, set(range(decoder.num_layers))).items():
-            try:
-                found.append(Site(layer, anatomy.find("mlp_post").kind))
-            except SiteError as error:
-                reasons.append(error)
-        if not found:
-            raise reasons[0]
-        return found
+        return sites_of_kind(decoder, "mlp_post")
 
     @classmethod
     def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from steerkit.activations.moments import PairSigns
 from steerkit.activations.recording import Activations
-from steerkit.errors import DataError, FitError, SiteError, VectorMismatchError
+from steerkit.errors import DataError, FitError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.probes import head_count
 from steerkit.methods._austeer_data import as_it_stands, balanced
@@ -49,7 +49,7 @@ from steerkit.methods._protocols import Params, PartsTable, Prepared, WeightUpda
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
-from steerkit.network.tap import anatomies
+from steerkit.network.tap import sites_of_kind
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -189,18 +189,9 @@ class AUSteer(Method):
         Raises:
             SiteError: no block has it.
         """
-        layers = range(decoder.num_layers)
         if self.kind == "resid_post":
-            return [Site(layer, self.kind) for layer in layers]
-        found, reasons = [], []
-        for layer, anatomy in anatomies(decoder, set(layers)).items():
-            try:
-                found.append(Site(layer, anatomy.find(self.kind).kind))
-            except SiteError as error:
-                reasons.append(error)
-        if not found:
-            raise reasons[0]
-        return found
+            return [Site(layer, self.kind) for layer in range(decoder.num_layers)]
+        return sites_of_kind(decoder, self.kind)
 
     @classmethod
     def candidates(cls, num_layers: int) -> list[tuple[int, ...]]:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from steerkit.activations.readout import Readout
 from steerkit.activations.recording import Activations
-from steerkit.errors import FitError, SiteError, StrengthError, VectorMismatchError
+from steerkit.errors import FitError, StrengthError, VectorMismatchError
 from steerkit.maths import edits
 from steerkit.maths.transport import affine_map
 from steerkit.methods._affine_weights import folded
@@ -308,13 +308,7 @@ class Transport(Method):
 
 def _norms(anatomy: Anatomy) -> list[str]:
     """Kinds of site of a block at which norms give: behind its halves where there are some, else before them."""
-
-    def canonical(kind: str) -> str | None:
-        try:
-            return anatomy.find(kind).kind
-        except SiteError:
-            return None
-
+    canonical = anatomy.canonical
     behind = [f"{half}_out" for half in ("attn", "mlp") if canonical(f"{half}_raw") == f"{half}_raw"]
     before = [kind for kind in ("block_in", "attn_in", "mlp_in") if canonical(kind)]
     rest = [kind for kind in ("attn_out", "mixer_out", "mlp_out") if canonical(kind)]

@@ -92,6 +92,17 @@ class Anatomy:
         self.recurrent = bool(self.mixers) and is_recurrent(self.mixers[0], layer_type)
         self._runs = Counter(call.name for call in calls)
 
+    def canonical(self, kind: str) -> str | None:
+        """The name that this block's tensor of a kind is stored under; None where it has none.
+
+        Args:
+            kind: any kind but resid_pre and resid_post.
+        """
+        try:
+            return self.find(kind).kind
+        except SiteError:
+            return None
+
     def find(self, kind: str) -> Place:
         """Say where the tensor of one kind is.
 

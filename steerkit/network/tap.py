@@ -21,7 +21,7 @@ from steerkit.network.sites import Site
 if TYPE_CHECKING:
     from steerkit.network.decoder import Decoder
 
-__all__ = ["Tap", "anatomies", "locate"]
+__all__ = ["Tap", "anatomies", "locate", "sites_of_kind"]
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,27 @@ def _makeup(block: nn.Module) -> _Makeup:
         for name, module in block.named_modules()
         if module is not block
     )
+
+
+def sites_of_kind(decoder: Decoder, kind: str) -> list[Site]:
+    """The sites of one kind, in every block that has one.
+
+    Args:
+        decoder: the model's decoder.
+        kind: such as ``"mlp_post"``.
+
+    Raises:
+        SiteError: no block has it; the first one's reason.
+    """
+    found, reasons = [], []
+    for layer, anatomy in anatomies(decoder, set(range(decoder.num_layers))).items():
+        try:
+            found.append(Site(layer, anatomy.find(kind).kind))
+        except SiteError as error:
+            reasons.append(error)
+    if not found:
+        raise reasons[0]
+    return found
 
 
 def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:

@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from steerkit.errors import ModelError
@@ -188,15 +188,7 @@ def beam_requests() -> list[Any]:
         Those that a server has loaded; none in other processes.
     """
     homes = ("chat_completion.protocol:ChatCompletionRequest", "completion.protocol:CompletionRequest")
-    found = []
-    for home in homes:
-        module, _, name = home.partition(":")
-        loaded = sys.modules.get(f"vllm.entrypoints.openai.{module}")
-        if loaded is not None:
-            if not hasattr(getattr(loaded, name, None), "to_beam_search_params"):
-                raise _strange(f"vllm.entrypoints.openai.{home}", "has no to_beam_search_params")
-            found.append(getattr(loaded, name))
-    return found
+    return _loaded("vllm.entrypoints.openai", homes, "to_beam_search_params")
 
 
 def beam_searches() -> list[Any]:
@@ -206,13 +198,18 @@ def beam_searches() -> list[Any]:
         Those that are loaded; none where there is no front end.
     """
     homes = ("online:BeamSearchOnlineMixin", "offline:BeamSearchOfflineMixin")
+    return _loaded("vllm.entrypoints.generate.beam_search", homes, "beam_search")
+
+
+def _loaded(package: str, homes: Sequence[str], method: str) -> list[Any]:
+    """Those of some classes that this process has loaded, each of which must have a method."""
     found = []
     for home in homes:
         module, _, name = home.partition(":")
-        loaded = sys.modules.get(f"vllm.entrypoints.generate.beam_search.{module}")
+        loaded = sys.modules.get(f"{package}.{module}")
         if loaded is not None:
-            if not hasattr(getattr(loaded, name, None), "beam_search"):
-                raise _strange(f"vllm.entrypoints.generate.beam_search.{home}", "has no beam_search")
+            if not hasattr(getattr(loaded, name, None), method):
+                raise _strange(f"{package}.{home}", f"has no {method}")
             found.append(getattr(loaded, name))
     return found
 
