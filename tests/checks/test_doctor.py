@@ -146,7 +146,7 @@ class StickyAfterErrors(LlamaForCausalLM):
 
 
 class Counting(LlamaForCausalLM):
-    """Keeps a state from call to call."""
+    """Keeps a state from call to call; no two calls have the same one."""
 
     calls = 0
 
@@ -154,7 +154,7 @@ class Counting(LlamaForCausalLM):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
         self.calls += 1
-        out.logits[..., self.calls % 7] += 1.0
+        out.logits = out.logits * (1 + self.calls / 50)
         return out
 
 

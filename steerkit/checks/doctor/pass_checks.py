@@ -75,7 +75,7 @@ def _massive(case: Case) -> str:
 def changes(case: Case) -> str:
     """Steering changes the logits, and with scope `response` nothing before the last prompt token.
 
-    Unless the model itself lets other tokens there change those before as much.
+    Unless the model itself, which repeats its logits, lets other tokens there change those before as much.
     """
     baseline, steered = case.batch(None), case.batch(1.0)
     reached = torch.zeros_like(case.rows("right")[1], dtype=torch.bool)
@@ -89,13 +89,14 @@ def changes(case: Case) -> str:
     leak = largest_gap(steered[before], baseline[before]) if bool(before.any()) else 0.0
     if leak <= case.tolerance:
         return f"by {change:.2g} of the largest logit; before the scope by {leak:.1g}"
+    repeats = largest_gap(case.batch(None)[before], baseline[before]) <= case.tolerance
     # Where activations are quantised together, a token's neighbours behind it move its own rounding.
     ids, mask = case.rows("right")
     other = ids.clone()
     other[reached] = ids[reached].roll(1)
     own = largest_gap(case.logits(other, mask, None)[before], baseline[before])
     hold(
-        own > case.tolerance and leak <= 3 * own,
+        repeats and own > case.tolerance and leak <= 3 * own,
         f"tokens before the scope change by {leak:.1e}; allowed {case.tolerance:.1e}",
     )
     return f"by {change:.2g} of the largest logit; the model itself lets later tokens change earlier ones ({own:.1e})"
