@@ -18,6 +18,8 @@ VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-chec
 WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Where writing bytecode is switched off, each of the many processes below would compile the same libraries again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-vllm slow bench vectors check-cards evidence notebooks docs lint format clean
 
