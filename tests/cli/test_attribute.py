@@ -76,7 +76,7 @@ def test_calibrate_ranks_by_slopes(cli: Cli, here: Path) -> None:
     )
     tried = {tuple(row["layers"]) for row in found["validation"]}
     most = max(one["effect"] for one in promised.values())
-    near = [name for name, one in promised.items() if one["effect"] >= 0.8 * most][:2]
+    near = [name for name, one in promised.items() if one["effect"] >= 0.8 * most][:4]
     assert {layers_text(layers) for layers in tried} == set(near)
     assert "promised" not in strict_json(cli(*words, "--json", "--out", "b.safetensors").out)
 

@@ -16,6 +16,7 @@ import torch
 
 from steerkit.errors import DataError, SiteError, SteerError
 from steerkit.evaluate import store_identity as identity
+from steerkit.evaluate.attribution.promises import Promise, Promises
 from steerkit.evaluate.calibration import problem as module
 from steerkit.evaluate.calibration.budget import Budget, Search
 from steerkit.evaluate.calibration.result import Calibration
@@ -106,8 +107,9 @@ def figure(mean: float) -> Measured:
     return Measured(Column("", ""), Estimate(mean, mean - 0.01, mean + 0.01), None, 5)
 
 
+@pytest.mark.parametrize("screen", ["steering", "attribution"])
 def test_bug_26_a_strength_counts_only_if_all_below_it_are_healthy(
-    looping: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    looping: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, screen: str
 ) -> None:
     """Texts loop at 1.5 and, by some chance, not at 1.9: the choice stays below 1.5."""
 
@@ -117,14 +119,18 @@ def test_bug_26_a_strength_counts_only_if_all_below_it_are_healthy(
         return {"preference_margin": figure(strength), "kl": figure(0.1), "perplexity_ratio": figure(1.0)}
 
     monkeypatch.setattr(module, "measure_point", table)
-    found = calibrate(setup_of(looping), trait_data(40), readout="response_mean", budget=Budget(), search=SEARCH)
+    search = replace(SEARCH, screen=screen)
+    found = calibrate(setup_of(looping), trait_data(40), readout="response_mean", budget=Budget(), search=search)
     assert found.strength == 1.0
 
 
+@pytest.mark.parametrize("promised", [None, 0.1, 1.2, 9.0])
 @pytest.mark.parametrize("cost", ["kl", "perplexity_ratio"])
 def test_a_strength_counts_only_if_all_below_it_are_inside_the_budget(
-    looping: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, cost: str
+    looping: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, cost: str, promised: float | None
 ) -> None:
+    """From the bottom of the ladder, or from the strength that slopes promise, wherever that lies."""
+
     def table(_setup: Any, _vector: Any, strength: float, scorers: Any, **_: Any) -> dict[str, Measured]:
         costs = {"repetition": 0.0, "kl": 0.1, "perplexity_ratio": 1.0}
         costs[cost] = 9.0 if strength == 1.0 else costs[cost]
@@ -133,6 +139,10 @@ def test_a_strength_counts_only_if_all_below_it_are_inside_the_budget(
 
     monkeypatch.setattr(module, "measure_point", table)
     search = Search(candidates=[(1,)], strengths=(0.5, 1.0, 1.5), controls=1)
+    if promised is not None:
+        promise = {(1,): Promise(slope=1.0, curvature=1.0, strength=promised, effect=promised)}
+        monkeypatch.setattr(Promises, "of", lambda _self, _candidates: promise)
+        search = replace(search, screen="attribution")
     assert calibrate(setup_of(looping), trait_data(40), readout="response_mean", search=search).strength == 0.5
 
 

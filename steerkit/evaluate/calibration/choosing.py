@@ -24,6 +24,8 @@ __all__ = ["Choosing", "survivors"]
 Kind = TypeVar("Kind")
 _NEAR = 0.8
 """What promises so much of the most that anything promises climbs too: promises are known to about a tenth."""
+_AS_MANY = 2
+"""So many times as many may: a climb that begins at the promised strength costs half of one from the bottom."""
 _TOGETHER = 3
 """So many of the best single blocks are tried together."""
 
@@ -132,19 +134,45 @@ class Choosing:
         self.promised = promises.of(self.candidates if together is None else [*self.candidates, together])
         best = max(promise.effect for promise in self.promised.values())
         near = [layers for layers, promise in self.promised.items() if promise.effect >= _NEAR * best]
-        return (near or list(self.promised))[: problem.search.finalists]
+        return (near or list(self.promised))[: _AS_MANY * problem.search.finalists]
 
     def climb(self, layers: tuple[int, ...]) -> list[Place]:
-        """Find the strengths inside the budget: from the weakest on, up to the first that exceeds it.
+        """Find the strengths inside the budget.
 
-        Few texts often tell what a strength costs; it is measured on all where their interval holds the limit. Without
-        a neutral strength none is weaker than another, and all are tried.
+        From the weakest on, up to the first that exceeds it; where slopes promise a strength at which the budget ends,
+        from that one on, up or down. Weaker ones are then looked at when a place is chosen (`without_loops`).
 
         Args:
             layers: where the vector acts.
+
+        Returns:
+            Those found inside, from the weakest on.
+        """
+        ladder = [(layers, strength) for strength in self._problem.ladder]
+        promise = self.promised.get(layers)
+        if promise is None or not self._problem.is_ladder:
+            return self._inside(ladder)
+        reaches = [self._problem.reach(strength) for _, strength in ladder]
+        start = max((number for number, reach in enumerate(reaches) if reach <= promise.strength), default=0)
+        found = self._inside(ladder[start : start + 1])
+        if found:
+            for place in ladder[start + 1 :]:
+                higher = self._inside([place])
+                if not higher:
+                    break
+                found += higher
+        else:
+            found = next((one for place in reversed(ladder[:start]) if (one := self._inside([place]))), [])
+        return found
+
+    def _inside(self, places: Sequence[Place]) -> list[Place]:
+        """Those inside the budget: of a ladder up to the first that exceeds it.
+
+        Few texts often tell what a strength costs; it is measured on all where their interval holds the limit. Without
+        a neutral strength none is weaker than another, and all are tried.
         """
         problem = self._problem
-        inside = doubtful = [(layers, strength) for strength in problem.ladder]
+        inside = doubtful = list(places)
         for setup in problem.rungs:
             open_ones, scorers = [], problem.scorers if setup is problem.rungs[0] else problem.of_costs
             for place, scores in problem.measured(setup, doubtful, scorers, self._tell):
@@ -182,7 +210,7 @@ class Choosing:
         Args:
             inside: layers and strengths inside the budget.
         """
-        problem, left = self._problem, list(inside)
+        problem, left, listed = self._problem, list(inside), set(inside)
         looping: dict[Any, float] = {}  # the weakest strength known to loop, by its reach
         while left:
             place = self._leading(left)
@@ -193,19 +221,43 @@ class Choosing:
             ladder = (place[0], None if problem.is_ladder else place[1])
             if not problem.gain(point).low > 0 or reach >= looping.get(ladder, math.inf):
                 continue
-            below = [one for one in inside if one[0] == place[0] and problem.reach(one[1]) <= reach]
-            below = sorted(set(below), key=lambda one: problem.reach(one[1])) if problem.is_ladder else [place]
-            for lower, scores in problem.measured(problem.setup, below, problem.of_texts, self._tell_texts):
-                if scores is not None:
-                    self._remember(lower, scores)
-                if scores is None or problem.budget.breaks(scores, due=["repetition"]):
-                    looping[ladder] = problem.reach(lower[1])
-                    break
-            else:
-                costs = problem.measure(problem.setup, *place, problem.of_costs)  # few texts may have told them so far
-                if costs is not None and problem.keeps(costs):
-                    return self._remember(place, costs)
+            below = self._below(place, inside) if problem.is_ladder else [place]
+            ill = self._first_ill(below)
+            if ill is not None:
+                looping[ladder] = problem.reach(ill[1])
+                left += [one for one in below[: below.index(ill)] if one not in listed]
+                listed.update(left)
+                continue
+            costs = problem.measure(problem.setup, *place, problem.of_costs)  # few texts may have told them so far
+            if costs is not None and problem.keeps(costs):
+                return self._remember(place, costs)
         return None
+
+    def _first_ill(self, below: Sequence[Place]) -> Place | None:
+        """The weakest place outside of the budget or with texts that repeat more than allowed."""
+        problem = self._problem
+        unseen = [one for one in below if one not in self._points]
+        inside = self._inside(unseen)
+        for place, scores in problem.measured(problem.setup, below, problem.of_texts, self._tell_texts):
+            if place in unseen and place not in inside:
+                return place
+            if scores is not None:
+                self._remember(place, scores)
+            if scores is None or problem.budget.breaks(scores, due=["repetition"]):
+                return place
+        return None
+
+    def _below(self, place: Place, inside: Sequence[Place]) -> list[Place]:
+        """A place and what is weaker at the same layers, from the weakest on.
+
+        All of the ladder: a climb that began higher has left some out.
+        """
+        problem, layers = self._problem, place[0]
+        known = {one for one in inside if one[0] == layers}
+        if layers in self.promised:
+            known |= {(layers, strength) for strength in problem.ladder}
+        ranked = sorted(known, key=lambda one: problem.reach(one[1]))
+        return [one for one in ranked if problem.reach(one[1]) <= problem.reach(place[1])]
 
     def _leading(self, places: Sequence[Place]) -> Place | None:
         """The most effective place; those clearly behind another on few items are not measured on all."""
