@@ -200,11 +200,14 @@ def show(
             )
     for name, rows in means.items():
         if rows:
-            cost, largest, every = (interval(torch.tensor(column)) for column in zip(*rows, strict=True))
-            print(
-                f"| **{name}, mean** | | {shown(cost)} | | {shown(largest, '.2f')} | {shown(every, '.2f')} |",
-                flush=True,
-            )
+            columns = [interval(torch.tensor(column)) for column in zip(*rows, strict=True)]
+            cost_shown, *moved_shown = (shown(one, form) for one, form in zip(columns, COLUMN_FORMS, strict=True))
+            cells = [f"**{name}, mean**", "", cost_shown, "", *moved_shown]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+COLUMN_FORMS = (".3f", ".2f", ".2f")
+"""How the means of cost, of the largest and of every change are written."""
 
 
 def shown(found: Estimate, form: str = ".3f") -> str:

@@ -183,10 +183,11 @@ class Bench:
         if case.method is None:
             return None
         layers = None if case.layers is None else tuple(case.layers)
-        vector = self.fitted(case.method, layers, case.readout, tuple(case.settings.items()))
+        vector: SteeringVector = self.fitted(case.method, layers, case.readout, tuple(case.settings.items()))
         if case.change is None:
             return vector
-        change: Callable[[Any], Any] = getattr(importlib.import_module(f"steerkit.methods.{case.method}"), case.change)
+        method = importlib.import_module(f"steerkit.methods.{case.method}")
+        change: Callable[[SteeringVector], SteeringVector] = getattr(method, case.change)
         return change(vector)
 
     def row(self, case: Case) -> tuple[list[str], list[str]]:
@@ -263,15 +264,16 @@ def main() -> None:
         [one for one, topic in zip(held_out.negative, topics, strict=True) if topic == kind]
         for kind in ("ordinary", "alarming")
     )
-    sides = [spread(side, options.prompts) for side in (held_out.positive, ordinary, alarming)]
-    bench = Bench(model, tokenizer, train, *sides, options.tokens, options.judged, options.times)
+    harmful, ordinary, alarming = (spread(side, options.prompts) for side in (held_out.positive, ordinary, alarming))
+    counts = (options.tokens, options.judged, options.times)
+    bench = Bench(model, tokenizer, train, harmful, ordinary, alarming, *counts)
     promise = {"max_false_alarm": options.max_false_alarm, "confidence": options.confidence}
     found = cases(promise, find_decoder(model).num_layers, with_variants=options.variants)
     rows = [case for case in found if options.only in case.title]
     name = "gates" if options.model is None else f"gates-{Path(options.model).name}"
     with recorded(name, "Refusal with and without gates", "benchmarks.gates", wanted=options.write, model=model):
         print(
-            f"{len(sides[0])} harmful, {len(sides[1])} ordinary, {len(sides[2])} alarming but harmless requests",
+            f"{len(harmful)} harmful, {len(ordinary)} ordinary, {len(alarming)} alarming but harmless requests",
             end=" ",
         )
         print(f"of held-out sources ({', '.join(options.sources)}).")

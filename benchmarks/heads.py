@@ -94,7 +94,7 @@ def some_heads(every: SteeringVector, count: int, seed: int) -> SteeringVector:
     """Some of the heads of a vector that shifts all of them, drawn at random."""
     sizes = [len(every.params(site)["accuracy"]) for site in every.sites]
     drawn = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:count]
-    marks = torch.zeros(sum(sizes)).index_fill(0, drawn, 1.0).split(sizes)
+    marks = torch.split(torch.zeros(sum(sizes)).index_fill(0, drawn, 1.0), sizes)
     kept = dict(every.tensors)
     for site, mark in zip(every.sites, marks, strict=True):
         shifts = every.params(site)["direction"].reshape(len(mark), -1)

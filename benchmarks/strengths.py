@@ -41,6 +41,7 @@ RECIPES = (
     "warmth-caa",
     "optimism-actadd",
     "optimism-selective",
+    "optimism-iti",
 )
 MEASURES = ("median token norm", "distance from the mean", "the same, per dimension", "spread (mean of the last two)")
 

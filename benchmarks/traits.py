@@ -20,7 +20,7 @@ from steerkit.evaluate.curve import Curve, strength_response
 from steerkit.evaluate.setup import Setup
 from steerkit.methods._registry import default_strength
 from steerkit.persona.traits import TraitSpec
-from steerkit.persona.watching import separates
+from steerkit.persona.watching import Kind, separates
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -34,8 +34,8 @@ def confirming(path: Path) -> ContrastSet:
     data = ContrastSet.from_jsonl(path)
     numbers = [int(line.split('"question-')[1].split("-")[0]) for line in path.read_text("utf-8").splitlines()]
     kept = [place for place, held in enumerate(data.marks) if held and numbers[place] % 2]
-    sides = [tuple(side[place] for place in kept) for side in (data.positive, data.negative)]
-    return ContrastSet(*sides, paired=True)
+    positive, negative = (tuple(side[place] for place in kept) for side in (data.positive, data.negative))
+    return ContrastSet(positive, negative, paired=True)
 
 
 def end(curve: Curve, place: int) -> str:
@@ -71,7 +71,8 @@ def monitored(model: Any, tokenizer: Any, trait: str, folder: Path) -> str:
         SteeringVector.load(folder / f"{trait}-{kind}.safetensors") for kind in ("monitor", "persona")
     )
     cells = [f"`{trait}`", str(watching.sites[0])]
-    for vector, other in ((watching, "neutral"), (watching, "negative"), (steering, "neutral")):
+    pairs: list[tuple[SteeringVector, Kind]] = [(watching, "neutral"), (watching, "negative"), (steering, "neutral")]
+    for vector, other in pairs:
         area = separates(steerkit.Monitor(model, tokenizer, vector), spec, other)
         cells.append(f"{area.mean:.2f} ({area.low:.2f} to {area.high:.2f})")
     return f"| {' | '.join(cells)} |"

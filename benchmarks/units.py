@@ -108,9 +108,10 @@ def addition(recipe: Recipe, model: Any, tokenizer: Any, train: ContrastSet) -> 
         own = find_recipe(f"{recipe.behaviour}-caa")
     except UnknownNameError:
         own = find_recipe("optimism-caa")
-    layers, readout = own.method.layers, own.method.readout
+    layers, readout, strength = own.method.layers, own.method.readout, own.apply.strength
+    assert strength is not None, "recipes that ship an effect suggest a strength"
     vector = steerkit.fit(model, tokenizer, train, method="caa", layers=layers, readout=readout, batch_size=32)
-    return vector, [own.apply.strength / 2, own.apply.strength]
+    return vector, [strength / 2, strength]
 
 
 class Table:
