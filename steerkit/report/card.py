@@ -11,10 +11,14 @@ from steerkit.evaluate.scorers.refusal import stated_accuracy
 from steerkit.export.weights_card import number
 from steerkit.methods._registry import example_strength, is_gated
 from steerkit.model import hub_id
+from steerkit.network.sites import sites_text
 from steerkit.report.card_evidence import calibration_lines, evidence_rows, verdict_line
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Answer", "vector_card"]
+
+
+_NAMED = 8  # sites that a card names one by one
 
 
 class Answer(NamedTuple):
@@ -96,13 +100,20 @@ def _head_lines(name: str, vector: SteeringVector, weights: str | None, entry: M
         "| | |",
         "| --- | --- |",
         *(f"| {what} | {words} |" for what, words in evidence_rows(vector, entry)),
-        f"| sites | {', '.join(f'`{site}`' for site in vector.sites)} |",
+        f"| sites | {_sites(vector)} |",
         f"| scope, readout | `{vector.scope}`, {readout} |",
         f"| model | {vector.model_type}, {vector.num_layers} blocks, width {vector.hidden_size} |",
         f"| weights | {weights or 'not recorded'} |",
         f"| data | {vector.data_source or '-'}, digest `{(vector.data_digest or '-')[:16]}` |",
         f"| vector digest | `{vector.digest[:16]}` |",
     ]
+
+
+def _sites(vector: SteeringVector) -> str:
+    """Where the vector acts: every site by name, or of many the blocks by kind."""
+    if len(vector.sites) > _NAMED:
+        return sites_text(map(str, vector.sites))
+    return ", ".join(f"`{site}`" for site in vector.sites)
 
 
 def _site_lines(vector: SteeringVector) -> list[str]:
