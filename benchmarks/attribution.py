@@ -29,6 +29,7 @@ from steerkit.recipe import find_recipe
 
 RECIPES = ("enthusiasm-caa", "formality-caa", "imagery-caa", "optimism-caa", "refusal-caa", "warmth-caa")
 MODELS = ("smollm2-135m", "gemma3-270m")
+SCREENS = ("steering", "attribution")
 CONFIRMS = "fitting on all items"
 
 
@@ -58,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--neutral", type=int, default=40, help="neutral texts of the calibrations")
     parser.add_argument("--texts", type=int, default=8, help="prompts answered in the calibrations")
     parser.add_argument("--every-block", action="store_true", help="calibrate over every middle block")
+    parser.add_argument("--screen", action="append", choices=SCREENS, help="of the calibrations (default: both)")
     parser.add_argument("--no-slopes", action="store_true", help="leave the first comparison out")
     parser.add_argument("--no-calibrate", action="store_true", help="leave the second comparison out")
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
@@ -154,7 +156,7 @@ def calibrations(name: str, model: Any, tokenizer: Any, options: argparse.Namesp
         candidates: Sequence[Sequence[int]] = recipe.candidates(depth, "caa")
         if options.every_block:
             candidates = [(block,) for block in range(round(0.2 * (depth - 1)), round(0.8 * (depth - 1)) + 1)]
-        for screen in ("steering", "attribution"):
+        for screen in options.screen or SCREENS:
             search = Search(candidates=candidates, controls=3, screen=screen)
             marks: dict[str, Spent] = {}
             setup = Setup(model, tokenizer, held_out, texts=options.texts).first_neutral(options.neutral)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Promise", "Promises"]
 
-_TEXT_DRAWS = 24  # drawn answers in all: a curvature is then known to about three tenths, a promise to half of that
+_TEXT_DRAWS = 48  # drawn answers in all: a curvature is then known to about a fifth, a promise to a tenth
 
 
 class Promise(NamedTuple):

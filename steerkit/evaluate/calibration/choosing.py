@@ -23,7 +23,7 @@ __all__ = ["Choosing", "survivors"]
 
 Kind = TypeVar("Kind")
 _NEAR = 0.8
-"""What promises so much of the most that anything promises climbs too: promises are known to about a seventh."""
+"""What promises so much of the most that anything promises climbs too: promises are known to about a tenth."""
 _AS_MANY = 2
 """So many times as many may: a climb that begins at the promised strength costs half of one from the bottom."""
 _TOGETHER = 3
