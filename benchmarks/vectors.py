@@ -69,7 +69,7 @@ def shipped(recipe: Recipe, found: Calibration, model: Any, tokenizer: Any) -> S
     strength = found.strength if found.has_effect else None
     signed = replace(recipe, apply=replace(recipe.apply, strength=strength, no_effect=strength is None))
     if found.vector is not None:
-        return signed.signed(found.vector, recipe.method)
+        return replace(signed.signed(found.vector, recipe.method), suggested_strength=strength)
     vector = signed.extract(model, tokenizer)
     facts: dict[str, Any] = {"by": "calibrate", "confirmed": False, "verdict": found.verdict}
     return replace(vector, calibration=facts, held_out={**vector.held_out, "calibration": found.as_json()})

@@ -146,9 +146,8 @@ def default_strength(vector: SteeringVector) -> float:
     if vector.calibration.get("by") == "calibrate":
         natural, why = None, "calibration confirmed no effect on held-out items, so the file suggests no strength"
     if natural is None:
-        raise StrengthError(
-            f"{kind.name}: {why}; give one in {kind.strength_unit}, such as {kind.ladder[len(kind.ladder) // 3]:g}"
-        )
+        weak = kind.ladder[len(kind.ladder) // 3]
+        raise StrengthError(f"{kind.name}: {why}; give a strength, such as {weak:g} ({kind.strength_unit})")
     return natural
 
 

@@ -93,7 +93,7 @@ def test_the_file_keeps_it_and_says_where_it_comes_from(model: Any, tokenizer: A
 
 
 def test_nothing_is_used_at_1_unasked(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(StrengthError, match=r"caa: the file suggests no strength .* give one in factor, such as"):
+    with pytest.raises(StrengthError, match=r"caa: the file suggests no strength .* give a strength, such as"):
         steerkit.steer(model, unknown(model))
     with pytest.raises(StrengthError, match="suggests no strength"):
         steerkit.generate(model, tokenizer, ["Hello"], vector=unknown(model), max_new_tokens=1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steerkit.errors import DataError, SteerError
 from steerkit.evaluate.calibration import Budget, Search, calibrate
-from steerkit.evaluate.calibration.verdict import judged, unfound
+from steerkit.evaluate.calibration.verdict import Verdict, judged, unfound
 from steerkit.evaluate.intervals import Estimate, NotScored, too_few
 from steerkit.evaluate.joint_effect import effects_of
 from steerkit.evaluate.scorers._base import Column, Scorer
@@ -257,9 +257,17 @@ def test_the_verdict_of_a_calibration_says_which_it_is() -> None:
     class Problem:
         effect, budget = "preference_margin", Budget()
 
-    def words(one: Measured, control: float = 0.0) -> str:
-        return judged(Problem(), {"preference_margin": one, **INSIDE}, [control]).words  # type: ignore[arg-type]
+    def said(one: Measured, control: float = 0.0) -> Verdict:
+        return judged(Problem(), {"preference_margin": one, **INSIDE}, [control])  # type: ignore[arg-type]
 
+    def words(one: Measured, control: float = 0.0) -> str:
+        return said(one, control).words
+
+    # What few items leave open keeps the strength that was chosen; what many items show to be nothing does not.
+    assert said(figure(0.1, half=0.4, items=8)).suggests
+    assert said(figure(0.5, half=0.02, items=400)).suggests
+    assert not said(figure(0.001, half=0.02, items=400)).suggests
+    assert not said(figure(0.5, half=0.02, items=400), 0.5).suggests
     assert words(figure(0.1, half=0.4, items=8)).startswith("too few items to tell")
     assert words(figure(0.001, half=0.02, items=400)).startswith("nothing works")
     assert words(figure(0.5, half=0.3, items=8), 0.4).startswith("too few items to tell")

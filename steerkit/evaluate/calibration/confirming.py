@@ -69,6 +69,7 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
         works=verdict.works,
         verdict=verdict.words,
         has_effect=verdict.has_effect,
+        suggests=verdict.suggests,
         vector=None,
         layers=best.layers,
         strength=strength,
@@ -162,7 +163,7 @@ def _finished(problem: Problem, vector: SteeringVector, found: Calibration) -> S
         )
     return replace(
         vector,
-        suggested_strength=found.strength if found.has_effect else None,
+        suggested_strength=found.strength if found.suggests else None,
         calibration=_chosen(problem, found),
         seed=problem.search.seed,
         held_out={**held_out, "calibration": found.as_json()},

@@ -22,7 +22,7 @@ class Calibration:
     Attributes:
         works: whether the confirmed effect is clear of every control inside the budget.
         verdict: the same in one line, with the reason.
-        has_effect: whether it is clear of every control, whatever it costs; the file suggests a strength only then.
+        has_effect: whether it is clear of every control, whatever it costs.
         vector: fitted on all training items at the chosen layers, with the suggestion and both curves in it; None
             where nothing was inside the budget.
         layers: where it acts.
@@ -38,6 +38,7 @@ class Calibration:
         refits: how stable the direction is on other items, as plain data.
         skipped: candidates at which the method cannot be fitted, with the reason.
         variants: what was chosen with each of several settings of the method, as plain data.
+        suggests: whether the file suggests the strength: there is an effect, or too few items say whether there is one.
         promised: what slopes promise of the candidates, where these were ranked by them, as plain data.
     """
 
@@ -59,6 +60,7 @@ class Calibration:
     skipped: Mapping[str, str] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ()
     promised: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    suggests: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Plain data: what the vector file keeps of it."""

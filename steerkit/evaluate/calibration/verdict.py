@@ -24,11 +24,18 @@ class Verdict(NamedTuple):
         works: there is an effect, clear of every control, inside the budget.
         has_effect: there is an effect, clear of every control.
         words: the same in one line, with the figures.
+        is_open: too few items say whether there is one.
     """
 
     works: bool
     has_effect: bool
     words: str
+    is_open: bool = False
+
+    @property
+    def suggests(self) -> bool:
+        """Whether the strength that was chosen is one to begin with; a null suggests none."""
+        return self.has_effect or self.is_open
 
 
 def judged(problem: Problem, confirmed: dict[str, Measured], controls: Sequence[float]) -> Verdict:
@@ -47,7 +54,7 @@ def judged(problem: Problem, confirmed: dict[str, Measured], controls: Sequence[
         over, limit = (0.0, "zero") if not measured.gain.low > 0 else (highest, f"a control's {highest:.3g}")
         if too_few(measured.gain, measured.items, over=over):
             said = f"{_TOO_FEW}: {reached}, anything from {limit} to an effect that would count; give more items"
-            return Verdict(False, False, said)
+            return Verdict(False, False, said, is_open=True)
         return Verdict(False, False, f"{_NOTHING}: {reached}, which is not clear of {limit}")
     broken = problem.budget.breaks(confirmed, due=problem.budget.limits)
     if broken:
