@@ -134,8 +134,6 @@ def _site_rows(sites: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _output_scores(vector: SteeringVector, model: ModelChoice) -> dict[str, dict[str, Any]]:
     """The output score of the direction at each site that has one and lies in the residual stream."""
-    import torch
-
     from steerkit.evaluate.output_score import in_the_stream, output_scores
     from steerkit.methods._registry import method_of
 
