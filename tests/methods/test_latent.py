@@ -208,6 +208,47 @@ def test_the_addition_is_a_bias_like_any_other(tmp_path: Path) -> None:
         assert torch.equal(model(input_ids=IDS).logits, hooked)
 
 
+def test_compiled_whole_and_not_again_for_another_strength(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    path, _ = stored(tmp_path, "relu", encoder_bias=torch.zeros(LATENTS))
+    model: Any = build("llama")
+    vector = fitted(path, model, op="clamp").at(scope="all")
+    calls: list[int] = []
+
+    def backend(graph: Any, _inputs: Any, **_options: Any) -> Any:
+        calls.append(1)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad(), steerkit.steer(model, vector, 1.0) as steering:
+        compiled(IDS)
+        before = len(calls)
+        for value in (1.0, 0.0, 1.4):
+            steering.strength = value
+            got = compiled(IDS).logits
+            with torch.compiler.set_stance("force_eager"):
+                assert float((got - model(IDS).logits).abs().max()) < 1e-5
+    assert len(calls) == before
+    torch._dynamo.reset()
+
+
+def test_rows_have_their_own_strength(tmp_path: Path) -> None:
+    path, _ = stored(tmp_path, "relu", encoder_bias=torch.zeros(LATENTS))
+    model: Any = build("llama")
+    for op, unit in (("clamp", "peak"), ("add", "token")):
+        vector = fitted(path, model, op=op, unit=unit).at(scope="all")
+        single = []
+        with torch.no_grad():
+            for strength in (0.5, 2.0):
+                with steerkit.steer(model, vector, strength):
+                    single.append(model(input_ids=IDS).logits[0])
+            with steerkit.steer(model, vector, [0.5, 2.0]):
+                found = model(input_ids=IDS.repeat(2, 1)).logits
+        for row in (0, 1):
+            assert float((found[row] - single[row]).abs().max()) < 1e-5
+        assert float((single[0] - single[1]).abs().max()) > 1e-4
+
+
 # the file
 
 
