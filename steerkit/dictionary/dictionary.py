@@ -114,7 +114,7 @@ class Dictionary:
         for name in TENSORS:
             given = getattr(self, name)
             if given is not None:
-                kept = torch.as_tensor(given).detach().to("cpu", torch.float32, copy=True).contiguous()
+                kept = torch.as_tensor(given, dtype=torch.float32).detach().to("cpu", copy=True).contiguous()
                 object.__setattr__(self, name, kept)
         if self.encoder.dim() != 2:
             raise VectorFileError(f"encoder has shape {list(self.encoder.shape)}; it must be [latents, width]")
