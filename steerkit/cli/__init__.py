@@ -18,6 +18,7 @@ from steerkit.cli import (
     chat,
     compare,
     demo,
+    dictionary,
     discover,
     doctor,
     evaluate,
@@ -31,6 +32,7 @@ from steerkit.cli import (
     import_,
     inspect,
     interference,
+    latents,
     layers,
     lm_eval,
     methods,
@@ -65,6 +67,7 @@ for _command in (
     gates,
     monitor,
     discover,
+    latents,
     evaluate,
     sweep,
     layers,
@@ -89,6 +92,7 @@ for _command in (
 ):
     _name = _command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(_name, help=paragraphs(_command.run))(_command.run)
+app.add_typer(dictionary.app, name="dictionary")
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")
 
