@@ -13,6 +13,7 @@ import typer
 import steerkit
 from steerkit.cli import (
     attribute,
+    audit,
     bake,
     calibrate,
     chat,
@@ -65,6 +66,7 @@ for _command in (
     explain,
     gates,
     monitor,
+    audit,
     discover,
     evaluate,
     sweep,

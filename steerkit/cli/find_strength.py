@@ -96,11 +96,13 @@ def run(
     prior = None if about is None else _two(about, "--about")
     asked = _asked(prompts)
     chosen = SteeringVector.load(vector_path(vector, model.name))
+    # What it is known to cost would be told again at every try.
+    tried = replace(chosen, suggested_strength=None, calibration={})
     loaded, tokenizer = model.load()
     chosen.check(loaded, tokenizer)
     setup = Setup(loaded, tokenizer, prompts=asked, batch_size=batch_size, texts=each, max_new_tokens=max_new_tokens)
     with status("finding a strength") as step:
-        score = _tried(setup, chosen, scoring, name, ends, each, seed, step)
+        score = _tried(setup, tried, scoring, name, ends, each, seed, step)
         how: dict[str, Any] = {"rises": rises, "about": prior, "tries": tries, "tolerance": tolerance}
         found = find_strength(score, target, low=low, high=high, **how)
     if out is not None and found.is_bracketed:
