@@ -26,6 +26,7 @@ ORDER = (
     "activations",
     "maths",
     "vector",
+    "dictionary",
     "methods",
     "composition",
     "steering",
