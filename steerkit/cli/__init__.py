@@ -19,6 +19,7 @@ from steerkit.cli import (
     chat,
     compare,
     demo,
+    dictionary,
     discover,
     doctor,
     evaluate,
@@ -95,6 +96,7 @@ for _command in (
     app.command(_name, help=paragraphs(_command.run))(_command.run)
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(dictionary.app, name="dictionary")
 
 
 def _show_version(wanted: bool) -> None:
