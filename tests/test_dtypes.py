@@ -20,6 +20,7 @@ from steerkit.monitor import Monitor
 from steerkit.network.decoder import find_decoder
 from tests.families import VOCAB, build
 from tests.methods.test_every_method import data_for
+from tests.ready import ready
 from tests.test_house import FILES, PACKAGE
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -69,7 +70,7 @@ def road(name: str, family: str, dtype: torch.dtype = torch.float32) -> dict[str
 
 
 def travelled(model: Any, name: str) -> dict[str, Tensor]:
-    method = registry.resolve(name)()
+    method = ready(name)
     vector = steerkit.fit(model, TOKENIZER, data_for(method), method=method)
     found = dict(vector.tensors)
     found["norms"] = torch.tensor(list(vector.norms.values()), dtype=torch.double)
@@ -127,13 +128,13 @@ def test_the_default_dtype_changes_nothing_anywhere(name: str, family: str, dtyp
 
 
 # These run the model while they are fitted, which autocast is there to change.
-ASK_THE_MODEL = {"actadd", "conditional", "controller", "melbo", "refusal", "transport"}
+ASK_THE_MODEL = {"actadd", "conditional", "controller", "latent", "melbo", "refusal", "transport"}
 
 
 @pytest.mark.parametrize("name", sorted({*registry.method_names()} - ASK_THE_MODEL))
 def test_what_is_fitted_does_not_depend_on_autocast(name: str) -> None:
     model: Any = build("llama")
-    method = registry.resolve(name)()
+    method = ready(name)
     data, sites = data_for(method), method.sites(find_decoder(model))
     with autocast():
         acts = read(model, TOKENIZER, data, method=method, sites=sites)

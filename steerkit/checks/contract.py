@@ -184,7 +184,7 @@ def a_window_is_all_that_is_written(subject: FittedMethod) -> str | None:
 
 def neutral_strength_is_the_identity(subject: FittedMethod) -> str | None:
     """At the neutral strength, for the batch or for a row, logits are bitwise those of the baseline model."""
-    neutral = subject.method.neutral
+    neutral = subject.method.neutral_strength
     if neutral is None:
         return "declares no neutral strength"
     ids, mask = subject.rows()

@@ -18,34 +18,39 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activation", "above", "largest"]
+__all__ = ["ACTIVATIONS", "Activation", "fired"]
 
 Activation: TypeAlias = Literal["relu", "jumprelu", "gated", "topk", "batchtopk"]
 ACTIVATIONS: Final = ("relu", "jumprelu", "gated", "topk", "batchtopk")
 
 
-def above(pre: Tensor, threshold: Tensor) -> Tensor:
-    """What lies strictly above its threshold and above zero, the rest being zero.
+def fired(
+    product: Tensor,
+    bias: Tensor,
+    *,
+    threshold: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    gate_scale: Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """Latents from what the encoder's rows make of activations.
 
     Args:
-        pre: [..., k] pre-activations.
-        threshold: [k], or one number [].
+        product: [..., k], before any bias.
+        bias: [k].
+        threshold: [k], what the pre-activation has to exceed; None asks for more than zero only.
+        gate_bias: [k] of gated dictionaries; None of others.
+        gate_scale: [k] of gated dictionaries; None of others.
+        top_k: how many latents of a token fire, where that decides; all k have to be there then.
 
     Returns:
-        [..., k]
+        [..., k], zero where a latent does not fire.
     """
-    return torch.where(pre > threshold, pre.relu(), torch.zeros_like(pre))
-
-
-def largest(pre: Tensor, count: int) -> Tensor:
-    """The `count` largest of each token, those below zero and the rest being zero.
-
-    Args:
-        pre: [..., k] pre-activations.
-        count: how many, at most k.
-
-    Returns:
-        [..., k]
-    """
-    values, places = pre.topk(count, dim=-1, sorted=False)
+    if gate_bias is not None and gate_scale is not None:
+        size = (product * gate_scale + bias).relu()
+        return torch.where(product + gate_bias > 0, size, torch.zeros_like(size))
+    pre = product + bias
+    if top_k is None:
+        return pre.relu() if threshold is None else torch.where(pre > threshold, pre.relu(), torch.zeros_like(pre))
+    values, places = pre.topk(top_k, dim=-1, sorted=False)
     return torch.zeros_like(pre).scatter_(-1, places, values.relu())

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from steerkit._support.precision import full_precision
-from steerkit.dictionary.activation import ACTIVATIONS, Activation, above, largest
+from steerkit.dictionary.activation import ACTIVATIONS, Activation, fired
 from steerkit.errors import VectorFileError, VectorMismatchError, near_miss
 from steerkit.network.sites import Site
 
@@ -188,15 +188,14 @@ class Dictionary:
         x = h.to(wide) * self.input_scale
         if self.subtract:
             x = x - mine["decoder_bias"]
-        product = x @ mine["encoder"].T
-        if self.activation == "gated":
-            size = (product * mine["gate_scale"] + mine["encoder_bias"]).relu()
-            return torch.where(product + mine["gate_bias"] > 0, size, torch.zeros_like(size))
-        pre = product + mine["encoder_bias"]
-        if self.needs_all:
-            assert self.top_k is not None
-            return largest(pre, self.top_k)
-        return pre.relu() if self.activation == "relu" else above(pre, mine["threshold"])
+        return fired(
+            x @ mine["encoder"].T,
+            mine["encoder_bias"],
+            threshold=mine.get("threshold"),
+            gate_bias=mine.get("gate_bias"),
+            gate_scale=mine.get("gate_scale"),
+            top_k=self.top_k if self.needs_all else None,
+        )
 
     @full_precision()
     def decode(self, latents: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from steerkit.evaluate.scoring import Measured, measure
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store import Store
 from steerkit.evaluate.trial import Trial
-from steerkit.methods._registry import resolve
+from steerkit.methods._registry import method_of
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -136,7 +136,7 @@ class Asking:
             vector: as calibrated.
         """
         name, title = f"{method.method}{AT_KL}", f"{method.title} at about the KL divergence of a system prompt"
-        strength = _turned(prompting, method, resolve(vector.method).neutral)
+        strength = _turned(prompting, method, method_of(vector).neutral_strength)
         if strength is None or prompting.effect is None:
             return None
         self.step(f"{PROMPTING}: {name}")

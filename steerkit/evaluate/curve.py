@@ -14,7 +14,7 @@ from steerkit.evaluate.scorers._base import Scorer
 from steerkit.evaluate.scoring import Measured, column_of, ends, measure, scorer_of
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.trial import Trial
-from steerkit.methods._registry import method_of, resolve
+from steerkit.methods._registry import method_of
 from steerkit.vector.steering_vector import SteeringVector
 
 __all__ = ["Curve", "random_like", "strength_response"]
@@ -139,13 +139,13 @@ def strength_response(
             {strength: at(next(beside), showing)[shown].estimate.mean for strength in measured} for _ in randoms
         ),
         items=points[0][shown].items,
-        neutral=resolve(vector.method).neutral,
+        neutral=method_of(vector).neutral_strength,
     )
 
 
 def _trials(setup: Setup, vectors: Sequence[SteeringVector], strengths: Sequence[float]) -> list[Trial]:
     """Every vector at every strength; the baseline at the neutral one."""
-    pairs = [(vector, strength, resolve(vector.method).neutral) for vector in vectors for strength in strengths]
+    pairs = [(vector, strength, method_of(vector).neutral_strength) for vector in vectors for strength in strengths]
     steered = iter(setup.trials((vector, strength) for vector, strength, neutral in pairs if strength != neutral))
     return [setup.baseline if strength == neutral else next(steered) for _, strength, neutral in pairs]
 

@@ -18,7 +18,7 @@ from steerkit.evaluate.intervals import Estimate, interval
 from steerkit.evaluate.scorers._base import Column, Scorer, Weighted
 from steerkit.evaluate.store_identity import digest_of
 from steerkit.evaluate.trial import Trial
-from steerkit.methods._registry import resolve
+from steerkit.methods._registry import method_of
 
 __all__ = [
     "Measured",
@@ -205,7 +205,7 @@ def _wish(trial: Trial) -> int:
     first = trial.vectors[0]
     given = first.strength if trial.strength is None else trial.strength
     strength = first.suggested_strength if given is None else given
-    neutral = resolve(first.method).neutral
+    neutral = method_of(first).neutral_strength
     if neutral is None or first.edit == "project_out" or not isinstance(strength, int | float):
         return 0
     return (strength > neutral) - (strength < neutral)

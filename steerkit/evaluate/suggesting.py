@@ -50,7 +50,7 @@ def can_be_suggested(vector: SteeringVector) -> bool:
         UnknownNameError: its method is not installed.
     """
     method = method_of(vector)
-    return method.natural_strength is None and method.neutral == 0.0 and not is_gated(vector)
+    return method.natural_strength is None and method.neutral_strength == 0.0 and not is_gated(vector)
 
 
 def suggest_strength(

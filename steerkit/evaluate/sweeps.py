@@ -147,15 +147,16 @@ def sweep(
     baseline = measure_point(setup, None, None, chosen, **common)
     yield Point((), None, baseline)
     step()
+    neutral = fits.method_object.neutral_strength
     for layers in candidates:
         vector = fits.at(layers)
         randoms = [random_like(vector, seed=seed + 1 + number) for number in range(controls)]
-        key, steered = tuple(sorted(set(layers))), [one for one in strengths if one != fits.kind.neutral]
+        key, steered = tuple(sorted(set(layers))), [one for one in strengths if one != neutral]
         trials = iter(to_measure(setup, [(vector, strength) for strength in steered], chosen, **common))
         pairs = [(one, strength) for strength in steered for one in randoms]
         beside = iter(to_measure(setup, pairs, chosen[:1], **common))
         for strength in strengths:
-            if strength == fits.kind.neutral:
+            if strength == neutral:
                 yield Point(key, strength, baseline)
             else:
                 scores = measure_point(setup, vector, strength, chosen, trial=next(trials), **common)

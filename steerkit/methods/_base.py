@@ -111,6 +111,11 @@ class Method(Configured):
         return self.default_strength
 
     @property
+    def neutral_strength(self) -> float | None:
+        """The strength at which it is the exact identity: `neutral`, unless settings decide."""
+        return self.neutral
+
+    @property
     def takes_rows(self) -> bool:
         """Whether `edit` takes what `prepare` gives as [b, 1, d] too, a vector of its own for each row."""
         return False
@@ -277,7 +282,7 @@ class Method(Configured):
         Args:
             strength: in the method's own unit.
         """
-        return self.neutral is not None and strength == self.neutral
+        return self.neutral_strength is not None and strength == self.neutral_strength
 
     def prepare(self, params: Params, strength: Tensor, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Do once what every pass would repeat. Called when attached and when the strength changes.

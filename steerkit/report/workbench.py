@@ -75,7 +75,7 @@ class Workbench:
     @property
     def neutral(self) -> float | None:
         """The strength that changes nothing; None where the method has none."""
-        return self.method.neutral
+        return self.method.neutral_strength
 
     @property
     def centre(self) -> float:

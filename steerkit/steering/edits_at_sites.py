@@ -289,8 +289,9 @@ class Edit:
                 assert fade is not None
                 end = fade.to * self.factor
                 strength = end + (start["strength"] - end) * fade.share(tokens.step)[..., None]
-            if self.method.neutral is not None:
-                active = active & (strength != self.method.neutral)
+            neutral = self.method.neutral_strength
+            if neutral is not None:
+                active = active & (strength != neutral)
             return self.method.prepare(self._compiled.params_on(h.device), strength, h.dtype, h.device), active
 
     def prepare_compiled(self, h: Tensor, facts: Pass) -> tuple[dict[str, Tensor], Tensor]:

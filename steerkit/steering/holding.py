@@ -59,7 +59,7 @@ class HeldStrength:
             raise StrengthError(f"hold: what is added at {site} does not move the reading of {reading.name}")
         self._slope, self._target = slope, hold.at
         self._low, self._high = sorted(one * factor for one in hold.within)
-        self._neutral = 0.0 if method.neutral is None else method.neutral
+        self._neutral = 0.0 if method.neutral_strength is None else method.neutral_strength
 
     def place(self, device: torch.device) -> None:
         """Bring what is needed to a device.

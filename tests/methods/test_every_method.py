@@ -19,6 +19,7 @@ from steerkit.methods._base import Method, has_sides
 from steerkit.prompts.contrast_set import ContrastSet
 from tests.families import build
 from tests.plugged import register
+from tests.ready import ready
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
 PAIRS = [
@@ -45,7 +46,7 @@ def data_for(method: Method) -> ContrastSet | list[str]:
 
 @functools.cache
 def findings(name: str, family: str) -> dict[str, Any]:
-    method = registry.resolve(name)()
+    method = ready(name)
     found = conformance(method, build(family), byte_tokenizer(CHATML), data_for(method), strength=3.0)
     return {finding.check: finding for finding in found}
 

@@ -20,7 +20,7 @@ from steerkit.composition import Composition
 from steerkit.methods._addition import MeanDifference
 from steerkit.methods._base import Method
 from steerkit.methods._protocols import Gated
-from steerkit.methods._registry import method_names, resolve
+from steerkit.methods._registry import method_names
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.prompts.marks import Marks
@@ -32,6 +32,7 @@ from tests.families import BLOCKS, build
 from tests.gated import gated_vector
 from tests.methods.test_every_method import data_for
 from tests.plugged import register
+from tests.ready import ready
 from tests.steering.test_when import HOLD, KINDS, RULES, known
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -97,7 +98,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
 
 @functools.cache
 def fitted(name: str) -> tuple[Method, SteeringVector]:
-    method = resolve(name)()
+    method = ready(name)
     return method, steerkit.fit(model_of(), TOKENIZER, data_for(method), method=method)
 
 

@@ -140,7 +140,7 @@ def _plan(vector: SteeringVector, served: Served) -> TermPlan | None:
     if all(method.is_neutral(end) for end in ends) and len(set(ends)) == 1:
         return None
     digest = hashlib.sha256(f"{vector.digest} {vector.unit}".encode()).hexdigest()
-    return TermPlan(digest, scope, strength, vector.fade, method.neutral, edits, factors, gate)
+    return TermPlan(digest, scope, strength, vector.fade, method.neutral_strength, edits, factors, gate)
 
 
 def _check_model(vector: SteeringVector, served: Served) -> None:

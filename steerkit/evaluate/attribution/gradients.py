@@ -118,14 +118,15 @@ class _Probe(Edit):
 def _tangent(edit: Edit, params: Params, h: Tensor, read: Tensor | None, tokens: Tokens) -> Tensor:
     """How the edit of [b, t, d] begins: its derivative in the strength where it changes nothing."""
     method = edit.method
-    assert method.neutral is not None
+    neutral = method.neutral_strength
+    assert neutral is not None
 
     def edited(strength: Tensor) -> Tensor:
         prepared = method.prepare(params, strength, torch.float32, h.device)
         return method.edit(h, prepared if read is None else {**prepared, "input": read.float()}, tokens)
 
     # A hair beside the neutral strength: at it some edits are written as the identity itself, which has no slope.
-    start = torch.tensor(method.neutral + _HAIR, dtype=torch.float32, device=h.device)
+    start = torch.tensor(neutral + _HAIR, dtype=torch.float32, device=h.device)
     tangent: Tensor = torch.func.jvp(edited, (start,), (torch.ones_like(start),))[1]
     return tangent
 
@@ -140,7 +141,7 @@ def refuse_without_slope(vector: SteeringVector) -> None:
         DataError: no strength of its method changes nothing, or something else than the strength decides what it does.
     """
     method = method_of(vector)
-    if method.neutral is None:
+    if method.neutral_strength is None:
         raise DataError(
             f"{method.name}: no strength leaves activations as they are, so there is none to count a slope from; "
             "measure it with `steerkit sweep`"
@@ -210,7 +211,7 @@ def _planned(
     """The probes of one vector, at each of its sites."""
     refuse_without_slope(vector)
     target = Target.of(setup.model, None, setup.roles)
-    neutral = method_of(vector).neutral
+    neutral = method_of(vector).neutral_strength
     found = []
     edits = planned(target, vector, RowStrengths(replace(vector, strength=None), neutral, None))
     for site, edit in zip(vector.sites, edits, strict=True):

@@ -124,7 +124,7 @@ class Choosing:
             problem.fits,
             problem.scorer,
             max_kl=problem.budget.max_kl,
-            is_above=problem.ladder[0] > (problem.kind.neutral or 0.0),
+            is_above=problem.ladder[0] > (problem.method.neutral_strength or 0.0),
             seed=problem.search.seed,
         )
         ranked = list(promises.of(self.candidates))

@@ -45,7 +45,7 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
             choosing,
             f"nothing works: layers {layers_name(best.layers)} were best, but on all items the fit fails: {error}",
         )
-    strengths = _strengths_around(strength, problem.kind.neutral)
+    strengths = _strengths_around(strength, problem.method.neutral_strength)
     total = len(strengths) + problem.search.controls
     curve = strength_response(
         problem.confirming,
@@ -120,7 +120,7 @@ def _strengths_around(strength: float, neutral: float | None) -> list[float]:
 
 def _refitted(problem: Problem, vector: SteeringVector, acts: Activations | None) -> Refits | None:
     """The method fitted again on rearranged training items; None for methods fitted on one pair."""
-    if takes_pair(problem.kind):
+    if takes_pair(problem.method):
         return None
     setup = problem.confirming
     return refits(

@@ -68,9 +68,9 @@ class Problem:
         return self.final.setup
 
     @property
-    def kind(self) -> type[Method]:
-        """The method's class."""
-        return self.final.kind
+    def method(self) -> Method:
+        """The method with its settings."""
+        return self.final.method_object
 
     @property
     def effect(self) -> str:
@@ -108,7 +108,7 @@ class Problem:
     @property
     def is_ladder(self) -> bool:
         """Whether strengths lead away from one that changes nothing, so that one can be weaker than another."""
-        return self.kind.neutral is not None
+        return self.method.neutral_strength is not None
 
     def reach(self, strength: float) -> float:
         """How strong a strength is: its distance from the neutral one.
@@ -116,7 +116,7 @@ class Problem:
         Args:
             strength: in the method's own unit.
         """
-        return _reach(self.kind, strength)
+        return _reach(self.method, strength)
 
     def gain(self, point: Point) -> Estimate:
         """The effect of a point, counted so that more is better.
@@ -233,10 +233,11 @@ def problem_of(
     first = held_out.half(0)
     setup = replace(first, data=validation, neutral=first.calm[: search.neutral_texts])
     candidates = _candidates(fits, setup, search)
-    ladder = _ladder(kind, search)
+    method = fits.method_object
+    ladder = _ladder(method, search)
     if not candidates or not ladder:
         raise DataError("calibrate: there is no set of layers or no strength to try; give some")
-    if len({strength > (kind.neutral or 0.0) for strength in ladder}) > 1:
+    if len({strength > (method.neutral_strength or 0.0) for strength in ladder}) > 1:
         raise DataError(
             f"calibrate: strengths {', '.join(f'{one:g}' for one in ladder)} lie on both sides of neutral; "
             "give those of one side"
@@ -286,10 +287,10 @@ def _candidates(fits: Fits, setup: Setup, search: Search) -> list[tuple[int, ...
     return [tuple(sorted(set(layers))) for layers in listed]
 
 
-def _ladder(kind: type[Method], search: Search) -> list[float]:
-    return sorted(search.strengths or kind.ladder, key=lambda strength: _reach(kind, strength))
+def _ladder(method: Method, search: Search) -> list[float]:
+    return sorted(search.strengths or method.ladder, key=lambda strength: _reach(method, strength))
 
 
-def _reach(kind: type[Method], strength: float) -> float:
+def _reach(method: Method, strength: float) -> float:
     """How far a strength lies from the one that changes nothing."""
-    return abs(strength - (kind.neutral or 0.0))
+    return abs(strength - (method.neutral_strength or 0.0))
