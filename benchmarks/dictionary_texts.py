@@ -1,8 +1,8 @@
-"""The texts that the shipped dictionary is trained on: `python -m benchmarks.dictionary_texts OUT.jsonl [--generated N]`.
+"""The texts that the shipped dictionary is trained on: `python -m benchmarks.dictionary_texts OUT.jsonl`.
 
 What steerkit ships, and what the embedded model says to prompts that are written here: a topic in a form of request,
-every topic with some of the forms, sampled at temperature 1 with a seed for each. Left out are the shipped neutral texts
-(on which the dictionary is judged) and the held-out items of every recipe (on which latents are).
+every topic with some of the forms, sampled at temperature 1 with a seed for each. Left out are the shipped neutral
+texts (on which the dictionary is judged) and the held-out items of every recipe (on which latents are).
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ FORMS = (
     "Write a diary entry about {}.",
     "Write a question about {} and answer it with numbers.",
 )
-TOPICS = (
-    "rain, bread, the moon, trains, chess, onions, the heart, taxes, football, violins, bees, concrete, the French "
-    "Revolution, sleep, glass, volcanoes, cats, the internet, salt, weddings, bicycles, gravity, coffee, elections, "
-    "forests, mathematics, old age, fashion, whales, bridges, money, the Roman Empire, exams, gardens, cancer, cinema, "
-    "snow, computers, friendship, deserts, cheese, law courts, ghosts, the violin maker, electricity, dogs, oceans, "
-    "poverty, libraries, vaccines, mountains, fear, airports, kings and queens, rice, dinosaurs, teachers, steel, "
-    "dreams, spiders, the stock market, winter, languages, war, soap, stars, jealousy, potatoes, ships, school, "
-    "medicine, birds, cities, paper, happiness, rivers, robots, funerals, fire, tea"
-).split(", ")
+TOPICS = [
+    "rain", "bread", "the moon", "trains", "chess", "onions", "the heart", "taxes", "football", "violins", "bees",
+    "concrete", "the French Revolution", "sleep", "glass", "volcanoes", "cats", "the internet", "salt", "weddings",
+    "bicycles", "gravity", "coffee", "elections", "forests", "mathematics", "old age", "fashion", "whales",
+    "bridges", "money", "the Roman Empire", "exams", "gardens", "cancer", "cinema", "snow", "computers",
+    "friendship", "deserts", "cheese", "law courts", "ghosts", "the violin maker", "electricity", "dogs", "oceans",
+    "poverty", "libraries", "vaccines", "mountains", "fear", "airports", "kings and queens", "rice", "dinosaurs",
+    "teachers", "steel", "dreams", "spiders", "the stock market", "winter", "languages", "war", "soap", "stars",
+    "jealousy", "potatoes", "ships", "school", "medicine", "birds", "cities", "paper", "happiness", "rivers",
+    "robots", "funerals", "fire", "tea",
+]  # fmt: skip
 
 
 def main() -> None:

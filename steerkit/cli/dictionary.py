@@ -34,7 +34,7 @@ WorkOption = Annotated[
 ]
 KeepOption = Annotated[bool, typer.Option(help="Keep activations in the work folder, so that later passes are fast.")]
 DictionaryOption = Annotated[
-    Path, typer.Option("--dictionary", metavar="FILE", help="A dictionary: a file or folder of any known format.")
+    str, typer.Option("--dictionary", metavar="FILE", help="A file or folder of any known format, or a shipped name.")
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Dictionaries of latents: train a small one, take vectors apart.")
@@ -108,14 +108,14 @@ def decompose(
     explains of random ones stands beside. A vector that acts at another block than the dictionary's is compared all the
     same, and that is said.
     """
-    from steerkit._support.shipped import vector_path
+    from steerkit._support.shipped import dictionary_path, vector_path
     from steerkit.dictionary import decomposition as parts
     from steerkit.dictionary import load_dictionary
     from steerkit.errors import VectorMismatchError
     from steerkit.evaluate.discoveries import directions_of
     from steerkit.vector.steering_vector import SteeringVector
 
-    held = load_dictionary(dictionary)
+    held = load_dictionary(dictionary_path(dictionary))
     directions = directions_of(SteeringVector.load(vector_path(vector)))
     if not directions:
         raise VectorMismatchError(f"{vector}: writes no single direction, so there is none to take apart")

@@ -1,0 +1,223 @@
+"""Latents of the shipped dictionary, random ones and CAA at one cost: `python -m benchmarks.latents [--write]`.
+
+Latents are selected on a recipe's training items by activation gap; every vector is measured on the held-out ones at
+the strength at which it costs the same KL divergence on neutral texts (see `benchmarks.equal_kl`). Random latents are
+drawn from those that fire on the training items. The output score of each latent, its activation gap and the slope of
+the margin along it are then asked whether they tell which latents steer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import steerkit
+from benchmarks.equal_kl import COLUMNS, Row, measured
+from benchmarks.results import recorded
+from steerkit.dictionary import Dictionary, load_dictionary
+from steerkit.dictionary.selecting import activation_gap
+from steerkit.dictionary.training import explains
+from steerkit.evaluate.attribution import attribute
+from steerkit.evaluate.curve import random_like
+from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.setup import Setup
+from steerkit.maths.probes import auc
+from steerkit.prompts.contrast_set import ContrastSet
+from steerkit.prompts.neutral import neutral_texts
+from steerkit.recipe import Recipe, find_recipe
+from steerkit.vector.steering_vector import SteeringVector
+
+FILE = "dictionaries/smollm2-135m/resid_post.14.safetensors"
+RECIPES = ("optimism-caa", "formality-caa")
+KL, TEXTS, ALONE, DRAWN, TOGETHER = 0.1, 12, 6, 6, 6
+READOUT = "response_mean"
+PREFIX, STRONG, LENS = "From my experience,", 10.0, 20
+WORDS = """At one cost, a KL divergence of 0.1 nats per token on neutral texts: latents of the shipped dictionary
+(`{file}`, {site}) by activation gap on the training items, the same number of random latents that fire there, and CAA
+at the same site. "{together} latents" adds the first {together} together, each as much as its mean gap. Effect: change
+of the preference margin on held-out items, nats per token. Differences are paired, the same item under both."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One latent, and what is known of it before it steers.
+
+    Attributes:
+        latent: its number.
+        is_selected: by activation gap; else drawn at random.
+        gap: difference of the shares of texts in which it fires.
+        output: output score.
+        slope: of the preference margin along its row on training items, nats per token and unit of length.
+    """
+
+    latent: int
+    is_selected: bool
+    gap: float
+    output: float
+    slope: float
+
+
+def main() -> None:
+    """Print the comparison as Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latents")
+    parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
+    options = parser.parse_args()
+    title = "Latents beside random latents and CAA, at one KL divergence"
+    with recorded("latents", title, "benchmarks.latents", wanted=options.write) as facts:
+        model, tokenizer = steerkit.load_model()
+        facts["model"] = model
+        dictionary = load_dictionary(Path(FILE))
+        print(f"{WORDS.format(file=FILE, site=dictionary.site, together=TOGETHER)}\n")
+        fits = explains(model, tokenizer, dictionary, neutral_texts())
+        print(
+            f"{dictionary.num_latents} latents; on {fits.tokens} tokens of the neutral texts {fits.unexplained:.3f} of "
+            f"the variance is left, {fits.fire:.1f} latents fire at a token, {fits.silent:.0%} fire at none.\n"
+        )
+        rows: list[tuple[Candidate, Row]] = []
+        for name in RECIPES:
+            rows += compare(find_recipe(name), model, tokenizer, dictionary)
+        print("Which latents steer\n")
+        told(rows)
+
+
+def compare(recipe: Recipe, model: Any, tokenizer: Any, dictionary: Dictionary) -> list[tuple[Candidate, Row]]:
+    """Print the table of one recipe; give each latent with what it did."""
+    train, held_out = recipe.split()
+    setup = Setup(model, tokenizer, held_out).first_neutral(TEXTS)
+    chosen = candidates(train, setup, dictionary)
+    print(f"{recipe.behaviour}: {len(train)} items to fit on, {len(held_out)} held out, KL {KL:g} nats per token\n")
+    print("| | output score | strength | KL | effect | CAA's effect less this one's | perplexity ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    caa = steerkit.fit(model, tokenizer, train, method="caa", sites=[dictionary.site], readout=READOUT)
+    whole = together(train, setup, dictionary, [one.latent for one in chosen if one.is_selected][:TOGETHER])
+    own = shown_row("CAA", caa, setup, None)
+    shown_row(f"{TOGETHER} latents", whole, setup, own)
+    shown_row("random direction", random_like(caa, seed=1), setup, own)
+    found = []
+    for one in chosen:
+        kind = "latent" if one.is_selected else "random latent"
+        vector = latent(setup, train, [one.latent], [1.0])
+        found.append((one, shown_row(f"{kind} {one.latent}", vector, setup, own, one.output)))
+    print()
+    return found
+
+
+def shown_row(name: str, vector: SteeringVector, setup: Setup, own: Row | None, output: float | None = None) -> Row:
+    """Measure a vector and print its row."""
+    (row,) = measured(setup, name, vector, [KL])
+    score = "-" if output is None else f"{output:.3f}"
+    if row.reached is None:
+        print(f"| {name} | {score} | - | {row.why} | - | - | - |", flush=True)
+        return row
+    less = None if own is None else own.beside(row)
+    effect, kl, ratio = (shown(row.figures[column]) for column in COLUMNS)
+    beside = "-" if less is None else shown(less)
+    print(f"| {name} | {score} | {row.reached.strength:.3g} | {kl} | {effect} | {beside} | {ratio} |", flush=True)
+    return row
+
+
+def latent(setup: Setup, train: ContrastSet, latents: Sequence[int], amounts: Sequence[float]) -> SteeringVector:
+    """Latents as a vector, in the unit `peak`."""
+    settings = {"dictionary": FILE, "latents": list(latents), "amounts": list(amounts)}
+    return steerkit.fit(setup.model, setup.tokenizer, train, method="latent", settings=settings, readout=READOUT)
+
+
+def together(train: ContrastSet, setup: Setup, dictionary: Dictionary, latents: Sequence[int]) -> SteeringVector:
+    """Several latents, each as much as its mean gap; the largest counts 1."""
+    positive, negative = sides(train, setup, dictionary)
+    gaps = activation_gap(positive, negative).mean_gap[list(latents)].clamp_min(0.0)
+    return latent(setup, train, latents, (gaps / gaps.max()).tolist())
+
+
+def sides(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    """The latents of both sides [n, k], of the mean over each answer's tokens."""
+    acts = steerkit.record(setup.model, setup.tokenizer, train, [dictionary.site], readout=READOUT)
+    site = acts.sites[0]
+    return dictionary.encode(acts.positive[site]), dictionary.encode(acts.negative[site])
+
+
+def candidates(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> list[Candidate]:
+    """The first latents by activation gap, and random ones of those that fire on the training items."""
+    positive, negative = sides(train, setup, dictionary)
+    gaps = activation_gap(positive, negative)
+    order = [one for one in gaps.order() if gaps.mean_gap[one] > 0]
+    alive = ((positive > 0).any(0) | (negative > 0).any(0)).nonzero()[:, 0].tolist()
+    left = [one for one in alive if one not in order[:ALONE]]
+    drawn = torch.randperm(len(left), generator=torch.Generator().manual_seed(1))[:DRAWN].tolist()
+    listed = [*order[:ALONE], *(left[one] for one in drawn)]
+    return [
+        Candidate(
+            one,
+            place < ALONE,
+            float(gaps.share_gap[one]),
+            output_score(setup, train, dictionary, one),
+            slope(setup, train, dictionary, one),
+        )
+        for place, one in enumerate(listed)
+    ]
+
+
+def output_score(setup: Setup, train: ContrastSet, dictionary: Dictionary, one: int) -> float:
+    """How much steering with a latent promotes the tokens that its row stands for (Arad et al. 2025, 2505.20063)."""
+    model, tokenizer = setup.model, setup.tokenizer
+    vector = latent(setup, train, [one], [1.0])
+    row = dictionary.decoder[one]
+    row = row / torch.linalg.vector_norm(row) * vector.typical(dictionary.site)
+    with torch.no_grad():
+        likely = model.lm_head(model.model.norm(row)).topk(LENS).indices
+        inputs = tokenizer([PREFIX], return_tensors="pt")
+        with steerkit.steer(model, vector, STRONG, prompt_lengths=[inputs["input_ids"].shape[1]]):
+            logits = model(**inputs).logits[0, -1].float()
+    probabilities = logits.softmax(-1)
+    ranks = logits.argsort(descending=True).argsort()[likely]
+    return float((1.0 - ranks.min() / len(logits)) * probabilities[likely].max())
+
+
+def slope(setup: Setup, train: ContrastSet, dictionary: Dictionary, one: int) -> float:
+    """The slope of the preference margin along a latent's row of length 1, on training items."""
+    vector = latent(setup, train, [one], [1.0])
+    found = attribute(Setup(setup.model, setup.tokenizer, train), vector, controls=0)
+    length = float(torch.linalg.vector_norm(vector.params(dictionary.site)["direction"].float()))
+    return found.total.estimate.mean / length
+
+
+def told(rows: Sequence[tuple[Candidate, Row]]) -> None:
+    """How well each score tells which latents steer."""
+    known = [(one, row.figures["preference_margin"]) for one, row in rows if row.reached is not None]
+    steers = [effect.low > 0 for _, effect in known]
+    print(f"{sum(steers)} of {len(steers)} latents raise the margin clearly (95 % interval of the effect above 0).\n")
+    print("| score | AUC for telling them | rank correlation with the effect |")
+    print("| --- | --- | --- |")
+    scores: Mapping[str, list[float]] = {
+        "output score": [one.output for one, _ in known],
+        "activation gap": [one.gap for one, _ in known],
+        "slope on training items": [one.slope for one, _ in known],
+    }
+    effects = torch.tensor([effect.mean for _, effect in known])
+    for name, values in scores.items():
+        plus = torch.tensor([value for value, good in zip(values, steers, strict=True) if good])
+        minus = torch.tensor([value for value, good in zip(values, steers, strict=True) if not good])
+        area = f"{auc(plus, minus):.2f}" if len(plus) and len(minus) else "-"
+        print(f"| {name} | {area} | {ranked(torch.tensor(values), effects):+.2f} |")
+    print()
+
+
+def ranked(one: Tensor, other: Tensor) -> float:
+    """Spearman's correlation."""
+    ranks = torch.stack([one.argsort().argsort().double(), other.argsort().argsort().double()])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def shown(found: Estimate) -> str:
+    """A figure with its interval."""
+    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+if __name__ == "__main__":
+    main()
