@@ -19,7 +19,6 @@ from steerkit.cli import (
     chat,
     compare,
     demo,
-    dictionary,
     discover,
     doctor,
     evaluate,
@@ -47,6 +46,7 @@ from steerkit.cli import (
     sweep,
     vllm_verify,
 )
+from steerkit.cli._dictionary import decompose, train
 from steerkit.cli._program import Program, paragraphs
 
 __all__ = ["app", "main"]
@@ -96,7 +96,10 @@ for _command in (
     app.command(_name, help=paragraphs(_command.run))(_command.run)
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")
-app.add_typer(dictionary.app, name="dictionary")
+dictionary = typer.Typer(no_args_is_help=True, help="Dictionaries of latents (sparse autoencoders).")
+for _run in (train, decompose):
+    dictionary.command(_run.__name__, help=paragraphs(_run))(_run)
+app.add_typer(dictionary, name="dictionary")
 
 
 def _show_version(wanted: bool) -> None:

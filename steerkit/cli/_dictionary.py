@@ -13,7 +13,6 @@ from steerkit._support.json_values import jsonable
 from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._program import paragraphs
 from steerkit.cli._shared import BatchSize, Json, number, print_json, stdout, table
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from steerkit.prompts.conversation import Conversation
     from steerkit.prompts.files.lines import Lines
 
-__all__ = ["app"]
+__all__ = ["decompose", "train"]
 
 TextsOption = Annotated[
     str | None,
@@ -36,8 +35,6 @@ KeepOption = Annotated[bool, typer.Option(help="Keep activations in the work fol
 DictionaryOption = Annotated[
     str, typer.Option("--dictionary", metavar="FILE", help="A file or folder of any known format, or a shipped name.")
 ]
-
-app = typer.Typer(no_args_is_help=True, help="Dictionaries of latents: train a small one, take vectors apart.")
 
 
 @loads_model
@@ -126,10 +123,6 @@ def decompose(
         return
     for site, one in found.items():
         _show(site, one, held.site)
-
-
-app.command("train", help=paragraphs(train))(train)
-app.command("decompose", help=paragraphs(decompose))(decompose)
 
 
 @dataclass(frozen=True)
