@@ -9,6 +9,7 @@ the margin along it are then asked whether they tell which latents steer.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,15 @@ from torch import Tensor
 import steerkit
 from benchmarks.equal_kl import COLUMNS, Row, measured
 from benchmarks.results import recorded
+from steerkit._support.journal import Journal
 from steerkit.dictionary import Dictionary, load_dictionary
 from steerkit.dictionary.selecting import activation_gap
 from steerkit.dictionary.training import explains
-from steerkit.evaluate.attribution import attribute
+from steerkit.evaluate.attribution.slopes import attribute_all
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store_identity import digest_of
 from steerkit.maths.probes import auc
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.neutral import neutral_texts
@@ -35,8 +38,9 @@ from steerkit.vector.steering_vector import SteeringVector
 
 FILE = "dictionaries/smollm2-135m/resid_post.14.safetensors"
 RECIPES = ("optimism-caa", "formality-caa")
-KL, TEXTS, ALONE, DRAWN, TOGETHER = 0.1, 12, 6, 6, 6
+KL, TEXTS, ALONE, DRAWN, TOGETHER, SLOPES = 0.1, 12, 6, 6, 6, 24
 READOUT = "response_mean"
+KEPT = Path("out/latents.jsonl")  # measurements, so that a run that was cut off goes on
 PREFIX, STRONG, LENS = "From my experience,", 10.0, 20
 WORDS = """At one cost, a KL divergence of 0.1 nats per token on neutral texts: latents of the shipped dictionary
 (`{file}`, {site}) by activation gap on the training items, the same number of random latents that fire there, and CAA
@@ -102,7 +106,7 @@ def compare(recipe: Recipe, model: Any, tokenizer: Any, dictionary: Dictionary) 
     found = []
     for one in chosen:
         kind = "latent" if one.is_selected else "random latent"
-        vector = latent(setup, train, [one.latent], [1.0])
+        vector = latent(setup, train, (one.latent,), (1.0,))
         found.append((one, shown_row(f"{kind} {one.latent}", vector, setup, own, one.output)))
     print()
     return found
@@ -110,7 +114,7 @@ def compare(recipe: Recipe, model: Any, tokenizer: Any, dictionary: Dictionary) 
 
 def shown_row(name: str, vector: SteeringVector, setup: Setup, own: Row | None, output: float | None = None) -> Row:
     """Measure a vector and print its row."""
-    (row,) = measured(setup, name, vector, [KL])
+    row = kept(name, vector, setup)
     score = "-" if output is None else f"{output:.3f}"
     if row.reached is None:
         print(f"| {name} | {score} | - | {row.why} | - | - | - |", flush=True)
@@ -122,17 +126,31 @@ def shown_row(name: str, vector: SteeringVector, setup: Setup, own: Row | None, 
     return row
 
 
-def latent(setup: Setup, train: ContrastSet, latents: Sequence[int], amounts: Sequence[float]) -> SteeringVector:
+def kept(name: str, vector: SteeringVector, setup: Setup) -> Row:
+    """What `measured` says of a vector, from an earlier run of this benchmark where there was one."""
+    key = digest_of([vector.digest, KL, TEXTS, [pair[0].text for pair in setup.pairs]])
+    journal = Journal(KEPT, {"of": "benchmarks.latents"})
+    for row in journal.rows:
+        if row["key"] == key:
+            return Row.from_json(row["row"])
+    (found,) = measured(setup, name, vector, [KL])
+    journal.append([{"key": key, "row": found.as_json()}])
+    return found
+
+
+@functools.cache
+def latent(setup: Setup, train: ContrastSet, latents: tuple[int, ...], amounts: tuple[float, ...]) -> SteeringVector:
     """Latents as a vector, in the unit `peak`."""
     settings = {"dictionary": FILE, "latents": list(latents), "amounts": list(amounts)}
-    return steerkit.fit(setup.model, setup.tokenizer, train, method="latent", settings=settings, readout=READOUT)
+    some = train.split(held_out=1.0 - 4 / len(train), seed=0)[0]  # latents that are named need no data
+    return steerkit.fit(setup.model, setup.tokenizer, some, method="latent", settings=settings, readout=READOUT)
 
 
 def together(train: ContrastSet, setup: Setup, dictionary: Dictionary, latents: Sequence[int]) -> SteeringVector:
     """Several latents, each as much as its mean gap; the largest counts 1."""
     positive, negative = sides(train, setup, dictionary)
     gaps = activation_gap(positive, negative).mean_gap[list(latents)].clamp_min(0.0)
-    return latent(setup, train, latents, (gaps / gaps.max()).tolist())
+    return latent(setup, train, tuple(latents), tuple((gaps / gaps.max()).tolist()))
 
 
 def sides(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
@@ -157,16 +175,16 @@ def candidates(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> list
             place < ALONE,
             float(gaps.share_gap[one]),
             output_score(setup, train, dictionary, one),
-            slope(setup, train, dictionary, one),
+            along,
         )
-        for place, one in enumerate(listed)
+        for place, (one, along) in enumerate(zip(listed, slopes(setup, train, dictionary, listed), strict=True))
     ]
 
 
 def output_score(setup: Setup, train: ContrastSet, dictionary: Dictionary, one: int) -> float:
     """How much steering with a latent promotes the tokens that its row stands for (Arad et al. 2025, 2505.20063)."""
     model, tokenizer = setup.model, setup.tokenizer
-    vector = latent(setup, train, [one], [1.0])
+    vector = latent(setup, train, (one,), (1.0,))
     row = dictionary.decoder[one]
     row = row / torch.linalg.vector_norm(row) * vector.typical(dictionary.site)
     with torch.no_grad():
@@ -179,12 +197,13 @@ def output_score(setup: Setup, train: ContrastSet, dictionary: Dictionary, one: 
     return float((1.0 - ranks.min() / len(logits)) * probabilities[likely].max())
 
 
-def slope(setup: Setup, train: ContrastSet, dictionary: Dictionary, one: int) -> float:
-    """The slope of the preference margin along a latent's row of length 1, on training items."""
-    vector = latent(setup, train, [one], [1.0])
-    found = attribute(Setup(setup.model, setup.tokenizer, train), vector, controls=0)
-    length = float(torch.linalg.vector_norm(vector.params(dictionary.site)["direction"].float()))
-    return found.total.estimate.mean / length
+def slopes(setup: Setup, train: ContrastSet, dictionary: Dictionary, latents: Sequence[int]) -> list[float]:
+    """The slope of the preference margin along each latent's row of length 1, on some training items."""
+    vectors = [latent(setup, train, (one,), (1.0,)) for one in latents]
+    part, _ = train.split(held_out=1.0 - SLOPES / len(train), seed=0)
+    found = attribute_all(Setup(setup.model, setup.tokenizer, part), vectors, controls=0)
+    lengths = [float(torch.linalg.vector_norm(one.params(dictionary.site)["direction"].float())) for one in vectors]
+    return [one.total.estimate.mean / length for one, length in zip(found, lengths, strict=True)]
 
 
 def told(rows: Sequence[tuple[Candidate, Row]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +62,27 @@ def test_prompts_of_ones_own_and_a_scale(cli: Cli, answer: Callable[..., Any], w
     assert (refused.code, "beyond the scale from 0 to 1" in refused.err) == (1, True)
     for more in (("--column", "nothing"), ("--scale", "1"), ("--scale", "1,1"), ("--about", "x,1")):
         assert cli(*own, *more).code == 2, more
+
+
+def test_a_judge_and_words_for_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from steerkit.cli._evidence import scorers_of
+    from steerkit.evaluate.judges import judging
+
+    class Mute:
+        name = "mute"
+
+        def score(self, prompts: Sequence[str], *, low: int = 0, high: int = 10) -> list[float | None]:
+            return [None for _ in prompts]
+
+    judge = Mute()
+    monkeypatch.setattr(judging, "judge_of", lambda spec: judge if spec else None)
+    (alone,) = scorers_of(["attempts"], None, None, None)
+    assert (alone.judge, alone.markers) == ("", ())  # type: ignore[attr-defined]
+    (by_words,) = scorers_of(["attempts"], ["sea", "ship"], None, None)
+    assert by_words.markers == ("sea", "ship")  # type: ignore[attr-defined]
+    (judged,) = scorers_of(["attempts"], None, None, "mute")
+    assert judged.judge is judge  # type: ignore[attr-defined]
+    with pytest.raises(typer.BadParameter, match="a judge rates a behaviour"):
+        scorers_of(["repetition"], None, None, "mute")
