@@ -19,6 +19,7 @@ from steerkit.cli import (
     chat,
     compare,
     demo,
+    dictionary,
     discover,
     doctor,
     evaluate,
@@ -33,6 +34,7 @@ from steerkit.cli import (
     import_,
     inspect,
     interference,
+    latents,
     layers,
     lm_eval,
     methods,
@@ -69,6 +71,7 @@ for _command in (
     monitor,
     audit,
     discover,
+    latents,
     evaluate,
     sweep,
     layers,
@@ -94,6 +97,7 @@ for _command in (
 ):
     _name = _command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(_name, help=paragraphs(_command.run))(_command.run)
+app.add_typer(dictionary.app, name="dictionary")
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")
 dictionary = typer.Typer(no_args_is_help=True, help="Dictionaries of latents (sparse autoencoders).")

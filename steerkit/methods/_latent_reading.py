@@ -77,11 +77,12 @@ def digest_of(dictionary: Dictionary) -> Tensor:
     return torch.tensor(list(bytes.fromhex(dictionary.digest)), dtype=torch.int64)
 
 
-def whole_dictionary(path: str, digest: Tensor) -> Dictionary:
+def whole_dictionary(path: str, site: str, digest: Tensor) -> Dictionary:
     """The dictionary that a vector refers to; it is read once for as long as its file stays the same.
 
     Args:
         path: where it was when the vector was fitted.
+        site: where it belongs, where its files do not say; else empty.
         digest: [32] of what it was then.
 
     Raises:
@@ -89,7 +90,7 @@ def whole_dictionary(path: str, digest: Tensor) -> Dictionary:
     """
     remedy = "this vector reads all of its latents; put it there, or fit the vector again"
     try:
-        found = _loaded(path, _changed(path))
+        found = _loaded(path, site, _changed(path))
     except VectorFileError as error:
         raise VectorMismatchError(f"the dictionary {path!r} cannot be read ({error}); {remedy}") from None
     if not torch.equal(digest_of(found), digest):
@@ -105,5 +106,5 @@ def _changed(path: str) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(path: str, _state: tuple[int, ...]) -> Dictionary:
-    return load_dictionary(path)
+def _loaded(path: str, site: str, _state: tuple[int, ...]) -> Dictionary:
+    return load_dictionary(path, site=site or None)

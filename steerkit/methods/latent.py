@@ -54,6 +54,7 @@ from steerkit.methods._protocols import Params, PartsTable, Prepared, WeightUpda
 from steerkit.methods._subject import Subject
 from steerkit.network.decoder import Decoder
 from steerkit.network.sites import Site
+from steerkit.network.tap import locate
 from steerkit.prompts.neutral import neutral_texts
 from steerkit.tokens.forward_pass import Tokens
 from steerkit.vector.steering_vector import SteeringVector
@@ -90,6 +91,8 @@ class Latent(AddDirection):
 
     dictionary: str = ""
     """Where the dictionary is: anything that `steerkit.dictionary.load_dictionary` reads."""
+    site: str = ""
+    """Where it belongs, such as ``"resid_post.12"``, where its files do not say."""
     latents: tuple[int, ...] = ()
     """Which latents; without any, the `count` that fire most on the positive side and least on the negative one."""
     amounts: tuple[float, ...] = ()
@@ -161,7 +164,7 @@ class Latent(AddDirection):
         """
         if not self.dictionary:
             raise FitError("latent: dictionary = '' names none; give its path, such as settings={'dictionary': 'D'}")
-        return load_dictionary(self.dictionary)
+        return load_dictionary(self.dictionary, site=self.site or None)
 
     def fit(self, acts: Activations | None, subject: Subject, sites: list[Site]) -> dict[str, Tensor]:
         """Take the rows of the latents out of the dictionary, and measure the unit on neutral texts.
@@ -177,21 +180,22 @@ class Latent(AddDirection):
         """
         assert acts is not None
         one = self._read()
-        if sites != [one.site]:
+        (site,) = locate(subject.decoder.model, [one.site])  # mlp_raw is mlp_out where nothing lies between
+        if sites != [site]:
             given = ", ".join(map(str, sites))
             raise FitError(f"latent: the dictionary reads {one.site}, not {given}; fit at sites=['{one.site}']")
-        width = acts.positive[one.site].shape[-1]
+        width = acts.positive[site].shape[-1]
         if width != one.width:
             raise FitError(
                 f"latent: activations at {one.site} are {width} wide, the dictionary reads {one.width}; take one that "
                 "was trained on this model"
             )
-        chosen = list(self.latents) or self._chosen(one, acts)
+        chosen = list(self.latents) or self._chosen(one, acts, site)
         try:
             rows = one.rows(chosen)
         except VectorMismatchError as error:
             raise FitError(f"latent: {error}") from None
-        peak = self._peak(one, subject)
+        peak = self._peak(one, subject, site)
         weights = torch.tensor(self.amounts or (1.0,) * len(chosen), dtype=torch.float32)
         amounts = weights * peak if self.unit == "peak" else weights
         found = {
@@ -204,15 +208,15 @@ class Latent(AddDirection):
         }
         if self.unit == "token" or (one.needs_all and self.op != "add"):
             found["digest"] = digest_of(one)
-        return {f"{one.site}/{name}": value for name, value in found.items()}
+        return {f"{site}/{name}": value for name, value in found.items()}
 
-    def _chosen(self, one: Dictionary, acts: Activations) -> list[int]:
+    def _chosen(self, one: Dictionary, acts: Activations, site: Site) -> list[int]:
         """The latents whose share of firing texts is larger on the positive side by most.
 
         Raises:
             FitError: there are fewer than wanted.
         """
-        sides = (one.encode(side[one.site]) for side in (acts.positive, acts.negative))
+        sides = (one.encode(side[site]) for side in (acts.positive, acts.negative))
         gaps = activation_gap(*sides)
         ranked = [latent for latent in gaps.order() if gaps.mean_gap[latent] > 0]
         if len(ranked) < self.count:
@@ -222,14 +226,14 @@ class Latent(AddDirection):
             )
         return ranked[: self.count]
 
-    def _peak(self, one: Dictionary, subject: Subject) -> Tensor:
+    def _peak(self, one: Dictionary, subject: Subject, site: Site) -> Tensor:
         """The median over tokens of neutral texts, each text's first left out, of a token's strongest latent: [].
 
         Raises:
             FitError: no latent fires.
         """
         texts = [text.ids[:_TOKENS] for text in subject.rendered(neutral_texts()[:_TEXTS])]
-        read = subject.record_ids([ids for ids in texts if len(ids) > 1], [one.site])[one.site]
+        read = subject.record_ids([ids for ids in texts if len(ids) > 1], [site])[site]
         strongest = torch.cat([one.encode(rows[1:].float()).amax(dim=-1) for rows in read])
         peak = strongest.median()
         if not float(peak) > 0:
@@ -272,7 +276,7 @@ class Latent(AddDirection):
             **placed_rows(params, wide, device),
         }
         if "digest" in params:
-            one = whole_dictionary(self.dictionary, params["digest"])
+            one = whole_dictionary(self.dictionary, self.site, params["digest"])
             every = rows_tensors(one.rows(range(one.num_latents)))
             found |= placed_rows(every, wide, device, "all_")
             found["latents"] = params["latents"].to(device)

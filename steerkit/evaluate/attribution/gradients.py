@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from steerkit.evaluate.setup import Setup
     from steerkit.prompts.rendering import Rendered
 
-__all__ = ["Along", "refuse_without_slope", "slopes_of_texts"]
+__all__ = ["Along", "products_of_texts", "refuse_without_slope", "slopes_of_texts"]
 
 _HAIR = 1e-6
 
@@ -131,6 +131,17 @@ def _tangent(edit: Edit, params: Params, h: Tensor, read: Tensor | None, tokens:
     return tangent
 
 
+@dataclass(eq=False)
+class _Reader(_Probe):
+    """A probe that is told activations and gradients themselves."""
+
+    told: Callable[[Tensor, Tensor], Tensor] = field(kw_only=True)
+
+    def _slopes(self, h: Tensor, read: Tensor | None, gradient: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        wide = gradient.float()
+        return self.told(h.float(), wide if tokens.mask is None else wide * tokens.mask).cpu(), None
+
+
 def refuse_without_slope(vector: SteeringVector) -> None:
     """Refuse vectors whose effect has no slope at a strength that changes nothing.
 
@@ -186,16 +197,55 @@ def slopes_of_texts(
     """
     beside = list(others) or [[] for _ in vectors]
     probes = [_planned(setup, vector, also, parts) for vector, also in zip(vectors, beside, strict=True)]
-    flat = [probe for own in probes for probe in own]
+    scores, found = _over_texts(setup, texts, score, [probe for own in probes for probe in own])
+    alongs = iter(found)
+    return scores, [{probe.tap.site: next(alongs) for probe in own} for own in probes]
+
+
+def products_of_texts(
+    setup: Setup,
+    texts: Sequence[Rendered],
+    score: Callable[[Answer], Tensor],
+    vector: SteeringVector,
+    told: Callable[[Tensor, Tensor], Tensor],
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Whatever products of activations and gradients are wanted at the one site of a vector, from the same passes.
+
+    Args:
+        setup: model and tokenizer.
+        texts: with answers.
+        score: of one text's answer: [k] numbers that carry gradients.
+        vector: says where, and by its scope at which tokens.
+        told: from activations [b, t, d] and gradients [b, t, d], zero at all other tokens, both float32, to [c, b].
+        count: how many numbers c that are for each row.
+
+    Returns:
+        The scores [k, n], and the products [c, k, n].
+
+    Raises:
+        DataError: a text has no answer.
+        ModelError: no gradient goes through the model.
+    """
+    (probe,) = _planned(setup, vector, (), lambda site: False)
+    own: dict[str, Any] = {one.name: getattr(probe, one.name) for one in fields(Edit)}
+    reader = _Reader(**own, variants=[probe.params] * count, in_parts=False, told=told)
+    scores, (found,) = _over_texts(setup, texts, score, [reader])
+    return scores, torch.cat([found.own[None], found.others])
+
+
+def _over_texts(
+    setup: Setup, texts: Sequence[Rendered], score: Callable[[Answer], Tensor], flat: Sequence[_Probe]
+) -> tuple[Tensor, list[Along]]:
+    """Scores [k, n], and what each probe was told, in the order of the texts."""
     with torch.inference_mode(mode=False):  # whose tensors nothing can be differentiated through
         passes = AnswerPasses([setup.baseline], texts, None)
         ran = list(run_batches(passes.work(), lambda batch: _run(setup, passes, batch, score, flat)))
     if not ran:
         raise DataError("attribution: there is no text to score; give data")
     place = torch.tensor([row for batch, _ in ran for row in batch.rows], dtype=torch.long).argsort()
-    alongs = iter([_joined([found[number] for _, (_, found) in ran], place) for number in range(len(flat))])
-    scores = torch.cat([values for _, (values, _) in ran], dim=-1)[..., place]
-    return scores, [{probe.tap.site: next(alongs) for probe in own} for own in probes]
+    alongs = [_joined([found[number] for _, (_, found) in ran], place) for number in range(len(flat))]
+    return torch.cat([values for _, (values, _) in ran], dim=-1)[..., place], alongs
 
 
 def _joined(found: Sequence[tuple[Tensor, Tensor | None]], place: Tensor) -> Along:
