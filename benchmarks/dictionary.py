@@ -21,7 +21,7 @@ import steerkit
 from benchmarks.results import FOLDER, recorded
 from steerkit._support.files import write_whole
 from steerkit.dictionary import Dictionary, load_dictionary
-from steerkit.dictionary.training import explains
+from steerkit.dictionary.fitness import check_dictionary
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.neutral import neutral_texts
 from steerkit.recipe import find_recipe
@@ -81,8 +81,8 @@ def quality(model: Any, tokenizer: Any, dictionary: Dictionary) -> None:
     print("| texts | tokens | variance left (FVU) | latents that fire at a token (L0) | latents that never fire |")
     print("| --- | --- | --- | --- | --- |")
     for name, texts in texts_of().items():
-        found = explains(model, tokenizer, dictionary, texts)
-        cells = (str(found.tokens), f"{found.unexplained:.3f}", f"{found.fire:.1f}", f"{found.silent:.0%}")
+        found = check_dictionary(model, tokenizer, dictionary, texts)
+        cells = (str(found.tokens), f"{found.fvu:.3f}", f"{found.l0:.1f}", f"{found.dead:.0%}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     print()
 
@@ -164,7 +164,7 @@ _CARD = """# A dictionary of SmolLM2-135M-Instruct at {site}
 
 {table}
 
-The first token of each text and massive tokens are left out.
+The first token of each text is left out.
 
 **Limits.** Most of the training texts are short answers in one chat format, many of them about the behaviours of the
 recipes, so latents are fewer and coarser than the language would need, and good at telling those behaviours: nothing

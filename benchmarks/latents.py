@@ -23,16 +23,16 @@ from benchmarks.equal_kl import COLUMNS, Row, measured
 from benchmarks.results import recorded
 from steerkit._support.journal import Journal
 from steerkit.dictionary import Dictionary, load_dictionary
+from steerkit.dictionary.fitness import check_dictionary
 from steerkit.dictionary.selecting import activation_gap
-from steerkit.dictionary.training import explains
 from steerkit.evaluate.attribution.slopes import attribute_all
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.output_score import output_scores
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store_identity import digest_of
 from steerkit.maths.probes import auc
 from steerkit.prompts.contrast_set import ContrastSet
-from steerkit.prompts.neutral import neutral_texts
 from steerkit.recipe import Recipe, find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -41,7 +41,7 @@ RECIPES = ("optimism-caa", "formality-caa")
 KL, TEXTS, ALONE, DRAWN, TOGETHER, SLOPES = 0.1, 12, 6, 6, 6, 24
 READOUT = "response_mean"
 KEPT = Path("out/latents.jsonl")  # measurements, so that a run that was cut off goes on
-PREFIX, STRONG, LENS = "From my experience,", 10.0, 20
+PUBLISHED = 10.0
 WORDS = """At one cost, a KL divergence of 0.1 nats per token on neutral texts: latents of the shipped dictionary
 (`{file}`, {site}) by activation gap on the training items, the same number of random latents that fire there, and CAA
 at the same site. "{together} latents" adds the first {together} together, each as much as its mean gap. Effect: change
@@ -78,10 +78,10 @@ def main() -> None:
         facts["model"] = model
         dictionary = load_dictionary(Path(FILE))
         print(f"{WORDS.format(file=FILE, site=dictionary.site, together=TOGETHER)}\n")
-        fits = explains(model, tokenizer, dictionary, neutral_texts())
+        fits = check_dictionary(model, tokenizer, dictionary)
         print(
-            f"{dictionary.num_latents} latents; on {fits.tokens} tokens of the neutral texts {fits.unexplained:.3f} of "
-            f"the variance is left, {fits.fire:.1f} latents fire at a token, {fits.silent:.0%} fire at none.\n"
+            f"{dictionary.num_latents} latents; on {fits.tokens} tokens of the neutral texts {fits.fvu:.3f} of the "
+            f"variance is left (FVU) and {fits.l0:.1f} latents fire at a token.\n"
         )
         rows: list[tuple[Candidate, Row]] = []
         for name in RECIPES:
@@ -169,32 +169,19 @@ def candidates(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> list
     left = [one for one in alive if one not in order[:ALONE]]
     drawn = torch.randperm(len(left), generator=torch.Generator().manual_seed(1))[:DRAWN].tolist()
     listed = [*order[:ALONE], *(left[one] for one in drawn)]
+    rows, much = dictionary.rows(listed).decoder, amounts(setup, train, dictionary, listed)
+    scored = output_scores(setup.model, setup.tokenizer, dictionary.site, rows, amounts=much).scores.tolist()
+    along = slopes(setup, train, dictionary, listed)
     return [
-        Candidate(
-            one,
-            place < ALONE,
-            float(gaps.share_gap[one]),
-            output_score(setup, train, dictionary, one),
-            along,
-        )
-        for place, (one, along) in enumerate(zip(listed, slopes(setup, train, dictionary, listed), strict=True))
+        Candidate(one, place < ALONE, float(gaps.share_gap[one]), scored[place], along[place])
+        for place, one in enumerate(listed)
     ]
 
 
-def output_score(setup: Setup, train: ContrastSet, dictionary: Dictionary, one: int) -> float:
-    """How much steering with a latent promotes the tokens that its row stands for (Arad et al. 2025, 2505.20063)."""
-    model, tokenizer = setup.model, setup.tokenizer
-    vector = latent(setup, train, (one,), (1.0,))
-    row = dictionary.decoder[one]
-    row = row / torch.linalg.vector_norm(row) * vector.typical(dictionary.site)
-    with torch.no_grad():
-        likely = model.lm_head(model.model.norm(row)).topk(LENS).indices
-        inputs = tokenizer([PREFIX], return_tensors="pt")
-        with steerkit.steer(model, vector, STRONG, prompt_lengths=[inputs["input_ids"].shape[1]]):
-            logits = model(**inputs).logits[0, -1].float()
-    probabilities = logits.softmax(-1)
-    ranks = logits.argsort(descending=True).argsort()[likely]
-    return float((1.0 - ranks.min() / len(logits)) * probabilities[likely].max())
+def amounts(setup: Setup, train: ContrastSet, dictionary: Dictionary, latents: Sequence[int]) -> Tensor:
+    """How much of each latent the output score writes, [k]: ten times the usual strongest latent, as published."""
+    peak = latent(setup, train, (latents[0],), (1.0,)).params(dictionary.site)["peak"]
+    return torch.full((len(latents),), PUBLISHED * float(peak))
 
 
 def slopes(setup: Setup, train: ContrastSet, dictionary: Dictionary, latents: Sequence[int]) -> list[float]:

@@ -97,13 +97,11 @@ for _command in (
 ):
     _name = _command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(_name, help=paragraphs(_command.run))(_command.run)
+for _run in (train, decompose):
+    dictionary.app.command(_run.__name__, help=paragraphs(_run))(_run)
 app.add_typer(dictionary.app, name="dictionary")
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")
-dictionary = typer.Typer(no_args_is_help=True, help="Dictionaries of latents (sparse autoencoders).")
-for _run in (train, decompose):
-    dictionary.command(_run.__name__, help=paragraphs(_run))(_run)
-app.add_typer(dictionary, name="dictionary")
 
 
 def _show_version(wanted: bool) -> None:

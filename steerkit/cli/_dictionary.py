@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from steerkit.cli._shared import BatchSize, Json, number, print_json, stdout, ta
 
 if TYPE_CHECKING:
     from steerkit.dictionary.decomposition import Decomposition
+    from steerkit.dictionary.fitness import Fitness
     from steerkit.network.sites import Site
     from steerkit.prompts.conversation import Conversation
     from steerkit.prompts.files.lines import Lines
@@ -61,6 +62,7 @@ def train(
     shipped neutral ones, is told at the end: read that before you use a latent.
     """
     from steerkit.dictionary.compact import save_compact
+    from steerkit.dictionary.fitness import check_dictionary
     from steerkit.dictionary.learning import Learning
     from steerkit.dictionary.training import train_dictionary
     from steerkit.network.decoder import find_decoder
@@ -80,10 +82,10 @@ def train(
         found = train_dictionary(loaded, tokenizer, read, place, how, told={"texts": told}, step=step, **options)
         written = save_compact(found, out)
         step("measuring")
-        fits = _fits(loaded, tokenizer, written)
-    answer = {"file": str(out), "site": str(place), "work": str(folder), **written.provenance["trained"], **fits}
+        fits = check_dictionary(loaded, tokenizer, written)
+    answer = {"file": str(out), "site": str(place), "work": str(folder), **written.provenance["trained"]}
     if as_json:
-        print_json(jsonable(answer))
+        print_json(jsonable({**answer, "neutral": asdict(fits)}))
         return
     typer.echo(
         f"wrote {out}: {latents} latents at {place}, {answer['tokens_read']} tokens of {answer['texts_read']} texts"
@@ -196,20 +198,11 @@ def _shipped() -> list[Conversation]:
     return list(found.values())
 
 
-def _words(fits: dict[str, dict[str, float]]) -> str:
-    neutral = fits["neutral"]
+def _words(fits: Fitness) -> str:
     return (
-        f"on the neutral texts, which it was not trained on: {neutral['unexplained']:.3f} of the variance left, "
-        f"{neutral['fire']:.1f} latents fire at a token, {neutral['silent']:.0%} of all never do"
+        f"on {fits.tokens} tokens of the neutral texts, which it was not trained on: {fits.fvu:.3f} of the variance "
+        f"left (FVU), {fits.l0:.1f} latents fire at a token, {fits.dead:.0%} of all never do"
     )
-
-
-def _fits(model: Any, tokenizer: Any, dictionary: Any) -> dict[str, dict[str, float]]:
-    """How well a dictionary explains the shipped neutral texts."""
-    from steerkit.dictionary.training import explains
-    from steerkit.prompts.neutral import neutral_texts
-
-    return {"neutral": explains(model, tokenizer, dictionary, neutral_texts())._asdict()}
 
 
 def _show(site: Site, found: Decomposition, own: Site) -> None:

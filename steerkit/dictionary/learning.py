@@ -15,6 +15,7 @@ those of Gao et al. (2024), arXiv 2406.04093.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from torch import Tensor
 from steerkit._support.precision import full_precision
 from steerkit.errors import FitError
 
-__all__ = ["Learner", "Learning", "Step"]
+__all__ = ["Learner", "Learning", "Step", "seed_of"]
 
 THRESHOLD_RATE = 0.02
 AUXILIARY, BROUGHT_BACK = 1 / 32, 64  # weight of the auxiliary loss; dead latents in it for each token
@@ -81,6 +82,21 @@ class Step(NamedTuple):
     dead: int
 
 
+def seed_of(*parts: str | int) -> int:
+    """A seed of its own for each use: small seeds draw the random directions that are controls.
+
+    A row that begins as one of these would be no surprise in it. The generator of the CPU looks at the lower 32 bits of
+    a seed only, so parts are not to be shifted beside each other.
+
+    Args:
+        parts: what it is for.
+
+    Returns:
+        32 bits.
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
 class Learner:
     """Parameters, Adam's moments and counts of a dictionary that is being learned, float32 on the CPU.
 
@@ -102,7 +118,7 @@ class Learner:
             raise FitError("the tokens read do not differ; give other texts, or another site")
         self.scale = math.sqrt(width / spread)
         self.threshold = 0.0
-        draw = torch.Generator().manual_seed(how.seed)
+        draw = torch.Generator().manual_seed(seed_of("rows", how.seed))
         decoder = torch.nn.functional.normalize(torch.randn(how.latents, width, generator=draw, dtype=torch.float32))
         self.parameters: dict[str, Tensor] = {
             "encoder": decoder.clone(),

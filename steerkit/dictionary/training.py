@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from steerkit._support.files import write_whole
 from steerkit._support.journal import Journal
 from steerkit.dictionary.dictionary import Dictionary
-from steerkit.dictionary.learning import Learner, Learning
+from steerkit.dictionary.learning import Learner, Learning, seed_of
 from steerkit.dictionary.token_chunks import TokenChunks
 from steerkit.errors import DataError
 from steerkit.model.weights import weights_digest
 from steerkit.network.sites import Site
 from steerkit.prompts.conversation import Conversation
 
-__all__ = ["Explained", "explains", "train_dictionary"]
+__all__ = ["train_dictionary"]
 
 STATE, PROGRESS, TOKENS = "state.safetensors", "progress.jsonl", "tokens"
 
@@ -114,55 +114,6 @@ def train_dictionary(
     )
 
 
-class Explained(NamedTuple):
-    """How well a dictionary explains the tokens of some texts.
-
-    Attributes:
-        tokens: how many.
-        unexplained: squared error over the variance; 0 explains all, 1 is no better than the mean.
-        fire: latents that fire at a token, on average.
-        silent: share of the latents that fire at none.
-    """
-
-    tokens: int
-    unexplained: float
-    fire: float
-    silent: float
-
-
-def explains(
-    model: nn.Module, tokenizer: Any, dictionary: Dictionary, texts: Iterable[Conversation], *, batch_size: int = 16
-) -> Explained:
-    """Measure how well a dictionary explains what a model makes of texts, without each text's first token.
-
-    Args:
-        model: a transformers model.
-        tokenizer: its tokenizer.
-        dictionary: of one of the model's sites.
-        texts: best such as it was not trained on.
-        batch_size: texts per pass.
-
-    Raises:
-        DataError: no text has a token to be read.
-        SteerError: a text cannot be read, or the dictionary is of another width.
-    """
-    count, error, fired = 0, 0.0, 0.0
-    mean = power = torch.zeros(dictionary.width, dtype=torch.float64)
-    ever = torch.zeros(dictionary.num_latents, dtype=torch.bool)
-    for chunk in TokenChunks(model, tokenizer, texts, dictionary.site, batch_size=batch_size).read():
-        for rows in torch.split(chunk.rows.float(), 1 << 10):
-            latents = dictionary.encode(rows)
-            error += float((rows - dictionary.decode(latents)).double().square().sum())
-            fired += float((latents > 0).double().sum())
-            ever |= (latents > 0).any(0)
-            count += len(rows)
-            mean, power = mean + rows.double().sum(0), power + rows.double().square().sum(0)
-    if not count:
-        raise DataError("no text has a token to be read; give others")
-    variance = float((power - mean.square() / count).sum())
-    return Explained(count, error / variance, fired / count, 1.0 - float(ever.double().mean()))
-
-
 class _Run:
     """A run and where it is.
 
@@ -228,7 +179,9 @@ class _Run:
                 yield number, chunk.rows, chunk.texts
             return
         count = sum(row["pass"] == 0 for row in self.journal.rows)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.how.seed + turn)).tolist()
+        order = torch.randperm(
+            count, generator=torch.Generator().manual_seed(seed_of("chunks", self.how.seed, turn))
+        ).tolist()
         for number in order[len(mine) :]:
             chunk = self._chunks.kept(number)
             yield number, chunk.rows, chunk.texts
@@ -237,7 +190,7 @@ class _Run:
         """Learn from a chunk, write the state, then the row."""
         if self.learner is None:
             self.learner = Learner(tokens, self.how)
-        draw = torch.Generator().manual_seed((self.how.seed << 40) + (turn << 20) + number)
+        draw = torch.Generator().manual_seed(seed_of("tokens", self.how.seed, turn, number))
         order = torch.randperm(len(tokens), generator=draw)
         size = min(self.how.batch, len(tokens))
         found = [
