@@ -1,4 +1,4 @@
-"""Latents of the shipped dictionary, random ones and CAA at one cost: `python -m benchmarks.latents [--write]`.
+"""Latents of the shipped dictionary, random ones and CAA at one cost: `python -m benchmarks.latent_effects [--write]`.
 
 Latents are selected on a recipe's training items by activation gap; every vector is measured on the held-out ones at
 the strength at which it costs the same KL divergence on neutral texts (see `benchmarks.equal_kl`). Random latents are
@@ -69,11 +69,11 @@ class Candidate:
 
 def main() -> None:
     """Print the comparison as Markdown."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.latents")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.latent_effects")
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     options = parser.parse_args()
     title = "Latents beside random latents and CAA, at one KL divergence"
-    with recorded("latents", title, "benchmarks.latents", wanted=options.write) as facts:
+    with recorded("latents", title, "benchmarks.latent_effects", wanted=options.write) as facts:
         model, tokenizer = steerkit.load_model()
         facts["model"] = model
         dictionary = load_dictionary(Path(FILE))
