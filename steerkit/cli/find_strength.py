@@ -85,6 +85,7 @@ def run(
     """
     from steerkit._support.shipped import vector_path
     from steerkit.evaluate.bisection import find_strength
+    from steerkit.evaluate.judges.rubric import last_question
     from steerkit.evaluate.setup import Setup
     from steerkit.vector.steering_vector import SteeringVector
 
@@ -105,19 +106,15 @@ def run(
         score = _tried(setup, tried, scoring, name, ends, each, seed, step)
         how: dict[str, Any] = {"rises": rises, "about": prior, "tries": tries, "tolerance": tolerance}
         found = find_strength(score, target, low=low, high=high, **how)
-    if out is not None and found.is_bracketed:
-        replace(chosen, suggested_strength=found.strength, calibration={}).save(out)
-    written = str(out) if out is not None and found.is_bracketed else None
+    written = out if out is not None and found.is_bracketed else None
+    if written is not None:
+        replace(chosen, suggested_strength=found.strength, calibration={}).save(written)
     if as_json:
-        print_json(jsonable({"vector": vector, "file": written, "column": name, **found.as_json()}))
+        file = None if written is None else str(written)
+        print_json(jsonable({"vector": vector, "file": file, "column": name, **found.as_json()}))
     else:
         _show(found, name)
-        if written is not None:
-            typer.echo(f"wrote {written}")
-        if found.is_bracketed:
-            typer.echo(
-                f"use it:\n  {usage_line(_text(asked[0]), written or vector, strength=found.strength, model=model)}"
-            )
+        _show_usage(found, written, vector, last_question(asked[0]), model)
     if not found.is_bracketed:
         raise typer.Exit(1)
 
@@ -204,10 +201,12 @@ def _two(text: str, option: str) -> tuple[float, float]:
     return found[0], found[1]
 
 
-def _text(prompt: Conversation) -> str:
-    from steerkit.evaluate.judges.rubric import last_question
-
-    return last_question(prompt)
+def _show_usage(found: FoundStrength, written: Path | None, vector: str, question: str, model: ModelChoice) -> None:
+    if written is not None:
+        typer.echo(f"wrote {written}")
+    if found.is_bracketed:
+        usage = usage_line(question, vector if written is None else str(written), strength=found.strength, model=model)
+        typer.echo(f"use it:\n  {usage}")
 
 
 def _show(found: FoundStrength, column: str) -> None:
