@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["decompose", "train"]
 
+_GLANCE = 1 << 20  # bytes
+
 TextsOption = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Texts, prompts or chats, JSONL or a text a line. (default: what ships)"),
@@ -79,7 +81,7 @@ def train(
     place = Site(depth // 2, "resid_post") if site is None else Site.of(site)
     options: dict[str, Any] = {"work": folder, "keep": keep, "batch_size": batch_size, "max_tokens": max_tokens}
     with status("training") as step:
-        found = train_dictionary(loaded, tokenizer, read, place, how, told={"texts": told}, step=step, **options)
+        found = train_dictionary(loaded, tokenizer, read, place, how, told=told, step=step, **options)
         written = save_compact(found, out)
         step("measuring")
         fits = check_dictionary(loaded, tokenizer, written)
@@ -159,7 +161,7 @@ def _text(value: Any) -> Conversation:
     return found if answer is None else Conversation.of(found, answer=answer)
 
 
-def _texts(source: str | None) -> tuple[Iterable[Conversation], str]:
+def _texts(source: str | None) -> tuple[Iterable[Conversation], dict[str, str]]:
     """The texts, and what the dictionary's file says of them.
 
     Raises:
@@ -171,14 +173,30 @@ def _texts(source: str | None) -> tuple[Iterable[Conversation], str]:
     from steerkit.prompts.files.reading import read_rows
 
     if source is None:
-        return _shipped(), "the training items of the shipped recipes, both sides"
-    lines = lines_of(source, Columns())
+        shipped = _shipped()
+        told = {"texts": "the training items of the shipped recipes, both sides"}
+        return shipped, {**told, "texts_digest": _digest(repr(shipped).encode())}
+    lines, name = lines_of(source, Columns()), Path(source).name
     if lines is not None:
-        return _FileTexts(lines), Path(source).name
-    rows = read_rows(source, what="texts")
-    return [
-        Conversation(one.value, raw=True) if isinstance(one.value, str) else _text(one.value) for one in rows.rows
-    ], (Path(source).name)
+        return _FileTexts(lines), {"texts": name, "texts_digest": _glance(Path(source))}
+    rows = [row.value for row in read_rows(source, what="texts").rows]
+    found = [Conversation(one, raw=True) if isinstance(one, str) else _text(one) for one in rows]
+    return found, {"texts": name, "texts_digest": _digest(repr(found).encode())}
+
+
+def _glance(path: Path) -> str:
+    """A digest of a file's size, beginning and end: a changed file is told, and a large one not read twice."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(_GLANCE)
+        file.seek(max(size - _GLANCE, 0))
+        return _digest(f"{size}\n".encode() + first + file.read())
+
+
+def _digest(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _shipped() -> list[Conversation]:

@@ -236,6 +236,9 @@ def test_the_command(cli: Cli, answer: Callable[..., Any], here: Path, tiny: Pat
     shown = cli(*WORDS, "--model", tiny, "--out", "e.safetensors")  # the shipped texts, at the block in the middle
     assert (shown.code, "of the variance left" in shown.out) == (0, True)
     assert str(load_dictionary("e.safetensors").site) == "resid_post.2"
+    Path("t.jsonl").write_text('{"text": "another file of that name"}\n' * 18)
+    words = (*WORDS, "--texts", "t.jsonl", "--site", "resid_post.2", "--model", tiny, "--out", "d.safetensors")
+    assert "was begun with told" in cli(*words).err
     Path("bad.jsonl").write_text('{"text": "fine, it is"}\n{"nothing": 1}\n')
     ended = cli(*WORDS, "--texts", "bad.jsonl", "--model", tiny, "--out", "f.safetensors")
     assert (ended.code, "bad.jsonl, line 2" in ended.err) == (1, True)
