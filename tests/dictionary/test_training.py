@@ -16,7 +16,7 @@ from torch import Tensor
 from steerkit.activations.recording import record_ids
 from steerkit.dictionary import Dictionary, load_dictionary
 from steerkit.dictionary.compact import save_compact
-from steerkit.dictionary.learning import AUXILIARY, BROUGHT_BACK, Learner, Learning
+from steerkit.dictionary.learning import AUXILIARY, BROUGHT_BACK, Learner, Learning, seed_of
 from steerkit.dictionary.token_chunks import TokenChunks
 from steerkit.dictionary.training import PROGRESS, train_dictionary
 from steerkit.errors import DataError, FitError, SiteError
@@ -92,6 +92,18 @@ def test_a_step_is_adam_on_the_loss_with_a_decoder_of_length_1() -> None:
         for name, one in slow.items():
             assert torch.allclose(learner.parameters[name].double(), one, atol=2e-5), (turn, name)
     assert learner.seen == 192
+
+
+def test_no_row_begins_as_a_random_direction_that_is_a_control_elsewhere() -> None:
+    """A dictionary that began with the directions of small seeds would explain just these."""
+    rows, _ = planted(50)
+    for seed in range(3):
+        begun = Learner(rows, Learning(latents=40, top_k=3, seed=seed)).parameters["decoder"]
+        for other in range(5):
+            drawn = torch.randn(40, 12, generator=torch.Generator().manual_seed(other), dtype=torch.float32)
+            assert float((torch.nn.functional.normalize(drawn) * begun).sum(-1).abs().mean()) < 0.5
+    assert len({seed_of("tokens", run, turn, n) for run in range(4) for turn in range(4) for n in range(4)}) == 64
+    assert 0 <= seed_of("x") < 1 << 32
 
 
 def test_planted_rows_come_back() -> None:
