@@ -159,7 +159,9 @@ _CARD = """# A dictionary of SmolLM2-135M-Instruct at {site}
   texts are what steerkit ships (training items of recipes, requests, finetuning data, pages of the documentation,
   answers of the unsteered and the prompted model) and 320 texts that the model itself wrote to prompts of ours at
   temperature 1. Dictionaries of the field see a thousand times as much, of everything that people write.
-- **Not in it:** the neutral texts, and the held-out items of every recipe.
+- **Not in it:** the neutral texts' answers, and the answers of all held-out items of the recipes (a few of their
+  questions occur with other answers). Massive tokens, more than ten times as long as the median of their text, and each
+  text's first token were left out of training.
 - **At the end of training** {left:.3f} of the variance was left on the training texts, and {dead} latents were dead.
 
 {table}
