@@ -28,6 +28,7 @@ from steerkit.dictionary.selecting import activation_gap
 from steerkit.evaluate.attribution.slopes import attribute_all
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.intervals import Estimate
+from steerkit.evaluate.latents import latent_gradients
 from steerkit.evaluate.output_score import output_scores
 from steerkit.evaluate.setup import Setup
 from steerkit.evaluate.store_identity import digest_of
@@ -38,14 +39,18 @@ from steerkit.vector.steering_vector import SteeringVector
 
 FILE = "dictionaries/smollm2-135m/resid_post.14.safetensors"
 RECIPES = ("optimism-caa", "formality-caa")
-KL, TEXTS, ALONE, DRAWN, TOGETHER, SLOPES = 0.1, 12, 6, 6, 6, 24
+KL, TEXTS, ALONE, CARRIED, DRAWN, TOGETHER, SLOPES = 0.1, 12, 6, 4, 6, 6, 24
 READOUT = "response_mean"
 KEPT = Path("out/latents.jsonl")  # measurements, so that a run that was cut off goes on
 PUBLISHED = 10.0
+ONES = (1.0,) * TOGETHER
 WORDS = """At one cost, a KL divergence of 0.1 nats per token on neutral texts: latents of the shipped dictionary
-(`{file}`, {site}) by activation gap on the training items, the same number of random latents that fire there, and CAA
-at the same site. "{together} latents" adds the first {together} together, each as much as its mean gap. Effect: change
-of the preference margin on held-out items, nats per token. Differences are paired, the same item under both."""
+(`{file}`, {site}) and CAA at the same site. Latents are chosen on the
+training items: by gap (how much oftener they fire on the positive side), by gradient (how much of the preference margin
+they carry, on {slopes} items), or at random of those that fire there. "{together} latents" are the first {together}
+together: by gap each as much as its mean gap, by gradient all alike. "All latents": every one as much as its mean gap,
+which is about CAA's direction as far as the dictionary holds it. Effect: change of the preference margin on held-out
+items, nats per token. Differences are paired, the same item under both."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,14 @@ class Candidate:
 
     Attributes:
         latent: its number.
-        is_selected: by activation gap; else drawn at random.
+        kind: how it was chosen: by gap, by gradient, or at random.
         gap: difference of the shares of texts in which it fires.
         output: output score.
         slope: of the preference margin along its row on training items, nats per token and unit of length.
     """
 
     latent: int
-    is_selected: bool
+    kind: str
     gap: float
     output: float
     slope: float
@@ -77,7 +82,7 @@ def main() -> None:
         model, tokenizer = steerkit.load_model()
         facts["model"] = model
         dictionary = load_dictionary(Path(FILE))
-        print(f"{WORDS.format(file=FILE, site=dictionary.site, together=TOGETHER)}\n")
+        print(f"{WORDS.format(file=FILE, site=dictionary.site, together=TOGETHER, slopes=SLOPES)}\n")
         fits = check_dictionary(model, tokenizer, dictionary)
         print(
             f"{dictionary.num_latents} latents; on {fits.tokens} tokens of the neutral texts {fits.fvu:.3f} of the "
@@ -99,15 +104,20 @@ def compare(recipe: Recipe, model: Any, tokenizer: Any, dictionary: Dictionary) 
     print("| | output score | strength | KL | effect | CAA's effect less this one's | perplexity ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     caa = steerkit.fit(model, tokenizer, train, method="caa", sites=[dictionary.site], readout=READOUT)
-    whole = together(train, setup, dictionary, [one.latent for one in chosen if one.is_selected][:TOGETHER])
     own = shown_row("CAA", caa, setup, None)
-    shown_row(f"{TOGETHER} latents", whole, setup, own)
-    shown_row("random direction", random_like(caa, seed=1), setup, own)
+    listed = {kind: [one.latent for one in chosen if one.kind == kind] for kind in ("gap", "gradient")}
+    several = {
+        f"{TOGETHER} latents by gap": together(train, setup, dictionary, listed["gap"][:TOGETHER]),
+        f"{TOGETHER} latents by gradient": latent(setup, train, carried(train, setup, dictionary)[:TOGETHER], ONES),
+        "all latents": together(train, setup, dictionary, range(dictionary.num_latents), signed=True),
+        "random direction": random_like(caa, seed=1),
+    }
+    for name, vector in several.items():
+        shown_row(name, vector, setup, own)
     found = []
     for one in chosen:
-        kind = "latent" if one.is_selected else "random latent"
         vector = latent(setup, train, (one.latent,), (1.0,))
-        found.append((one, shown_row(f"{kind} {one.latent}", vector, setup, own, one.output)))
+        found.append((one, shown_row(f"latent {one.latent}, {one.kind}", vector, setup, own, one.output)))
     print()
     return found
 
@@ -142,15 +152,30 @@ def kept(name: str, vector: SteeringVector, setup: Setup) -> Row:
 def latent(setup: Setup, train: ContrastSet, latents: tuple[int, ...], amounts: tuple[float, ...]) -> SteeringVector:
     """Latents as a vector, in the unit `peak`."""
     settings = {"dictionary": FILE, "latents": list(latents), "amounts": list(amounts)}
-    some = train.split(held_out=1.0 - 4 / len(train), seed=0)[0]  # latents that are named need no data
-    return steerkit.fit(setup.model, setup.tokenizer, some, method="latent", settings=settings, readout=READOUT)
+    few = train.split(held_out=1.0 - 4 / len(train), seed=0)[0]  # latents that are named need no data
+    return steerkit.fit(setup.model, setup.tokenizer, few, method="latent", settings=settings, readout=READOUT)
 
 
-def together(train: ContrastSet, setup: Setup, dictionary: Dictionary, latents: Sequence[int]) -> SteeringVector:
-    """Several latents, each as much as its mean gap; the largest counts 1."""
+def together(
+    train: ContrastSet, setup: Setup, dictionary: Dictionary, latents: Sequence[int], *, signed: bool = False
+) -> SteeringVector:
+    """Several latents, each as much as its mean gap; the largest counts 1, and negative gaps nothing unless signed."""
     positive, negative = sides(train, setup, dictionary)
-    gaps = activation_gap(positive, negative).mean_gap[list(latents)].clamp_min(0.0)
+    gaps = activation_gap(positive, negative).mean_gap[list(latents)]
+    gaps = gaps if signed else gaps.clamp_min(0.0)
     return latent(setup, train, tuple(latents), tuple((gaps / gaps.max()).tolist()))
+
+
+@functools.cache
+def carried(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[int, ...]:
+    """Latents by how much of the margin they carry on some training items, the most first."""
+    gradients = latent_gradients(Setup(setup.model, setup.tokenizer, some(train)), dictionary)
+    return tuple(gradients.argsort(descending=True).tolist())
+
+
+def some(train: ContrastSet) -> ContrastSet:
+    """The training items that gradients are taken on."""
+    return train.split(held_out=1.0 - SLOPES / len(train), seed=0)[0]
 
 
 def sides(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
@@ -161,20 +186,23 @@ def sides(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[Ten
 
 
 def candidates(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> list[Candidate]:
-    """The first latents by activation gap, and random ones of those that fire on the training items."""
+    """The first latents by gap and by gradient, and random ones of those that fire on the training items."""
     positive, negative = sides(train, setup, dictionary)
     gaps = activation_gap(positive, negative)
     order = [one for one in gaps.order() if gaps.mean_gap[one] > 0]
     alive = ((positive > 0).any(0) | (negative > 0).any(0)).nonzero()[:, 0].tolist()
     left = [one for one in alive if one not in order[:ALONE]]
     drawn = torch.randperm(len(left), generator=torch.Generator().manual_seed(1))[:DRAWN].tolist()
-    listed = [*order[:ALONE], *(left[one] for one in drawn)]
-    rows, much = dictionary.rows(listed).decoder, amounts(setup, train, dictionary, listed)
+    kinds = dict.fromkeys(order[:ALONE], "gap") | {left[one]: "random" for one in drawn}
+    new = [one for one in carried(train, setup, dictionary) if one not in kinds][:CARRIED]
+    listed = {**dict.fromkeys(order[:ALONE], "gap"), **dict.fromkeys(new, "gradient"), **kinds}
+    latents = list(listed)
+    rows, much = dictionary.rows(latents).decoder, amounts(setup, train, dictionary, latents)
     scored = output_scores(setup.model, setup.tokenizer, dictionary.site, rows, amounts=much).scores.tolist()
-    along = slopes(setup, train, dictionary, listed)
+    along = slopes(setup, train, dictionary, latents)
     return [
-        Candidate(one, place < ALONE, float(gaps.share_gap[one]), scored[place], along[place])
-        for place, one in enumerate(listed)
+        Candidate(one, kind, float(gaps.share_gap[one]), scored[place], along[place])
+        for place, (one, kind) in enumerate(listed.items())
     ]
 
 
@@ -187,8 +215,7 @@ def amounts(setup: Setup, train: ContrastSet, dictionary: Dictionary, latents: S
 def slopes(setup: Setup, train: ContrastSet, dictionary: Dictionary, latents: Sequence[int]) -> list[float]:
     """The slope of the preference margin along each latent's row of length 1, on some training items."""
     vectors = [latent(setup, train, (one,), (1.0,)) for one in latents]
-    part, _ = train.split(held_out=1.0 - SLOPES / len(train), seed=0)
-    found = attribute_all(Setup(setup.model, setup.tokenizer, part), vectors, controls=0)
+    found = attribute_all(Setup(setup.model, setup.tokenizer, some(train)), vectors, controls=0)
     lengths = [float(torch.linalg.vector_norm(one.params(dictionary.site)["direction"].float())) for one in vectors]
     return [one.total.estimate.mean / length for one, length in zip(found, lengths, strict=True)]
 
