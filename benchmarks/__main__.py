@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import steerkit
+from benchmarks.latents import beside_plain, of_latents
 from benchmarks.results import recorded
 from steerkit.activations.moments import Means
 from steerkit.activations.streaming import stream
@@ -117,6 +118,18 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
         for kind, aim in COMPOSED.items():
             name = f"composition, {kind} / one shared vector, batch {batch}"
             works.append((name, paired(functools.partial(composed, model, tokenizer, batch, kind)), aim))
+    works += [
+        (
+            "generation, a latent added at a site / a plain addition",
+            paired(lambda: beside_plain(answering(model, tokenizer, 1), model)),
+            "<= 1.01",
+        ),
+        (
+            "generation, 8 latents clamped at a site / baseline",
+            paired(lambda: generation(model, tokenizer, 1, of_latents(model, "clamp", 8).at(1.0))),
+            "<= 1.05",
+        ),
+    ]
     works.append(("a steered block over a bare hook, us", lambda: over_bare_hooks(model, tokenizer, pairs), "<= 15"))
     rows = [(name, *work(), aim) for name, work, aim in works if options.only in name]
     print(f"{torch.get_num_threads()} threads, {options.pairs} pairs each, torch {torch.__version__}")

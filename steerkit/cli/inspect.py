@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from steerkit.cli._foreign import is_foreign, show_foreign
+from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import Json, number, print_json, sites_table, stderr, stdout, table
 
 if TYPE_CHECKING:
@@ -47,14 +48,21 @@ _SHOWN = (
 )
 
 
+@loads_model
 def run(
     vector: Annotated[str, typer.Argument(metavar="FILE", help="A vector file, a shipped name, or hub:USER/NAME.")],
     plot: Annotated[
         Path | None, typer.Option(help="Draw its parts as a heat map: a .png, .svg or .pdf file.", dir_okay=False)
     ] = None,
+    output_score: Annotated[
+        bool, typer.Option("--output-score", help="Load the model, and show which tokens each direction stands for.")
+    ] = False,
+    model: ModelChoice = DEFAULT,
     as_json: Json = False,
 ) -> None:
     """Show what a vector file holds: where it acts, norms, its strength in both units, where it came from.
+
+    With --output-score the model is loaded: directions whose tokens it does not say when they are written steer badly.
 
     Files of other programs (GGUF control vectors, .svec, .npy, tensors) are shown too, with how to import them.
     """
@@ -67,6 +75,9 @@ def run(
         return
     loaded = SteeringVector.load(path)
     facts, parts = loaded.describe(), _parts(loaded)
+    scores = _output_scores(loaded, model) if output_score else {}
+    for site in facts["sites"] if output_score else ():
+        site["output_score"] = scores.get(site["site"])
     if plot is not None:
         from steerkit.methods._protocols import DrawsMaps
         from steerkit.methods._registry import method_of
@@ -96,6 +107,10 @@ def run(
     for site in facts["sites"]:
         if site["massive"]:
             shown.add_row("massive dimensions", f"{site['site']}: {_shares(site['massive'])} of the squared norm")
+        if site.get("output_score") is not None:
+            told = site["output_score"]
+            words = " ".join(map(repr, told["words"][:8]))
+            shown.add_row("output score", f"{site['site']}: {told['score']:.3f}, stands for {words}")
         if site["seen_share"] is not None:
             shown.add_row("seen by the projection", f"{site['site']}: {site['seen_share']:.0%} of the direction")
     left_out = loaded.extra.get("massive_tokens_left_out")
@@ -107,6 +122,25 @@ def run(
     console.print(sites_table(facts))
     if parts is not None:
         _print_parts(console, parts)
+
+
+def _output_scores(vector: SteeringVector, model: ModelChoice) -> dict[str, dict[str, Any]]:
+    """The output score of the direction at each site that has one and lies in the residual stream."""
+    import torch
+
+    from steerkit.evaluate.output_score import in_the_stream, output_scores
+    from steerkit.methods._registry import method_of
+
+    method = method_of(vector)
+    loaded, tokenizer = model.load()
+    vector.check(loaded, tokenizer)
+    found = {}
+    for site in vector.sites:
+        direction = method.direction(vector.params(site)) if in_the_stream(site) else None
+        if direction is not None and bool(direction.any()):
+            one = output_scores(loaded, tokenizer, site, direction.float()[None])
+            found[str(site)] = {"score": float(one.scores[0]), "words": list(one.words[0])}
+    return found
 
 
 def _held_out_rows(vector: SteeringVector, held_out: Mapping[str, Any]) -> list[tuple[str, str]]:
