@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +25,32 @@ from steerkit._support.journal import Journal
 from steerkit.dictionary import Dictionary, load_dictionary
 from steerkit.dictionary.fitness import check_dictionary
 from steerkit.dictionary.selecting import activation_gap
-from steerkit.evaluate.attribution.slopes import attribute_all
+from steerkit.evaluate.attribution.gradients import products_of_texts
+from steerkit.evaluate.attribution.slopes import differentiable
 from steerkit.evaluate.curve import random_like
 from steerkit.evaluate.intervals import Estimate
-from steerkit.evaluate.latents import latent_gradients
 from steerkit.evaluate.output_score import output_scores
 from steerkit.evaluate.setup import Setup
-from steerkit.evaluate.store_identity import digest_of
+from steerkit.evaluate.trial import Answer
 from steerkit.maths.probes import auc
+from steerkit.methods._latent_reading import rows_tensors
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.recipe import Recipe, find_recipe
 from steerkit.vector.steering_vector import SteeringVector
 
 FILE = "dictionaries/smollm2-135m/resid_post.14.safetensors"
-RECIPES = ("optimism-caa", "formality-caa")
-KL, TEXTS, ALONE, CARRIED, DRAWN, TOGETHER, SLOPES = 0.1, 12, 6, 4, 6, 6, 24
+KL, TEXTS, TOGETHER, SLOPES = 0.1, 12, 6, 24
+RECIPES = {"optimism-caa": (6, 3, 6), "formality-caa": (3, 2, 3)}
+"""Of each the latents by gap, by gradient and at random."""
 READOUT = "response_mean"
 KEPT = Path("out/latents.jsonl")  # measurements, so that a run that was cut off goes on
 PUBLISHED = 10.0
-ONES = (1.0,) * TOGETHER
 WORDS = """At one cost, a KL divergence of 0.1 nats per token on neutral texts: latents of the shipped dictionary
 (`{file}`, {site}) and CAA at the same site. Latents are chosen on the
 training items: by gap (how much oftener they fire on the positive side), by gradient (how much of the preference margin
 they carry, on {slopes} items), or at random of those that fire there. "{together} latents" are the first {together}
-together: by gap each as much as its mean gap, by gradient all alike. "All latents": every one as much as its mean gap,
-which is about CAA's direction as far as the dictionary holds it. Effect: change of the preference margin on held-out
-items, nats per token. Differences are paired, the same item under both."""
+together: by gap each as much as its mean gap, by gradient all alike. Effect: change of the preference margin on
+held-out items, nats per token. Differences are paired, the same item under both."""
 
 
 @dataclass(frozen=True)
@@ -89,42 +89,50 @@ def main() -> None:
             f"variance is left (FVU) and {fits.l0:.1f} latents fire at a token.\n"
         )
         rows: list[tuple[Candidate, Row]] = []
-        for name in RECIPES:
-            rows += compare(find_recipe(name), model, tokenizer, dictionary)
+        for name, counts in RECIPES.items():
+            rows += compare(find_recipe(name), model, tokenizer, dictionary, counts)
         print("Which latents steer\n")
         told(rows)
 
 
-def compare(recipe: Recipe, model: Any, tokenizer: Any, dictionary: Dictionary) -> list[tuple[Candidate, Row]]:
+def compare(
+    recipe: Recipe, model: Any, tokenizer: Any, dictionary: Dictionary, counts: tuple[int, int, int]
+) -> list[tuple[Candidate, Row]]:
     """Print the table of one recipe; give each latent with what it did."""
     train, held_out = recipe.split()
-    setup = Setup(model, tokenizer, held_out).first_neutral(TEXTS)
-    chosen = candidates(train, setup, dictionary)
-    print(f"{recipe.behaviour}: {len(train)} items to fit on, {len(held_out)} held out, KL {KL:g} nats per token\n")
+    setup, behaviour = Setup(model, tokenizer, held_out).first_neutral(TEXTS), recipe.behaviour
+    found = kept(f"{behaviour}: known", lambda: known(train, setup, dictionary))
+    chosen = candidates(setup, dictionary, found, counts)
+    print(f"{behaviour}: {len(train)} items to fit on, {len(held_out)} held out, KL {KL:g} nats per token\n")
     print("| | output score | strength | KL | effect | CAA's effect less this one's | perplexity ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     caa = steerkit.fit(model, tokenizer, train, method="caa", sites=[dictionary.site], readout=READOUT)
-    own = shown_row("CAA", caa, setup, None)
-    listed = {kind: [one.latent for one in chosen if one.kind == kind] for kind in ("gap", "gradient")}
+    by_gap, by_gradient = found["by_gap"][:TOGETHER], found["by_gradient"][:TOGETHER]
+    gaps = torch.tensor(found["mean_gap"])[by_gap].clamp_min(0.0)
     several = {
-        f"{TOGETHER} latents by gap": together(train, setup, dictionary, listed["gap"][:TOGETHER]),
-        f"{TOGETHER} latents by gradient": latent(setup, train, carried(train, setup, dictionary)[:TOGETHER], ONES),
-        "all latents": together(train, setup, dictionary, range(dictionary.num_latents), signed=True),
+        "CAA": caa,
+        f"{TOGETHER} latents by gap": latents(setup, dictionary, by_gap, (gaps / gaps.max()).tolist()),
+        f"{TOGETHER} latents by gradient": latents(setup, dictionary, by_gradient, [1.0] * TOGETHER),
         "random direction": random_like(caa, seed=1),
     }
+    own: Row | None = None
     for name, vector in several.items():
-        shown_row(name, vector, setup, own)
-    found = []
+        row = shown_row(behaviour, name, vector, setup, own)
+        own = row if own is None else own
+    rows = []
     for one in chosen:
-        vector = latent(setup, train, (one.latent,), (1.0,))
-        found.append((one, shown_row(f"latent {one.latent}, {one.kind}", vector, setup, own, one.output)))
+        vector = latents(setup, dictionary, [one.latent], [1.0])
+        rows.append((one, shown_row(behaviour, f"latent {one.latent}, {one.kind}", vector, setup, own, one.output)))
     print()
-    return found
+    return rows
 
 
-def shown_row(name: str, vector: SteeringVector, setup: Setup, own: Row | None, output: float | None = None) -> Row:
+def shown_row(
+    behaviour: str, name: str, vector: SteeringVector, setup: Setup, own: Row | None, output: float | None = None
+) -> Row:
     """Measure a vector and print its row."""
-    row = kept(name, vector, setup)
+    key = f"{behaviour}: {name.partition(',')[0]}"
+    row = Row.from_json(kept(key, lambda: measured(setup, name, vector, [KL])[0].as_json()))
     score = "-" if output is None else f"{output:.3f}"
     if row.reached is None:
         print(f"| {name} | {score} | - | {row.why} | - | - | - |", flush=True)
@@ -136,41 +144,62 @@ def shown_row(name: str, vector: SteeringVector, setup: Setup, own: Row | None, 
     return row
 
 
-def kept(name: str, vector: SteeringVector, setup: Setup) -> Row:
-    """What `measured` says of a vector, from an earlier run of this benchmark where there was one."""
-    key = digest_of([vector.digest, KL, TEXTS, [pair[0].text for pair in setup.pairs]])
-    journal = Journal(KEPT, {"of": "benchmarks.latents"})
+def kept(key: str, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What was measured of this dictionary, by an earlier run of this benchmark where there was one."""
+    journal = Journal(KEPT, {"dictionary": load_dictionary(FILE).digest, "kl": KL, "texts": TEXTS})
     for row in journal.rows:
         if row["key"] == key:
-            return Row.from_json(row["row"])
-    (found,) = measured(setup, name, vector, [KL])
-    journal.append([{"key": key, "row": found.as_json()}])
+            found: Mapping[str, Any] = row["found"]
+            return found
+    found = measure()
+    journal.append([{"key": key, "found": found}])
     return found
 
 
 @functools.cache
-def latent(setup: Setup, train: ContrastSet, latents: tuple[int, ...], amounts: tuple[float, ...]) -> SteeringVector:
-    """Latents as a vector, in the unit `peak`."""
-    settings = {"dictionary": FILE, "latents": list(latents), "amounts": list(amounts)}
-    few = train.split(held_out=1.0 - 4 / len(train), seed=0)[0]  # latents that are named need no data
+def fitted(setup: Setup) -> SteeringVector:
+    """One latent as the method fits it, with the unit `peak`."""
+    assert setup.data is not None
+    few = setup.data.split(held_out=1.0 - 4 / len(setup.data), seed=0)[0]  # a latent that is named needs no data
+    settings = {"dictionary": FILE, "latents": [0]}
     return steerkit.fit(setup.model, setup.tokenizer, few, method="latent", settings=settings, readout=READOUT)
 
 
-def together(
-    train: ContrastSet, setup: Setup, dictionary: Dictionary, latents: Sequence[int], *, signed: bool = False
-) -> SteeringVector:
-    """Several latents, each as much as its mean gap; the largest counts 1, and negative gaps nothing unless signed."""
-    positive, negative = sides(train, setup, dictionary)
-    gaps = activation_gap(positive, negative).mean_gap[list(latents)]
-    gaps = gaps if signed else gaps.clamp_min(0.0)
-    return latent(setup, train, tuple(latents), tuple((gaps / gaps.max()).tolist()))
+def latents(setup: Setup, dictionary: Dictionary, numbers: Sequence[int], amounts: Sequence[float]) -> SteeringVector:
+    """Latents as a vector, in the unit `peak`, which is the same for all of them."""
+    plain, site = fitted(setup), dictionary.site
+    scaled = torch.tensor(amounts) * plain.params(site)["peak"]
+    rows = dictionary.rows(list(numbers))
+    tensors = {
+        **rows_tensors(rows),
+        "direction": scaled @ rows.decoder,
+        "latents": torch.tensor(numbers, dtype=torch.int64),
+        "amounts": scaled,
+        "peak": plain.params(site)["peak"],
+        "decoder": rows.decoder,
+    }
+    return replace(
+        plain,
+        tensors={f"{site}/{name}": one for name, one in tensors.items()},
+        settings={**plain.settings, "latents": list(numbers), "amounts": list(amounts)},
+    )
 
 
-@functools.cache
-def carried(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[int, ...]:
-    """Latents by how much of the margin they carry on some training items, the most first."""
-    gradients = latent_gradients(Setup(setup.model, setup.tokenizer, some(train)), dictionary)
-    return tuple(gradients.argsort(descending=True).tolist())
+def known(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> dict[str, Any]:
+    """What the training items say of every latent: gaps, gradients, slopes, and which of them fire at all."""
+    acts = steerkit.record(setup.model, setup.tokenizer, train, [dictionary.site], readout=READOUT)
+    site = acts.sites[0]
+    positive, negative = (dictionary.encode(side[site]) for side in (acts.positive, acts.negative))
+    gaps = activation_gap(positive, negative)
+    carried, slopes = gradients(some(train), setup, dictionary)
+    return {
+        "by_gap": [one for one in gaps.order() if gaps.mean_gap[one] > 0],
+        "by_gradient": carried.argsort(descending=True).tolist(),
+        "share_gap": gaps.share_gap.tolist(),
+        "mean_gap": gaps.mean_gap.tolist(),
+        "slopes": slopes.tolist(),
+        "alive": ((positive > 0).any(0) | (negative > 0).any(0)).nonzero()[:, 0].tolist(),
+    }
 
 
 def some(train: ContrastSet) -> ContrastSet:
@@ -178,46 +207,49 @@ def some(train: ContrastSet) -> ContrastSet:
     return train.split(held_out=1.0 - SLOPES / len(train), seed=0)[0]
 
 
-def sides(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
-    """The latents of both sides [n, k], of the mean over each answer's tokens."""
-    acts = steerkit.record(setup.model, setup.tokenizer, train, [dictionary.site], readout=READOUT)
-    site = acts.sites[0]
-    return dictionary.encode(acts.positive[site]), dictionary.encode(acts.negative[site])
+def gradients(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> tuple[Tensor, Tensor]:
+    """How much of the margin each latent carries, and the slope along its row, [k] each, from the same passes."""
+    own, scorer = Setup(setup.model, setup.tokenizer, train), differentiable("preference_margin")
+    turned = dictionary.rows(range(dictionary.num_latents)).decoder.T
+
+    def told(h: Tensor, gradient: Tensor) -> Tensor:
+        rows = []
+        for acts, slope in zip(h, gradient, strict=True):
+            along = slope @ turned  # [t, k]
+            rows.append(torch.cat([(dictionary.encode(acts) * along).sum(0), along.sum(0)]))
+        return torch.stack(rows, dim=-1)
+
+    def score(answer: Answer) -> Tensor:
+        return scorer.of_text(answer)[None]
+
+    count = 2 * dictionary.num_latents
+    _, found = products_of_texts(own, scorer.texts(own), score, fitted(setup), told, count)
+    carried, slopes = scorer.of_items(found[:, 0]).mean(dim=-1).chunk(2)
+    return carried, slopes
 
 
-def candidates(train: ContrastSet, setup: Setup, dictionary: Dictionary) -> list[Candidate]:
+def candidates(
+    setup: Setup, dictionary: Dictionary, found: Mapping[str, Any], counts: tuple[int, int, int]
+) -> list[Candidate]:
     """The first latents by gap and by gradient, and random ones of those that fire on the training items."""
-    positive, negative = sides(train, setup, dictionary)
-    gaps = activation_gap(positive, negative)
-    order = [one for one in gaps.order() if gaps.mean_gap[one] > 0]
-    alive = ((positive > 0).any(0) | (negative > 0).any(0)).nonzero()[:, 0].tolist()
-    left = [one for one in alive if one not in order[:ALONE]]
-    drawn = torch.randperm(len(left), generator=torch.Generator().manual_seed(1))[:DRAWN].tolist()
-    kinds = dict.fromkeys(order[:ALONE], "gap") | {left[one]: "random" for one in drawn}
-    new = [one for one in carried(train, setup, dictionary) if one not in kinds][:CARRIED]
-    listed = {**dict.fromkeys(order[:ALONE], "gap"), **dict.fromkeys(new, "gradient"), **kinds}
-    latents = list(listed)
-    rows, much = dictionary.rows(latents).decoder, amounts(setup, train, dictionary, latents)
-    scored = output_scores(setup.model, setup.tokenizer, dictionary.site, rows, amounts=much).scores.tolist()
-    along = slopes(setup, train, dictionary, latents)
+    by_gap, by_gradient, drawn = counts
+    listed = dict.fromkeys(found["by_gap"][:by_gap], "gap")
+    left = [one for one in found["alive"] if one not in listed]
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(1)).tolist()
+    random = [left[place] for place in order[:drawn]]
+    listed |= dict.fromkeys(
+        [one for one in found["by_gradient"] if one not in {*listed, *random}][:by_gradient], "gradient"
+    )
+    listed |= dict.fromkeys(random, "random")
+    numbers = list(listed)
+    # As published: ten times the usual strongest latent.
+    much = torch.full((len(numbers),), PUBLISHED * float(fitted(setup).params(dictionary.site)["peak"]))
+    rows = dictionary.rows(numbers).decoder
+    scores = output_scores(setup.model, setup.tokenizer, dictionary.site, rows, amounts=much).scores.tolist()
     return [
-        Candidate(one, kind, float(gaps.share_gap[one]), scored[place], along[place])
+        Candidate(one, kind, found["share_gap"][one], scores[place], found["slopes"][one])
         for place, (one, kind) in enumerate(listed.items())
     ]
-
-
-def amounts(setup: Setup, train: ContrastSet, dictionary: Dictionary, latents: Sequence[int]) -> Tensor:
-    """How much of each latent the output score writes, [k]: ten times the usual strongest latent, as published."""
-    peak = latent(setup, train, (latents[0],), (1.0,)).params(dictionary.site)["peak"]
-    return torch.full((len(latents),), PUBLISHED * float(peak))
-
-
-def slopes(setup: Setup, train: ContrastSet, dictionary: Dictionary, latents: Sequence[int]) -> list[float]:
-    """The slope of the preference margin along each latent's row of length 1, on some training items."""
-    vectors = [latent(setup, train, (one,), (1.0,)) for one in latents]
-    found = attribute_all(Setup(setup.model, setup.tokenizer, some(train)), vectors, controls=0)
-    lengths = [float(torch.linalg.vector_norm(one.params(dictionary.site)["direction"].float())) for one in vectors]
-    return [one.total.estimate.mean / length for one, length in zip(found, lengths, strict=True)]
 
 
 def told(rows: Sequence[tuple[Candidate, Row]]) -> None:

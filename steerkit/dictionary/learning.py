@@ -192,7 +192,7 @@ class Learner:
         decoder /= torch.linalg.vector_norm(decoder, dim=-1, keepdim=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a later `restore` needs, as tensors by name."""
+        """Everything that a later `restore` needs by name: matrices [k, d], biases [k] and [d], and counts [2]."""
         counts = torch.tensor([self.seen, self.steps], dtype=torch.int64)
         found = {"counts": counts, "fired": self.fired}
         found["numbers"] = torch.tensor([self.scale, self.threshold], dtype=torch.float64)
@@ -205,7 +205,7 @@ class Learner:
         """Go on from what `state` gave.
 
         Args:
-            state: of a learner with the same settings.
+            state: of a learner with the same settings: matrices [k, d], biases [k] and [d], and counts [2].
 
         Raises:
             FitError: it is of another one.
