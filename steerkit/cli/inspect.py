@@ -104,15 +104,8 @@ def run(
         looked_at = [site for site in facts["fitted_at"] if site.rpartition(".")[0] in kinds]
         if len(looked_at) > len(written):
             shown.add_row("selected", f"{len(written)} of {len(looked_at)} sites looked at")
-    for site in facts["sites"]:
-        if site["massive"]:
-            shown.add_row("massive dimensions", f"{site['site']}: {_shares(site['massive'])} of the squared norm")
-        if site.get("output_score") is not None:
-            told = site["output_score"]
-            words = " ".join(map(repr, told["words"][:8]))
-            shown.add_row("output score", f"{site['site']}: {told['score']:.3f}, stands for {words}")
-        if site["seen_share"] is not None:
-            shown.add_row("seen by the projection", f"{site['site']}: {site['seen_share']:.0%} of the direction")
+    for row in _site_rows(facts["sites"]):
+        shown.add_row(*row)
     left_out = loaded.extra.get("massive_tokens_left_out")
     if isinstance(left_out, Mapping):
         shown.add_row("massive tokens left out", _text("", dict(left_out)))
@@ -124,10 +117,23 @@ def run(
         _print_parts(console, parts)
 
 
+def _site_rows(sites: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What there is to say of single sites besides their norms."""
+    rows = []
+    for site in sites:
+        if site["massive"]:
+            rows.append(("massive dimensions", f"{site['site']}: {_shares(site['massive'])} of the squared norm"))
+        if site.get("output_score") is not None:
+            told = site["output_score"]
+            words = " ".join(map(repr, told["words"][:8]))
+            rows.append(("output score", f"{site['site']}: {told['score']:.3f}, stands for {words}"))
+        if site["seen_share"] is not None:
+            rows.append(("seen by the projection", f"{site['site']}: {site['seen_share']:.0%} of the direction"))
+    return rows
+
+
 def _output_scores(vector: SteeringVector, model: ModelChoice) -> dict[str, dict[str, Any]]:
     """The output score of the direction at each site that has one and lies in the residual stream."""
-    import torch
-
     from steerkit.evaluate.output_score import in_the_stream, output_scores
     from steerkit.methods._registry import method_of
 
