@@ -32,7 +32,7 @@ def test_exported_names() -> None:
 def test_every_room_is_in_the_wheel() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     rooms = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
-    assert set(listed) == rooms | {"steerkit.recipes", "steerkit.vectors"}
+    assert set(listed) == rooms | {"steerkit.dictionaries", "steerkit.recipes", "steerkit.vectors"}
 
 
 def test_no_submodule_bears_the_name_of_an_exported_function() -> None:

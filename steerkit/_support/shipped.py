@@ -1,4 +1,4 @@
-"""Where the shipped recipes, traits and vectors lie: beside the package in a checkout, inside it once installed."""
+"""Where what is shipped lies, recipes to dictionaries: beside the package in a checkout, inside it once installed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from steerkit._support.hub import PREFIX, HubName, fetched
 from steerkit.errors import UnknownNameError, near_miss, unknown_name
 
 __all__ = [
+    "dictionaries",
+    "dictionary_path",
     "named_file",
     "recipe_path",
     "recipes",
@@ -65,6 +67,22 @@ def shipped_vectors(model: str | None = None) -> list[str]:
         True
     """
     return [name for name in vectors() if model is None or name.partition("/")[0] == model]
+
+
+def dictionaries() -> dict[str, Path]:
+    """The shipped dictionaries, ``model/site`` to file, sorted."""
+    found = sorted(_folder("dictionaries").glob("*/*.safetensors"))
+    return {f"{path.parent.name}/{path.stem}": path for path in found}
+
+
+def dictionary_path(name: str | Path) -> Path:
+    """Find a dictionary by its path or its shipped name.
+
+    Args:
+        name: a file or folder, or a name such as ``smollm2-135m/resid_post.14``.
+    """
+    shipped = dictionaries()
+    return shipped[str(name)] if str(name) in shipped and not _exists(Path(name)) else Path(name)
 
 
 def traits() -> dict[str, Path]:

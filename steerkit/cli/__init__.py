@@ -13,6 +13,7 @@ import typer
 import steerkit
 from steerkit.cli import (
     attribute,
+    audit,
     bake,
     calibrate,
     chat,
@@ -27,6 +28,7 @@ from steerkit.cli import (
     export,
     extract,
     fetch,
+    find_strength,
     gates,
     generate,
     import_,
@@ -46,6 +48,7 @@ from steerkit.cli import (
     sweep,
     vllm_verify,
 )
+from steerkit.cli._dictionary import decompose, train
 from steerkit.cli._program import Program, paragraphs
 
 __all__ = ["app", "main"]
@@ -66,6 +69,7 @@ for _command in (
     explain,
     gates,
     monitor,
+    audit,
     discover,
     latents,
     evaluate,
@@ -73,6 +77,7 @@ for _command in (
     layers,
     attribute,
     calibrate,
+    find_strength,
     compare,
     evidence,
     interference,
@@ -92,6 +97,8 @@ for _command in (
 ):
     _name = _command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
     app.command(_name, help=paragraphs(_command.run))(_command.run)
+for _run in (train, decompose):
+    dictionary.app.command(_run.__name__, help=paragraphs(_run))(_run)
 app.add_typer(dictionary.app, name="dictionary")
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")

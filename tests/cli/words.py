@@ -25,6 +25,11 @@ WORDS: dict[str, tuple[object, ...]] = {
     "evaluate": ("--vector", "v.safetensors", "--data", "joy.jsonl", "--max-new-tokens", 4, *FEW),
     "sweep": ("joy-caa.toml", "--layers", 1, "--strengths", 1, *FEW),
     "calibrate": ("joy-caa.toml", "--layers", 1, "--strengths", "1,2", *LOOSE, *FEW),
+    "find-strength": (
+        *("--vector", "v.safetensors", "--high", 1, "--scorer", "markers", "--markers", "a"),
+        *("--tries", 1, "--each", 1, "--max-new-tokens", 2),
+    ),
+    "dictionary train": (*("--latents", 8, "--top-k", 2, "--tokens", 200), "--out", "d.safetensors"),
     "compare": ("joy-caa.toml", "--method", "caa", *LOOSE, *FEW),
     "interference": (*("--vector", "v.safetensors", "--data", "joy.jsonl") * 2,),
     "plan": ("--vector", "v.safetensors"),

@@ -62,7 +62,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: tuple[Any, A
         return copy.deepcopy(embedded[0]), embedded[1]
 
     monkeypatch.setattr(steerkit, "load_model", loaded)
-    for folder in ("recipes", "vectors"):
+    for folder in ("dictionaries", "recipes", "vectors"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
