@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -58,12 +59,17 @@ def kinds(slope: float) -> dict[str, Score]:
     return {f"noise {SPREAD:g}": noisy, "one answer": answers(1), "four answers": answers(4)}
 
 
+def _at(score: Score, crossing: float, strength: float) -> float:
+    """A score at a strength, with the crossing first, so that it can be given beforehand."""
+    return score(strength, crossing)
+
+
 def row(score: Score, tries: int) -> list[str]:
     """Errors and how often both intervals held the crossing."""
     errors, votes, curve, widths = [], 0, 0, []
     for crossing in np.random.default_rng(1).uniform(0.1, 0.9, SEARCHES):
         at = float(crossing)
-        found = find_strength(lambda x, at=at: score(x, at), TARGET, high=1.0, tries=tries, points=2001)
+        found = find_strength(partial(_at, score, at), TARGET, high=1.0, tries=tries, points=2001)
         low, high = found.posterior.interval(LEVEL)
         errors.append(abs(found.strength - at))
         votes += low <= at <= high
