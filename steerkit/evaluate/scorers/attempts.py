@@ -176,7 +176,7 @@ class Attempts(Scorer):
         ]
         pieces = [cut[row][end] for row, end in places]
         if not places:
-            values = torch.empty(0)
+            values = torch.empty(0, dtype=torch.float32)
         elif judge is not None:
             fixed = {"low": "0", "high": str(HIGHEST)}
             prompts = [
