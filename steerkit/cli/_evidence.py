@@ -119,14 +119,16 @@ def scorers_of(
     from steerkit.evaluate.scoring import scorer_of
 
     listed = list(dict.fromkeys(names or DEFAULT_SCORERS))
-    if markers and "markers" not in listed:
+    if markers and not {"markers", "attempts"} & set(listed):
         listed.append("markers")
-    if judge and not {"judge", "concept"} & set(listed):
+    if judge and not {"judge", "concept", "attempts"} & set(listed):
         listed.append("concept")
     if "markers" in listed and not all(marker.strip() for marker in markers or [""]):
         raise typer.BadParameter("the scorer markers looks for words; give at least one, such as --markers sorry")
     settings: dict[str, dict[str, Any]] = {"markers": {"markers": tuple(markers or ())}}
-    if judge or behaviour or {"judge", "concept"} & set(listed):
+    if "attempts" in listed:
+        settings["attempts"] = {"judge": judge_of(judge) if judge else "", "markers": tuple(markers or ())}
+    if behaviour or {"judge", "concept"} & set(listed):
         if not judge or not (behaviour or "").strip():
             raise typer.BadParameter("a judge rates a behaviour; give both --judge and --behaviour, in a few words")
         settings["judge"] = settings["concept"] = {"judge": judge_of(judge), "behaviour": behaviour}

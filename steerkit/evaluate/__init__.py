@@ -1,10 +1,10 @@
 """What steering did and cost, with intervals and controls.
 
 `setup` and `trial` hold model and items, `scorers` and `judges` grade, `scoring` measures. `blocks` compares places by
-steering, `attribution` by gradients; `suggesting`, `curve`, `sweeps` and `calibration` look for a strength; `controls`,
-`confounding`, `refit_intervals`, `removal` and `answer_likeness` doubt the result; `prompting` measures system
-prompts, `compare` sets methods side by side, `together` tells whether several vectors disturb each other, `lm_eval`
-runs tasks of the LM Evaluation Harness.
+steering, `attribution` by gradients; `suggesting`, `curve`, `sweeps`, `calibration`, `bisection` look for a strength;
+`controls`, `confounding`, `refit_intervals`, `removal` and `answer_likeness` doubt the result; `prompting` measures
+system prompts, `compare` sets methods side by side, `together` tells whether several vectors disturb each other,
+`lm_eval` runs tasks of the LM Evaluation Harness.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from steerkit._support.lazy import lazily
 
 if TYPE_CHECKING:
     from steerkit.evaluate.answer_likeness import answer_likeness
+    from steerkit.evaluate.bisection import FoundStrength, find_strength
     from steerkit.evaluate.blocks import best_layer, effect_by_block, find_layer
     from steerkit.evaluate.by_prompt_kind import by_kind
     from steerkit.evaluate.calibration import Budget, Calibration, Search, calibrate
@@ -38,6 +39,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "Estimate",
+    "FoundStrength",
     "Measured",
     "Prompting",
     "Search",
@@ -51,6 +53,7 @@ __all__ = [
     "confounds",
     "effect_by_block",
     "find_layer",
+    "find_strength",
     "interference",
     "interval",
     "measure",
@@ -72,6 +75,7 @@ __getattr__ = lazily(
         "Budget": "calibration",
         "Calibration": "calibration",
         "Estimate": "intervals",
+        "FoundStrength": "bisection",
         "Measured": "scoring",
         "Prompting": "prompting",
         "Search": "calibration",
@@ -85,6 +89,7 @@ __getattr__ = lazily(
         "confounds": "confounding",
         "effect_by_block": "blocks",
         "find_layer": "blocks",
+        "find_strength": "bisection",
         "interference": "together",
         "interval": "intervals",
         "measure": "scoring",

@@ -17,7 +17,7 @@ from steerkit.methods._registry import method_of
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Discovery", "Known", "looked_at", "nearest"]
+__all__ = ["Discovery", "Known", "directions_of", "looked_at", "nearest"]
 
 
 class Known(NamedTuple):
@@ -99,18 +99,25 @@ def nearest(vector: SteeringVector, known: Mapping[str, SteeringVector]) -> list
         vector: the vector.
         known: name to vector; those without a direction where the vector has one are left out.
     """
-    own = _directions(vector)
+    own = directions_of(vector)
     found = [
         Known(name, site, float(torch.cosine_similarity(own[site], direction, dim=0)))
         for name, one in known.items()
-        for site, direction in _directions(one).items()
+        for site, direction in directions_of(one).items()
         if site in own and direction.shape == own[site].shape
     ]
     return sorted(found, key=lambda one: -abs(one.cosine))
 
 
-def _directions(vector: SteeringVector) -> dict[Site, torch.Tensor]:
-    """The single directions that a vector writes, by site; none where its method is not installed."""
+def directions_of(vector: SteeringVector) -> dict[Site, torch.Tensor]:
+    """The single directions that a vector writes.
+
+    Args:
+        vector: the vector.
+
+    Returns:
+        [d] float32 by site; nothing where its method is not installed.
+    """
     try:
         method = method_of(vector)
         found = {site: read_direction(method, vector.params(site)) for site in vector.sites}

@@ -2,7 +2,8 @@
 
 `monitor` scores prompts and answers, `watched` reads while the model generates, `decisions` tells what a gate would
 decide and `operating` how seldom it opens, `shift` compares a finetuned model with the model before, `difference` a
-data set with the model's own answers, `token_heat` gives every token its number.
+data set with the model's own answers, `token_heat` gives every token its number. `weight_audit` compares the weights of
+two checkpoints with known directions, `checkpoints` reads them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from steerkit._support.lazy import lazily
 
 if TYPE_CHECKING:
+    from steerkit.monitor.checkpoints import Checkpoint
     from steerkit.monitor.decisions import explain
     from steerkit.monitor.difference import projection_difference
     from steerkit.monitor.items import conversation_of
@@ -20,11 +22,14 @@ if TYPE_CHECKING:
     from steerkit.monitor.shift import finetuning_shift
     from steerkit.monitor.watched import Watched
     from steerkit.monitor.watched_call import Step
+    from steerkit.monitor.weight_audit import audit
 
 __all__ = [
+    "Checkpoint",
     "Monitor",
     "Step",
     "Watched",
+    "audit",
     "conversation_of",
     "explain",
     "finetuning_shift",
@@ -35,9 +40,11 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "Checkpoint": "checkpoints",
         "Monitor": "monitor",
         "Step": "watched_call",
         "Watched": "watched",
+        "audit": "weight_audit",
         "conversation_of": "items",
         "explain": "decisions",
         "finetuning_shift": "shift",

@@ -1,0 +1,164 @@
+"""Weights of a checkpoint on the disk, one tensor at a time and without building the model; safetensors only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from steerkit.errors import ModelError
+from steerkit.model.aliases import ALIASES, embedded_gguf
+from steerkit.model.conversion import converted
+from steerkit.model.pretrained import first_line
+
+__all__ = ["Checkpoint"]
+
+_INDEX, _ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_WIDTHS = ("hidden_size", "n_embd", "d_model")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Where the tensors of a checkpoint are.
+
+    Attributes:
+        name: what it was asked for as.
+        files: tensor name to the file that holds it.
+        width: of the residual stream, as its config says; None where there is none that says so.
+    """
+
+    name: str
+    files: Mapping[str, Path]
+    width: int | None
+    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, name: str) -> Checkpoint:
+        """Find a checkpoint.
+
+        Args:
+            name: a folder, a .safetensors file, an alias of a model that is installed, or a name on the hub, from which
+                its safetensors are then downloaded.
+
+        Raises:
+            ModelError: it is nowhere, holds no safetensors (pickles are never read), is an adapter, or is damaged.
+        """
+        path = Path(name)
+        if path.is_file():
+            return cls._of_files(name, path.parent, [path])
+        folder = path if path.is_dir() else _folder_of(name)
+        files = sorted(folder.glob("*.safetensors"))
+        if (folder / _INDEX).exists():
+            files = _indexed(folder)
+        elif (folder / _ADAPTER).exists():
+            raise ModelError(
+                f"{name}: is an adapter, which changes weights only together with its model; merge it first "
+                "(PeftModel.merge_and_unload, then save_pretrained)"
+            )
+        if not files:
+            pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+            held = f"only {pickles[0]}, a pickle, which could run code" if pickles else "none"
+            raise ModelError(
+                f"{name}: safetensors are read, and there is {held}; load it where you trust it and write it anew with "
+                "save_pretrained"
+            )
+        return cls._of_files(name, folder, files)
+
+    @classmethod
+    def _of_files(cls, name: str, folder: Path, files: list[Path]) -> Checkpoint:
+        if not all(file.suffix == ".safetensors" for file in files):
+            raise ModelError(
+                f"{name}: is no safetensors file; pickles are not read, write it anew with save_pretrained"
+            )
+        made = cls(name, {}, _width(folder / "config.json"))
+        where = {tensor: file for file in files for tensor in made._handle(file).keys()}  # noqa: SIM118 - no mapping
+        return cls(name, where, made.width, made._open)
+
+    def __contains__(self, tensor: str) -> bool:
+        return tensor in self.files
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read for it.
+
+        Args:
+            tensor: its name.
+        """
+        return tuple(self._handle(self.files[tensor]).get_slice(tensor).get_shape())
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor as it is stored, [...].
+
+        Args:
+            tensor: its name.
+        """
+        found: Tensor = self._handle(self.files[tensor]).get_tensor(tensor)
+        return found
+
+    def _handle(self, file: Path) -> Any:
+        """An open file; of what it holds only what is asked for comes into memory.
+
+        Raises:
+            ModelError: it is damaged.
+        """
+        from safetensors import safe_open
+
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except Exception as error:
+                raise ModelError(f"{file}: is no whole safetensors file ({first_line(error)}); get it anew") from error
+        return self._open[file]
+
+
+def _folder_of(name: str) -> Path:
+    """The folder with the weights of an alias or of a name on the hub.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    if name in ALIASES:
+        pieces = embedded_gguf(ALIASES[name])
+        if pieces:
+            return converted(name, pieces, sha256=ALIASES[name].sha256)
+        raise ModelError(f"{name}: is not installed; {ALIASES[name].install}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:
+        raise ModelError(f"{name}: no folder, and not to be had from the hub ({first_line(error)})") from error
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """The files that an index lists, each of them inside of the folder.
+
+    Raises:
+        ModelError: it is no index, or one of them is not there.
+    """
+    try:
+        listed = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / Path(str(file)).name for file in listed]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{folder / _INDEX}: is no index of weights; get it anew") from None
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(f"{folder}: lacks {missing[0]}, which its index lists; get it anew")
+    return files
+
+
+def _width(config: Path) -> int | None:
+    """The width of the residual stream by a config; None where it does not say."""
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    for part in (said.get("text_config"), said) if isinstance(said, dict) else ():
+        found = [part[key] for key in _WIDTHS if isinstance(part, dict) and isinstance(part.get(key), int)]
+        if found:
+            return int(found[0])
+    return None
