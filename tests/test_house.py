@@ -34,6 +34,7 @@ ORDER = (
     "evaluate",
     "monitor",
     "export",
+    "tuning",
     "report",
     "persona",
     "recipe",
