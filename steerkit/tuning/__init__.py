@@ -2,7 +2,8 @@
 
 `contributing` measures it and `scaling` scales it, block by block beside the base (`pair`, `second_cache`);
 `task_vector` takes differences of checkpoints, `adding` puts them into a model in memory, `merging` writes them out
-tensor by tensor, `coefficients` learns one number for each block; `emulated` does arithmetic on the logits of three models.
+tensor by tensor, `coefficients` learns one number for each block; `emulated` does arithmetic on the logits of three
+models.
 """
 
 from __future__ import annotations
@@ -17,6 +18,4 @@ if TYPE_CHECKING:
 
 __all__ = ["Contribution", "contribution", "scaled"]
 
-__getattr__ = lazily(
-    __name__, {"Contribution": "contributing", "contribution": "contributing", "scaled": "scaling"}
-)
+__getattr__ = lazily(__name__, {"Contribution": "contributing", "contribution": "contributing", "scaled": "scaling"})

@@ -134,7 +134,9 @@ def _read(pair: Pair, batch: Batch) -> tuple[Tensor, Tensor, PassScale]:
 
     def add(_layer: int, read: Tensor, plain: Tensor, tuned: Tensor) -> None:
         with full_precision():
-            before, first, second = (one[rows.to(one.device), last.to(one.device)].float() for one in (read, plain, tuned))
+            before, first, second = (
+                one[rows.to(one.device), last.to(one.device)].float() for one in (read, plain, tuned)
+            )
             parts = torch.stack([first - before, second - first]).to(device)
             sums.add_(parts)
             sizes.append(parts.abs().sum(dim=-1))

@@ -172,12 +172,16 @@ def _check_alike(tuned: Decoder, base: Decoder) -> None:
     facts = [(one.model_type, one.num_layers, one.hidden_size) for one in (tuned, base)]
     for what, first, second in zip(("family", "depth", "width"), *facts, strict=True):
         if first != second:
-            raise ModelError(f"the finetuned model and its base differ in {what}: {first} and {second}; give its own base")
+            raise ModelError(
+                f"the finetuned model and its base differ in {what}: {first} and {second}; give its own base"
+            )
     configs = [one.model.config.get_text_config() for one in (tuned, base)]
     for name in _FACTS:
         first, second = (getattr(config, name, None) for config in configs)
         if first != second:
-            raise ModelError(f"the finetuned model and its base differ in {name}: {first} and {second}; give its own base")
+            raise ModelError(
+                f"the finetuned model and its base differ in {name}: {first} and {second}; give its own base"
+            )
     shapes = [_shapes(one) for one in (tuned, base)]
     for name in sorted(shapes[1]):
         if shapes[0].get(name) != shapes[1][name]:

@@ -48,7 +48,9 @@ def follow(cache: Any) -> None:
             )
         return
     if length or is_used_cache_without_length(cache):
-        raise ModelError("scaled: this cache was begun outside of the context, without the base blocks; begin anew in it")
+        raise ModelError(
+            "scaled: this cache was begun outside of the context, without the base blocks; begin anew in it"
+        )
     setattr(cache, _SECOND, copy.deepcopy(cache))
     cache.__class__ = _followed(type(cache))
 
