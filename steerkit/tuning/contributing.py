@@ -2,10 +2,10 @@
 
     TuCo = |sum_l FTC_l[n]| / (|sum_l PTC_l[n]| + |sum_l FTC_l[n]|)          n: the prompt's last token
 
-PTC and FTC as in `pair`, sums over blocks, before the final norm; |.| is the L1 norm. Nuti, Franzmeyer, Henriques (2025),
-"TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs". Where this file departs: the same with
-the L2 norm, and without the dimensions that are massive there, which dominate an L1 norm too; and a profile by block,
-|FTC_l| / (|PTC_l| + |FTC_l|), which tells where finetuning has acted.
+PTC and FTC as in `pair`, sums over blocks, before the final norm; |.| is the L1 norm. Nuti, Franzmeyer, Henriques
+(2025), "TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs". Where this file departs: the
+same with the L2 norm, and without the dimensions that are massive there, which dominate an L1 norm too; and a profile
+by block, |FTC_l| / (|PTC_l| + |FTC_l|), which tells where finetuning has acted.
 """
 
 from __future__ import annotations
@@ -153,5 +153,5 @@ def _read(pair: Pair, batch: Batch) -> tuple[Tensor, Tensor, PassScale]:
 
 
 def _share(part: Tensor, rest: Tensor) -> Tensor:
-    """part / (part + rest), 0 where both are 0."""
+    """The share part / (part + rest), 0 where both are 0."""
     return torch.where(part > 0, part / (part + rest), 0.0)

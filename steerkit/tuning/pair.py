@@ -29,7 +29,7 @@ from steerkit.tokens.clock import Hook
 from steerkit.tokens.transformers_facts import CACHE_ARGUMENTS
 from steerkit.tuning.second_cache import check_recurrent_state, follow, second_of
 
-__all__ = ["Pair", "Combine"]
+__all__ = ["Combine", "Pair"]
 
 Combine = Callable[[int, Tensor, Tensor, Tensor], Tensor | None]
 """From a block's number, what it read, what the base block made of it and what it made of it, each [b, t, d], to what
@@ -46,8 +46,9 @@ class Pair:
         base: the model before finetuning; None switches the adapters of `model` off.
 
     Raises:
-        ModelError: `base` is None and `model` has no adapter, or a merged one; both are one object; they differ in depth,
-            width, vocabulary, rotary positions or the shape of a weight in a block; or they lie on different devices.
+        ModelError: `base` is None and `model` has no adapter, or a merged one; both are one object; they differ in
+            depth, width, vocabulary, rotary positions or the shape of a weight in a block; or they lie on different
+            devices.
         SiteError: a model is no decoder, or its residual stream is not one vector for each token.
     """
 
@@ -106,7 +107,7 @@ class Pair:
 
 
 class _Second:
-    """What the base blocks are given in the place of what the finetuned ones write into: caches, and shared mappings."""
+    """What the base blocks get in the place of what the finetuned ones write into: caches, and shared mappings."""
 
     def __init__(self) -> None:
         self._mappings: dict[int, tuple[Any, Any]] = {}
@@ -123,7 +124,7 @@ class _Second:
                 if layer == 0 or not hasattr(value, "_steerkit_second"):
                     follow(value)
             elif isinstance(value, dict) and id(value) not in self._mappings:
-                # Blocks that share keys and values hand them on in one. The mapping is kept, so that its id stays its own.
+                # Blocks that share keys and values hand them on in one. It is kept, so that its id stays its own.
                 self._mappings[id(value)] = value, copy.copy(value)
 
     def of(self, value: Any) -> Any:
@@ -172,26 +173,23 @@ def _check_alike(tuned: Decoder, base: Decoder) -> None:
     facts = [(one.model_type, one.num_layers, one.hidden_size) for one in (tuned, base)]
     for what, first, second in zip(("family", "depth", "width"), *facts, strict=True):
         if first != second:
-            raise ModelError(
-                f"the finetuned model and its base differ in {what}: {first} and {second}; give its own base"
-            )
+            raise ModelError(_differ(what, first, second))
     configs = [one.model.config.get_text_config() for one in (tuned, base)]
     for name in _FACTS:
         first, second = (getattr(config, name, None) for config in configs)
         if first != second:
-            raise ModelError(
-                f"the finetuned model and its base differ in {name}: {first} and {second}; give its own base"
-            )
+            raise ModelError(_differ(name, first, second))
     shapes = [_shapes(one) for one in (tuned, base)]
     for name in sorted(shapes[1]):
         if shapes[0].get(name) != shapes[1][name]:
-            raise ModelError(
-                f"the finetuned model and its base differ in {name}: {shapes[0].get(name)} and {shapes[1][name]}; give its "
-                "own base"
-            )
+            raise ModelError(_differ(name, shapes[0].get(name), shapes[1][name]))
     devices = [execution_device(one) for one in (tuned, base)]
     if devices[0] != devices[1]:
         raise ModelError(f"the finetuned model is on {devices[0]} and its base on {devices[1]}; put both on one device")
+
+
+def _differ(what: str, first: object, second: object) -> str:
+    return f"the finetuned model and its base differ in {what}: {first} and {second}; give its own base"
 
 
 def _shapes(decoder: Decoder) -> dict[str, list[int]]:

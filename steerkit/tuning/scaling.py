@@ -27,8 +27,8 @@ def scaled(model: nn.Module, base: nn.Module | None = None, alpha: float = 1.0) 
     """Scale what finetuning contributes inside a `with` block. Each block runs twice, and a cache is kept twice.
 
     At 1 nothing is hooked, so the model is bitwise itself; at 0 base blocks run between the finetuned embeddings, norm
-    and head. `generate` works with its caches and beams. A cache is filled and gone on from inside the context. Contexts
-    of `steer` around it or in it edit what flows on from both.
+    and head. `generate` works with its caches and beams. A cache is filled and gone on from inside the context.
+    Contexts of `steer` around it or in it edit what flows on from both.
 
     Args:
         model: the finetuned transformers model, or a PEFT model.
@@ -40,7 +40,8 @@ def scaled(model: nn.Module, base: nn.Module | None = None, alpha: float = 1.0) 
 
     Raises:
         StrengthError: `alpha` is not finite.
-        ModelError: as for `Pair`; the model is in such a context already; or, while it runs, a cache comes from outside.
+        ModelError: as for `Pair`; the model is in such a context already; or, while it runs, a cache comes from
+            outside.
         SiteError: the model's residual stream is not one vector for each token.
 
     Example:

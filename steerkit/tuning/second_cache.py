@@ -1,8 +1,8 @@
 """The cache of the base blocks: a second one beside the first, which is reordered, cropped and dropped with it.
 
-What base blocks remember of a token is not what finetuned blocks remember of it, although both read the same stream. Fed
-from one cache nothing fails and the texts are others. The second cache hangs on the first as an attribute, so that a deep
-copy of the first (a prompt that is kept) has one of its own.
+What base blocks remember of a token is not what finetuned blocks remember of it, although both read the same stream.
+Fed from one cache nothing fails and the texts are others. The second cache hangs on the first as an attribute, so that
+a deep copy of the first (a prompt that is kept) has one of its own.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def follow(cache: Any) -> None:
     if second is not None:
         if _length(second) != length:
             raise ModelError(
-                f"scaled: the cache holds {length} tokens and the base blocks have read {_length(second)} of them; go on "
-                "from a cache only where it was filled, or give an empty one"
+                f"scaled: the cache holds {length} tokens and the base blocks have read {_length(second)} of them; go "
+                "on from a cache only where it was filled, or give an empty one"
             )
         return
     if length or is_used_cache_without_length(cache):
@@ -52,7 +52,8 @@ def follow(cache: Any) -> None:
             "scaled: this cache was begun outside of the context, without the base blocks; begin anew in it"
         )
     setattr(cache, _SECOND, copy.deepcopy(cache))
-    cache.__class__ = _followed(type(cache))
+    kind: type = type(cache)
+    cache.__class__ = _followed(kind)
 
 
 def second_of(cache: Any) -> Any:
@@ -79,8 +80,8 @@ def check_recurrent_state(given: dict[str, Any], names: tuple[str, ...], kind: t
         value = given.get(name)
         if value is not None and not isinstance(value, (kind, bool)):
             raise ModelError(
-                f"scaled: {name} is a {type(value).__name__} and no cache of transformers, so the base blocks cannot keep "
-                "theirs; generate with use_cache=False"
+                f"scaled: {name} is a {type(value).__name__} and no cache of transformers, so the base blocks cannot "
+                "keep theirs; generate with use_cache=False"
             )
 
 
@@ -107,5 +108,5 @@ def _followed(kind: type) -> type:
 
         return call
 
-    body = {name: followed(name) for name in _FOLLOWED if hasattr(kind, name)}
+    body: dict[str, Any] = {name: followed(name) for name in _FOLLOWED if hasattr(kind, name)}
     return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__})

@@ -20,7 +20,7 @@ def finetuned(base: nn.Module, *, seed: int = 1, size: float = 0.05) -> Any:
     with torch.no_grad():
         for parameter in made.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter += (size * noise).to(parameter.dtype)
+            parameter.add_((size * noise).to(parameter.dtype))
     return made
 
 
@@ -39,12 +39,12 @@ def with_base_blocks(tuned: Any, base: Any) -> Any:
     return made
 
 
-def greedy(model: Any, ids: Tensor = IDS, **options: Any) -> Tensor:
+def greedy(model: Any, ids: Tensor = IDS, **options: Any) -> Any:
     """Greedy tokens, or those of beams."""
     how = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCAB - 1, **options}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **how)
 
 
 @torch.no_grad()
-def logits(model: Any, ids: Tensor = IDS, **options: Any) -> Tensor:
+def logits(model: Any, ids: Tensor = IDS, **options: Any) -> Any:
     return model(input_ids=ids, **options).logits

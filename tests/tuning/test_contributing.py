@@ -20,7 +20,7 @@ PROMPTS = ["How are you?", "Hi", "Tell me of the sea, and of ships."]
 
 @torch.no_grad()
 def parts(tuned: Any, base: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Embeddings, what base blocks and finetuning add to the last token [blocks, d] each, and what leaves the last block."""
+    """Embeddings, what base blocks and finetuning add to the last token [blocks, d] each, and the last output."""
     body = tuned.model
     h = start = body.embed_tokens(ids)
     places = torch.arange(ids.shape[1])[None]
@@ -100,7 +100,8 @@ def test_massive_dimensions_are_left_out_beside() -> None:
 
 def test_what_cannot_be_read_is_refused() -> None:
     tuned, base = pair()
-    for given in ("one string", []):
+    nothing: list[str] = []
+    for given in ("one string", nothing):
         with pytest.raises(DataError, match="list of prompts"):
             contribution(tuned, base, byte_tokenizer(CHATML), given)
     with pytest.raises(ModelError, match="no adapter"):

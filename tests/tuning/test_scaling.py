@@ -1,4 +1,4 @@
-"""`scaled`: against base blocks in finetuned surroundings, with caches and beams, with adapters, and what is refused."""
+"""`scaled`: against base blocks in finetuned surroundings, with caches, beams and adapters; what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.families import build
 from tests.tuning.pairs import IDS, finetuned, greedy, logits, pair, with_base_blocks
 
 
-def by_hand(tuned: Any, base: Any, alpha: float, ids: Tensor) -> Tensor:
+def by_hand(tuned: Any, base: Any, alpha: float, ids: Tensor) -> Any:
     """Logits of a llama whose blocks are put together one by one, without a cache."""
     body = tuned.model
     h = body.embed_tokens(ids)
