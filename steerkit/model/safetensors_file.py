@@ -131,7 +131,7 @@ class SafetensorsFile:
         found = torch.empty(size, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(start)
-            view, got = memoryview(found.numpy()), 0
+            view, got = found.numpy().data, 0
             while got < size:
                 more = file.readinto(view[got:])
                 if not more:

@@ -1,8 +1,8 @@
 """What finetuning added: how much of it acts in a prompt, scaled while the model runs, added and taken away as weights.
 
 `contributing` measures it and `scaling` scales it, block by block beside the base (`pair`, `second_cache`);
-`task_vector` takes differences of checkpoints, `adding` puts them into a model in memory, `merging` writes them out
-tensor by tensor, `coefficients` learns one number for each block; `emulated` does arithmetic on the logits of three
+`task_vector` combines `differences` of checkpoints, `adding` puts them into a model in memory, `merging` writes them out
+some rows at a time, `coefficients` learns one number for each tensor; `emulated` does arithmetic on the logits of three
 models.
 """
 
@@ -13,9 +13,22 @@ from typing import TYPE_CHECKING
 from steerkit._support.lazy import lazily
 
 if TYPE_CHECKING:
+    from steerkit.tuning.adding import added
     from steerkit.tuning.contributing import Contribution, contribution
+    from steerkit.tuning.merging import merge
     from steerkit.tuning.scaling import scaled
+    from steerkit.tuning.task_vector import TaskVector
 
-__all__ = ["Contribution", "contribution", "scaled"]
+__all__ = ["Contribution", "TaskVector", "added", "contribution", "merge", "scaled"]
 
-__getattr__ = lazily(__name__, {"Contribution": "contributing", "contribution": "contributing", "scaled": "scaling"})
+__getattr__ = lazily(
+    __name__,
+    {
+        "Contribution": "contributing",
+        "TaskVector": "task_vector",
+        "added": "adding",
+        "contribution": "contributing",
+        "merge": "merging",
+        "scaled": "scaling",
+    },
+)
