@@ -101,7 +101,11 @@ def test_integers_and_flags_are_left_alone_and_what_is_missing_is_told() -> None
     kinds = {"flag": torch.tensor([True]), "steps": torch.tensor([3]), "small": torch.tensor([200], dtype=torch.uint8)}
     weight = torch.tensor([1e-9], dtype=torch.float32)
     base = {"w": weight, "gone": torch.ones(1, dtype=torch.float32), **kinds}
-    tuned = {"w": 2 * weight, "new": torch.ones(1, dtype=torch.float32), **{name: one + 1 for name, one in kinds.items()}}
+    tuned = {
+        "w": 2 * weight,
+        "new": torch.ones(1, dtype=torch.float32),
+        **{name: one + 1 for name, one in kinds.items()},
+    }
     vector = TaskVector.between(base, tuned)
     assert list(vector.shapes) == ["w"]
     assert float(vector.difference("w")) == float(weight)  # float16 would make it 0
@@ -204,7 +208,11 @@ def test_more_than_a_plain_lora_is_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     for number, (options, said) in enumerate(
-        [({"use_dora": True}, "use_dora=True"), ({"bias": "all"}, "bias='all'"), ({"modules_to_save": ["lm_head"]}, "save")]
+        [
+            ({"use_dora": True}, "use_dora=True"),
+            ({"bias": "all"}, "bias='all'"),
+            ({"modules_to_save": ["lm_head"]}, "save"),
+        ]
     ):
         folder = tmp_path / str(number)
         with warnings.catch_warnings():
