@@ -52,7 +52,8 @@ def main(base: str, tuned: str, out: str, shard_bytes: str = "200000000") -> Non
     torch.set_num_threads(1)
     before = resident()
     found = merge(base, TaskVector.between(base, tuned), out, scale=0.5, shard_bytes=int(shard_bytes))
-    print(json.dumps({"above": resident() - before, "resumed": found.resumed, "changed": len(found.changed)}))
+    said = {"above": resident() - before, "resumed": found.resumed, "changed": len(found.changed)}
+    sys.stdout.write(json.dumps(said))
 
 
 if __name__ == "__main__":

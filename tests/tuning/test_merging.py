@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused(folders: tuple[Path, Path], tmp_path: Path) -
     with pytest.raises(ModelError, match="the model itself lies there"):
         merge(base, vector, base, force=True)
     build("gpt2").save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match="lacks lm_head.weight"):
+    with pytest.raises(ModelError, match="lacks lm_head"):
         merge(tmp_path / "other", vector, tmp_path / "out")
     model = build("llama")
     with pytest.raises(ModelError, match="between checkpoints on the disk"):
