@@ -157,7 +157,7 @@ class AdapterDifference:
 
 
 class StateDifference:
-    """Finetuned minus base of state dicts, which are in memory.
+    """Finetuned minus base of state dicts, computed when it is made and kept in memory.
 
     Args:
         base: name to tensor of any shape, of the model as it was; tensors that are one count once.
@@ -168,7 +168,8 @@ class StateDifference:
     """
 
     def __init__(self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
-        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        # Computed now: what is in memory may have other values by the time that it is asked for.
+        self._parts: dict[str, Tensor] = {}
         self.left_out: dict[str, str] = {}
         seen: dict[tuple[Any, ...], str] = {}
         for name in dict.fromkeys([*base, *tuned]):
@@ -188,19 +189,19 @@ class StateDifference:
                 raise ModelError(
                     f"{name} is {list(old.shape)} before and {list(new.shape)} after; give its own base model"
                 )
-            self._parts[name] = old, new
+            self._parts[name] = new.to("cpu", torch.float32, copy=True).sub_(old.to("cpu", torch.float32))
         if not self._parts:
             raise ModelError("the two state dicts share no floating-point tensor; give a model and what it was made of")
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name to shape of what differs."""
-        return {name: tuple(old.shape) for name, (old, _) in self._parts.items()}
+        return {name: tuple(part.shape) for name, part in self._parts.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """See `Difference`; [stop - start, ...]."""
-        old, new = (one[start:stop] if one.dim() else one.reshape(1) for one in self._parts[name])
-        return new.to("cpu", torch.float32) - old.to("cpu", torch.float32)
+        part = self._parts[name]
+        return part[start:stop] if part.dim() else part.reshape(1)
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 Ilharco, Ribeiro, Wortsman, Gururangan, Schmidt, Hajishirzi, Farhadi (2023), "Editing Models with Task Arithmetic",
 arXiv 2212.04089; one coefficient for each tensor: Zhang, Albert, Rodriguez-Opazo, van den Hengel, Abbasnejad (2024),
 "Knowledge Composition using Task Vectors with Learned Anisotropic Scaling", arXiv 2407.02880. Where this file departs:
-differences are float32 and nothing is materialised before it is needed, tensors that are one count once, integers and
+differences are float32, those on the disk are read when they are needed, tensors that are one count once, integers and
 flags are left alone, and what a file lacks is told.
 
     negation       -tau                    forgets

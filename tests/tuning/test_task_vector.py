@@ -36,7 +36,9 @@ def test_added_once_it_is_the_finetuned_model_and_afterwards_the_base_again() ->
     base = build("llama")
     tuned = finetuned(base)
     before, wanted = state(base), state(tuned)
-    with added(base, TaskVector.between(base, tuned)):
+    vector = TaskVector.between(base, tuned)
+    with added(base, vector):
+        assert torch.equal(vector.difference("lm_head.weight"), wanted["lm_head.weight"] - before["lm_head.weight"])
         for name, value in base.state_dict().items():
             largest = torch.maximum(before[name].abs(), wanted[name].abs())
             assert bool(((value - wanted[name]).abs() <= torch.finfo(torch.float32).eps * largest).all()), name
