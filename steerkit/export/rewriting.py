@@ -31,7 +31,7 @@ __all__ = ["RECORD", "Change", "Rewritten", "fingerprint", "rewrite"]
 
 RECORD = "steerkit.json"
 """Beside the weights: what they were made of, and the digest of each file."""
-CHUNK = 2**22
+CHUNK = 2**20
 """Numbers that are in memory at once."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _LEFT = ("readme.md", RECORD)

@@ -165,17 +165,17 @@ def killed_and_resumed(tmp_path: Path, *, tensors: int, rows: int, shards: int, 
     sizes = {"tensors": tensors, "rows": rows, "shards": shards}
     base = write_random(tmp_path / "base", seed=0, **sizes)
     tuned = write_random(tmp_path / "tuned", seed=1, **sizes)
-    first = started(base, tuned, tmp_path / "out", shard_bytes, limit=limit)
     folder = tmp_path / ".out.unfinished" / "files"
-    while first.poll() is None and len(list(folder.glob("*.safetensors"))) < 2:
-        time.sleep(0.02)
-    first.send_signal(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
+    with started(base, tuned, tmp_path / "out", shard_bytes, limit=limit) as first:
+        while first.poll() is None and len(list(folder.glob("*.safetensors"))) < 2:
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+    assert first.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     results = []
     for out in ("out", "whole"):
-        process = started(base, tuned, tmp_path / out, shard_bytes, limit=limit)
-        answer, _ = process.communicate()
+        with started(base, tuned, tmp_path / out, shard_bytes, limit=limit) as process:
+            answer, _ = process.communicate()
         assert process.returncode == 0
         results.append(json.loads(answer))
     assert results[0]["resumed"] >= 2
