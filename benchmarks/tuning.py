@@ -33,8 +33,8 @@ from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered, render
 
-VECTOR, BUDGETS, TAUGHT = "pirate-persona", (0.05, 0.15), 16
-LEARNING = Schedule(epochs=6, batch_size=8, rate=0.05, decay=0.1)
+VECTOR, BUDGETS, TAUGHT = "pirate-persona", (0.1,), 8
+LEARNING = Schedule(epochs=4, batch_size=8, rate=0.1, decay=0.1)
 Edit = Callable[[float, Batch], AbstractContextManager[Any]]
 
 
@@ -101,7 +101,7 @@ class Trial:
         """
         power, strength = 2.0, way.first
         before: tuple[float, float] | None = None
-        for _ in range(5):
+        for _ in range(4):
             found = float(self.kl(way, strength).mean())
             if abs(found - budget) < 0.1 * budget:
                 break
@@ -188,7 +188,7 @@ def main(steps: int) -> Any:
             change = shown(interval(margin, before=first, shares=False))
             print(f"| {way.name} | {' | '.join(cells)} | {change} |", flush=True)
     print("\n| share of the task vector left | margin | KL on plain answers |\n| --- | --- | --- |")
-    for left in (0.75, 0.5, 0.25, 0.0):
+    for left in (0.75, 0.5, 0.0):
         margin, kl = trial.margin(ways[1], 1.0 - left), float(trial.kl(ways[1], 1.0 - left).mean())
         print(f"| {left:g} | {shown(interval(margin, shares=False))} | {kl:.3f} |", flush=True)
     print(f"\n{(time.process_time() - began) / 60:.1f} CPU minutes")

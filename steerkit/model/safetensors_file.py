@@ -86,12 +86,7 @@ class SafetensorsFile:
             ModelError: it is damaged, or cannot be read.
         """
         try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                total = path.stat().st_size
-                if not 0 < length <= min(_MAX_HEADER, total - 8):
-                    raise ValueError(f"a header of {length} bytes in a file of {total}")
-                header = json.loads(file.read(length))
+            length, total, header = _header(path)
             metadata = header.pop("__metadata__", {})
             entries = {name: _entry(said, 8 + length, total) for name, said in header.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,7 +105,7 @@ class SafetensorsFile:
         return self._bytes(entry.start, entry.size).view(entry.dtype).reshape(entry.shape)
 
     def rows(self, tensor: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor as it is stored, [stop - start, ...].
+        """Some rows [k, ...] of a tensor as it is stored, k being stop - start.
 
         Args:
             tensor: its name; it has a dimension at least.
@@ -138,6 +133,20 @@ class SafetensorsFile:
                     raise ModelError(f"{self.path}: ended while it was read; get it anew")
                 got += more
         return found
+
+
+def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
+    """The header's length, the file's, and what stands in it.
+
+    Raises:
+        ValueError: there is no header.
+    """
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(_MAX_HEADER, total - 8):
+            raise ValueError(f"a header of {length} bytes in a file of {total}")
+        return length, total, json.loads(file.read(length))
 
 
 def _entry(said: Any, begin: int, total: int) -> Entry:

@@ -122,8 +122,7 @@ def run(
     options: dict[str, Any] = {"batch_size": batch_size}
     options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
     if tuning_contribution and after is not None:
-        call = Tuning(model, after, options, named, is_table, data is not None, column, out, as_json)
-        call.show(list(rows), raw=raw)
+        Tuning(model, after, options, named, is_table, data is not None, column, out, as_json).show(rows, raw=raw)
         return
 
     from steerkit._support.shipped import vector_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,16 +70,17 @@ class Tuning:
     out: Path | None
     as_json: bool
 
-    def show(self, rows: list[Item], *, raw: bool) -> None:
+    def show(self, items: Iterable[Item], *, raw: bool) -> None:
         """Measure the prompts and show what finetuning contributes to them.
 
         Args:
-            rows: the items.
+            items: the items.
             raw: leave prompts as they are, without the chat template.
         """
         from steerkit import tuning
         from steerkit.monitor.items import conversation_of
 
+        rows = list(items)
         texts = [conversation_of(row, self.columns, raw=raw, is_table=self.is_table) for row in rows]
         loaded, tokenizer = self.choice.load()
         base, tuned = before_and_after(loaded, self.choice, self.after)
