@@ -155,13 +155,9 @@ def main(steps: int) -> Any:
     learned = tuning.learn_coefficients(merged, tokenizer, [vector], data, schedule=LEARNING)
     weights = block_norms(learned.vector)
     order = torch.stack([torch.tensor(weights), profile]).argsort(dim=1).argsort(dim=1).float()
-    print(
-        "\nLearned coefficients: largest change at blocks "
-        + ", ".join(map(str, sorted(range(30), key=lambda b: -weights[b])[:4]))
-    )
-    print(
-        f"; rank correlation over blocks with the profile of contributions {float(torch.corrcoef(order)[0, 1]):+.2f}\n"
-    )
+    largest = torch.tensor(weights).topk(4).indices.tolist()
+    print(f"\nLearned coefficients: the largest change at blocks {', '.join(map(str, largest))}; rank correlation over")
+    print(f"blocks with the profile of contributions {float(torch.corrcoef(order)[0, 1]):+.2f}\n", flush=True)
     persona = steerkit.SteeringVector.load(f"vectors/smollm2-135m/{VECTOR}.safetensors")
 
     def steered(strength: float, batch: Batch) -> AbstractContextManager[Any]:

@@ -76,7 +76,8 @@ def _is_parameter(inner: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
         value = None
     if not isinstance(value, torch.Tensor):
         raise ModelError(
-            f"the task vector changes {name}, which {type(inner).__name__} has not; give its own base model"
+            f"the task vector changes {name}, which {type(inner).__name__} has not; give its own base model, or "
+            "(where files split what the model stacks) a difference between models in memory"
         )
     if tuple(value.shape[1:]) != shape[1:] or (shape and value.shape[0] < shape[0]):
         raise ModelError(f"{name} is {list(value.shape)} in {type(inner).__name__} and differs in {list(shape)}")
