@@ -33,6 +33,9 @@ _PLAIN = {
     "trainable_token_indices": None,
 }
 
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq")
+"""Ways to begin a LoRA that change the weights beside it as well."""
+
 
 class Difference(Protocol):
     """Differences of some tensors, which are computed when they are asked for."""
@@ -216,6 +219,8 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise ModelError(f"{folder / ADAPTER}: is no config of an adapter; get it anew") from None
     wrong = next((name for name, plain in _PLAIN.items() if config.get(name, plain) not in (plain, [])), None)
+    if str(config.get("init_lora_weights")).startswith(_MOVES_BASE):
+        wrong = "init_lora_weights"
     if kind != "LORA" or wrong is not None:
         what = f"{wrong}={config.get(wrong)!r}" if wrong is not None else f"a {kind}"
         raise ModelError(f"{folder}: {what} is more than a plain LoRA; merge the adapter into its model first")

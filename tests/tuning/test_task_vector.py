@@ -212,6 +212,7 @@ def test_more_than_a_plain_lora_is_refused(tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"modules_to_save": ["lm_head"]}, "save"),
     ]
     for number, (options, said) in enumerate(refused):
@@ -222,7 +223,7 @@ def test_more_than_a_plain_lora_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=f"{said}.* is more than a plain LoRA"):
             TaskVector.between("base", folder)
     weights = load_file(tmp_path / "0" / "adapter_model.safetensors")
-    save_file(weights, tmp_path / "2" / "adapter_model.safetensors")
-    (tmp_path / "2" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2}')
+    save_file(weights, tmp_path / "3" / "adapter_model.safetensors")
+    (tmp_path / "3" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2}')
     with pytest.raises(ModelError, match="is no part of a plain LoRA"):
-        TaskVector.between("base", tmp_path / "2")
+        TaskVector.between("base", tmp_path / "3")
