@@ -191,7 +191,7 @@ class Weighted:
             chosen = logs.gather(-1, ids[:, 1:, None])[..., 0]  # [b, t - 1], of the token behind each place
             counted = _answered(batch).to(self._device)[:, 1:]
             means = (chosen * counted).sum(dim=1) / counted.sum(dim=1)
-        return means[torch.tensor(batch.rows, device=self._device).argsort()]
+        return means[torch.tensor(batch.rows, dtype=torch.int64, device=self._device).argsort()]
 
 
 def _answered(batch: Batch) -> Tensor:

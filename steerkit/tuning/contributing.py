@@ -110,7 +110,7 @@ def contribution(
         sums[:, rows], norms[:, rows] = found.cpu(), sizes.cpu()
         scales.add(scale)
     massive = scales.result().massive
-    kept = torch.tensor([place not in massive for place in range(width)])
+    kept = torch.tensor([place not in massive for place in range(width)], dtype=torch.bool)
     plain, tuned = sums
     return Contribution(
         _share(tuned.abs().sum(1), plain.abs().sum(1)),
