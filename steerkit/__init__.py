@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steerkit import methods
+    from steerkit import methods, tuning
     from steerkit._support.processes import split_between_processes
     from steerkit._support.shipped import shipped_vectors
     from steerkit.activations.recording import Activations, record
@@ -139,13 +139,14 @@ __all__ = [
     "split_between_processes",
     "steer",
     "suggest_strength",
+    "tuning",
     "with_neutral",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "methods":
-        return importlib.import_module("steerkit.methods")
+    if name in ("methods", "tuning"):
+        return importlib.import_module(f"steerkit.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(f"steerkit.{_HOMES[name]}"), name)
         globals()[name] = value

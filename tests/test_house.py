@@ -35,6 +35,7 @@ ORDER = (
     "evaluate",
     "monitor",
     "export",
+    "tuning",
     "report",
     "persona",
     "recipe",

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from steerkit._support.processes import is_first
 from steerkit.errors import ModelError, SteerError
 
-__all__ = ["append", "check_folder", "check_place", "whole_file", "whole_folder", "write_whole"]
+__all__ = ["append", "check_folder", "check_place", "take_place", "whole_file", "whole_folder", "write_whole"]
 
 _MARKS = ("config.json", "adapter_config.json")
 
@@ -157,7 +157,7 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 filled = work / target.name
                 filled.mkdir(parents=True)
                 yield filled
-                _take_place(filled, target, work / "replaced")
+                take_place(filled, target, work / "replaced")
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
@@ -177,8 +177,17 @@ def _clear_leftovers(target: Path) -> None:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _take_place(filled: Path, target: Path, aside: Path) -> None:
-    """Rename the new folder to the target's name; what stood there is back if that fails."""
+def take_place(filled: Path, target: Path, aside: Path) -> None:
+    """Rename the new folder to the target's name; what stood there is back if that fails.
+
+    Args:
+        filled: the new folder.
+        target: where it goes.
+        aside: where what stands there goes meanwhile, on the same file system.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
     if not target.exists():
         filled.rename(target)
         return

@@ -12,36 +12,23 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError
 from steerkit.export.stored_tensors import stored_dtype
+from steerkit.model.safetensors_file import DTYPES
 from steerkit.network.decoder import find_decoder
 
-__all__ = ["write_checkpoint"]
+__all__ = ["Group", "header", "shard_names", "shards", "write_checkpoint", "write_index", "write_values"]
 
-_DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
-    {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-)
+_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 _Tensors = dict[str, Tensor]
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
     """Tensors that are written together.
 
     Attributes:
@@ -74,17 +61,37 @@ def write_checkpoint(
         OSError: it cannot be written.
     """
     metas = {name: torch.empty(shape, dtype=stored_dtype(model, name), device="meta") for name, shape in shapes.items()}
-    shards = list(_shards(_groups(model, metas), shard_bytes))
-    total = sum(_size(entry) for shard in shards for group in shard for entry in group.entries.values())
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = several if len(shards) > 1 else "model.safetensors"
+    planned = list(shards(_groups(model, metas), shard_bytes))
+    for file, shard in zip(shard_names(len(planned)), planned, strict=True):
         _write_shard(model, shard, read, folder / file)
-        places |= {name: file for group in shard for name in group.entries}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_index(planned, folder)
+
+
+def shard_names(count: int) -> list[str]:
+    """What the files of a checkpoint are called.
+
+    Args:
+        count: how many there are.
+    """
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(planned: Sequence[Sequence[Group]], folder: Path) -> None:
+    """Write which file holds which tensor, if there are several.
+
+    Args:
+        planned: what stands in each file.
+        folder: where.
+    """
+    if len(planned) == 1:
+        return
+    total = sum(_size(entry) for shard in planned for group in shard for entry in group.entries.values())
+    named = zip(shard_names(len(planned)), planned, strict=True)
+    places = {name: file for file, shard in named for group in shard for name in group.entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _in_files(model: nn.Module, tensors: _Tensors) -> _Tensors:
@@ -94,23 +101,31 @@ def _in_files(model: nn.Module, tensors: _Tensors) -> _Tensors:
     return dict(revert_weight_conversion(model, dict(tensors)))
 
 
-def _groups(model: nn.Module, metas: _Tensors) -> list[_Group]:
+def _groups(model: nn.Module, metas: _Tensors) -> list[Group]:
     """One group for each block and for each tensor outside of them."""
     prefix = f"{find_decoder(model).path}."
     members: dict[str, _Tensors] = {}
     for name, meta in metas.items():
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else name
         members.setdefault(block, {})[name] = meta
-    groups = [_Group(tuple(some), _in_files(model, some)) for some in members.values()]
+    groups = [Group(tuple(some), _in_files(model, some)) for some in members.values()]
     whole = _in_files(model, metas)
     if {name for group in groups for name in group.entries} != whole.keys():
-        return [_Group(tuple(metas), whole)]  # something is joined across blocks
+        return [Group(tuple(metas), whole)]  # something is joined across blocks
     return groups
 
 
-def _shards(groups: Sequence[_Group], limit: int) -> Iterator[list[_Group]]:
-    """Groups in a row, as many as fit into a file."""
-    shard: list[_Group] = []
+def shards(groups: Sequence[Group], limit: int) -> Iterator[list[Group]]:
+    """Groups in a row, as many as fit into a file.
+
+    Args:
+        groups: what is written together.
+        limit: bytes in a file; a larger group has one of its own.
+
+    Yields:
+        The groups of each file.
+    """
+    shard: list[Group] = []
     size = 0
     for group in groups:
         own = sum(map(_size, group.entries.values()))
@@ -122,36 +137,51 @@ def _shards(groups: Sequence[_Group], limit: int) -> Iterator[list[_Group]]:
     yield shard
 
 
-def _write_shard(model: nn.Module, shard: Sequence[_Group], read: Callable[[str], Tensor], path: Path) -> None:
+def _write_shard(model: nn.Module, shard: Sequence[Group], read: Callable[[str], Tensor], path: Path) -> None:
     """One safetensors file: header length, header, tensors."""
     entries = {name: meta for group in shard for name, meta in group.entries.items()}
     with path.open("xb") as file:
-        file.write(_header(entries))
+        file.write(header(entries))
         for group in shard:
             values = _in_files(model, {name: read(name) for name in group.names})
             for name, meta in group.entries.items():
                 value = values.pop(name)
                 if value.shape != meta.shape or value.dtype != meta.dtype:
                     raise ModelError(f"{name}: came out as {tuple(value.shape)} of {value.dtype}, not as announced")
-                flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-                file.write(flat.numpy().data)
+                write_values(file, value)
 
 
-def _header(entries: _Tensors) -> bytes:
+def write_values(file: BinaryIO, value: Tensor) -> int:
+    """Write the bytes of a tensor.
+
+    Args:
+        file: open for writing.
+        value: of any shape.
+
+    Returns:
+        How many they are.
+    """
+    return file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def header(entries: Mapping[str, Tensor]) -> bytes:
     """Names, dtypes, shapes and offsets, padded so that the data is aligned.
+
+    Args:
+        entries: name to tensor of any shape, on the meta device, in the order in which they are written.
 
     Raises:
         ModelError: a dtype that files do not know.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    said: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, meta in entries.items():
-        if meta.dtype not in _DTYPES:
+        if meta.dtype not in _NAMES:
             raise ModelError(f"{name}: {meta.dtype} cannot be written; load the model with dtype bfloat16 or float32")
         end = start + _size(meta)
-        header[name] = {"dtype": _DTYPES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
+        said[name] = {"dtype": _NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(said, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

@@ -1,12 +1,14 @@
-"""Weights of a checkpoint on the disk, one tensor at a time and without building the model; safetensors only."""
+"""Weights of a checkpoint on the disk, a tensor or some of its rows at a time, without a model; safetensors only.
+
+Files are read and not mapped: what is mapped counts as memory of the process wherever its size is limited.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from steerkit.errors import ModelError
 from steerkit.model.aliases import ALIASES, embedded_gguf
 from steerkit.model.conversion import converted
 from steerkit.model.pretrained import first_line
+from steerkit.model.safetensors_file import SafetensorsFile
 
 __all__ = ["Checkpoint"]
 
@@ -28,14 +31,13 @@ class Checkpoint:
 
     Attributes:
         name: what it was asked for as.
-        files: tensor name to the file that holds it.
+        files: tensor name to the file that holds it, in the order of the files and of their bytes.
         width: of the residual stream, as its config says; None where there is none that says so.
     """
 
     name: str
-    files: Mapping[str, Path]
+    files: Mapping[str, SafetensorsFile]
     width: int | None
-    _open: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, name: str) -> Checkpoint:
@@ -75,9 +77,8 @@ class Checkpoint:
             raise ModelError(
                 f"{name}: is no safetensors file; pickles are not read, write it anew with save_pretrained"
             )
-        made = cls(name, {}, _width(folder / "config.json"))
-        where = {tensor: file for file in files for tensor in made._handle(file).keys()}  # noqa: SIM118 - no mapping
-        return cls(name, where, made.width, made._open)
+        where = {tensor: file for file in map(SafetensorsFile.of, files) for tensor in file.entries}
+        return cls(name, where, _width(folder / "config.json"))
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.files
@@ -88,7 +89,7 @@ class Checkpoint:
         Args:
             tensor: its name.
         """
-        return tuple(self._handle(self.files[tensor]).get_slice(tensor).get_shape())
+        return self.files[tensor].entries[tensor].shape
 
     def read(self, tensor: str) -> Tensor:
         """A tensor as it is stored, [...].
@@ -96,23 +97,7 @@ class Checkpoint:
         Args:
             tensor: its name.
         """
-        found: Tensor = self._handle(self.files[tensor]).get_tensor(tensor)
-        return found
-
-    def _handle(self, file: Path) -> Any:
-        """An open file; of what it holds only what is asked for comes into memory.
-
-        Raises:
-            ModelError: it is damaged.
-        """
-        from safetensors import safe_open
-
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except Exception as error:
-                raise ModelError(f"{file}: is no whole safetensors file ({first_line(error)}); get it anew") from error
-        return self._open[file]
+        return self.files[tensor].read(tensor)
 
 
 def _folder_of(name: str) -> Path:

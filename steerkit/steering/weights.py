@@ -25,7 +25,7 @@ from steerkit.tokens.clock import Hook
 from steerkit.vector.applying import varying
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["edited", "exact_strength", "exact_updates"]
+__all__ = ["edited", "exact_strength", "exact_updates", "written"]
 
 
 class _Edited(Hook):
@@ -63,15 +63,38 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
             offloaded or quantised.
     """
     target = inner_model(model)
-    if any(isinstance(hook, _Edited) for hook in target._forward_pre_hooks.values()):
-        raise ModelError("edited: this model's weights are edited already; leave that context first")
+    _refuse_twice(target, "edited")
     listed = vectors_of(vector)
     if len(listed) > 1:
         raise VectorFileError(f"edited: got {len(listed)} vectors; give one, or write several with bake")
     updates = exact_updates(model, listed, strength)
+    with written(target, updates, "edited"):
+        yield
+
+
+@contextlib.contextmanager
+def written(
+    target: nn.Module, updates: Sequence[WeightUpdate], what: str, *, keeps_tied: bool = False
+) -> Iterator[None]:
+    """Change weights inside a `with` block, and put them back bit for bit.
+
+    Args:
+        target: the transformers model, out of any wrapper.
+        updates: the changes, made in this order.
+        what: who asks, for messages.
+        keeps_tied: a weight that another part shares is changed for both; else it is shared no more.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ModelError: the model's weights are changed already, continuous batching runs on it and shares prompt blocks, or
+            a weight is offloaded or quantised.
+    """
+    _refuse_twice(target, what)
     planned = [(*_parameter(target, update.name), update.update) for update in updates]
     uses = Counter(id(parameter) for _, parameter in target.named_parameters(remove_duplicate=False))
-    refuse_running_batches(target, "edited")
+    refuse_running_batches(target, what)
     # Each step back is noted before its step is made, and all are taken even if one fails.
     with contextlib.ExitStack() as undo:
         undo.callback(drop_shared_prefixes, target)
@@ -80,9 +103,19 @@ def edited(model: nn.Module, vector: SteeringVector, strength: float | Tensor | 
         target.register_forward_pre_hook(_Edited())
         with torch.no_grad(), full_precision():
             for owner, leaf, update in planned:
-                _write(owner, leaf, update, uses[id(getattr(owner, leaf))] > 1, undo)
+                _write(owner, leaf, update, not keeps_tied and uses[id(getattr(owner, leaf))] > 1, undo)
         yield
-    refuse_running_batches(target, "end of edited")
+    refuse_running_batches(target, f"end of {what}")
+
+
+def _refuse_twice(target: nn.Module, what: str) -> None:
+    """Refuse a model whose weights are changed at present.
+
+    Raises:
+        ModelError: they are.
+    """
+    if any(isinstance(hook, _Edited) for hook in target._forward_pre_hooks.values()):
+        raise ModelError(f"{what}: this model's weights are edited already; leave that context first")
 
 
 def exact_updates(

@@ -292,6 +292,29 @@ def test_shift_of_a_checkpoint_and_of_an_adapter(
     assert cli(*words, "adapter").err.startswith("error: adapter: this adapter cannot be put on the model")
 
 
+def test_the_share_of_finetuning(
+    answer: Callable[..., Any], cli: Cli, monitor: Callable[..., Monitor], tiny: Path
+) -> None:
+    from tests.tuning.pairs import finetuned
+
+    base, tokenizer = steerkit.load_model(str(tiny))
+    tuned = finetuned(base)
+    tuned.save_pretrained("tuned")
+    tokenizer.save_pretrained("tuned")
+    expected = steerkit.tuning.contribution(tuned, base, tokenizer, PROMPTS)
+    words = ("monitor", *PROMPTS, "--tuning-contribution", "--model", tiny, "--after", "tuned")
+    found = answer(*words)
+    torch.testing.assert_close(values(found["items"], "tuning_contribution"), expected.values, rtol=1e-4, atol=1e-5)
+    assert found["summary"]["profile"] == pytest.approx(expected.profile.tolist(), abs=1e-5)
+    assert found["summary"]["unit"] == "share, L1 norm"
+    ended = cli(*words, "--column", "tuco", "--out", "tuco.jsonl")
+    assert [json.loads(line)["tuco"] for line in Path("tuco.jsonl").read_text().splitlines()] == pytest.approx(
+        expected.values.tolist(), abs=1e-5
+    )
+    assert f"{float(expected.profile[2]):.3f}" in ended.out
+    assert width(ended.out.split("\n")) <= WIDTH
+
+
 def test_difference(answer: Callable[..., Any], cli: Cli, monitor: Callable[..., Monitor], tiny: Path) -> None:
     words = ("monitor", "--data", "items.jsonl", "--vector", "v.safetensors", "--model", tiny, "--difference")
     vector, loaded = SteeringVector.load("v.safetensors"), steerkit.load_model(str(tiny))
@@ -403,6 +426,8 @@ def test_what_could_not_be_read_is_told(answer: Callable[..., Any], cli: Cli, he
         ),
         (("Why?", "--vector", "v.safetensors", "--max-new-tokens", "4"), 2, "--max-new-tokens is the length of own"),
         (("Why?",), 2, "give --vector"),
+        (("Why?", "--tuning-contribution"), 2, "give it with --after"),
+        (("Why?", "--tuning-contribution", "--after", "tuned", "--cheap"), 2, "leave out --cheap"),
         (("--vector", "v.safetensors"), 2, "give prompts, or a file"),
         (("Why?", "--data", "x.jsonl", "--vector", "v.safetensors"), 2, "give prompts, or a file"),
         (("Why?", "--vector", "v.safetensors", "--difference"), 2, "--difference compares"),

@@ -1,11 +1,11 @@
-"""The options of `steerkit monitor`, and which of its three readings they ask for."""
+"""The options of `steerkit monitor`, and which of its four readings they ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,10 @@ from steerkit.cli.monitor.difference import difference as show_difference
 from steerkit.cli.monitor.items import KEYS, Item, check_column, items_of, prompts_of
 from steerkit.cli.monitor.score import score, score_stream
 from steerkit.cli.monitor.shift import shift as show_shift
+from steerkit.cli.monitor.tuning import Tuning, check_tuning
+
+if TYPE_CHECKING:
+    from steerkit.prompts.files.columns import Columns
 
 __all__ = ["run"]
 
@@ -50,6 +54,10 @@ UncalibratedOption = Annotated[
 AfterOption = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A finetuned model or adapter: show its tuning shift.")
 ]
+TuningOption = Annotated[
+    bool,
+    typer.Option("--tuning-contribution", help="With --after, in the place of --vector: the share of finetuning."),
+]
 DifferenceOption = Annotated[
     bool, typer.Option("--difference", help="Compare the responses of --data with the model's own.")
 ]
@@ -77,6 +85,7 @@ def run(
     kind: Annotated[Kinds, typer.Option(help="Projection or cosine.")] = Kinds.proj,
     uncalibrated: UncalibratedOption = False,
     after: AfterOption = None,
+    tuning_contribution: TuningOption = False,
     difference: DifferenceOption = False,
     cheap: CheapOption = False,
     max_new_tokens: MaxNewTokensOption = None,
@@ -95,32 +104,33 @@ def run(
     column; where they bring a `score` or a true-or-false `label` (or 1 and 0), its correlation or AUC is shown too.
     Of a stream (--data -), a line that is no item is answered with an object that says what is wrong with it.
     """
-    if not vector:
+    if tuning_contribution:
+        check_tuning(after, [vector, read, uncalibrated, difference, cheap, heat, max_new_tokens])
+    elif not vector:
         raise typer.BadParameter("give --vector, a file or a shipped vector's name")
-    if bool(prompts) == (data is not None):
-        raise typer.BadParameter("give prompts, or a file of them with --data")
-    is_stream = data == "-"
-    if is_stream and (difference or after or heat or as_json or out):
-        raise typer.BadParameter("a stream (--data -) is answered line by line; it takes none of the other forms")
-    _check_forms(data, after, read, kind, column, heat, difference=difference, raw=raw)
+    is_stream = _check_source(prompts, data, is_other=bool(difference or after or heat or as_json or out))
+    if not tuning_contribution:
+        _check_forms(data, after, read, kind, column, heat, difference=difference, raw=raw)
+    check_column(column, [dict.fromkeys(KEYS)])
     _check_own_answers(max_new_tokens, difference=difference, cheap=cheap)
-    for path in (out, heat):
-        if path is not None:
-            check_writable(path)
+    for path in filter(None, (out, heat)):
+        check_writable(path)
     check_reading(data, columns, raw=raw, escapes=False)
     named = columns_of(columns)
-    rows: Iterable[Item] = prompts_of(prompts or [])
-    is_table = False
-    if data is not None and not is_stream:
-        rows, is_table = items_of(data, named, column)
+    rows, is_table = _rows(prompts, None if is_stream else data, named, column)
+
+    options: dict[str, Any] = {"batch_size": batch_size}
+    options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
+    if tuning_contribution and after is not None:
+        Tuning(model, after, options, named, is_table, data is not None, column, out, as_json).show(rows, raw=raw)
+        return
 
     from steerkit._support.shipped import vector_path
     from steerkit.vector.steering_vector import SteeringVector
 
     found = SteeringVector.load(vector_path(vector, model.name))
     loaded, tokenizer = model.load()
-    options: dict[str, Any] = {"kind": kind.value, "calibrated": not uncalibrated, "batch_size": batch_size}
-    options["chat_template_kwargs"] = {"enable_thinking": False} if no_thinking else None
+    options |= {"kind": kind.value, "calibrated": not uncalibrated}
     unit = "standard deviations" if not uncalibrated else "cosine" if kind == Kinds.cos else "activation units"
     tokens: Literal["prompt_last", "response_mean"] = "response_mean" if read is Reads.response_mean else "prompt_last"
     asked = Asked(loaded, model, tokenizer, found, tokens, options, unit, named, is_table, column, out, as_json)
@@ -132,6 +142,29 @@ def run(
         score_stream(asked, raw=raw)
     else:
         score(asked, rows, raw=raw, heat=heat, is_data=data is not None)
+
+
+def _check_source(prompts: list[str] | None, data: str | None, *, is_other: bool) -> bool:
+    """Refuse prompts beside a file of them, and a stream for what is not answered line by line.
+
+    Returns:
+        Whether the items come as a stream.
+
+    Raises:
+        BadParameter: neither or both are given, or the stream is asked for something else.
+    """
+    if bool(prompts) == (data is not None):
+        raise typer.BadParameter("give prompts, or a file of them with --data")
+    if data == "-" and is_other:
+        raise typer.BadParameter("a stream (--data -) is answered line by line; it takes none of the other forms")
+    return data == "-"
+
+
+def _rows(
+    prompts: list[str] | None, data: str | None, columns: Columns, column: str | None
+) -> tuple[Iterable[Item], bool]:
+    """The items of the command line or of a file, and whether they are rows of a table."""
+    return (prompts_of(prompts or []), False) if data is None else items_of(data, columns, column)
 
 
 def _check_forms(
@@ -158,7 +191,6 @@ def _check_forms(
         raise typer.BadParameter("--heat draws projections; leave out --kind cos")
     if column is not None and after is not None:
         raise typer.BadParameter("--column names the one new column; --after writes before, after and shift")
-    check_column(column, [dict.fromkeys(KEYS)])
     if difference and read is not None:
         raise typer.BadParameter("--difference reads responses, --cheap prompts too; leave out --read")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steerkit._support.progress import status
 from steerkit.cli._shared import number, print_json, stdout, table
@@ -11,7 +11,10 @@ from steerkit.cli.monitor.asked import Asked
 from steerkit.cli.monitor.items import Item
 from steerkit.cli.monitor.summary import Tally, ends, estimate, plain, write
 
-__all__ = ["shift"]
+if TYPE_CHECKING:
+    from steerkit.cli._model import ModelChoice
+
+__all__ = ["before_and_after", "shift"]
 
 
 def shift(asked: Asked, rows: list[Item], after: str) -> None:
@@ -27,7 +30,7 @@ def shift(asked: Asked, rows: list[Item], after: str) -> None:
     """
     import steerkit
 
-    before, other = _models(asked, after)
+    before, other = before_and_after(asked.model, asked.choice, after)
     with status("reading"):
         found = steerkit.finetuning_shift(
             before, other, asked.tokenizer, asked.texts(rows), asked.vector, read=asked.read, **asked.options
@@ -55,11 +58,17 @@ def shift(asked: Asked, rows: list[Item], after: str) -> None:
     stdout().print(f"means over {scored} items; 95 % interval of the shift{left}")
 
 
-def _models(asked: Asked, after: str) -> tuple[Any, Any]:
-    """The model before and after; None before an adapter, which is switched off for that."""
+def before_and_after(model: Any, choice: ModelChoice, after: str) -> tuple[Any, Any]:
+    """The model before and after; None before an adapter, which is switched off for that.
+
+    Args:
+        model: the model before finetuning.
+        choice: which model it is, and how it was loaded.
+        after: the finetuned model, or the folder of an adapter.
+    """
     from steerkit.monitor.shift import with_adapter
 
     folder = Path(after).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return None, with_adapter(asked.model, folder)
-    return asked.model, asked.choice.another(after).load()[0]
+        return None, with_adapter(model, folder)
+    return model, choice.another(after).load()[0]
