@@ -27,7 +27,7 @@ from steerkit.network.structure import is_norm, outermost
 __all__ = ["Anatomy", "Place"]
 
 # What may be had inside a block whatever passes between the blocks; `find` may not ask for their sum.
-_INSIDE = ("attn_in", "attn_raw", "z", "mlp_in", "mlp_raw", "mlp_post", "router")
+_INSIDE = ("attn_in", "attn_raw", "z", "mlp_in", "mlp_raw", "mlp_post")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class Anatomy:
         """
         half = self._half(kind)
         if kind == "router":
-            found = router_of(half, self._runs)
+            found = router_of(half, self.calls)
             if isinstance(found, str):
                 raise self._refuse(kind, found)
             width, owner = found.chosen.experts, half.first.module

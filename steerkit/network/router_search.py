@@ -1,24 +1,24 @@
 """Which module of an MLP with routed experts chooses them: found by what it gives and what that does, not by name.
 
 A router gives, token by token, a score for each expert [n, e], the weights [n, k] of those it chose, and which they are
-[n, k]. The MLP is run as a bare copy in which every module is watched; of a module that gives such three, the weights
-are then put to zero: where they are what the experts are weighted with, the MLP gives something else.
+[n, k]. Where a module of the MLP gave such three in a pass, the MLP is run again as a bare copy in which the weights are
+zero: where they are what the experts are weighted with, it gives something else.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerkit.network.bare_copy import bare_copy, put_parameter
-from steerkit.network.block_trace import tensor_of
+from steerkit.network.block_trace import Call, tensor_of
 from steerkit.network.halves import Half
 
-__all__ = ["Chosen", "RouterFound", "find_router", "router_of", "routes_by_scores"]
+__all__ = ["Chosen", "RouterFound", "router_of", "routes_by_scores"]
 
 
 class Chosen(NamedTuple):
@@ -43,7 +43,7 @@ class RouterFound(NamedTuple):
     """A router.
 
     Attributes:
-        name: the module's name inside the MLP.
+        name: the module's name inside the block.
         module: itself.
         chosen: how to read what it gives.
     """
@@ -53,70 +53,35 @@ class RouterFound(NamedTuple):
     chosen: Chosen
 
 
-def router_of(half: Half, runs: Mapping[str, int]) -> RouterFound | str:
+def router_of(half: Half, calls: Sequence[Call]) -> RouterFound | str:
     """Find the module that chooses the experts of a half of a block.
 
     Args:
         half: what computes there.
-        runs: how often each module of the block ran in a pass, by its name in the block.
+        calls: of all modules of the block, in a pass.
 
     Returns:
         The router, by its name in the block; or, in words, why there is none that could be served.
     """
     if not half.experts:
         return f"{half} routes no tokens to experts"
-    what, read = f"{half} routes tokens to `{half.experts}`", half.first.read
-    if len(half.calls) > 1 or read is None or runs[half.first.name] > 1:
+    what, first = f"{half} routes tokens to `{half.experts}`", half.first
+    runs = Counter(call.name for call in calls)
+    if len(half.calls) > 1 or first.read is None or runs[first.name] > 1:
         return f"{what}, but is not one module that runs once"
-    found = find_router(half.first.module, read.tensor)
-    if isinstance(found, str):
-        return f"{what}, and {found}"
-    name = f"{half.first.name}.{found.name}"
-    if name not in runs:
-        return f"{what}, and ran without `{name}`, in code that no hook sees into"
-    return found._replace(name=name)
-
-
-def find_router(module: nn.Module, read: Tensor) -> RouterFound | str:
-    """Find the module that chooses the experts.
-
-    Args:
-        module: the MLP.
-        read: [..., d] what it read in a pass.
-
-    Returns:
-        What was found, or, in words, why there is no one router that could be served.
-    """
-    try:
-        with torch.no_grad():
-            return _search(module, read)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # offloaded, quantised
-        reason = (str(error).splitlines() or [""])[0]
-        return f"a copy of it does not run ({type(error).__name__}: {reason})"
-
-
-def _search(module: nn.Module, read: Tensor) -> RouterFound | str:
-    twin = bare_copy(module)
-    seen: dict[str, list[Any]] = {name: [] for name, _ in twin.named_modules() if name}
-    with contextlib.ExitStack() as stack:
-        for name, given in seen.items():
-
-            def note(_module: nn.Module, _args: Any, output: Any, given: list[Any] = given) -> None:
-                given.append(output)
-
-            stack.callback(twin.get_submodule(name).register_forward_hook(note).remove)
-        plain = tensor_of(twin(read))
-    found = {name: chosen for name, given in seen.items() if len(given) == 1 and (chosen := _chosen(given[0]))}
-    working = {name: one for name, one in found.items() if _weighs(twin, read, plain, name, one)}
-    if len(working) != 1:
-        several = " and ".join(f"`{name}`" for name in working)
-        return (
-            f"{several} give experts and weights, where one router is known"
-            if working
-            else "no module of it gives, token by token, a score for each expert, the chosen ones and their weights"
-        )
-    ((name, one),) = working.items()
-    return RouterFound(name, module.get_submodule(name), one)
+    found = [
+        RouterFound(call.name, call.module, chosen)
+        for call in calls
+        if call.inside(first) and runs[call.name] == 1 and call.several and (chosen := _chosen(call.several))
+    ]
+    working = [one for one in found if _weighs(first, one)]
+    if len(working) == 1:
+        return working[0]
+    if working:
+        return f"{what}, and {' and '.join(f'`{one.name}`' for one in working)} choose them, where one router is known"
+    if not any(call.inside(first) for call in calls):
+        return f"{what} in code that no hook sees into; load the model with use_kernels=False"
+    return f"{what}, and no module of it gives, token by token, a score for each expert, the chosen ones and their weights"
 
 
 def _chosen(output: Any) -> Chosen | None:
@@ -139,19 +104,23 @@ def _chosen(output: Any) -> Chosen | None:
     return Chosen(scores[0], weights[0], whole[0], experts, slots)
 
 
-def _weighs(twin: nn.Module, read: Tensor, plain: Tensor, name: str, chosen: Chosen) -> bool:
-    """Whether the MLP gives something else when the weights are zero."""
+def _weighs(first: Call, found: RouterFound) -> bool:
+    """Whether the MLP gives something else when the weights are zero; taken for granted where a copy does not run."""
 
     def silence(_module: nn.Module, _args: Any, output: Any) -> Any:
         parts = list(output)
-        parts[chosen.weights] = torch.zeros_like(parts[chosen.weights])
+        parts[found.chosen.weights] = torch.zeros_like(parts[found.chosen.weights])
         return tuple(parts)
 
-    handle = twin.get_submodule(name).register_forward_hook(silence)
+    assert first.read is not None
+    twin = bare_copy(first.module)
     try:
-        return not torch.equal(tensor_of(twin(read)), plain)
-    finally:
-        handle.remove()
+        with torch.no_grad():
+            plain = tensor_of(twin(first.read.tensor))
+            twin.get_submodule(found.name.removeprefix(f"{first.name}.")).register_forward_hook(silence)
+            return not torch.equal(tensor_of(twin(first.read.tensor)), plain)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # offloaded, quantised
+        return True
 
 
 def routes_by_scores(found: RouterFound) -> tuple[nn.Module, str | None]:
