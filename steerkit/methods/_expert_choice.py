@@ -111,7 +111,7 @@ def tokens_seen(acts: Activations, subject: Subject) -> dict[Site, Tensor]:
         counts.append(lengths if acts.items is None else lengths[acts.items[place]])
     sides = (acts.positive, acts.negative)
     return {
-        site: sum((n @ side[site].double() for n, side in zip(counts, sides, strict=True)), torch.tensor(0.0)).float()
+        site: sum((n @ side[site].double() for n, side in zip(counts, sides, strict=True)), torch.zeros((), dtype=torch.float64)).float()
         for site in acts.positive
     }
 

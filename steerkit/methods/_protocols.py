@@ -183,11 +183,12 @@ class HasRankTwoForm(Protocol):
 class ReadsInput(Protocol):
     """A method whose change at a site depends on what the module that writes there reads.
 
-    `Method.edit` then finds that in ``prepared["input"]``, [b, t, i].
+    `Method.edit` then finds that in ``prepared["input"]``, [b, t, i]. A method whose settings decide whether it reads
+    gives no place where it does not.
     """
 
     def inputs_at(self, model: nn.Module | Decoder, vector: SteeringVector) -> Mapping[Site, LayerInput]:
-        """What is read at each of the vector's sites, by canonical site in the vector's order.
+        """What is read at each of the vector's sites, by canonical site in the vector's order; nothing if none is needed.
 
         Raises:
             SiteError: no module writes at a site alone.

@@ -263,7 +263,7 @@ class Experts(Method):
             "slots": params["slots"].to(device),
             "strength": strength.clamp_max(1.0),
         }
-        if bool((params["action"] > 0).any()) and self.op != "steermoe":
+        if self.side != "negative" and self.op != "steermoe":
             prepared["forced"] = action > 0
         return prepared
 
