@@ -236,9 +236,7 @@ def _weighted(weights: Tensor, values: Tensor, *, is_padded: bool) -> Tensor:
 class _Pool:
     """Turns [b, t, d] into one row [b, d] per text: one token, or what is pooled of several, in float32."""
 
-    def __init__(
-        self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device, how: Pool
-    ) -> None:
+    def __init__(self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device, how: Pool) -> None:
         self._how = how
         starts = (batch.attention_mask != 0).long().argmax(dim=1).tolist()
         places = [[start + token for token in tokens] for start, tokens in zip(starts, chosen, strict=True)]

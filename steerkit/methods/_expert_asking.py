@@ -19,7 +19,7 @@ from steerkit.network.routing import dense_weights
 from steerkit.network.sites import Site
 from steerkit.network.tap import RouterTap, locate
 
-__all__ = ["AskedRouter", "routers_at", "without", "with_priority"]
+__all__ = ["AskedRouter", "routers_at", "with_priority", "without"]
 
 STEP = 0.01
 """How far SteerMoE puts a forced expert above the largest score of its token, and a forbidden one below the least."""

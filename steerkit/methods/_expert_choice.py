@@ -1,4 +1,4 @@
-"""Which experts a method acts on: how much more often one side has them, and how much of that chance alone would give."""
+"""Which experts a method acts on: how much more often one side has them, and how much of that is mere chance."""
 
 from __future__ import annotations
 
@@ -109,11 +109,13 @@ def tokens_seen(acts: Activations, subject: Subject) -> dict[Site, Tensor]:
     for place, side in enumerate((subject.data.positive, subject.data.negative)):
         lengths = torch.tensor([len(plan.tokens(one)) for one in subject.rendered(side)], dtype=torch.float64)
         counts.append(lengths if acts.items is None else lengths[acts.items[place]])
-    sides = (acts.positive, acts.negative)
-    return {
-        site: sum((n @ side[site].double() for n, side in zip(counts, sides, strict=True)), torch.zeros((), dtype=torch.float64)).float()
-        for site in acts.positive
-    }
+    found = {}
+    for site in acts.positive:
+        positive, negative = (
+            n @ side[site].double() for n, side in zip(counts, (acts.positive, acts.negative), strict=True)
+        )
+        found[site] = (positive + negative).float()
+    return found
 
 
 def matched_actions(vector: SteeringVector, generator: torch.Generator) -> dict[str, Tensor]:
@@ -137,8 +139,8 @@ def matched_actions(vector: SteeringVector, generator: torch.Generator) -> dict[
         own = action.nonzero()[:, 0]
         if len(free) < len(own):
             raise FitError(
-                f"experts: {site} has {len(free)} experts that are left alone for {len(own)} that are not, so no random "
-                "ones could be as many; fit with fewer `count`"
+                f"experts: {site} has {len(free)} experts that are left alone for {len(own)} that are not, so random "
+                "ones could not be as many; fit with a smaller `count`"
             )
         new = torch.zeros_like(action)
         for place in torch.randperm(len(own), generator=generator).tolist():

@@ -188,7 +188,7 @@ class ReadsInput(Protocol):
     """
 
     def inputs_at(self, model: nn.Module | Decoder, vector: SteeringVector) -> Mapping[Site, LayerInput]:
-        """What is read at each of the vector's sites, by canonical site in the vector's order; nothing if none is needed.
+        """What is read at each of the vector's sites, by canonical site in the vector's order.
 
         Raises:
             SiteError: no module writes at a site alone.

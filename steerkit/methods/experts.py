@@ -192,7 +192,7 @@ class Experts(Method):
         return tensors
 
     def _silenced(self, subject: Subject, action: Mapping[Site, Tensor], slots: Mapping[Site, int]) -> float:
-        """The share of tokens at written routers of which every chosen expert is dropped, in a few texts of each side."""
+        """The share of tokens, in a few texts of each side, that lose every expert at a written router."""
         risky = [
             site for site, one in action.items() if int((one < 0).sum()) >= slots[site] and not bool((one > 0).any())
         ]

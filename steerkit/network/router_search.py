@@ -1,8 +1,8 @@
 """Which module of an MLP with routed experts chooses them: found by what it gives and what that does, not by name.
 
 A router gives, token by token, a score for each expert [n, e], the weights [n, k] of those it chose, and which they are
-[n, k]. Where a module of the MLP gave such three in a pass, the MLP is run again as a bare copy in which the weights are
-zero: where they are what the experts are weighted with, it gives something else.
+[n, k]. Where a module of the MLP gave such three in a pass, the MLP is run again as a bare copy in which the weights
+are zero: where they are what the experts are weighted with, it gives something else.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def router_of(half: Half, calls: Sequence[Call]) -> RouterFound | str:
         return f"{what}, and {' and '.join(f'`{one.name}`' for one in working)} choose them, where one router is known"
     if not any(call.inside(first) for call in calls):
         return f"{what} in code that no hook sees into; load the model with use_kernels=False"
-    return f"{what}, and no module of it gives, token by token, a score for each expert, the chosen ones and their weights"
+    return (
+        f"{what}, and no module of it gives, token by token, a score for each expert, the chosen ones and their weights"
+    )
 
 
 def _chosen(output: Any) -> Chosen | None:

@@ -199,7 +199,14 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             tap = Tap(site, decoder.blocks[site.layer], name, side, flat=False, width=decoder.hidden_size)
         else:
             place = places[site]
-            facts = Site(site.layer, place.kind), place.module, f"{name}.{place.name}", place.side, place.flat, place.width
+            facts = (
+                Site(site.layer, place.kind),
+                place.module,
+                f"{name}.{place.name}",
+                place.side,
+                place.flat,
+                place.width,
+            )
             routes = place.chosen is not None and place.owner is not None
             tap = RouterTap(*facts, place.chosen, place.owner) if routes else Tap(*facts)
         taps[tap.site] = tap
@@ -225,7 +232,9 @@ def _places(decoder: Decoder, sites: Iterable[Site]) -> dict[Site, Place]:
             try:
                 known[site.layer][site.kind] = found[site.layer].find(site.kind)
             except SiteError as error:
-                raise _elsewhere(decoder, site, error) if site.kind == "router" else error
+                if site.kind != "router":
+                    raise
+                raise _elsewhere(decoder, site, error) from None
     return {site: known[site.layer][site.kind] for site in sites}
 
 

@@ -39,8 +39,8 @@ def watched_router(tap: Tap) -> Iterator[None]:
     def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         if not torch.compiler.is_compiling() and not getattr(state, "ran", True):
             raise ModelError(
-                f"{tap.site}: the MLP ran without `{tap.name}`, in a kernel that no hook sees into, so its experts were "
-                "not steered; load the model with use_kernels=False"
+                f"{tap.site}: the MLP ran without `{tap.name}`, in a kernel that no hook sees into, so its experts "
+                "were not steered; load the model with use_kernels=False"
             )
 
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Tunable experts: the formulas written out slowly, on five families whose routers differ in everything but their form."""
+"""Tunable experts: the formulas written out slowly, on five families whose routers differ in all but their form."""
 
 from __future__ import annotations
 
@@ -166,7 +166,9 @@ def test_what_is_recorded_is_the_share_or_the_mean_weight(family: str) -> None:
             assert float(shares[row, expert]) == pytest.approx(sum(expert in one for one in kept) / len(kept), abs=1e-6)
             mean = sum(one.get(expert, 0.0) for one in kept) / len(kept)
             assert float(weights[row, expert]) == pytest.approx(mean, abs=1e-5)
-    response = ContrastSet.from_answers([("How?", f" {good}.", f" {bad}.") for good, bad in zip(GOOD, BAD, strict=True)])
+    response = ContrastSet.from_answers(
+        [("How?", f" {good}.", f" {bad}.") for good, bad in zip(GOOD, BAD, strict=True)]
+    )
     found = steerkit.record(model, TOKENIZER, response, [AT], readout="response_share")[AT]
     torch.testing.assert_close(found.sum(dim=1), torch.full((8,), float(SLOTS)))
 
@@ -265,8 +267,9 @@ def test_scale_and_strength_lead_part_of_the_way(family: str) -> None:
                 slow = {e: max(0.0, (1 - strength) * before[e] + strength * new[e]) for e in before}
                 assert after == pytest.approx(slow, rel=1e-5, abs=1e-6)
     model = model_of(family)
+    unsteered = run(model)
     with steerkit.steer(model, acting(family, dropped=(1,), forced=(3,)), 0.0):
-        assert torch.equal(run(model), run(model))
+        assert torch.equal(run(model), unsteered)
     plain, steered = both(family, acting(family, dropped=(1,), forced=(3,)), 0.0)
     assert plain.rows() == steered.rows()
 
@@ -289,7 +292,7 @@ def test_a_newcomer_grows_with_the_strength_and_the_sum_stays(strength: float) -
 @pytest.mark.parametrize("dropped", [(1,), (0, 2)])
 @pytest.mark.parametrize("family", ASKABLE)
 def test_replace_is_asking_for_more_and_striking_and_minus_infinity(family: str, dropped: tuple[int, ...]) -> None:
-    """The router is asked for k + m by its own `top_k`; where it does not normalise, 1 / (1 - banned) takes its place."""
+    """The router is asked for k + m by its own `top_k`; where it does not normalise, 1 / (1 - banned) does."""
     plain, steered = both(family, acting(family, dropped=dropped, op="replace"))
     more: Any = bare_copy(plain.tap.module)
     more.top_k = SLOTS + len(dropped)
@@ -314,7 +317,7 @@ def test_replace_is_asking_for_more_and_striking_and_minus_infinity(family: str,
 
 
 def test_steermoe_on_its_published_example() -> None:
-    """Scores 2, 1, 0, -1 and two slots: forcing 3 gives {3, 0} at .5025 and .4975, dropping 0 {1, 2} at .7311, .2689."""
+    """Scores 2, 1, 0, -1, two slots: forcing 3 gives {3, 0} at .5025, .4975, dropping 0 {1, 2} at .7311, .2689."""
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     for action, wanted in (((0, 0, 0, 1), {3: 0.5025, 0: 0.4975}), ((-1, 0, 0, 0), {1: 0.7311, 2: 0.2689})):
         changed = with_priority(scores, torch.tensor(action))[0]
@@ -414,11 +417,12 @@ def test_the_largest_differences_of_all_layers_are_chosen_by_their_sign(family: 
     assert len(chosen) == 4
     lengths = [torch.tensor([len(TOKENIZER(text)["input_ids"]) - 1.0 for text in side]) for side in (GOOD, BAD)]
     site = vector.sites[0]
-    seen = sum(
-        n.double() @ side[:, sites.index(site)] for n, side in zip(lengths, (positive, negative), strict=True)
-    )
+    seen = sum(n.double() @ side[:, sites.index(site)] for n, side in zip(lengths, (positive, negative), strict=True))
     torch.testing.assert_close(vector.params(site)["seen"].double(), seen, rtol=1e-4, atol=1e-3)
-    assert {*fitted(family, side="negative").params(fitted(family, side="negative").sites[0])["action"].tolist()} <= {0, -1}
+    assert {*fitted(family, side="negative").params(fitted(family, side="negative").sites[0])["action"].tolist()} <= {
+        0,
+        -1,
+    }
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -530,7 +534,9 @@ def test_hundreds_of_experts_are_one_write() -> None:
 def test_blocks_without_a_router_are_refused_with_those_that_have_one() -> None:
     with pytest.raises(SiteError, match=r"router\.0: `mlp` routes no tokens .*; there are routers in blocks 1-3"):
         locate(model_of("deepseek_v3"), [Site(0, "router")])
-    with pytest.raises(SiteError, match=r"router\.0: `mlp` routes no tokens to experts \(block 0 of LlamaForCausalLM\)"):
+    with pytest.raises(
+        SiteError, match=r"router\.0: `mlp` routes no tokens to experts \(block 0 of LlamaForCausalLM\)"
+    ):
         steerkit.fit(model_of("llama"), TOKENIZER, data(), method="experts")
     import transformers as tf
 
@@ -563,7 +569,9 @@ def test_a_kernel_that_stands_in_for_the_mlp_is_noticed(monkeypatch: pytest.Monk
     with steerkit.steer(model, vector, 1.0):
         run(model)
         monkeypatch.setattr(block, "forward", lambda h: (h, None))
-        with pytest.raises(ModelError, match=r"router\.2: the MLP ran without `model\.layers\.2\.mlp\.router`.*use_kernels"):
+        with pytest.raises(
+            ModelError, match=r"router\.2: the MLP ran without `model\.layers\.2\.mlp\.router`.*use_kernels"
+        ):
             run(model)
     with pytest.raises(SiteError, match=r"in code that no hook sees into; load the model with use_kernels=False"):
         locate(model, [AT])
@@ -584,7 +592,11 @@ def test_only_what_scales_single_experts_goes_into_weights(settings: dict[str, A
 
 
 def test_settings_and_files_that_cannot_be_are_refused() -> None:
-    for settings, words in (({"count": 0}, "count = 0"), ({"shuffles": 5}, "shuffles = 5"), ({"factor": -1.0}, "factor")):
+    for settings, words in (
+        ({"count": 0}, "count = 0"),
+        ({"shuffles": 5}, "shuffles = 5"),
+        ({"factor": -1.0}, "factor"),
+    ):
         with pytest.raises(FitError, match=words):
             Experts.from_settings(settings)
     with pytest.raises(SiteError, match=r"mlp_out\.1: experts are steered where they are chosen; ask for router\.1"):

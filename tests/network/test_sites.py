@@ -133,7 +133,10 @@ REFUSED: dict[tuple[str, int], dict[str, str]] = {
     | DENSE
     | NO_PRE_NORM
     | {"mlp_in": "`fc1` to `fc2` reads the output of `self_attn_layer_norm`, which is the residual stream itself"},
-    ("olmo2", 1): NO_MIXER | NO_PRE_NORM | DENSE | {"mlp_in": "`mlp` reads the residual stream, which no module gives out"},
+    ("olmo2", 1): NO_MIXER
+    | NO_PRE_NORM
+    | DENSE
+    | {"mlp_in": "`mlp` reads the residual stream, which no module gives out"},
     ("qwen3_next", 0): OWN_NORMS
     | ROUTED
     | dict.fromkeys(("attn_out", "attn_raw"), "linear-attention module, not attention; ask for mixer_out.0"),

@@ -46,9 +46,7 @@ def model_of(family: str = "llama") -> Any:
     return build(family)
 
 
-def answer(
-    prompts: list[Any], count: int, step: Callable[[], None] | None = None, *, family: str = "llama"
-) -> None:
+def answer(prompts: list[Any], count: int, step: Callable[[], None] | None = None, *, family: str = "llama") -> None:
     """Generate; `step` is called behind each pass."""
     ids, mask = modes.rows_of(prompts)
 
