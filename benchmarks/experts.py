@@ -109,7 +109,8 @@ def losses(model: Any, tokenizer: Any, listed: Sequence[str], vector: SteeringVe
                 logits = model(input_ids=ids, attention_mask=mask).logits
     logs = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]
     kept = mask[:, 1:]
-    return -(logs * kept).sum(dim=1) / kept.sum(dim=1)
+    found: Tensor = -(logs * kept).sum(dim=1) / kept.sum(dim=1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def measured(model: Any, tokenizer: Any, topic: str, *, op: str, count: int = CO
         return [losses(model, tokenizer, one, used) - base for one, base in zip(new, plain, strict=True)]
 
     drawn = [[float(one.mean()) for one in rises(random_like(vector, seed=seed))] for seed in range(draws)]
-    return Rises(vector, *rises(vector), torch.tensor(drawn, dtype=torch.float32))
+    own, apart = rises(vector)
+    return Rises(vector, own, apart, torch.tensor(drawn, dtype=torch.float32))
 
 
 def shown(found: Estimate) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from steerkit.network.halves import Half
 __all__ = ["Chosen", "RouterFound", "router_of", "routes_by_scores"]
 
 
-class Chosen(NamedTuple):
+@dataclass(frozen=True)
+class Chosen:
     """Where in what a router gives its scores, weights and indices stand.
 
     Attributes:

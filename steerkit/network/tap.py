@@ -207,8 +207,9 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
                 place.flat,
                 place.width,
             )
-            routes = place.chosen is not None and place.owner is not None
-            tap = RouterTap(*facts, place.chosen, place.owner) if routes else Tap(*facts)
+            tap = Tap(*facts)
+            if place.chosen is not None and place.owner is not None:
+                tap = RouterTap(*facts, place.chosen, place.owner)
         taps[tap.site] = tap
     return taps
 
