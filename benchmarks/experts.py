@@ -1,7 +1,7 @@
 """Dropped experts of a topic beside random ones as often used: `python -m benchmarks.experts [--write]`.
 
 Tiny mixtures of experts are trained on the CPU for under a minute each on two topics of text, which a small grammar
-writes. Then `experts` is fitted to tell the topics apart, on texts that were not trained on, and what it drops for one
+writes: two in the same letters, or two in other ones. Then `experts` is fitted to tell the topics apart, on texts that were not trained on, and what it drops for one
 topic is measured on further texts of both: how much dearer does each become?
 """
 
@@ -40,12 +40,19 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("reefed the sails", "held the anchor", "hauled the nets", "kept us in port", "tore the jib", "hid the buoys",
          "moved the boats", "stopped us"),
     ),
+    "ledger": (
+        ("14 MAR", "2 APR", "30 JUN", "7 OCT", "19 NOV", "25 JAN", "8 AUG", "11 DEC"),
+        ("PAID 230", "PAID 75", "OWED 1400", "SOLD 36", "SOLD 512", "LENT 90", "OWED 68", "LENT 2000"),
+        ("TO NO. 17", "TO NO. 4", "BY NO. 92", "AT 5%", "AT 12%", "ON TERM", "IN CASH", "BY BILL"),
+    ),
 }  # fmt: skip
+PAIRS = (("kitchen", "harbour"), ("kitchen", "ledger"))
 EXPERTS, SLOTS, BLOCKS, WIDTH = 16, 2, 4, 64
-STEPS, COUNT, RANDOM, TEXTS = 600, 8, 20, 60
-WORDS = f"""Each row is one mixture ({BLOCKS} blocks of {EXPERTS} experts, {SLOTS} for a token), trained from another
-seed, and one topic whose {COUNT} experts of largest difference in use, of {BLOCKS * EXPERTS}, are dropped. Rises are of
-the loss on {TEXTS} new texts of the topic and of the other one, in nats per byte; "apart" is the one less the other.
+STEPS, COUNT, RANDOM, TEXTS = 300, 4, 12, 40
+WORDS = f"""Each row is one mixture ({BLOCKS} blocks of {EXPERTS} experts, {SLOTS} for a token), trained on two topics
+from a seed of its own, and one of the two whose {COUNT} experts of largest difference in use, of {BLOCKS * EXPERTS}, are
+dropped (`op="drop"`, `side="negative"`). Kitchen and harbour are written in the same letters, kitchen and ledger share
+next to none. Rises are of the loss on {TEXTS} new texts of the topic and of the other one, in nats per byte; "apart" is the one less the other.
 "Above chance" counts the dropped experts whose difference in use shuffled labels reach in less than one fit of a
 hundred. Beside them {RANDOM} draws of as many other experts of the same blocks, as often used: their mean rises, and in
 how many of them the two lie at least as far apart."""
@@ -72,7 +79,7 @@ def batch_of(tokenizer: Any, listed: Sequence[str]) -> tuple[Tensor, Tensor]:
     return made["input_ids"], made["attention_mask"]
 
 
-def trained(tokenizer: Any, seed: int, *, steps: int = STEPS) -> tuple[Any, float]:
+def trained(tokenizer: Any, pair: Sequence[str], seed: int, *, steps: int = STEPS) -> tuple[Any, float]:
     """A mixture that has read both topics, and the seconds of CPU time that it took."""
     start = time.process_time()
     with torch.random.fork_rng(devices=[]):
@@ -87,7 +94,7 @@ def trained(tokenizer: Any, seed: int, *, steps: int = STEPS) -> tuple[Any, floa
     steerer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     slope = torch.optim.lr_scheduler.LambdaLR(steerer, lambda step: min(1.0, (step + 1) / 50) * (1 - step / steps))
     for step in range(steps):
-        ids, mask = batch_of(tokenizer, [one for topic in TOPICS for one in texts(topic, 8, 10_000 * seed + step)])
+        ids, mask = batch_of(tokenizer, [one for topic in pair for one in texts(topic, 8, 10_000 * seed + step)])
         loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         steerer.zero_grad()
         loss.backward()
@@ -135,11 +142,10 @@ class Rises:
         return int((self.random[:, 0] - self.random[:, 1] >= apart).sum())
 
 
-def measured(model: Any, tokenizer: Any, topic: str, *, op: str, count: int = COUNT, draws: int = RANDOM) -> Rises:
+def measured(model: Any, tokenizer: Any, topic: str, other: str, *, draws: int = RANDOM) -> Rises:
     """Fit on texts that were not trained on, and measure on others."""
-    (other,) = set(TOPICS) - {topic}
     data = ContrastSet.from_prompts(texts(other, TEXTS, -1), texts(topic, TEXTS, -1), raw=True, paired=False)
-    method = Experts.from_settings({"op": op, "side": "negative", "count": count})
+    method = Experts.from_settings({"side": "negative", "count": COUNT})
     vector = steerkit.fit(model, tokenizer, data, method=method)
     new = [texts(one, TEXTS, -2) for one in (topic, other)]
     plain = [losses(model, tokenizer, one) for one in new]
@@ -160,7 +166,7 @@ def shown(found: Estimate) -> str:
 def main() -> None:
     """Print the tables as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experts")
-    parser.add_argument("--seeds", type=int, default=3, help="mixtures that are trained")
+    parser.add_argument("--seeds", type=int, default=2, help="mixtures that are trained for each pair of topics")
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,31 +178,32 @@ def main() -> None:
 def show(seeds: int) -> None:
     """Train, measure and print."""
     tokenizer = byte_tokenizer()
-    mixtures = [trained(tokenizer, seed) for seed in range(seeds)]
-    print(f"{WORDS}\n")
-    for op in ("drop", "replace"):
-        print(f"`op={op!r}`\n")
-        print("| mixture | topic | loss of both | rise | rise of the other | apart | above chance | random, rise | "
-              "random, other | random as far apart |\n" + "| --- " * 10 + "|")  # fmt: skip
-        for seed, (model, _) in enumerate(mixtures):
-            for topic in TOPICS:
-                row(model, tokenizer, seed, topic, op)
-        print()
-    spent = ", ".join(f"{seconds:.0f}" for _, seconds in mixtures)
-    print(f"The mixtures were trained for {spent} seconds of CPU time, on one thread.")
+    columns = (
+        "mixture", "topic", "other", "loss of both", "rise", "rise of the other", "apart", "above chance",
+        "random: rise", "random: other", "random as far apart",
+    )  # fmt: skip
+    print(f"{WORDS}\n\n| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|", flush=True)
+    spent = []
+    for pair in PAIRS:
+        for seed in range(seeds):
+            model, seconds = trained(tokenizer, pair, seed)
+            spent.append(f"{seconds:.0f}")
+            for topic, other in (pair, pair[::-1]):
+                cells = row(model, tokenizer, topic, other)
+                print(f"| {len(spent)} | {topic} | {other} | {' | '.join(cells)} |", flush=True)
+    print(f"\nThe mixtures were trained for {', '.join(spent)} seconds of CPU time.")
 
 
-def row(model: Any, tokenizer: Any, seed: int, topic: str, op: str) -> None:
-    """Print what one topic's experts do in one mixture."""
-    found = measured(model, tokenizer, topic, op=op)
-    base = " and ".join(f"{float(losses(model, tokenizer, texts(one, TEXTS, -2)).mean()):.2f}" for one in TOPICS)
+def row(model: Any, tokenizer: Any, topic: str, other: str) -> list[str]:
+    """What dropping one topic's experts does in one mixture."""
+    found = measured(model, tokenizer, topic, other)
+    base = [f"{float(losses(model, tokenizer, texts(one, TEXTS, -2)).mean()):.2f}" for one in (topic, other)]
     above = sum(one[-1] == "yes" for one in Experts().table(found.vector).rows)
-    cells = [
-        str(seed + 1), topic, base, shown(interval(found.own)), shown(interval(found.other)),
-        shown(interval(found.own - found.other)), f"{above} of {COUNT}",
-        *(f"{float(one):+.2f}" for one in found.random.mean(dim=0)), f"{found.beaten} of {len(found.random)}",
+    return [
+        " and ".join(base), *(shown(interval(one)) for one in (found.own, found.other, found.own - found.other)),
+        f"{above} of {COUNT}", *(f"{float(one):+.2f}" for one in found.random.mean(dim=0)),
+        f"{found.beaten} of {len(found.random)}",
     ]  # fmt: skip
-    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,15 @@ class Experts(Method):
         """
         return [site for site in sites if f"{site}/action" in tensors]
 
+    def read_at(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> list[Site]:
+        """The routers with chosen experts; of the others nothing is kept.
+
+        Args:
+            sites: where it was fitted.
+            tensors: what `fit` gave.
+        """
+        return [site for site in sites if f"{site}/action" in tensors]
+
     def check(self, site: Site, params: Params) -> None:
         """An action for each expert, at a router.
 

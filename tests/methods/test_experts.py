@@ -454,6 +454,21 @@ def test_the_null_holds_the_rate_that_it_promises() -> None:
     assert passed <= 8  # 200 draws of 1 or 2 % each
 
 
+def test_held_out_items_lie_apart_along_what_was_learned_and_a_monitor_reads_it() -> None:
+    pairs = ContrastSet.from_prompts([*GOOD, *GOOD], [f"{bad}{end}" for end in "!?" for bad in BAD], raw=True)
+    train, held_out = pairs.split(held_out=0.25, seed=0)
+    model = model_of("mixtral")
+    vector = steerkit.fit(model, TOKENIZER, train, method=Experts(count=2), held_out=held_out)
+    assert vector.reads == vector.sites
+    assert {*vector.held_out["sites"]} == {str(site) for site in vector.sites}
+    assert all(found["auc"] >= 0.5 for found in vector.held_out["sites"].values())
+    (site, *_), text = vector.sites, "hello there"
+    monitor = steerkit.Monitor(model, TOKENIZER, vector, sites=[site], read="mean", calibrated=False, neutral=NEUTRAL)
+    weights = steerkit.record(model, TOKENIZER, [text], [site], readout="mean")[site][0]
+    along = Experts().read_direction(vector.params(site))
+    assert float(monitor.score([text])) == pytest.approx(float(weights @ along / along.norm()), rel=1e-4)
+
+
 def test_its_table_says_what_is_above_chance() -> None:
     vector = fitted()
     table = Experts().table(vector)
