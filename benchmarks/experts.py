@@ -1,8 +1,9 @@
 """Dropped experts of a topic beside random ones as often used: `python -m benchmarks.experts [--write]`.
 
 Tiny mixtures of experts are trained on the CPU for under a minute each on two topics of text, which a small grammar
-writes: two in the same letters, or two in other ones. Then `experts` is fitted to tell the topics apart, on texts that were not trained on, and what it drops for one
-topic is measured on further texts of both: how much dearer does each become?
+writes: two in the same letters, or two in other ones. Then `experts` is fitted to tell the topics apart, on texts that
+were not trained on, and what it drops for one topic is measured on further texts of both: how much dearer does each
+become?
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 PAIRS = (("kitchen", "harbour"), ("kitchen", "ledger"))
 EXPERTS, SLOTS, BLOCKS, WIDTH = 16, 2, 4, 64
 STEPS, COUNT, RANDOM, TEXTS = 300, 4, 12, 40
-WORDS = f"""Each row is one mixture ({BLOCKS} blocks of {EXPERTS} experts, {SLOTS} for a token), trained on two topics
-from a seed of its own, and one of the two whose {COUNT} experts of largest difference in use, of {BLOCKS * EXPERTS}, are
-dropped (`op="drop"`, `side="negative"`). Kitchen and harbour are written in the same letters, kitchen and ledger share
-next to none. Rises are of the loss on {TEXTS} new texts of the topic and of the other one, in nats per byte; "apart" is the one less the other.
-"Above chance" counts the dropped experts whose difference in use shuffled labels reach in less than one fit of a
-hundred. Beside them {RANDOM} draws of as many other experts of the same blocks, as often used: their mean rises, and in
-how many of them the two lie at least as far apart."""
+WORDS = f"""Each row is one mixture ({BLOCKS} blocks of {EXPERTS} experts, {SLOTS} for a token), trained on two
+topics from a seed of its own, and one of the two whose {COUNT} experts of largest difference in use, of
+{BLOCKS * EXPERTS}, are dropped (`op="drop"`, `side="negative"`). Kitchen and harbour are written in the same letters,
+kitchen and ledger share next to none. Rises are of the loss on {TEXTS} new texts of the topic and of the other one, in
+nats per byte; "apart" is the one less the other. "Above chance" counts the dropped experts whose difference in use
+shuffled labels reach in less than one fit of a hundred. Beside them {RANDOM} draws of as many other experts of the same
+blocks, as often used: their mean rises, and in how many of them the two lie at least as far apart."""
 
 
 def texts(topic: str, count: int, seed: int) -> list[str]:

@@ -462,11 +462,11 @@ def test_held_out_items_lie_apart_along_what_was_learned_and_a_monitor_reads_it(
     assert vector.reads == vector.sites
     assert {*vector.held_out["sites"]} == {str(site) for site in vector.sites}
     assert all(found["auc"] >= 0.5 for found in vector.held_out["sites"].values())
-    (site, *_), text = vector.sites, "hello there"
-    monitor = steerkit.Monitor(model, TOKENIZER, vector, sites=[site], read="mean", calibrated=False, neutral=NEUTRAL)
-    weights = steerkit.record(model, TOKENIZER, [text], [site], readout="mean")[site][0]
+    site, chat = vector.sites[0], [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "well, yes"}]
+    monitor = steerkit.Monitor(model, TOKENIZER, vector, sites=[site], read="response_mean", calibrated=False)
+    weights = steerkit.record(model, TOKENIZER, [chat], [site], readout="response_mean")[site][0]
     along = Experts().read_direction(vector.params(site))
-    assert float(monitor.score([text])) == pytest.approx(float(weights @ along / along.norm()), rel=1e-4)
+    assert float(monitor.score([chat])) == pytest.approx(float(weights @ along / along.norm()), rel=1e-4)
 
 
 def test_its_table_says_what_is_above_chance() -> None:
