@@ -80,11 +80,12 @@ class AskedRouter:
             raise SiteError(
                 f"{tap.site}: `{tap.name}` {problem}, so nothing can be put in a dropped expert's place; use op='drop'"
             )
-        for name, value in [*self._by_scores.named_parameters()]:  # .01 above a score is no more in half precision
+        parameters = [*self._by_scores.named_parameters()]
+        for name, value in parameters:  # .01 above a score is no more in half precision
             put_parameter(self._by_scores, name, value.detach().float())
-            self._device, self._reads = value.device, max(value.shape[-1], getattr(self, "_reads", 0))
+        self._reads = max(value.shape[-1] for _, value in parameters)
         self._plain: nn.Module = bare_copy(tap.module)
-        self._action = self._action.to(self._device)
+        self._action = self._action.to(parameters[0][1].device)
 
     def __call__(self, read: Tensor) -> Tensor:
         """The weights that the router would give.
@@ -97,7 +98,8 @@ class AskedRouter:
         """
         chosen = self.tap.chosen
         scores = self._change(self._plain(read)[chosen.scores].float(), self._action)
-        given = self._by_scores(pad(scores, (0, self._reads - chosen.experts)))
+        with torch.autocast(scores.device.type, enabled=False):  # it would round the scores
+            given = self._by_scores(pad(scores, (0, self._reads - chosen.experts)))
         return dense_weights(given[chosen.weights], given[chosen.index], chosen.experts)
 
 

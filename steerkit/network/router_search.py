@@ -7,6 +7,7 @@ are zero: where they are what the experts are weighted with, it gives something 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,8 +153,7 @@ def routes_by_scores(found: RouterFound) -> tuple[nn.Module, str | None]:
     unit = torch.zeros_like(matrix)
     unit.diagonal().fill_(1.0)
     put_parameter(twin, name, unit)
-    drawn = torch.randn(32, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    scores = drawn.to(matrix.device, matrix.dtype)
+    scores = _different_scores(experts).to(matrix.device, matrix.dtype)
     read = torch.nn.functional.pad(scores, (0, matrix.shape[1] - experts))
     try:
         with torch.no_grad():
@@ -167,6 +167,12 @@ def routes_by_scores(found: RouterFound) -> tuple[nn.Module, str | None]:
     if not right or not _takes_largest(given, found.chosen) or not torch.equal(given[found.chosen.scores], scores):
         return twin, "chooses by more than the largest scores"
     return twin, None
+
+
+def _different_scores(experts: int) -> Tensor:
+    """[32, e] scores between -8 and 8 in random orders, no two of a row equal, exact in half precision."""
+    order = torch.rand(32, experts, generator=torch.Generator().manual_seed(0), dtype=torch.float32).argsort(dim=1)
+    return (order - experts // 2).float() * 2.0 ** -max(0, math.ceil(math.log2(experts / 16)))
 
 
 def _takes_largest(given: Any, chosen: Chosen) -> bool:

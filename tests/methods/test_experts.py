@@ -12,7 +12,7 @@ from torch import Tensor
 import steerkit
 from steerkit.errors import FitError, ModelError, SiteError, StrengthError, VectorMismatchError
 from steerkit.evaluate.curve import random_like
-from steerkit.methods._expert_asking import with_priority
+from steerkit.methods._expert_asking import AskedRouter, with_priority, without
 from steerkit.methods._expert_choice import chance_relevance
 from steerkit.methods.experts import Experts
 from steerkit.network.bare_copy import bare_copy
@@ -569,6 +569,33 @@ def test_routers_of_another_form_are_refused_in_a_line(family: str) -> None:
         Experts().sites(find_decoder(model_of(family)))
     assert str(caught.value).startswith("router.0: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts", [8, 128])
+def test_many_experts_in_half_precision_can_be_asked(experts: int, dtype: torch.dtype) -> None:
+    import transformers as tf
+
+    sizes = {"hidden_size": 160, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 6}
+    config = tf.Qwen3MoeConfig(vocab_size=VOCAB, num_experts=experts, norm_topk_prob=True, **sizes, **heads)
+    model = tf.Qwen3MoeForCausalLM(config).to(dtype).eval()
+    site = Site(0, "router")
+    tap = locate(model, [site])[site]
+    assert isinstance(tap, RouterTap)
+    action = torch.zeros(experts, dtype=torch.long)
+    action[:2] = -1
+    read = torch.randn(40, 160, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = tap.module(read)[0].float()
+        found = AskedRouter(tap, action, without)(read)
+    logits[:, :2] = -torch.inf
+    weights, index = logits.softmax(dim=-1).topk(6)
+    slow = dense_weights(weights / weights.sum(dim=-1, keepdim=True), index, experts)
+    assert float((found.sum(dim=-1) - 1).abs().max()) < 1e-6
+    same = ((found > 0) == (slow > 0)).all(dim=-1)  # equal scores at the last slot may fall either way
+    assert float(same.float().mean()) > (0.99 if dtype == torch.float32 else 0.6)
+    torch.testing.assert_close(found[same], slow[same], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", ["replace", "steermoe"])
