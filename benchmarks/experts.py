@@ -58,6 +58,14 @@ nats per byte; "apart" is the one less the other. "Above chance" counts the drop
 shuffled labels reach in less than one fit of a hundred. Beside them {RANDOM} draws of as many other experts of the same
 blocks, as often used: their mean rises, and in how many of them the two lie at least as far apart."""
 
+MEANING = """What it means. Where two topics share next to no letters, dropping four experts makes their topic dearer
+(by 0.03 to 0.28) and the other one by 0.01 at the most. Where they share their letters, the topic becomes dearer by
+0.22 to 0.70 and the other one too, by 0.01 to 0.13: experts are shared as letters are. In seven of eight rows no draw of
+experts as often used parts the topics as far; those cost both topics, and the other one as much or more. In the eighth
+the fitted experts do little (0.03), and three draws of twelve part the topics at least as far: that row shows nothing.
+These are mixtures of half a minute's training on what a grammar writes; they show that the choice is about the topic
+and not about usage, not how well it works on a mixture that people use."""
+
 
 def texts(topic: str, count: int, seed: int) -> list[str]:
     """Pairs of sentences, drawn from the topic's grammar."""
@@ -192,7 +200,7 @@ def show(seeds: int) -> None:
             for topic, other in (pair, pair[::-1]):
                 cells = row(model, tokenizer, topic, other)
                 print(f"| {len(spent)} | {topic} | {other} | {' | '.join(cells)} |", flush=True)
-    print(f"\nThe mixtures were trained for {', '.join(spent)} seconds of CPU time.")
+    print(f"\nThe mixtures were trained for {', '.join(spent)} seconds of CPU time.\n\n{MEANING}")
 
 
 def row(model: Any, tokenizer: Any, topic: str, other: str) -> list[str]:
