@@ -60,11 +60,12 @@ blocks, as often used: their mean rises, and in how many of them the two lie at 
 
 MEANING = """What it means. Where two topics share next to no letters, dropping four experts makes their topic dearer
 (by 0.03 to 0.28) and the other one by 0.01 at the most. Where they share their letters, the topic becomes dearer by
-0.22 to 0.70 and the other one too, by 0.01 to 0.13: experts are shared as letters are. In seven of eight rows no draw of
-experts as often used parts the topics as far; those cost both topics, and the other one as much or more. In the eighth
-the fitted experts do little (0.03), and three draws of twelve part the topics at least as far: that row shows nothing.
-These are mixtures of half a minute's training on what a grammar writes; they show that the choice is about the topic
-and not about usage, not how well it works on a mixture that people use."""
+0.22 to 0.70 and the other one too, by 0.01 to 0.13; a likely reason, not tested here, is that experts go by letters as
+much as by topics. In seven of eight rows no draw of experts as often used parts the topics as far; such draws cost both
+topics, the other one as much or more. In the eighth the fitted experts do little (0.03), and three draws of twelve part
+the topics at least as far: that row shows nothing. These are mixtures of half a minute's training on what a grammar
+writes; they show that the choice is about the topic and not about usage, not how well it works on a mixture that people
+use."""
 
 
 def texts(topic: str, count: int, seed: int) -> list[str]:

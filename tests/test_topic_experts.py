@@ -28,7 +28,7 @@ def test_a_topic_s_experts_cost_the_topic() -> None:
     try:
         tokenizer = experts.byte_tokenizer()
         pair = experts.PAIRS[1]
-        model, _ = experts.trained(tokenizer, pair, 0, steps=200)
+        model, _ = experts.trained(tokenizer, pair, 0)
         found = [experts.measured(model, tokenizer, *both, draws=8) for both in (pair, pair[::-1])]
     finally:
         torch.set_num_threads(before)
