@@ -60,7 +60,7 @@ def test_they_are_what_a_loop_over_tokens_finds(readout: str, side: str) -> None
 
 
 def test_names() -> None:
-    for name in ("max", "min", "prompt_max", "predicting_min", "assistant_max", "answer_min", "share", "response_share"):
+    for name in ("max", "min", "prompt_max", "predicting_min", "assistant_max", "share", "response_share"):
         assert str(Readout.parse(name)) == name
     assert str(Readout.parse("response_mean").pooled("max")) == "response_max"
     assert Readout.parse("mean").pooled("mean") == Readout.parse("mean")
