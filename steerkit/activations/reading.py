@@ -6,13 +6,13 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
-from steerkit.activations.readout import Readout
+from steerkit.activations.readout import Pool, Readout
 from steerkit.activations.shared_prompts import Stretch, may_share, stretches
 from steerkit.activations.token_scale import PassScale, TokenScale, TokenScales, massive_tokens
 from steerkit.errors import FitError
@@ -234,11 +234,9 @@ def _weighted(weights: Tensor, values: Tensor, *, is_padded: bool) -> Tensor:
 
 
 class _Pool:
-    """Turns [b, t, d] into one row [b, d] per text: one token, or the mean or an extreme of several, in float32."""
+    """Turns [b, t, d] into one row [b, d] per text: one token, or what is pooled of several, in float32."""
 
-    def __init__(
-        self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device, how: Literal["mean", "max", "min"]
-    ) -> None:
+    def __init__(self, batch: Batch, chosen: Sequence[Sequence[int]], device: torch.device, how: Pool) -> None:
         self._how = how
         starts = (batch.attention_mask != 0).long().argmax(dim=1).tolist()
         places = [[start + token for token in tokens] for start, tokens in zip(starts, chosen, strict=True)]
@@ -267,6 +265,8 @@ class _Pool:
         return PassScale.of(h, counted * ~massive)._replace(left_out=left_out)
 
     def __call__(self, h: Tensor, massive: Tensor | None = None) -> Tensor:
+        if self._how == "share":
+            h = (h != 0).float()
         if self._single:
             index = self._index.to(h.device)
             return h[torch.arange(h.shape[0], device=h.device), index].float()
@@ -274,7 +274,7 @@ class _Pool:
         if massive is not None:
             weights = weights * ~massive[:, None]
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        if self._how != "mean":
+        if self._how in ("max", "min"):
             sign = 1.0 if self._how == "max" else -1.0
             return sign * (sign * values).masked_fill(weights.mT == 0, -torch.inf).amax(dim=1)
         return _weighted(weights, values, is_padded=self._padded)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from steerkit.errors import DataError
 from steerkit.prompts.marks import outside_thinking
 from steerkit.prompts.rendering import Rendered
 
-__all__ = ["Readout", "chosen_columns", "cut_to"]
+__all__ = ["Pool", "Readout", "chosen_columns", "cut_to"]
 
 NO_MASSIVE = ",no_massive_tokens"
 """Written behind a readout that is a mean: tokens whose activations are massive do not enter it."""
 _COUNTED = re.compile(r"index\((-?\d+)\)|span\((\d+),(\d+)\)")
-_EXTREME = re.compile(r"(|.+_)(max|min)")
+_POOLED = re.compile(r"(|.+_)(max|min|share)")
+Pool = Literal["mean", "max", "min", "share"]
 _NAMES = (
     "last",
     "mean",
@@ -42,7 +43,8 @@ class Readout:
     (negative ones count from the end), or a character span of the answer (`span(0,3)`, the end excluded).
 
     With `max` or `min` for `mean`, such as `max` or `response_min`: of the same tokens the largest or smallest value of
-    each dimension on its own. Such a row is no activation of any token.
+    each dimension on its own. Such a row is no activation of any token. With `share`, such as `response_share`, the
+    share of the tokens at which a dimension is not zero: at a `router`, how often each expert was chosen.
 
     Behind one of several tokens, such as `response_mean,no_massive_tokens`: tokens whose activation is more than ten
     times as long as the median one of their text are left out, site by site.
@@ -52,7 +54,7 @@ class Readout:
     start: int = 0
     stop: int = 0
     no_massive: bool = False
-    pool: Literal["mean", "max", "min"] = "mean"
+    pool: Pool = "mean"
 
     @classmethod
     def parse(cls, readout: str | int | tuple[int, int] | Readout) -> Readout:
@@ -82,18 +84,18 @@ class Readout:
         counted = _COUNTED.fullmatch(str(readout).replace(" ", ""))
         if counted:
             return cls("index", int(counted[1])) if counted[1] else cls("span", int(counted[2]), int(counted[3]))
-        extreme = _EXTREME.fullmatch(str(readout))
-        if extreme and f"{extreme[1]}mean" in _NAMES:
-            return cls(f"{extreme[1]}mean", pool="max" if extreme[2] == "max" else "min")
+        named = _POOLED.fullmatch(str(readout))
+        if named and f"{named[1]}mean" in _NAMES:
+            return cls(f"{named[1]}mean").pooled(cast("Pool", named[2]))
         if readout not in _NAMES:
             raise DataError(
                 f"unknown readout {readout!r}; allowed: {', '.join(_NAMES)}, a token index, or span(a,b); "
-                f"for mean also max and min, and means also with {NO_MASSIVE} behind"
+                f"for mean also max, min and share, and means also with {NO_MASSIVE} behind"
             )
         return cls(str(readout))
 
-    def pooled(self, how: Literal["mean", "max", "min"]) -> Readout:
-        """The same tokens, of which the mean, the largest or the smallest values are taken.
+    def pooled(self, how: Pool) -> Readout:
+        """The same tokens, of which the mean, the largest or smallest values, or the share that is not zero, is taken.
 
         Args:
             how: which.

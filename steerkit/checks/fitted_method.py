@@ -88,8 +88,9 @@ class FittedMethod:
         before = h.clone()
         strength = torch.tensor(self.strength, dtype=torch.float32)
         prepared = self.method.prepare(self.vector.params(site), strength, dtype, h.device)
-        if isinstance(self.method, ReadsInput):
-            prepared["input"] = drawn(self.method.inputs_at(self.model, self.vector)[site].width)
+        inputs = self.method.inputs_at(self.model, self.vector) if isinstance(self.method, ReadsInput) else {}
+        if site in inputs:
+            prepared["input"] = drawn(inputs[site].width)
         return h, self.method.edit(h, prepared, facts.tokens(scope, lengths)), before
 
     def rows(self, side: str = "right") -> tuple[Tensor, Tensor]:

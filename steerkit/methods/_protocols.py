@@ -183,7 +183,8 @@ class HasRankTwoForm(Protocol):
 class ReadsInput(Protocol):
     """A method whose change at a site depends on what the module that writes there reads.
 
-    `Method.edit` then finds that in ``prepared["input"]``, [b, t, i].
+    `Method.edit` then finds that in ``prepared["input"]``, [b, t, i]. A method whose settings decide whether it reads
+    gives no place where it does not.
     """
 
     def inputs_at(self, model: nn.Module | Decoder, vector: SteeringVector) -> Mapping[Site, LayerInput]:

@@ -21,6 +21,7 @@ from steerkit.network.block_trace import Call, Trace
 from steerkit.network.halves import Half, halves_of, is_recurrent
 from steerkit.network.residual_form import TOKENS, form_text, is_token_wise
 from steerkit.network.residual_sum import added_by_halves, gives, is_scaled
+from steerkit.network.router_search import Chosen, router_of
 from steerkit.network.structure import is_norm, outermost
 
 __all__ = ["Anatomy", "Place"]
@@ -40,6 +41,8 @@ class Place:
         side: whether the tensor is what the module reads or what it gives.
         flat: whether it is `[b*t, width]` instead of `[b, t, width]`.
         width: its last dimension.
+        chosen: how a router's output is read; None at all other kinds.
+        owner: the MLP that the router belongs to.
     """
 
     kind: str
@@ -48,6 +51,8 @@ class Place:
     side: Literal["input", "output"]
     flat: bool
     width: int
+    chosen: Chosen | None = None
+    owner: nn.Module | None = None
 
 
 class Anatomy:
@@ -117,6 +122,12 @@ class Anatomy:
             SiteError: this block has no such tensor; the message says what there is instead.
         """
         half = self._half(kind)
+        if kind == "router":
+            found = router_of(half, self.calls)
+            if isinstance(found, str):
+                raise self._refuse(kind, found)
+            width, owner = found.chosen.experts, half.first.module
+            return Place(kind, found.name, found.module, "output", True, width, found.chosen, owner)
         if kind.endswith("_in"):
             return self._place(kind, self._norm_before(kind, half), "output")
         if kind in ("z", "mlp_post"):
@@ -285,7 +296,7 @@ class Anatomy:
         Raises:
             SiteError: there is none or more than one, or it goes by another name here.
         """
-        of_mlp = kind in ("mlp_in", "mlp_out", "mlp_raw", "mlp_post")
+        of_mlp = kind in ("mlp_in", "mlp_out", "mlp_raw", "mlp_post", "router")
         halves = self.halves[:1] if kind == "block_in" else self.mlps if of_mlp else self.mixers
         names = " and ".join(str(half) for half in halves)
         if len(halves) > 1:

@@ -71,6 +71,7 @@ class Call:
         read: the tensor it was given.
         made: the tensor it put out.
         gave: what flowed on, after the hooks of others; `made` itself where there are none.
+        several: all that flowed on, where that is several tensors; None where it is one.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Call:
     read: Seen | None
     made: Seen | None
     gave: Seen | None
+    several: tuple[Tensor, ...] | None = None
 
     def inside(self, other: Call) -> bool:
         """Whether this module stands inside the other one."""
@@ -192,7 +194,9 @@ def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             read, gave = Seen.of(argument_of(args, kwargs)), Seen.of(tensor_of(output))
-            trace.calls.append(Call(name, module, read, made[name], gave))
+            parts = tuple(output) if isinstance(output, (tuple, list)) else ()
+            several = parts if len(parts) > 1 and all(isinstance(one, Tensor) for one in parts) else None
+            trace.calls.append(Call(name, module, read, made[name], gave, several))
 
         return hook
 

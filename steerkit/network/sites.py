@@ -25,6 +25,7 @@ KIND_HELP: Mapping[str, str] = MappingProxyType(
         "z": "the input of attention's output projection: the heads side by side",
         "mlp_post": "the input of the MLP's down projection: its neurons",
         "mixer_out": "what a state-space or linear-attention module adds to the residual stream",
+        "router": "the weights of the MLP's routed experts, all of them side by side, zero where not chosen",
     }
 )
 KINDS: tuple[str, ...] = tuple(KIND_HELP)

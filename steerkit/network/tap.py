@@ -16,12 +16,14 @@ from steerkit.network.anatomy import Anatomy, Place
 from steerkit.network.block_trace import argument_of, probe_blocks, tensor_of
 from steerkit.network.decoder import find_decoder
 from steerkit.network.residual_form import form_of, is_token_wise, plain_tokens
-from steerkit.network.sites import Site
+from steerkit.network.router_search import Chosen
+from steerkit.network.routing import dense_weights, slotted
+from steerkit.network.sites import Site, layers_text
 
 if TYPE_CHECKING:
     from steerkit.network.decoder import Decoder
 
-__all__ = ["Tap", "anatomies", "locate", "sites_of_kind"]
+__all__ = ["RouterTap", "Tap", "anatomies", "locate", "sites_of_kind"]
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,46 @@ class Tap:
         return value
 
 
+@dataclass(frozen=True)
+class RouterTap(Tap):
+    """Where a router's choice is read and written, in its dense form [b*t, e].
+
+    Attributes:
+        chosen: how the router's output is read.
+        owner: the MLP that it belongs to; one that runs without its router would leave what is written out.
+    """
+
+    chosen: Chosen
+    owner: nn.Module
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None) -> Tensor:
+        """The dense form, from what a hook was given.
+
+        Args:
+            args: unused.
+            kwargs: unused.
+            output: what the router gave.
+
+        Returns:
+            [b*t, e] the weights, zero where an expert is not chosen.
+        """
+        return dense_weights(output[self.chosen.weights], output[self.chosen.index], self.chosen.experts)
+
+    def write_output(self, output: Any, value: Tensor) -> Any:
+        """The output with other weights, and other experts where these have become nonzero; the scores stay.
+
+        Args:
+            output: what the router gave.
+            value: [b*t, e] the new dense form.
+
+        Returns:
+            What a forward hook returns.
+        """
+        parts = list(output)
+        parts[self.chosen.weights], parts[self.chosen.index] = slotted(value, output[self.chosen.index])
+        return tuple(parts)
+
+
 def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
     """Find the modules and tensors of some sites.
 
@@ -157,8 +199,17 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             tap = Tap(site, decoder.blocks[site.layer], name, side, flat=False, width=decoder.hidden_size)
         else:
             place = places[site]
-            canonical = Site(site.layer, place.kind)
-            tap = Tap(canonical, place.module, f"{name}.{place.name}", place.side, place.flat, place.width)
+            facts = (
+                Site(site.layer, place.kind),
+                place.module,
+                f"{name}.{place.name}",
+                place.side,
+                place.flat,
+                place.width,
+            )
+            tap = Tap(*facts)
+            if place.chosen is not None and place.owner is not None:
+                tap = RouterTap(*facts, place.chosen, place.owner)
         taps[tap.site] = tap
     return taps
 
@@ -179,8 +230,22 @@ def _places(decoder: Decoder, sites: Iterable[Site]) -> dict[Site, Place]:
     found = anatomies(decoder, {site.layer for site in sites if site.kind not in known[site.layer]})
     for site in sites:
         if site.kind not in known[site.layer]:
-            known[site.layer][site.kind] = found[site.layer].find(site.kind)
+            try:
+                known[site.layer][site.kind] = found[site.layer].find(site.kind)
+            except SiteError as error:
+                if site.kind != "router":
+                    raise
+                raise _elsewhere(decoder, site, error) from None
     return {site: known[site.layer][site.kind] for site in sites}
+
+
+def _elsewhere(decoder: Decoder, site: Site, error: SiteError) -> SiteError:
+    """The refusal of a router, with the blocks that have one."""
+    try:
+        layers = [one.layer for one in sites_of_kind(decoder, site.kind)]
+    except SiteError:
+        return error
+    return SiteError(f"{error}; there are routers in blocks {layers_text(layers)}")
 
 
 def _makeup(block: nn.Module) -> _Makeup:

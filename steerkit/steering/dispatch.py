@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from steerkit.steering.replay import Reading
+from steerkit.steering.router_watch import watched_router
 from steerkit.tokens.clock import Hook, PassClock
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def attached_edits(edit: Edit | Reading, clock: PassClock, owner: int) -> Iterat
     dispatcher = found[edit.tap.side]
     try:
         dispatcher.keep([*dispatcher.entries, (owner, edit)], clock)
-        yield
+        with watched_router(edit.tap):
+            yield
     finally:
         entries = list(dispatcher.entries)
         # By identity and from the end: one plan may be attached twice, and by two threads.

@@ -60,12 +60,12 @@ def test_they_are_what_a_loop_over_tokens_finds(readout: str, side: str) -> None
 
 
 def test_names() -> None:
-    for name in ("max", "min", "prompt_max", "predicting_min", "assistant_max", "answer_min"):
+    for name in ("max", "min", "prompt_max", "predicting_min", "assistant_max", "share", "response_share"):
         assert str(Readout.parse(name)) == name
     assert str(Readout.parse("response_mean").pooled("max")) == "response_max"
     assert Readout.parse("mean").pooled("mean") == Readout.parse("mean")
     for name in ("last_max", "span_max", "prompt_last_min", "maximum", "_max"):
-        with pytest.raises(DataError, match="for mean also max and min"):
+        with pytest.raises(DataError, match="for mean also max, min and share"):
             Readout.parse(name)
     for one in ("last", "span(0,3)", "index(-2)"):
         with pytest.raises(DataError, match="has no max"):

@@ -27,7 +27,7 @@ def params() -> dict[str, torch.Tensor]:
 
 def test_all_edits_in_a_plane_have_a_form() -> None:
     missing = set(registry.method_names()) - set(WITH_FORM)
-    assert missing == {"actadd", "aura", "austeer", "steer2edit", "transport"}
+    assert missing == {"actadd", "aura", "austeer", "experts", "steer2edit", "transport"}
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0, -0.7, 45.0, 360.0, 505.0])

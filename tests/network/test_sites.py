@@ -57,7 +57,7 @@ GEMMA = {
     "z": "I self_attn.o_proj",
     "mlp_post": "I mlp.down_proj",
 }
-EXPERTS = {kind: name for kind, name in LLAMA.items() if kind != "mlp_post"}
+EXPERTS = {**{kind: name for kind, name in LLAMA.items() if kind != "mlp_post"}, "router": "mlp.gate 2-D"}
 FALCON = {
     "attn_out": "self_attention",
     "mlp_out": "mlp",
@@ -100,13 +100,15 @@ TABLE: dict[tuple[str, int], dict[str, str]] = {
         "z": "I self_attention.dense",
         "mlp_post": "I mlp.dense_4h_to_h",
     },
-    **{(name, 1): EXPERTS for name in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next")},
+    **{(name, 1): EXPERTS for name in ("mixtral", "qwen3_moe", "qwen3_next")},
+    ("gpt_oss", 1): {**EXPERTS, "router": "mlp.router 2-D"},
     ("qwen3_next", 0): {
         "attn_in": "input_layernorm",
         "mlp_in": "post_attention_layernorm",
         "mixer_out": "linear_attn",
         "mlp_out": "mlp",
         "z": "I linear_attn.out_proj",
+        "router": "mlp.gate 2-D",
     },
     ("mamba", 1): {"block_in": "norm", "mixer_out": "mixer"},
     ("olmo2", 1): {kind: name for kind, name in GEMMA.items() if not kind.endswith("_in")},
@@ -122,18 +124,23 @@ ONE_NORM = dict.fromkeys(("attn_in", "mlp_in"), "read; ask for block_in.1")
 ROUTED = {"mlp_post": "`mlp` routes tokens to `mlp.experts`"}
 NO_MLP = "the block has no MLP, only `mixer`; ask for mixer_out.1"
 NO_PRE_NORM = dict.fromkeys(("attn_in", "block_in"), "`self_attn` reads resid_pre.1 itself; there is no norm before it")
+DENSE = {"router": "routes no tokens to experts"}
 REFUSED: dict[tuple[str, int], dict[str, str]] = {
-    **{place: OWN_NORMS | NO_MIXER for place in TABLE},
+    **{place: OWN_NORMS | NO_MIXER | DENSE for place in TABLE},
     **{(name, 1): OWN_NORMS | NO_MIXER | ROUTED for name in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next")},
-    **{(name, 1): NO_MIXER | ONE_NORM for name in ("falcon", "cohere")},
+    **{(name, 1): NO_MIXER | ONE_NORM | DENSE for name in ("falcon", "cohere")},
     ("opt_post", 1): NO_MIXER
+    | DENSE
     | NO_PRE_NORM
     | {"mlp_in": "`fc1` to `fc2` reads the output of `self_attn_layer_norm`, which is the residual stream itself"},
-    ("olmo2", 1): NO_MIXER | NO_PRE_NORM | {"mlp_in": "`mlp` reads the residual stream, which no module gives out"},
+    ("olmo2", 1): NO_MIXER
+    | NO_PRE_NORM
+    | DENSE
+    | {"mlp_in": "`mlp` reads the residual stream, which no module gives out"},
     ("qwen3_next", 0): OWN_NORMS
     | ROUTED
     | dict.fromkeys(("attn_out", "attn_raw"), "linear-attention module, not attention; ask for mixer_out.0"),
-    ("mamba", 1): dict.fromkeys(("mlp_in", "mlp_out", "mlp_raw", "mlp_post"), NO_MLP)
+    ("mamba", 1): dict.fromkeys(("mlp_in", "mlp_out", "mlp_raw", "mlp_post", "router"), NO_MLP)
     | dict.fromkeys(("attn_out", "attn_raw"), "not attention; ask for mixer_out.1")
     | {"attn_in": "`norm` is all that `mixer` read; ask for block_in.1", "z": "has no heads; ask for mixer_out.1"},
 }
@@ -193,15 +200,20 @@ def captured(taps: dict[Site, Tap], *, clone: bool = True) -> Any:
             handle.remove()
 
 
+def moved(site: Site, tensor: torch.Tensor) -> torch.Tensor:
+    """Plus one; a router has no more experts than slots, so their weights are doubled."""
+    return tensor * 2 if site.kind == "router" else tensor + 1
+
+
 @contextlib.contextmanager
 def shifted(tap: Tap) -> Any:
-    """Write the tap's tensor plus one, during the passes run inside."""
+    """Write the tap's tensor `moved`, during the passes run inside."""
 
     def before(_module: Any, args: Any, kwargs: Any) -> Any:
-        return tap.write_input(args, kwargs, tap.read(args, kwargs) + 1)
+        return tap.write_input(args, kwargs, moved(tap.site, tap.read(args, kwargs)))
 
     def after(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        return tap.write_output(output, tap.read(args, kwargs, output) + 1)
+        return tap.write_output(output, moved(tap.site, tap.read(args, kwargs, output)))
 
     if tap.side == "input":
         handle = tap.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -303,7 +315,7 @@ def test_each_kind_is_where_the_table_says(name: str, layer: int) -> None:
         assert tap.site == site
     width = {"qwen3": 64}.get(name, HIDDEN)
     assert all(tap.width == width for site, tap in taps.items() if site.kind == "z")
-    assert all(tap.width == HIDDEN for site, tap in taps.items() if site.kind not in ("z", "mlp_post"))
+    assert all(tap.width == HIDDEN for site, tap in taps.items() if site.kind not in ("z", "mlp_post", "router"))
 
 
 @pytest.mark.parametrize(("name", "layer"), TABLE)
@@ -427,7 +439,7 @@ def test_sites_of_further_families_are_what_they_are_called(name: str) -> None:
         if site.layer == 1:
             with shifted(tap), captured({site: tap}) as after:
                 steered = run(model).logits
-            assert torch.equal(after[site], before[site] + 1), site
+            assert torch.equal(after[site], moved(site, before[site])), site
             assert not torch.equal(steered, plain), site
 
 
@@ -537,7 +549,7 @@ def test_bug_13_what_is_written_at_a_site_is_what_is_read_there(name: str, layer
     for site, tap in taps.items():
         with shifted(tap), captured({site: tap}) as after:
             steered = run(model).logits
-        assert torch.equal(after[site], before[site] + 1), site
+        assert torch.equal(after[site], moved(site, before[site])), site
         assert not torch.equal(steered, plain), site
     assert torch.equal(run(model).logits, plain)
 

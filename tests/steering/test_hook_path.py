@@ -30,7 +30,7 @@ from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
 from tests.families import BLOCKS, build
 from tests.gated import gated_vector
-from tests.methods.test_every_method import data_for
+from tests.methods.test_every_method import data_for, families_of
 from tests.plugged import register
 from tests.ready import ready
 from tests.steering.test_when import HOLD, KINDS, RULES, known
@@ -43,11 +43,11 @@ TOKENIZER = byte_tokenizer(CHATML)
 
 
 @functools.cache
-def model_of() -> Any:
-    return build("llama")
+def model_of(family: str = "llama") -> Any:
+    return build(family)
 
 
-def answer(prompts: list[Any], count: int, step: Callable[[], None] | None = None) -> None:
+def answer(prompts: list[Any], count: int, step: Callable[[], None] | None = None, *, family: str = "llama") -> None:
     """Generate; `step` is called behind each pass."""
     ids, mask = modes.rows_of(prompts)
 
@@ -57,7 +57,7 @@ def answer(prompts: list[Any], count: int, step: Callable[[], None] | None = Non
         return scores
 
     with torch.no_grad():
-        model_of().generate(
+        model_of(family).generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False,
             pad_token_id=0, eos_token_id=None, logits_processor=LogitsProcessorList([seen]),
         )  # fmt: skip
@@ -99,18 +99,19 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Looks]:
 @functools.cache
 def fitted(name: str) -> tuple[Method, SteeringVector]:
     method = ready(name)
-    return method, steerkit.fit(model_of(), TOKENIZER, data_for(method), method=method)
+    return method, steerkit.fit(model_of(families_of(name)[0]), TOKENIZER, data_for(method), method=method)
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_no_step_looks_at_a_tensor(looks: Looks, name: str) -> None:
     """Gates decide, and windows are measured, once in a prompt; nothing else looks in the prompt's pass either."""
     method, vector = fitted(name)
+    family = families_of(name)[0]
     for kind in method.scopes:
         once = isinstance(method, Gated) or kind in WINDOWS
-        with steerkit.steer(model_of(), vector, 1.0, scope=COUNTED.get(kind, kind), tokenizer=TOKENIZER):
+        with steerkit.steer(model_of(family), vector, 1.0, scope=COUNTED.get(kind, kind), tokenizer=TOKENIZER):
             looks.forbidden = not once
-            answer([modes.LONG, modes.SHORT], 3, looks.forbid)
+            answer([modes.LONG, modes.SHORT], 3, looks.forbid, family=family)
             looks.forbidden = False
 
 
