@@ -65,8 +65,8 @@ much as by topics. In seven of eight rows no draw of experts as often used parts
 topics, the other one as much or more. In the eighth the fitted experts do little (0.03), and three draws of twelve part
 the topics at least as far: that row shows nothing. These are mixtures of half a minute's training on what a grammar
 writes; they show that the choice is about the topic and not about usage, not how well it works on a mixture that people
-use. How many experts are dropped was not fixed beforehand: with 8 of 64, and with two topics of one kind, the other topic
-had risen by up to 0.68, after which the number became 4 and the pair with other letters came in."""
+use. How many experts are dropped was not fixed beforehand: with 8 of 64, and with two topics of one kind, the other
+topic had risen by up to 0.68, after which the number became 4 and the pair with other letters came in."""
 
 
 def texts(topic: str, count: int, seed: int) -> list[str]:
