@@ -18,12 +18,14 @@ def furnished(here: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a gated vector, a trait's specification and an array beside the rest; stdin asks."""
     from transformers import AutoModelForCausalLM
 
+    from tests.dictionary.made import made
     from tests.families import HIDDEN
     from tests.gated import gated_vector
     from tests.persona.test_persona import TRAIT
 
     gated_vector(AutoModelForCausalLM.from_pretrained(tiny)).save("gated.safetensors")
     TRAIT.save("glad.toml")
+    made(width=HIDDEN).save("latents.safetensors")
     sides = (("1", "Break"), ("0", "Mend"))
     asked = [{"prompt": f"{word} {n}", "label": side} for side, word in sides for n in range(8)]
     Path("asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))

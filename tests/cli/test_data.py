@@ -59,7 +59,7 @@ def test_every_command_that_takes_data_has_the_whole_group() -> None:
     group = {f"--{field.name.replace('_', '-')}" for field in fields(DataChoice)}
     for name, command in COMMANDS.items():
         panel = {flag for one in command.params if getattr(one, "rich_help_panel", None) == PANEL for flag in one.opts}
-        assert panel == (group if name in TAKE_DATA | {"recipe new", "gates"} else set()), name
+        assert panel == (group if name in TAKE_DATA | {"recipe new", "gates", "latents"} else set()), name
 
 
 class Stopped(SteerError):

@@ -28,7 +28,7 @@ GIVEN = ModelChoice(
     attn="eager",
     trust_remote_code=True,
 )
-LOADS_NONE = {"fetch", "inspect", "methods", "recipes"}
+LOADS_NONE = {"audit", "dictionary decompose", "fetch", "merge", "methods", "recipes"}
 NAMES_ONE = {"recipe new"}  # writes down what a later command loads
 NAMES_IT_FOR_VLLM = {"vllm-verify"}
 

@@ -42,8 +42,13 @@ COUNTED = {"first": "first(3)", "after": "after(0)"}
 TOKENIZER = byte_tokenizer(CHATML)
 
 
-@functools.cache
 def model_of(family: str = "llama") -> Any:
+    return built(family)
+
+
+@functools.cache
+def built(family: str) -> Any:
+    """One model of a family for all tests, however it is asked for."""
     return build(family)
 
 
