@@ -253,7 +253,7 @@ def test_the_shipped_files_travel_inside_the_wheel(tmp_path: Path) -> None:
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, copy)
-    for name in ("steerkit", "recipes", "vectors"):
+    for name in ("steerkit", "recipes", "vectors", "dictionaries"):
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run([*pip, str(tmp_path), str(copy)], check=True, capture_output=True)
@@ -264,8 +264,9 @@ def test_the_shipped_files_travel_inside_the_wheel(tmp_path: Path) -> None:
     assert "steerkit/recipes/traits/optimistic.toml" in names
     assert "steerkit/recipes/finetune/finetune-pirate.jsonl" in names
     assert "steerkit/vectors/smollm2-135m/optimism-caa.safetensors" in names
+    assert "steerkit/dictionaries/smollm2-135m/resid_post.14.safetensors" in names
     assert "steerkit/py.typed" in names
-    assert not [name for name in names if name.startswith(("tests", "recipes", "vectors"))]
+    assert not [name for name in names if name.startswith(("tests", "recipes", "vectors", "dictionaries"))]
 
 
 def test_a_pair_is_what_is_fitted_and_the_file_what_is_measured_on(folder: Path) -> None:
