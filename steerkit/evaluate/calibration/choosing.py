@@ -238,14 +238,14 @@ class Choosing:
         problem = self._problem
         unseen = [one for one in below if one not in self._points]
         inside = self._inside(unseen)
-        for place, scores in problem.measured(problem.setup, below, problem.of_texts, self._tell_texts):
-            if place in unseen and place not in inside:
-                return place
+        outside = next((one for one in unseen if one not in inside), None)
+        weaker = below if outside is None else below[: below.index(outside)]
+        for place, scores in problem.measured(problem.setup, weaker, problem.of_texts, self._tell_texts):
             if scores is not None:
                 self._remember(place, scores)
             if scores is None or problem.budget.breaks(scores, due=["repetition"]):
                 return place
-        return None
+        return outside
 
     def _below(self, place: Place, inside: Sequence[Place]) -> list[Place]:
         """A place and what is weaker at the same layers, from the weakest on.
