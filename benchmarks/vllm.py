@@ -5,10 +5,10 @@ one without it, and one with it, which answers plain requests (idle) and request
 at several places of it). They answer in turn, one at a time, in an order drawn anew for each turn; a ratio is the
 median over turns, with its 95 % bootstrap interval over turns.
 
-Two processes that do the very same differ by several per cent for as long as they live (most of the time goes into
-reading weights, and how fast that is depends on where they lie and on what else the machine does); no interval over
-turns holds that. So the engine without the plug-in is there twice, what steering adds is told within one process, and a
-profiled turn tells the time in matrix products, which the plug-in does not touch, from the rest.
+Two processes that do the very same can differ by several per cent for as long as they live: most of the time goes into
+reading weights, and how fast that is depends on the pages in which they lie; no interval over turns holds that. So
+weights are put on huge pages in each, the engine without the plug-in is there twice, what steering adds is told within
+one process, and a profiled turn tells the time in matrix products, which the plug-in does not touch, from the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ TURNS = {
     "steered": ("plug-in", "idle"),
 }
 PRODUCTS = ("_C::onednn_mm", "aten::mm", "aten::addmm")
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 
 
@@ -84,6 +85,7 @@ def start(given: argparse.Namespace, kind: str) -> Any:
     words += ["--model", given.model] if given.model else []
     words += ["--eager"] if given.eager else []
     usual = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    usual |= HUGE_PAGES
     env = {**usual, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if kind != "plug-in":
         env["VLLM_PLUGINS"] = ""

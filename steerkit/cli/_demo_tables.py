@@ -38,7 +38,7 @@ def show_answers(
 
     from steerkit.methods._registry import method_of
 
-    console, neutral = stdout(), method_of(vector).neutral
+    console, neutral = stdout(), method_of(vector).neutral_strength
     typer.echo(f"{recipe.name} on {model}: {recipe.title or recipe.behaviour}")
     typer.echo("steered with the vector that is shipped" if is_shipped else "steered with a vector fitted just now")
     for number, question in enumerate(recipe.evaluate.questions):

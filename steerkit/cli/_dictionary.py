@@ -63,7 +63,6 @@ def train(
     command is given again, and ends with the same numbers. How well it explains texts that it was not trained on, the
     shipped neutral ones, is told at the end: read that before you use a latent.
     """
-    from steerkit.dictionary.compact import save_compact
     from steerkit.dictionary.fitness import check_dictionary
     from steerkit.dictionary.learning import Learning
     from steerkit.dictionary.training import train_dictionary
@@ -82,7 +81,8 @@ def train(
     options: dict[str, Any] = {"work": folder, "keep": keep, "batch_size": batch_size, "max_tokens": max_tokens}
     with status("training") as step:
         found = train_dictionary(loaded, tokenizer, read, place, how, told=told, step=step, **options)
-        written = save_compact(found, out)
+        written = found.compact()
+        written.save(out)
         step("measuring")
         fits = check_dictionary(loaded, tokenizer, written)
     answer = {"file": str(out), "site": str(place), "work": str(folder), **written.provenance["trained"]}
@@ -109,14 +109,14 @@ def decompose(
     explains of random ones stands beside. A vector that acts at another block than the dictionary's is compared all the
     same, and that is said.
     """
-    from steerkit._support.shipped import dictionary_path, vector_path
+    from steerkit._support.shipped import vector_path
     from steerkit.dictionary import decomposition as parts
     from steerkit.dictionary import load_dictionary
     from steerkit.errors import VectorMismatchError
     from steerkit.evaluate.discoveries import directions_of
     from steerkit.vector.steering_vector import SteeringVector
 
-    held = load_dictionary(dictionary_path(dictionary))
+    held = load_dictionary(dictionary)
     directions = directions_of(SteeringVector.load(vector_path(vector)))
     if not directions:
         raise VectorMismatchError(f"{vector}: writes no single direction, so there is none to take apart")

@@ -42,7 +42,8 @@ def check(
     dictionary: Annotated[
         str,
         typer.Argument(
-            metavar="DICTIONARY", help="A folder of SAELens, sparsify or Llama Scope, a params.npz, or our own file."
+            metavar="DICTIONARY",
+            help="A folder of SAELens, sparsify or Llama Scope, a params.npz, our own file, or a shipped name.",
         ),
     ],
     site: SiteOption = None,

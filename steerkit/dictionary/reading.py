@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from steerkit._support.shipped import dictionary_path
 from steerkit.dictionary import gemma_scope, llama_scope, saelens, sparsify
 from steerkit.dictionary.dictionary import Dictionary
 from steerkit.errors import VectorFileError
@@ -22,7 +23,8 @@ def load_dictionary(path: str | Path, *, site: Site | str | None = None) -> Dict
 
     Args:
         path: a file that steerkit saved, a `params.npz` of Gemma Scope or its folder, or a folder of Llama Scope,
-            SAELens (`cfg.json`, `sae_weights.safetensors`) or sparsify (`cfg.json`, `sae.safetensors`).
+            SAELens (`cfg.json`, `sae_weights.safetensors`) or sparsify (`cfg.json`, `sae.safetensors`); or the name of
+            a shipped one, such as ``smollm2-135m/resid_post.14``.
         site: where it belongs, where neither the files nor their folders' names say so, or say something else.
 
     Raises:
@@ -35,7 +37,7 @@ def load_dictionary(path: str | Path, *, site: Site | str | None = None) -> Dict
         ...
         steerkit.errors.VectorFileError: nowhere.safetensors: no such file or folder; give a folder of SAELens, ...
     """
-    path = Path(path)
+    path = dictionary_path(path)
     place = None if site is None else Site.of(site)
     if not path.exists():
         raise VectorFileError(f"{path}: no such file or folder; give {_FORMATS}")

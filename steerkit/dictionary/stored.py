@@ -10,8 +10,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from steerkit._support.files import write_whole
 from steerkit.errors import SiteError, VectorFileError
@@ -49,7 +51,7 @@ def write(dictionary: Dictionary, path: Path) -> Path:
         "model_id": dictionary.model_id,
         "provenance": dict(dictionary.provenance),
     }
-    tensors = {name: getattr(dictionary, name) for name in TENSORS if getattr(dictionary, name) is not None}
+    tensors = {name: _narrowed(getattr(dictionary, name)) for name in TENSORS if getattr(dictionary, name) is not None}
     try:
         text = json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)
         write_whole(path, save(tensors, {ENTRY: text}))
@@ -58,6 +60,12 @@ def write(dictionary: Dictionary, path: Path) -> Path:
     except OSError as error:
         raise VectorFileError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
     return path
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """A tensor in bfloat16 where that holds each of its numbers exactly, else as it is."""
+    half = tensor.bfloat16()
+    return half if torch.equal(half.float(), tensor) else tensor
 
 
 def read(path: Path) -> dict[str, Any]:

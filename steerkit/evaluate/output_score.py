@@ -191,7 +191,9 @@ def _next_logits(model: nn.Module, site: Site, ids: Sequence[int], rows: Tensor,
     handle = _attached(tap, rows, len(ids), replaces)
     try:
         with torch.no_grad(), evaluation_mode(inner):
-            logits: Tensor = inner(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
+            logits: Tensor = inner(
+                input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False, logits_to_keep=1
+            ).logits
     finally:
         handle.remove()
     return logits[:, -1].float().cpu()

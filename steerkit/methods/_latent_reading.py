@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
-from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from steerkit.dictionary.activation import fired
 from steerkit.dictionary.dictionary import Dictionary, LatentRows
@@ -15,9 +15,19 @@ from steerkit.dictionary.reading import load_dictionary
 from steerkit.errors import VectorFileError, VectorMismatchError
 from steerkit.maths.directions import coordinates
 
-__all__ = ["ROWS", "digest_of", "latents_of", "placed_rows", "rows_tensors", "whole_dictionary"]
+__all__ = ["ROWS", "digest_of", "latents_of", "placed_rows", "placed_whole", "rows_tensors"]
 
 ROWS = ("encoder", "bias", "threshold", "gate_bias", "gate_scale")
+
+
+class _Placed(dict[str, Tensor]):
+    """All rows of a dictionary for one dtype and device."""
+
+
+_PLACED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By the digest tensor of a vector in use, what is placed for it, so that no pass asks the disk or copies anything."""
+_SHARED: WeakValueDictionary[tuple[str, torch.dtype, torch.device], _Placed] = WeakValueDictionary()
+"""By digest, what is placed for any vector in use."""
 
 
 def rows_tensors(rows: LatentRows) -> dict[str, Tensor]:
@@ -77,34 +87,52 @@ def digest_of(dictionary: Dictionary) -> Tensor:
     return torch.tensor(list(bytes.fromhex(dictionary.digest)), dtype=torch.int64)
 
 
-def whole_dictionary(path: str, site: str, digest: Tensor) -> Dictionary:
-    """The dictionary that a vector refers to; it is read once for as long as its file stays the same.
+def placed_whole(
+    path: str, site: str, digest: Tensor, dtype: torch.dtype, device: torch.device
+) -> Mapping[str, Tensor]:
+    """All rows of the dictionary that a vector refers to, where they are needed; read and placed once for a vector.
 
     Args:
-        path: where it was when the vector was fitted.
+        path: where the dictionary was when the vector was fitted.
         site: where it belongs, where its files do not say; else empty.
-        digest: [32] of what it was then.
+        digest: [32] of what it was then, the vector's own tensor.
+        dtype: float32 at least.
+        device: of the activations.
+
+    Returns:
+        What `placed_rows` gives, ``all_`` before each name, and ``top_k`` [k, 0]: how many latents fire, 0 where
+        something else decides. It is a shape because it is one of what is computed.
+
+    Raises:
+        VectorMismatchError: the dictionary is not there, or is another one.
+    """
+    if digest not in _PLACED:
+        _PLACED[digest] = {}
+    kept: dict[tuple[torch.dtype, torch.device], _Placed] = _PLACED[digest]
+    if (dtype, device) not in kept:
+        name = bytes(digest.tolist()).hex()
+        kept[dtype, device] = _SHARED.get((name, dtype, device)) or _placed(_whole(path, site, name), dtype, device)
+        _SHARED[name, dtype, device] = kept[dtype, device]
+    return kept[dtype, device]
+
+
+def _placed(one: Dictionary, dtype: torch.dtype, device: torch.device) -> _Placed:
+    rows = placed_rows(rows_tensors(one.rows(range(one.num_latents))), dtype, device, "all_")
+    top_k = one.top_k if one.needs_all and one.top_k else 0
+    return _Placed(rows, top_k=torch.empty(top_k, 0, dtype=dtype, device=device))
+
+
+def _whole(path: str, site: str, digest: str) -> Dictionary:
+    """The dictionary at a path.
 
     Raises:
         VectorMismatchError: it is not there, or is another one.
     """
     remedy = "this vector reads all of its latents; put it there, or fit the vector again"
     try:
-        found = _loaded(path, site, _changed(path))
+        found = load_dictionary(path, site=site or None)
     except VectorFileError as error:
         raise VectorMismatchError(f"the dictionary {path!r} cannot be read ({error}); {remedy}") from None
-    if not torch.equal(digest_of(found), digest):
+    if found.digest != digest:
         raise VectorMismatchError(f"the dictionary {path!r} is another one than the vector was fitted with; {remedy}")
     return found
-
-
-def _changed(path: str) -> tuple[int, ...]:
-    """When what lies at a path was written: the file, or the files of the folder."""
-    place = Path(path)
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    return tuple(file.stat().st_mtime_ns for file in files if file.is_file())
-
-
-@functools.lru_cache(maxsize=2)
-def _loaded(path: str, site: str, _state: tuple[int, ...]) -> Dictionary:
-    return load_dictionary(path, site=site or None)

@@ -47,8 +47,8 @@ from steerkit.methods._latent_reading import (
     digest_of,
     latents_of,
     placed_rows,
+    placed_whole,
     rows_tensors,
-    whole_dictionary,
 )
 from steerkit.methods._protocols import Params, PartsTable, Prepared, WeightUpdate
 from steerkit.methods._subject import Subject
@@ -276,12 +276,8 @@ class Latent(AddDirection):
             **placed_rows(params, wide, device),
         }
         if "digest" in params:
-            one = whole_dictionary(self.dictionary, self.site, params["digest"])
-            every = rows_tensors(one.rows(range(one.num_latents)))
-            found |= placed_rows(every, wide, device, "all_")
+            found |= placed_whole(self.dictionary, self.site, params["digest"], wide, device)
             found["latents"] = params["latents"].to(device)
-            # A number of latents is a shape of what is computed, so it is kept as one.
-            found["top_k"] = torch.empty(one.top_k if one.needs_all and one.top_k else 0, 0, dtype=wide, device=device)
         return found
 
     def edit(self, h: Tensor, prepared: Prepared, tokens: Tokens) -> Tensor:

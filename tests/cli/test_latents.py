@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -47,6 +47,17 @@ def test_latents_are_ranked_and_made_a_vector(
         assert cli(*words, *wrong).code == 2, wrong
     assert cli("latents", "--data", "joy.jsonl", "--dictionary", "nowhere", "--model", tiny).code == 1
     assert cli("latents", "--dictionary", dictionary, "--model", tiny).code == 2
+
+
+def test_the_choices_are_those_of_the_method() -> None:
+    from steerkit.cli import latents as command
+    from steerkit.dictionary.selecting import Correction
+    from steerkit.evaluate.latents import Ranking
+    from steerkit.methods.latent import Latent
+
+    op = get_type_hints(Latent)["op"]
+    for offered, taken in ((command.By, Ranking), (command.Op, op), (command.Correction, Correction)):
+        assert tuple(offered) == get_args(taken)
 
 
 def test_a_dictionary_is_checked(cli: Cli, answer: Callable[..., Any], here: Path, tiny: Path, dictionary: str) -> None:

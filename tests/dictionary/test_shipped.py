@@ -20,7 +20,8 @@ def test_it_is_found_by_its_name_and_small() -> None:
     assert list(dictionaries()) == [NAME]
     path = dictionary_path(NAME)
     assert path.stat().st_size < 4e6
-    found = load_dictionary(path)
+    found = load_dictionary(NAME)
+    assert found.digest == load_dictionary(path).digest
     assert (str(found.site), found.num_latents, found.width) == ("resid_post.14", 1536, 576)
     assert not found.needs_all
     assert found.provenance["trained"]["dead"] == 0

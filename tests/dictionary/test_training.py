@@ -15,7 +15,6 @@ from torch import Tensor
 
 from steerkit.activations.recording import record_ids
 from steerkit.dictionary import Dictionary, load_dictionary
-from steerkit.dictionary.compact import save_compact
 from steerkit.dictionary.learning import AUXILIARY, BROUGHT_BACK, Learner, Learning, seed_of
 from steerkit.dictionary.token_chunks import TokenChunks
 from steerkit.dictionary.training import PROGRESS, train_dictionary
@@ -205,7 +204,8 @@ def test_no_more_than_one_chunk_is_held(tmp_path: Path, monkeypatch: pytest.Monk
 def test_half_the_room_and_the_same_file(tmp_path: Path) -> None:
     whole = made("jumprelu", width=64, latents=512)
     path = tmp_path / "half.safetensors"
-    kept = save_compact(whole, path)
+    kept = whole.compact()
+    kept.save(path)
     found = load_dictionary(path)
     assert found.digest == kept.digest != whole.digest
     assert torch.equal(found.encoder, whole.encoder.bfloat16().float())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from steerkit.checks.contract import CHECKS, conformance
 from steerkit.dictionary import Dictionary, load_dictionary
 from steerkit.dictionary.activation import ACTIVATIONS
 from steerkit.errors import FitError, StrengthError, UnknownNameError, VectorMismatchError
+from steerkit.methods import _latent_reading
 from steerkit.methods.latent import Latent
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
@@ -263,19 +266,43 @@ def test_a_file_needs_no_dictionary_but_where_all_latents_count(tmp_path: Path) 
         folder = tmp_path / f"{activation}-{'-'.join(settings.values())}"
         path, _ = stored(folder, activation)
         model: Any = build("llama")
-        vector = SteeringVector.from_bytes(fitted(path, model, **settings).to_bytes())
-        with steerkit.steer(model, vector, 1.0):
-            pass
+        file = fitted(path, model, **settings).to_bytes()
+        gc.collect()  # a dictionary stays in memory as long as a vector that was steered with
         Path(path).unlink()
         if not needs:
-            with steerkit.steer(model, vector, 1.0):
+            with steerkit.steer(model, SteeringVector.from_bytes(file), 1.0):
                 continue
         missing = r"cannot be read .*; this vector reads all of its latents"
-        with pytest.raises(VectorMismatchError, match=missing), steerkit.steer(model, vector, 1.0):
+        with (
+            pytest.raises(VectorMismatchError, match=missing),
+            steerkit.steer(model, SteeringVector.from_bytes(file), 1.0),
+        ):
             pass
         stored(folder, activation, seed=9)
-        with pytest.raises(VectorMismatchError, match="is another one"), steerkit.steer(model, vector, 1.0):
+        with (
+            pytest.raises(VectorMismatchError, match="is another one"),
+            steerkit.steer(model, SteeringVector.from_bytes(file), 1.0),
+        ):
             pass
+
+
+def test_a_whole_dictionary_is_read_and_placed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = stored(tmp_path, "topk")
+    model: Any = build("llama")
+    vector = fitted(path, model, unit="token").at(scope="all", fade="linear over 4")
+    read: list[str] = []
+
+    def load(name: str, **options: Any) -> Dictionary:
+        read.append(name)
+        return load_dictionary(name, **options)
+
+    monkeypatch.setattr(_latent_reading, "load_dictionary", load)
+    monkeypatch.setattr(_latent_reading, "placed_rows", Mock(wraps=_latent_reading.placed_rows))
+    for again in (1.0, 0.5):  # a fade prepares anew in every pass
+        with torch.no_grad(), steerkit.steer(model, vector, again):
+            model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert read == [path]
+    assert _latent_reading.placed_rows.call_count == 1  # type: ignore[attr-defined]
 
 
 def test_the_peak_is_the_usual_strongest_latent(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class Schedule:
         self._counts = torch.zeros(5, terms, rows + 1, dtype=torch.long, device=device)
         shape = (terms, rows + 1, 2, len(READS), len(TURNS))
         self._weights = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._leads = torch.zeros(terms, rows + 1, 7, dtype=torch.float32, device=device)
         self._fades = False
 
     def begin(self, row: int, plans: Sequence[TermPlan], prompt: int) -> None:
@@ -50,10 +51,14 @@ class Schedule:
             neutral = math.nan if plan.neutral is None else plan.neutral
             strengths.append((plan.strength, plan.strength if fade is None else fade.to, neutral))
             shape, over = (_CONSTANT, 1) if fade is None else (SHAPES.index(fade.shape), fade.over)
-            counts.append((*span(plan.scope, prompt), prompt - 1, shape, over))
+            is_neutral = fade is None and plan.strength == plan.neutral
+            counts.append((*((0, 0) if is_neutral else span(plan.scope, prompt)), prompt - 1, shape, over))
         device = self._counts.device
         for term, plan in enumerate(plans):
-            self._weights[term, row].copy_(next(iter(plan.edits.values())).weights, non_blocking=True)
+            weights = next(iter(plan.edits.values())).weights
+            lead = leads(weights, features(torch.tensor(plan.strength, dtype=torch.float64, device=weights.device)))
+            self._weights[term, row].copy_(weights, non_blocking=True)
+            self._leads[term, row].copy_(lead, non_blocking=True)
         self._counts[:, :, row] = 0
         begun = torch.tensor(strengths, dtype=torch.float64), torch.tensor(counts, dtype=torch.long)
         # Copied without waiting for what the device still has to do.
@@ -69,17 +74,18 @@ class Schedule:
             row: [n] of each token.
             positions: [n] of each token in its request, counted from 0.
         """
-        counts, strengths = self._counts[:, :, row], self._strengths[:, :, row]
-        place = positions[None].long()
-        strength = strengths[_BEGIN]
-        if self._fades:
-            steps = (place - counts[_LAST]).clamp_min(0)
-            share = torch.ones_like(strength)
-            for number, shape in enumerate(SHAPES):
-                of_shape = _share(shape, steps, counts[_OVER])
-                share = torch.where(counts[_SHAPE] == number, of_shape, share)
-            strength = strengths[_END] + (strength - strengths[_END]) * share
+        counts, place = self._counts[:, :, row], positions[None].long()
         inside = (place >= counts[_START]) & (place < counts[_STOP])
+        if not self._fades:
+            on.copy_(inside)
+            lead.copy_(self._leads[:, row])
+            return
+        strengths = self._strengths[:, :, row]
+        steps = (place - counts[_LAST]).clamp_min(0)
+        share = torch.ones_like(strengths[_BEGIN])
+        for number, shape in enumerate(SHAPES):
+            share = torch.where(counts[_SHAPE] == number, _share(shape, steps, counts[_OVER]), share)
+        strength = strengths[_END] + (strengths[_BEGIN] - strengths[_END]) * share
         on.copy_(inside & (strength != strengths[_NEUTRAL]))
         lead.copy_(leads(self._weights[:, row], features(torch.nan_to_num(strength))))
 
