@@ -18,6 +18,7 @@ from steerkit.fitting.fitting import read
 from steerkit.methods import _registry as registry
 from steerkit.monitor import Monitor
 from steerkit.network.decoder import find_decoder
+from tests.choices import needs_bfloat16_attention
 from tests.families import VOCAB, build
 from tests.methods.test_every_method import data_for, families_of
 from tests.ready import ready
@@ -163,6 +164,7 @@ def test_what_is_fitted_does_not_depend_on_autocast(name: str) -> None:
     assert not logits or torch.equal(*logits)
 
 
+@needs_bfloat16_attention
 def test_a_probe_is_trained_in_full_precision_under_autocast() -> None:
     model: Any = build("llama")
     method = registry.resolve("controller")()

@@ -35,6 +35,7 @@ from steerkit.methods._registry import resolve
 from steerkit.network.sites import Site
 from steerkit.network.tap import locate
 from steerkit.vector.steering_vector import SteeringVector
+from tests.choices import mostly_slow
 from tests.families import build
 from tests.looping import LOOPS_ABOVE, NEUTRAL, answer, looping_model, swapped, trait_data
 
@@ -125,7 +126,7 @@ def test_bug_26_a_strength_counts_only_if_all_below_it_are_healthy(
 
 
 @pytest.mark.parametrize("promised", [None, 0.1, 1.2, 9.0])
-@pytest.mark.parametrize("cost", ["kl", "perplexity_ratio"])
+@pytest.mark.parametrize("cost", mostly_slow(["kl", "perplexity_ratio"], ["kl"]))
 def test_a_strength_counts_only_if_all_below_it_are_inside_the_budget(
     looping: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, cost: str, promised: float | None
 ) -> None:

@@ -56,6 +56,7 @@ def found(search: Search) -> tuple[Calibration, int]:
         return calibrate(setup, trait_data(96), readout="response_mean", budget=FREE, search=search), rows.count
 
 
+@pytest.mark.slow
 def test_the_same_choice_in_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     halved, few = found(SEARCH)
     monkeypatch.setattr(Problem, "rungs", property(lambda problem: [problem.setup]))

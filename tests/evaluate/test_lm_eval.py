@@ -326,6 +326,7 @@ def test_the_command_refuses_before_it_loads(tmp_path: Path, monkeypatch: pytest
     assert CliRunner().invoke(app(), ["--tasks", CHOICE, "--baseline"]).exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_model_with_a_shipped_vector(embedded: tuple[Any, Any], samples: list[Samples]) -> None:
     model, tokenizer = embedded

@@ -41,6 +41,7 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
 from steerkit.tokens.clock import Hook
 from tests import modes, tiny_tokenizers
+from tests.choices import mostly_slow
 from tests.families import build
 from tests.pairwise import pairwise
 from tests.tiny_tokenizers import CHATML, LLAMA2, byte_tokenizer
@@ -760,7 +761,7 @@ def test_kl_first_leaves_out_what_is_not_answered_and_wants_a_token() -> None:
 # all of them
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["llama", "mamba"]))
 def test_strength_zero_changes_nothing_at_all(family: str) -> None:
     setup = setup_for(family, batch_size=2)
     along = Projection.along(steered(setup).vectors)

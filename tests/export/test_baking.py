@@ -26,6 +26,7 @@ from steerkit.methods.selective import SelectiveSteering
 from steerkit.network.sites import Site
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes, tolerances
+from tests.choices import mostly_slow
 from tests.families import BLOCKS, HIDDEN, build
 from tests.methods import test_ablation
 from tests.program import Cli
@@ -340,7 +341,7 @@ def test_it_can_be_split_into_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mamba"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2", "mamba"], ["llama", "mamba"]))
 def test_offloaded_models_give_the_same_bytes(family: str, place: str, tmp_path: Path) -> None:
     model = build(family)
     model.save_pretrained(tmp_path / "plain", max_shard_size="60KB")

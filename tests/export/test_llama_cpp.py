@@ -112,6 +112,7 @@ def test_every_matrix_has_its_name_and_the_order_of_its_rows(family: str, tmp_pa
     assert kl(expected, engine.logits(IDS)) > DIFFERENT
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_model_in_full_precision(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     """Real weights, 30 blocks, the shipped vector and a prompt of words."""

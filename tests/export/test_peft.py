@@ -414,6 +414,7 @@ def test_a_quantised_weight_counts_as_its_layer_acts() -> None:
     assert torch.equal(found, mlp.down_proj.weight.float() / 64)
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_model(embedded: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = embedded

@@ -28,6 +28,7 @@ from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes, rotations, tolerances
+from tests.choices import mostly_slow
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
 
@@ -385,7 +386,7 @@ def test_the_control_is_a_random_direction_of_the_same_length(writes: str) -> No
         assert gap(logits(model), logits(build("llama"))) > 1e-4
 
 
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("rows", mostly_slow([False, True], [True]))
 def test_compiled_whole_and_not_again_for_another_strength(rows: bool) -> None:
     torch._dynamo.reset()
     model: Any = build("llama")

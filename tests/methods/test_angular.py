@@ -17,6 +17,7 @@ from steerkit.methods.angular import AngularSteering
 from steerkit.methods.selective import SelectiveSteering
 from steerkit.network.decoder import find_decoder
 from tests import modes
+from tests.choices import mostly_slow
 from tests.families import build
 from tests.rotations import (
     DTYPES,
@@ -194,7 +195,7 @@ def test_there_is_no_weight_form_and_no_unit_of_norms() -> None:
     assert AngularSteering().sites(find_decoder(model)) == list(vector.sites)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", mostly_slow([False, True], [True]))
 def test_fullgraph_equals_eager_and_a_new_angle_compiles_nothing(adaptive: bool) -> None:
     torch._dynamo.reset()
     model = build("llama")

@@ -862,6 +862,7 @@ def test_what_no_weight_can_do_is_refused(family: str, site: str, match: str) ->
         pass
 
 
+@pytest.mark.slow
 def test_compiled_and_changed_in_strength() -> None:
     model = build("llama")
     vector = steerkit.fit(model, tokenizer(), answers(), method=AUSteer(k=12))
@@ -922,6 +923,7 @@ def growth(pairs: int, method: AUSteer, monkeypatch: pytest.MonkeyPatch) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_reading_a_thousand_pairs_holds_no_more_than_a_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = (growth(pairs, AUSteer(), monkeypatch) for pairs in (100, 1000))
     assert large <= small

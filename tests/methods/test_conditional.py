@@ -27,6 +27,7 @@ from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import spread
 from steerkit.vector.steering_vector import SteeringVector
+from tests.choices import mostly_slow
 from tests.families import FAMILIES, build
 from tests.gated import LONG, SHORT, gated_vector
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -412,7 +413,7 @@ SAME: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", mostly_slow(SAME, list(SAME)[::3]))
 def test_a_gate_knows_the_weights_it_was_fitted_on(name: str) -> None:
     _, _, vector = fitted()
     steerkit.steer(SAME[name](build("llama")), vector, 1.0)

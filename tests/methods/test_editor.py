@@ -20,6 +20,7 @@ from steerkit.methods._thresholds import score
 from steerkit.network.sites import Site
 from steerkit.steering import replay as passes
 from tests import gated, modes, tolerances
+from tests.choices import mostly_slow, needs_bfloat16_attention
 from tests.families import FAMILIES, build
 from tests.gated import LONG, REPEATED, SHORT, gated_vector
 from tests.pairwise import covering
@@ -79,7 +80,7 @@ def check_cells(cells: Iterable[Any]) -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, ["llama", "gpt2", "gemma3_text", "mamba", "qwen3_next"]))
 def test_a_choice_of_modes_and_places(family: str) -> None:
     check_cells(cell for cell in CHOICE if cell[0] == family)
 
@@ -91,7 +92,9 @@ def test_every_mode(family: str, place: str) -> None:
     check_cells(cell for cell in CELLS if cell[0] == family and cell[2] == place)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "qwen3_next", "mamba", "bloom"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["llama", "gpt2", "gemma2", "qwen3_next", "mamba", "bloom"], ["llama", "qwen3_next", "mamba"])
+)
 @pytest.mark.parametrize("place", PLACES)
 def test_every_mode_with_a_condition_on_the_mean(family: str, place: str) -> None:
     for mode in ("cached", "left_padded", "beams", "chunked_prefill", "uncached", "right_padded_forward"):
@@ -250,6 +253,7 @@ def test_acceptance_04_replay_equals_a_second_pass_patched_at_the_last_prompt_to
     assert modes.run_steered(model, "cached", gated.plain_of(vector))[0][0].answer == replayed.sequences[0, 9:].tolist()
 
 
+@needs_bfloat16_attention
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mean_over_a_prompt_is_in_float32_under_autocast(dtype: torch.dtype, monkeypatch: Any) -> None:
     """Half precision would be coarse, and in float16 the sum over a long prompt infinite."""

@@ -28,6 +28,7 @@ from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes
+from tests.choices import mostly_slow
 from tests.dictionary.made import long_form, made
 from tests.families import build
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -186,7 +187,7 @@ FAMILIES = ["gpt2", "llama", "gemma2", "qwen3", "gpt_neox"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("op", ["add", "clamp"])
+@pytest.mark.parametrize("op", mostly_slow(["add", "clamp"], ["clamp"]))
 def test_cached_is_uncached_is_padded_on_five_families(family: str, op: str, tmp_path: Path) -> None:
     path, _ = stored(tmp_path, "jumprelu", encoder_bias=torch.zeros(LATENTS))
     model = build(family)

@@ -692,6 +692,7 @@ def test_weights_that_would_not_be_exact_are_refused(family: str, kind: str, mat
 # Compiled, and calibrated
 
 
+@pytest.mark.slow
 def test_fullgraph_equals_eager_and_a_new_angle_compiles_nothing() -> None:
     torch._dynamo.reset()
     model = build("llama")

@@ -35,6 +35,7 @@ from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import Rendered
 from steerkit.vector.steering_vector import SteeringVector
 from tests import modes, tolerances
+from tests.choices import mostly_slow
 from tests.families import FAMILIES, build
 from tests.methods.test_every_method import PAIRS, data_for
 from tests.pairwise import pairwise
@@ -504,7 +505,7 @@ def slow_logits(model: Any, vector: SteeringVector, strength: float, ids: Any) -
             handle.remove()
 
 
-@pytest.mark.parametrize("family", EDITED)
+@pytest.mark.parametrize("family", mostly_slow(EDITED, ["llama", "gpt2", "gemma3_text", "qwen3_next", "qwen3_moe"]))
 def test_hooks_are_the_edited_weights_and_the_undo_is_bitwise(family: str) -> None:
     model, vector = fitted(family)
     kinds = {site.kind for site in vector.sites}
@@ -572,7 +573,7 @@ def test_other_scopes_write_only_their_tokens(scope: str) -> None:
     assert moved[earliest] and not any(moved[:earliest])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "qwen3_moe"], ["llama"]))
 def test_compiled_as_one_graph_and_a_changed_strength_recompiles_nothing(family: str) -> None:
     torch._dynamo.reset()
     model, calls = build(family), []
@@ -866,7 +867,9 @@ def test_streamed_and_kept_activations_give_one_vector() -> None:
         torch.testing.assert_close(tensor, again.tensors[name], atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["opt", "gemma2", "gpt_neox", "falcon", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", mostly_slow(["opt", "gemma2", "gpt_neox", "falcon", "gpt_oss"], ["falcon", "gpt_oss"])
+)
 def test_conformance_on_more_families(family: str) -> None:
     for finding in conformance(SMALL, build(family), byte_tokenizer(CHATML), data_for(SMALL), strength=2.0):
         assert finding.passed, finding

@@ -29,6 +29,7 @@ from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.neutral import neutral_texts
 from steerkit.prompts.rendering import render
 from steerkit.vector.steering_vector import SteeringVector
+from tests.choices import mostly_slow
 from tests.families import build
 from tests.modes import LONG, PAD, SHORT, rows_of, vector_for
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -84,7 +85,7 @@ def slow_score(model: Any, item: Any, vector: SteeringVector, read: str, kind: s
 @pytest.mark.parametrize("sites", [(Site(1),), TWO], ids=["one", "two"])
 @pytest.mark.parametrize("kind", ["proj", "cos"])
 @pytest.mark.parametrize("read", ["prompt_last", "response_mean"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2"], ["llama"]))
 def test_scores_are_the_formula(family: str, read: Any, kind: Any, sites: Any) -> None:
     model = build(family)
     vector = vector_at(model, sites)
@@ -299,7 +300,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("steered", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "opt"])
+@pytest.mark.parametrize("family", mostly_slow(["llama", "gpt2", "falcon", "opt"], ["llama", "falcon"]))
 def test_watching_reads_what_flows_on(family: str, mode: str, steered: bool) -> None:
     model = build(family)
     vector = vector_at(model, TWO)

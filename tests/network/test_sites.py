@@ -19,6 +19,7 @@ from steerkit.network.anatomy import Anatomy
 from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.network.sites import KIND_HELP, KINDS, Site, layers_text, parse_layers, sites_text
 from steerkit.network.tap import Tap, anatomies, locate
+from tests.choices import mostly_slow
 from tests.families import BLOCKS, FAMILIES, FURTHER, GROUPED, HIDDEN, QUIET, VOCAB, build
 from tests.modes import vector_for
 from tests.tiny_tokenizers import byte_tokenizer
@@ -418,7 +419,7 @@ def has(anatomy: Anatomy, kind: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize("name", mostly_slow(FURTHER, list(FURTHER)[::2]))
 def test_sites_of_further_families_are_what_they_are_called(name: str) -> None:
     """Blocks follow each other, what halves add sums up, and what is written is what is read."""
     model, taps = family(name), sites_of(name)

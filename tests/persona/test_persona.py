@@ -397,6 +397,7 @@ def test_finished_stages_are_not_done_again(
 
 
 @quiet
+@pytest.mark.slow
 def test_another_readout_goes_beside_and_asks_nothing_anew(
     model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -550,7 +550,8 @@ def losses_of(trainer: Trainer) -> list[float]:
     return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
-@pytest.mark.parametrize("during", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("during", [False, True])
 def test_a_compiled_training_is_steered_alike(during: bool, tmp_path: Any) -> None:
     """Evaluated after each of twelve steps; compiled once for each state and not once for each step."""
     vector, count = vector_for(build("llama"), scope="all"), 0

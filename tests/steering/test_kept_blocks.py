@@ -22,6 +22,7 @@ from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.kept_blocks import KeptBlocks
+from tests.choices import mostly_slow
 from tests.families import FAMILIES, FURTHER, build
 from tests.modes import vector_for
 from tests.tiny_tokenizers import byte_tokenizer
@@ -56,7 +57,7 @@ def flops(model: Any, vector: Any, kept: KeptBlocks | None, texts: str = "these 
     return float(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
+@pytest.mark.parametrize("name", mostly_slow([*FAMILIES, *FURTHER], [*FAMILIES, *list(FURTHER)[::3]]))
 def test_the_same_numbers_as_without(name: str) -> None:
     model = family(name).eval()
     vector = vector_for(model, scope="response", site=Site(2))
