@@ -28,6 +28,7 @@ from steerkit.steering.kept_prompts import KeptPrompts, Split
 from steerkit.steering.steering import steer
 from steerkit.steering.strengths import Strength, Vectors, strength_value, vectors_of
 from steerkit.tokens.scope import Scope
+from steerkit.tokens.transformers_facts import cache_argument
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
@@ -136,7 +137,8 @@ def _read_once(model: nn.Module, batch: Batch, steering: Any, device: torch.devi
     decoder, prompts = find_decoder(model), KeptPrompts()
     if not prompts.has(decoder, split):
         return {}
-    return {"past_key_values": prompts.inputs(decoder, split)["past_key_values"]}
+    name = cache_argument(decoder.model)
+    return {name: prompts.inputs(decoder, split)[name]}
 
 
 def _in_order(runs: Iterable[tuple[Batch, list[str]]], prompts: int) -> list[str]:

@@ -22,6 +22,7 @@ from steerkit.network.sites import Site
 from steerkit.network.tap import Tap
 from steerkit.prompts.batching import Batch, run_batches
 from steerkit.tokens.clock import PassClock
+from steerkit.tokens.transformers_facts import cache_argument
 
 __all__ = ["Reads", "attach_reader", "forward_body", "position_inputs", "read_passes"]
 
@@ -89,7 +90,7 @@ def forward_body(
         **{name: ids[:, -input_ids.shape[1] :] for name, ids in position_inputs(entry, attention_mask).items()},
     }
     if past is not None:
-        inputs["past_key_values"] = past
+        inputs[cache_argument(entry)] = past
     with contextlib.ExitStack() as stack:
         for site, tap in taps.items():
             stack.callback(attach_reader(tap, site, notice).remove)

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from steerkit.activations.caches import common_beginning, pads_first, rows_of
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.residual_form import plain_tokens
-from steerkit.tokens.transformers_facts import empty_attention_cache, is_attention_cache
+from steerkit.tokens.transformers_facts import cache_left_by, empty_attention_cache, is_attention_cache
 
 if TYPE_CHECKING:
     from steerkit.network.decoder import Decoder
@@ -84,9 +84,7 @@ def may_share(decoder: Decoder) -> bool:
         return False
     if model not in _CONTINUED:
         with torch.no_grad(), evaluation_mode(model), plain_tokens(decoder) as ids:
-            _CONTINUED[model] = is_attention_cache(
-                getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-            )
+            _CONTINUED[model] = is_attention_cache(cache_left_by(model(input_ids=ids, use_cache=True)))
     return _CONTINUED[model]
 
 

@@ -15,7 +15,7 @@ from steerkit.serve.probe import Probe, reading
 from steerkit.steering.row_plans import PlannedRow, RowPlans
 from steerkit.steering.steering import Steering
 from steerkit.tokens.decoding import Decoding
-from steerkit.tokens.transformers_facts import CACHE_ARGUMENTS
+from steerkit.tokens.transformers_facts import cache_argument, cache_left_by
 
 __all__ = ["Pass", "Passes", "Under"]
 
@@ -115,14 +115,13 @@ class Passes:
         if "logits_to_keep" in self._named:
             inputs["logits_to_keep"] = 1
         if cache is not None:
-            inputs[next(name for name in CACHE_ARGUMENTS if name in self._named)] = cache
+            inputs[cache_argument(self.model)] = cache
         self.count, self.tokens = self.count + 1, self.tokens + ids.numel()
         self._enter(under.steering)
         told = contextlib.nullcontext() if under.steering is None else under.steering.decoding(under.decoding)
         with torch.no_grad(), told, reading(probes, len(ids)) as values:
             out = self.model(**inputs)
-        left = next((getattr(out, name) for name in CACHE_ARGUMENTS if getattr(out, name, None) is not None), None)
-        return Pass(out.logits[:, -1].float(), left, values)
+        return Pass(out.logits[:, -1].float(), cache_left_by(out), values)
 
     def release(self) -> None:
         """Take all steering off the model."""

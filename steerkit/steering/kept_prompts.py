@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from steerkit.activations.caches import common_beginning, pads_first, rows_of
 from steerkit.activations.reading import position_inputs
 from steerkit.steering.repeated import Repeated
-from steerkit.tokens.transformers_facts import is_attention_cache
+from steerkit.tokens.transformers_facts import cache_argument, cache_left_by, is_attention_cache
 
 if TYPE_CHECKING:
     from steerkit.network.decoder import Decoder
@@ -140,7 +140,7 @@ class KeptPrompts:
         return {
             "input_ids": split.rest[taken, :-1],
             "attention_mask": mask,
-            "past_key_values": cache,
+            cache_argument(decoder.model): cache,
             "use_cache": True,
             **positions,
         }
@@ -185,9 +185,9 @@ class KeptPrompts:
 def _read(decoder: Decoder, ids: Tensor, mask: Tensor, past: Any = None) -> Any:
     """The cache after a pass over ids [b, t], behind what another one holds; the mask [b, past + t] is over both."""
     positions = {name: one[:, -ids.shape[1] :] for name, one in position_inputs(decoder.model, mask).items()}
-    given = {} if past is None else {"past_key_values": past}
+    given = {} if past is None else {cache_argument(decoder.model): past}
     out = decoder.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **given, **positions)
-    return getattr(out, "past_key_values", None)
+    return cache_left_by(out)
 
 
 def _gone_on(decoder: Decoder, begun: tuple[int, ...], cache: Any, split: Split) -> Any:

@@ -30,7 +30,7 @@ from steerkit.network.tap import Tap
 from steerkit.tokens.clock import Hook, PassClock
 from steerkit.tokens.forward_pass import Pass, Tokens
 from steerkit.tokens.scope import PromptLengths, Scope
-from steerkit.tokens.transformers_facts import CACHE_ARGUMENTS, can_be_cut, forget_past, keep_past
+from steerkit.tokens.transformers_facts import CACHE_ARGUMENTS, cache_of, can_be_cut, forget_past, keep_past
 
 __all__ = ["GatePlan", "Reading", "is_before", "replaying"]
 
@@ -225,7 +225,7 @@ class _Replayer:
             self._probe(module, given, facts, waiting)
             return
         facts.held = waiting
-        facts.replay = _Replay(start, given, keep_past(given["past_key_values"]))
+        facts.replay = _Replay(start, given, keep_past(cache_of(given)))
 
     def after(self, module: nn.Module, output: Any) -> Any:
         """Feed the end of a pass again, where a gate opened in it."""
@@ -235,12 +235,12 @@ class _Replayer:
         replay, waiting = facts.replay, facts.held
         facts.replay, facts.held = None, ()
         if output is None:  # the pass failed
-            forget_past(replay.given["past_key_values"], replay.recorded)
+            forget_past(cache_of(replay.given), replay.recorded)
             return None
         rows: Tensor | bool = False
         for guide in waiting:
             rows = _either(rows, guide.wanted(facts))
-        cache = replay.given["past_key_values"]
+        cache = cache_of(replay.given)
         try:
             return None if rows is False else self._again(module, replay, facts, output, rows)
         finally:
@@ -249,7 +249,7 @@ class _Replayer:
     def _again(self, module: nn.Module, replay: _Replay, facts: Pass, output: Any, rows: Tensor | bool) -> Any:
         """Run the prompt's last tokens again, and keep the new logits and cache in the rows that want them."""
         assert isinstance(facts.past, int)
-        cache = replay.given["past_key_values"]
+        cache = cache_of(replay.given)
         count = facts.past + facts.width - replay.start
         layers = [layer for layer in cache.layers if layer.is_initialized]
         before = [(layer.keys[..., -count:, :], layer.values[..., -count:, :]) for layer in layers]
@@ -277,7 +277,7 @@ class _Replayer:
             copies = {name: copy.deepcopy(given[name]) for name in CACHE_ARGUMENTS if given.get(name) is not None}
         except (TypeError, RuntimeError) as error:
             raise ScopeError(
-                f"a gate reads later than it writes, and {type(given.get(CACHE_ARGUMENTS[0])).__name__} can neither be "
+                f"a gate reads later than it writes, and {type(cache_of(given)).__name__} can neither be "
                 f"cut back nor copied ({error}); use another cache, or read at an earlier layer"
             ) from None
         with self.clock.aside(facts, waiting), contextlib.suppress(_Stop), torch.no_grad():
@@ -294,17 +294,18 @@ class _Replayer:
         start = facts.boundary - any(guide.scope.kind == "response" for guide in waiting)
         plain = all(_is_plain(name, value) for name, value in given.items())
         asked = any(getattr(self.decoder.model.config, name, False) for name in _MORE)
-        if asked or not plain or not can_be_cut(given.get("past_key_values")):
+        if asked or not plain or not can_be_cut(cache_of(given)):
             return None
         return start if facts.past <= start < facts.past + facts.width else None
 
 
 _MORE = ("output_hidden_states", "output_attentions", "output_router_logits")
+_CACHE = ("cache", "past_key_values")  # whether one can be cut back is asked of itself
 
 
 def _is_plain(name: str, value: Any) -> bool:
     """Whether an argument of a pass can be kept, or cut to the last columns."""
-    if name in _CUT or name == "past_key_values" or value is None:
+    if name in _CUT or name in _CACHE or value is None:
         return True
     if name == "attention_mask":
         return isinstance(value, Tensor) and value.dim() == 2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steerkit.errors import ModelError
 from steerkit.tokens.generate_call import GenerateCall
-from steerkit.tokens.transformers_facts import is_used_recurrent_cache
+from steerkit.tokens.transformers_facts import cache_left_by, is_used_recurrent_cache
 
 __all__ = ["Texts"]
 
@@ -71,7 +71,7 @@ class Texts:
             if is_used_recurrent_cache(cache):
                 raise ModelError(
                     "generate: this model's recurrent cache was filled by an earlier call, and transformers continues "
-                    "such caches wrongly; pass the whole conversation again without past_key_values / cache_params"
+                    "such caches wrongly; pass the whole conversation again without its cache"
                 )
             calls[id(prompt)] = GenerateCall(prompt, settings)
         self._local.call = calls[id(prompt)]
@@ -101,7 +101,7 @@ class Texts:
             store: what the pass kept.
             output: what the model gave.
         """
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_left_by(output)
         call: GenerateCall | None = getattr(self._local, "call", None)
         stores: dict[int, _Kept] = getattr(self._local, "stores", {})
         known = (call is not None and call.store is store) or any(kept.store is store for kept in stores.values())

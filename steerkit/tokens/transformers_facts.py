@@ -12,6 +12,7 @@ When transformers renames one of these, this file changes and no other.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ from steerkit.tokens.generate_call import GenerateCall
 __all__ = [
     "CACHE_ARGUMENTS",
     "batching_managers",
+    "cache_argument",
+    "cache_left_by",
     "cache_of",
     "cache_slots",
     "can_be_cut",
@@ -45,8 +48,9 @@ __all__ = [
     "real_of_diagonal",
 ]
 
-# What a model's forward calls its cache: most of them, Mamba, RWKV, XLNet, Reformer.
-CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# What a model's forward calls its cache: most of them from transformers 5.24 on; before that most, and Mamba; RWKV,
+# XLNet, Reformer.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
@@ -56,6 +60,29 @@ def cache_of(given: Mapping[str, Any]) -> Any:
         given: the pass's arguments by name.
     """
     return next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model's forward calls its cache.
+
+    Args:
+        model: a transformers model, or its body.
+    """
+    named = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in named), "past_key_values")
+
+
+def cache_left_by(output: Any) -> Any:
+    """The cache that a pass gave, by whichever name; None where it gave none.
+
+    Args:
+        output: of a model.
+    """
+    for name in CACHE_ARGUMENTS:
+        found = getattr(output, name, None)
+        if found is not None or (name == "cache" and hasattr(output, name)):  # then older names only warn
+            return found
+    return None
 
 
 def cache_slots(module: nn.Module) -> set[int]:

@@ -20,6 +20,7 @@ from transformers import LogitsProcessor
 from steerkit.activations.reading import position_inputs
 from steerkit.errors import ModelError, StrengthError
 from steerkit.network.block_trace import evaluation_mode
+from steerkit.tokens.transformers_facts import cache_argument, cache_left_by
 
 __all__ = ["EmulatedFinetuning"]
 
@@ -99,11 +100,11 @@ class _Reader:
             found = self._model(
                 input_ids=new.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
-                past_key_values=self._cache,
                 use_cache=True,
+                **{cache_argument(self._model): self._cache},
                 **{name: value.to(self._model.device) for name, value in given.items()},
             )
-        self._seen, self._cache = ids.clone(), found.past_key_values
+        self._seen, self._cache = ids.clone(), cache_left_by(found)
         return torch.log_softmax(found.logits[:, -1].float(), dim=-1).to(ids.device)
 
     def _goes_on(self, ids: Tensor) -> bool:
