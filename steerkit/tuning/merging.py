@@ -11,8 +11,9 @@ from typing import Any
 
 from steerkit.errors import ModelError, StrengthError
 from steerkit.export.rewriting import Rewritten, fingerprint, rewrite
+from steerkit.monitor.adapters import AdapterDifference
 from steerkit.monitor.checkpoints import Checkpoint
-from steerkit.tuning.differences import AdapterDifference, CheckpointDifference, Difference
+from steerkit.tuning.differences import CheckpointDifference, Difference
 from steerkit.tuning.task_vector import TaskVector
 
 __all__ = ["merge"]
