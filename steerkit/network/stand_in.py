@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steerkit.errors import ModelError
 from steerkit.model import quiet
 
-__all__ = ["stand_in"]
+__all__ = ["stand_in", "without_weights"]
 
 _PATTERN = 2**16
 
@@ -29,23 +29,40 @@ def stand_in(config: Any, *, trust_remote_code: bool = False) -> nn.Module:
     Raises:
         ModelError: transformers knows no such decoder.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False), quiet():
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-    except (ValueError, ImportError) as error:
-        said = str(error).splitlines()[0]
-        raise ModelError(f"{config.model_type}: transformers builds no decoder of it ({said}); fit elsewhere") from None
+    model = without_weights(config, torch.float32, trust_remote_code=trust_remote_code)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     memory = _memory(max(one.numel() for one in parameters.values()))
     for name, one in parameters.items():
         path, _, leaf = name.rpartition(".")
         values = memory[: one.numel()].view(one.shape).to(one.dtype)
         model.get_submodule(path)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    return model
+
+
+def without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
+    """A model of transformers, in evaluation mode, whose parameters are empty; its buffers are there.
+
+    Args:
+        config: of a decoder in transformers.
+        dtype: of its parameters.
+        trust_remote_code: as transformers has it.
+
+    Raises:
+        ModelError: transformers knows no such decoder.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False), quiet():
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (ValueError, ImportError) as error:
+        said = str(error).splitlines()[0]
+        raise ModelError(
+            f"{config.model_type}: transformers builds no decoder of it ({said}); take a model that it can load"
+        ) from None
     return model.eval()
 
 
