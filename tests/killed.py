@@ -19,10 +19,11 @@ from tests.program import ROOT
 GIGABYTE = 10**9
 
 
-def started(program: str, *words: object, limit: int) -> subprocess.Popen[str]:
+def started(program: str, *words: object, limit: int, builds_models: bool = False) -> subprocess.Popen[str]:
     """A module run as a program, with memory limited to so many bytes."""
-    # With CUDA torch's libraries alone take more address space than the limit; there private memory is limited.
-    kind = "as" if torch.version.cuda is None else "data"
+    # The libraries of transformers' models, and those of CUDA, take the limit's address space before anything begins;
+    # there private memory is limited.
+    kind = "data" if builds_models or torch.version.cuda is not None else "as"
     prefix = ["prlimit", f"--{kind}={limit}", sys.executable, "-m", program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*prefix, *map(str, words)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

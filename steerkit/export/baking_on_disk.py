@@ -121,7 +121,7 @@ def _made(model: Any, plan: CheckpointPlan, weights: Placed) -> dict[str, Made]:
     }
     for name, file_name in names_in_files(model, empty).items():
         place, change = weights.places.get(name), plan.changes.get(name)
-        if change is None and place == file_name and file_name in source:
+        if change is None and file_name in source:
             continue
         like = empty[name] if place is None else source.like(place)
         found[file_name] = Made(like, functools.partial(_values, source, place, change, like))

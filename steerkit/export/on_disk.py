@@ -28,7 +28,7 @@ class Placed(Mapping[str, Tensor]):
 
     Args:
         source: the checkpoint.
-        places: name in the model to name in the files; one that is tied to another has the other's.
+        places: name in the model to name in the files; one that is tied to another and not there has the other's.
     """
 
     def __init__(self, source: Checkpoint, places: Mapping[str, str]) -> None:
@@ -66,8 +66,9 @@ def opened(source: Checkpoint) -> tuple[Any, Placed]:
     model: Any = without_weights(config, _dtype(source, config))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = model.state_dict()
-    named = names_in_files(model, {name: value for name, value in state.items() if name not in tied})
-    places = named | {name: named[other] for name, other in tied.items() if name in state}
+    named = names_in_files(model, state)
+    # Files may hold both of two tied weights. transformers then takes each as it is there, and unties what differs.
+    places = {name: named[tied.get(name, name)] if place not in source else place for name, place in named.items()}
     for name, place in places.items():
         _check(source, place, state[name])
     weights = Placed(source, places)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from steerkit.errors import ModelError
 from steerkit.model import quiet
@@ -54,7 +56,7 @@ def without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code: bool 
     from transformers import AutoModelForCausalLM
 
     try:
-        with init_empty_weights(include_buffers=False), quiet():
+        with init_empty_weights(include_buffers=False), _LargeOnMeta(), quiet():
             model: nn.Module = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
@@ -64,6 +66,19 @@ def without_weights(config: Any, dtype: torch.dtype, *, trust_remote_code: bool 
             f"{config.model_type}: transformers builds no decoder of it ({said}); take a model that it can load"
         ) from None
     return model.eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors that are made empty, as parameters are, take no memory from the first.
+
+    accelerate lets each be made and then forgets it; the C library keeps many of those as address space of the process.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = dict(kwargs or {})
+        if func is torch.empty and args and math.prod(args if isinstance(args[0], int) else args[0]) > _PATTERN:
+            made["device"] = "meta"
+        return func(*args, **made)
 
 
 def _memory(size: int) -> Tensor:

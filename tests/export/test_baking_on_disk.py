@@ -164,6 +164,22 @@ def test_what_is_called_separable_is_changed_slice_by_slice(make: Callable[[str]
     assert seen or make in (addition, at_neurons, moved)
 
 
+@pytest.mark.parametrize("differs", [False, True])
+def test_files_that_hold_both_of_two_tied_weights(differs: bool, tmp_path: Path) -> None:
+    """What transformers makes of them, which takes each as it is there."""
+    model, vector, _ = ablation("tied_llama")
+    model.save_pretrained(tmp_path / "one")
+    embedding = model.get_input_embeddings().weight.detach()
+    head = embedding + 0.1 * embedding.roll(1, 0) if differs else embedding.clone()
+    both = broken(tmp_path / "one", "both", lambda tensors: tensors.update({"lm_head.weight": head}))
+    memory = tf.AutoModelForCausalLM.from_pretrained(both)
+    bake(memory, None, vector, tmp_path / "memory", untie=True)
+    bake_on_disk(both, vector, tmp_path / "disk", untie=True)
+    found = stored(tmp_path / "disk")
+    assert bits(found) == bits(stored(tmp_path / "memory"))
+    assert torch.equal(found["lm_head.weight"], head)
+
+
 def test_large_weights_are_changed_in_parts_on_both_roads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, vectors, strength = ablation("llama")
     model.save_pretrained(tmp_path / "base")
@@ -307,7 +323,7 @@ def broken(base: Path, name: str, how: Callable[[dict[str, Tensor]], None]) -> P
     shutil.copytree(base, folder)
     tensors = load_file(folder / "model.safetensors")
     how(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -401,7 +417,7 @@ def test_four_gigabytes_in_one(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 4 * GIGABYTE
 
     def start(out: Path) -> Any:
-        return started("tests.export.large", base, tmp_path / "v.safetensors", out, limit=GIGABYTE)
+        return started("tests.export.large", base, tmp_path / "v.safetensors", out, limit=GIGABYTE, builds_models=True)
 
     results = killed_and_resumed(tmp_path, start)
     assert max(result["above"] for result in results) < 2 * LARGEST
