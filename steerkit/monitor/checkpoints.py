@@ -23,6 +23,8 @@ from steerkit.monitor.adapters import ADAPTER
 __all__ = ["Checkpoint"]
 
 _INDEX = "model.safetensors.index.json"
+_TOKENIZER = ("*.jinja", "*.model", "*.txt")
+"""What lies beside weights and is neither these nor JSON: a checkpoint that is made of them takes it over."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 
@@ -130,7 +132,7 @@ def _folder_of(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *_TOKENIZER]))
     except Exception as error:
         raise ModelError(f"{name}: no folder, and not to be had from the hub ({first_line(error)})") from error
 
