@@ -124,8 +124,10 @@ def sites_table(described: Mapping[str, Any]) -> Table:
     return made
 
 
-def comparison(verification: Verification) -> dict[str, Any]:
+def comparison(verification: Verification | None) -> dict[str, Any]:
     """What a comparison with the hooks says, as rows of a table and entries of JSON."""
+    if verification is None:
+        return {"compared": "no, as asked (--no-verify)"}
     facts = {
         "precision": verification.dtype,
         "largest_difference": verification.absolute,

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 BaseArgument = Annotated[str, typer.Argument(metavar="BASE", help="The model as it was: a folder, alias or hub name.")]
-CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The same model, changed.")]
+CheckpointArgument = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="The same model, changed; or the folder of a LoRA.")
+]
 VectorsOption = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Vector files to compare with. (default: those shipped for BASE)"),
@@ -43,11 +45,14 @@ def run(
     largest cosine of each vector with a leading rank-one part of a matrix's change stands beside those of random
     directions. A cosine that is large among them and not among the other vectors says nothing special of the vector.
     """
+    from steerkit.monitor.adapters import ADAPTER, AdapterDifference
     from steerkit.monitor.checkpoints import Checkpoint
     from steerkit.monitor.weight_audit import audit
 
     with status("reading") as step:
-        before, after = Checkpoint.of(base), Checkpoint.of(checkpoint)
+        is_adapter = (Path(checkpoint) / ADAPTER).is_file()
+        before = Checkpoint.of(base)
+        after = AdapterDifference(Path(checkpoint)) if is_adapter else Checkpoint.of(checkpoint)
         library = _library(vectors, base)
         step("comparing")
         found = audit(before, after, library, parts=parts, random=random)

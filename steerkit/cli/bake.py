@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,15 @@ StrengthOption = Annotated[
 UntieOption = Annotated[
     bool, typer.Option("--untie", help="Give a head tied to the embeddings weights of its own, where needed.")
 ]
+FromDiskOption = Annotated[
+    bool,
+    typer.Option(
+        "--from-disk", help="Load no model: for checkpoints larger than memory. A killed command goes on where it was."
+    ),
+]
+NoVerifyOption = Annotated[
+    bool, typer.Option("--no-verify", help="With --from-disk: compare nothing with the hooks; the card says so.")
+]
 
 
 @loads_model
@@ -35,6 +45,8 @@ def run(
     steering: SteeringOption = None,
     scope: Annotated[str | None, typer.Option(help="all: accept that every token is written.")] = None,
     untie: UntieOption = False,
+    from_disk: FromDiskOption = False,
+    no_verify: NoVerifyOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that stands there.")] = False,
     model: ModelChoice = DEFAULT,
     as_json: Json = False,
@@ -45,6 +57,7 @@ def run(
     only: --scope all accepts the difference. The checkpoint is loaded again and
     compared with the hooks; it stays only if it does what they do.
     """
+    _check_road(from_disk, no_verify, model)
     if not vector and steering is None:
         raise typer.BadParameter("give a --vector, or several in one line with --steering")
     check_chosen(vector, strength, steering, scope=scope)
@@ -57,12 +70,16 @@ def run(
         exact_strength(one)
     check_folder(out, replace=force)
 
-    from steerkit.export.baking import bake
+    from steerkit.export import bake, bake_on_disk
 
-    loaded, tokenizer = model.load()
-    with status("writing the checkpoint, and comparing it with the hooks"):
-        baked = bake(loaded, tokenizer, used.vectors, out, untie=untie, force=force)
+    loaded = None if from_disk else model.load()
+    with status("writing the checkpoint" + ("" if no_verify else ", and comparing it with the hooks")):
+        if loaded is None:
+            baked = bake_on_disk(model.name, used.vectors, out, untie=untie, verify=not no_verify, force=force)
+        else:
+            baked = bake(*loaded, used.vectors, out, untie=untie, force=force)
     facts = {
+        **({"files_resumed": baked.resumed} if from_disk else {}),
         "changed": len(baked.changed),
         "new_biases": len(baked.added),
         "untied": list(baked.untied),
@@ -79,6 +96,20 @@ def run(
             shown.add_row(name.replace("_", " "), _text(value))
     console.print(shown)
     console.print(f'AutoModelForCausalLM.from_pretrained("{out}")', soft_wrap=True)
+
+
+def _check_road(from_disk: bool, no_verify: bool, model: ModelChoice) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        BadParameter: a model that is loaded is not to be compared, or the weights on the disk are to be other ones.
+    """
+    if no_verify and not from_disk:
+        raise typer.BadParameter("--no-verify goes with --from-disk; a model that is loaded is always compared")
+    others = replace(model, model=None)
+    if from_disk and others.is_given:
+        flags = ", ".join(flag for flag in others.options() if flag != "--model")
+        raise typer.BadParameter(f"--from-disk takes the weights as they lie there; leave {flags} out")
 
 
 def _text(value: object) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from steerkit.errors import SiteError
 from steerkit.export.range_finder import low_rank
-from steerkit.export.stored_tensors import stored
 from steerkit.export.weight_changes import Change
 from steerkit.network.plain_weights import is_plain, observed_matrix
+from steerkit.network.stored_tensors import stored
 
 __all__ = ["AdapterParts", "parts_for"]
 

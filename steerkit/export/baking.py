@@ -26,8 +26,8 @@ from steerkit._support.files import check_folder, whole_folder
 from steerkit._support.precision import full_precision
 from steerkit.errors import ModelError
 from steerkit.export.checkpoint import write_checkpoint
-from steerkit.export.checkpoint_plan import plan_checkpoint, planned_value, untied_parameters
-from steerkit.export.verification import Verification, expected, logits_of, verify
+from steerkit.export.checkpoint_plan import CheckpointPlan, plan_checkpoint, planned_value, untied_parameters
+from steerkit.export.verification import Expected, Verification, expected, logits_of, verify
 from steerkit.export.weight_changes import changes_of
 from steerkit.export.weights_card import weights_card
 from steerkit.model import quiet
@@ -37,7 +37,7 @@ from steerkit.steering.strengths import vectors_of
 from steerkit.steering.weights import exact_updates
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["Baked", "bake"]
+__all__ = ["Baked", "bake", "baked_of", "compared", "planned", "write_card"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Baked:
         added: biases that the model did not have; those not in `changed` are zero.
         untied: parameters that were shared with another part of the model and are no more.
         switches: what is set differently in the config.
-        verification: the comparison with the hooks.
+        verification: the comparison with the hooks; None where it was switched off.
+        resumed: files that an earlier run, which was stopped, had finished.
     """
 
     folder: Path
@@ -58,7 +59,8 @@ class Baked:
     added: tuple[str, ...]
     untied: tuple[str, ...]
     switches: Mapping[str, bool]
-    verification: Verification
+    verification: Verification | None
+    resumed: int = 0
 
 
 @full_precision()
@@ -77,7 +79,7 @@ def bake(
 
     It acts on every token, so the vectors' scope has to be `all` (`vector.at(scope="all")`). Above the model, about one
     block of weights is in memory at a time; offloaded models work. The checkpoint is loaded again from the disk, block
-    by block, and compared with the hooks.
+    by block, and compared with the hooks. `bake_on_disk` takes a checkpoint that is larger than memory.
 
     Args:
         model: a transformers model, neither quantised nor with an adapter in it.
@@ -108,20 +110,76 @@ def bake(
     inner: Any = inner_model(model)
     check_folder(target, replace=force)
     _check_model(model, inner, target)
-    with untied_parameters(inner) if untie else contextlib.nullcontext():
-        changes = changes_of(exact_updates(inner, listed, strength))
-    plan = plan_checkpoint(inner, changes, untie=untie)
+    plan = planned(inner, listed, strength, untie=untie)
     wanted = expected(inner, tokenizer, listed, strength)
     with whole_folder(target, replace=force) as folder, quiet():
         write_checkpoint(inner, plan.shapes, lambda name: planned_value(inner, plan, name), folder, shard_bytes)
         _write_beside(inner, tokenizer, plan.config, folder)
-        found = verify(_loaded_logits(type(inner), folder, wanted.ids), wanted)
-        if not found.holds:
-            raise ModelError(f"{target}: not written, its logits are not those of the hooks ({found.sentence()})")
-        baked = Baked(target, tuple(sorted(changes)), plan.added, plan.untied, plan.switches, found)
-        card = weights_card(target.name, inner, listed, strength, found, _facts(baked), _USE)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        baked = baked_of(plan, target, compared(type(inner), folder, wanted, target))
+        write_card(baked, inner, listed, strength, folder)
     return baked
+
+
+def planned(model: Any, vectors: Sequence[SteeringVector], strength: float | None, *, untie: bool) -> CheckpointPlan:
+    """What a checkpoint with vectors in its weights is to hold.
+
+    Args:
+        model: the transformers model, out of any wrapper.
+        vectors: what it is steered by.
+        strength: as for `bake`.
+        untie: as for `bake`.
+
+    Raises:
+        SteerError: as `bake` does for vectors that have no place in the weights.
+    """
+    with untied_parameters(model) if untie else contextlib.nullcontext():
+        changes = changes_of(exact_updates(model, vectors, strength))
+    return plan_checkpoint(model, changes, untie=untie)
+
+
+def compared(kind: Any, folder: Path, wanted: Expected, target: Path) -> Verification:
+    """Load a checkpoint that was written, and compare its logits with those of the hooks.
+
+    Args:
+        kind: the class of its model.
+        folder: where it lies now.
+        wanted: what the hooks gave.
+        target: where it is to be.
+
+    Raises:
+        ModelError: they are others, or it does not load.
+    """
+    found = verify(_loaded_logits(kind, folder, wanted.ids), wanted)
+    if not found.holds:
+        raise ModelError(f"{target}: not written, its logits are not those of the hooks ({found.sentence()})")
+    return found
+
+
+def baked_of(plan: CheckpointPlan, target: Path, verification: Verification | None) -> Baked:
+    """What is written by a plan.
+
+    Args:
+        plan: what the checkpoint holds.
+        target: where it is to be.
+        verification: the comparison with the hooks, if any.
+    """
+    return Baked(target, tuple(sorted(plan.changes)), plan.added, plan.untied, plan.switches, verification)
+
+
+def write_card(
+    baked: Baked, model: Any, vectors: Sequence[SteeringVector], strength: float | None, folder: Path
+) -> None:
+    """Write the page of Markdown beside the weights.
+
+    Args:
+        baked: what is written.
+        model: what it was made of.
+        vectors: what is in it.
+        strength: as it was given.
+        folder: where the weights lie now.
+    """
+    card = weights_card(baked.folder.name, model, vectors, strength, baked.verification, _facts(baked), _USE)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 _USE = """```python

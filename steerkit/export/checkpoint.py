@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError
-from steerkit.export.stored_tensors import stored_dtype
 from steerkit.model.safetensors_file import DTYPES
 from steerkit.network.decoder import find_decoder
+from steerkit.network.stored_tensors import stored_dtype
 
-__all__ = ["Group", "header", "shard_names", "shards", "write_checkpoint", "write_index", "write_values"]
+__all__ = ["Group", "header", "in_files", "shard_names", "shards", "write_checkpoint", "write_index", "write_values"]
 
 _NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 _Tensors = dict[str, Tensor]
@@ -94,8 +94,13 @@ def write_index(planned: Sequence[Sequence[Group]], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _in_files(model: nn.Module, tensors: _Tensors) -> _Tensors:
-    """Tensors under the names, and in the pieces, in which checkpoints of the family hold them."""
+def in_files(model: nn.Module, tensors: _Tensors) -> _Tensors:
+    """Tensors under the names, and in the pieces, in which checkpoints of the family hold them.
+
+    Args:
+        model: the transformers model.
+        tensors: its tensors [...] by their names in it; one that is only called otherwise stays the same object.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     return dict(revert_weight_conversion(model, dict(tensors)))
@@ -108,8 +113,8 @@ def _groups(model: nn.Module, metas: _Tensors) -> list[Group]:
     for name, meta in metas.items():
         block = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else name
         members.setdefault(block, {})[name] = meta
-    groups = [Group(tuple(some), _in_files(model, some)) for some in members.values()]
-    whole = _in_files(model, metas)
+    groups = [Group(tuple(some), in_files(model, some)) for some in members.values()]
+    whole = in_files(model, metas)
     if {name for group in groups for name in group.entries} != whole.keys():
         return [Group(tuple(metas), whole)]  # something is joined across blocks
     return groups
@@ -143,7 +148,7 @@ def _write_shard(model: nn.Module, shard: Sequence[Group], read: Callable[[str],
     with path.open("xb") as file:
         file.write(header(entries))
         for group in shard:
-            values = _in_files(model, {name: read(name) for name in group.names})
+            values = in_files(model, {name: read(name) for name in group.names})
             for name, meta in group.entries.items():
                 value = values.pop(name)
                 if value.shape != meta.shape or value.dtype != meta.dtype:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import SiteError
-from steerkit.export.stored_tensors import stored, stored_dtype
 from steerkit.export.weight_changes import Change
 from steerkit.model import quiet
+from steerkit.network.stored_tensors import stored, stored_dtype
 
-__all__ = ["plan_checkpoint", "planned_value", "untied_parameters"]
+__all__ = ["CheckpointPlan", "plan_checkpoint", "planned_value", "untied_parameters"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,6 @@ def planned_value(model: nn.Module, plan: CheckpointPlan, name: str) -> Tensor:
     """
     old, dtype = stored(model, name), stored_dtype(model, name)
     change = plan.changes.get(name)
-    with torch.no_grad():
-        if change is not None:
-            return change(None if old is None else old.float()).to(dtype)
-        return torch.zeros(plan.shapes[name], dtype=dtype) if old is None else old
+    if change is not None:
+        return change.rounded(old, dtype)
+    return torch.zeros(plan.shapes[name], dtype=dtype) if old is None else old

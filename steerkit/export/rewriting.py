@@ -1,8 +1,8 @@
 """A checkpoint on the disk, written anew with other weights: larger than memory, and resumable.
 
-Nothing is loaded as a model. Some rows of a tensor at a time are read, changed in float32, rounded once to the dtype in
-which they were stored, and written; what does not change goes over byte by byte. Each file appears whole or not at all
-and is noted with its digest, so that a run that was killed goes on behind the last one and ends with the same bytes.
+Nothing is loaded as a model. What changes is made in pieces, a tensor or some rows of it at a time, and written; what
+does not change goes over byte by byte. Each file appears whole or not at all and is noted with its digest, so that a
+run that was killed goes on behind the last one and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
-import torch
 from torch import Tensor
 
 from steerkit._support.files import check_folder, take_place
 from steerkit._support.journal import Journal
 from steerkit._support.precision import full_precision
-from steerkit.errors import DataError, ModelError
+from steerkit.errors import DataError, ModelError, SteerError
 from steerkit.export.checkpoint import Group, header, shard_names, shards, write_index, write_values
 from steerkit.monitor.checkpoints import Checkpoint
 
-__all__ = ["RECORD", "Change", "Rewritten", "fingerprint", "rewrite"]
+__all__ = ["RECORD", "Made", "Rewritten", "fingerprint", "in_rows", "rewrite"]
 
 RECORD = "steerkit.json"
 """Beside the weights: what they were made of, and the digest of each file."""
@@ -37,24 +36,16 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".ms
 _LEFT = ("readme.md", RECORD)
 
 
-class Change(Protocol):
-    """What becomes of the weights."""
+class Made(NamedTuple):
+    """A tensor that is other than in the checkpoint, or that it lacks.
 
-    def touches(self, name: str) -> bool:
-        """Whether a tensor changes; what does not goes over as it is.
+    Attributes:
+        like: of its shape and dtype, on the meta device.
+        pieces: gives its values in the order of their bytes, in pieces of any shape; they are rounded to its dtype.
+    """
 
-        Args:
-            name: of a tensor of the checkpoint.
-        """
-
-    def rows(self, name: str, old: Tensor, start: int) -> Tensor:
-        """Rows as they are to be, float32.
-
-        Args:
-            name: of a tensor that is touched.
-            old: [k, ...] float32, rows as they are; a tensor without dimensions is [1].
-            start: the first of them.
-        """
+    like: Tensor
+    pieces: Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Rewritten:
 
     Attributes:
         folder: where.
-        changed: tensors that hold other values.
+        changed: tensors that hold other values, or are new.
         kept: tensors that went over as they were.
         resumed: files that an earlier run had finished.
         digests: file to the sha256 of its bytes.
@@ -79,20 +70,23 @@ class Rewritten:
 @full_precision()
 def rewrite(
     source: Checkpoint,
-    change: Change,
+    made: Mapping[str, Made],
     out: str | Path,
     *,
     identity: Mapping[str, Any],
+    complete: Callable[[Path], None] | None = None,
     force: bool = False,
     shard_bytes: int = 10**9,
 ) -> Rewritten:
-    """Write a checkpoint with other weights, some rows at a time.
+    """Write a checkpoint with other weights, one after the other.
 
     Args:
         source: what it is made of; config, tokenizer and whatever else lies beside go over.
-        change: what becomes of the weights.
+        made: tensors that change, in the place of those of their name, and new ones, which stand behind all others.
         out: the folder to make. A killed run leaves `.NAME.unfinished` beside it, from which the same call goes on.
         identity: what the bytes depend on beside the source, as JSON holds it; a run with another one begins anew.
+        complete: called with the folder when its weights are written, before it takes its place; where it refuses,
+            nothing stays.
         force: replace a checkpoint that stands there.
         shard_bytes: the size at which a new file begins; what is lost by a kill is one of them at the most.
 
@@ -102,6 +96,7 @@ def rewrite(
     Raises:
         ModelError: the folder cannot be written, another process is writing it, or a tensor is of a dtype that cannot
             be.
+        SteerError: `complete` refuses.
     """
     import filelock
 
@@ -112,7 +107,10 @@ def rewrite(
     try:
         work.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(work / "lock", timeout=0):
-            made = _filled(source, change, work, {"identity": identity, "source": fingerprint(source)}, shard_bytes)
+            depends = {"identity": identity, "source": fingerprint(source)}
+            found = _filled(source, made, work, depends, shard_bytes)
+            if complete is not None:
+                _completed(complete, work)
             take_place(work / "files", target, work / "replaced")
         shutil.rmtree(work, ignore_errors=True)
     except filelock.Timeout:
@@ -121,7 +119,24 @@ def rewrite(
         ) from None
     except OSError as error:
         raise ModelError(f"{target}: cannot be written ({error.strerror or error}); choose another folder") from error
-    return Rewritten(target, *made)
+    return Rewritten(target, *found)
+
+
+def in_rows(source: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
+    """A tensor as it is stored, some rows [k, ...] at a time, each with the number of the first of them.
+
+    Args:
+        source: the checkpoint.
+        name: of the tensor. One without dimensions, or without numbers, is one piece [n].
+    """
+    file = source.files[name]
+    entry = file.entries[name]
+    if not entry.shape or not entry.size:
+        yield 0, file.read(name).reshape(-1)
+        return
+    step = max(1, CHUNK * entry.shape[0] // max(1, entry.size // entry.dtype.itemsize))
+    for start in range(0, entry.shape[0], step):
+        yield start, file.rows(name, start, min(start + step, entry.shape[0]))
 
 
 def fingerprint(source: Checkpoint) -> dict[str, str]:
@@ -152,15 +167,21 @@ def _refuse_own_folder(source: Checkpoint, target: Path) -> None:
         raise ModelError(f"{target}: the model itself lies there; choose another folder")
 
 
+def _completed(complete: Callable[[Path], None], work: Path) -> None:
+    """Complete a filled folder; what is refused goes, since it would be refused again."""
+    try:
+        complete(work / "files")
+    except SteerError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def _filled(
-    source: Checkpoint, change: Change, work: Path, depends: Mapping[str, Any], shard_bytes: int
+    source: Checkpoint, made: Mapping[str, Made], work: Path, depends: Mapping[str, Any], shard_bytes: int
 ) -> tuple[tuple[str, ...], int, int, dict[str, str]]:
     """Fill the folder of files, going on behind those that are done: what changed, what did not, what was there."""
-    changed = tuple(name for name in source.files if change.touches(name))
-    metas = {
-        name: torch.empty(source.shape(name), dtype=file.entries[name].dtype, device="meta")
-        for name, file in source.files.items()
-    }
+    metas = {name: source.like(name) for name in source.files} | {name: one.like for name, one in made.items()}
+    changed = tuple(name for name in metas if name in made)
     planned = list(shards([Group((name,), {name: meta}) for name, meta in metas.items()], shard_bytes))
     names = shard_names(len(planned))
     folder, journal = work / "files", _journal(work, {**depends, "changed": list(changed), "files": names})
@@ -170,7 +191,7 @@ def _filled(
     for file, shard in zip(names, planned, strict=True):
         if file not in done:
             entries = {name: meta for group in shard for name, meta in group.entries.items()}
-            done[file] = _write(source, change, entries, folder / file)
+            done[file] = _write(source, made, entries, folder / file)
             journal.append([{"file": file, "sha256": done[file]}])
     write_index(planned, folder)
     _copy_beside(source, folder)
@@ -216,33 +237,24 @@ class _Hashed:
         return self._file.write(data)
 
 
-def _write(source: Checkpoint, change: Change, entries: Mapping[str, Tensor], path: Path) -> str:
+def _write(source: Checkpoint, made: Mapping[str, Made], entries: Mapping[str, Tensor], path: Path) -> str:
     """One file, which appears when it is whole: its digest."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
         hashed: Any = _Hashed(file)
         hashed.write(header(entries))
-        for name in entries:
-            for rows in _new_rows(source, change, name):
-                write_values(hashed, rows)
+        for name, like in entries.items():
+            for piece in _pieces(source, made, name):
+                write_values(hashed, piece.to(like.dtype))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     return str(hashed.digest.hexdigest())
 
 
-def _new_rows(source: Checkpoint, change: Change, name: str) -> Iterator[Tensor]:
-    """The tensor as it is to be, in its stored dtype, some rows at a time."""
-    file = source.files[name]
-    entry, touched = file.entries[name], change.touches(name)
-    if not entry.shape or not entry.size:
-        old = file.read(name).reshape(-1)
-        yield change.rows(name, old.float(), 0).to(old.dtype) if touched and entry.size else old
-        return
-    step = max(1, CHUNK * entry.shape[0] // max(1, entry.size // entry.dtype.itemsize))
-    for start in range(0, entry.shape[0], step):
-        old = file.rows(name, start, min(start + step, entry.shape[0]))
-        yield change.rows(name, old.float(), start).to(old.dtype) if touched else old
+def _pieces(source: Checkpoint, made: Mapping[str, Made], name: str) -> Iterable[Tensor]:
+    """The tensor as it is to be, in pieces."""
+    return made[name].pieces() if name in made else (rows for _, rows in in_rows(source, name))
 
 
 def _copy_beside(source: Checkpoint, folder: Path) -> None:

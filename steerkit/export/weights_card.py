@@ -23,7 +23,7 @@ def weights_card(
     model: nn.Module,
     vectors: Sequence[SteeringVector],
     strength: float | None,
-    verification: Verification,
+    verification: Verification | None,
     facts: Mapping[str, str],
     use: str,
     *,
@@ -36,7 +36,7 @@ def weights_card(
         model: what it was made of.
         vectors: what is in it.
         strength: as it was given.
-        verification: how far it is from the hooks.
+        verification: how far it is from the hooks; None where that was not asked.
         facts: further rows of its table.
         use: how to load it; `{name}` stands for the name.
         library: what loads it.
@@ -76,16 +76,23 @@ def weights_card(
         ]
     lines += [f"| {name} | {text} |" for name, text in facts.items()]
     lines.append(f"| weights of the base model | {weights_of(inner_model(model))} |")
-    lines += [
-        f"| precision | {verification.dtype} |",
-        "",
-        "## The same as hooks",
-        "",
+    precision = str(inner_model(model).dtype).removeprefix("torch.")
+    lines += [f"| precision | {precision} |", "", "## The same as hooks", "", _compared(verification)]
+    return "\n".join(lines) + "\n"
+
+
+def _compared(verification: Verification | None) -> str:
+    """What was found when the weights were compared with hooks."""
+    if verification is None:
+        return (
+            "**Not compared.** The comparison with the base model steered by hooks was switched off when this was "
+            "written (`--no-verify`), so that nothing here has been run."
+        )
+    return (
         f"Loaded again and compared with the base model steered by hooks on {verification.rows} texts, "
         f"{verification.tokens} tokens: {verification.sentence()}. Steering itself moves the logits by "
-        f"{verification.effect:.2g} relative.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"{verification.effect:.2g} relative."
+    )
 
 
 def number(value: float | None, digits: int = 1) -> str:

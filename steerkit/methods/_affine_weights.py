@@ -49,7 +49,10 @@ class _Around:
             None if one is None or not bool(one[0].any()) else 1 + one[0] for one in (self.gives, self.reads)
         )
         if rows is not None or columns is not None:
-            yield WeightUpdate(self.linear.parameter, _scaled(rows, columns, self.linear.transposed))
+            change = _scaled(rows, columns, self.linear.transposed)
+            both = rows is not None and columns is not None
+            separable = None if both else int((rows is not None) != self.linear.transposed)
+            yield WeightUpdate(self.linear.parameter, change, separable)
         added = torch.zeros(self.linear.tap.width, dtype=torch.float32)
         if self.reads is not None and bool(self.reads[1].any()):
             matrix = self.linear.weight(dtype)

@@ -54,7 +54,7 @@ def scaled_weights(model: nn.Module, site: Site, neurons: Tensor, gains: Tensor)
     scaled = _scaled(neurons, gains)
     # An nn.Linear holds its weight [outputs, inputs], GPT-2's Conv1D [inputs, outputs].
     axis = int(is_input) if isinstance(tap.module, nn.Linear) else int(not is_input)
-    updates = [WeightUpdate(f"{tap.name}.weight", scaled(axis))]
+    updates = [WeightUpdate(f"{tap.name}.weight", scaled(axis), 1 - axis)]
     if not is_input and tap.module.bias is not None:
         updates.append(WeightUpdate(f"{tap.name}.bias", scaled(0)))
     return updates

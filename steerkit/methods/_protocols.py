@@ -62,10 +62,13 @@ class WeightUpdate(NamedTuple):
     Attributes:
         name: the parameter's name in the transformers model; it may be a bias that is absent so far.
         update: from the old weight in float32 at least (None where the bias is absent) to the new one.
+        separable: a dimension each slice along which `update` changes in the same way, without looking at the others,
+            so that a large weight can be changed a few slices at a time; None where there is none.
     """
 
     name: str
     update: Callable[[Tensor | None], Tensor]
+    separable: int | None = None
 
 
 class PartsTable(NamedTuple):

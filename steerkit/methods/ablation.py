@@ -193,7 +193,9 @@ class DirectionalAblation(FittedOnMeans):
             ) from None
         self._refuse_shared(decoder, [matrix for listed in found.values() for matrix in listed])
         return [
-            WeightUpdate(matrix.name, _without(vector.params(site)["direction"], matrix.axis, strength))
+            WeightUpdate(
+                matrix.name, _without(vector.params(site)["direction"], matrix.axis, strength), int(not matrix.axis)
+            )
             for site, listed in found.items()
             for matrix in listed
         ]

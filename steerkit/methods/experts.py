@@ -360,6 +360,6 @@ def _scaled(decoder: Decoder, anatomy: Any, site: Site, factors: Tensor) -> list
 
     biases = [name for name in experts.biases if experts.tap.module.get_parameter(name).dim() == 2]
     return [
-        WeightUpdate(f"{experts.tap.name}.{experts.stack.name}", by((-1, 1, 1))),
-        *(WeightUpdate(f"{experts.tap.name}.{name}", by((-1, 1))) for name in biases),
+        WeightUpdate(f"{experts.tap.name}.{experts.stack.name}", by((-1, 1, 1)), 1),
+        *(WeightUpdate(f"{experts.tap.name}.{name}", by((-1, 1)), 1) for name in biases),
     ]

@@ -173,8 +173,14 @@ class SelectiveSteering(RotateInPlane):
             change = less * basis + sine * torch.stack([basis[1], -basis[0]])
             for call in found[site.layer].readers(site.kind):
                 name = f"{decoder.path}.{site.layer}.{call.name}"
-                updates.append(WeightUpdate(f"{name}.weight", _rotated(call.module, name, basis, change)))
+                rotated = _rotated(call.module, name, basis, change)
+                updates.append(WeightUpdate(f"{name}.weight", rotated, int(_inputs_first(call.module))))
         return updates
+
+
+def _inputs_first(module: nn.Module) -> bool:
+    """Whether a linear layer holds its weight transposed, as GPT-2's do."""
+    return type(module).__name__ == "Conv1D"
 
 
 def _rotated(module: nn.Module, name: str, basis: Tensor, change: Tensor) -> Callable[[Tensor | None], Tensor]:
@@ -183,7 +189,7 @@ def _rotated(module: nn.Module, name: str, basis: Tensor, change: Tensor) -> Cal
     Raises:
         SiteError: the module is no plain linear layer.
     """
-    inputs_first = type(module).__name__ == "Conv1D"  # GPT-2's linear layers hold their weight transposed
+    inputs_first = _inputs_first(module)
     if not inputs_first and not isinstance(module, nn.Linear):
         what = "an adapter around a linear layer; merge it first" if hasattr(module, "base_layer") else "not linear"
         raise SiteError(f"{name} is {type(module).__name__}, {what}; or steer with hooks")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 """Of safetensors' names."""
 _MAX_HEADER = 100 * 2**20
+_OWN_PAGES = 2**20
 
 
 class Entry(NamedTuple):
@@ -123,7 +125,7 @@ class SafetensorsFile:
         Raises:
             ModelError: the file has become shorter.
         """
-        found = torch.empty(size, dtype=torch.uint8)
+        found = _memory(size)
         with self.path.open("rb", buffering=0) as file:
             file.seek(start)
             view, got = found.numpy().data, 0
@@ -133,6 +135,18 @@ class SafetensorsFile:
                     raise ModelError(f"{self.path}: ended while it was read; get it anew")
                 got += more
         return found
+
+
+def _memory(size: int) -> Tensor:
+    """Room for bytes, [size] uint8.
+
+    Large ones have pages of their own, which the system gets back with them. Of what the C library gives, small things
+    that live longer take a part of each place, and the next weight, of the same size, needs another.
+    """
+    if size < _OWN_PAGES:
+        return torch.empty(size, dtype=torch.uint8)
+    private = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)
 
 
 def _header(path: Path) -> tuple[int, int, dict[str, Any]]:

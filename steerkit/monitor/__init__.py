@@ -3,7 +3,7 @@
 `monitor` scores prompts and answers, `watched` reads while the model generates, `decisions` tells what a gate would
 decide and `operating` how seldom it opens, `shift` compares a finetuned model with the model before, `difference` a
 data set with the model's own answers, `token_heat` gives every token its number. `weight_audit` compares the weights of
-two checkpoints with known directions, `checkpoints` reads them.
+two checkpoints with known directions, `checkpoints` and `adapters` read them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from steerkit._support.lazy import lazily
 
 if TYPE_CHECKING:
+    from steerkit.monitor.adapters import AdapterDifference
     from steerkit.monitor.checkpoints import Checkpoint
     from steerkit.monitor.decisions import explain
     from steerkit.monitor.difference import projection_difference
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from steerkit.monitor.weight_audit import audit
 
 __all__ = [
+    "AdapterDifference",
     "Checkpoint",
     "Monitor",
     "Step",
@@ -40,6 +42,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "AdapterDifference": "adapters",
         "Checkpoint": "checkpoints",
         "Monitor": "monitor",
         "Step": "watched_call",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from steerkit.errors import ModelError
@@ -17,10 +18,13 @@ from steerkit.model.aliases import ALIASES, embedded_gguf
 from steerkit.model.conversion import converted
 from steerkit.model.pretrained import first_line
 from steerkit.model.safetensors_file import SafetensorsFile
+from steerkit.monitor.adapters import ADAPTER
 
 __all__ = ["Checkpoint"]
 
-_INDEX, _ADAPTER = "model.safetensors.index.json", "adapter_config.json"
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER = ("*.jinja", "*.model", "*.txt")
+"""What lies beside weights and is neither these nor JSON: a checkpoint that is made of them takes it over."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
 
@@ -57,7 +61,7 @@ class Checkpoint:
         files = sorted(folder.glob("*.safetensors"))
         if (folder / _INDEX).exists():
             files = _indexed(folder)
-        elif (folder / _ADAPTER).exists():
+        elif (folder / ADAPTER).exists():
             raise ModelError(
                 f"{name}: is an adapter, which changes weights only together with its model; merge it first "
                 "(PeftModel.merge_and_unload, then save_pretrained)"
@@ -80,6 +84,11 @@ class Checkpoint:
         where = {tensor: file for file in map(SafetensorsFile.of, files) for tensor in file.entries}
         return cls(name, where, _width(folder / "config.json"))
 
+    @property
+    def folder(self) -> Path:
+        """Where it lies; a checkpoint without tensors lies nowhere, and has none."""
+        return next(iter(self.files.values())).path.parent
+
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.files
 
@@ -90,6 +99,15 @@ class Checkpoint:
             tensor: its name.
         """
         return self.files[tensor].entries[tensor].shape
+
+    def like(self, tensor: str) -> Tensor:
+        """An empty tensor [...] of the shape and dtype of one, on the meta device.
+
+        Args:
+            tensor: its name.
+        """
+        entry = self.files[tensor].entries[tensor]
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def read(self, tensor: str) -> Tensor:
         """A tensor as it is stored, [...].
@@ -114,7 +132,7 @@ def _folder_of(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *_TOKENIZER]))
     except Exception as error:
         raise ModelError(f"{name}: no folder, and not to be had from the hub ({first_line(error)})") from error
 

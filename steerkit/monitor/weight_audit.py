@@ -11,7 +11,8 @@ is beyond them. They are drawn alike in all directions, and neither activations 
 variance in activations (those of a few coordinates, say) attract both, so two vectors of one model share some of it. A
 vector that stands out among random directions and not among the library's other vectors says nothing special of itself.
 
-Read tensor by tensor; in memory are two tensors, their difference and the directions.
+Read tensor by tensor; in memory are two tensors, their difference and the directions. Of a LoRA the products of its
+matrices are D, and what it is added to is read for the relative sizes alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from steerkit._support.precision import full_precision
 from steerkit.errors import DataError, ModelError
 from steerkit.maths.directions import unit
+from steerkit.monitor.adapters import AdapterDifference
 from steerkit.monitor.checkpoints import Checkpoint
 from steerkit.network.sites import Site
 
@@ -115,7 +117,7 @@ class Audit:
 @full_precision()
 def audit(
     before: Checkpoint,
-    after: Checkpoint,
+    after: Checkpoint | AdapterDifference,
     library: Mapping[str, Mapping[Site, Tensor]],
     *,
     parts: int = 4,
@@ -126,25 +128,21 @@ def audit(
 
     Args:
         before: the model as it was.
-        after: the same architecture, changed.
+        after: the same architecture, changed; or the LoRA that changes it, whose products are what changed.
         library: name to the directions [d] of a vector by site; those inside of heads and neurons are left out.
         parts: leading parts of each matrix.
         random: directions that show what is large.
         seed: of these.
 
     Raises:
-        ModelError: the two share no tensor, or nothing says how wide the residual stream is.
+        ModelError: the two share no tensor, the LoRA is another model's, or nothing says how wide the residual stream
+            is.
         DataError: no direction is of that width, or fewer than one part or two random directions are asked for.
     """
     if parts < 1 or random < 2:
         raise DataError(f"{parts} parts, {random} random directions: give at least 1 and 2")
-    shared = [name for name in before.files if name in after]
-    if not shared:
-        some = [next(iter(one.files), "nothing") for one in (before, after)]
-        raise ModelError(
-            f"{after.name}: has no tensor of {before.name} ({some[1]}, {some[0]}); give its own base model"
-        )
-    width = before.width or after.width
+    compared = _comparable(before, after)
+    width = before.width or (after.width if isinstance(after, Checkpoint) else None)
     if width is None:
         raise ModelError(f"{before.name}: no config.json says how wide the residual stream is; give a whole folder")
     known = [
@@ -158,8 +156,11 @@ def audit(
     drawn = torch.randn(random, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     along = _Along(torch.stack([*(one[2] for one in known), *unit(drawn)]))
     changed, left_out = list[Changed](), dict[str, str]()
-    for tensor, old, new in _pairs(before, after, width, left_out):
-        change = new - old
+    if isinstance(after, Checkpoint):
+        changes = _changes(before, after, width, left_out)
+    else:
+        changes = _added(before, after, width)
+    for tensor, old, change in changes:
         size = float(torch.linalg.vector_norm(change))
         if size == 0.0:
             continue
@@ -174,7 +175,30 @@ def audit(
         for row, (name, site, _) in enumerate(known)
     ]
     lies.sort(key=lambda one: -one.cosine)
-    return Audit(tuple(changed), tuple(lies), cosines[count:], energy[count:], len(shared), left_out)
+    return Audit(tuple(changed), tuple(lies), cosines[count:], energy[count:], compared, left_out)
+
+
+def _comparable(before: Checkpoint, after: Checkpoint | AdapterDifference) -> int:
+    """How many tensors are compared: those that both have; with an adapter all of the base's.
+
+    Raises:
+        ModelError: there are none, or the adapter is another model's.
+    """
+    if isinstance(after, Checkpoint):
+        shared = sum(name in after for name in before.files)
+        if not shared:
+            some = [next(iter(one.files), "nothing") for one in (before, after)]
+            raise ModelError(
+                f"{after.name}: has no tensor of {before.name} ({some[1]}, {some[0]}); give its own base model"
+            )
+        return shared
+    for name, shape in after.shapes.items():
+        if name not in before or before.shape(name) != shape:
+            held = list(before.shape(name)) if name in before else "none"
+            raise ModelError(
+                f"{after.name}: changes {name} of {list(shape)}, and {before.name} has {held}; give its own base model"
+            )
+    return len(before.files)
 
 
 def _rank(cosines: Tensor, row: int, count: int) -> float:
@@ -248,10 +272,25 @@ def leading_parts(rows: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return sizes[:wanted], (right @ basis.T)[:wanted]
 
 
-def _pairs(
+def _added(before: Checkpoint, adapter: AdapterDifference, width: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every tensor with a side in the residual stream that an adapter changes, float32, before; and its change.
+
+    Raises:
+        ModelError: the base is quantised there.
+    """
+    for tensor in before.files:
+        if tensor not in adapter.shapes or not _is_residual(tensor, before.shape(tensor), width):
+            continue
+        old = before.read(tensor)
+        if not old.is_floating_point():
+            raise ModelError(f"{before.name}: {tensor} is quantised; give the model before quantisation")
+        yield tensor, old.float(), adapter.rows(tensor, 0, len(old))
+
+
+def _changes(
     before: Checkpoint, after: Checkpoint, width: int, left_out: dict[str, str]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Every tensor with a side in the residual stream, float32, before and after; what is left out is noted."""
+    """Every tensor with a side in the residual stream, float32, before; and its change. What is left out is noted."""
     for tensor in dict.fromkeys([*before.files, *after.files]):
         if tensor not in after:
             left_out[tensor] = f"{after.name} lacks it"
@@ -278,7 +317,8 @@ def _pairs(
             continue
         if shape != was:
             left_out[tensor] = f"only its first {rows} rows are compared: {list(was)} became {list(shape)}"
-        yield tensor, old[:rows].float(), new[:rows].float()
+        was_there = old[:rows].float()
+        yield tensor, was_there, new[:rows].float() - was_there
 
 
 def _is_residual(tensor: str, shape: Sequence[int], width: int) -> bool:

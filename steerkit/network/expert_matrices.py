@@ -68,7 +68,7 @@ def expert_matrices(decoder: Decoder, layer: int, anatomy: Anatomy, half: Half) 
         half: its half with the experts.
 
     Raises:
-        SiteError: they are not found by their usual names, or something else writes too.
+        SiteError: they are not found by their usual names, or something else writes too; or they are offloaded.
     """
     anatomy.added_by(half)
     name, owner = f"{decoder.path}.{layer}.{half.first.name}", half.first.module
@@ -135,6 +135,9 @@ def shifts_output(name: str, biases: Sequence[str], half: Half) -> bool:
         name: the half's name in the transformers model.
         biases: names of biases in it.
         half: of a block, with routed experts.
+
+    Raises:
+        SiteError: their weights are offloaded.
     """
     gave = half.last.gave
     if half.first.read is None or gave is None or len(half.calls) > 1:
@@ -148,8 +151,17 @@ def shifts_output(name: str, biases: Sequence[str], half: Half) -> bool:
 
 
 def _again(half: Half, changed: dict[str, Tensor]) -> Tensor:
-    """What the half gives with some parameters replaced, in float32 on the CPU."""
+    """What the half gives with some parameters replaced, in float32 on the CPU.
+
+    Raises:
+        SiteError: its weights are offloaded, and put in their place while it runs.
+    """
     assert half.first.read is not None
+    if any(value.is_meta for value in half.first.module.parameters()):
+        raise SiteError(
+            f"`{half.first.name}` routes tokens to experts whose weights are offloaded, so what they write cannot be "
+            "tried out; load the model into memory"
+        )
     with torch.no_grad():
         output: Tensor = tensor_of(torch.func.functional_call(half.first.module, changed, (half.first.read.tensor,)))
     return output.detach().cpu().float()

@@ -7,6 +7,7 @@ follows) and reads at `z` or `mlp_post` of the same block. Where a block routes 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steerkit.errors import SiteError
+from steerkit.errors import ModelError, SiteError
 from steerkit.network.anatomy import Anatomy
 from steerkit.network.decoder import Decoder, find_decoder
 from steerkit.network.experts import Experts, experts_at
 from steerkit.network.plain_weights import is_plain, observed_matrix
 from steerkit.network.sites import Site
+from steerkit.network.stored_tensors import stored
 from steerkit.network.tap import Tap, anatomies
 
 __all__ = ["Linear", "bare_parameter", "linears_at", "writers_at"]
@@ -66,7 +68,7 @@ class Linear:
         """The matrix by which it acts, an adapter around it included.
 
         Args:
-            dtype: in which to run a layer whose weight does not lie open (quantised, offloaded, adapted).
+            dtype: in which to run a layer whose weight does not lie open (quantised, adapted).
 
         Returns:
             [o, i] float32; what it is multiplied with from the left is the layer's input. Never a view of the layer's.
@@ -75,9 +77,10 @@ class Linear:
             SiteError: the layer does not act by one matrix.
         """
         module: Any = self.tap.module
-        if _is_bare(module) and is_plain(module, "weight") and not module.weight.is_meta:
-            found: Tensor = module.weight.detach().to(torch.float32, copy=True)
-            return found.T if self.transposed else found
+        if _is_bare(module) and is_plain(module, "weight"):
+            with contextlib.suppress(ModelError):  # offloaded to where only a pass finds it
+                found: Tensor = stored(module, "weight").to(torch.float32, copy=True)  # type: ignore[union-attr]
+                return found.T if self.transposed else found
         try:
             return observed_matrix(module, self.inputs, dtype)
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:

@@ -165,8 +165,9 @@ class Weighted:
         weights = {}
         for name, parts in self._parts.items():
             old = self._weights[name].detach()
-            change = sum(values[place].to(tau.device) * tau for place, tau in parts)
-            weights[name] = (old.float() + change).to(old.dtype)
+            wide = torch.promote_types(old.dtype, torch.float32)
+            change = sum(values[place].to(tau.device) * tau.to(wide) for place, tau in parts)
+            weights[name] = (old.to(wide) + change).to(old.dtype)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         given |= position_inputs(self.inner, attention_mask)
         found: Tensor = torch.func.functional_call(self.inner, weights, kwargs=given).logits

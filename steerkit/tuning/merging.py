@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -9,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from steerkit.errors import ModelError, StrengthError
-from steerkit.export.rewriting import Rewritten, fingerprint, rewrite
+from steerkit.export.rewriting import Made, Rewritten, fingerprint, in_rows, rewrite
+from steerkit.monitor.adapters import AdapterDifference
 from steerkit.monitor.checkpoints import Checkpoint
-from steerkit.tuning.differences import AdapterDifference, CheckpointDifference, Difference
+from steerkit.tuning.differences import CheckpointDifference, Difference
 from steerkit.tuning.task_vector import TaskVector
 
 __all__ = ["merge"]
@@ -62,7 +66,18 @@ def merge(
             raise ModelError(f"{base}: {name} is {list(held)} and differs in {list(shape)}; give its own base model")
         if not source.files[name].entries[name].dtype.is_floating_point:
             raise ModelError(f"{base}: {name} is quantised; merge into the unquantised model and quantise that")
-    return rewrite(source, scaled, out, identity=_identity(scaled), force=force, shard_bytes=shard_bytes)
+    made = {
+        name: Made(source.like(name), functools.partial(_added, source, scaled, name))
+        for name in source.files
+        if scaled.touches(name)
+    }
+    return rewrite(source, made, out, identity=_identity(scaled), force=force, shard_bytes=shard_bytes)
+
+
+def _added(source: Checkpoint, vector: TaskVector, name: str) -> Iterator[Tensor]:
+    """A tensor with the differences added in float32, some rows at a time."""
+    for start, old in in_rows(source, name):
+        yield vector.rows(name, old.float(), start) if old.numel() else old
 
 
 def _identity(vector: TaskVector) -> dict[str, Any]:

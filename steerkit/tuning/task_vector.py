@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from steerkit.errors import ModelError, StrengthError
+from steerkit.monitor.adapters import ADAPTER, AdapterDifference
 from steerkit.monitor.checkpoints import Checkpoint
 from steerkit.network.decoder import inner_model
-from steerkit.tuning.differences import ADAPTER, AdapterDifference, CheckpointDifference, Difference, StateDifference
+from steerkit.tuning.differences import CheckpointDifference, Difference, StateDifference
 
 __all__ = ["Source", "TaskVector", "Term"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from steerkit.errors import DataError, ModelError
 from steerkit.evaluate.discoveries import directions_of
+from steerkit.monitor.adapters import AdapterDifference
 from steerkit.monitor.checkpoints import Checkpoint
 from steerkit.monitor.weight_audit import audit, leading_parts
 from steerkit.network.sites import Site
@@ -130,6 +132,52 @@ def test_a_baked_vector_is_a_bias_that_was_not_there(base: Path, cli: Cli, tmp_p
     ended = cli("audit", base, tmp_path / "baked", "--vectors", tmp_path / "vectors")
     assert ended.code == 0
     assert "mine resid_post.1 1.000" in plain(ended.out)
+
+
+def adapted(model: Any, folder: Path, **options: Any) -> Any:
+    """A model with a random LoRA around it, which is written out."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft asks transformers
+        made = get_peft_model(model, LoraConfig(init_lora_weights=False, **options))
+        made.save_pretrained(folder)
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_is_what_it_is_merged(family: str, tmp_path: Path, cli: Cli) -> None:
+    model: Any = build(family)
+    model.save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "down_proj", "up_proj"] if family == "llama" else ["c_attn", "c_fc"]
+    how = {"r": 2, "lora_alpha": 6, "rank_pattern": {targets[1]: 3}, "fan_in_fan_out": family == "gpt2"}
+    tuned = adapted(model, tmp_path / "lora", target_modules=targets, **how)
+    tuned.merge_and_unload().save_pretrained(tmp_path / "merged")
+    base, known = Checkpoint.of(str(tmp_path / "base")), library()
+    # Of as many parts as every product has: what a merged matrix has behind them is rounding.
+    wanted = audit(base, Checkpoint.of(str(tmp_path / "merged")), known, parts=2)
+    found = audit(base, AdapterDifference(tmp_path / "lora"), known, parts=2)
+    assert (found.compared, found.left_out) == (wanted.compared, wanted.left_out)
+    assert len(found.changed) == len(wanted.changed) == len(targets) * 4
+    for one, other in zip(found.changed, wanted.changed, strict=True):
+        assert one.tensor == other.tensor
+        assert (one.size, one.relative) == pytest.approx((other.size, other.relative), rel=1e-4)
+        assert one.shares[:2] == pytest.approx(other.shares[:2], abs=1e-4)
+    for mine, theirs in zip(found.lies, wanted.lies, strict=True):
+        assert (mine.vector, mine.tensor, mine.beyond) == (theirs.vector, theirs.tensor, theirs.beyond)
+        assert (mine.cosine, mine.energy) == pytest.approx((theirs.cosine, theirs.energy), rel=1e-3)
+    torch.testing.assert_close(found.random, wanted.random, rtol=1e-3, atol=1e-4)
+    vector_for(build(family), scope="all", site=SITE).save(tmp_path / "vectors" / "v.safetensors")
+    ended = cli("audit", tmp_path / "base", tmp_path / "lora", "--vectors", tmp_path / "vectors")
+    assert ended.code == 0
+    assert ended.out.startswith(f"{len(found.changed)} of {found.compared} tensors differ")
+
+
+def test_another_model_s_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    adapted(build("gpt2"), tmp_path / "lora", target_modules=["c_attn"], fan_in_fan_out=True)
+    with pytest.raises(ModelError, match=r"changes transformer.h.0.*and .* has none; give its own base model"):
+        audit(Checkpoint.of(str(base)), AdapterDifference(tmp_path / "lora"), library())
 
 
 def test_nothing_changed(base: Path, cli: Cli, tmp_path: Path) -> None:

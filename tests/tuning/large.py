@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from steerkit.export.checkpoint import header, write_values
+from tests.killed import resident
 
 WIDTH = 4096
 
@@ -37,12 +38,6 @@ def write_random(folder: Path, *, tensors: int, rows: int, shards: int, seed: in
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": width}))
     return folder
-
-
-def resident() -> int:
-    """The largest resident memory so far, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines["VmHWM"].split()[0])
 
 
 def main(base: str, tuned: str, out: str, shard_bytes: str = "200000000") -> None:

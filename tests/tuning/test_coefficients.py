@@ -51,6 +51,26 @@ def test_the_gradient_is_the_product_of_slope_and_difference(family: str) -> Non
         assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4), name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])  # Llama's norms compute in float32 whatever it is in
+def test_the_gradient_is_the_finite_difference(family: str) -> None:
+    base = build(family).eval().double()
+    weighted = Weighted(base, [TaskVector.between(base, finetuned(base))])
+    values = torch.full_like(weighted.zeros(), 0.3, dtype=torch.float64).requires_grad_()
+
+    def size(at: torch.Tensor) -> torch.Tensor:
+        return weighted.logits(at, IDS, MASK).logsumexp(-1).sum()
+
+    size(values).backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None
+    assert float(values.grad.abs().max()) > 0.1
+    with torch.no_grad():
+        for place, found in enumerate(values.grad.tolist()):
+            step = torch.zeros_like(values)
+            step[place] = 1e-4
+            slope = float(size(values + step) - size(values - step)) / 2e-4
+            assert found == pytest.approx(slope, rel=1e-5, abs=1e-8), place
+
+
 def test_mean_log_probs_are_those_of_rows_alone() -> None:
     base = build("llama").eval()
     weighted = Weighted(base, [TaskVector.between(base, finetuned(base))])

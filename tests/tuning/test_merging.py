@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +16,10 @@ from steerkit.errors import ModelError, StrengthError
 from steerkit.export import rewriting
 from steerkit.tuning import TaskVector, added, merge
 from tests.families import build
-from tests.program import ROOT
+from tests.killed import GIGABYTE, killed_and_resumed, started
 from tests.tiny_tokenizers import byte_tokenizer
 from tests.tuning.large import write_random
 from tests.tuning.pairs import finetuned
-
-GIGABYTE = 10**9
 
 
 @pytest.fixture
@@ -97,7 +89,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(rewriting, "CHUNK", 300)
     base, vector = folders[0], TaskVector.between(*folders)
     merge(base, vector, tmp_path / "whole", shard_bytes=20_000)
-    write, left = rewriting._new_rows, -1
+    write, left = rewriting._pieces, -1
 
     def torn(*words: Any) -> Iterator[Any]:
         nonlocal left
@@ -108,7 +100,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
             yield rows
 
     work = tmp_path / ".out.unfinished"
-    monkeypatch.setattr(rewriting, "_new_rows", torn)
+    monkeypatch.setattr(rewriting, "_pieces", torn)
     left = 100
     with pytest.raises(KeyboardInterrupt):
         merge(base, vector, tmp_path / "out", shard_bytes=20_000)
@@ -151,49 +143,20 @@ def test_what_cannot_be_is_refused(folders: tuple[Path, Path], tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def started(*words: object, limit: int) -> subprocess.Popen[str]:
-    """`tests.tuning.large` with memory limited to so many bytes."""
-    # With CUDA torch's libraries alone take more address space than the limit; there private memory is limited.
-    kind = "as" if torch.version.cuda is None else "data"
-    prefix = ["prlimit", f"--{kind}={limit}", sys.executable, "-m", "tests.tuning.large"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*prefix, *map(str, words)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def killed_and_resumed(tmp_path: Path, *, tensors: int, rows: int, shards: int, limit: int, shard_bytes: int) -> Any:
-    """Merge a checkpoint twice, once killed in the middle; both have equal bytes. What the second half printed."""
-    sizes = {"tensors": tensors, "rows": rows, "shards": shards}
-    base = write_random(tmp_path / "base", seed=0, **sizes)
-    tuned = write_random(tmp_path / "tuned", seed=1, **sizes)
-    folder = tmp_path / ".out.unfinished" / "files"
-    with started(base, tuned, tmp_path / "out", shard_bytes, limit=limit) as first:
-        while first.poll() is None and len(list(folder.glob("*.safetensors"))) < 2:
-            time.sleep(0.02)
-        first.send_signal(signal.SIGKILL)
-    assert first.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    results = []
-    for out in ("out", "whole"):
-        with started(base, tuned, tmp_path / out, shard_bytes, limit=limit) as process:
-            answer, _ = process.communicate()
-        assert process.returncode == 0
-        results.append(json.loads(answer))
-    assert results[0]["resumed"] >= 2
-    assert results[1]["resumed"] == 0
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
-    for name in names:
-        same = subprocess.run(["cmp", tmp_path / "whole" / name, tmp_path / "out" / name], check=False)
-        assert same.returncode == 0, name
-    return results
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs prlimit")
 def test_four_gigabytes_in_one(tmp_path: Path) -> None:
     if shutil.disk_usage(tmp_path).free < 20 * GIGABYTE:
         pytest.skip("needs 20 GB of disk")
-    results = killed_and_resumed(tmp_path, tensors=40, rows=8192, shards=8, limit=GIGABYTE, shard_bytes=500_000_000)
+    base, tuned = (
+        write_random(tmp_path / name, seed=seed, tensors=40, rows=8192, shards=8)
+        for seed, name in enumerate(("base", "tuned"))
+    )
+
+    def start(out: Path) -> Any:
+        return started("tests.tuning.large", base, tuned, out, 500_000_000, limit=GIGABYTE)
+
+    results = killed_and_resumed(tmp_path, start)
     assert sum(path.stat().st_size for path in (tmp_path / "whole").glob("*.safetensors")) > 4 * GIGABYTE
     two = 2 * 8192 * 4096 * 4
     assert max(result["above"] for result in results) < two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,9 +36,8 @@ def stored(model: nn.Module, name: str) -> Tensor | None:
         module = model.get_submodule(".".join(parts[:end]))
         rest = ".".join([*parts[end:], leaf])
         for values in _offloaded(module):
-            if rest in values:
-                found: Tensor = values[rest]
-                return found.detach()
+            with contextlib.suppress(KeyError):  # to ask first would read it from the disk twice
+                return values[rest].detach()
     raise ModelError(f"{name} is on the meta device and offloaded nowhere; load the model with from_pretrained")
 
 
