@@ -129,7 +129,8 @@ class AnswerPasses:
             layout = self._behind_prompts(batch, texts) if getattr(planned, "leaves_prompts", True) else None
             layout = layout or self._whole(batch, texts)
             key, again = (layout.name, once), repeated.again if repeated.any else None
-            steering = planned if isinstance(planned, Steering) else None
+            # What changes the model says which blocks stay as they are: a steering does, and a change of weights.
+            steering = planned if hasattr(planned, "untouched") else None
             baseline = self._unsteered(numbers, once, layout, repeated, steering)
             if again is not None:
                 first = repeated.once

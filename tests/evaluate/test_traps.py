@@ -215,22 +215,16 @@ def test_calibrate_chooses_nothing_whose_cost_is_unknown(
 
 @pytest.mark.parametrize("missing", ["kl", "perplexity_ratio", "repetition"])
 def test_nothing_is_confirmed_whose_cost_is_unknown(missing: str) -> None:
-    class Problem:
-        effect, budget = "preference_margin", Budget()
-
     confirmed = {"preference_margin": figure(1.0), **INSIDE}
-    assert judged(Problem(), confirmed, [0.0]).works  # type: ignore[arg-type]
+    assert judged("preference_margin", Budget(), confirmed, [0.0]).works
     del confirmed[missing]
-    found = judged(Problem(), confirmed, [0.0])  # type: ignore[arg-type]
+    found = judged("preference_margin", Budget(), confirmed, [0.0])
     assert not found.works
     assert "was not measured" in found.words
 
 
 def test_without_controls_nothing_is_clear_of_them() -> None:
-    class Problem:
-        effect, budget = "preference_margin", Budget()
-
-    assert not judged(Problem(), {"preference_margin": figure(1.0), **INSIDE}, []).works  # type: ignore[arg-type]
+    assert not judged("preference_margin", Budget(), {"preference_margin": figure(1.0), **INSIDE}, []).works
 
 
 # ---- too few items
@@ -254,11 +248,8 @@ def test_too_few_is_said_of_the_interval_and_not_of_the_effect(
 
 
 def test_the_verdict_of_a_calibration_says_which_it_is() -> None:
-    class Problem:
-        effect, budget = "preference_margin", Budget()
-
     def said(one: Measured, control: float = 0.0) -> Verdict:
-        return judged(Problem(), {"preference_margin": one, **INSIDE}, [control])  # type: ignore[arg-type]
+        return judged("preference_margin", Budget(), {"preference_margin": one, **INSIDE}, [control])
 
     def words(one: Measured, control: float = 0.0) -> str:
         return said(one, control).words

@@ -64,7 +64,7 @@ def confirm(problem: Problem, best: Point, choosing: Choosing) -> Calibration:
     refitted = _refitted(problem, vector, problem.final.acts)
     shuffled = _shuffled(problem, refitted, strength)
     randoms = [control[strength] for control in curve.controls]
-    verdict = judged(problem, confirmed, [*randoms, *shuffled])
+    verdict = judged(problem.effect, problem.budget, confirmed, [*randoms, *shuffled])
     found = Calibration(
         works=verdict.works,
         verdict=verdict.words,

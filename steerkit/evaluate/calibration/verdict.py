@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+from steerkit.evaluate.calibration.budget import Budget
 from steerkit.evaluate.calibration.problem import Problem, layers_name, strength_of
 from steerkit.evaluate.intervals import Estimate, too_few
 from steerkit.evaluate.scoring import Measured
@@ -38,25 +39,34 @@ class Verdict(NamedTuple):
         return self.has_effect or self.is_open
 
 
-def judged(problem: Problem, confirmed: dict[str, Measured], controls: Sequence[float]) -> Verdict:
+def judged(
+    effect: str,
+    budget: Budget,
+    confirmed: Mapping[str, Measured],
+    controls: Sequence[float],
+    *,
+    due: Collection[str] | None = None,
+) -> Verdict:
     """Whether the held-out items confirm what was chosen.
 
     Args:
-        problem: what was calibrated.
+        effect: the column that shows the effect.
+        budget: what it may cost.
         confirmed: figures on the held-out items.
         controls: mean effects of vectors with nothing learned in them.
+        due: costs that have to be among the figures; None takes all that the budget limits.
     """
-    measured = confirmed[problem.effect]
+    measured = confirmed[effect]
     # On the same items: what items differ in is no doubt about what steering changes in each of them.
     highest = max((measured.gain_of(control) for control in controls), default=math.inf)
-    reached = _reached(problem.effect, measured, "held-out items")
+    reached = _reached(effect, measured, "held-out items")
     if not measured.gain.low > max(0.0, highest):
         over, limit = (0.0, "zero") if not measured.gain.low > 0 else (highest, f"a control's {highest:.3g}")
         if too_few(measured.gain, measured.items, over=over):
             said = f"{_TOO_FEW}: {reached}, anything from {limit} to an effect that would count; give more items"
             return Verdict(False, False, said, is_open=True)
         return Verdict(False, False, f"{_NOTHING}: {reached}, which is not clear of {limit}")
-    broken = problem.budget.breaks(confirmed, due=problem.budget.limits)
+    broken = budget.breaks(confirmed, due=budget.limits if due is None else due)
     if broken:
         return Verdict(False, True, f"not confirmed: {reached}, but {' and '.join(broken)}")
     return Verdict(True, True, f"{reached}, clear of {len(controls)} controls and inside the budget")
