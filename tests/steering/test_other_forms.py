@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ from tests.tolerances import COARSE
 
 family = lru_cache(maxsize=None)(build)
 TOKENIZER = byte_tokenizer()
+PACKAGE = Path(steerkit.__file__).parent
 FOUR = SHORT[:4]  # as many tokens as such models have streams
 STREAMS = ("deepseek_v4", "hy_v4", "qwen4_exp", "gemma3n")
 NEW = 4
@@ -189,7 +192,31 @@ def test_a_vector_is_fitted_and_watched_inside_such_blocks(name: str) -> None:
 
 
 def test_every_name_that_transformers_has_for_a_cache_is_known() -> None:
-    assert set(transformers_facts.CACHE_ARGUMENTS) == set(ALL_CACHE_NAMES)
+    assert set(ALL_CACHE_NAMES) <= set(transformers_facts.CACHE_ARGUMENTS)
+
+
+def test_the_package_asks_each_model_what_its_cache_is_called() -> None:
+    """Transformers 5.24 renamed `past_key_values` to `cache`: a name written down is right in some versions alone."""
+    told = {"tokens/transformers_facts.py", "steering/replay.py"}
+    files = {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in PACKAGE.rglob("*.py")}
+    assert {name for name, text in files.items() if re.search("past_key_values|cache_params", text)} == told
+
+
+class Newer(nn.Module):
+    def forward(self, input_ids: Any = None, cache: Any = None) -> None: ...
+
+
+class Older(nn.Module):
+    def forward(self, input_ids: Any = None, past_key_values: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Newer, "cache"), (Older, "past_key_values")])
+def test_a_cache_goes_by_either_name(kind: type[nn.Module], name: str) -> None:
+    assert transformers_facts.cache_argument(kind()) == name
+    assert transformers_facts.cache_of({name: "held", "input_ids": 1}) == "held"
+    assert transformers_facts.cache_of({name: "shared", "block_table": 1}) is None
+    assert transformers_facts.cache_left_by(SimpleNamespace(**{name: "left"})) == "left"
+    assert transformers_facts.cache_left_by(SimpleNamespace(cache=None, past_key_values="warns")) is None
 
 
 @pytest.mark.parametrize("known", ["prompt lengths", "mask"])
