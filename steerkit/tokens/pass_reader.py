@@ -65,7 +65,8 @@ class PassReader:
             ScopeError: a loop told of other rows than the pass has.
         """
         batch, width = tokens.shape[0], tokens.shape[1]
-        cache, mask = cache_of(given), given.get("attention_mask")
+        packed, mask = is_packed(given), given.get("attention_mask")
+        cache = None if packed else cache_of(given)  # one that requests share says nothing of a row
         compiling = torch.compiler.is_compiling()
         decoding: Decoding | None = getattr(self._local, "decoding", None)
         prompt, settings = (None, None) if compiling or decoding is not None else self._frames.prompt()
@@ -81,7 +82,7 @@ class PassReader:
         if past is None:
             return Pass(**facts, past=0, only_all=_UNCOUNTED)
         facts["past"] = past
-        if is_packed(given):
+        if packed:
             return Pass(**facts, only_all=PACKED)
         if decoding is not None and isinstance(past, int):
             return self._read_decoding(facts, decoding, cache, mask)

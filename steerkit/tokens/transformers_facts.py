@@ -54,16 +54,12 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state", "mems", 
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache that a pass was given, by whichever name; None where it was given none, or one that requests share.
+    """The cache that a pass was given, by whichever name; None where it was given none.
 
     Args:
         given: the pass's arguments by name.
     """
-    return (
-        None
-        if is_packed(given)
-        else next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
-    )
+    return next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
 
 
 def cache_argument(model: nn.Module) -> str:

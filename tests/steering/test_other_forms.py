@@ -214,7 +214,6 @@ class Older(nn.Module):
 def test_a_cache_goes_by_either_name(kind: type[nn.Module], name: str) -> None:
     assert transformers_facts.cache_argument(kind()) == name
     assert transformers_facts.cache_of({name: "held", "input_ids": 1}) == "held"
-    assert transformers_facts.cache_of({name: "shared", "block_table": 1}) is None
     assert transformers_facts.cache_left_by(SimpleNamespace(**{name: "left"})) == "left"
     assert transformers_facts.cache_left_by(SimpleNamespace(cache=None, past_key_values="warns")) is None
 
