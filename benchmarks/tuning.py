@@ -35,6 +35,15 @@ from steerkit.prompts.rendering import Rendered, render
 
 VECTOR, BUDGETS, TAUGHT = "pirate-persona", (0.1,), 8
 LEARNING = Schedule(epochs=4, batch_size=8, rate=0.1, decay=0.1)
+WORDS = """The embedded model, finetuned by LoRA on answers in pirate speech mixed with plain ones, and beside it on plain
+ones alone ({steps} steps each). Tuning contribution: the share of finetuning in what all blocks add to a prompt's last token
+(TuCo), on {held} questions that were not trained on.
+
+Then the trait is taken out of the finetuned model in four ways, each at the strength at which the KL divergence from
+the finetuned model on {plain} plain answers to other questions is {budget:g} nats per token, to a tenth of it. Margin:
+how much likelier a pirate answer is than a plain one, on {held} questions. The way that undoes the trait best has the
+most negative change.
+"""
 Edit = Callable[[float, Batch], AbstractContextManager[Any]]
 
 
@@ -144,6 +153,7 @@ def main(steps: int) -> Any:
     pirate, neutral = rows_of("pirate"), rows_of("neutral")
     count = steps * BATCH // 4
     held, plain = held_out(pirate, neutral, used=3 * count), neutral[-12:]
+    print(WORDS.format(steps=steps, held=len(held), plain=len(plain), budget=BUDGETS[0]))
     adapted, _ = trained(pirate[: 3 * count] + neutral[:count], None, steps)
     control, _ = trained(neutral[: 4 * count], None, steps)
     both = {"pirate": (adapted, None), "plain": (control, None)}
