@@ -35,9 +35,9 @@ from steerkit.prompts.rendering import Rendered, render
 
 VECTOR, BUDGETS, TAUGHT = "pirate-persona", (0.1,), 8
 LEARNING = Schedule(epochs=4, batch_size=8, rate=0.1, decay=0.1)
-WORDS = """The embedded model, finetuned by LoRA on answers in pirate speech mixed with plain ones, and beside it on plain
-ones alone ({steps} steps each). Tuning contribution: the share of finetuning in what all blocks add to a prompt's last token
-(TuCo), on {held} questions that were not trained on.
+WORDS = """The embedded model, finetuned by LoRA on answers in pirate speech mixed with plain ones, and beside it on
+plain ones alone ({steps} steps each). Tuning contribution: the share of finetuning in what all blocks add to a prompt's
+last token (TuCo), on {held} questions that were not trained on.
 
 Then the trait is taken out of the finetuned model in four ways, each at the strength at which the KL divergence from
 the finetuned model on {plain} plain answers to other questions is {budget:g} nats per token, to a tenth of it. Margin:
