@@ -22,6 +22,7 @@ from steerkit.checks.doctor.checks import CHECKS, doctor
 from steerkit.checks.fitted_method import Finding
 from steerkit.cli import doctor as command
 from steerkit.errors import SiteError, SteerError
+from steerkit.tokens.transformers_facts import cache_of
 from tests.families import FAMILIES, FORMS, FURTHER, build
 from tests.program import apart_from_loaded
 from tests.tiny_tokenizers import byte_tokenizer
@@ -173,7 +174,7 @@ class PadBlind(LlamaForCausalLM):
 
     @functools.wraps(LlamaForCausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        past = kwargs.get("past_key_values")
+        past = cache_of(kwargs)
         if past is not None and past.get_seq_length() > 0:
             kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])
         return super().forward(*args, **kwargs)
