@@ -75,6 +75,8 @@ def train(
     how = Learning(latents=latents, top_k=top_k, tokens=tokens, learning_rate=learning_rate, seed=seed)
     read, told = _texts(texts)
     folder = work or out.with_name(f"{out.stem}.work")
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"--work: {folder} is a file; give a folder")
     loaded, tokenizer = model.load()
     depth = find_decoder(loaded).num_layers
     place = Site(depth // 2, "resid_post") if site is None else Site.of(site)

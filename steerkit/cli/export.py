@@ -201,6 +201,8 @@ def _hub(asked: _Asked) -> _Written:
 
     if asked.repo is None:
         raise typer.BadParameter("--to hub needs --repo USER/NAME")
+    if "/" not in asked.repo:
+        raise typer.BadParameter(f"--repo: {asked.repo}; give USER/NAME")
     said: dict[str, Any] = {
         "--out": asked.target,
         "--strength": asked.strengths,

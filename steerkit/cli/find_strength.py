@@ -84,17 +84,23 @@ def run(
     Exit code 1 where no score lay on the other side of the target: it may not be crossed between the ends.
     """
     from steerkit._support.shipped import vector_path
-    from steerkit.evaluate.bisection import find_strength
+    from steerkit.evaluate.bisection import check_search, find_strength
     from steerkit.evaluate.judges.rubric import last_question
     from steerkit.evaluate.setup import Setup
     from steerkit.vector.steering_vector import SteeringVector
 
     if out is not None:
         check_writable(out)
-    (scoring,) = scorers_of([scorer], markers, behaviour, judge)
+    scoring, *others = scorers_of([scorer], markers, behaviour, judge)
+    if others:
+        option = "--markers" if others[0].name == "markers" else "--judge and --behaviour"
+        raise typer.BadParameter(f"--scorer: {scorer} takes no {option}; say --scorer {others[0].name}")
     name = _column(scoring, column)
     ends = _two(scale, "--scale") if scale is not None else _scale_of(scoring)
+    if ends[0] > ends[1]:
+        raise typer.BadParameter(f"--scale: {scale!r}; give the lower end first, such as 0,10")
     prior = None if about is None else _two(about, "--about")
+    check_search(target, low=low, high=high, about=prior, tolerance=tolerance)
     asked = _asked(prompts)
     chosen = SteeringVector.load(vector_path(vector, model.name))
     # What it is known to cost would be told again at every try.

@@ -15,9 +15,7 @@ __all__ = ["run"]
 
 
 def run(
-    model: Annotated[
-        str, typer.Option(help="Alias, hub name or folder, as vLLM takes it. (default: smollm2-135m)")
-    ] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="Alias, hub name or folder, as vLLM takes it.")] = "smollm2-135m",
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile.")] = False,
     compare: Annotated[
         bool, typer.Option("--compare/--no-compare", help="Load the model in transformers too, and compare.")
@@ -54,7 +52,7 @@ def _options(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"--options: {error}") from None
+        found = error
     if not isinstance(found, dict):
-        raise typer.BadParameter("--options: give a JSON object, such as '{\"max_model_len\": 2048}'")
+        raise typer.BadParameter(f"--options: {text!r}; give a JSON object, such as '{{\"max_model_len\": 2048}}'")
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steerkit._support.shipped import dictionary_path
+from steerkit._support.shipped import dictionaries, dictionary_path
 from steerkit.dictionary import gemma_scope, llama_scope, saelens, sparsify
 from steerkit.dictionary.dictionary import Dictionary
 from steerkit.errors import VectorFileError
@@ -40,7 +40,9 @@ def load_dictionary(path: str | Path, *, site: Site | str | None = None) -> Dict
     path = dictionary_path(path)
     place = None if site is None else Site.of(site)
     if not path.exists():
-        raise VectorFileError(f"{path}: no such file or folder; give {_FORMATS}")
+        raise VectorFileError(
+            f"{path}: no such file or folder; give {_FORMATS}, or a shipped name: {', '.join(dictionaries())}"
+        )
     if path.is_dir():
         return _of_folder(path, place)
     if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt"):

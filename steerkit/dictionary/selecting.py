@@ -16,6 +16,7 @@ whether the standard deviation is over firing texts only (here: over all of them
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,6 +156,11 @@ def saif_amounts(with_it: Tensor, latents: list[int], beta: float) -> list[float
         with_it: [n, k] latents of the texts with the instruction.
         latents: which.
         beta: how many standard deviations more; negative ones are less.
+
+    Raises:
+        DataError: `beta` is not finite.
     """
+    if not math.isfinite(beta):
+        raise DataError(f"beta is {beta}; give a finite number of standard deviations")
     own = with_it[:, latents].double()
     return [float(one) for one in own.mean(dim=0) + beta * own.std(dim=0, correction=0)]

@@ -86,7 +86,9 @@ def read(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(ENTRY)
             if text is None:
-                raise VectorFileError(f"{path}: no dictionary that steerkit saved; load_dictionary reads other formats")
+                raise VectorFileError(
+                    f"{path}: no dictionary that steerkit saved, but another file of tensors; give a dictionary"
+                )
             facts = json.loads(text)
             tensors = {name: file.get_tensor(name) for name in file.keys() if name in TENSORS}  # noqa: SIM118
         if facts.pop("format") != _FORMAT:

@@ -249,13 +249,11 @@ def find_strength(
         >>> round(found.strength, 1), found.low < 0.7 < found.high, found.ended
         (0.7, True, 'tolerance')
     """
-    _check_target(target)
+    check_search(target, low=low, high=high, about=about, tolerance=tolerance)
     if not 0.0 < level < 1.0:
         raise DataError(f"level {level:g}: give a share between 0 and 1, such as 0.9")
     if tries < 1:
         raise StrengthError(f"{tries} tries: give at least 1")
-    if tolerance is not None and not 0.0 < tolerance < math.inf:
-        raise StrengthError(f"tolerance {tolerance:g}: give a strength above 0")
     believed, made = Posterior.prior(low, high, about=about, points=points), list[Vote]()
     coarse = Posterior.prior(low, high, about=about, points=CURVE_POINTS)
     ended: Literal["tolerance", "tries"] = "tries"
@@ -272,6 +270,28 @@ def find_strength(
         if tolerance is not None and max(abs(end - best) for end in ends) <= tolerance:
             ended = "tolerance"
     return FoundStrength(best, min(best, ends[0]), max(best, ends[1]), level, target, tuple(made), ended, believed)
+
+
+def check_search(
+    target: float, *, low: float, high: float, about: tuple[float, float] | None = None, tolerance: float | None = None
+) -> None:
+    """Refuse what cannot be searched, before anything is scored.
+
+    Args:
+        target: as for `find_strength`.
+        low: as for `find_strength`.
+        high: as for `find_strength`.
+        about: as for `find_strength`.
+        tolerance: as for `find_strength`.
+
+    Raises:
+        DataError: the target or the prior is none.
+        StrengthError: the range or the tolerance is none.
+    """
+    _check_target(target)
+    if tolerance is not None and not 0.0 < tolerance < math.inf:
+        raise StrengthError(f"tolerance {tolerance:g}: give a strength above 0")
+    Posterior.prior(low, high, about=about, points=CURVE_POINTS)
 
 
 def crossing(tries: Sequence[Vote], target: float, prior: Posterior, *, rises: bool = False) -> Posterior:

@@ -134,7 +134,10 @@ def _folder_of(name: str) -> Path:
 
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", *_TOKENIZER]))
     except Exception as error:
-        raise ModelError(f"{name}: no folder, and not to be had from the hub ({first_line(error)})") from error
+        raise ModelError(
+            f"{name}: no folder, and not to be had from the hub ({first_line(error)}); short names are "
+            f"{', '.join(sorted(ALIASES))}"
+        ) from error
 
 
 def _indexed(folder: Path) -> list[Path]:

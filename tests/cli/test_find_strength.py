@@ -64,6 +64,25 @@ def test_prompts_of_ones_own_and_a_scale(cli: Cli, answer: Callable[..., Any], w
         assert cli(*own, *more).code == 2, more
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--markers", "a"), "--scorer: compliance takes no --markers; say --scorer markers"),
+        (("--scale", "1,0"), "--scale: '1,0'; give the lower end first"),
+        (("--target", 3), "target 3"),
+        (("--tolerance", -1), "tolerance -1"),
+        (("--low", 5), "5"),
+        (("--about", "2,-1"), "-1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_told_before_a_model_is_loaded(cli: Cli, here: Path, more: tuple[object, ...], said: str) -> None:
+    ended = cli(*FIND, "--high", 4, *more, "--model", "./none")
+    assert (ended.code > 0, ended.out) == (True, "")
+    assert said in " ".join(plain(ended.err).replace("│", " ").split())
+    assert "./none" not in ended.err
+
+
 def test_a_judge_and_words_for_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     import typer
 

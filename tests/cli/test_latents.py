@@ -60,6 +60,26 @@ def test_the_choices_are_those_of_the_method() -> None:
         assert tuple(offered) == get_args(taken)
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("latents", "--data", "joy.jsonl", "--dictionary", "d.safetensors", "--beta", "nan"), "--beta: nan; give a"),
+        (("dictionary", "check", "resid_post.14"), "or a shipped name: smollm2-135m/resid_post.14"),
+        (("dictionary", "check", "v.safetensors"), "give a dictionary"),
+        (("dictionary", "train", "--out", "t.safetensors", "--work", "joy.jsonl"), "--work: joy.jsonl is a file"),
+        (("vllm-verify", "--options", "banana"), "--options: 'banana'; give a JSON object"),
+        (("export", "--vector", "v.safetensors", "--to", "hub", "--repo", "banana"), "--repo: banana; give USER/NAME"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_mistakes(cli: Cli, words: tuple[object, ...], said: str) -> None:
+    ended = cli(*words, "--model", "./none") if words[0] != "export" else cli(*words)
+    assert (ended.code > 0, ended.out) == (True, "")
+    assert said in " ".join(plain(ended.err).replace("│", " ").split())
+    assert not Path("t.safetensors").exists()
+
+
 def test_a_dictionary_is_checked(cli: Cli, answer: Callable[..., Any], here: Path, tiny: Path, dictionary: str) -> None:
     left = cli("dictionary", "check", dictionary, "--model", tiny)
     assert left.code == 1  # a random one explains nothing

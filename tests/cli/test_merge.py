@@ -49,7 +49,7 @@ def test_an_analogy(answer: Callable[..., Any], cli: Cli) -> None:
     [
         (("base", "--tuned", "a", "--scale", 1, "--scale", 2, "--out", "out"), 2, "got 2 of --scale for 1 of --tuned"),
         (("base", "--tuned", "a", "--out", "b"), 1, "error: b: is there already"),
-        (("base", "--tuned", "a", "--scale", "nan", "--out", "out"), 1, "error: task vector: the factor is nan"),
+        (("base", "--tuned", "a", "--scale", "nan", "--out", "out"), 2, "--scale: nan; give finite numbers"),
         (("base", "--tuned", "./none", "--out", "out"), 1, "error: ./none: no folder"),
     ],
 )

@@ -298,6 +298,8 @@ def _backward(model: Any, values: Tensor) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*an autograd kernel was not registered")  # wrong, and not silent
+            # What torch 2.14 says of its own derivatives.
+            warnings.filterwarnings("ignore", message="`torch.jit.script`", category=FutureWarning)
             for number, value in enumerate(values):
                 value.sum().backward(retain_graph=number + 1 < len(values))
     except (RuntimeError, UserWarning) as error:
