@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,14 +91,8 @@ def run(
 
     if out is not None:
         check_writable(out)
-    scoring, *others = scorers_of([scorer], markers, behaviour, judge)
-    if others:
-        option = "--markers" if others[0].name == "markers" else "--judge and --behaviour"
-        raise typer.BadParameter(f"--scorer: {scorer} takes no {option}; say --scorer {others[0].name}")
-    name = _column(scoring, column)
-    ends = _two(scale, "--scale") if scale is not None else _scale_of(scoring)
-    if ends[0] > ends[1]:
-        raise typer.BadParameter(f"--scale: {scale!r}; give the lower end first, such as 0,10")
+    scoring = _only(scorers_of([scorer], markers, behaviour, judge))
+    name, ends = _column(scoring, column), _ends(scale, scoring)
     prior = None if about is None else _two(about, "--about")
     check_search(target, low=low, high=high, about=prior, tolerance=tolerance)
     asked = _asked(prompts)
@@ -188,8 +182,30 @@ def _column(scorer: Scorer, column: str | None) -> str:
     return names[0] if column is None else column
 
 
-def _scale_of(scorer: Scorer) -> tuple[float, float]:
-    """Which scores are 0 and 1."""
+def _only(scorers: Sequence[Scorer]) -> Scorer:
+    """The scorer that was asked for.
+
+    Raises:
+        BadParameter: an option of another one was given.
+    """
+    scorer, *others = scorers
+    if others:
+        option = "--markers" if others[0].name == "markers" else "--judge and --behaviour"
+        raise typer.BadParameter(f"--scorer: {scorer.name} takes no {option}; say --scorer {others[0].name}")
+    return scorer
+
+
+def _ends(scale: str | None, scorer: Scorer) -> tuple[float, float]:
+    """Which scores are 0 and 1.
+
+    Raises:
+        BadParameter: the lower one does not come first.
+    """
+    if scale is not None:
+        low, high = _two(scale, "--scale")
+        if low > high:
+            raise typer.BadParameter(f"--scale: {scale!r}; give the lower end first, such as 0,10")
+        return low, high
     if scorer.name == "concept":
         return 0.0, 2.0
     return float(getattr(scorer, "low", 0.0)), float(getattr(scorer, "high", 1.0))
