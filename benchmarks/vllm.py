@@ -6,7 +6,7 @@ at several places of it). They answer in turn, one at a time, in an order drawn 
 median over turns, with its 95 % bootstrap interval over turns.
 
 Two processes that do the very same can differ by several per cent for as long as they live: most of the time goes into
-reading weights, and how fast that is depends on the pages in which they lie; no interval over turns holds that. So
+reading weights, and how fast that is can depend on the pages in which they lie; no interval over turns holds that. So
 weights are put on huge pages in each, the engine without the plug-in is there twice, what steering adds is told within
 one process, and a profiled turn tells the time in matrix products, which the plug-in does not touch, from the rest.
 """
