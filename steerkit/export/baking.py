@@ -28,7 +28,7 @@ from steerkit.errors import ModelError
 from steerkit.export.checkpoint import write_checkpoint
 from steerkit.export.checkpoint_plan import CheckpointPlan, plan_checkpoint, planned_value, untied_parameters
 from steerkit.export.verification import Expected, Verification, expected, logits_of, verify
-from steerkit.export.weight_changes import changes_of
+from steerkit.export.weight_changes import QUANTISED, changes_of
 from steerkit.export.weights_card import weights_card
 from steerkit.model import quiet
 from steerkit.network.decoder import inner_model
@@ -219,10 +219,7 @@ def _check_model(model: nn.Module, inner: Any, target: Path) -> None:
     hidden = hidden_weight(inner)
     if hidden is not None or getattr(inner, "hf_quantizer", None) is not None:
         which = "" if hidden is None else f" ({hidden})"
-        raise ModelError(
-            f"{owner} is quantised{which}, and an edit can vanish below its steps; bake the unquantised model and "
-            "quantise that, or export an adapter (steerkit export --to peft)"
-        )
+        raise ModelError(f"{owner} is quantised{which}, and {QUANTISED}")
     if inner.is_remote_code():
         raise ModelError(f"{owner} is code from outside of transformers, which a checkpoint cannot hold; use hooks")
     source = Path(getattr(inner.config, "_name_or_path", "") or ".")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steerkit.errors import ModelError
 from steerkit.export.checkpoint import in_files
+from steerkit.export.weight_changes import QUANTISED
 from steerkit.model.pretrained import first_line
 from steerkit.model.quiet import quiet
 from steerkit.monitor.checkpoints import Checkpoint
@@ -137,10 +138,7 @@ def _config(source: Checkpoint) -> Any:
             "give a whole folder"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{source.name}: is quantised, and an edit can vanish below its steps; bake the unquantised model and "
-            "quantise that, or export an adapter (steerkit export --to peft)"
-        )
+        raise ModelError(f"{source.name}: is quantised, and {QUANTISED}")
     return config
 
 

@@ -14,8 +14,13 @@ from torch import Tensor
 
 from steerkit.methods._protocols import WeightUpdate
 
-__all__ = ["PART", "Change", "changes_of"]
+__all__ = ["PART", "QUANTISED", "Change", "changes_of"]
 
+QUANTISED = (
+    "an edit can vanish below its steps; bake the unquantised model and quantise that, or export an adapter (steerkit "
+    "export --to peft)"
+)
+"""Why a quantised model is not baked, and what to do."""
 PART = 2**22
 """Numbers that are changed at once."""
 

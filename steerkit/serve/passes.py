@@ -68,6 +68,7 @@ class Passes:
         self.plans = RowPlans(model, tokenizer)
         self.device = execution_device(self.decoder)
         self._named = set(inspect.signature(self.decoder.model.forward).parameters)
+        self._cache = cache_argument(self.decoder.model)
         self._active: Steering | None = None
         self._stack = contextlib.ExitStack()
         self.entered = self.count = self.tokens = 0
@@ -115,7 +116,7 @@ class Passes:
         if "logits_to_keep" in self._named:
             inputs["logits_to_keep"] = 1
         if cache is not None:
-            inputs[cache_argument(self.model)] = cache
+            inputs[self._cache] = cache
         self.count, self.tokens = self.count + 1, self.tokens + ids.numel()
         self._enter(under.steering)
         told = contextlib.nullcontext() if under.steering is None else under.steering.decoding(under.decoding)

@@ -66,7 +66,7 @@ def cache_argument(model: nn.Module) -> str:
     """What a model's forward calls its cache.
 
     Args:
-        model: a transformers model, or its body.
+        model: a transformers model, or its body, out of any wrapper: those take anything and name nothing.
     """
     named = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_ARGUMENTS if name in named), "past_key_values")

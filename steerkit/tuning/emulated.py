@@ -20,6 +20,7 @@ from transformers import LogitsProcessor
 from steerkit.activations.reading import position_inputs
 from steerkit.errors import ModelError, StrengthError
 from steerkit.network.block_trace import evaluation_mode
+from steerkit.network.decoder import inner_model
 from steerkit.tokens.transformers_facts import cache_argument, cache_left_by
 
 __all__ = ["EmulatedFinetuning"]
@@ -86,6 +87,7 @@ class _Reader:
         self._model, self._pad_id = model, pad_id
         self._seen: Tensor | None = None
         self._cache: Any = None
+        self._named = cache_argument(inner_model(model))
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -101,7 +103,7 @@ class _Reader:
                 input_ids=new.to(self._model.device),
                 attention_mask=mask.to(self._model.device),
                 use_cache=True,
-                **{cache_argument(self._model): self._cache},
+                **{self._named: self._cache},
                 **{name: value.to(self._model.device) for name, value in given.items()},
             )
         self._seen, self._cache = ids.clone(), cache_left_by(found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.generation.utils import ALL_CACHE_NAMES
 
@@ -23,12 +25,14 @@ import steerkit
 from steerkit.checks.planning import plan
 from steerkit.errors import ScopeError, SiteError, SteerError
 from steerkit.export.baking import bake
-from steerkit.network.decoder import find_decoder
+from steerkit.network.decoder import find_decoder, inner_model
 from steerkit.network.sites import Site
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import render
+from steerkit.serve.passes import Passes
 from steerkit.tokens import transformers_facts
+from steerkit.tuning.emulated import _Reader
 from tests.families import build
 from tests.gated import as_decided, gated_vector
 from tests.modes import LONG, MODES, PAD, SHORT, gap, plain_logits, run_steered, vector_for
@@ -216,6 +220,15 @@ def test_a_cache_goes_by_either_name(kind: type[nn.Module], name: str) -> None:
     assert transformers_facts.cache_of({name: "held", "input_ids": 1}) == "held"
     assert transformers_facts.cache_left_by(SimpleNamespace(**{name: "left"})) == "left"
     assert transformers_facts.cache_left_by(SimpleNamespace(cache=None, past_key_values="warns")) is None
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's
+def test_a_wrapped_model_is_asked_inside_of_its_wrapper() -> None:
+    """An adapter's own forward takes any arguments and names none of them."""
+    wrapped = get_peft_model(build("mamba"), LoraConfig(r=2, target_modules=["in_proj"]))
+    name = transformers_facts.cache_argument(inner_model(wrapped))
+    assert (Passes(wrapped)._cache, _Reader(wrapped, None)._named) == (name, name)
+    assert name in inspect.signature(inner_model(wrapped).forward).parameters
 
 
 @pytest.mark.parametrize("known", ["prompt lengths", "mask"])
