@@ -23,7 +23,7 @@ from steerkit.network.sites import Site, layers_text
 if TYPE_CHECKING:
     from steerkit.network.decoder import Decoder
 
-__all__ = ["RouterTap", "Tap", "anatomies", "locate", "sites_of_kind"]
+__all__ = ["RouterTap", "Tap", "anatomies", "locate", "routes_tokens", "sites_of_kind"]
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,19 @@ def sites_of_kind(decoder: Decoder, kind: str) -> list[Site]:
     if not found:
         raise reasons[0]
     return found
+
+
+def routes_tokens(decoder: Decoder) -> bool:
+    """Whether an MLP of some block has routed experts.
+
+    Args:
+        decoder: the model's decoder.
+
+    Raises:
+        SiteError: the body fails on plain token ids, or a block did not run.
+    """
+    found = anatomies(decoder, set(range(decoder.num_layers)))
+    return any(half.experts for anatomy in found.values() for half in anatomy.mlps)
 
 
 def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
