@@ -187,8 +187,8 @@ def a_window_is_all_that_is_written(subject: FittedMethod) -> str | None:
 def neutral_strength_is_the_identity(subject: FittedMethod) -> str | None:
     """At the neutral strength, for the batch or for a row, logits are bitwise those of the baseline model.
 
-    An expert of a routed model multiplies the tokens of all rows in one product, and how that rounds depends on how many
-    they are. A row beside one that is routed otherwise is then the baseline's up to this rounding.
+    An expert of a routed model multiplies the tokens of all rows in one product, and how that rounds depends on how
+    many they are. A row beside one that is routed otherwise is then the baseline's up to this rounding.
     """
     neutral = subject.method.neutral_strength
     if neutral is None:

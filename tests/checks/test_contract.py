@@ -1,4 +1,4 @@
-"""What a row at the neutral strength beside another has to be: the unsteered one's bits, save where experts are routed."""
+"""What a row at the neutral strength beside another is: the unsteered one's bits, save where experts are routed."""
 
 from __future__ import annotations
 
