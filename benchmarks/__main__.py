@@ -115,6 +115,9 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
             name = f"generation, 30 blocks gated ({'open' if opens else 'closed'}) / {over}, batch {batch}"
             gated = functools.partial(gates, model, tokenizer, batch, opens=opens, over=over)
             works.append((name, paired(gated), "<= 1.04" if over != "ungated" else "<= 1.05"))
+        # What opens a gate costs one further pass for each prompt, however long its answer is.
+        longer = functools.partial(gates, model, tokenizer, batch, opens=True, over="baseline", count=96)
+        works.append((f"the same, open, in answers of 96 tokens / baseline, batch {batch}", paired(longer), "<= 1.04"))
         for kind, aim in COMPOSED.items():
             name = f"composition, {kind} / one shared vector, batch {batch}"
             works.append((name, paired(functools.partial(composed, model, tokenizer, batch, kind)), aim))
@@ -340,7 +343,7 @@ def baked_ratio(model: Any, tokenizer: Any, vector: SteeringVector, pairs: int) 
 
 
 def gates(
-    model: Any, tokenizer: Any, batch: int, *, opens: bool, over: str
+    model: Any, tokenizer: Any, batch: int, *, opens: bool, over: str, count: int = 24
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Generation with a gate that reads two thirds up, so that an open one feeds the last prompt token again."""
     plain, read = every_block(model), Site(20)
@@ -358,18 +361,20 @@ def gates(
             "shared/above": torch.tensor([True]),
         },
     )
-    run = answering(model, tokenizer, batch)
+    run = answering(model, tokenizer, batch, count=count)
     return lambda: run(vector), lambda: run(plain if over == "ungated" else None)
 
 
-def answering(model: Any, tokenizer: Any, batch: int, *, is_chat: bool = False) -> Callable[[Any], float]:
-    """Seconds that answers of 24 tokens take under some vectors, or none."""
+def answering(
+    model: Any, tokenizer: Any, batch: int, *, is_chat: bool = False, count: int = 24
+) -> Callable[[Any], float]:
+    """Seconds that answers of some tokens take under some vectors, or none."""
     asked = [f"Tell me about number {row}." for row in range(batch)]
     if is_chat:
         asked = [render(tokenizer, Conversation.of(one)).text for one in asked]
     inputs = tokenizer(asked, return_tensors="pt", padding=True, add_special_tokens=not is_chat)
     roles = Roles(tokenizer)
-    options = {**inputs, "max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options = {**inputs, "max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
 
     def run(steered: Any) -> float:
         with (
