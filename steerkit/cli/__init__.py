@@ -50,7 +50,7 @@ from steerkit.cli import (
     vllm_verify,
 )
 from steerkit.cli._dictionary import decompose, train
-from steerkit.cli._program import Program, paragraphs
+from steerkit.cli._program import Command, Program, paragraphs
 
 __all__ = ["app", "main"]
 
@@ -98,9 +98,9 @@ for _command in (
     recipes,
 ):
     _name = _command.__name__.rpartition(".")[2].rstrip("_").replace("_", "-")
-    app.command(_name, help=paragraphs(_command.run))(_command.run)
+    app.command(_name, cls=Command, help=paragraphs(_command.run))(_command.run)
 for _run in (train, decompose):
-    dictionary.app.command(_run.__name__, help=paragraphs(_run))(_run)
+    dictionary.app.command(_run.__name__, cls=Command, help=paragraphs(_run))(_run)
 app.add_typer(dictionary.app, name="dictionary")
 app.add_typer(persona.app, name="persona")
 app.add_typer(recipe.app, name="recipe")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from inspect import getdoc
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from steerkit.errors import SteerError
 
-__all__ = ["Program", "paragraphs", "say"]
+__all__ = ["Command", "Program", "paragraphs", "say"]
 
 
 class Program(TyperGroup):
@@ -38,6 +40,39 @@ class Program(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
+
+
+class Command(TyperCommand):
+    """A command that takes finite numbers only: nan lies in every range, and infinity is none of what options mean."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line.
+
+        Raises:
+            BadParameter: a value is not what its option takes, or a number is nan or infinite.
+        """
+        words = list(args)
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = _with_value(error, words)
+            raise
+        params: list[Any] = self.params
+        for param in params:
+            given = ctx.params.get(param.name)
+            for value in given if isinstance(given, list | tuple) else (given,):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise typer.BadParameter(f"{value} is no finite number; give one", ctx, param)
+        return rest
+
+
+def _with_value(error: typer.BadParameter, words: Sequence[str]) -> str:
+    """What is wrong with a value, and the value: typer 0.29 takes the words of pydantic, which do not say it."""
+    message = error.message.removeprefix("Value error, ")
+    names = getattr(error.param, "opts", ())
+    given = [word.partition("=")[2] for word in words if word.partition("=")[0] in names and "=" in word]
+    given += [value for name, value in itertools.pairwise(words) if name in names]
+    return message.replace("Input should", f"got {', '.join(given)}; it should", 1) if given else message
 
 
 def paragraphs(run: Callable[..., None]) -> str:

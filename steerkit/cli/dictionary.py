@@ -9,7 +9,7 @@ import typer
 
 from steerkit._support.progress import status
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._program import paragraphs
+from steerkit.cli._program import Command, paragraphs
 from steerkit.cli._shared import Json, print_json, stdout, table
 
 if TYPE_CHECKING:
@@ -96,4 +96,4 @@ def _show(path: str, one: Dictionary, found: Fitness) -> None:
     stdout().print(shown)
 
 
-app.command("check", help=paragraphs(check))(check)
+app.command("check", cls=Command, help=paragraphs(check))(check)

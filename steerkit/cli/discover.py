@@ -129,7 +129,7 @@ def _check(prompts: str | None, recipe: str | None, norm: float | None) -> None:
     """
     if (prompts is None) == (recipe is None):
         raise typer.BadParameter("give one of: --prompts, --recipe")
-    if norm is not None and not 0 < norm < float("inf"):
+    if norm is not None and norm <= 0:
         raise typer.BadParameter(f"--norm {norm:g}: a length is above 0; without it, it is an eighth of a token's")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,8 +92,6 @@ def run(
     """
     given.check(needed=True)
     chosen = _ids(choose)
-    if not math.isfinite(beta):
-        raise typer.BadParameter(f"--beta: {beta}; give a finite number of standard deviations")
     if out is not None:
         check_writable(out)
     one = read_dictionary(dictionary, site)

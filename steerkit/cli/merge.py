@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,8 +48,6 @@ def run(
         raise typer.BadParameter(
             f"got {len(scales)} of --scale for {len(tuned)} of --tuned; give one for each, or none"
         )
-    if not all(map(math.isfinite, scales)):
-        raise typer.BadParameter(f"--scale: {', '.join(map(str, scales))}; give finite numbers")
 
     from steerkit import tuning
     from steerkit._support.files import check_folder

@@ -12,7 +12,7 @@ from steerkit._support.progress import bar, status
 from steerkit.cli._evidence import Judge, MaxKl, MaxPplRatio, MaxRepetition
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._program import paragraphs
+from steerkit.cli._program import Command, paragraphs
 from steerkit.cli._shared import (
     BatchSize,
     Json,
@@ -243,4 +243,4 @@ def _show(found: Extraction, spec: TraitSpec, model: ModelChoice) -> None:
 
 
 for _command in (draft, extract):
-    app.command(_command.__name__, help=paragraphs(_command))(_command)
+    app.command(_command.__name__, cls=Command, help=paragraphs(_command))(_command)

@@ -13,7 +13,7 @@ import typer
 from steerkit.cli._data import NO_DATA, DataChoice, takes_data
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
-from steerkit.cli._program import paragraphs
+from steerkit.cli._program import Command, paragraphs
 from steerkit.cli._shared import Json, print_json
 
 if TYPE_CHECKING:
@@ -116,4 +116,4 @@ def _written(
 
 
 for _command in (new,):
-    app.command(_command.__name__, help=paragraphs(_command))(_command)
+    app.command(_command.__name__, cls=Command, help=paragraphs(_command))(_command)

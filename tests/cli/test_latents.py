@@ -64,7 +64,6 @@ def test_the_choices_are_those_of_the_method() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("latents", "--data", "joy.jsonl", "--dictionary", "d.safetensors", "--beta", "nan"), "--beta: nan; give a"),
         (("dictionary", "check", "resid_post.14"), "or a shipped name: smollm2-135m/resid_post.14"),
         (("dictionary", "check", "v.safetensors"), "give a dictionary"),
         (("dictionary", "train", "--out", "t.safetensors", "--work", "joy.jsonl"), "--work: joy.jsonl is a file"),

@@ -49,7 +49,7 @@ def test_an_analogy(answer: Callable[..., Any], cli: Cli) -> None:
     [
         (("base", "--tuned", "a", "--scale", 1, "--scale", 2, "--out", "out"), 2, "got 2 of --scale for 1 of --tuned"),
         (("base", "--tuned", "a", "--out", "b"), 1, "error: b: is there already"),
-        (("base", "--tuned", "a", "--scale", "nan", "--out", "out"), 2, "--scale: nan; give finite numbers"),
+        (("base", "--tuned", "a", "--scale", "nan", "--out", "out"), 2, "nan is no finite number; give one"),
         (("base", "--tuned", "./none", "--out", "out"), 1, "error: ./none: no folder"),
     ],
 )

@@ -240,7 +240,7 @@ def test_a_local_model_writes_a_draft(cli: Cli, trait: Path, tiny: Path, monkeyp
         (("extract", "missing.toml"), 1, "missing.toml: cannot be read"),
         (("extract", "glad.toml", "--readout", "last"), 1, "persona vectors are read from response_mean, prompt_mean"),
         (("extract", "glad.toml", "--samples", "0"), 2, "--samples"),
-        (("extract", "glad.toml", "--threshold", "nan"), 1, "trait = nan: give a finite number"),
+        (("extract", "glad.toml", "--threshold", "nan"), 2, "nan is no finite number; give one"),
         (("extract", "glad.toml", "--judge", "http://x"), 1, "no model is named"),
         (("extract", "glad.toml", "--out", "glad.toml"), 1, "glad.toml"),
     ],
