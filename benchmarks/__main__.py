@@ -21,6 +21,7 @@ import torch
 
 import steerkit
 from benchmarks.latents import beside_plain, of_latents
+from benchmarks.peers import by_peers
 from benchmarks.results import recorded
 from steerkit.activations.moments import Means
 from steerkit.activations.streaming import stream
@@ -41,6 +42,7 @@ from steerkit.vector.when import When
 
 Timing = Callable[[], tuple[float, float, float]]
 CLOCK = [time.perf_counter]
+BATCH = 16  # texts per pass where activations are read
 TITLES = {"speed": "Speed and memory", "operators": "Speed of the operators"}
 WORDS = ("river", "carried", "small", "boat", "past", "stone", "houses", "while", "children", "counted", "birds")
 
@@ -88,6 +90,14 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
                 ("answer pairs", answer_pairs(32), "response_mean", False, ""),
                 ("answer pairs", answer_pairs(32), "response_mean", True, "<= 0.75"),
             )
+        ),
+        *(
+            (
+                f"extraction, prompts, by {name} / baseline forward",
+                paired(functools.partial(extraction_by, name, model, tokenizer)),
+                "",
+            )
+            for name in by_peers(model, tokenizer, [], BATCH)
         ),
         (
             "generation, 100 units in 30 blocks / baseline",
@@ -274,18 +284,32 @@ def answer_pairs(count: int) -> ContrastSet:
 def extraction(
     model: Any, tokenizer: Any, data: ContrastSet, readout: str, *, shares: bool
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    decoder = find_decoder(model)
-    sites = [Site(layer) for layer in range(decoder.num_layers)]
-    pairs = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair]
-    rendered = [render(tokenizer, Conversation.of(item)) for item in pairs]
-    work = batches(rendered, 16, pad_id=pad_token_id(tokenizer), groups=2)
+    sites = [Site(layer) for layer in range(find_decoder(model).num_layers)]
 
     def ours() -> None:
         means = {site: Means() for site in sites}
-        stream(model, tokenizer, data, means, readout=readout, batch_size=16, shares=shares)
+        stream(model, tokenizer, data, means, readout=readout, batch_size=BATCH, shares=shares)
 
-    def baseline() -> None:
-        # The same sorted batches through the same decoder body; rendering them is part of both.
+    return ours, bare_passes(model, tokenizer, data)
+
+
+def extraction_by(name: str, model: Any, tokenizer: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The same by another library, of the prompts as they are rendered, over the same bare passes."""
+    data = contrast(64)
+    sides = (
+        [render(tokenizer, Conversation.of(item)).text for item in side] for side in (data.positive, data.negative)
+    )
+    return by_peers(model, tokenizer, list(zip(*sides, strict=True)), BATCH)[name], bare_passes(model, tokenizer, data)
+
+
+def bare_passes(model: Any, tokenizer: Any, data: ContrastSet) -> Callable[[], None]:
+    """The same sorted batches through the same decoder body; rendering them is part of it."""
+    decoder = find_decoder(model)
+    pairs = [side for pair in zip(data.positive, data.negative, strict=True) for side in pair]
+    rendered = [render(tokenizer, Conversation.of(item)) for item in pairs]
+    work = batches(rendered, BATCH, pad_id=pad_token_id(tokenizer), groups=2)
+
+    def run() -> None:
         for item in pairs:
             render(tokenizer, Conversation.of(item))
         with torch.no_grad():
@@ -298,7 +322,7 @@ def extraction(
                     use_cache=False,
                 )
 
-    return ours, baseline
+    return run
 
 
 def generation(
