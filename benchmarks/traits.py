@@ -1,10 +1,11 @@
 """The shipped traits, steered both ways and monitored: `python -m benchmarks.traits FOLDER [TRAIT]...`.
 
-FOLDER holds what `steerkit persona extract TRAIT --out FOLDER/TRAIT` wrote. Steering: preference margin of held-out
-pairs (of the questions that layer and strength were not chosen on) at minus the strength, 0 and the strength, beside
-random directions of the same norm. Monitoring: how well the last prompt token's projection on the vector to watch with
-tells held-out questions under held-out system prompts of the trait from the same questions under neutral and under
-opposite ones, beside the vector to steer with at its own block.
+FOLDER holds what `steerkit persona extract TRAIT --out FOLDER/TRAIT` wrote; under `--monitor` it may be the folder of
+the shipped vectors. Steering: preference margin of held-out pairs (of the questions that layer and strength were not
+chosen on) at minus the strength, 0 and the strength, beside random directions of the same norm. Monitoring: how well
+the last prompt token's projection on the vector to watch with tells held-out questions under held-out system prompts of
+the trait from the same questions under neutral and under opposite ones, beside the vector to steer with at its own
+block.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def main() -> None:
         print("| trait | site | from neutral ones | from the opposite | steering vector, from neutral ones |")
         print("| --- | --- | --- | --- | --- |")
         for trait in chosen:
-            print(monitored(model, tokenizer, trait, options.folder / trait), flush=True)
+            own = options.folder / trait
+            print(monitored(model, tokenizer, trait, own if own.is_dir() else options.folder), flush=True)
 
 
 if __name__ == "__main__":
