@@ -609,3 +609,14 @@ def test_a_quick_report_fits_nothing_again_and_says_so(fitted: Fitted, ask: Call
     page = stands_alone(Path("quick.html").read_text(encoding="utf-8"))
     assert "--data held.jsonl --quick --controls 1" in page.words
     assert '"refitted": false' in page.words
+
+
+def test_every_table_of_a_report_fits_a_phone() -> None:
+    """Below 40 rem rows become cards whose cells name their columns; tables of facts become lines."""
+    templates = sorted(Path(plots.__file__).parents[1].glob("*.j2"))
+    tables = [table for path in templates for table in re.findall(r"<table.*?</table>", path.read_text("utf-8"), re.S)]
+    assert len(tables) > 4
+    for table in tables:
+        if 'class="facts"' not in table:
+            assert table.startswith('<table class="rows">')
+            assert re.findall(r"<td(?![^>]*data-label)", table) == []
