@@ -92,10 +92,10 @@ class Prefixes:
             return
         for other in [one for one in self._caches if one.steering == steering and one.ids == key.ids[: len(one.ids)]]:
             self._drop(other)
+        while self.used + size > self.budget:
+            self._drop(next(iter(self._caches)))
         self._caches[key] = copy.copy(cache)
         self.used += size
-        while self.used > self.budget:
-            self._drop(next(iter(self._caches)))
 
     def knows(self, steering: Hashable, ids: Sequence[int]) -> bool:
         """Whether a text is the beginning of one that is kept.

@@ -18,6 +18,7 @@ from steerkit.maths.directions import unit
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
 from steerkit.serve import Catalogue, Done, Engine, Piece, QueueFullError, Request
+from steerkit.serve.prefixes import Prefixes
 from steerkit.steering import planning
 from tests.modes import vector_for
 from tests.serve.asked import (
@@ -199,6 +200,23 @@ def test_what_is_kept_has_a_budget() -> None:
             engine.answers(Request(f"Number {number} of many texts", max_tokens=4))
             assert prefixes.used <= 20_000
         assert 0 < len(prefixes) < 12
+
+
+def test_room_is_made_before_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks from another thread never sees more than the budget."""
+    seen: list[int] = []
+    drop = Prefixes._drop
+
+    def noting(self: Prefixes, key: Any) -> None:
+        seen.append(self.used)
+        drop(self, key)
+
+    monkeypatch.setattr(Prefixes, "_drop", noting)
+    with engine_of(prefix_bytes=20_000) as engine:
+        for number in range(12):
+            engine.answers(Request(f"Number {number} of many texts", max_tokens=4))
+    assert seen
+    assert max(seen) <= 20_000
 
 
 def test_stop_texts_end_an_answer_before_them() -> None:
