@@ -43,6 +43,10 @@ RECIPES = (
     "optimism-selective",
     "optimism-iti",
 )
+NOTE = (
+    "The second model is Gemma 3 270M (`steerkit fetch gemma3-270m`), a base model in 4 bits, dequantised. A rotation "
+    "(`optimism-selective`) is at its end at 180 degrees, whatever that costs."
+)
 MEASURES = ("median token norm", "distance from the mean", "the same, per dimension", "spread (mean of the last two)")
 
 
@@ -138,7 +142,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="make the page in docs/results of it too")
     options = parser.parse_args()
     names = options.model or ["smollm2-135m", "gemma3-270m"]
-    with recorded("strengths", "What a strength costs", "benchmarks.strengths", wanted=options.write) as facts:
+    title = "What a strength costs"
+    with recorded("strengths", title, "benchmarks.strengths", wanted=options.write, note=NOTE) as facts:
         models = {name: steerkit.load_model(name) for name in names}
         facts["model"] = next(iter(models.values()))[0]
         equal_costs(models)
