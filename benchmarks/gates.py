@@ -28,6 +28,7 @@ from torch import Tensor
 
 import steerkit
 from benchmarks.results import recorded
+from steerkit._support.phrases import normalised, pattern_of
 from steerkit.errors import UnknownNameError
 from steerkit.evaluate.intervals import interval
 from steerkit.evaluate.scorers.refusal import Refusal, stated_accuracy
@@ -160,6 +161,14 @@ class Bench:
             return [vector is not None] * len(prompts)
         return [row["open"] for row in steerkit.explain(self.model, self.tokenizer, prompts, vector, strength=1.0)]
 
+    def answered(
+        self, prompts: Sequence[Conversation], base: Sequence[str], vector: SteeringVector | None, strength: float
+    ) -> tuple[list[bool], list[str]]:
+        """Which prompts are steered, and all answers: the unsteered model's where a prompt is not."""
+        flags = self.opened(prompts, vector)
+        steered = iter(self.answers([one for one, flag in zip(prompts, flags, strict=True) if flag], vector, strength))
+        return flags, [next(steered) if flag else text for text, flag in zip(base, flags, strict=True)]
+
     def odds(self, vector: SteeringVector | None, strength: float) -> Tensor:
         """[n] odds of refusing openings behind the first harmful requests, nats."""
         setup = Setup(
@@ -216,9 +225,7 @@ class Bench:
         strength = 0.0 if vector is None else strength_of(vector, case.strength * self.times)
         cells, shown = [], []
         for side, base, count in zip(self.sides, self.base, (4, 2, 2), strict=True):
-            flags = self.opened(side, vector)
-            steered = iter(self.answers([one for one, flag in zip(side, flags, strict=True) if flag], vector, strength))
-            texts = [next(steered) if flag else text for text, flag in zip(base, flags, strict=True)]
+            flags, texts = self.answered(side, base, vector, strength)
             cells += [share([float(flag) for flag in flags]), share([float(is_refusal(text)) for text in texts])]
             shown += texts[:count]
         odds = interval(self.odds(vector, strength), shares=False)
@@ -249,10 +256,8 @@ def public_table(bench: Bench, harmful: Sequence[Conversation], harmless: Sequen
     base, plain = bench.answers(harmful, None, 0.0), bench.answers(harmless, None, 0.0)
     yield _public_row("none, unsteered", [False] * len(harmful), base, [is_refusal(text) for text in plain])
     for name, (vector, strength) in steered.items():
-        flags, opened = bench.opened(harmful, vector), bench.opened(harmless, vector)
-        answers = iter(bench.answers([one for one, flag in zip(harmful, flags, strict=True) if flag], vector, strength))
-        texts = [next(answers) if flag else text for text, flag in zip(base, flags, strict=True)]
-        yield _public_row(name, flags, texts, opened)
+        flags, texts = bench.answered(harmful, base, vector, strength)
+        yield _public_row(name, flags, texts, bench.opened(harmless, vector))
 
 
 def _public_row(name: str, flags: Sequence[bool], texts: Sequence[str], harmless: Sequence[bool]) -> str:
@@ -262,8 +267,7 @@ def _public_row(name: str, flags: Sequence[bool], texts: Sequence[str], harmless
 
 def marked(text: str) -> bool:
     """Whether a text holds a marker, wherever it stands."""
-    plain = text.replace("\u2019", "'").lower()
-    return any(marker.lower() in plain for marker in MARKERS)
+    return pattern_of(MARKERS).search(normalised(text)) is not None
 
 
 def public_requests(path: Path) -> list[Conversation]:
