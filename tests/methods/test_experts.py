@@ -113,6 +113,15 @@ def both(family: str, vector: SteeringVector, strength: float = 1.0) -> tuple[Se
     return plain, steered
 
 
+def left_alone(family: str, plain: Seen, steered: Seen, row: int) -> None:
+    """What a token's experts made of it is as it was, up to rounding.
+
+    An expert multiplies all tokens that chose it at once, and how that product rounds depends on how many they are.
+    """
+    gap = tolerances.gap(steered.mlp[row], plain.mlp[row])
+    assert gap <= tolerances.of_family(family), f"token {row}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The dense form
 
@@ -211,7 +220,7 @@ def test_drop_keeps_the_sum_and_leaves_other_tokens_alone(family: str) -> None:
     for row, (before, after) in enumerate(zip(plain.rows(), steered.rows(), strict=True)):
         if 1 not in before:
             assert before == after
-            assert torch.equal(plain.mlp[row], steered.mlp[row])
+            left_alone(family, plain, steered, row)
             continue
         touched += 1
         rest = sum(weight for expert, weight in before.items() if expert != 1)
@@ -243,7 +252,7 @@ def test_force_puts_the_expert_into_the_smallest_slot_of_every_token(family: str
         lacking = [expert for expert in forced if expert not in before]
         if not lacking:
             assert before == after
-            assert torch.equal(plain.mlp[row], steered.mlp[row])
+            left_alone(family, plain, steered, row)
             continue
         touched += 1
         slow = dict(before)
@@ -312,7 +321,7 @@ def test_replace_is_asking_for_more_and_striking_and_minus_infinity(family: str,
         assert steered.rows()[row] == pytest.approx({e: w / scale for e, w in minus.items()}, rel=2e-6)
         changed += set(steered.rows()[row]) != set(plain.rows()[row])
         if family != "olmoe" and not set(dropped) & set(plain.rows()[row]):
-            assert torch.equal(plain.mlp[row], steered.mlp[row])
+            left_alone(family, plain, steered, row)
     assert changed
 
 
