@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.caches import common_beginning
+from steerkit.activations.caches import beginnings
 from steerkit.errors import DataError, StrengthError
 from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import execution_device, find_decoder
@@ -132,7 +132,7 @@ def _read_once(model: nn.Module, batch: Batch, steering: Any, device: torch.devi
     split = Split.of(batch, device) if getattr(steering, "leaves_prompts", True) else None
     own = getattr(model, "generation_config", None)
     several = [getattr(own, name, None) not in (None, 1) for name in ("num_beams", "num_return_sequences")]
-    if split is None or any(several) or not (split.repeated.any or common_beginning(split.prompts)):
+    if split is None or any(several) or not (split.repeated.any or any(beginnings(split.prompts))):
         return {}
     decoder, prompts = find_decoder(model), KeptPrompts()
     if not prompts.has(decoder, split):

@@ -155,12 +155,15 @@ def test_what_a_seed_per_prompt_cannot_do(model: Any, tokenizer: Any, options: d
 BEGUN = "You are kind. "
 
 
+@pytest.mark.parametrize("begun", [(BEGUN,) * 4, (BEGUN, "You are a gruff old sailor. ", BEGUN, BEGUN)])
 @pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
-def test_what_prompts_share_is_read_once(name: str) -> None:
+def test_what_prompts_share_is_read_once(name: str, begun: tuple[str, ...]) -> None:
     tiny = build(name).eval()
     if find_decoder(tiny).model_type == "rwkv":
         return  # several rows with a state are refused
-    prompts = [f"{BEGUN}{asked}" for asked in ("Hi", "And you?", "Hi", "Well, how was it?")]
+    prompts = [
+        f"{begun}{asked}" for begun, asked in zip(begun, ("Hi", "And you?", "Hi", "Well, how was it?"), strict=True)
+    ]
     steering = {"vector": vector_for(tiny, scope="response", site=Site(1)), "strength": [1.0, 2.0, -1.0, 0.0]}
     seen: list[int] = []
     handle = tiny.register_forward_pre_hook(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerkit.errors import FitError
 
-__all__ = ["Accumulator", "Means", "NormMedian", "PairSigns", "SignCounts"]
+__all__ = ["Accumulator", "Means", "NormMedian", "PairSigns", "SignCounts", "token_norms"]
 
 
 class Accumulator(Protocol):
@@ -151,6 +151,18 @@ class PairSigns:
         return SignCounts(up, down, pairs, effect)
 
 
+def token_norms(h: Tensor) -> Tensor:
+    """How long activations are; halves are squared and summed in float32, doubles as they are.
+
+    Args:
+        h: [..., d] of any float dtype.
+
+    Returns:
+        [...] float32.
+    """
+    return torch.linalg.vector_norm(h, dim=-1, dtype=torch.promote_types(h.dtype, torch.float32)).float()
+
+
 class NormMedian:
     """The median token norm, from a histogram with bins 0.4 % wide, so that memory does not grow with the tokens.
 
@@ -172,7 +184,7 @@ class NormMedian:
         Returns:
             [b, t] int64 bins.
         """
-        return cls.bins_of(torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32))
+        return cls.bins_of(token_norms(h))
 
     @classmethod
     def bins_of(cls, norms: Tensor) -> Tensor:

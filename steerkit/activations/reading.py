@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steerkit._support.progress import bar
+from steerkit.activations.moments import token_norms
 from steerkit.activations.readout import Pool, Readout
 from steerkit.activations.shared_prompts import Stretch, may_share, stretches
 from steerkit.activations.token_scale import PassScale, TokenScale, TokenScales, massive_tokens
@@ -254,8 +255,7 @@ class _Pool:
 
     def massive(self, h: Tensor) -> Tensor:
         """[b, t] whether a token is many times as long as the median of its text; a mean of such alone keeps them."""
-        norms = torch.linalg.vector_norm(h, dim=-1, dtype=torch.float32)
-        return massive_tokens(norms, self._counted.to(h.device), self._weights.to(h.device)[:, 0] > 0)
+        return massive_tokens(token_norms(h), self._counted.to(h.device), self._weights.to(h.device)[:, 0] > 0)
 
     def scale(self, h: Tensor, massive: Tensor | None) -> PassScale:
         """What the pass says of the site's scale; massive tokens do not count."""

@@ -1,6 +1,6 @@
 """Reading a batch in fewer tokens: what its texts have in common runs once, and the texts go on from its cache.
 
-    what all prompts begin with         one row
+    what prompts begin with             a row for each system prompt
     the rest of each different prompt   a row each, behind that
     the answers                         a row each, behind their prompts
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from steerkit.activations.caches import common_beginning, pads_first, rows_of
+from steerkit.activations.caches import beginnings, pads_first, rows_of
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.residual_form import plain_tokens
 from steerkit.tokens.transformers_facts import cache_left_by, empty_attention_cache, is_attention_cache
@@ -102,12 +102,14 @@ def stretches(batch: Batch, device: torch.device) -> Iterator[Stretch] | None:
     cuts = [min(int(length), len(text) - 1) for length, text in zip(batch.prompt_lengths, texts, strict=True)]
     prompts = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
     different = list(dict.fromkeys(prompts))
-    common = common_beginning(different)
-    columns = len(common) + len(different) * (max(map(len, different)) - len(common))
+    begun = beginnings(different)
+    once = list(dict.fromkeys(begun))
+    columns = len(once) * max(map(len, once)) if any(once) else 0
+    columns += len(different) * max(len(one) - len(first) for one, first in zip(different, begun, strict=True))
     columns += len(texts) * max(len(text) - cut for text, cut in zip(texts, cuts, strict=True))
     if min(cuts) < 1 or columns > _WORTH * batch.input_ids.numel():
         return None
-    return _run(texts, cuts, [different.index(prompt) for prompt in prompts], different, common, device)
+    return _run(texts, cuts, [different.index(prompt) for prompt in prompts], different, begun, device)
 
 
 def _run(
@@ -115,19 +117,21 @@ def _run(
     cuts: Sequence[int],
     places: Sequence[int],
     different: Sequence[tuple[int, ...]],
-    common: tuple[int, ...],
+    begun: Sequence[tuple[int, ...]],
     device: torch.device,
 ) -> Iterator[Stretch]:
-    """See `stretches`: the texts, where their prompts end, which of the different prompts they have."""
-    cache, begun = empty_attention_cache(), len(common)
-    if common:
-        yield _stretch([common], [()], [0] * len(texts), [0] * len(texts), cache, device)
-        cache = rows_of(cache, torch.zeros(len(different), dtype=torch.long))
-    if max(map(len, different)) > begun:
-        yield _stretch(
-            [one[begun:] for one in different], [common] * len(different), places, [begun] * len(texts), cache, device
-        )
-        pads_first(cache, torch.tensor([len(one) for one in different], dtype=torch.long))
+    """See `stretches`: texts, where their prompts end, which of the different prompts they have, how those begin."""
+    cache, once, width = empty_attention_cache(), list(dict.fromkeys(begun)), max(map(len, begun))
+    which = [once.index(one) for one in begun]
+    if width:
+        yield _stretch(once, [()] * len(once), [which[place] for place in places], [0] * len(texts), cache, device)
+        pads_first(cache, torch.tensor([len(one) for one in once], dtype=torch.long), width)
+        cache = rows_of(cache, torch.tensor(which, dtype=torch.long))
+    rests = [prompt[len(one) :] for prompt, one in zip(different, begun, strict=True)]
+    if any(rests):
+        yield _stretch(rests, begun, places, [len(begun[place]) for place in places], cache, device)
+        ends = torch.tensor([width + len(one) for one in rests], dtype=torch.long)
+        pads_first(cache, ends, max(map(len, different)))
     cache = rows_of(cache, torch.tensor(places, dtype=torch.long))
     yield _stretch(
         [text[cut:] for text, cut in zip(texts, cuts, strict=True)],

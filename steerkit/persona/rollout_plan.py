@@ -41,23 +41,20 @@ class RolloutPlan:
                 raise DataError(f"{name} is at least 1, got {getattr(self, name)}")
 
     def asked(self, spec: TraitSpec) -> list[Asked]:
-        """Every row there will be, in order: extraction first.
+        """Every row there will be, in order: extraction first, those of one instruction together.
 
         Args:
             spec: of the trait.
         """
         count, first = len(spec.instructions), len(spec.extraction_questions)
+        turns = min(self.held_out_instructions, count)
         rows = [
-            Asked(False, question, instruction, sample)
+            Asked(is_held_out, question, instruction, sample)
+            for is_held_out, questions in ((False, range(first)), (True, range(first, len(spec.questions))))
             for instruction in range(count)
-            for question in range(first)
+            for question in questions
             for sample in range(self.samples)
-        ]
-        rows += [
-            Asked(True, question, (question + turn) % count, sample)
-            for turn in range(min(self.held_out_instructions, count))
-            for question in range(first, len(spec.questions))
-            for sample in range(self.samples)
+            if not is_held_out or (instruction - question) % count < turns
         ]
         return rows
 

@@ -35,7 +35,7 @@ from steerkit.vector.model_identity import model_facts
 
 __all__ = ["Rollout", "roll_out", "takes_system"]
 
-FORMAT = 1
+FORMAT = 2  # the order of the rows
 
 
 class Rollout(NamedTuple):
@@ -144,6 +144,7 @@ def _answers(
         max_new_tokens=plan.max_new_tokens,
         batch_size=len(each),
         chat_template_kwargs=plan.chat_template_kwargs,
+        shares=True,
         **drawn,
     )
     return [dict(zip(SIDES, texts[place : place + 2], strict=True)) for place in range(0, len(texts), 2)]

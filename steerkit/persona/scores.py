@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,23 +139,25 @@ def margin_scores(
     """
 
     def scored(rows: Sequence[Rollout]) -> list[dict[str, Any]]:
-        texts, places = [], []
-        for number, row in enumerate(rows):
-            for place, side in enumerate(SIDES):
-                answer = row.answer(side)
-                if answer:
-                    places.append((number, place))
-                    texts += [
-                        setup.render(row.asked.conversation(spec, under, answer=answer, folded=folded))
-                        for under in (side, SIDES[1 - place])
-                    ]
         found: list[list[float | None]] = [[None, None] for _ in rows]
-        means = [float(tokens.mean()) for tokens in setup.baseline.log_probs(texts)] if texts else []
-        for (number, place), own, other in zip(places, means[0::2], means[1::2], strict=True):
-            found[number][place] = _number(own - other)
+        own = replace(setup)  # no other chunk asks for what is read for this one, so nothing of it is kept
+        # Both answers under both system prompts are four texts, whose prompts are read once where one pass holds them.
+        at_once = max(1, setup.batch_size // (2 * len(SIDES)))
+        for start in range(0, len(rows), at_once):
+            asked = [
+                (number, place, row.asked.conversation(spec, under, answer=row.answer(side), folded=folded))
+                for number, row in enumerate(rows[start : start + at_once], start)
+                for place, side in enumerate(SIDES)
+                if row.answer(side)
+                for under in (side, SIDES[1 - place])
+            ]
+            means = [float(one.mean()) for one in own.baseline.log_probs([own.render(told) for _, _, told in asked])]
+            for (number, place, _), mine, other in zip(asked[0::2], means[0::2], means[1::2], strict=True):
+                found[number][place] = _number(mine - other)
         return [{"margin": pair} for pair in found]
 
-    rows = _scored(Journal(path, {**header, "judge": None}), rollouts, scored, step)
+    journal = Journal(path, {**header, "judge": None})
+    rows = _scored(journal, rollouts, scored, step, chunk=max(_CHUNK, setup.batch_size))
     return Scores(None, margin=[row["margin"] for row in rows])
 
 
@@ -163,11 +166,12 @@ def _scored(
     rollouts: Sequence[Rollout],
     score: Callable[[Sequence[Rollout]], list[dict[str, Any]]],
     step: Callable[[int], None],
+    chunk: int = _CHUNK,
 ) -> tuple[dict[str, Any], ...]:
     """Rows of scores, those that are there already and the rest."""
     step(len(journal))
     while len(journal) < len(rollouts):
-        rows = rollouts[len(journal) : len(journal) + _CHUNK]
+        rows = rollouts[len(journal) : len(journal) + chunk]
         journal.append(score(rows))
         step(len(rows))
     return journal.rows

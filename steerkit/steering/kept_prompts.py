@@ -8,13 +8,13 @@ is. Rows are laid out anew for it: prompts end in one column, answers begin in t
 order then, so figures differ from those of whole passes by rounding. Only attention caches are continued: what a
 recurrent state has seen is not told by its size, and not every family goes on from one over several tokens.
 
-What all prompts of a batch begin with, such as a system prompt, is read once for all of them, but for sliding windows:
+What prompts of a batch begin with, such as a system prompt, is read once for all that do, but for sliding windows:
 between it and a prompt's end no pads may come, and those behind a prompt would push it out of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from steerkit.activations.caches import common_beginning, pads_first, rows_of
+from steerkit.activations.caches import beginnings, joined, pads_first, rows_of
 from steerkit.activations.reading import position_inputs
 from steerkit.steering.repeated import Repeated
 from steerkit.tokens.transformers_facts import cache_argument, cache_left_by, is_attention_cache
@@ -147,9 +147,9 @@ class KeptPrompts:
 
     def _read(self, decoder: Decoder, split: Split) -> Any:
         """The cache after the different prompts; None where it cannot be used or there is no room."""
-        begun = self._beginning(decoder, split)
-        if begun is not None:
-            cache = _gone_on(decoder, begun, self._begun[begun], split)
+        begun = self._beginnings(decoder, split)
+        if begun:
+            cache = _gone_on(decoder, begun, joined([self._begun[one] for one in begun]), split)
         else:
             once = split.repeated.once
             cache = _read(decoder, split.prompt[once], split.mask[once, : split.prompt.shape[1]])
@@ -158,21 +158,23 @@ class KeptPrompts:
             return None
         return cache if self._has_room(cache) else None
 
-    def _beginning(self, decoder: Decoder, split: Split) -> tuple[int, ...] | None:
-        """What all prompts of a batch begin with, read and kept; None where it is short or cannot be gone on from."""
-        common = () if self._is_apart else common_beginning(split.prompts)
-        if not common:
-            return None
-        known = [ids for ids in self._begun if common[: len(ids)] == ids and 2 * len(ids) > len(common)]
-        begun = max(known, key=len, default=common)
-        if begun not in self._begun:
-            ids = torch.tensor([begun], dtype=torch.long, device=split.prompt.device)
-            cache = _read(decoder, ids, torch.ones_like(ids))
-            self._is_apart = not is_attention_cache(cache, windows=False)
-            if self._is_apart or not self._has_room(cache):
-                return None
-            self._begun[begun] = cache
-        return begun
+    def _beginnings(self, decoder: Decoder, split: Split) -> list[tuple[int, ...]]:
+        """By prompt what it begins with, read and kept; none where that saves nothing or cannot be gone on from."""
+        found = [] if self._is_apart else beginnings(split.prompts)
+        if not any(found):
+            return []
+        for common in dict.fromkeys(found):
+            known = [ids for ids in self._begun if common[: len(ids)] == ids and 2 * len(ids) > len(common)]
+            begun = max(known, key=len, default=common)
+            if begun not in self._begun:
+                ids = torch.tensor([begun], dtype=torch.long, device=split.prompt.device)
+                cache = _read(decoder, ids, torch.ones_like(ids))
+                self._is_apart = not is_attention_cache(cache, windows=False)
+                if self._is_apart or not self._has_room(cache):
+                    return []
+                self._begun[begun] = cache
+            found = [begun if one == common else one for one in found]
+        return found
 
     def _has_room(self, cache: Any) -> bool:
         """Whether there is room for one more cache, which then is taken."""
@@ -190,15 +192,20 @@ def _read(decoder: Decoder, ids: Tensor, mask: Tensor, past: Any = None) -> Any:
     return cache_left_by(out)
 
 
-def _gone_on(decoder: Decoder, begun: tuple[int, ...], cache: Any, split: Split) -> Any:
-    """The cache after the different prompts of a batch, from one after what they all begin with.
+def _gone_on(decoder: Decoder, begun: Sequence[tuple[int, ...]], cache: Any, split: Split) -> Any:
+    """The cache after the different prompts of a batch, from one after what each of them begins with.
 
-    Pads stand behind the prompts in that pass, and before them in what is given.
+    Pads stand before the beginnings and behind the prompts in that pass, and before all in what is given.
     """
-    rests = [torch.tensor(prompt[len(begun) :], dtype=torch.long) for prompt in split.prompts]
-    ends = torch.tensor([len(prompt) for prompt in split.prompts], dtype=torch.long)
-    mask = (torch.arange(int(ends.max())) < ends[:, None]).long().to(split.prompt.device)
+    rests = [
+        torch.tensor(prompt[len(one) :], dtype=torch.long) for one, prompt in zip(begun, split.prompts, strict=True)
+    ]
+    width = max(map(len, begun))
+    starts = torch.tensor([width - len(one) for one in begun], dtype=torch.long)
+    ends = torch.tensor([width + len(rest) for rest in rests], dtype=torch.long)
+    columns = torch.arange(int(ends.max()))
+    mask = ((columns >= starts[:, None]) & (columns < ends[:, None])).long().to(split.prompt.device)
     ids = pad_sequence(rests, batch_first=True).to(split.prompt.device)
-    found = _read(decoder, ids, mask, rows_of(cache, torch.zeros(len(rests), dtype=torch.long)))
-    pads_first(found, ends)
+    found = _read(decoder, ids, mask, cache)
+    pads_first(found, ends, split.prompt.shape[1])
     return found

@@ -18,6 +18,7 @@ from steerkit.network.sites import Site
 from steerkit.prompts.batching import batches
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.prompts.rendering import Rendered
+from tests import tolerances
 from tests.families import BLOCKS, FAMILIES, FURTHER, build
 from tests.modes import vector_for
 from tests.tiny_tokenizers import CHATML, byte_tokenizer
@@ -43,20 +44,31 @@ def read(name: str, items: Any, readout: Any = "response_mean", **options: Any) 
     return record(family(name).eval(), TOKENIZER, items, sites, readout=readout, **options)
 
 
-def assert_same(one: Activations, other: Activations) -> None:
+def assert_same(one: Activations, other: Activations, rounding: float = 1e-5) -> None:
     assert one.sites == other.sites
     for site in one.sites:
-        torch.testing.assert_close(one[site], other[site], rtol=1e-4, atol=1e-5)
+        assert tolerances.gap(one[site], other[site]) <= rounding
         mine, its = one.scales[site], other.scales[site]
         assert mine.norm == pytest.approx(its.norm, rel=0.01)  # a bin's width
         torch.testing.assert_close(mine.deviation, its.deviation, rtol=1e-3, atol=1e-5)
+
+
+OTHER = (8, 3, 3, 9, 14, 6, 2, 21, 4, 17, 5)
+STRAY = (20, 4, 18, 6, 2, 9, 9, 3, 16, 25, 11, 1, 13)
+
+
+def behind_two_systems() -> list[Rendered]:
+    """Answers behind two system prompts of different lengths, in turn, and one behind a prompt like no other."""
+    mixed = [one for pair in zip(texts(), texts(OTHER), strict=True) for one in pair]
+    return [*mixed, Rendered("", (*STRAY, 7, 5), len(STRAY), ())]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *FURTHER])
 def test_every_family_gives_the_numbers_of_whole_texts(name: str) -> None:
     if find_decoder(family(name)).model_type == "rwkv":
         return  # several rows with a state are refused
-    assert_same(read(name, texts(), shares=True), read(name, texts()))
+    for items in (texts(), behind_two_systems()):
+        assert_same(read(name, items, shares=True), read(name, items), tolerances.of_family(name))
 
 
 def test_most_families_share() -> None:
@@ -102,6 +114,27 @@ def test_columns_that_run() -> None:
     # What all begin with, the rest of the three prompts, the six answers; instead of six rows of 17 tokens.
     assert sizes == [(1, 8), (3, 4), (6, 5)]
     assert batch.input_ids.shape == (6, 17)
+
+
+def test_columns_that_run_behind_two_systems() -> None:
+    items = behind_two_systems()[:-1]
+    (batch,) = batches(items, 16, pad_id=0)
+    passes = stretches(batch, torch.device("cpu"))
+    assert passes is not None
+    sizes = []
+    for one in passes:
+        sizes.append(tuple(one.ids.shape))
+        assert int(one.counted.sum()) == sum(
+            stop - start for start, stop in zip(one.starts, one.stops, strict=True)
+        ) - (len(items) if len(sizes) == 1 else 0), (
+            "every token counts for every text that it stands in, but for the first of a text"
+        )
+        for layer in range(2):  # as a pass would
+            keys = torch.zeros(len(one.ids), 1, one.ids.shape[1], 4)
+            one.past.update(keys, keys, layer)
+        assert one.past.get_seq_length() >= one.ids.shape[1]
+    # Both beginnings, the rests of six prompts, twelve answers; instead of twelve rows of 20 tokens.
+    assert sizes == [(2, 11), (6, 4), (12, 5)]
 
 
 def test_what_shares_too_little_is_read_as_whole_texts() -> None:

@@ -40,6 +40,8 @@ LONG = {  # more than ten seconds each; README and the page on own data are run 
 }
 # peft asks the model in the way that transformers is about to drop.
 BY_TRANSFORMERS_ITSELF = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+# Formal answers are as many tokens as casual ones, of longer words; the pages say so.
+LONGER_WORDS = pytest.mark.filterwarnings("ignore:length alone predicts the label.*more characters:UserWarning")
 KNOWN = {"python", "console", "bash", "text", "toml", "json", "jsonl", "markdown", "{eval-rst}", "{toctree}"}
 
 
@@ -119,6 +121,7 @@ def test_a_page_runs(page: Path, site: Path, cli: Cli) -> None:
 
 
 @BY_TRANSFORMERS_ITSELF
+@LONGER_WORDS
 @pytest.mark.slow
 @pytest.mark.embedded
 @pytest.mark.parametrize("page", ids(SLOW))

@@ -44,7 +44,7 @@ def test_everything_is_asked_once() -> None:
     extraction = [(q, i, s) for i in range(2) for q in range(3) for s in range(2)]
     assert [(one.question, one.instruction, one.sample) for one in asked if not one.held_out] == extraction
     held_out = [(one.question, one.instruction, one.sample) for one in asked if one.held_out]
-    assert held_out == [(3, 1, 0), (3, 1, 1), (4, 0, 0), (4, 0, 1)], "each under one instruction, in turn"
+    assert held_out == [(4, 0, 0), (4, 0, 1), (3, 1, 0), (3, 1, 1)], "each under one instruction, in turn"
     assert asked == sorted(asked, key=lambda one: one.held_out)
     every = RolloutPlan(held_out_instructions=9).asked(SPEC)
     assert len(set(every)) == len(every) == 2 * 5, "no more instructions than there are"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -136,8 +137,13 @@ TEXTS = [
 BEGUN = (9, 4, 7, 5, 30, 6, 11, 12, 3)  # what all prompts begin with is read once
 
 
-def begun(texts: list[Rendered]) -> list[Rendered]:
-    return [Rendered("", (*BEGUN, *one.ids), len(BEGUN) + one.prompt_length, ()) for one in texts]
+OTHER = (8, 3, 3, 9, 14, 6, 2, 21, 4, 17, 5, 13)  # or what some begin with
+
+
+def begun(texts: list[Rendered], *systems: tuple[int, ...]) -> list[Rendered]:
+    """The texts behind one beginning, or behind several in turn."""
+    each = zip(itertools.cycle(systems or (BEGUN,)), texts, strict=False)
+    return [Rendered("", (*system, *one.ids), len(system) + one.prompt_length, ()) for system, one in each]
 
 
 def predicted(model: Any, vector: Any, strength: float, setup: Setup, texts: list[Rendered] = TEXTS) -> list[Tensor]:
@@ -153,7 +159,8 @@ def test_answers_behind_kept_prompts_get_the_same_numbers(name: str, monkeypatch
         return  # several rows with a state are refused
     vector = vector_for(model, scope="response", site=Site(2))
     kept = Setup(model, byte_tokenizer(), DATA)
-    asked = [(TEXTS, 1.0), (TEXTS, -0.5), (begun(TEXTS), -0.5), (TEXTS, 1.0)]
+    two = begun([*TEXTS, *TEXTS[::-1]], BEGUN, OTHER)
+    asked = [(TEXTS, 1.0), (TEXTS, -0.5), (begun(TEXTS), -0.5), (two, 1.0), (two, -0.5), (TEXTS, 1.0)]
     mine = [predicted(model, vector, strength, kept, texts) for texts, strength in asked]
     monkeypatch.setattr("steerkit.evaluate.answer_passes.AnswerPasses._behind_prompts", lambda *_: None)
     monkeypatch.setattr("steerkit.steering.kept_blocks.can_spare", lambda *_: False)
@@ -175,6 +182,18 @@ def test_what_all_prompts_begin_with_is_read_once() -> None:
     handle.remove()
     # The beginning, the prompts without it and without their last tokens, the answers; the second time these alone.
     assert sizes == [(1, 9), (3, 4), (3, 3), (3, 4)]
+
+
+def test_what_some_begin_with_and_others_do_not_is_read_once_each() -> None:
+    model = family("llama").eval()
+    setup, sizes = Setup(model, byte_tokenizer(), DATA), []
+    vector = vector_for(model, scope="response", site=Site(2))
+    handle = model.register_forward_pre_hook(
+        lambda _module, _args, given: sizes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    predicted(model, vector, 1.0, setup, begun([*TEXTS, *TEXTS[::-1]], BEGUN, OTHER))
+    handle.remove()
+    assert sizes == [(1, 12), (1, 9), (6, 4), (6, 3)] or sizes == [(1, 9), (1, 12), (6, 4), (6, 3)]
 
 
 def test_what_the_unsteered_model_ran_through_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
