@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steerkit.activations.caches import beginnings
 from steerkit.errors import DataError, StrengthError
 from steerkit.network.context import check_lengths, named
 from steerkit.network.decoder import execution_device, find_decoder
 from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
+from steerkit.prompts.beginnings import beginnings
 from steerkit.prompts.chat_roles import Roles
 from steerkit.prompts.conversation import Conversation, Message
 from steerkit.prompts.marks import CHANNEL, FRAME, THINKING

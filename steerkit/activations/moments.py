@@ -160,7 +160,8 @@ def token_norms(h: Tensor) -> Tensor:
     Returns:
         [...] float32.
     """
-    return torch.linalg.vector_norm(h, dim=-1, dtype=torch.promote_types(h.dtype, torch.float32)).float()
+    norms: Tensor = torch.linalg.vector_norm(h, dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
+    return norms.float()
 
 
 class NormMedian:

@@ -127,7 +127,7 @@ def record(
     if not wanted:
         raise SiteError("record: got no site; give at least one, such as 'resid_post.12'")
     plan = Readout.parse(readout)
-    work = batches(rendered, batch_size, pad_id=pad_token_id(tokenizer), side=padding_side)
+    work = batches(rendered, batch_size, pad_id=pad_token_id(tokenizer), side=padding_side, alike=shares)
     taps = locate(model, wanted)
     found: dict[Site, Tensor] = {}
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from steerkit.activations.caches import beginnings, pads_first, rows_of
+from steerkit.activations.caches import pads_first, rows_of
 from steerkit.network.block_trace import evaluation_mode
 from steerkit.network.residual_form import plain_tokens
+from steerkit.prompts.beginnings import beginnings
 from steerkit.tokens.transformers_facts import cache_left_by, empty_attention_cache, is_attention_cache
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def stream(
     if batch_size < 1:
         raise DataError(f"batch_size is at least 1, got {batch_size}")
     groups = 2 if data.paired else 1
-    work = batches(rendered, max(batch_size, groups), pad_id=pad_token_id(tokenizer), groups=groups)
+    work = batches(rendered, max(batch_size, groups), pad_id=pad_token_id(tokenizer), groups=groups, alike=shares)
     positives = len(data.positive)
 
     def is_positive(row: int) -> bool:

@@ -48,7 +48,7 @@ class RolloutPlan:
         """
         count, first = len(spec.instructions), len(spec.extraction_questions)
         turns = min(self.held_out_instructions, count)
-        rows = [
+        return [
             Asked(is_held_out, question, instruction, sample)
             for is_held_out, questions in ((False, range(first)), (True, range(first, len(spec.questions))))
             for instruction in range(count)
@@ -56,7 +56,6 @@ class RolloutPlan:
             for sample in range(self.samples)
             if not is_held_out or (instruction - question) % count < turns
         ]
-        return rows
 
 
 class Asked(NamedTuple):

@@ -80,7 +80,7 @@ def roll_out(
         spec: of the trait.
         path: a JSONL file that grows batch by batch; a run that was killed goes on where it stopped.
         plan: what is asked; None takes the defaults.
-        batch_size: answers per pass, two to a row.
+        batch_size: rows per pass, two answers to each.
         step: called with the number of rows that have become ready, for a progress bar.
 
     Returns:
@@ -95,7 +95,7 @@ def roll_out(
     plan = plan or RolloutPlan()
     folded = not takes_system(tokenizer)
     kept = Journal(path, _header(model, tokenizer, spec, plan, folded=folded))
-    every, rows = plan.asked(spec), max(1, batch_size // 2)
+    every, rows = plan.asked(spec), batch_size
     # What follows the last whole batch is asked again, so that a resumed run has the very batches of one that was not.
     kept.keep(len(kept) if len(kept) >= len(every) else len(kept) // rows * rows)
     step(len(kept))

@@ -60,7 +60,7 @@ def watchpoint(setup: Setup, spec: TraitSpec, *, method: str, folded: bool = Fal
     sides = {kind: prompts(spec, kind, held_out=False, folded=folded) for kind in _KINDS}
     others = sides["negative"] + sides["neutral"]
     data = ContrastSet(sides["positive"], others, paired=False, source=f"prompts of {spec.trait}")
-    acts = record(setup.model, setup.tokenizer, data, sites, readout="prompt_last", **shared)
+    acts = record(setup.model, setup.tokenizer, data, sites, readout="prompt_last", shares=True, **shared)
     options = {**shared, "method": method, "readout": "prompt_last", "acts": acts}
     every = fit(setup.model, setup.tokenizer, data, sites=sites, **options)
     reached = []
@@ -70,8 +70,9 @@ def watchpoint(setup: Setup, spec: TraitSpec, *, method: str, folded: bool = Fal
     best = sites[reached.index(max(reached))]
     vector = fit(setup.model, setup.tokenizer, data, sites=[best], **options)
     watching = Monitor(setup.model, setup.tokenizer, vector, calibrated=False, **shared)
+    plus, *rest = (watching.score(prompts(spec, kind, held_out=True, folded=folded)) for kind in _KINDS)
     about: dict[str, Any] = {
-        kind: separates(watching, spec, kind, folded=folded)._asdict() for kind in ("neutral", "negative")
+        kind: separability(plus, minus)._asdict() for kind, minus in zip(_KINDS[1:], rest, strict=True)
     }
     about["prompts"] = len(prompts(spec, "positive", held_out=True))
     return replace(vector, extra={**vector.extra, "watchpoint": about})

@@ -17,6 +17,7 @@ from torch import Tensor
 from steerkit._support.memory import unless_too_large
 from steerkit._support.processes import processes
 from steerkit.errors import DataError, ModelError, near_miss
+from steerkit.prompts.beginnings import beginnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,6 +149,7 @@ def batches(
     side: Literal["right", "left"] = "right",
     groups: int = 1,
     length: Callable[[Rendered], int] | None = None,
+    alike: bool = False,
 ) -> list[Batch]:
     """Sort by length, longest first so that memory peaks at once, and pad each batch to its longest row.
 
@@ -158,6 +160,7 @@ def batches(
         side: where the pads go.
         groups: how many neighbours stay together in one batch: with 2, items 2i and 2i+1.
         length: what is sorted by; None takes the number of tokens.
+        alike: keep those together that begin alike (`steerkit.prompts.beginnings`), before lengths are looked at.
 
     Returns:
         The batches. Together their `rows` are every index of `rendered` once.
@@ -175,6 +178,10 @@ def batches(
     together = [range(start, start + groups) for start in range(0, len(rendered), groups)]
     sizes = [len(one.ids) if length is None else length(one) for one in rendered]
     together.sort(key=lambda group: -max(sizes[row] for row in group))
+    if alike:
+        begun = beginnings([tuple(rendered[group[0]].ids) for group in together])
+        first = {ids: place for place, ids in reversed(list(enumerate(begun)))}
+        together = [group for _, group in sorted(zip(begun, together, strict=True), key=lambda one: first[one[0]])]
     per_batch = max(1, batch_size // groups)
     return [
         _pad(rendered, [row for group in together[start : start + per_batch] for row in group], pad_id, side, groups)

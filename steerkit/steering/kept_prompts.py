@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from steerkit.activations.caches import beginnings, joined, pads_first, rows_of
+from steerkit.activations.caches import joined, pads_first, rows_of
 from steerkit.activations.reading import position_inputs
+from steerkit.prompts.beginnings import beginnings
 from steerkit.steering.repeated import Repeated
 from steerkit.tokens.transformers_facts import cache_argument, cache_left_by, is_attention_cache
 

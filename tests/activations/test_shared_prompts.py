@@ -147,3 +147,23 @@ def test_a_steered_model_is_read_as_whole_texts() -> None:
     model = family("llama").eval()
     with steerkit.steer(model, vector_for(model, scope="all", site=Site(0)), 2.0):
         assert torch.equal(read("llama", texts(), shares=True)[Site(2)], read("llama", texts())[Site(2)])
+
+
+@pytest.mark.parametrize("readout", ["prompt_last", "response_mean"])
+def test_texts_that_begin_alike_share_a_pass_whatever_their_lengths(readout: str) -> None:
+    """One system prompt a batch, not whichever lengths are next to one another."""
+    model, columns = family("llama").eval(), []
+    items = [
+        Rendered("", (*system, 30 + length, *range(3, 3 + length), 7), len(system) + 1 + length, ())
+        for length in range(1, 9)
+        for system in (BEGUN, OTHER, STRAY)
+    ]
+    handle = model.model.register_forward_pre_hook(
+        lambda _module, _args, given: columns.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    found = read("llama", items, readout, shares=True, batch_size=8)
+    handle.remove()
+    assert_same(found, read("llama", items, readout))
+    # Three beginnings, once each, instead of three in each of three batches; and 24 rests.
+    assert sum(columns) < len(BEGUN) + len(OTHER) + len(STRAY) + 24 * (8 + 1) + 24 * 2
+    assert sorted(columns[::3]) == sorted(map(len, (BEGUN, OTHER, STRAY)))

@@ -119,13 +119,13 @@ def test_further_samples_leave_the_first_ones(model: Any, tokenizer: Any, tmp_pa
 def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     steps: list[int] = []
-    rows = roll_out(model, tokenizer, SPEC, path, PLAN, batch_size=6, step=steps.append)
+    rows = roll_out(model, tokenizer, SPEC, path, PLAN, batch_size=3, step=steps.append)
     assert steps == [0, 3, 3, 3, 3, 3, 1]
     content = path.read_bytes()
     ends = [place for place, byte in enumerate(content) if byte == 10]
     for cut in (0, 9, ends[0], ends[0] + 1, ends[0] + 30, ends[4] + 1, ends[5] + 7, ends[-2] + 1, len(content) - 1):
         path.write_bytes(content[:cut])
-        assert roll_out(model, tokenizer, SPEC, path, PLAN, batch_size=6) == rows
+        assert roll_out(model, tokenizer, SPEC, path, PLAN, batch_size=3) == rows
         assert path.read_bytes() == content, cut
     steps.clear()
     roll_out(model, tokenizer, SPEC, path, PLAN, batch_size=4, step=steps.append)
