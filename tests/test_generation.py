@@ -152,7 +152,7 @@ def test_what_a_seed_per_prompt_cannot_do(model: Any, tokenizer: Any, options: d
         steerkit.generate(model, tokenizer, PROMPTS, **{"seed": [1, 2, 3], **options})
 
 
-BEGUN = "You are kind. "
+BEGUN = "You are kind and patient with all. "
 
 
 @pytest.mark.parametrize("begun", [(BEGUN,) * 4, (BEGUN, "You are a gruff old sailor. ", BEGUN, BEGUN)])

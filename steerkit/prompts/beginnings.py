@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 __all__ = ["beginnings"]
 
-_PASS = 8  # columns that a pass of its own costs beside those that it reads
+_PASS = 12  # columns that a pass of its own costs beside those that it reads
 _DEPTH = 8  # how often texts are parted at most: by a template's first words, system prompts, what questions begin with
 
 

@@ -826,7 +826,8 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     # answers, whose caches all strengths go on from; those of both sides of the data are the same. And those of the
     # generated texts, one for both.
     assert len(setup.read._kept) == 7
-    assert count.baseline == 12 + 7 + 1
+    assert len(setup.read._begun) == 3, "three prompts go on as others do, and are read once for both"
+    assert count.baseline == 12 + 7 + 3 + 1
     # Two passes over three tokens see, once in a model's life, whether its first blocks can be left out.
     assert count.steered == 13 + 3 + 2
     measure(steered(setup, -1.0), [*ALL, along])

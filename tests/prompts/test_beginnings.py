@@ -13,8 +13,8 @@ ONE, TWO = tuple(range(100, 120)), tuple(range(200, 230))
 
 
 def columns(texts: list[tuple[int, ...]], begun: list[tuple[int, ...]]) -> int:
-    """What is read: every beginning in a pass of its own, which costs eight columns more, and the rests, padded."""
-    read_once = sum(len(one) + 8 for one in set(begun) if one)
+    """What is read: every beginning in a pass of its own, which costs twelve columns more, and the rests, padded."""
+    read_once = sum(len(one) + 12 for one in set(begun) if one)
     return read_once + len(texts) * max(len(text) - len(one) for text, one in zip(texts, begun, strict=True))
 
 
