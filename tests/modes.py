@@ -301,8 +301,9 @@ def reference(model: Any, ran: Ran, steered: Callable[[Ran], Any]) -> Tensor:
 
 
 def gap(ran: Ran, expected: Tensor) -> float:
-    """Largest difference, relative to the largest value."""
-    return float((ran.logits.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-6))
+    """Largest difference, relative to the largest value; of a beam's score, which may be near 0, to a nat at least."""
+    least = 1.0 if ran.processed else 1e-6
+    return float((ran.logits.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(least))
 
 
 def run_steered(

@@ -30,6 +30,8 @@ Both sides of a comparison round in every block and the input is rounded once; e
 late ones do not, so the sum is of the size of the first. The rest is room for the luck of the draw.
 """
 DRAWS = 3
+PRODUCTS = 6
+"""Products of a block, one after the other: queries and keys, scores, values, the output, into the MLP, out of it."""
 COARSE = 1e-3
 """Tests call two answers different from here on, so no tolerance of a model in float32 may reach it."""
 
@@ -63,7 +65,7 @@ def tolerance(model: Any, run: Callable[[], Tensor] | Tensor) -> float:
     measured = run if callable(run) else lambda: model(input_ids=ids, use_cache=False).logits
     plain = measured()
     decoder = find_decoder(model)
-    spreads = [summing(decoder.hidden_size, 2 * decoder.num_layers)]
+    spreads = [summing(decoder.hidden_size, PRODUCTS * decoder.num_layers)]
     for seed in range(DRAWS):
         with rounded_input(model, seed):
             spreads.append(gap(measured(), plain))
@@ -90,8 +92,8 @@ def of_family(family: str) -> float:
 def summing(terms: int, products: int) -> float:
     """What the order of sums makes of them: a random walk, in each sum and over products one after the other.
 
-    Processors sum in float32, also where the factors are bfloat16. No tolerance is below it: two products in each
-    block round by themselves, and that is in no rounding of the input.
+    Processors sum in float32, also where the factors are bfloat16. No tolerance is below it: the products in each block
+    round by themselves, and that is in no rounding of the input.
     """
     return float(torch.finfo(torch.float32).eps) * math.sqrt(terms * products)
 

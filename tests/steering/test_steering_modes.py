@@ -37,9 +37,11 @@ def check(family: str, scope: str, mode: str) -> None:
         assert len(one.answer) == modes.NEW
         assert modes.gap(one, expected) < tolerance, (family, scope, mode)
     # A steer that does nothing must fail: what the mode gave is not what the baseline gives. A beam shows only one
-    # sum of log-probabilities, which may come out alike by chance, so there one answer that differs is enough.
-    differs = [modes.gap(one, baseline) > 1e-3 for one, _, baseline in ran]
-    assert any(differs) if ran[0][0].processed else all(differs), (family, scope, mode)
+    # sum of log-probabilities, which may come out nearly alike by chance, so there one answer that differs by more than
+    # rounding is enough.
+    is_sum = ran[0][0].processed
+    differs = [modes.gap(one, baseline) > (10 * tolerance if is_sum else 1e-3) for one, _, baseline in ran]
+    assert any(differs) if is_sum else all(differs), (family, scope, mode)
 
 
 COVERING = sorted(
