@@ -217,9 +217,7 @@ def _evenly(data: ContrastSet, pairs: int | None) -> ContrastSet:
 
     if pairs is None or not data.paired:
         return data
-    kept = spread(list(zip(data.positive, data.negative, strict=True)), pairs)
-    positive, negative = zip(*kept, strict=True)
-    return replace(data, positive=positive, negative=negative, marks=(), origins=((), ()), topics=((), ()))
+    return data.items_at(spread(range(len(data)), pairs))
 
 
 def _write_card(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from steerkit.evaluate.confounding import confounds
@@ -72,8 +71,7 @@ def confound_notes(
     Raises:
         DataError: see `steerkit.evaluate.confounding.confounds`.
     """
-    positive, negative = (tuple(spread(side, _LOOKED_AT)) for side in data.sides)
-    some = replace(data, positive=positive, negative=negative, marks=(), origins=((), ()), topics=((), ()))
+    some = data.items_at(*(spread(range(len(side)), _LOOKED_AT) for side in data.sides))
     found = confounds(tokenizer, some, readout=readout, chat_template_kwargs=chat_template_kwargs)
     return [one.message for one in found if one.warns]
 

@@ -220,7 +220,7 @@ class Setup:
             vars(self)["remembered"] = {}
         data = self.data
         if data is not None:
-            data = replace(data, positive=data.positive[:items], negative=data.negative[:items])
+            data = data.items_at(*(range(min(items, len(side))) for side in data.sides))
         found = replace(self, data=data, neutral=self.calm[:neutral])
         for name in ("remembered", "kept", "read", "predicted"):
             vars(found)[name] = getattr(self, name)

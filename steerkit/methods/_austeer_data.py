@@ -29,8 +29,7 @@ def balanced(data: ContrastSet) -> ContrastSet:
             kept.append(place)
     if len(kept) == len(labels):
         return data
-    positive, negative = (tuple(side[place] for place in kept) for side in (data.positive, data.negative))
-    return replace(data, positive=positive, negative=negative, marks=())
+    return data.items_at(kept)
 
 
 def as_it_stands(item: Conversation) -> Conversation:

@@ -357,19 +357,29 @@ class ContrastSet:
                 raise DataError(f"held_out_sources: {none} {name} item comes from {', '.join(sources)}; give others")
         return Marks(positive, negative, self.paired)
 
-    def _part(self, marks: Marks, *, wanted: bool) -> ContrastSet:
-        """The items of both sides whose mark is `wanted`."""
-        kept = [[place for place, mark in enumerate(side) if mark is wanted] for side in marks[:2]]
-        positive, negative = (
-            tuple(side[place] for place in places)
-            for side, places in zip((self.positive, self.negative), kept, strict=True)
-        )
+    def items_at(self, positive: Sequence[int], negative: Sequence[int] | None = None) -> ContrastSet:
+        """Some of the items, with what the file says of each; held-out marks are for the whole set and go.
+
+        Args:
+            positive: places of the positive ones, in the order wanted.
+            negative: places of the negative ones; None takes the same places, of pairs.
+
+        Raises:
+            DataError: a side is left empty, or pairs without partners.
+        """
+        kept = (positive, positive if negative is None else negative)
+        sides = [tuple(side[place] for place in places) for side, places in zip(self.sides, kept, strict=True)]
         origins, topics = (
             tuple(tuple(side[place] for place in places if side) for side, places in zip(named, kept, strict=True))
             for named in (self.origins, self.topics)
         )
         facts: dict[str, Any] = {"marks": (), "origins": origins, "topics": topics}
-        return replace(self, positive=positive, negative=negative, paired=marks.paired, **facts)
+        return replace(self, positive=sides[0], negative=sides[1], **facts)
+
+    def _part(self, marks: Marks, *, wanted: bool) -> ContrastSet:
+        """The items of both sides whose mark is `wanted`."""
+        kept = [[place for place, mark in enumerate(side) if mark is wanted] for side in marks[:2]]
+        return replace(self, paired=marks.paired).items_at(*kept)
 
 
 def _from_pairs(pairs: Sequence[Sequence[Conversation]], *, source: str = "") -> ContrastSet:

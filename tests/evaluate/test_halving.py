@@ -19,11 +19,15 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured
 from steerkit.evaluate.setup import Setup
+from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.recipe.finding import find_recipe
 from tests.looping import NEUTRAL, looping_model, trait_data
 
-# The items of these tests differ in their answers alone.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is fitted on as well")
+# The items of these tests differ in their answers alone; formal words are longer ones and refusals say "I".
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is fitted on as well"),
+    pytest.mark.filterwarnings("ignore:.*predicts the label"),
+]
 
 FREE = Budget(max_kl=1e9, max_ppl_ratio=1e30, max_repetition=0.1)
 SEARCH = Search(
@@ -71,6 +75,24 @@ def test_the_same_choice_in_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert few < 0.9 * many
     items = {point.scores["preference_margin"].items for point in halved.points}
     assert min(items) < max(items) == 24, "what was clearly behind was not measured on all"
+
+
+def with_sources(data: ContrastSet) -> ContrastSet:
+    sources = tuple("book" if place % 2 == 0 else "letter" for place in range(len(data)))
+    topics = tuple(map(str, range(len(data))))
+    return replace(data, origins=(sources, sources), topics=(topics, topics))
+
+
+def test_items_with_sources_and_topics_are_screened_on_few_of_them() -> None:
+    model, tokenizer = looping_model()
+    train, held_out = (with_sources(data) for data in (trait_data(96), trait_data(8, seed=9)))
+    setup = Setup(model, tokenizer, held_out, neutral=NEUTRAL, texts=2, max_new_tokens=16)
+    few = setup.first(3, 4).data
+    assert few is not None
+    assert few.origins == (("book", "letter", "book"), ("book", "letter", "book"))
+    assert few.topics == (("0", "1", "2"), ("0", "1", "2"))
+    search = replace(SEARCH, candidates=[(1,), (2,)], strengths=(0.5, 1.0))
+    assert calibrate(setup, train, readout="response_mean", budget=FREE, search=search).points
 
 
 def test_only_what_is_clearly_behind_is_left_out() -> None:

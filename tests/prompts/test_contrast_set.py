@@ -414,6 +414,24 @@ def test_what_cannot_be_a_conversation_is_refused_in_one_line(make, message):
     assert "\n" not in str(e.value)
 
 
+def test_some_items_keep_what_the_file_says_of_each():
+    pairs = ContrastSet.from_answers([(f"Q{n}?", f"yes {n}", f"no {n}") for n in range(4)])
+    named = (tuple("abcd"), tuple("efgh"))
+    data = dataclasses.replace(pairs, origins=named, topics=named[::-1], marks=(True, False, False, True))
+    some = data.items_at([2, 0])
+    assert [one.answer for one in some.positive] == ["yes 2", "yes 0"]
+    assert [one.answer for one in some.negative] == ["no 2", "no 0"]
+    assert (some.origins, some.topics) == ((("c", "a"), ("g", "e")), (("g", "e"), ("c", "a")))
+    assert some.marks == ()
+    apart = dataclasses.replace(data, paired=False, marks=()).items_at(range(3), [1])
+    assert (len(apart.positive), apart.origins) == (3, (("a", "b", "c"), ("f",)))
+    assert pairs.items_at([1]).origins == ((), ())
+    with pytest.raises(DataError, match="no negative item"):
+        dataclasses.replace(data, paired=False, marks=()).items_at([0], [])
+    with pytest.raises(DataError, match="cannot be pairs"):
+        data.items_at([0, 1], [0])
+
+
 # Batches
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from steerkit.checks.doctor.attention_sink import SINK, sink_weights
 from steerkit.checks.doctor.case import Case
 from steerkit.checks.doctor.judging import hold
@@ -36,10 +34,8 @@ def pairs(case: Case) -> str:
     if data is None or not data.paired:
         return "no pairs"
     places = spread(range(len(data)), _LOOKED_AT)
-    sides = [tuple(side[place] for place in places) for side in data.sides]
-    some = replace(data, positive=sides[0], negative=sides[1], marks=(), origins=((), ()))
     try:
-        found = answer_likeness(Setup(case.model, case.tokenizer, some))
+        found = answer_likeness(Setup(case.model, case.tokenizer, data.items_at(places)))
     except DataError as error:
         return f"not looked at: {error}"
     alike = [places[place] + 1 for place in found.alike()]
