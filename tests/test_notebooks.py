@@ -79,6 +79,14 @@ def test_notebooks_import_what_is_public(path: Path) -> None:
 
 
 @named
+def test_no_line_is_the_shell_s(path: Path) -> None:
+    """A name that only such a line uses looks unused to every checker, and its failure is no error of the cell."""
+    assert not [
+        line for cell in code_of(path) for line in cell.source.splitlines() if re.match(r"\s*(!|\w+ = !)", line)
+    ]
+
+
+@named
 def test_notebooks_are_committed_as_they_ran(path: Path) -> None:
     cells = code_of(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run from top to bottom, once"

