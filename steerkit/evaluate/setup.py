@@ -272,7 +272,7 @@ class Setup:
         for number, (positive, negative) in enumerate(zip(self.data.positive, self.data.negative, strict=False)):
             answered = positive.answer is not None and negative.answer is not None
             if not self.data.paired or not answered or positive.prompt != negative.prompt:
-                raise DataError(f"item {number} has no two answers to one prompt; give both answers")
+                raise DataError(f"item {number} has no two answers to one prompt; give both answers, or another scorer")
             system = shared_system(positive, negative)
             sides = (replace(side, system=system) for side in (positive, negative))
             first, second = (self.render(side) for side in sides)

@@ -216,6 +216,7 @@ def problem_of(
         UserWarning: items that choose or confirm ask what is fitted on.
     """
     scorer = scorer_of(effect)
+    scorer.check(fits.setup)
     of_texts = [scorer_of(one) for one in ("repetition", *beside)]
     held_out, kind, rest = fits.setup, fits.kind, fits.train
     if validation is None and takes_pair(kind):

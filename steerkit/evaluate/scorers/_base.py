@@ -69,6 +69,7 @@ class Scorer(Configured):
         columns: the figures it gives. The first is the one meant by the scorer's name alone.
         by_item: the items of the data are scored one by one from answers that the model is shown, so that a part of
             them costs a part of the passes.
+        of_pairs: both answers to each prompt are scored, so other data is refused before anything is fitted for it.
         against_baseline: the numbers already compare with the unsteered model (such as KL), so that it is not
             scored beside it.
 
@@ -85,6 +86,7 @@ class Scorer(Configured):
     source: ClassVar[str] = ""
     columns: ClassVar[Mapping[str, Column]]
     by_item: ClassVar[bool] = False
+    of_pairs: ClassVar[bool] = False
     against_baseline: ClassVar[bool] = False
 
     def worst(self, column: str) -> float | None:
@@ -94,6 +96,18 @@ class Scorer(Configured):
             column: one of `columns`.
         """
         return self.columns[column].worst
+
+    def check(self, setup: Setup) -> None:
+        """Refuse data that lacks what the scorer needs, before anything is fitted for it.
+
+        Args:
+            setup: where the items stand.
+
+        Raises:
+            DataError: items are no pairs of answers, where pairs are scored.
+        """
+        if self.of_pairs:
+            _ = setup.pairs
 
     def score(self, trial: Trial) -> Mapping[str, Tensor | Weighted]:
         """Score every item.

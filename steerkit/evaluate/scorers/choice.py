@@ -42,6 +42,7 @@ class Choice(Scorer):
     title: ClassVar[str] = "how likely the positive answer is picked where both are offered as (A) and (B)"
     source: ClassVar[str] = "Rimsky et al. 2024, arXiv 2312.06681"
     by_item: ClassVar[bool] = True
+    of_pairs: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
         "p_match": Column("picks the positive answer", "share", "higher", share=False, steered=True),
     }

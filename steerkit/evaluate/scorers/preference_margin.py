@@ -31,6 +31,7 @@ class PreferenceMargin(Scorer):
     name: ClassVar[str] = "preference_margin"
     title: ClassVar[str] = "how much likelier the positive answer is than the negative one"
     by_item: ClassVar[bool] = True
+    of_pairs: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
         "preference_margin": Column("preference margin", "nats per token", "higher", share=False, steered=True),
     }

@@ -35,6 +35,7 @@ class RestrictedAccuracy(Scorer):
     name: ClassVar[str] = "restricted_accuracy"
     title: ClassVar[str] = "how often the positive answer beats the negative one at their first different token"
     source: ClassVar[str] = "Hojer et al. 2025, arXiv 2504.19483"
+    of_pairs: ClassVar[bool] = True
     columns: ClassVar[Mapping[str, Column]] = {
         "restricted_accuracy": Column("restricted accuracy", "share", "higher", share=True, steered=True),
     }
