@@ -379,7 +379,7 @@ class ContrastSet:
     def _part(self, marks: Marks, *, wanted: bool) -> ContrastSet:
         """The items of both sides whose mark is `wanted`."""
         kept = [[place for place, mark in enumerate(side) if mark is wanted] for side in marks[:2]]
-        return replace(self, paired=marks.paired).items_at(*kept)
+        return replace(self, paired=marks.paired, marks=()).items_at(*kept)
 
 
 def _from_pairs(pairs: Sequence[Sequence[Conversation]], *, source: str = "") -> ContrastSet:
