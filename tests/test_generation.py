@@ -161,9 +161,8 @@ def test_what_prompts_share_is_read_once(name: str, begun: tuple[str, ...]) -> N
     tiny = build(name).eval()
     if find_decoder(tiny).model_type == "rwkv":
         return  # several rows with a state are refused
-    prompts = [
-        f"{begun}{asked}" for begun, asked in zip(begun, ("Hi", "And you?", "Hi", "Well, how was it?"), strict=True)
-    ]
+    questions = ("Hi", "And you?", "Hi", "Well, how was it?")
+    prompts = [f"{system}{asked}" for system, asked in zip(begun, questions, strict=True)]
     steering = {"vector": vector_for(tiny, scope="response", site=Site(1)), "strength": [1.0, 2.0, -1.0, 0.0]}
     seen: list[int] = []
     handle = tiny.register_forward_pre_hook(

@@ -74,7 +74,7 @@ def watchpoint(setup: Setup, spec: TraitSpec, *, method: str, folded: bool = Fal
     about: dict[str, Any] = {
         kind: separability(plus, minus)._asdict() for kind, minus in zip(_KINDS[1:], rest, strict=True)
     }
-    about["prompts"] = len(prompts(spec, "positive", held_out=True))
+    about["prompts"] = len(plus)
     return replace(vector, extra={**vector.extra, "watchpoint": about})
 
 

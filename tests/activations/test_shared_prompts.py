@@ -100,41 +100,28 @@ def test_running_sums_and_prompts_without_answers() -> None:
         assert_same(one, other)
 
 
-def test_columns_that_run() -> None:
-    items = texts()
+@pytest.mark.parametrize(
+    ("items", "sizes"),
+    [
+        # What all begin with, the rest of the three prompts, the six answers; instead of six rows of 17 tokens.
+        (texts(), [(1, 8), (3, 4), (6, 5)]),
+        # Both beginnings, the rests of six prompts, twelve answers; instead of twelve rows of 20 tokens.
+        (behind_two_systems()[:-1], [(2, 11), (6, 4), (12, 5)]),
+    ],
+    ids=["one system", "two systems"],
+)
+def test_columns_that_run(items: list[Rendered], sizes: list[tuple[int, int]]) -> None:
     (batch,) = batches(items, 16, pad_id=0)
     passes = stretches(batch, torch.device("cpu"))
     assert passes is not None
-    sizes = []
-    for one in passes:
-        sizes.append(tuple(one.ids.shape))
+    for number, (one, size) in enumerate(zip(passes, sizes, strict=True)):
+        assert tuple(one.ids.shape) == size
+        tokens = sum(stop - start for start, stop in zip(one.starts, one.stops, strict=True))
+        # A token counts for every text that it stands in, but for the first of a text.
+        assert int(one.counted.sum()) == tokens - (len(items) if number == 0 else 0)
         for layer in range(2):  # as a pass would
             keys = torch.zeros(len(one.ids), 1, one.ids.shape[1], 4)
             one.past.update(keys, keys, layer)
-    # What all begin with, the rest of the three prompts, the six answers; instead of six rows of 17 tokens.
-    assert sizes == [(1, 8), (3, 4), (6, 5)]
-    assert batch.input_ids.shape == (6, 17)
-
-
-def test_columns_that_run_behind_two_systems() -> None:
-    items = behind_two_systems()[:-1]
-    (batch,) = batches(items, 16, pad_id=0)
-    passes = stretches(batch, torch.device("cpu"))
-    assert passes is not None
-    sizes = []
-    for one in passes:
-        sizes.append(tuple(one.ids.shape))
-        assert int(one.counted.sum()) == sum(
-            stop - start for start, stop in zip(one.starts, one.stops, strict=True)
-        ) - (len(items) if len(sizes) == 1 else 0), (
-            "every token counts for every text that it stands in, but for the first of a text"
-        )
-        for layer in range(2):  # as a pass would
-            keys = torch.zeros(len(one.ids), 1, one.ids.shape[1], 4)
-            one.past.update(keys, keys, layer)
-        assert one.past.get_seq_length() >= one.ids.shape[1]
-    # Both beginnings, the rests of six prompts, twelve answers; instead of twelve rows of 20 tokens.
-    assert sizes == [(2, 11), (6, 4), (12, 5)]
 
 
 def test_what_shares_too_little_is_read_as_whole_texts() -> None:
