@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steerkit.errors import DataError, StrengthError
+from steerkit.network.chosen_tokens import ChosenTokens
 from steerkit.network.context import check_lengths, named
-from steerkit.network.decoder import execution_device, find_decoder
+from steerkit.network.decoder import execution_device, find_decoder, inner_model
 from steerkit.prompts.batching import Batch, batches, pad_token_id, run_batches
 from steerkit.prompts.beginnings import beginnings
 from steerkit.prompts.chat_roles import Roles
@@ -32,7 +33,21 @@ from steerkit.tokens.transformers_facts import cache_argument
 from steerkit.vector.fitted_rendering import as_fitted
 from steerkit.vector.steering_vector import SteeringVector
 
-__all__ = ["AnswerText", "exponential_noise", "generate"]
+__all__ = ["AnswerText", "Told", "exponential_noise", "generate", "told"]
+
+
+class Told(NamedTuple):
+    """One answer of a model.
+
+    Attributes:
+        text: without special tokens.
+        ids: of its tokens, that which ends it included, what pads a batch too.
+        log_probs: [t] float32 of each token, nats, on the CPU; None where they were not asked for or are not known.
+    """
+
+    text: str
+    ids: list[int]
+    log_probs: Tensor | None
 
 
 def generate(
@@ -83,6 +98,68 @@ def generate(
         SteerError: a prompt cannot be rendered (see `steerkit.prompts.rendering.render`), or the model not steered (see
             `steer`).
     """
+    found = told(
+        model,
+        tokenizer,
+        prompts,
+        listens=False,
+        vector=vector,
+        strength=strength,
+        scope=scope,
+        unit=unit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        raw=raw,
+        chat_template_kwargs=chat_template_kwargs,
+        shares=shares,
+        **options,
+    )
+    return [one.text for one in found]
+
+
+def told(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[Message] | Conversation],
+    *,
+    listens: bool = True,
+    vector: Vectors | None = None,
+    strength: Strength | None = None,
+    scope: str | None = None,
+    unit: Literal["paper", "norm"] | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    seed: int | Sequence[int] | None = None,
+    raw: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    shares: bool = False,
+    **options: Any,
+) -> list[Told]:
+    """Answer prompts as `generate` does, and tell of each answer its ids and how likely they were.
+
+    Args:
+        model: see `generate`, as for all that follow.
+        tokenizer: its tokenizer.
+        prompts: what to answer.
+        listens: whether log-probabilities are told, where there is one answer to each prompt.
+        vector: what steers.
+        strength: how strongly.
+        scope: which tokens are written.
+        unit: `paper` or `norm`.
+        max_new_tokens: the longest answer.
+        batch_size: prompts per pass.
+        seed: fixes sampling.
+        raw: leave strings as they are.
+        chat_template_kwargs: passed on to the chat template.
+        shares: read what prompts have in common once.
+        options: handed on to `transformers`' own `generate`.
+
+    Raises:
+        DataError: see `generate`.
+        StrengthError: see `generate`.
+        SteerError: see `generate`.
+    """
     if isinstance(prompts, str):
         raise DataError("generate: got one string; give a list of prompts")
     prompts = list(prompts)
@@ -109,17 +186,20 @@ def generate(
         if isinstance(seed, int):
             torch.manual_seed(seed)
 
-        def run(batch: Batch) -> list[str]:
+        def run(batch: Batch) -> list[Told]:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             own = [rows[row] for row in batch.rows] if rows is not None else strength
             drawn = {} if seeds is None else _drawn([seeds[row] for row in batch.rows], options)
             steering = _steered(model, _of_batch(vectors, batch.rows), own, scope, unit, roles)
             with torch.no_grad():
                 given = _read_once(model, batch, steering, device) if shares and options.keys() <= _ONE_ANSWER else {}
-                with steering:
+                listening = ChosenTokens(inner_model(model)) if listens else contextlib.nullcontext()
+                with steering, listening as chosen:
                     out = model.generate(input_ids=ids, attention_mask=mask, **{**settings, **drawn, **given})  # type: ignore[operator]
-            out = getattr(out, "sequences", out)
-            return [text_of(row) for row in out[:, ids.shape[1] :].tolist()]
+                answers = getattr(out, "sequences", out)[:, ids.shape[1] :]
+                logs = None if chosen is None else chosen.log_probs(answers)
+            known = [None] * len(answers) if logs is None else logs.cpu()
+            return [Told(text_of(row), row, one) for row, one in zip(answers.tolist(), known, strict=True)]
 
         return _in_order(run_batches(batches(rendered, batch_size, pad_id=pad, side="left"), run), len(prompts))
 
@@ -141,14 +221,14 @@ def _read_once(model: nn.Module, batch: Batch, steering: Any, device: torch.devi
     return {name: prompts.inputs(decoder, split)[name]}
 
 
-def _in_order(runs: Iterable[tuple[Batch, list[str]]], prompts: int) -> list[str]:
+def _in_order(runs: Iterable[tuple[Batch, list[Told]]], prompts: int) -> list[Told]:
     """The answers of all batches, one or several to a prompt, in the order of the prompts."""
-    texts: list[list[str]] = [[] for _ in range(prompts)]
+    found: list[list[Told]] = [[] for _ in range(prompts)]
     for batch, answers in runs:
         each = len(answers) // len(batch.rows)
         for place, row in enumerate(batch.rows):
-            texts[row] = answers[place * each : (place + 1) * each]
-    return [text for answers in texts for text in answers]
+            found[row] = answers[place * each : (place + 1) * each]
+    return [one for answers in found for one in answers]
 
 
 def _rendered(

@@ -9,8 +9,11 @@ import torch
 
 import steerkit
 from steerkit.errors import DataError, StrengthError
+from steerkit.generation import told
 from steerkit.network.decoder import find_decoder
 from steerkit.network.sites import Site
+from steerkit.prompts.conversation import Conversation
+from steerkit.prompts.rendering import render
 from tests import modes
 from tests.families import FAMILIES, FURTHER, build
 from tests.modes import vector_for
@@ -54,6 +57,49 @@ def test_one_strength_per_prompt_follows_its_prompt(model: Any, tokenizer: Any) 
     assert steerkit.generate(model, tokenizer, PROMPTS, vector=vector, strength=strengths, **options) == expected
     with pytest.raises(StrengthError, match="2 numbers for 3 prompts"):
         steerkit.generate(model, tokenizer, PROMPTS, vector=vector, strength=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mamba", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"seed": [1, 2, 3], "do_sample": True, "temperature": 1.7},
+        {"seed": 5, "do_sample": True, "top_k": 3, "num_return_sequences": 2},
+        {"repetition_penalty": 1.9},
+        {"shares": True},
+    ],
+    ids=["greedy", "a-seed-each", "several", "penalty", "shares"],
+)
+def test_told_with_each_answer_is_how_likely_a_pass_over_it_finds_its_tokens(
+    family: str, options: dict[str, Any], tokenizer: Any
+) -> None:
+    """Whatever changes the logits before a token is taken; up to the first token that ends an answer."""
+    model = build(family)
+    vector = vector_for(model, scope="response")
+    steered: dict[str, Any] = {"vector": vector, "strength": 0.7, "max_new_tokens": 6}
+    asks: dict[str, Any] = {"batch_size": 2, **steered, **options}
+    end = told(model, tokenizer, PROMPTS, **asks)[0].ids[2]
+    found = told(model, tokenizer, PROMPTS, eos_token_id=end, **asks)
+    assert end in found[0].ids[:3], "one ends before others"
+    asked = [prompt for prompt in PROMPTS for _ in range(options.get("num_return_sequences", 1))]
+    for prompt, answer in zip(asked, found, strict=True):
+        assert answer.log_probs is not None
+        before = list(render(tokenizer, Conversation(prompt)).ids)
+        with torch.no_grad(), steerkit.steer(model, vector, 0.7, scope="response", prompt_lengths=[len(before)]):
+            logs = model(torch.tensor([before + answer.ids])).logits[0].log_softmax(-1)
+        for place, token in enumerate(answer.ids):
+            expected = float(logs[len(before) + place - 1, token])
+            assert float(answer.log_probs[place]) == pytest.approx(expected, abs=1e-5)
+            if token == end:
+                break
+
+
+def test_of_beams_nothing_is_told_but_their_texts(model: Any, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 3}
+    found = told(model, tokenizer, PROMPTS, **options)
+    assert [one.log_probs for one in found] == [None] * 9
+    assert [one.text for one in found] == steerkit.generate(model, tokenizer, PROMPTS, **options)
 
 
 def test_sampling_is_seeded_and_leaves_the_random_state(model: Any, tokenizer: Any) -> None:

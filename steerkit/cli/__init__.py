@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import steerkit
+from steerkit._support import collector
 from steerkit.cli import (
     attribute,
     audit,
@@ -130,6 +131,7 @@ def _options(
 
 def main() -> None:
     """Run the program and leave with its exit code."""
+    collector.seldom()
     # Threads that spin while they wait make a machine with other work on it up to ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steerkit._support import collector
 from steerkit.cli._groups import spread
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class ModelChoice:
             name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()
         }
         model, tokenizer = steerkit.load_model(self.name, **options)
+        collector.as_usual()
         code = ", its own code allowed" if self.trust_remote_code else ""
         typer.echo(f"model: {self.name} {describe(model)}{code}", err=True)
         return model, tokenizer

@@ -198,7 +198,8 @@ class Pipeline:
 
     def score(self, rollouts: Sequence[Rollout]) -> Scores:
         """What a judge says of the answers, or how much better they fit their own system prompt."""
-        header = {"format": 1, "rollouts": digest_of([tuple(row) for row in rollouts]), "spec": self.spec.digest}
+        told = [(row.asked, row.positive, row.negative, row.in_thought) for row in rollouts]
+        header = {"format": 1, "rollouts": digest_of(told), "spec": self.spec.digest}
         path = self.folder / f"scores{'' if self.judge is None else '-judge'}.jsonl"
         with self.bar("scores", len(rollouts)) as advance:
             step = by_ones(advance)

@@ -16,20 +16,20 @@ system turn, refuses one or drops it without a word, the system prompt is writte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from steerkit._support.journal import Journal
 from steerkit.evaluate.store_identity import weights_digest
-from steerkit.generation import generate
+from steerkit.generation import Told, told
 from steerkit.network.decoder import inner_model
 from steerkit.persona.rollout_plan import SIDES, Asked, RolloutPlan, Side
 from steerkit.persona.traits import TraitSpec
 from steerkit.prompts.marks import spoken
-from steerkit.prompts.rendering import opens_thought
+from steerkit.prompts.rendering import Rendered, opens_thought, render
 from steerkit.prompts.system_prompts import takes_system
 from steerkit.vector.model_identity import model_facts
 
@@ -38,7 +38,8 @@ __all__ = ["Rollout", "roll_out", "takes_system"]
 FORMAT = 2  # the order of the rows
 
 
-class Rollout(NamedTuple):
+@dataclass(frozen=True)
+class Rollout:
     """Both answers to one thing asked.
 
     Attributes:
@@ -46,12 +47,15 @@ class Rollout(NamedTuple):
         positive: what the assistant with the trait said, with its thoughts.
         negative: what the other one said.
         in_thought: whether answers begin inside of a thought, because the prompt opens it.
+        likely: mean log-probability of each answer's tokens as they were chosen, nats, the positive one's first; None
+            where that is not known, as of answers that come from a file.
     """
 
     asked: Asked
     positive: str
     negative: str
     in_thought: bool = False
+    likely: tuple[float | None, ...] = field(default=(None, None), compare=False)
 
     def answer(self, side: Side) -> str:
         """What an assistant said, without thoughts.
@@ -99,13 +103,16 @@ def roll_out(
     # What follows the last whole batch is asked again, so that a resumed run has the very batches of one that was not.
     kept.keep(len(kept) if len(kept) >= len(every) else len(kept) // rows * rows)
     step(len(kept))
+    likely: list[tuple[float | None, ...]] = [(None, None)] * len(kept)
     for batch in _batches(every[len(kept) :], rows):
-        texts = _answers(model, tokenizer, spec, plan, batch, folded=folded)
+        texts, means = _answers(model, tokenizer, spec, plan, batch, folded=folded)
         kept.append([{**asked._asdict(), **answers} for asked, answers in zip(batch, texts, strict=True)])
+        likely += means
         step(len(batch))
     thought = opens_thought(tokenizer, plan.chat_template_kwargs)
     return [
-        Rollout(asked, row["positive"], row["negative"], thought) for asked, row in zip(every, kept.rows, strict=True)
+        Rollout(asked, row["positive"], row["negative"], thought, means)
+        for asked, row, means in zip(every, kept.rows, likely, strict=True)
     ]
 
 
@@ -131,20 +138,40 @@ def _batches(asked: Sequence[Asked], size: int) -> Iterator[Sequence[Asked]]:
 
 def _answers(
     model: nn.Module, tokenizer: Any, spec: TraitSpec, plan: RolloutPlan, batch: Sequence[Asked], *, folded: bool
-) -> list[dict[str, str]]:
-    """Both answers to each of some things asked, in one batch."""
+) -> tuple[list[dict[str, str]], list[tuple[float | None, ...]]]:
+    """Both answers to each of some things asked, in one batch, and how likely they were (see `Rollout.likely`)."""
     each = [(asked, side) for asked in batch for side in SIDES]
     drawn: dict[str, Any] = {}
     if plan.samples > 1:
         drawn = {"do_sample": True, "seed": [asked.seed(side, plan.seed) for asked, side in each]}
-    texts = generate(
+    template = plan.chat_template_kwargs
+    answers = told(
         model,
         tokenizer,
         [asked.conversation(spec, side, folded=folded) for asked, side in each],
         max_new_tokens=plan.max_new_tokens,
         batch_size=len(each),
-        chat_template_kwargs=plan.chat_template_kwargs,
+        chat_template_kwargs=template,
         shares=True,
         **drawn,
     )
-    return [dict(zip(SIDES, texts[place : place + 2], strict=True)) for place in range(0, len(texts), 2)]
+    thought, likely = opens_thought(tokenizer, template), list[float | None]()
+    for (asked, side), answer in zip(each, answers, strict=True):
+        text, mean = spoken(answer.text, in_thought=thought), None
+        if text:
+            whole = asked.conversation(spec, side, answer=text, folded=folded)
+            mean = _likely(answer, render(tokenizer, whole, chat_template_kwargs=template))
+        likely.append(mean)
+    places = range(0, len(each), len(SIDES))
+    texts: list[dict[str, str]] = [
+        {side: answers[place + number].text for number, side in enumerate(SIDES)} for place in places
+    ]
+    return texts, [tuple(likely[place : place + len(SIDES)]) for place in places]
+
+
+def _likely(answer: Told, read: Rendered) -> float | None:
+    """Mean log-probability of an answer, if what is read of it are the first of the tokens that were chosen."""
+    ids = list(read.ids[read.prompt_length :])
+    if answer.log_probs is None or not ids or answer.ids[: len(ids)] != ids:
+        return None
+    return float(answer.log_probs[: len(ids)].mean())

@@ -139,22 +139,20 @@ def margin_scores(
     """
 
     def scored(rows: Sequence[Rollout]) -> list[dict[str, Any]]:
-        found: list[list[float | None]] = [[None, None] for _ in rows]
         own = replace(setup)  # no other chunk asks for what is read for this one, so nothing of it is kept
-        # Both answers under both system prompts are four texts, whose prompts are read once where one pass holds them.
-        at_once = max(1, setup.batch_size // (2 * len(SIDES)))
-        for start in range(0, len(rows), at_once):
-            asked = [
-                (number, place, row.asked.conversation(spec, under, answer=row.answer(side), folded=folded))
-                for number, row in enumerate(rows[start : start + at_once], start)
-                for place, side in enumerate(SIDES)
-                if row.answer(side)
-                for under in (side, SIDES[1 - place])
-            ]
-            means = [float(one.mean()) for one in own.baseline.log_probs([own.render(told) for _, _, told in asked])]
-            for (number, place, _), mine, other in zip(asked[0::2], means[0::2], means[1::2], strict=True):
-                found[number][place] = _number(mine - other)
-        return [{"margin": pair} for pair in found]
+        numbers = range(len(SIDES))
+        answers = [(row, side) for row in range(len(rows)) for side in numbers if rows[row].answer(SIDES[side])]
+        # By row and side of an answer, and by whose system prompt stands before it. Under its own one it was chosen.
+        known = {(row, side, side): mean for row, side in answers if (mean := rows[row].likely[side]) is not None}
+        lacking = [key for row, side in answers for key in ((row, side, 0), (row, side, 1)) if key not in known]
+        told = [
+            rows[row].asked.conversation(spec, SIDES[under], answer=rows[row].answer(SIDES[side]), folded=folded)
+            for row, side, under in lacking
+        ]
+        means = own.baseline.log_probs([own.render(one) for one in told])
+        known |= {key: float(mean.mean()) for key, mean in zip(lacking, means, strict=True)}
+        margins = {(row, side): _number(known[row, side, side] - known[row, side, 1 - side]) for row, side in answers}
+        return [{"margin": [margins.get((row, side)) for side in numbers]} for row in range(len(rows))]
 
     journal = Journal(path, {**header, "judge": None})
     rows = _scored(journal, rollouts, scored, step, chunk=max(_CHUNK, setup.batch_size))

@@ -147,6 +147,64 @@ def test_a_strength_counts_only_if_all_below_it_are_inside_the_budget(
     assert calibrate(setup_of(looping), trait_data(40), readout="response_mean", search=search).strength == 0.5
 
 
+STEPS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+WORTH = {0: 0.2, 1: 0.7, 2: 1.0, 3: 0.9}
+"""By block, what one unit of strength does there."""
+EFFECTS = {
+    "as strong as it is": lambda strength: strength,
+    "bends": lambda strength: strength / (1 + strength),
+    "falls from the screened strength on": lambda strength: strength * (3.2 - strength),
+    "falls behind the screened strength": lambda strength: strength * (5.2 - strength),
+}
+DIVERGENCES = {
+    "squared": lambda strength: 0.05 * strength**2,
+    "slower": lambda strength: 0.11 * strength,
+    "faster": lambda strength: 0.02 * strength**4,
+    "hardly": lambda strength: 1e-3 * strength**2,
+    "too much everywhere": lambda strength: 2.0 + strength,
+}
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("divergence", mostly_slow(list(DIVERGENCES), ["squared", "hardly"]))
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_climbs_begin_where_screening_expects_the_budget_to_end_and_choose_what_a_full_search_does(
+    looping: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, effect: str, divergence: str, together: bool
+) -> None:
+    asked: set[tuple[tuple[int, ...], float]] = set()
+
+    def of(layers: tuple[int, ...], strength: float) -> tuple[float, float]:
+        return (
+            sum(WORTH[layer] for layer in layers) * EFFECTS[effect](strength),
+            DIVERGENCES[divergence](strength) * len(layers) ** 2,
+        )
+
+    def table(_setup: Any, vector: Any, strength: float, scorers: Any, **_: Any) -> dict[str, Measured]:
+        layers = tuple(sorted(site.layer for site in vector.sites))
+        if scorers[0].name == "repetition":
+            return {"repetition": figure(0.0)}
+        asked.add((layers, strength))
+        gain, kl = of(layers, strength)
+        return {"preference_margin": figure(gain), "kl": figure(kl), "perplexity_ratio": figure(1.0)}
+
+    monkeypatch.setattr(module, "measure_point", table)
+    blocks = [(layer,) for layer in WORTH]
+    search = Search(candidates=blocks, strengths=STEPS, controls=1, together=together)
+    found = calibrate(setup_of(looping), trait_data(40), readout="response_mean", search=search)
+    finalists = [(2,), (3,), *([(1, 2, 3)] if together else [])]
+    inside = []
+    for layers in finalists:
+        for strength in STEPS:
+            if of(layers, strength)[1] > 0.3:
+                break
+            inside.append((layers, strength))
+    best = max(inside, key=lambda place: of(*place)[0], default=((), None))
+    assert (found.layers, found.strength) == best
+    if divergence == "hardly" and not effect.startswith("falls"):
+        climbed = {place for place in asked if place[0] != best[0] and place[1] != 2.0}
+        assert climbed == {(layers, 3.0) for layers in finalists if layers != best[0]}
+
+
 def test_pure_noise_works_nowhere(looping: tuple[Any, Any]) -> None:
     noise = swapped(trait_data(64), seed=1)
     train, held_out = noise.split(held_out=0.4, seed=0)

@@ -11,8 +11,9 @@ from torch import nn
 
 from steerkit._support.shipped import recipes
 from steerkit.errors import DataError
+from steerkit.evaluate.calibration import search as module
 from steerkit.evaluate.calibration.budget import Budget, Search
-from steerkit.evaluate.calibration.choosing import survivors
+from steerkit.evaluate.calibration.choosing import Choosing, survivors
 from steerkit.evaluate.calibration.problem import Problem
 from steerkit.evaluate.calibration.result import Calibration
 from steerkit.evaluate.calibration.search import calibrate
@@ -20,6 +21,7 @@ from steerkit.evaluate.intervals import Estimate
 from steerkit.evaluate.scorers._base import Column
 from steerkit.evaluate.scoring import Measured
 from steerkit.evaluate.setup import Setup
+from steerkit.evaluate.store import Store
 from steerkit.prompts.contrast_set import ContrastSet
 from steerkit.recipe.finding import find_recipe
 from tests.looping import NEUTRAL, looping_model, trait_data
@@ -129,32 +131,39 @@ def test_a_budget_is_held_where_the_whole_interval_says_so(low: float, high: flo
 def test_the_same_winner_on_every_shipped_recipe(
     name: str, embedded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As if every set of layers climbed from the bottom of the ladder, and all were measured on all items."""
     model, tokenizer = embedded
     recipe = find_recipe(name)
     part = recipe.method_part()
     train, held_out = recipe.split(part.name)
     if any(one.answer is None for one in held_out.positive):
         pytest.skip("requests without answers: gates are placed by `steerkit gates`")
-    setup = Setup(model, tokenizer, held_out, texts=4)
+    setup, store = Setup(model, tokenizer, held_out, texts=4), Store()
+    # Only what is chosen is compared, so nothing is confirmed.
+    monkeypatch.setattr(module, "confirm", lambda _problem, best, _choosing: best)
 
-    def winner() -> tuple[Any, int]:
-        search = Search(candidates=recipe.candidates(setup.decoder.num_layers, part.name), controls=1)
-        with Rows(model) as rows:
-            best = calibrate(
-                replace(setup, texts=4),
-                train,
-                method=part.name,
-                settings=dict(part.settings),
-                readout=part.readout,
-                scope=recipe.apply.scope,
-                validation=recipe.validation(part.name),
-                kinds=recipe.kinds(part),
-                search=search,
-            )
-        return (best.layers, best.strength), rows.count
+    def chosen() -> tuple[Any, Any]:
+        search = Search(candidates=recipe.candidates(setup.decoder.num_layers, part.name))
+        best = calibrate(
+            replace(setup, texts=4),
+            train,
+            method=part.name,
+            settings=dict(part.settings),
+            readout=part.readout,
+            scope=recipe.apply.scope,
+            validation=recipe.validation(part.name),
+            kinds=recipe.kinds(part),
+            search=search,
+            store=store,
+        )
+        return best.layers, best.strength
 
-    halved, few = winner()
+    halved = chosen()
     monkeypatch.setattr(Problem, "rungs", property(lambda problem: [problem.setup]))
-    full, many = winner()
-    assert halved == full
-    assert few <= many, f"{name}: {few / many:.2f} of the tokens"
+    monkeypatch.setattr(Choosing, "climb", from_the_bottom)
+    assert halved == chosen()
+
+
+def from_the_bottom(choosing: Choosing, layers: tuple[int, ...]) -> list[Any]:
+    """Every strength inside the budget, up to the first that exceeds it."""
+    return choosing._inside([(layers, strength) for strength in choosing._problem.ladder])

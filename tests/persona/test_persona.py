@@ -222,6 +222,9 @@ def test_margins_are_those_of_the_slow_form(model: Any, tokenizer: Any, tmp_path
     rows = [row("Lovely!", "Awful.", 1), row("", "Gloom", 2), row("<think>x</think>Hurray", "Sigh", 3)]
     setup = Setup(model, tokenizer, batch_size=3)
     found = margin_scores(setup, TRAIT, rows, tmp_path / "s.jsonl", {})
+    # Nothing is asked under an answer's own system prompt where that is known.
+    likely = [replace(rows[0], likely=(7.0, None)), *rows[1:]]
+    told = margin_scores(setup, TRAIT, likely, tmp_path / "t.jsonl", {})
 
     def mean(question: int, side: str, answer: str) -> float:
         item = Conversation(QUESTIONS[question], answer=answer, system=TRAIT.system_prompt(0, side))
@@ -239,6 +242,9 @@ def test_margins_are_those_of_the_slow_form(model: Any, tokenizer: Any, tmp_path
             mean(question, "negative", negative) - mean(question, "positive", negative),
         ]
         assert found.margin[number] == pytest.approx(margins, abs=1e-4)
+        if number == 0:
+            margins[0] = 7.0 - mean(question, "negative", positive)
+        assert told.margin[number] == pytest.approx(margins, abs=1e-4)
 
 
 def test_a_judge_sees_question_and_answer_and_is_not_asked_twice(tmp_path: Path) -> None:
@@ -385,7 +391,7 @@ def test_finished_stages_are_not_done_again(
         ("vector_choice", "calibrate"),
         ("vector_choice", "fit"),
         ("card_text", "generate"),
-        ("rollouts", "generate"),
+        ("rollouts", "told"),
         ("watching", "fit"),
     ):
         monkeypatch.setattr(f"steerkit.persona.{module}.{name}", refuse)

@@ -14,7 +14,7 @@ import steerkit
 from steerkit._support.journal import Journal
 from steerkit.errors import DataError
 from steerkit.persona.instruction import FILL_IN
-from steerkit.persona.rollout_plan import Asked, RolloutPlan
+from steerkit.persona.rollout_plan import SIDES, Asked, RolloutPlan
 from steerkit.persona.rollouts import Rollout, roll_out, takes_system
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.marks import spoken
@@ -105,6 +105,32 @@ def test_no_batch_size_changes_an_answer(model: Any, tokenizer: Any, tmp_path: P
     texts = [row.positive for row in whole[0] if row.asked.question == 0 and row.asked.instruction == 0]
     assert len(set(texts)) == 2, "two samples are two draws"
     assert len({(tmp_path / f"{size}.jsonl").read_bytes() for size in (1, 2, 6, 64)}) == 1
+
+
+@pytest.mark.parametrize("opens", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_how_likely_answers_were_is_what_a_pass_over_them_says_or_not_told(
+    model: Any, tmp_path: Path, opens: bool, samples: int
+) -> None:
+    """A random model's bytes are often no text; what is not read again as it was written is not told."""
+    begins = "'<|im_start|>assistant\n'"
+    tokenizer = byte_tokenizer(CHATML.replace(begins, f"{begins[:-1]}<think>\n'") if opens else CHATML)
+    plan = replace(PLAN, samples=samples, max_new_tokens=3)
+    rows = roll_out(model, tokenizer, SPEC, tmp_path / "r.jsonl", plan)
+    sides = [(row, side, mean) for row in rows for side, mean in zip(SIDES, row.likely, strict=True)]
+    told = [one for one in sides if one[2] is not None]
+    assert bool(told) != opens, "an answer that begins inside of a thought is no answer yet"
+    for row, side, mean in told:
+        item = row.asked.conversation(SPEC, side, answer=row.answer(side))
+        text = render(tokenizer, item)
+        with torch.no_grad():
+            logs = model(torch.tensor([text.ids])).logits[0].log_softmax(-1)
+        places = range(text.prompt_length, len(text.ids))
+        expected = sum(float(logs[place - 1, text.ids[place]]) for place in places) / len(places)
+        assert mean == pytest.approx(expected, abs=1e-5)
+    again = roll_out(model, tokenizer, SPEC, tmp_path / "r.jsonl", plan)
+    assert again == rows
+    assert {row.likely for row in again} == {(None, None)}, "a file keeps texts alone"
 
 
 def test_further_samples_leave_the_first_ones(model: Any, tokenizer: Any, tmp_path: Path) -> None:

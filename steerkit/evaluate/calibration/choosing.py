@@ -46,6 +46,8 @@ class Choosing:
         self._problem = problem
         self.candidates = list(problem.candidates)
         self._points: dict[Place, Point] = {}
+        self._ends: dict[tuple[int, ...], float] = {}  # by candidate, the reach at which the KL budget may end
+        self._screened_at: float | None = None
         self.skipped: dict[str, str] = {}
         self.promised: dict[tuple[int, ...], Promise] = {}
 
@@ -90,9 +92,10 @@ class Choosing:
             return self._attributed()
         if len(self.candidates) <= search.finalists:
             return self.candidates
-        strength = problem.ladder[len(problem.ladder) // 2]
+        strength = self._screened_at = problem.ladder[len(problem.ladder) // 2]
         wanted = max(search.finalists, _TOGETHER) if search.together else search.finalists
         promised: dict[tuple[int, ...], Estimate] = {}
+        roots: dict[tuple[int, ...], float] = {}
         left = self.candidates
         for few in problem.few:
             promised = {}
@@ -100,7 +103,7 @@ class Choosing:
                 problem.step(f"screening layer {layers_name(layers)}: {number} of {len(left)}")
                 scores = problem.measure(few, layers, strength, problem.scorers)
                 if scores is not None:
-                    root = math.sqrt(max(scores["kl"].effect.mean, 1e-6))
+                    roots[layers] = root = math.sqrt(max(scores["kl"].effect.mean, 1e-6))
                     promised[layers] = Estimate(*(end / root for end in scores[problem.effect].gain))
             left = survivors(promised, wanted)
         ranked = sorted(left, key=lambda layers: -promised[layers].mean)
@@ -108,6 +111,9 @@ class Choosing:
         together = self._together(ranked)
         if together is not None and together not in finalists:
             finalists.append(together)
+            roots[together] = sum(roots[layer,] for layer in together)  # as if all pushed one way, which is the most
+        at_budget = problem.reach(strength) * math.sqrt(problem.budget.max_kl)
+        self._ends = {layers: at_budget / root for layers, root in roots.items()}
         return finalists
 
     def _together(self, ranked: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -132,15 +138,17 @@ class Choosing:
         ranked = list(promises.of(self.candidates))
         together = self._together(ranked)
         self.promised = promises.of(self.candidates if together is None else [*self.candidates, together])
+        self._ends = {layers: promise.strength for layers, promise in self.promised.items()}
         best = max(promise.effect for promise in self.promised.values())
         near = [layers for layers, promise in self.promised.items() if promise.effect >= _NEAR * best]
         return (near or list(self.promised))[: _AS_MANY * problem.search.finalists]
 
     def climb(self, layers: tuple[int, ...]) -> list[Place]:
-        """Find the strengths inside the budget.
+        """Find the strengths inside the budget among which the most effective one is to be looked for.
 
-        From the weakest on, up to the first that exceeds it; where slopes promise a strength at which the budget ends,
-        from that one on, up or down. Weaker ones are then looked at when a place is chosen (`without_loops`).
+        Where nothing is known of the layers, from the weakest on, up to the first that exceeds the budget. Where
+        screening or slopes tell about where it ends, from there on, up or down: weaker ones have less effect, but where
+        the one that was screened has more all count, and those below a chosen place are looked at (`without_loops`).
 
         Args:
             layers: where the vector acts.
@@ -149,11 +157,11 @@ class Choosing:
             Those found inside, from the weakest on.
         """
         ladder = [(layers, strength) for strength in self._problem.ladder]
-        promise = self.promised.get(layers)
-        if promise is None or not self._problem.is_ladder:
+        end = self._ends.get(layers)
+        if end is None or not self._problem.is_ladder:
             return self._inside(ladder)
         reaches = [self._problem.reach(strength) for _, strength in ladder]
-        start = max((number for number, reach in enumerate(reaches) if reach <= promise.strength), default=0)
+        start = max((number for number, reach in enumerate(reaches) if reach <= end), default=0)
         found = self._inside(ladder[start : start + 1])
         if found:
             for place in ladder[start + 1 :]:
@@ -163,7 +171,18 @@ class Choosing:
                 found += higher
         else:
             found = next((one for place in reversed(ladder[:start]) if (one := self._inside([place]))), [])
+        weaker = ladder[: ladder.index(found[-1])] if found else []
+        screened = [place for place in weaker if place[1] == self._screened_at]
+        if screened and self._more_effective(screened, found[-1]):
+            found = self._inside([*weaker, found[-1]])
         return found
+
+    def _more_effective(self, weaker: Sequence[Place], place: Place) -> list[Place]:
+        """Those of some weaker places that have more effect than one, on the few items that all were measured on."""
+        problem = self._problem
+        found = problem.measured(problem.rungs[0], [*weaker, place], [problem.scorer])
+        gains = {one: scores[problem.effect].gain.mean for one, scores in found if scores is not None}
+        return [one for one in weaker if gains.get(one, -math.inf) > gains.get(place, -math.inf)]
 
     def _inside(self, places: Sequence[Place]) -> list[Place]:
         """Those inside the budget: of a ladder up to the first that exceeds it.
@@ -228,6 +247,12 @@ class Choosing:
                 left += [one for one in below[: below.index(ill)] if one not in listed]
                 listed.update(left)
                 continue
+            unlisted = [one for one in below if one not in listed]
+            better = self._more_effective(unlisted, place) if unlisted else []
+            if better:
+                left += [*better, place]
+                listed.update(better)
+                continue
             costs = problem.measure(problem.setup, *place, problem.of_costs)  # few texts may have told them so far
             if costs is not None and problem.keeps(costs):
                 return self._remember(place, costs)
@@ -254,7 +279,7 @@ class Choosing:
         """
         problem, layers = self._problem, place[0]
         known = {one for one in inside if one[0] == layers}
-        if layers in self.promised:
+        if layers in self._ends:
             known |= {(layers, strength) for strength in problem.ladder}
         ranked = sorted(known, key=lambda one: problem.reach(one[1]))
         return [one for one in ranked if problem.reach(one[1]) <= problem.reach(place[1])]

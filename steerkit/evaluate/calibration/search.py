@@ -5,11 +5,10 @@
    Effects grow about linearly with the strength and the KL divergence about quadratically, so candidates are ranked by
    `effect * sqrt(max_kl / kl)`, the effect they promise at the KL budget.
    With `screen="attribution"` slopes at strength 0 take the place of this: the effect's, and the KL divergence's
-   curvature; climbs then begin at the strength at which these promise that the budget ends, and what is weaker is
-   looked at for the place that is chosen. Settings of the method that are tried (`Search.settings`) each go through
-   this and the next two steps.
-3. The best candidates climb the ladder of strengths until one is outside of the budget. A strength counts only if all
-   below it are inside too: a loop has a low perplexity, so a figure that falls again is no proof of health.
+   curvature. Settings of the method that are tried (`Search.settings`) each go through this and the next two steps.
+3. The best candidates climb the ladder of strengths, from where ranking lets expect that the budget ends, up until one
+   is outside of it, else down. A strength counts only if all below it are inside too, which is looked at for the place
+   that is chosen: a loop has a low perplexity, so a figure that falls again is no proof of health.
    Costs are measured on few texts first, and on all where the interval holds the limit; effects too, and on all items
    only where another point is not clearly better.
 4. Texts are generated for the most effective strengths first, until one repeats itself no more than allowed.
