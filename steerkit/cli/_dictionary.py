@@ -14,6 +14,7 @@ from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import BatchSize, Json, number, print_json, stdout, table
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.dictionary.decomposition import Decomposition
@@ -71,6 +72,7 @@ def train(
 
     if out.suffix != ".safetensors":
         raise typer.BadParameter(f"--out: {out}; a dictionary's file ends in .safetensors")
+    check_written(site=site)
     check_writable(out)
     how = Learning(latents=latents, top_k=top_k, tokens=tokens, learning_rate=learning_rate, seed=seed)
     read, told = _texts(texts)

@@ -18,6 +18,7 @@ from steerkit.cli._evidence import Items, OnOption, data_of, items_on
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import BatchSize, Json, ReadoutOption, number, print_json, readout_of, stdout, table
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.evaluate.attribution import Attribution
@@ -72,6 +73,7 @@ def run(
     from steerkit.evaluate.attribution import attribute
     from steerkit.evaluate.setup import Setup
 
+    check_written(layers=layers, readout=readout, kinds=kinds, method=method, slopes_of=scorer)
     _check(recipe, vector, {"--method": method, "--readout": readout, "--layers": layers, "--kinds": kinds})
     if out is not None:
         check_writable(out)

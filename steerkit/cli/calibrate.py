@@ -40,6 +40,7 @@ from steerkit.cli._shared import (
     table,
     usage_line,
 )
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.evaluate.calibration.result import Calibration
@@ -114,6 +115,7 @@ def run(
     from steerkit.evaluate.layer_sets import parse_candidates
     from steerkit.evaluate.setup import Setup
 
+    check_written(layer_sets=layers, readout=readout, method=method)
     chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
     part = replace(part, readout=readout_of(readout)) if readout is not None else part

@@ -25,6 +25,7 @@ from steerkit.cli._shared import (
     stdout,
     usage_line,
 )
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.evaluate.setup import Setup
@@ -64,6 +65,7 @@ def run(
     (--data), in any format. The separation is measured on what --held-out sets aside.
     """
     given.check(recipe, needed=True)
+    check_written(layers=None if layers == "auto" else layers, readout=readout)
     if recipe is None and out is None:
         raise typer.BadParameter("--out says where to write; only a RECIPE has a default")
     if out is not None and out in map(Path, given.files):

@@ -11,6 +11,7 @@ from steerkit._support.progress import status
 from steerkit.cli._files import check_writable
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import Json, print_json, sites_table, stdout, usage_line
+from steerkit.cli._written import check_written
 
 __all__ = ["run"]
 
@@ -43,6 +44,7 @@ def run(
     if out == file:
         raise typer.BadParameter(f"--out {out} would overwrite what is read")
     read_foreign(file, tensor=tensor)  # what is wrong with the file is told before a model is loaded
+    check_written(layers=layers)
     check_writable(out)
     loaded, tokenizer = model.load()
     neutral = list(neutral_texts())[:_NEUTRAL]

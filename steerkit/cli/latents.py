@@ -24,6 +24,7 @@ from steerkit.cli._shared import (
     table,
     usage_line,
 )
+from steerkit.cli._written import check_written
 from steerkit.cli.dictionary import SiteOption, read_dictionary
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def run(
     latents. The output score tells whether a latent writes what it reads: under .01 it steers badly.
     """
     given.check(needed=True)
+    check_written(readout=readout)
     chosen = _ids(choose)
     if out is not None:
         check_writable(out)

@@ -24,6 +24,7 @@ from steerkit.cli._shared import (
     stdout,
     table,
 )
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.evaluate.blocks import BlockEffect, Separation
@@ -56,6 +57,7 @@ def run(
     The strength of each block is the one that costs the same KL divergence on neutral texts, so that blocks compare.
     Where items have no two answers to one prompt, only the separation is shown.
     """
+    check_written(layers=layers, readout=readout, method=method)
     chosen_recipe = recipe_of(recipe, given, method)
     from steerkit.evaluate.blocks import best_layer, effect_by_block, middle_layers, separation_by_block
     from steerkit.evaluate.fits import Fits

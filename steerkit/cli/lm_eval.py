@@ -12,6 +12,7 @@ from steerkit._support.progress import status
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import BatchSize, Json, Unit, number, print_json, stdout, table
 from steerkit.cli._steering import SteeringOption, check_chosen, chosen
+from steerkit.cli._written import check_written
 
 __all__ = ["run"]
 
@@ -61,6 +62,7 @@ def run(
 
     from steerkit.evaluate.lm_eval import check_steering, evaluate_tasks
 
+    check_written(scope=scope, folder=include_path)
     used = chosen(names, None, steering, model.name)
     given: dict[str, Any] = {}
     if used.vectors:

@@ -22,6 +22,7 @@ from steerkit.cli._shared import (
     table,
     usage_line,
 )
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.persona.choice import Choice
@@ -136,6 +137,7 @@ def extract(
     from steerkit.persona.rollout_plan import RolloutPlan
     from steerkit.persona.traits import TraitSpec, slug
 
+    check_written(layers=layers)
     chosen = TraitSpec.load(spec)
     chosen.check_filled(spec)
     choice = persona.Choice(readout=readout, budget=Budget(max_kl, max_ppl_ratio, max_repetition))

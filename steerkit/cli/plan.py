@@ -11,6 +11,7 @@ from steerkit._support.progress import status
 from steerkit.cli._model import DEFAULT, ModelChoice, loads_model
 from steerkit.cli._shared import BatchSize, Json, Unit, print_json, stdout, table
 from steerkit.cli._steering import SteeringOption, check_chosen, chosen
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.checks.planned_edits import PlannedEdit
@@ -48,6 +49,7 @@ def run(
     """
     if not vector and steering is None:
         raise typer.BadParameter("give a --vector, or several in one line with --steering")
+    check_written(scope=scope)
     check_chosen(vector, strength, steering, unit=unit, scope=scope)
     used = chosen(vector, strength, steering, model.name)
 

@@ -39,6 +39,7 @@ from steerkit.cli._shared import (
     stdout,
     table,
 )
+from steerkit.cli._written import check_written
 
 if TYPE_CHECKING:
     from steerkit.evaluate.fits import Fits
@@ -116,6 +117,7 @@ def run(
     from steerkit.evaluate.sweeps import sweep
     from steerkit.methods._registry import resolve
 
+    check_written(layer_sets=layers, readout=readout, method=method)
     chosen = recipe_of(recipe, given, method)
     part = chosen.method_part(method)
     part = replace(part, readout=readout_of(readout)) if readout is not None else part

@@ -10,13 +10,13 @@ from steerkit.network.sites import parse_layers
 __all__ = ["default_candidates", "parse_candidates"]
 
 
-def parse_candidates(text: str, num_layers: int) -> list[tuple[int, ...]]:
+def parse_candidates(text: str, num_layers: int | None) -> list[tuple[int, ...]]:
     """Read sets of layers as the command line writes them.
 
     Args:
         text: sets parted by commas: ``8`` one block, ``8-12`` each of them on its own (both ends included), ``12+14``
             both together.
-        num_layers: of the model.
+        num_layers: of the model; None where that is not known yet.
 
     Returns:
         The sets, none twice.

@@ -123,12 +123,12 @@ def sites_text(sites: Iterable[str]) -> str:
     return "; ".join(f"{', '.join(names)} {where}" for where, names in kinds.items())
 
 
-def parse_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
+def parse_layers(layers: str | Sequence[int], num_layers: int | None) -> list[int]:
     """Read a choice of layers.
 
     Args:
         layers: ``"10-14"`` (both ends included), ``"11,13"``, ``"0-2,7"`` or a list of indices.
-        num_layers: how many blocks the model has.
+        num_layers: how many blocks the model has; None where that is not known yet.
 
     Returns:
         The indices, in the order given, each once.
@@ -140,7 +140,7 @@ def parse_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
         >>> parse_layers("10-12,3", 30)
         [10, 11, 12, 3]
     """
-    allowed = f"layers go from 0 to {num_layers - 1}"
+    allowed = "layers are counted from 0" if num_layers is None else f"layers go from 0 to {num_layers - 1}"
     chosen: list[int] = []
     for part in layers.split(",") if isinstance(layers, str) else layers:
         if isinstance(part, int) and not isinstance(part, bool):
@@ -152,7 +152,7 @@ def parse_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
             first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise SiteError(f"layers {first}-{last} run backwards; write {last}-{first}")
-        if first < 0 or last >= num_layers:
+        if first < 0 or (num_layers is not None and last >= num_layers):
             outside = first if first < 0 else last
             raise SiteError(f"layer {outside} is outside the model; {allowed}")
         chosen.extend(range(first, last + 1))
