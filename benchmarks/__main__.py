@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import steerkit
+from benchmarks.large import show_large
 from benchmarks.latents import beside_plain, of_latents
 from benchmarks.peers import by_peers
 from benchmarks.results import recorded
@@ -157,6 +158,7 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     print(f"{'extraction, peak above the model, 128 prompts':<48}{small:>6.0f} MB")
     print(f"{'extraction, peak above the model, 1024 prompts':<48}{large:>6.0f} MB  {'flat':>22}")
     show_scoring()
+    show_large()
     show_operators(options.pairs)
 
 

@@ -273,19 +273,12 @@ class Anatomy:
         shape = (self.entered if kind == "resid_pre" else self.left).tensor.shape
         streams, rest = divmod(shape.numel(), TOKENS * self.width)
         what = f"{streams} residual streams of width {self.width}" if streams > 1 and not rest else "no such stream"
-        inside = " or ".join(f"{other}.{self.layer}" for other in _INSIDE if self._has(other))
+        inside = " or ".join(f"{other}.{self.layer}" for other in _INSIDE if self.canonical(other) is not None)
         return self._refuse(
             kind,
             f"{form_text(shape)} passes between the blocks, {what}; steerkit steers one stream [b, t, {self.width}], "
             + (f"so ask for {inside} inside the block" if inside else "and no other site of this block is to be had"),
         )
-
-    def _has(self, kind: str) -> bool:
-        try:
-            self.find(kind)
-        except SiteError:
-            return False
-        return True
 
     def _refuse(self, kind: str, reason: str) -> SiteError:
         return SiteError(f"{kind}.{self.layer}: {reason} (block {self.layer} of {self.owner})")
@@ -358,7 +351,7 @@ class Anatomy:
     @cached_property
     def norms_the_stream(self) -> bool:
         """Whether the block's output is a norm's: there the norms stand on the stream, after each sum."""
-        return any(is_norm(call.module) and gives(call, self.left) for call in self.parts)
+        return any(gives(call, self.left) and is_norm(call.module) for call in self.parts)
 
     def _added(self, kind: str) -> list[tuple[Call, Call]]:
         """For each half, the module that gives what it adds to the stream, and the one before a post-norm.
@@ -368,12 +361,17 @@ class Anatomy:
         """
         if not self.one_stream:
             raise self.several_streams(kind)
-        chosen = added_by_halves(self.halves, self.parts, self._runs, self.entered, self.left)
+        chosen = self._sum
         if chosen is None:
             parts = " and ".join(str(half) for half in self.halves)
             what = f"what comes out of the block is not its input plus the output of {parts}"
             raise self._refuse(kind, f"{what}, so what each adds is not to be had; use resid_post.{self.layer}")
         return chosen
+
+    @cached_property
+    def _sum(self) -> list[tuple[Call, Call]] | None:
+        """What adds up to the block's output, see `added_by_halves`."""
+        return added_by_halves(self.halves, self.parts, self._runs, self.entered, self.left)
 
     def _place(self, kind: str, call: Call, side: Literal["input", "output"]) -> Place:
         """Write down a place.

@@ -170,22 +170,32 @@ def evaluation_mode(body: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
     """Attach the probe's hooks to one block and everything in it."""
+    made: dict[str, Seen | None] = {}
+    seen: dict[int, tuple[Seen, int]] = {}
+
+    def note(value: Any) -> Seen | None:
+        """Most tensors are seen several times: given, read by the next module. They are copied once unless changed."""
+        is_counted = isinstance(value, Tensor) and not value.is_inference()  # how often it was written into
+        if is_counted and id(value) in seen and seen[id(value)][1] == value._version:
+            return seen[id(value)][0]
+        found = Seen.of(value)
+        if is_counted and found is not None:
+            seen[id(value)] = found, value._version  # which keeps the tensor, so that no other can get its id
+        return found
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        trace.entered = Seen.of(argument_of(args, kwargs))
+        trace.entered = note(argument_of(args, kwargs))
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        trace.left = Seen.of(tensor_of(output))
+        trace.left = note(tensor_of(output))
         if last:
             raise _Stop
-
-    made: dict[str, Seen | None] = {}
 
     def note_made(name: str) -> Callable[..., None]:
         """A hook that notes what a module gave."""
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            made[name] = Seen.of(tensor_of(output))
+            made[name] = note(tensor_of(output))
 
         return hook
 
@@ -193,7 +203,7 @@ def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
         """A hook that notes one call of a module: what it read and gave."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            read, gave = Seen.of(argument_of(args, kwargs)), Seen.of(tensor_of(output))
+            read, gave = note(argument_of(args, kwargs)), note(tensor_of(output))
             parts = tuple(output) if isinstance(output, (tuple, list)) else ()
             several = parts if len(parts) > 1 and all(isinstance(one, Tensor) for one in parts) else None
             trace.calls.append(Call(name, module, read, made[name], gave, several))

@@ -43,7 +43,7 @@ def added_by_halves(
         there is no post-norm); None where the block's output is no such sum.
     """
     chains = [_places(half, halves, parts, runs, left.values.numel()) for half in halves]
-    if any(is_norm(call.module) and gives(call, left) for call in parts):
+    if any(gives(call, left) and is_norm(call.module) for call in parts):
         return _sum_before_norms(chains, entered, parts)
     return _best_sum(chains, entered, left)
 
@@ -105,8 +105,10 @@ def _excess(start: Seen, parts: list[Call], end: Seen) -> float:
     values = [one.values.reshape(shape) for one in seen]
     tolerance = max(_rounding(one) for one in (*seen, end))
     # Element by element: one huge channel, as real models have, must not hide the others.
-    size = torch.stack(values).abs().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
-    gap = (end.values - torch.stack(values).sum(0)).abs() / size
+    size, total = torch.zeros_like(end.values), torch.zeros_like(end.values)
+    for one in values:
+        size, total = size + one.abs(), total + one
+    gap = (end.values - total).abs() / size.clamp_min(torch.finfo(torch.float32).tiny)
     worst = gap.max().item() / tolerance
     return worst if math.isfinite(worst) else math.inf
 
