@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import typer
-
 from steerkit.cli._shared import readout_of
+from steerkit.errors import DataError
 
 __all__ = ["check_written"]
 
@@ -19,8 +18,7 @@ def check_written(**values: str | Path | None) -> None:
         values: by what they are (see `_READ`); None was not given.
 
     Raises:
-        SteerError: one is not written as such.
-        BadParameter: a folder that is not there.
+        SteerError: one is not written as such, or a folder is not there.
     """
     for what, value in values.items():
         if value is not None:
@@ -78,7 +76,7 @@ def _slopes(text: str) -> None:
 
 def _folder(text: str) -> None:
     if not Path(text).is_dir():
-        raise typer.BadParameter(f"{text!r} is no folder; give one that is there")
+        raise DataError(f"{text}: is no folder; give one that is there")
 
 
 _READ: dict[str, Callable[[str], None]] = {

@@ -808,7 +808,7 @@ DEAR = [
     ((*EVALUATE, "--strength", "1e39"), "strength"),
     (("sweep", "nomodel.toml"), "./gone: no such folder"),
     (("sweep", "joy-caa.toml", "--layers", "2-9"), "layer 9 is outside the model; layers go from 0 to 3"),
-    (("sweep", "joy-caa.toml", "--layers", "two"), "'two' is no layer; layers go from 0 to 3"),
+    (("sweep", "joy-caa.toml", "--layers", "two"), "'two' is no layer; layers are counted from 0"),
     (("calibrate", "joy-caa.toml", "--layers", "1+9"), "layer 9 is outside the model; layers go from 0 to 3"),
     (("doctor", "--model", "plus.txt"), "plus.txt: is no model"),
     (("lm-eval", "--tasks", "nonsense", "--include-path", "gone"), "gone: is no folder"),
