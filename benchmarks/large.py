@@ -1,4 +1,4 @@
-"""What has to stay quick where much is given: a vector of 480 sites, 100,000 items, two processes, long files.
+"""What has to stay quick where much is given: a vector of 480 sites, 100,000 items, two processes.
 
 `make bench` prints these lines with the others; `python -m benchmarks.large` prints them alone.
 """

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from steerkit.cli._shared import readout_of
-from steerkit.errors import DataError
 
 __all__ = ["check_written"]
 
@@ -40,7 +39,8 @@ def _layer_sets(text: str) -> None:
 def _readout(text: str) -> None:
     from steerkit.activations.readout import Readout
 
-    Readout.parse(readout_of(text) or text)
+    reading = readout_of(text)
+    Readout.parse(text if reading is None else reading)  # 0 is the first token
 
 
 def _scope(text: str) -> None:
@@ -74,9 +74,10 @@ def _slopes(text: str) -> None:
     differentiable(text)
 
 
-def _folder(text: str) -> None:
-    if not Path(text).is_dir():
-        raise DataError(f"{text}: is no folder; give one that is there")
+def _tasks(text: str) -> None:
+    from steerkit.evaluate.lm_eval_library import check_folder
+
+    check_folder(text)
 
 
 _READ: dict[str, Callable[[str], None]] = {
@@ -88,5 +89,5 @@ _READ: dict[str, Callable[[str], None]] = {
     "kinds": _kinds,
     "method": _method,
     "slopes_of": _slopes,
-    "folder": _folder,
+    "tasks_in": _tasks,
 }

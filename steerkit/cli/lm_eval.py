@@ -62,7 +62,7 @@ def run(
 
     from steerkit.evaluate.lm_eval import check_steering, evaluate_tasks
 
-    check_written(scope=scope, folder=include_path)
+    check_written(scope=scope, tasks_in=include_path)
     used = chosen(names, None, steering, model.name)
     given: dict[str, Any] = {}
     if used.vectors:

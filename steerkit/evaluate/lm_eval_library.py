@@ -18,7 +18,7 @@ from torch import nn
 from steerkit.errors import DataError, SteerError, UnknownNameError, unknown_name
 from steerkit.prompts.batching import pad_token_id
 
-__all__ = ["left_as_it_was", "load_evaluator", "task_manager", "wrapped_model"]
+__all__ = ["check_folder", "left_as_it_was", "load_evaluator", "task_manager", "wrapped_model"]
 
 
 def load_evaluator() -> Any:
@@ -36,6 +36,19 @@ def load_evaluator() -> Any:
     return simple_evaluate
 
 
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder of tasks that is not there.
+
+    Args:
+        folder: where task files are.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: is no folder; give one with task files (.yaml)")
+
+
 def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
     """Load lm_eval's index of tasks, with those of another folder beside them.
 
@@ -47,8 +60,7 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
 
     folder = None if include_path is None else str(include_path)
     if folder is not None:
-        if not Path(folder).is_dir():
-            raise DataError(f"{folder}: is no folder; give one with task files (.yaml)")
+        check_folder(folder)
         own = TaskManager(include_path=folder, include_defaults=False)
         if set(names) <= set(own.all_subtasks):
             return own  # lm_eval's own files need not be read, which takes seconds

@@ -10,6 +10,7 @@ import pytest
 
 from steerkit.cli import app
 from steerkit.cli._model import ModelChoice
+from steerkit.cli._written import check_written
 from tests.cli.words import WORDS, commands
 
 OPTIONS = (
@@ -25,6 +26,21 @@ CASES = [
 ]
 
 _MAY_BE_EMPTY = ("--data", "--strengths", "--include-path")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"readout": text} for text in ("0", "-1", "3", "last", "mean,no_massive_tokens", "span(0,4)")),
+        *({"layers": text} for text in ("0", "10-12,3", "999")),
+        *({"layer_sets": text} for text in ("8-12", "12+14,3")),
+        *({"scope": "response(1:3)"}, {"site": "mlp_out.3"}, {"kinds": "z, mlp_out"}, {"layers": None}),
+        *({"method": "caa"}, {"slopes_of": "preference_margin"}),
+    ],
+    ids=str,
+)
+def test_what_is_written_as_it_should_be_passes(values: dict[str, str | None]) -> None:
+    check_written(**values)
 
 
 def never(_choice: ModelChoice) -> Any:
