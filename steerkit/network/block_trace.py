@@ -120,9 +120,11 @@ def probe_blocks(
         SiteError: the body fails on plain token ids.
     """
     traces = {layer: Trace() for layer in blocks}
+    notes = _Notes()
     with contextlib.ExitStack() as stack:
         for layer, block in blocks.items():
-            stack.enter_context(_watch(block, traces[layer], last=layer == max(blocks) and not to_the_end))
+            last = layer == max(blocks) and not to_the_end
+            stack.enter_context(_watch(block, traces[layer], notes, last=last))
         run_body(body, input_ids)
     return traces
 
@@ -167,21 +169,27 @@ def evaluation_mode(body: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def _watch(block: nn.Module, trace: Trace, *, last: bool) -> Iterator[None]:
-    """Attach the probe's hooks to one block and everything in it."""
-    made: dict[str, Seen | None] = {}
-    seen: dict[int, tuple[Seen, int]] = {}
+class _Notes:
+    """What was seen in a pass. Most tensors are seen several times, and are copied once unless written into since."""
 
-    def note(value: Any) -> Seen | None:
-        """Most tensors are seen several times: given, read by the next module. They are copied once unless changed."""
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Seen, int]] = {}
+
+    def __call__(self, value: Any) -> Seen | None:
+        """Note a tensor; None for anything else."""
         is_counted = isinstance(value, Tensor) and not value.is_inference()  # how often it was written into
-        if is_counted and id(value) in seen and seen[id(value)][1] == value._version:
-            return seen[id(value)][0]
+        if is_counted and id(value) in self._seen and self._seen[id(value)][1] == value._version:
+            return self._seen[id(value)][0]
         found = Seen.of(value)
         if is_counted and found is not None:
-            seen[id(value)] = found, value._version  # which keeps the tensor, so that no other can get its id
+            self._seen[id(value)] = found, value._version  # which keeps the tensor, so that no other can get its id
         return found
+
+
+@contextlib.contextmanager
+def _watch(block: nn.Module, trace: Trace, note: _Notes, *, last: bool) -> Iterator[None]:
+    """Attach the probe's hooks to one block and everything in it."""
+    made: dict[str, Seen | None] = {}
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace.entered = note(argument_of(args, kwargs))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from steerkit.network.block_trace import argument_of, run_body, tensor_of
 from steerkit.network.decoder import Decoder, execution_device
 
-__all__ = ["TOKENS", "Form", "form_of", "form_text", "is_token_wise", "plain_tokens"]
+__all__ = ["TOKENS", "Form", "form_of", "form_text", "forms_noted", "is_token_wise", "plain_tokens"]
 
 TOKENS = 3
 """In the one row of the pass: not one, which is the row, and not four, which are the streams of most such families."""
@@ -56,11 +56,28 @@ def form_of(decoder: Decoder, layer: int) -> Form:
     """
     block = decoder.blocks[layer]
     if block not in _FORMS:
-        with plain_tokens(decoder) as input_ids, contextlib.ExitStack() as stack:
-            found = [stack.enter_context(_watched(one)) for one in decoder.blocks]
+        with plain_tokens(decoder) as input_ids, forms_noted(decoder):
             run_body(decoder.entry, input_ids)
-        _FORMS.update(zip(decoder.blocks, found, strict=True))
     return _FORMS[block]
+
+
+@contextlib.contextmanager
+def forms_noted(decoder: Decoder) -> Iterator[bool]:
+    """Note the forms of all blocks in a pass over plain tokens that somebody makes for reasons of their own.
+
+    Args:
+        decoder: the model's decoder.
+
+    Yields:
+        Whether the pass has to run to its end: some block's form is not known yet.
+    """
+    if all(block in _FORMS for block in decoder.blocks):
+        yield False
+        return
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(_watched(one)) for one in decoder.blocks]
+        yield True
+    _FORMS.update(zip(decoder.blocks, found, strict=True))
 
 
 def is_token_wise(shape: Sequence[int], width: int | None = None) -> bool:

@@ -65,7 +65,9 @@ def _places(
             chain.append((call, raw))
     inner = [call for call in half.linears[-1:] if call is not half.last]  # Bloom adds the residual itself
     candidates = [*reversed(chain), *((call, call) for call in inner)]
-    return [pair for pair in candidates if pair[0].gave is not None and pair[0].gave.values.numel() == size]
+    fitting = [pair for pair in candidates if pair[0].gave is not None and pair[0].gave.values.numel() == size]
+    first = {pair[0].gave: pair for pair in reversed(fitting)}  # attention gives what its last layer gave: one place
+    return [pair for pair in fitting if first[pair[0].gave] is pair]
 
 
 def _best_sum(chains: list[list[tuple[Call, Call]]], entered: Seen, left: Seen) -> list[tuple[Call, Call]] | None:

@@ -15,7 +15,7 @@ from steerkit.errors import SiteError
 from steerkit.network.anatomy import Anatomy, Place
 from steerkit.network.block_trace import argument_of, probe_blocks, tensor_of
 from steerkit.network.decoder import find_decoder
-from steerkit.network.residual_form import form_of, is_token_wise, plain_tokens
+from steerkit.network.residual_form import form_of, forms_noted, is_token_wise, plain_tokens
 from steerkit.network.router_search import Chosen
 from steerkit.network.routing import dense_weights, slotted
 from steerkit.network.sites import Site, layers_text
@@ -165,9 +165,9 @@ class RouterTap(Tap):
 def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
     """Find the modules and tensors of some sites.
 
-    The first time in a model's life, one forward pass over three tokens sees what form its residual stream has. Kinds
-    other than resid_pre and resid_post take another one, up to the deepest block asked; what it finds is kept as long
-    as the blocks are made of the same modules.
+    The first time in a model's life, one forward pass over three tokens sees what form its residual stream has, and
+    where the sites are that were asked. Later ones of a kind or a block that was not asked yet take another one, up to
+    the deepest such block; what it finds is kept as long as the blocks are made of the same modules.
 
     Args:
         model: as for `find_decoder`.
@@ -189,8 +189,11 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             last = decoder.num_layers - 1
             where = f"layer {site.layer} is outside 0..{last} of {owner} ({decoder.num_layers} layers)"
             raise SiteError(f"{site}: {where}")
+    inside = [site for site in asked if not site.kind.startswith("resid_")]
+    known = _known(decoder, inside)
+    found = anatomies(decoder, {site.layer for site in inside if site.kind not in known[site.layer]})
     _refuse_other_forms(decoder, asked)
-    places = _places(decoder, [site for site in asked if not site.kind.startswith("resid_")])
+    _add_places(decoder, inside, known, found)
     taps = {}
     for site in asked:
         name = f"{decoder.path}.{site.layer}"
@@ -198,7 +201,7 @@ def locate(model: nn.Module, sites: Iterable[Site]) -> dict[Site, Tap]:
             side: Literal["input", "output"] = "input" if site.kind == "resid_pre" else "output"
             tap = Tap(site, decoder.blocks[site.layer], name, side, flat=False, width=decoder.hidden_size)
         else:
-            place = places[site]
+            place = known[site.layer][site.kind]
             facts = (
                 Site(site.layer, place.kind),
                 place.module,
@@ -219,15 +222,22 @@ _Makeup = tuple[tuple[Any, ...], ...]
 _PLACES: WeakKeyDictionary[nn.Module, tuple[_Makeup, dict[str, Place]]] = WeakKeyDictionary()
 
 
-def _places(decoder: Decoder, sites: Iterable[Site]) -> dict[Site, Place]:
-    """Where some sites inside blocks are: as it is known from before, else found in one pass for all of them."""
-    makeups = {layer: _makeup(decoder.blocks[layer]) for layer in sorted({site.layer for site in sites})}
-    for layer, makeup in makeups.items():
+def _known(decoder: Decoder, sites: Iterable[Site]) -> dict[int, dict[str, Place]]:
+    """By layer the kinds that were found before in the blocks of some sites; nothing in a block made anew since."""
+    known = {}
+    for layer in sorted({site.layer for site in sites}):
         block = decoder.blocks[layer]
+        makeup = _makeup(block)
         if block not in _PLACES or _PLACES[block][0] != makeup:
             _PLACES[block] = makeup, {}
-    known = {layer: _PLACES[decoder.blocks[layer]][1] for layer in makeups}
-    found = anatomies(decoder, {site.layer for site in sites if site.kind not in known[site.layer]})
+        known[layer] = _PLACES[block][1]
+    return known
+
+
+def _add_places(
+    decoder: Decoder, sites: Iterable[Site], known: dict[int, dict[str, Place]], found: Mapping[int, Anatomy]
+) -> None:
+    """Add to what is known of each block where the sites are that were not."""
     for site in sites:
         if site.kind not in known[site.layer]:
             try:
@@ -236,7 +246,6 @@ def _places(decoder: Decoder, sites: Iterable[Site]) -> dict[Site, Place]:
                 if site.kind != "router":
                     raise
                 raise _elsewhere(decoder, site, error) from None
-    return {site: known[site.layer][site.kind] for site in sites}
 
 
 def _elsewhere(decoder: Decoder, site: Site, error: SiteError) -> SiteError:
@@ -309,9 +318,10 @@ def anatomies(decoder: Decoder, layers: set[int]) -> dict[int, Anatomy]:
     """
     if not layers:
         return {}
-    with plain_tokens(decoder) as input_ids:
+    with plain_tokens(decoder) as input_ids, forms_noted(decoder) as to_the_end:
         blocks = {layer: decoder.blocks[layer] for layer in sorted(layers)}
-        traces = probe_blocks(decoder.entry, blocks, input_ids, to_the_end=decoder.entry is not decoder.body)
+        to_the_end |= decoder.entry is not decoder.body
+        traces = probe_blocks(decoder.entry, blocks, input_ids, to_the_end=to_the_end)
     types = getattr(decoder.model.config.get_text_config(), "layer_types", None)
     owner = type(decoder.model).__name__
     return {

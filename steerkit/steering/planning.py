@@ -173,7 +173,7 @@ def _refuse_window(vector: SteeringVector, written: Scope) -> None:
 
 def _refuse_twice(edits: Sequence[Edit]) -> None:
     """Refuse two gates that add one direction at one site: a row that opens both would get it twice."""
-    gated = [edit for edit in edits if isinstance(edit.method, Gated)]
+    gated = [edit for edit in edits if isinstance(edit, GuidedEdit) and isinstance(edit.method, Gated)]
     for number, edit in enumerate(gated):
         for other in gated[:number]:
             is_there = edit.tap.site == other.tap.site and share_rows(edit, other)

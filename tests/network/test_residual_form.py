@@ -107,6 +107,19 @@ def test_the_form_is_seen_once_in_a_model_s_life() -> None:
     assert len(ran) == 2
 
 
+def test_one_pass_shows_the_form_and_every_place_that_is_asked() -> None:
+    model: Any = build("llama")
+    ran = []
+    model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    asked = [Site(layer, kind) for layer in (0, 2) for kind in ("resid_post", "attn_out", "mlp_in")]
+    assert set(locate(model, asked)) == set(asked)
+    assert len(ran) == 1
+    locate(model, [*asked, Site(3)])  # the form of blocks that were not asked is known too
+    assert len(ran) == 1
+    locate(model, [Site(3, "mlp_out")])
+    assert len(ran) == 2
+
+
 class Widened(nn.Module):
     """A block that gives half of its channels twice."""
 
