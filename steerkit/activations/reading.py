@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -230,7 +231,7 @@ def _weighted(weights: Tensor, values: Tensor, *, is_padded: bool) -> Tensor:
     with torch.autocast(values.device.type, enabled=False):  # it would give products in half precision
         pooled = torch.bmm(weights, values)[:, 0]
         # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
-        if is_padded and (values.device.type != "cpu" or not bool(torch.isfinite(pooled).all())):
+        if is_padded and (values.device.type != "cpu" or not math.isfinite(float(pooled.sum()))):
             pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
     return pooled
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from steerkit.activations.moments import NormMedian
 
@@ -135,11 +136,19 @@ class PassScale(NamedTuple):
             counted: [b, t] float32, 1 where the token counts and 0 where it is a pad or a row's first token.
         """
         with torch.autocast(h.device.type, enabled=False):
-            # Times zero would keep what is not finite on pads.
-            rows = torch.where(counted[..., None] > 0, h, 0.0).flatten(0, 1).float()
-            weights = counted.flatten()
-            mean = weights @ rows / weights.sum().clamp_min(1.0)
-            return cls(NormMedian.bins(h), counted, mean, weights @ (rows - mean).square())
+            values = h.float()
+            mean, power = _mean_and_power(values, counted)
+            # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
+            if h.device.type != "cpu" or not math.isfinite(float(power.sum())):
+                mean, power = _mean_and_power(torch.where(counted[..., None] > 0, values, 0.0), counted)
+            return cls(NormMedian.bins(h), counted, mean, power)
+
+
+def _mean_and_power(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """[d] mean and [d] sum of squared distances from it, of tokens [b, t, d] that count by weights [b, t]."""
+    mean = torch.bmm(weights[:, None], values).sum(dim=(0, 1)) / weights.sum().clamp_min(1.0)
+    distances = mse_loss(values, mean.expand_as(values), reduction="none")  # which writes one tensor and not two
+    return mean, torch.bmm(weights[:, None], distances).sum(dim=(0, 1))
 
 
 class TokenScales:
