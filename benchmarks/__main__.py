@@ -82,14 +82,15 @@ def run(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     works: list[tuple[str, Timing, str]] = [
         *(
             (
-                f"extraction, 30 layers, {name}{', shared' if shares else ''} / baseline forward",
+                f"extraction, 30 layers, {name}{'' if shares else ', whole texts'} / baseline forward",
                 paired(functools.partial(extraction, model, tokenizer, data, readout, shares=shares)),
                 aim,
             )
             for name, data, readout, shares, aim in (
-                ("prompts", contrast(64), "mean", False, "<= 1.02"),
-                ("answer pairs", answer_pairs(32), "response_mean", False, ""),
+                ("prompts", contrast(64), "mean", True, "<= 1.02"),
+                ("prompts", contrast(64), "mean", False, ""),
                 ("answer pairs", answer_pairs(32), "response_mean", True, "<= 0.75"),
+                ("answer pairs", answer_pairs(32), "response_mean", False, ""),
             )
         ),
         *(

@@ -201,6 +201,7 @@ def split_work(folder: Path) -> Found:
         return work(), seen.rows - before
 
     alone = {name: counted(work) for name, work in works.items()}
+    before = counted(works["fit caa"])[1]  # the first time the model was looked at, too
     with steerkit.split_between_processes():
         shared = {name: counted(work) for name, work in works.items()}
         file = folder / f"written by {dist.get_rank()}"
@@ -231,6 +232,7 @@ def split_work(folder: Path) -> Found:
         "journal": again,
         "failing": failing,
         "differing": differing,
+        "before": before,
         "after": counted(works["fit caa"])[1],
     }
 

@@ -91,7 +91,7 @@ def separation_by_block(fits: Fits, held_out: ContrastSet, layers: Sequence[int]
     """
     method = fits.method_object
     vectors: dict[int, tuple[Site, SteeringVector]] = {}
-    fits.layers, fits.shares = layers, True
+    fits.layers = layers
     for layer in layers:
         try:
             vector = fits.at([layer])

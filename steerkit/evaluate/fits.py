@@ -38,7 +38,6 @@ class Fits:
         kinds: kinds of site, such as ``["mlp_out"]``; None takes those of the method.
         progress: show a progress bar while reading.
         rows: keep every row that is read (`acts`), even where the method needs no more than sums.
-        shares: run what texts have in common once, where figures are wanted and no file (see `steerkit.fit`).
         whole: the same on a set that `train` is a part of: then it is read once for both.
     """
 
@@ -52,7 +51,6 @@ class Fits:
     kinds: Sequence[str] | None = None
     progress: bool = False
     rows: bool = False
-    shares: bool = False
     whole: Fits | None = None
     _acts: Activations | None = field(default=None, init=False, repr=False)
     _read: bool = field(default=False, init=False, repr=False)
@@ -145,7 +143,7 @@ class Fits:
         else:
             every = self._possible(self.sites({*self.layers, *layers}))
             how: dict[str, Any] = {**self._options(), "readout": self.readout, "progress": self.progress}
-            how |= {"rows": self.rows, "shares": self.shares}
+            how |= {"rows": self.rows}
             self._acts = read(data=self.train, sites=every, **how)
         self._read = True
 

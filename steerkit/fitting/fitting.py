@@ -55,7 +55,7 @@ def fit(
     acts: Activations | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
-    shares: bool = False,
+    shares: bool = True,
     reads: Reads = read_passes,
 ) -> SteeringVector:
     """Learn a steering vector from a contrast set.
@@ -76,7 +76,8 @@ def fit(
         acts: what `read` gave for this model, data and method, at these sites and perhaps others; saves the pass.
         chat_template_kwargs: passed on to the chat template.
         progress: show a progress bar on stderr.
-        shares: run what texts have in common once: fewer tokens, and the same up to rounding instead of to the bit.
+        shares: run what texts have in common once (a system prompt, the prompt of two answers), where the model can go
+            on from a cache: fewer tokens, and the same up to rounding. False runs every text as a whole, to the bit.
         reads: what runs the texts, such as an engine with the model's weights; the model itself where nothing else is
             named. Methods that ask more of the model than activations then fail.
 
@@ -119,7 +120,7 @@ def fit(
     from steerkit.fitting.held_out import separation
 
     warn_of_known_items(data.sides, held_out.sides)
-    measured = separation(model, tokenizer, held_out, vector, **common)
+    measured = separation(model, tokenizer, held_out, vector, shares=shares, **common)
     return vector.with_held_out(measured)
 
 
@@ -257,7 +258,7 @@ def read(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     progress: bool = False,
     rows: bool = False,
-    shares: bool = False,
+    shares: bool = True,
 ) -> Activations | None:
     """Read once what `fit` needs at many sites, to fit at some of them again and again.
 

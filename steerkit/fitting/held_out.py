@@ -37,7 +37,7 @@ def separation(
     *,
     batch_size: int = 16,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    shares: bool = False,
+    shares: bool = True,
     reads: Reads = read_passes,
 ) -> dict[str, Any]:
     """How well each site's direction separates items it was not fitted on.
@@ -49,7 +49,7 @@ def separation(
         vector: the vector.
         batch_size: rows per pass.
         chat_template_kwargs: passed on to the chat template.
-        shares: see `steerkit.record`.
+        shares: see `steerkit.fit`.
         reads: what runs the items; the model itself where nothing else is named.
 
     Returns:

@@ -136,6 +136,29 @@ def test_a_steered_model_is_read_as_whole_texts() -> None:
         assert torch.equal(read("llama", texts(), shares=True)[Site(2)], read("llama", texts())[Site(2)])
 
 
+@pytest.mark.parametrize("method", ["caa", "repe"])
+def test_a_vector_is_fitted_in_fewer_tokens_unless_its_bits_matter(method: str) -> None:
+    model: Any = family("llama").eval()
+    pairs = [(f"Is {n} what they said it is?", "Yes, so it is.", "No.") for n in range(9)]
+    data, held_out = ContrastSet.from_answers(pairs[:6]), ContrastSet.from_answers(pairs[6:])
+    may_share(find_decoder(model))  # which takes a pass, once
+
+    def fitted(**options: Any) -> tuple[torch.Tensor, int]:
+        columns: list[int] = []
+        handle = model.model.register_forward_pre_hook(
+            lambda _module, _args, given: columns.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        vector = steerkit.fit(model, TOKENIZER, data, method=method, layers=[2], held_out=held_out, **options)
+        handle.remove()
+        return vector.params(vector.sites[0])["direction"], sum(columns)
+
+    shared, fewer = fitted()
+    whole, columns = fitted(shares=False)
+    assert fewer < 0.75 * columns
+    assert tolerances.gap(shared, whole) <= 1e-5
+    assert torch.equal(whole, fitted(shares=False, batch_size=16)[0])
+
+
 @pytest.mark.parametrize("readout", ["prompt_last", "response_mean"])
 def test_texts_that_begin_alike_share_a_pass_whatever_their_lengths(readout: str) -> None:
     """One system prompt a batch, not whichever lengths are next to one another."""

@@ -159,7 +159,6 @@ def _finished(problem: Problem, vector: SteeringVector, found: Calibration) -> S
             vector,
             batch_size=setup.batch_size,
             chat_template_kwargs=setup.chat_template_kwargs,
-            shares=True,
         )
     return replace(
         vector,
