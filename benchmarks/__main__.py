@@ -507,7 +507,8 @@ def peak_of_extraction(count: int) -> float:
     sites = [Site(layer) for layer in range(find_decoder(model).num_layers)]
 
     def read(prompts: int) -> None:
-        stream(model, tokenizer, contrast(prompts), {site: Means() for site in sites}, readout="mean", batch_size=16)
+        means = {site: Means() for site in sites}
+        stream(model, tokenizer, contrast(prompts), means, readout="mean", batch_size=16, shares=True)
 
     read(32)  # what is allocated once, buffers of threads and of the batch, is no growth
     # Loading the model lifts the process's peak far above what follows, so start the peak anew (Linux).

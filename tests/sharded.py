@@ -191,7 +191,7 @@ def split_work(folder: Path) -> Found:
     works: dict[str, Callable[[], Any]] = {
         "fit caa": lambda: fitted("caa"),
         "fit repe": lambda: fitted("repe"),
-        "record": lambda: steerkit.record(model, tokenizer, data, ["resid_post.1"], batch_size=4)["resid_post.1"],
+        "record": lambda: steerkit.record(model, tokenizer, data, ["resid_post.1"], batch_size=2)["resid_post.1"],
         "generate": texts,
         "scores": scores,
     }

@@ -24,7 +24,7 @@ from steerkit.fitting.held_out import record_steered
 from steerkit.generation import generate
 from steerkit.network.context import check_lengths, named
 from steerkit.network.sites import Site
-from steerkit.prompts.batching import run_batches
+from steerkit.prompts.batching import dealt_out, run_batches
 from steerkit.prompts.conversation import Conversation
 from steerkit.prompts.rendering import Rendered
 from steerkit.steering.steering import steer
@@ -217,7 +217,7 @@ class Trial:
             some, also = [rendered[row] for row in left], beside and [beside[row] for row in left]
 
             def found(rank: int = 0, count: int = 1) -> list[tuple[int, int, T]]:
-                passes = self._passes(lacking, some, also, slice(rank, None, count))
+                passes = self._passes(lacking, some, also, rank, count)
                 placed = ((places[id(trial)], left[answer.row], answer) for trial, answer in passes)
                 return [(place, row, of(answer._replace(row=row))) for place, row, answer in placed]
 
@@ -237,15 +237,18 @@ class Trial:
         together: Sequence[Trial],
         rendered: Sequence[Rendered],
         beside: Sequence[Rendered] | None,
-        part: slice = slice(None),
+        rank: int = 0,
+        count: int = 1,
     ) -> Iterator[tuple[Trial, Answer]]:
-        """The answers of some trials that can share passes, in the order of the batches, of which a part is run."""
+        """The answers of some trials that can share passes, in the order of the batches: one process's of several."""
         for text in rendered:
             if not 1 <= text.prompt_length < len(text.ids):
                 raise DataError(f"{text.text[:40]!r} has no answer to score behind a prompt; give both")
         check_lengths(self.setup.decoder, rendered, named("text", rendered), warns=False)
         passes = AnswerPasses(together, rendered, beside)
-        for batch, seen in run_batches(passes.work()[part], passes, is_split=False):
+        work = passes.work()
+        mine = [work[place] for place in dealt_out(len(work), count)[rank]]
+        for batch, seen in run_batches(mine, passes, is_split=False):
             for place, item in enumerate(batch.rows):
                 row, member = divmod(item, len(together))
                 baseline = passes.baseline(row, place, seen)

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
     from steerkit.prompts.rendering import Rendered
 
-__all__ = ["Batch", "batches", "pad_token_id", "run_batches"]
+__all__ = ["Batch", "batches", "dealt_out", "pad_token_id", "run_batches"]
 
 T = TypeVar("T")
+_TURN = 4
+"""Batches that each of several processes runs before all wait for each other."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +94,36 @@ def run_batches(
         for batch in work:
             yield from fitting(batch, run)
         return
-    for start in range(0, len(work), several.count):
-        turn = work[start : start + several.count]
-        mine = turn[several.rank : several.rank + 1]
+    for start in range(0, len(work), _TURN * several.count):
+        turn = work[start : start + _TURN * several.count]
+        shares = dealt_out(len(turn), several.count)
+        mine = [turn[place] for place in shares[several.rank]]
 
-        def ran(mine: Sequence[Batch] = mine) -> list[tuple[Batch, T]]:
-            return [found for batch in mine for found in fitting(batch, run)]
+        def ran(mine: Sequence[Batch] = mine) -> list[list[tuple[Batch, T]]]:
+            return [list(fitting(batch, run)) for batch in mine]
 
-        for found in several.gathered(ran, (len(work), start, *(batch.rows for batch in turn))):
-            yield from found
+        found = several.gathered(ran, (len(work), start, *(batch.rows for batch in turn)))
+        placed = {
+            place: one
+            for places, of_process in zip(shares, found, strict=True)
+            for place, one in zip(places, of_process, strict=True)
+        }
+        for place in range(len(turn)):
+            yield from placed[place]
+
+
+def dealt_out(count: int, hands: int) -> list[list[int]]:
+    """Deal batches out to processes, there and back (0 1, 1 0, ...): they are sorted by length.
+
+    Args:
+        count: batches, the longest first.
+        hands: processes.
+
+    Returns:
+        By process the numbers of its batches, rising.
+    """
+    order = [*range(hands), *reversed(range(hands))]
+    return [[place for place in range(count) if order[place % len(order)] == hand] for hand in range(hands)]
 
 
 class _Fitting:

@@ -11,6 +11,7 @@ from typing import Any
 import filelock
 import pytest
 
+from steerkit.prompts.batching import dealt_out
 from tests.program import ROOT
 
 CLOSE = 1e-5  # sums over two ranks are rounded in another order: 1e-6 was seen
@@ -82,6 +83,14 @@ def test_processes_share_work_and_all_get_what_one_gets(found: Any, what: str) -
     assert split["same"][what]
     alone, shared = split["rows"][what]
     assert 0 < shared <= 0.65 * alone, "about half of the rows"
+
+
+@pytest.mark.parametrize(("count", "hands"), [(8, 2), (5, 2), (11, 3), (2, 4)])
+def test_batches_are_dealt_out_once_and_evenly(count: int, hands: int) -> None:
+    dealt = dealt_out(count, hands)
+    assert sorted(place for hand in dealt for place in hand) == list(range(count))
+    tokens = [sum(100 - place for place in hand) for hand in dealt]  # the longest come first
+    assert max(tokens) - min(tokens) <= 100, "no more than one batch"
 
 
 def test_of_processes_that_share_work_the_first_writes(found: Any) -> None:
