@@ -20,8 +20,9 @@ VLLM_STAMP := $(VLLM)/.installed
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 NEWEST := .venv-newest
 WORKERS ?= 2
-# Threads that spin while they wait make a machine with other work on it many times slower.
+# Threads that spin while they wait make a machine with other work on it many times slower. As the command line has it.
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 2000
 # Where writing bytecode is switched off, each of the many processes below would compile the same libraries again.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -48,10 +49,9 @@ test-newest:
 slow: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
-# Timings, on a machine with nothing else to do; with BENCH=--write docs/results/speed.md is made anew too. Threads wait as
-# they do for everybody who sets nothing.
+# Timings; with BENCH=--write docs/results/speed.md is made anew too.
 bench: $(STAMP)
-	env -u OMP_WAIT_POLICY $(BIN)/python -m benchmarks $(BENCH)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # The committed vectors, fitted and calibrated anew (about five minutes each, resumable), and their cards.
 vectors: $(STAMP)
