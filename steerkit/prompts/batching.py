@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "batches", "dealt_out", "pad_token_id", "run_batches"]
 
 T = TypeVar("T")
-_TURN = 4
+_TURN = 8
 """Batches that each of several processes runs before all wait for each other."""
 
 
