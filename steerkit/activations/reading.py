@@ -229,9 +229,11 @@ def _read_stretches(
 def _weighted(weights: Tensor, values: Tensor, *, is_padded: bool) -> Tensor:
     """[b, d] weighted sums over tokens, of weights [b, 1, t] and values [b, t, d]."""
     with torch.autocast(values.device.type, enabled=False):  # it would give products in half precision
-        pooled = torch.bmm(weights, values)[:, 0]
         # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
-        if is_padded and (values.device.type != "cpu" or not math.isfinite(float(pooled.sum()))):
+        if is_padded and values.device.type != "cpu":
+            values = values.masked_fill(weights.mT == 0, 0.0)
+        pooled = torch.bmm(weights, values)[:, 0]
+        if is_padded and values.device.type == "cpu" and not math.isfinite(float(pooled.sum())):
             pooled = torch.bmm(weights, values.masked_fill(weights.mT == 0, 0.0))[:, 0]
     return pooled
 

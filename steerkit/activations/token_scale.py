@@ -136,12 +136,13 @@ class PassScale(NamedTuple):
             counted: [b, t] float32, 1 where the token counts and 0 where it is a pad or a row's first token.
         """
         with torch.autocast(h.device.type, enabled=False):
-            values = h.float()
-            mean, power = _mean_and_power(values, counted)
+            values, found = h.float(), None
             # Times zero keeps what is not finite on pads. Masking costs a copy, looking costs an accelerator a stop.
-            if h.device.type != "cpu" or not math.isfinite(float(power.sum())):
-                mean, power = _mean_and_power(torch.where(counted[..., None] > 0, values, 0.0), counted)
-            return cls(NormMedian.bins(h), counted, mean, power)
+            if h.device.type == "cpu":
+                found = _mean_and_power(values, counted)
+            if found is None or not math.isfinite(float(found[1].sum())):
+                found = _mean_and_power(torch.where(counted[..., None] > 0, values, 0.0), counted)
+            return cls(NormMedian.bins(h), counted, *found)
 
 
 def _mean_and_power(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
