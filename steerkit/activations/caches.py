@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["joined", "pads_first", "rows_of"]
+__all__ = ["joined", "pads_first", "row_of", "rows_of"]
 
 
 def rows_of(cache: Any, rows: Tensor) -> Any:
@@ -23,6 +23,22 @@ def rows_of(cache: Any, rows: Tensor) -> Any:
     found = copy.copy(cache)
     found.layers = [copy.copy(layer) for layer in cache.layers]
     found.batch_select_indices(rows)
+    return found
+
+
+def row_of(cache: Any, row: int, length: int) -> Any:
+    """A cache of one row of another, without its pads and without memory of its own.
+
+    Args:
+        cache: keys and values of every layer, pads first.
+        row: which.
+        length: columns that are no pads.
+    """
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in found.layers:
+        start = layer.keys.shape[2] - length
+        layer.keys, layer.values = (one[row : row + 1, :, start:] for one in (layer.keys, layer.values))
     return found
 
 

@@ -102,18 +102,20 @@ class AnswerPasses:
 
     def work(self) -> list[Batch]:
         """The batches: row i of all is text `i // trials` under trial `i % trials`."""
-        count, setup = len(self._trials), self._setup
-        items = [text for text in self._rendered for _ in range(count)]
+        setup = self._setup
         # Padded at the left, so that all answers end in the last column and the LM head runs on those columns only.
         # Behind kept prompts a pass is as wide as its longest answer.
         is_behind = setup.read.may_have and all(one.leaves_prompts for one in self._trials)
-        return batches(
-            items,
-            count * setup.batch_size,
+        found = batches(
+            self._rendered,
+            setup.batch_size,
             pad_id=pad_token_id(setup.tokenizer),
             side="left",
             length=_count if is_behind else None,
+            device=execution_device(setup.decoder),
         )
+        # The same texts stand together however many trials there are: what is kept of them is kept by batch.
+        return [batch.repeated(len(self._trials)) for batch in found]
 
     def __call__(self, batch: Batch) -> Seen:
         """Run one batch.

@@ -1,5 +1,7 @@
 """Padded batches of token ids: texts sorted by length, each batch as wide as its longest row.
 
+Where a pass costs little beside its columns, batches are parted where lengths jump: fewer columns are pads.
+
 `run_batches` is how batches are run everywhere: what does not fit into memory is run in halves.
 """
 
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 
     from steerkit.prompts.rendering import Rendered
 
-__all__ = ["Batch", "batches", "dealt_out", "pad_token_id", "run_batches"]
+__all__ = ["Batch", "batches", "dealt_out", "pad_token_id", "parted", "run_batches"]
 
 T = TypeVar("T")
 _TURN = 8
 """Batches that each of several processes runs before all wait for each other."""
+_PASS = 32
+"""Columns that one more pass costs on a CPU, which reads all weights once more for it, however large the model is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,18 @@ class Batch:
         if len(self.rows) <= step:
             return [self]
         return [self._of(slice(start, start + step)) for start in range(0, len(self.rows), step)]
+
+    def repeated(self, count: int) -> Batch:
+        """Every row so many times, one after the other: row i of all becomes rows `count * i` and on.
+
+        Args:
+            count: 1 or more.
+        """
+        ids, mask, lengths = (
+            one.repeat_interleave(count, dim=0) for one in (self.input_ids, self.attention_mask, self.prompt_lengths)
+        )
+        rows = tuple(count * row + copy for row in self.rows for copy in range(count))
+        return Batch(ids, mask, lengths, rows, count * self.groups if self.groups > 1 else 1)
 
     def _of(self, rows: slice) -> Batch:
         """Some of the rows, without the columns that are pads in all of them."""
@@ -173,6 +189,7 @@ def batches(
     groups: int = 1,
     length: Callable[[Rendered], int] | None = None,
     alike: bool = False,
+    device: torch.device | None = None,
 ) -> list[Batch]:
     """Sort by length, longest first so that memory peaks at once, and pad each batch to its longest row.
 
@@ -184,6 +201,8 @@ def batches(
         groups: how many neighbours stay together in one batch: with 2, items 2i and 2i+1.
         length: what is sorted by; None takes the number of tokens.
         alike: keep those together that begin alike (`steerkit.prompts.beginnings`), before lengths are looked at.
+        device: where they run, if batches are to be parted where that saves columns (`parted`); with what is sorted by
+            lengths alone.
 
     Returns:
         The batches. Together their `rows` are every index of `rendered` once.
@@ -205,11 +224,47 @@ def batches(
         begun = beginnings([tuple(rendered[group[0]].ids) for group in together])
         first = {ids: place for place, ids in reversed(list(enumerate(begun)))}
         together = [group for _, group in sorted(zip(begun, together, strict=True), key=lambda one: first[one[0]])]
-    per_batch = max(1, batch_size // groups)
+    widths = [max(sizes[row] for row in group) for group in together]
     return [
-        _pad(rendered, [row for group in together[start : start + per_batch] for row in group], pad_id, side, groups)
-        for start in range(0, len(together), per_batch)
+        _pad(rendered, [row for place in places for row in together[place]], pad_id, side, groups)
+        for places in parted(widths, max(1, batch_size // groups), device)
     ]
+
+
+def parted(widths: Sequence[int], largest: int, device: torch.device | None = None) -> list[range]:
+    """Part rows, the widest first, into passes that are each as wide as their first row.
+
+    Args:
+        widths: columns of each row, falling.
+        largest: rows in a pass, at most.
+        device: where the passes run. On a CPU, whose time goes into columns, there may be more passes than needed: as
+            many as make columns, and what passes cost beside them, fewest. Elsewhere, or where none is given, there are
+            as few as can be.
+
+    Returns:
+        The rows of each pass.
+
+    Example:
+        >>> parted([90, 89, 60, 59], 4, torch.device("cpu"))
+        [range(0, 2), range(2, 4)]
+        >>> parted([90, 89, 60, 59], 4)
+        [range(0, 4)]
+    """
+    count = len(widths)
+    if device is None or device.type != "cpu":
+        return [range(start, min(start + largest, count)) for start in range(0, count, largest)]
+    costs, starts = [0], [0]  # of the first 1, 2, ... rows: the fewest columns, and where the last pass begins
+    for end in range(1, count + 1):
+        cost, start = min(
+            (costs[start] + _PASS + (end - start) * widths[start], start) for start in range(max(0, end - largest), end)
+        )
+        costs.append(cost)
+        starts.append(start)
+    found, end = [], count
+    while end:
+        found.append(range(starts[end], end))
+        end = starts[end]
+    return found[::-1]
 
 
 def _pad(rendered: Sequence[Rendered], rows: list[int], pad_id: int, side: str, groups: int) -> Batch:

@@ -8,8 +8,9 @@ is. Rows are laid out anew for it: prompts end in one column, answers begin in t
 order then, so figures differ from those of whole passes by rounding. Only attention caches are continued: what a
 recurrent state has seen is not told by its size, and not every family goes on from one over several tokens.
 
-What prompts of a batch begin with, such as a system prompt, is read once for all that do, but for sliding windows:
-between it and a prompt's end no pads may come, and those behind a prompt would push it out of a window.
+What prompts begin with, such as a system prompt, is read once for all that do, and a prompt that stands in several
+batches is read with the first of them, but for sliding windows: between what was read and what follows no pads may come,
+and those behind a prompt would push it out of a window.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from steerkit.activations.caches import joined, pads_first, rows_of
+from steerkit.activations.caches import joined, pads_first, row_of, rows_of
 from steerkit.activations.reading import position_inputs
+from steerkit.prompts.batching import parted
 from steerkit.prompts.beginnings import beginnings
 from steerkit.steering.repeated import Repeated
 from steerkit.tokens.transformers_facts import cache_argument, cache_left_by, is_attention_cache
@@ -92,10 +94,11 @@ class KeptPrompts:
 
     budget: int = 512 * 2**20
     _kept: dict[Hashable, Any] = field(init=False, default_factory=dict, repr=False)
+    _rows: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, repr=False)  # by prompt, parts of these
     _begun: dict[tuple[int, ...], Any] = field(init=False, default_factory=dict, repr=False)
     _used: int = field(init=False, default=0)
     _refused: bool = field(init=False, default=False)
-    _is_apart: bool = field(init=False, default=False)  # what prompts have in common cannot be gone on from
+    _is_apart: bool = field(init=False, default=False)  # caches of one row cannot be put together
     _is_full: bool = field(init=False, default=False)  # or prompts would be read again and again, for nothing
 
     @property
@@ -148,33 +151,87 @@ class KeptPrompts:
 
     def _read(self, decoder: Decoder, split: Split) -> Any:
         """The cache after the different prompts; None where it cannot be used or there is no room."""
-        begun = self._beginnings(decoder, split)
-        if begun:
-            cache = _gone_on(decoder, begun, joined([self._begun[one] for one in begun]), split)
-        else:
+        rows = None if self._is_apart else self._read_rows(decoder, split)
+        if self._refused:
+            return None
+        if rows is None:
             once = split.repeated.once
             cache = _read(decoder, split.prompt[once], split.mask[once, : split.prompt.shape[1]])
-        if not is_attention_cache(cache):
-            self._refused = True
+            self._refused = not is_attention_cache(cache)
+        else:
+            cache = joined(rows)
+        if self._refused or not self._has_room(cache):
             return None
-        return cache if self._has_room(cache) else None
+        if rows is not None:
+            for place, prompt in enumerate(split.prompts):
+                self._rows[prompt] = row_of(cache, place, len(prompt))
+        return cache
 
-    def _beginnings(self, decoder: Decoder, split: Split) -> list[tuple[int, ...]]:
-        """By prompt what it begins with, read and kept; none where that saves nothing or cannot be gone on from."""
-        found = [] if self._is_apart else beginnings(split.prompts)
-        if not any(found):
-            return []
-        for common in dict.fromkeys(found):
-            known = [ids for ids in self._begun if common[: len(ids)] == ids and 2 * len(ids) > len(common)]
-            begun = max(known, key=len, default=common)
-            if begun not in self._begun:
-                ids = torch.tensor([begun], dtype=torch.long, device=split.prompt.device)
+    def _read_rows(self, decoder: Decoder, split: Split) -> list[Any] | None:
+        """By prompt a cache of its own, those that no other batch had read now; None where rows cannot be joined."""
+        lacking = [prompt for prompt in split.prompts if prompt not in self._rows]
+        device = split.prompt.device
+        begun = dict(zip(lacking, self._beginnings(decoder, lacking, device), strict=True))
+        lacking.sort(key=lambda prompt: len(begun[prompt]) - len(prompt))
+        found: dict[tuple[int, ...], Any] = {}
+        for places in parted([len(one) - len(begun[one]) for one in lacking], max(1, len(lacking)), device):
+            prompts = lacking[places.start : places.stop]
+            cache = self._gone_on(decoder, prompts, [begun[one] for one in prompts], device)
+            if cache is None:
+                return None
+            found |= {prompt: row_of(cache, place, len(prompt)) for place, prompt in enumerate(prompts)}
+        return [found[one] if one in found else self._rows[one] for one in split.prompts]
+
+    def _beginnings(
+        self, decoder: Decoder, prompts: Sequence[tuple[int, ...]], device: torch.device
+    ) -> list[tuple[int, ...]]:
+        """By prompt what it begins with, read and kept; () where that saves nothing or cannot be gone on from."""
+        nothing: list[tuple[int, ...]] = [()] * len(prompts)
+        found = []
+        for prompt, common in zip(prompts, beginnings(prompts) if prompts else (), strict=True):
+            known = [ids for ids in self._begun if len(ids) < len(prompt) and prompt[: len(ids)] == ids]
+            longest = max(known, key=len, default=())
+            found.append(longest if 2 * len(longest) > len(common) else common)
+        if not all(found):
+            return nothing
+        for one in dict.fromkeys(found):
+            if one not in self._begun:
+                ids = torch.tensor([one], dtype=torch.long, device=device)
                 cache = _read(decoder, ids, torch.ones_like(ids))
                 self._is_apart = not is_attention_cache(cache, windows=False)
                 if self._is_apart or not self._has_room(cache):
-                    return []
-                self._begun[begun] = cache
-            found = [begun if one == common else one for one in found]
+                    return nothing
+                self._begun[one] = cache
+        return found
+
+    def _gone_on(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[tuple[int, ...]],
+        begun: Sequence[tuple[int, ...]],
+        device: torch.device,
+    ) -> Any:
+        """The cache after some prompts, pads first, from what is kept of what each of them begins with, if any.
+
+        None where it is found out, with the first prompts of all, that rows cannot be joined.
+        """
+        if self._is_apart:
+            return None
+        rests = [torch.tensor(prompt[len(one) :], dtype=torch.long) for one, prompt in zip(begun, prompts, strict=True)]
+        width = max(map(len, begun))
+        starts = torch.tensor([width - len(one) for one in begun], dtype=torch.long)
+        ends = torch.tensor([width + len(rest) for rest in rests], dtype=torch.long)
+        columns = torch.arange(int(ends.max()))
+        # Pads stand before the beginnings and behind the prompts in this pass.
+        mask = ((columns >= starts[:, None]) & (columns < ends[:, None])).long().to(device)
+        ids = pad_sequence(rests, batch_first=True).to(device)
+        past = joined([self._begun[one] for one in begun]) if width else None
+        found = _read(decoder, ids, mask, past)
+        self._refused = not is_attention_cache(found)
+        self._is_apart = not is_attention_cache(found, windows=False)
+        if self._is_apart:
+            return None
+        pads_first(found, ends, max(map(len, prompts)))
         return found
 
     def _has_room(self, cache: Any) -> bool:
@@ -191,22 +248,3 @@ def _read(decoder: Decoder, ids: Tensor, mask: Tensor, past: Any = None) -> Any:
     given = {} if past is None else {cache_argument(decoder.model): past}
     out = decoder.model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **given, **positions)
     return cache_left_by(out)
-
-
-def _gone_on(decoder: Decoder, begun: Sequence[tuple[int, ...]], cache: Any, split: Split) -> Any:
-    """The cache after the different prompts of a batch, from one after what each of them begins with.
-
-    Pads stand before the beginnings and behind the prompts in that pass, and before all in what is given.
-    """
-    rests = [
-        torch.tensor(prompt[len(one) :], dtype=torch.long) for one, prompt in zip(begun, split.prompts, strict=True)
-    ]
-    width = max(map(len, begun))
-    starts = torch.tensor([width - len(one) for one in begun], dtype=torch.long)
-    ends = torch.tensor([width + len(rest) for rest in rests], dtype=torch.long)
-    columns = torch.arange(int(ends.max()))
-    mask = ((columns >= starts[:, None]) & (columns < ends[:, None])).long().to(split.prompt.device)
-    ids = pad_sequence(rests, batch_first=True).to(split.prompt.device)
-    found = _read(decoder, ids, mask, cache)
-    pads_first(found, ends, split.prompt.shape[1])
-    return found

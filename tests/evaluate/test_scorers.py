@@ -820,24 +820,23 @@ def test_the_bare_model_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = Count(setup.model)
     along = Projection.along(steered(setup).vectors)
     measure(steered(setup), [*ALL, along])
-    # Pairs, choices, forks, neutral texts (for two scorers, steered once), positive answers, neutral texts read (for
-    # two) and beside the steered ones, openings of refusals (four batches), its own answers beside the steered ones,
-    # three generated tokens (for four scorers; the bare model's in the same passes). And the prompts of the batches of
-    # answers, whose caches all strengths go on from; those of both sides of the data are the same. And those of the
-    # generated texts, one for both.
+    # Pairs (of two lengths: two batches), choices, forks, neutral texts (for two scorers, steered once), positive
+    # answers, neutral texts read (for two) and beside the steered ones, openings of refusals (four batches), its own
+    # answers beside the steered ones, three generated tokens (for four scorers; the bare model's in the same passes).
+    # And the prompts of the batches of answers, whose caches all strengths go on from; those of both sides of the data
+    # are the same. And those of the generated texts, one for both.
     assert len(setup.read._kept) == 7
-    assert len(setup.read._begun) == 3, "three prompts go on as others do, and are read once for both"
-    assert count.baseline == 12 + 7 + 3 + 1
+    assert count.baseline == 13 + 7 + 1
     # Two passes over three tokens see, once in a model's life, whether its first blocks can be left out.
-    assert count.steered == 13 + 3 + 2
+    assert count.steered == 14 + 3 + 2
     measure(steered(setup, -1.0), [*ALL, along])
-    assert count.baseline == 12 + 7 + 3 + 1, "nothing of the baseline model is run again"
+    assert count.baseline == 13 + 7 + 1, "nothing of the baseline model is run again"
     monkeypatch.setattr("steerkit.evaluate.setup.KEPT_BYTES", 0)
     setup.predicted.clear()
     measure(steered(setup, 1.0), ["divergence"])
-    assert count.baseline == 12 + 7 + 3 + 2, "but for what is too large to keep"
+    assert count.baseline == 13 + 7 + 2, "but for what is too large to keep"
     measure(setup.baseline, [*ALL, along])
-    assert count.baseline == 12 + 7 + 3 + 2
+    assert count.baseline == 13 + 7 + 2
 
 
 @dataclass(frozen=True)

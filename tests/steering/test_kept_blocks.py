@@ -136,6 +136,14 @@ TEXTS = [
 ]
 
 
+UNEVEN = [  # passes are parted where lengths jump so; one prompt is known from the texts above
+    TEXTS[1],
+    Rendered("", (*range(3, 31), *range(3, 25), 6, 8), 50, ()),
+    Rendered("", (4, 7, 3, *range(30, 3, -1), *range(5, 31)), 3, ()),
+    Rendered("", (4, 7, 3, 8), 3, ()),
+]
+
+
 BEGUN = (9, 4, 7, 5, 30, 6, 11, 12, 3)  # what all prompts begin with is read once
 
 
@@ -162,7 +170,7 @@ def test_answers_behind_kept_prompts_get_the_same_numbers(name: str, monkeypatch
     vector = vector_for(model, scope="response", site=Site(2))
     kept = Setup(model, byte_tokenizer(), DATA)
     two = begun([*TEXTS, *TEXTS[::-1]], BEGUN, OTHER)
-    asked = [(TEXTS, 1.0), (TEXTS, -0.5), (begun(TEXTS), -0.5), (two, 1.0), (two, -0.5), (TEXTS, 1.0)]
+    asked = [(TEXTS, 1.0), (TEXTS, -0.5), (begun(TEXTS), -0.5), (two, 1.0), (two, -0.5), (UNEVEN, 1.0), (TEXTS, 1.0)]
     mine = [predicted(model, vector, strength, kept, texts) for texts, strength in asked]
     monkeypatch.setattr("steerkit.evaluate.answer_passes.AnswerPasses._behind_prompts", lambda *_: None)
     monkeypatch.setattr("steerkit.steering.kept_blocks.can_spare", lambda *_: False)
@@ -199,6 +207,17 @@ def test_what_some_begin_with_and_others_do_not_is_read_once_each() -> None:
     with shapes(model) as sizes:
         predicted(model, vector, 1.0, setup, begun([*TEXTS, *TEXTS[::-1]], BEGUN, OTHER))
     assert sorted(sizes) == [(1, 9), (1, 12), (6, 3), (6, 4)]
+
+
+def test_each_prompt_is_read_once_whatever_batches_it_stands_in() -> None:
+    model = family("llama").eval()
+    setup, vector = Setup(model, byte_tokenizer(), DATA), vector_for(model, scope="response", site=Site(2))
+    with shapes(model) as sizes:
+        predicted(model, vector, 1.0, setup)
+        predicted(model, vector, 1.0, setup, UNEVEN)
+    # Three prompts, three answers; then the long answer and the short ones, the long prompt in a pass of its own.
+    assert sizes[:2] == [(3, 4), (3, 3)]
+    assert sorted(sizes[2:]) == [(1, 2), (1, 49), (1, 53), (3, 3)]
 
 
 def test_what_the_unsteered_model_ran_through_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
