@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from steerkit.vector.steering_vector import SteeringVector
 __all__ = ["fit", "read", "tokenizer_digest"]
 
 _HALF = 0.5
+_DIGESTS: WeakKeyDictionary[Any, tuple[int, str]] = WeakKeyDictionary()
 
 
 def fit(
@@ -373,10 +375,14 @@ def _read(
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of the vocabulary, the one thing every tokenizer has.
+    """Digest of the vocabulary, the one thing every tokenizer has; made anew where tokens have been added since.
 
     Args:
         tokenizer: a transformers tokenizer.
     """
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    return hashlib.sha256("\n".join(f"{index} {token}" for token, index in vocabulary).encode()).hexdigest()
+    size = len(tokenizer)
+    if _DIGESTS.get(tokenizer, (None, ""))[0] != size:
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        text = "\n".join(f"{index} {token}" for token, index in vocabulary)
+        _DIGESTS[tokenizer] = size, hashlib.sha256(text.encode()).hexdigest()
+    return _DIGESTS[tokenizer][1]
