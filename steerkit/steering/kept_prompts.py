@@ -9,8 +9,8 @@ order then, so figures differ from those of whole passes by rounding. Only atten
 recurrent state has seen is not told by its size, and not every family goes on from one over several tokens.
 
 What prompts begin with, such as a system prompt, is read once for all that do, and a prompt that stands in several
-batches is read with the first of them, but for sliding windows: between what was read and what follows no pads may come,
-and those behind a prompt would push it out of a window.
+batches is read with the first of them. Not so with sliding windows: between what was read and what follows no pads may
+come, and those behind a prompt would push it out of a window.
 """
 
 from __future__ import annotations
