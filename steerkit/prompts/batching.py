@@ -201,8 +201,8 @@ def batches(
         groups: how many neighbours stay together in one batch: with 2, items 2i and 2i+1.
         length: what is sorted by; None takes the number of tokens.
         alike: keep those together that begin alike (`steerkit.prompts.beginnings`), before lengths are looked at.
-        device: where they run, if batches are to be parted where that saves columns (`parted`); with what is sorted by
-            lengths alone.
+        device: where they run, if batches are to be parted where that saves columns (`parted`); not those that are kept
+            together.
 
     Returns:
         The batches. Together their `rows` are every index of `rendered` once.
@@ -227,7 +227,7 @@ def batches(
     widths = [max(sizes[row] for row in group) for group in together]
     return [
         _pad(rendered, [row for place in places for row in together[place]], pad_id, side, groups)
-        for places in parted(widths, max(1, batch_size // groups), device)
+        for places in parted(widths, max(1, batch_size // groups), None if alike else device)
     ]
 
 
