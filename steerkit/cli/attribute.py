@@ -88,6 +88,7 @@ def run(
             part = replace(part, readout=readout_of(readout)) if readout is not None else part
             train, items = items_on(wanted, part.name, on)
             model = model.of(wanted.model)
+            model.check_layers(layers, wanted.model)
             loaded, tokenizer = model.load()
             step("fitting")
             scope = wanted.apply.scope if part == wanted.method else None

@@ -671,7 +671,7 @@ def test_no_model_is_loaded_for_what_cannot_be_written(
     assert cli("generate", "Hello", "--vector", "v.safetensors", "--strength", "nan").code == 2
 
 
-@pytest.mark.parametrize("command", ["extract", "calibrate", "sweep", "layers"])
+@pytest.mark.parametrize("command", ["extract", "calibrate", "sweep", "layers", "attribute"])
 def test_no_model_is_loaded_for_a_block_that_the_recipe_s_own_lacks(
     cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
