@@ -20,8 +20,7 @@ def rows_of(cache: Any, rows: Tensor) -> Any:
         cache: keys and values of every layer (`steerkit.tokens.transformers_facts.is_attention_cache`).
         rows: [n] which of its rows, any of them any number of times.
     """
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found = _apart(cache)
     found.batch_select_indices(rows)
     return found
 
@@ -34,8 +33,7 @@ def row_of(cache: Any, row: int, length: int) -> Any:
         row: which.
         length: columns that are no pads.
     """
-    found = copy.copy(cache)
-    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found = _apart(cache)
     for layer in found.layers:
         start = layer.keys.shape[2] - length
         layer.keys, layer.values = (one[row : row + 1, :, start:] for one in (layer.keys, layer.values))
@@ -72,3 +70,10 @@ def pads_first(cache: Any, ends: Tensor, width: int) -> None:
     for layer in cache.layers:
         at = moved[:, None, :, None].to(layer.keys.device)
         layer.keys, layer.values = (torch.take_along_dim(one, at, dim=2) for one in (layer.keys, layer.values))
+
+
+def _apart(cache: Any) -> Any:
+    """A cache of the same tensors, which can be replaced without those of the other one."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found

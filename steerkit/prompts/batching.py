@@ -65,7 +65,7 @@ class Batch:
         return [self._of(slice(start, start + step)) for start in range(0, len(self.rows), step)]
 
     def repeated(self, count: int) -> Batch:
-        """Every row so many times, one after the other: row i of all becomes rows `count * i` and on.
+        """Every row so many times, one after the other: row i of all becomes rows `count * i` and on; without groups.
 
         Args:
             count: 1 or more.
@@ -74,7 +74,7 @@ class Batch:
             one.repeat_interleave(count, dim=0) for one in (self.input_ids, self.attention_mask, self.prompt_lengths)
         )
         rows = tuple(count * row + copy for row in self.rows for copy in range(count))
-        return Batch(ids, mask, lengths, rows, count * self.groups if self.groups > 1 else 1)
+        return Batch(ids, mask, lengths, rows)
 
     def _of(self, rows: slice) -> Batch:
         """Some of the rows, without the columns that are pads in all of them."""

@@ -152,33 +152,35 @@ class KeptPrompts:
     def _read(self, decoder: Decoder, split: Split) -> Any:
         """The cache after the different prompts; None where it cannot be used or there is no room."""
         rows = None if self._is_apart else self._read_rows(decoder, split)
-        if self._refused:
-            return None
         if rows is None:
             once = split.repeated.once
             cache = _read(decoder, split.prompt[once], split.mask[once, : split.prompt.shape[1]])
             self._refused = not is_attention_cache(cache)
+            self._is_apart = not is_attention_cache(cache, windows=False)
         else:
             cache = joined(rows)
         if self._refused or not self._has_room(cache):
             return None
-        if rows is not None:
+        if not self._is_apart:
             for place, prompt in enumerate(split.prompts):
                 self._rows[prompt] = row_of(cache, place, len(prompt))
         return cache
 
     def _read_rows(self, decoder: Decoder, split: Split) -> list[Any] | None:
-        """By prompt a cache of its own, those that no other batch had read now; None where rows cannot be joined."""
+        """By prompt a cache of its own, those that no other batch had read now.
+
+        None where rows cannot be joined, or nothing tells yet whether they can: the first prompts are read as they are.
+        """
         lacking = [prompt for prompt in split.prompts if prompt not in self._rows]
         device = split.prompt.device
         begun = dict(zip(lacking, self._beginnings(decoder, lacking, device), strict=True))
+        if not (self._rows or self._begun):
+            return None
         lacking.sort(key=lambda prompt: len(begun[prompt]) - len(prompt))
         found: dict[tuple[int, ...], Any] = {}
         for places in parted([len(one) - len(begun[one]) for one in lacking], max(1, len(lacking)), device):
             prompts = lacking[places.start : places.stop]
             cache = self._gone_on(decoder, prompts, [begun[one] for one in prompts], device)
-            if cache is None:
-                return None
             found |= {prompt: row_of(cache, place, len(prompt)) for place, prompt in enumerate(prompts)}
         return [found[one] if one in found else self._rows[one] for one in split.prompts]
 
@@ -211,12 +213,7 @@ class KeptPrompts:
         begun: Sequence[tuple[int, ...]],
         device: torch.device,
     ) -> Any:
-        """The cache after some prompts, pads first, from what is kept of what each of them begins with, if any.
-
-        None where it is found out, with the first prompts of all, that rows cannot be joined.
-        """
-        if self._is_apart:
-            return None
+        """The cache after some prompts, pads first, from what is kept of what each of them begins with, if any."""
         rests = [torch.tensor(prompt[len(one) :], dtype=torch.long) for one, prompt in zip(begun, prompts, strict=True)]
         width = max(map(len, begun))
         starts = torch.tensor([width - len(one) for one in begun], dtype=torch.long)
@@ -227,10 +224,6 @@ class KeptPrompts:
         ids = pad_sequence(rests, batch_first=True).to(device)
         past = joined([self._begun[one] for one in begun]) if width else None
         found = _read(decoder, ids, mask, past)
-        self._refused = not is_attention_cache(found)
-        self._is_apart = not is_attention_cache(found, windows=False)
-        if self._is_apart:
-            return None
         pads_first(found, ends, max(map(len, prompts)))
         return found
 

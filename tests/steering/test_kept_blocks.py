@@ -220,6 +220,14 @@ def test_each_prompt_is_read_once_whatever_batches_it_stands_in() -> None:
     assert sorted(sizes[2:]) == [(1, 2), (1, 49), (1, 53), (3, 3)]
 
 
+def test_prompts_of_a_model_with_windows_are_read_once_too() -> None:
+    model = family("gemma3_text").eval()
+    setup, vector = Setup(model, byte_tokenizer(), DATA), vector_for(model, scope="response", site=Site(2))
+    with shapes(model) as sizes:
+        predicted(model, vector, 1.0, setup)
+    assert sizes == [(3, 4), (3, 3)], "the pass that tells of the windows is the one that is kept"
+
+
 def test_what_the_unsteered_model_ran_through_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, columns = family("llama").eval(), Counter[int]()
     attention = type(model.model.layers[0].self_attn)
